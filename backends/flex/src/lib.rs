@@ -1,0 +1,31 @@
+//! kiln's painter on burn's CPU backend flex.
+
+use burn_flex::{Flex, FlexDevice};
+use burn_tensor::DType;
+use kiln_models::Precision;
+use kiln_models::loading::{LoadOptions, ModelDType, OpenError};
+use kiln_models::painter::Painter;
+use kiln_models::qwen_image::{CheckpointParts, PainterSettings, QwenImage};
+
+/// Loads a checkpoint.
+///
+/// Weights stay in the model's type, without a copy if the checkpoint is in it. Activations are
+/// f32 always: CPUs have no faster arithmetic in narrower types, and the picture is closer to the
+/// exact one.
+pub fn open(parts: &CheckpointParts, options: LoadOptions) -> Result<Box<dyn Painter>, OpenError> {
+    let model = options
+        .dtype
+        .unwrap_or_else(|| ModelDType::of_checkpoint(parts))
+        .dtype();
+    let precision = Precision {
+        model,
+        activations: DType::F32,
+    };
+    let settings = PainterSettings {
+        precision,
+        vae: options.vae,
+    };
+    Ok(Box::new(QwenImage::<Flex>::load(
+        parts, FlexDevice, settings,
+    )?))
+}

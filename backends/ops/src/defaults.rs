@@ -1,0 +1,210 @@
+//! The definition of every op in plain burn ops.
+
+use burn_tensor::backend::Backend;
+use burn_tensor::module;
+use burn_tensor::ops::{AttentionModuleOptions, ConvOptions};
+use burn_tensor::{DType, Tensor, activation};
+
+use crate::{Rope, RowRun};
+
+/// The table row of every token: `[1, dim]` if all tokens use one row, else `[tokens, dim]`.
+pub fn per_token<B: Backend>(table: Tensor<B, 2>, runs: &[RowRun]) -> Tensor<B, 2> {
+    let [rows, dim] = table.dims();
+    let first = runs.first().map_or(0, |run| run.row);
+    if runs.iter().all(|run| run.row == first) {
+        return if rows == 1 {
+            table
+        } else {
+            table.slice([first..first + 1, 0..dim])
+        };
+    }
+    let parts = runs
+        .iter()
+        .map(|run| {
+            table
+                .clone()
+                .slice([run.row..run.row + 1, 0..dim])
+                .expand([run.tokens, dim])
+        })
+        .collect();
+    Tensor::cat(parts, 0)
+}
+
+pub(crate) fn torch_linear<B: Backend>(
+    x: Tensor<B, 2>,
+    weight: Tensor<B, 2>,
+    bias: Option<Tensor<B, 1>>,
+) -> Tensor<B, 2> {
+    let dtype = x.dtype();
+    let out = x.matmul(weight.cast(dtype).transpose());
+    match bias {
+        Some(bias) => out + bias.cast(dtype).unsqueeze(),
+        None => out,
+    }
+}
+
+pub(crate) fn rms_norm<B: Backend>(
+    x: Tensor<B, 2>,
+    weight: Tensor<B, 1>,
+    eps: f64,
+) -> Tensor<B, 2> {
+    let dtype = x.dtype();
+    let x = x.cast(DType::F32);
+    let mean_square = x.clone().square().mean_dim(1);
+    let normalised = x / (mean_square + eps).sqrt();
+    (normalised * weight.cast(DType::F32).unsqueeze()).cast(dtype)
+}
+
+pub(crate) fn layer_norm_modulate<B: Backend>(
+    x: Tensor<B, 2>,
+    shift: Tensor<B, 2>,
+    scale: Tensor<B, 2>,
+    runs: &[RowRun],
+    eps: f64,
+) -> Tensor<B, 2> {
+    let dtype = x.dtype();
+    let x = x.cast(DType::F32);
+    let centred = x.clone() - x.mean_dim(1);
+    let variance = centred.clone().square().mean_dim(1);
+    let normalised = centred / (variance + eps).sqrt();
+    let modulated = normalised * (per_token(scale, runs) + 1.0) + per_token(shift, runs);
+    modulated.cast(dtype)
+}
+
+pub(crate) fn gated_residual<B: Backend>(
+    residual: Tensor<B, 2>,
+    gate: Tensor<B, 2>,
+    x: Tensor<B, 2>,
+    runs: &[RowRun],
+) -> Tensor<B, 2> {
+    let dtype = residual.dtype();
+    let sum = residual.cast(DType::F32) + per_token(gate, runs) * x.cast(DType::F32);
+    let sum = if dtype == DType::F16 {
+        sum.clamp(-65504.0, 65504.0)
+    } else {
+        sum
+    };
+    sum.cast(dtype)
+}
+
+pub(crate) fn qk_norm_rope<B: Backend>(
+    x: Tensor<B, 3>,
+    weight: Tensor<B, 1>,
+    rope: &Rope<B>,
+    eps: f64,
+) -> Tensor<B, 3> {
+    let dtype = x.dtype();
+    let [tokens, heads, head_dim] = x.dims();
+    let half = head_dim / 2;
+    let x = x.cast(DType::F32);
+    let mean_square = x.clone().square().mean_dim(2);
+    let x = x / (mean_square + eps).sqrt() * weight.cast(DType::F32).unsqueeze();
+
+    let pairs = x.reshape([tokens, heads, half, 2]);
+    let real = pairs.clone().slice([0..tokens, 0..heads, 0..half, 0..1]);
+    let imaginary = pairs.slice([0..tokens, 0..heads, 0..half, 1..2]);
+    let cos = rope.cos.clone().reshape([tokens, 1, half, 1]);
+    let sin = rope.sin.clone().reshape([tokens, 1, half, 1]);
+    let rotated = Tensor::cat(
+        vec![
+            real.clone() * cos.clone() - imaginary.clone() * sin.clone(),
+            real * sin + imaginary * cos,
+        ],
+        3,
+    );
+    rotated.reshape([tokens, heads, head_dim]).cast(dtype)
+}
+
+pub(crate) fn gelu_tanh<B: Backend>(x: Tensor<B, 2>) -> Tensor<B, 2> {
+    let dtype = x.dtype();
+    let x = x.cast(DType::F32);
+    let cubed = x.clone() * x.clone() * x.clone();
+    let inner = (x.clone() + cubed * 0.044_715) * (2.0 / std::f64::consts::PI).sqrt();
+    (x * (inner.tanh() + 1.0) * 0.5).cast(dtype)
+}
+
+pub(crate) fn silu_mul<B: Backend>(gate: Tensor<B, 2>, up: Tensor<B, 2>) -> Tensor<B, 2> {
+    activation::silu(gate) * up
+}
+
+pub(crate) fn packed_attention<B: Backend>(
+    query: Tensor<B, 3>,
+    key: Tensor<B, 3>,
+    value: Tensor<B, 3>,
+    lengths: &[usize],
+    causal: bool,
+) -> Tensor<B, 2> {
+    let [_, heads, head_dim] = query.dims();
+    let [_, kv_heads, _] = key.dims();
+    let options = AttentionModuleOptions {
+        is_causal: causal,
+        ..Default::default()
+    };
+    let mut start = 0;
+    let mut outputs = Vec::with_capacity(lengths.len());
+    for &length in lengths {
+        let range = start..start + length;
+        // [tokens, heads, head_dim] -> [1, heads, tokens, head_dim]
+        let head_major = |x: &Tensor<B, 3>| {
+            x.clone()
+                .slice([range.clone()])
+                .swap_dims(0, 1)
+                .unsqueeze::<4>()
+        };
+        let per_query_head = |x: Tensor<B, 4>| -> Tensor<B, 4> {
+            if kv_heads == heads {
+                return x;
+            }
+            x.reshape([kv_heads, 1, length, head_dim])
+                .repeat_dim(1, heads / kv_heads)
+                .reshape([1, heads, length, head_dim])
+        };
+        let output = module::attention(
+            head_major(&query),
+            per_query_head(head_major(&key)),
+            per_query_head(head_major(&value)),
+            None,
+            None,
+            options,
+        );
+        outputs.push(output.swap_dims(1, 2).reshape([length, heads * head_dim]));
+        start += length;
+    }
+    if outputs.len() == 1 {
+        outputs.remove(0)
+    } else {
+        Tensor::cat(outputs, 0)
+    }
+}
+
+pub(crate) fn same_conv2d<B: Backend>(
+    x: Tensor<B, 4>,
+    weight: Tensor<B, 4>,
+    bias: Tensor<B, 1>,
+) -> Tensor<B, 4> {
+    let dtype = x.dtype();
+    let [_, _, kernel_height, kernel_width] = weight.dims();
+    let padding = [kernel_height / 2, kernel_width / 2];
+    let options = ConvOptions::new([1, 1], padding, [1, 1], 1);
+    module::conv2d(x, weight.cast(dtype), Some(bias.cast(dtype)), options)
+}
+
+pub(crate) fn channel_norm<B: Backend>(x: Tensor<B, 4>, gamma: Tensor<B, 1>) -> Tensor<B, 4> {
+    let dtype = x.dtype();
+    let channels = x.dims()[1];
+    let x = x.cast(DType::F32);
+    let norm = x.clone().square().sum_dim(1).sqrt().clamp_min(1e-12);
+    let gamma = gamma.cast(DType::F32).reshape([1, channels, 1, 1]);
+    (x / norm * (channels as f64).sqrt() * gamma).cast(dtype)
+}
+
+pub(crate) fn channel_norm_silu<B: Backend>(x: Tensor<B, 4>, gamma: Tensor<B, 1>) -> Tensor<B, 4> {
+    activation::silu(channel_norm(x, gamma))
+}
+
+pub(crate) fn upsample_nearest<B: Backend>(x: Tensor<B, 4>) -> Tensor<B, 4> {
+    let [images, channels, height, width] = x.dims();
+    x.reshape([images, channels, height, 1, width, 1])
+        .expand([images, channels, height, 2, width, 2])
+        .reshape([images, channels, 2 * height, 2 * width])
+}

@@ -1,0 +1,19 @@
+//! Classifier-free guidance with the norm rescale of Qwen-Image.
+
+use burn_tensor::Tensor;
+use burn_tensor::backend::Backend;
+
+/// `negative + scale · (positive - negative)`, each token rescaled to the positive's norm.
+///
+/// # Shapes
+/// - positive, negative and output: `[tokens, channels]`, f32
+pub fn true_cfg<B: Backend>(
+    positive: Tensor<B, 2>,
+    negative: Tensor<B, 2>,
+    scale: f64,
+) -> Tensor<B, 2> {
+    let combined = negative.clone() + (positive.clone() - negative) * scale;
+    let norm = |x: &Tensor<B, 2>| x.clone().square().sum_dim(1).sqrt();
+    let rescale = norm(&positive) / norm(&combined);
+    combined * rescale
+}

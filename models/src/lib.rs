@@ -1,0 +1,23 @@
+//! Qwen-Image's networks and the painter that joins them, generic over the burn backend.
+//!
+//! Data goes down this list once: token ids → [`text_encoder`] → prompt embeddings; seed →
+//! [`noise`] → latents; steps and size → [`scheduler`] → the [`transformer`]'s modulation table;
+//! then the denoising loop of [`qwen_image`], and [`vae`] to pixels. There are no files here, no
+//! HTTP, no threads; weights come through [`source::TensorSource`], and [`painter::Painter`] is
+//! all that the rest of the program sees.
+
+pub mod config;
+pub mod guidance;
+pub mod loading;
+pub mod noise;
+pub mod painter;
+pub mod qwen_image;
+pub mod scheduler;
+pub mod source;
+pub mod text_encoder;
+pub mod transformer;
+pub mod vae;
+mod weights;
+
+pub use source::{StoredDType, TensorInfo, TensorSource};
+pub use weights::{LoadError, Precision};

@@ -1,0 +1,139 @@
+//! The one interface between the typed world of tensors and everything else.
+//!
+//! Only plain data crosses it: token ids in, progress out, RGB bytes out, jobs by number. A server
+//! change never recompiles a kernel, and an engine can be tested with any painter.
+
+use crate::noise::NoiseGenerator;
+
+/// Names a job within one painter. The caller chooses it and does not reuse one that is alive.
+pub type JobId = u64;
+
+/// One request, fully resolved: nothing here is a default any more.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Job {
+    /// Token ids of the prompt inside the template.
+    pub prompt: Vec<u32>,
+    /// Token ids of the negative prompt inside the template. With one, and a
+    /// [`Job::true_cfg_scale`] above 1, classifier-free guidance runs.
+    pub negative_prompt: Option<Vec<u32>>,
+    pub true_cfg_scale: f64,
+    /// In pixels, a multiple of [`ModelInfo::size_multiple`].
+    pub height: usize,
+    /// In pixels, a multiple of [`ModelInfo::size_multiple`].
+    pub width: usize,
+    /// At least 1.
+    pub num_inference_steps: usize,
+    /// At least 1. All images of a job are one noise draw, as in diffusers with one generator.
+    pub num_images: usize,
+    pub seed: u64,
+    pub noise_generator: NoiseGenerator,
+    /// Keep what the run went through, for comparing runs: see [`Painting::trace`].
+    pub record: bool,
+}
+
+impl Job {
+    /// Whether every step runs the transformer on the negative prompt too.
+    pub fn uses_cfg(&self) -> bool {
+        self.negative_prompt.is_some() && self.true_cfg_scale > 1.0
+    }
+}
+
+/// An image of 8-bit RGB values, row by row from the top.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RgbImage {
+    pub height: usize,
+    pub width: usize,
+    /// `height * width * 3` values.
+    pub pixels: Vec<u8>,
+}
+
+/// A finished job.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Painting {
+    pub images: Vec<RgbImage>,
+    /// Empty unless [`Job::record`] was set.
+    pub trace: Vec<TraceTensor>,
+}
+
+/// One stage of a recorded run, in f32.
+#[derive(Debug, Clone, PartialEq)]
+pub struct TraceTensor {
+    pub name: String,
+    pub shape: Vec<usize>,
+    pub values: Vec<f32>,
+}
+
+/// What callers must know of the loaded model to make jobs for it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ModelInfo {
+    /// Heights and widths are multiples of this (16 for Qwen-Image).
+    pub size_multiple: usize,
+    /// Largest height or width the position tables reach, in pixels.
+    pub max_side: usize,
+    /// Height and width when a request names none, in pixels.
+    pub default_size: usize,
+    /// Ids below this are known to the text encoder.
+    pub vocab_size: usize,
+    /// The backend's name and device, for people.
+    pub device: String,
+    /// Type of the weights and of the timesteps' rounding: `f32`, `bf16` or `f16`.
+    pub dtype: &'static str,
+}
+
+/// Memory the painter's device holds, in bytes; `None` where the backend does not count.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct MemoryUse {
+    pub in_use: Option<u64>,
+    pub reserved: Option<u64>,
+}
+
+/// Why a job could not go on. The painter and its other jobs remain usable.
+#[derive(Debug, thiserror::Error)]
+pub enum PaintError {
+    #[error("there is no job {0}")]
+    UnknownJob(JobId),
+    #[error(
+        "height and width must be multiples of {multiple} from {multiple} to {max}, \
+         got {height}x{width} (height x width)"
+    )]
+    Size {
+        height: usize,
+        width: usize,
+        multiple: usize,
+        max: usize,
+    },
+    #[error("the prompt has no tokens left after the template's first {dropped}, it has {tokens}")]
+    PromptTooShort { tokens: usize, dropped: usize },
+    #[error("token id {id} is outside the text encoder's vocabulary of {vocab_size}")]
+    TokenOutOfRange { id: u32, vocab_size: usize },
+    #[error("num_inference_steps and num_images must be at least 1")]
+    NothingToDo,
+    #[error("job {0} has steps left")]
+    Unfinished(JobId),
+    #[error("reading a result back from the device failed: {0}")]
+    Device(String),
+}
+
+/// Draws pictures, job by job and step by step, on one device.
+///
+/// A job is started, advanced until [`Painter::step`] reports no steps left, and finished; it can
+/// be dropped at any point in between. Several jobs, of any sizes, may be advanced together.
+/// A call that panics loses at most the jobs it was given.
+pub trait Painter: Send {
+    fn info(&self) -> &ModelInfo;
+
+    /// Encodes the prompts, draws the noise and makes the schedule.
+    fn start(&mut self, id: JobId, job: Job) -> Result<(), PaintError>;
+
+    /// Advances every given job by one denoising step, in one forward pass of the transformer.
+    /// Returns the steps left for each, in the same order.
+    fn step(&mut self, ids: &[JobId]) -> Result<Vec<usize>, PaintError>;
+
+    /// Decodes the images of a job that has no steps left, and forgets the job.
+    fn finish(&mut self, id: JobId) -> Result<Painting, PaintError>;
+
+    /// Forgets a job, whatever its state.
+    fn discard(&mut self, id: JobId);
+
+    fn memory(&self) -> MemoryUse;
+}

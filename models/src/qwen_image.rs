@@ -1,0 +1,535 @@
+//! Qwen-Image text-to-image: the painter that joins text encoder, transformer and VAE.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use burn_tensor::{DType, Tensor, TensorData};
+use kiln_ops::FusedOps;
+
+use crate::config::{ConfigError, ConfigReader, ConfigText};
+use crate::guidance::true_cfg;
+use crate::noise::randn;
+use crate::painter::{
+    Job, JobId, MemoryUse, ModelInfo, PaintError, Painter, Painting, RgbImage, TraceTensor,
+};
+use crate::scheduler::{Schedule, SchedulerConfig, round_to};
+use crate::source::TensorSource;
+use crate::text_encoder::{TextEncoder, TextEncoderConfig};
+use crate::transformer::{
+    ModulationTable, Packing, Segment, StepModulation, Transformer, TransformerConfig,
+};
+use crate::vae::{VaeConfig, VaeDecoder, VaeSettings};
+use crate::weights::{LoadError, Precision};
+
+/// Ids that the reference drops from the front of every encoded prompt. It is the template's
+/// length in Qwen's vocabulary, and it stays this number with any other.
+pub const TEMPLATE_TOKENS_DROPPED: usize = 34;
+
+/// Embeddings kept of a prompt, as the reference cuts them.
+pub const MAX_PROMPT_TOKENS: usize = 1024;
+
+/// Latents per packed token, in height and in width.
+const PATCH: usize = 2;
+
+/// Entries of the reference's table of rotary positions, which bounds an image's sides.
+const ROPE_POSITIONS: usize = 4096;
+
+/// The reference's default size, in latents.
+const DEFAULT_SAMPLE_SIZE: usize = 128;
+
+/// Schedules whose modulation is kept.
+const KEPT_TABLES: usize = 4;
+
+/// The five configuration files of a checkpoint.
+#[derive(Debug, Clone)]
+pub struct CheckpointConfigs {
+    pub model_index: ConfigText,
+    pub scheduler: ConfigText,
+    pub text_encoder: ConfigText,
+    pub transformer: ConfigText,
+    pub vae: ConfigText,
+}
+
+/// A checkpoint, read but not loaded.
+#[derive(Debug, Clone)]
+pub struct CheckpointParts {
+    pub configs: CheckpointConfigs,
+    pub text_encoder: Arc<dyn TensorSource>,
+    pub transformer: Arc<dyn TensorSource>,
+    pub vae: Arc<dyn TensorSource>,
+}
+
+/// What a run may be set to, apart from the request.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PainterSettings {
+    pub precision: Precision,
+    pub vae: VaeSettings,
+}
+
+/// Qwen-Image on one device of one backend.
+#[derive(Debug)]
+pub struct QwenImage<B: FusedOps> {
+    text_encoder: TextEncoder<B>,
+    transformer: Transformer<B>,
+    vae: VaeDecoder<B>,
+    scheduler: SchedulerConfig,
+    settings: PainterSettings,
+    info: ModelInfo,
+    /// Pixels per latent.
+    scale_factor: usize,
+    latent_channels: usize,
+    device: B::Device,
+    jobs: HashMap<JobId, RunningJob<B>>,
+    tables: Vec<(Vec<u32>, Arc<ModulationTable<B>>)>,
+    packing: Option<Packing<B>>,
+}
+
+/// A job between start and finish.
+#[derive(Debug)]
+struct RunningJob<B: FusedOps> {
+    job: Job,
+    schedule: Schedule,
+    modulation: Arc<ModulationTable<B>>,
+    steps_done: usize,
+    /// `[images · tokens, channels]`, f32.
+    latents: Tensor<B, 2>,
+    /// Embeddings of one forward's segments: positive for every image, then negative.
+    text: Tensor<B, 2>,
+    /// Of one forward, with row 0.
+    segments: Vec<Segment>,
+    trace: Vec<TraceTensor>,
+}
+
+impl<B: FusedOps> QwenImage<B> {
+    /// Loads the three networks onto a device.
+    pub fn load(
+        parts: &CheckpointParts,
+        device: B::Device,
+        settings: PainterSettings,
+    ) -> Result<Self, LoadError> {
+        let configs = &parts.configs;
+        check_model_index(&configs.model_index)?;
+        let scheduler = SchedulerConfig::from_json(&configs.scheduler)?;
+        let text_config = TextEncoderConfig::from_json(&configs.text_encoder)?;
+        let transformer_config = TransformerConfig::from_json(&configs.transformer)?;
+        let vae_config = VaeConfig::from_json(&configs.vae)?;
+        check_widths(configs, &text_config, &transformer_config, &vae_config)?;
+        let scale_factor = vae_config.scale_factor();
+        if let Some(tiling) = settings.vae.tiling {
+            tiling
+                .check(scale_factor)
+                .map_err(|problem| ConfigError::Inconsistent {
+                    file: configs.vae.file.clone(),
+                    problem: problem.to_string(),
+                })?;
+        }
+
+        let precision = settings.precision;
+        let text_encoder = TextEncoder::load(
+            &text_config,
+            Arc::clone(&parts.text_encoder),
+            &device,
+            precision,
+        )?;
+        let transformer = Transformer::load(
+            &transformer_config,
+            Arc::clone(&parts.transformer),
+            &device,
+            precision,
+        )?;
+        let vae = VaeDecoder::load(&vae_config, Arc::clone(&parts.vae), &device, precision)?;
+        let size_multiple = scale_factor * PATCH;
+        let info = ModelInfo {
+            size_multiple,
+            max_side: ROPE_POSITIONS * size_multiple,
+            default_size: DEFAULT_SAMPLE_SIZE * scale_factor,
+            vocab_size: text_config.vocab_size,
+            device: format!("{} ({device:?})", B::name(&device)),
+            dtype: match precision.model {
+                DType::BF16 => "bf16",
+                DType::F16 => "f16",
+                _ => "f32",
+            },
+        };
+        Ok(Self {
+            text_encoder,
+            transformer,
+            vae,
+            scheduler,
+            settings,
+            info,
+            scale_factor,
+            latent_channels: vae_config.z_dim,
+            device,
+            jobs: HashMap::new(),
+            tables: Vec::new(),
+            packing: None,
+        })
+    }
+
+    fn check(&self, job: &Job) -> Result<(), PaintError> {
+        let ModelInfo {
+            size_multiple: multiple,
+            max_side: max,
+            vocab_size,
+            ..
+        } = self.info;
+        let (height, width) = (job.height, job.width);
+        let fits = |side: usize| side.is_multiple_of(multiple) && (multiple..=max).contains(&side);
+        if !fits(height) || !fits(width) {
+            return Err(PaintError::Size {
+                height,
+                width,
+                multiple,
+                max,
+            });
+        }
+        if job.num_inference_steps == 0 || job.num_images == 0 {
+            return Err(PaintError::NothingToDo);
+        }
+        for prompt in [Some(&job.prompt), job.negative_prompt.as_ref()]
+            .into_iter()
+            .flatten()
+        {
+            if prompt.len() <= TEMPLATE_TOKENS_DROPPED {
+                let (tokens, dropped) = (prompt.len(), TEMPLATE_TOKENS_DROPPED);
+                return Err(PaintError::PromptTooShort { tokens, dropped });
+            }
+            if let Some(&id) = prompt.iter().find(|&&id| id as usize >= vocab_size) {
+                return Err(PaintError::TokenOutOfRange { id, vocab_size });
+            }
+        }
+        Ok(())
+    }
+
+    /// Embeddings of the prompt and, with guidance, of the negative prompt.
+    fn encode(&self, job: &Job) -> Vec<Tensor<B, 2>> {
+        let mut prompts = vec![job.prompt.as_slice()];
+        if job.uses_cfg() {
+            prompts.extend(job.negative_prompt.as_deref());
+        }
+        let keep = |hidden: Tensor<B, 2>| {
+            let kept = (hidden.dims()[0] - TEMPLATE_TOKENS_DROPPED).min(MAX_PROMPT_TOKENS);
+            hidden.narrow(0, TEMPLATE_TOKENS_DROPPED, kept)
+        };
+        self.text_encoder
+            .forward(&prompts)
+            .into_iter()
+            .map(keep)
+            .collect()
+    }
+
+    /// Packed noise `[images · tokens, channels]`, and the same values in the order they were
+    /// drawn, `[images, 1, z, h, w]`.
+    fn noise(&self, job: &Job) -> (Tensor<B, 2>, Vec<f32>) {
+        let [height, width] = self.latent_size(job);
+        let channels = self.latent_channels;
+        let count = job.num_images * channels * height * width;
+        let mut values = randn(job.noise_generator, job.seed, count);
+        for value in &mut values {
+            *value = round_to(*value, self.settings.precision.model);
+        }
+        let shape = [
+            job.num_images,
+            channels,
+            height / PATCH,
+            PATCH,
+            width / PATCH,
+            PATCH,
+        ];
+        let drawn = Tensor::<B, 6>::from_data(
+            TensorData::new(values.clone(), shape),
+            (&self.device, DType::F32),
+        );
+        let tokens = height * width / (PATCH * PATCH);
+        let packed = drawn
+            .permute([0, 2, 4, 1, 3, 5])
+            .reshape([job.num_images * tokens, channels * PATCH * PATCH]);
+        (packed, values)
+    }
+
+    /// Height and width in latents.
+    fn latent_size(&self, job: &Job) -> [usize; 2] {
+        [
+            job.height / self.scale_factor,
+            job.width / self.scale_factor,
+        ]
+    }
+
+    /// From `[images · tokens, channels]` to `[images, z, h, w]`.
+    fn unpack(&self, job: &Job, latents: Tensor<B, 2>) -> Tensor<B, 4> {
+        let [height, width] = self.latent_size(job);
+        let (images, channels) = (job.num_images, self.latent_channels);
+        latents
+            .reshape([
+                images,
+                height / PATCH,
+                width / PATCH,
+                channels,
+                PATCH,
+                PATCH,
+            ])
+            .permute([0, 3, 1, 4, 2, 5])
+            .reshape([images, channels, height, width])
+    }
+
+    /// The modulation of a schedule, computed at most once while it is among the last few used.
+    fn modulation(&mut self, timesteps: &[f32]) -> Arc<ModulationTable<B>> {
+        let key: Vec<u32> = timesteps.iter().map(|t| t.to_bits()).collect();
+        let entry = match self.tables.iter().position(|(known, _)| *known == key) {
+            Some(index) => self.tables.remove(index),
+            None => (key, Arc::new(self.transformer.modulation_table(timesteps))),
+        };
+        let table = Arc::clone(&entry.1);
+        self.tables.insert(0, entry);
+        self.tables.truncate(KEPT_TABLES);
+        table
+    }
+
+    fn running(&self, id: JobId) -> Result<&RunningJob<B>, PaintError> {
+        self.jobs.get(&id).ok_or(PaintError::UnknownJob(id))
+    }
+}
+
+impl<B: FusedOps> Painter for QwenImage<B>
+where
+    B::Device: Send,
+{
+    fn info(&self) -> &ModelInfo {
+        &self.info
+    }
+
+    fn start(&mut self, id: JobId, job: Job) -> Result<(), PaintError> {
+        self.check(&job)?;
+        let [height, width] = self.latent_size(&job).map(|side| side / PATCH);
+        let schedule = self
+            .scheduler
+            .schedule(job.num_inference_steps, height * width);
+        let modulation = self.modulation(&schedule.model_timesteps(self.settings.precision.model));
+        let prompts = self.encode(&job);
+        let (latents, drawn) = self.noise(&job);
+
+        let mut trace = Vec::new();
+        if job.record {
+            for (name, embeds) in ["prompt_embeds", "negative_prompt_embeds"]
+                .iter()
+                .zip(&prompts)
+            {
+                let [tokens, dim] = embeds.dims();
+                trace.push(record(name, vec![1, tokens, dim], embeds.clone())?);
+            }
+            let [h, w] = self.latent_size(&job);
+            trace.push(TraceTensor {
+                name: "initial_noise".to_owned(),
+                shape: vec![job.num_images, 1, self.latent_channels, h, w],
+                values: drawn,
+            });
+        }
+
+        let segment = |prompt: &Tensor<B, 2>| Segment {
+            height,
+            width,
+            text_tokens: prompt.dims()[0],
+            row: 0,
+        };
+        let each_image = |prompt| std::iter::repeat_n(prompt, job.num_images);
+        let segments = prompts.iter().flat_map(each_image).map(segment).collect();
+        let text = Tensor::cat(prompts.iter().flat_map(each_image).cloned().collect(), 0);
+        let running = RunningJob {
+            job,
+            schedule,
+            modulation,
+            steps_done: 0,
+            latents,
+            text,
+            segments,
+            trace,
+        };
+        self.jobs.insert(id, running);
+        Ok(())
+    }
+
+    fn step(&mut self, ids: &[JobId]) -> Result<Vec<usize>, PaintError> {
+        let mut jobs = Vec::with_capacity(ids.len());
+        for &id in ids {
+            let running = self.running(id)?;
+            if running.steps_done < running.schedule.steps() {
+                jobs.push(running);
+            }
+        }
+        if !jobs.is_empty() {
+            let segments: Vec<Segment> = jobs
+                .iter()
+                .enumerate()
+                .flat_map(|(row, running)| {
+                    running
+                        .segments
+                        .iter()
+                        .map(move |segment| Segment { row, ..*segment })
+                })
+                .collect();
+            let packing = match &self.packing {
+                Some(packing) if packing.segments() == segments => packing.clone(),
+                _ => self.transformer.pack(&segments),
+            };
+            let modulation = jobs
+                .iter()
+                .map(|running| running.modulation.step(running.steps_done));
+            let modulation = StepModulation::cat(modulation.collect());
+            let activations = self.settings.precision.activations;
+            let image = jobs.iter().flat_map(|running| {
+                let forwards = if running.job.uses_cfg() { 2 } else { 1 };
+                std::iter::repeat_n(running.latents.clone().cast(activations), forwards)
+            });
+            let image = Tensor::cat(image.collect(), 0);
+            let text = Tensor::cat(jobs.iter().map(|running| running.text.clone()).collect(), 0);
+            let predicted = self.transformer.forward(image, text, &modulation, &packing);
+            self.packing = Some(packing);
+            self.advance(ids, predicted.cast(DType::F32))?;
+        }
+        ids.iter()
+            .map(|&id| {
+                self.running(id)
+                    .map(|running| running.schedule.steps() - running.steps_done)
+            })
+            .collect()
+    }
+
+    fn finish(&mut self, id: JobId) -> Result<Painting, PaintError> {
+        let running = self.running(id)?;
+        if running.steps_done < running.schedule.steps() {
+            return Err(PaintError::Unfinished(id));
+        }
+        let RunningJob {
+            job,
+            latents,
+            mut trace,
+            ..
+        } = self.jobs.remove(&id).ok_or(PaintError::UnknownJob(id))?;
+        let latents = self.vae.denormalise(self.unpack(&job, latents));
+        let decoded = self.vae.decode(latents, self.settings.vae);
+        // [images, 3, h, w] from -1..1 to [images, h, w, 3] from 0..1
+        let pixels = (decoded * 0.5 + 0.5).clamp(0.0, 1.0).permute([0, 2, 3, 1]);
+        let shape = pixels.dims();
+        let values = read(pixels)?;
+        let images = values
+            .chunks_exact(job.height * job.width * 3)
+            .map(|image| RgbImage {
+                height: job.height,
+                width: job.width,
+                pixels: image
+                    .iter()
+                    .map(|v| (v * 255.0).round_ties_even() as u8)
+                    .collect(),
+            })
+            .collect();
+        if job.record {
+            trace.push(TraceTensor {
+                name: "image_float".to_owned(),
+                shape: shape.to_vec(),
+                values,
+            });
+        }
+        Ok(Painting { images, trace })
+    }
+
+    fn discard(&mut self, id: JobId) {
+        self.jobs.remove(&id);
+    }
+
+    fn memory(&self) -> MemoryUse {
+        MemoryUse::default()
+    }
+}
+
+impl<B: FusedOps> QwenImage<B> {
+    /// Guidance and the Euler step, for each job's share of a prediction.
+    fn advance(&mut self, ids: &[JobId], predicted: Tensor<B, 2>) -> Result<(), PaintError> {
+        let mut first = 0;
+        for &id in ids {
+            let running = self.jobs.get_mut(&id).ok_or(PaintError::UnknownJob(id))?;
+            let step = running.steps_done;
+            if step == running.schedule.steps() {
+                continue;
+            }
+            let tokens = running.latents.dims()[0];
+            let positive = predicted.clone().narrow(0, first, tokens);
+            first += tokens;
+            let velocity = if running.job.uses_cfg() {
+                let negative = predicted.clone().narrow(0, first, tokens);
+                first += tokens;
+                true_cfg(positive, negative, running.job.true_cfg_scale)
+            } else {
+                positive
+            };
+            let sigmas = &running.schedule.sigmas;
+            let delta = sigmas[step + 1] - sigmas[step];
+            running.latents = running.latents.clone() + velocity * delta;
+            running.steps_done += 1;
+            if running.job.record {
+                let [rows, channels] = running.latents.dims();
+                let images = running.job.num_images;
+                let shape = vec![images, rows / images, channels];
+                let name = format!("latents_step{step}");
+                running
+                    .trace
+                    .push(record(&name, shape, running.latents.clone())?);
+            }
+        }
+        Ok(())
+    }
+}
+
+fn record<B: FusedOps, const D: usize>(
+    name: &str,
+    shape: Vec<usize>,
+    tensor: Tensor<B, D>,
+) -> Result<TraceTensor, PaintError> {
+    Ok(TraceTensor {
+        name: name.to_owned(),
+        shape,
+        values: read(tensor.cast(DType::F32))?,
+    })
+}
+
+/// Reads f32 values back from the device; memory that ran out shows here.
+fn read<B: FusedOps, const D: usize>(tensor: Tensor<B, D>) -> Result<Vec<f32>, PaintError> {
+    let device_error = |error: &dyn std::fmt::Debug| PaintError::Device(format!("{error:?}"));
+    let data = tensor
+        .try_into_data()
+        .map_err(|error| device_error(&error))?;
+    data.into_vec::<f32>().map_err(|error| device_error(&error))
+}
+
+/// Refuses pipelines other than Qwen-Image's text-to-image.
+fn check_model_index(config: &ConfigText) -> Result<(), ConfigError> {
+    ConfigReader::parse(config)?.require_class("QwenImagePipeline")
+}
+
+/// The networks must fit each other.
+fn check_widths(
+    configs: &CheckpointConfigs,
+    text: &TextEncoderConfig,
+    transformer: &TransformerConfig,
+    vae: &VaeConfig,
+) -> Result<(), ConfigError> {
+    let problem = if text.hidden_size != transformer.joint_attention_dim {
+        format!(
+            "`joint_attention_dim` is {}, the text encoder's `hidden_size` is {}",
+            transformer.joint_attention_dim, text.hidden_size
+        )
+    } else if transformer.in_channels != vae.z_dim * PATCH * PATCH {
+        format!(
+            "`in_channels` is {}, the VAE's `z_dim` {} makes it {}",
+            transformer.in_channels,
+            vae.z_dim,
+            vae.z_dim * PATCH * PATCH
+        )
+    } else {
+        return Ok(());
+    };
+    Err(ConfigError::Inconsistent {
+        file: configs.transformer.file.clone(),
+        problem,
+    })
+}

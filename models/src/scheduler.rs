@@ -1,0 +1,287 @@
+//! The flow-match Euler scheduler: when each step happens. Host arithmetic only.
+
+use burn_tensor::{DType, bf16, f16};
+
+use crate::config::{ConfigError, ConfigReader, ConfigText};
+
+/// How a dynamic shift bends the sigmas.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum TimeShift {
+    Exponential,
+    Linear,
+}
+
+/// scheduler_config.json of `FlowMatchEulerDiscreteScheduler`.
+#[derive(Debug, Clone, PartialEq)]
+pub struct SchedulerConfig {
+    pub num_train_timesteps: usize,
+    pub shift: f64,
+    pub use_dynamic_shifting: bool,
+    pub base_shift: f64,
+    pub max_shift: f64,
+    pub base_image_seq_len: usize,
+    pub max_image_seq_len: usize,
+    /// The sigma of the last step, if the schedule is stretched to end there.
+    pub shift_terminal: Option<f64>,
+    pub time_shift_type: TimeShift,
+}
+
+impl SchedulerConfig {
+    pub fn from_json(config: &ConfigText) -> Result<Self, ConfigError> {
+        let reader = ConfigReader::parse(config)?;
+        reader.require_class("FlowMatchEulerDiscreteScheduler")?;
+        for switch in [
+            "invert_sigmas",
+            "stochastic_sampling",
+            "use_beta_sigmas",
+            "use_exponential_sigmas",
+            "use_karras_sigmas",
+        ] {
+            reader.require_off(switch)?;
+        }
+        reader.refuse_unknown(&[
+            "base_image_seq_len",
+            "base_shift",
+            "max_image_seq_len",
+            "max_shift",
+            "num_train_timesteps",
+            "shift",
+            "shift_terminal",
+            "time_shift_type",
+            "use_dynamic_shifting",
+        ])?;
+        let time_shift_type = match reader.text_or("time_shift_type", "exponential")?.as_str() {
+            "exponential" => TimeShift::Exponential,
+            "linear" => TimeShift::Linear,
+            _ => return Err(reader.unsupported("time_shift_type", "exponential and linear")),
+        };
+        let config = Self {
+            num_train_timesteps: reader.size_or("num_train_timesteps", 1000)?,
+            shift: reader.number_or("shift", 1.0)?,
+            use_dynamic_shifting: reader.flag_or("use_dynamic_shifting", false)?,
+            base_shift: reader.number_or("base_shift", 0.5)?,
+            max_shift: reader.number_or("max_shift", 1.15)?,
+            base_image_seq_len: reader.size_or("base_image_seq_len", 256)?,
+            max_image_seq_len: reader.size_or("max_image_seq_len", 4096)?,
+            // The reference takes 0 for "none".
+            shift_terminal: reader
+                .optional_number("shift_terminal")?
+                .filter(|&end| end != 0.0),
+            time_shift_type,
+        };
+        if config.base_image_seq_len == config.max_image_seq_len {
+            return Err(reader.inconsistent(
+                "`base_image_seq_len` and `max_image_seq_len` must differ, the shift is a line between them",
+            ));
+        }
+        if config
+            .shift_terminal
+            .is_some_and(|end| !(0.0..1.0).contains(&end))
+        {
+            return Err(reader.unsupported("shift_terminal", "null and numbers from 0 to below 1"));
+        }
+        Ok(config)
+    }
+
+    /// The shift for an image of this many packed latent tokens.
+    pub fn mu(&self, image_tokens: usize) -> f64 {
+        let (base, max) = (
+            self.base_image_seq_len as f64,
+            self.max_image_seq_len as f64,
+        );
+        let slope = (self.max_shift - self.base_shift) / (max - base);
+        let intercept = self.base_shift - slope * base;
+        image_tokens as f64 * slope + intercept
+    }
+
+    /// The schedule of a run, in f32 as the reference computes it.
+    ///
+    /// # Panics
+    /// If `num_inference_steps` is 0.
+    pub fn schedule(&self, num_inference_steps: usize, image_tokens: usize) -> Schedule {
+        assert!(num_inference_steps > 0, "a schedule has at least one step");
+        let mut sigmas = linspace_down_from_one(num_inference_steps);
+        if self.use_dynamic_shifting {
+            let mu = self.mu(image_tokens);
+            for sigma in &mut sigmas {
+                let odds = 1.0 / *sigma - 1.0;
+                *sigma = match self.time_shift_type {
+                    TimeShift::Exponential => mu.exp() as f32 / (mu.exp() as f32 + odds),
+                    TimeShift::Linear => mu as f32 / (mu as f32 + odds),
+                };
+            }
+        } else {
+            let shift = self.shift;
+            for sigma in &mut sigmas {
+                *sigma = shift as f32 * *sigma / (1.0 + (shift - 1.0) as f32 * *sigma);
+            }
+        }
+        if let Some(terminal) = self.shift_terminal {
+            let last = 1.0 - sigmas[num_inference_steps - 1];
+            let factor = last / (1.0 - terminal) as f32;
+            // A single step starts and ends at sigma 1: there is nothing to stretch, and the
+            // reference's division gives NaN.
+            if factor > 0.0 {
+                for sigma in &mut sigmas {
+                    *sigma = 1.0 - (1.0 - *sigma) / factor;
+                }
+            }
+        }
+        let timesteps = sigmas
+            .iter()
+            .map(|sigma| sigma * self.num_train_timesteps as f32)
+            .collect();
+        sigmas.push(0.0);
+        Schedule { sigmas, timesteps }
+    }
+}
+
+/// `steps` f32 values from 1 down to `1 / steps`, in equal steps of an f64.
+fn linspace_down_from_one(steps: usize) -> Vec<f32> {
+    let end = 1.0 / steps as f64;
+    let step = if steps > 1 {
+        (end - 1.0) / (steps - 1) as f64
+    } else {
+        0.0
+    };
+    let mut values: Vec<f32> = (0..steps).map(|i| (i as f64 * step + 1.0) as f32).collect();
+    if steps > 1 {
+        values[steps - 1] = end as f32;
+    }
+    values
+}
+
+/// The noise levels a run passes through.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Schedule {
+    /// One per step, and 0 at the end.
+    pub sigmas: Vec<f32>,
+    /// `sigma * num_train_timesteps`, one per step.
+    pub timesteps: Vec<f32>,
+}
+
+impl Schedule {
+    pub fn steps(&self) -> usize {
+        self.timesteps.len()
+    }
+
+    /// What the transformer is given at each step: `timestep / 1000`, both rounded to the model's
+    /// type, which the reference does too and which decides low bits of every picture.
+    pub fn model_timesteps(&self, model: DType) -> Vec<f32> {
+        self.timesteps
+            .iter()
+            .map(|&t| round_to(round_to(t, model) / 1000.0, model))
+            .collect()
+    }
+}
+
+/// `value` as it survives storage in `dtype`.
+pub(crate) fn round_to(value: f32, dtype: DType) -> f32 {
+    match dtype {
+        DType::BF16 => bf16::from_f32(value).to_f32(),
+        DType::F16 => f16::from_f32(value).to_f32(),
+        _ => value,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn qwen_image() -> SchedulerConfig {
+        SchedulerConfig {
+            num_train_timesteps: 1000,
+            shift: 1.0,
+            use_dynamic_shifting: true,
+            base_shift: 0.5,
+            max_shift: 0.9,
+            base_image_seq_len: 256,
+            max_image_seq_len: 8192,
+            shift_terminal: Some(0.02),
+            time_shift_type: TimeShift::Exponential,
+        }
+    }
+
+    /// Check values of the real model: mu by image size, and the sigmas at 1024² in 50 steps.
+    #[test]
+    fn qwen_image_schedule() {
+        let config = qwen_image();
+        for (tokens, mu) in [
+            (4096, 0.693_548),
+            (83 * 83, 0.834_325),
+            (104 * 58, 0.791_129),
+            (1024, 0.538_710),
+        ] {
+            assert!(
+                (config.mu(tokens) - mu).abs() < 1e-6,
+                "{tokens}: {}",
+                config.mu(tokens)
+            );
+        }
+        let sigmas = config.schedule(50, 4096).sigmas;
+        assert_eq!(sigmas.len(), 51);
+        for (index, sigma) in [
+            (0, 1.0),
+            (1, 0.989_701),
+            (2, 0.979_192),
+            (48, 0.058_476),
+            (49, 0.02),
+        ] {
+            assert!(
+                (sigmas[index] - sigma).abs() < 1e-6,
+                "{index}: {}",
+                sigmas[index]
+            );
+        }
+        assert_eq!(sigmas[50], 0.0);
+    }
+
+    #[test]
+    fn one_step_starts_at_pure_noise() {
+        assert_eq!(qwen_image().schedule(1, 4096).sigmas, [1.0, 0.0]);
+    }
+
+    #[test]
+    fn timesteps_round_to_the_model_type() {
+        let schedule = Schedule {
+            sigmas: vec![0.7, 0.0],
+            timesteps: vec![700.3],
+        };
+        assert_eq!(schedule.model_timesteps(DType::F32), [700.3 / 1000.0]);
+        assert_eq!(
+            schedule.model_timesteps(DType::BF16),
+            [bf16::from_f32(0.7).to_f32()]
+        );
+    }
+
+    #[test]
+    fn unsupported_settings_are_named() {
+        let parse = |body: &str| {
+            let text = format!(r#"{{"_class_name": "FlowMatchEulerDiscreteScheduler"{body}}}"#);
+            SchedulerConfig::from_json(&ConfigText {
+                file: "s.json".to_owned(),
+                text,
+            })
+        };
+        assert!(parse("").is_ok());
+        for (body, named) in [
+            (r#", "use_karras_sigmas": true"#, "use_karras_sigmas"),
+            (r#", "time_shift_type": "cubic""#, "time_shift_type"),
+            (r#", "shift_terminal": 1.5"#, "shift_terminal"),
+            (r#", "mystery": 3"#, "mystery"),
+        ] {
+            let error = parse(body).unwrap_err().to_string();
+            assert!(error.contains(named), "{error}");
+        }
+        let text = r#"{"_class_name": "DDIMScheduler"}"#.to_owned();
+        let error = SchedulerConfig::from_json(&ConfigText {
+            file: "s.json".to_owned(),
+            text,
+        });
+        assert_eq!(
+            error.unwrap_err().to_string(),
+            "s.json: `_class_name` is \"DDIMScheduler\", which kiln does not support; \
+             it supports FlowMatchEulerDiscreteScheduler"
+        );
+    }
+}

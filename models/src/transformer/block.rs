@@ -1,0 +1,218 @@
+//! One double-stream block: joint attention, then an MLP for each stream.
+
+use burn_tensor::Tensor;
+use kiln_ops::{FusedOps, Rope, RowRun};
+
+use super::modulation::{BlockModulation, Modulation};
+use super::{EPS, Packing, TransformerConfig};
+use crate::weights::{Linear, LoadError, Scope};
+
+#[derive(Debug)]
+pub(super) struct TransformerBlock<B: FusedOps> {
+    image: Stream<B>,
+    text: Stream<B>,
+}
+
+impl<B: FusedOps> TransformerBlock<B> {
+    pub(super) fn load(config: &TransformerConfig, at: &Scope<B>) -> Result<Self, LoadError> {
+        Ok(Self {
+            image: Stream::load(config, at, &IMAGE_NAMES)?,
+            text: Stream::load(config, at, &TEXT_NAMES)?,
+        })
+    }
+
+    /// `[tokens, dim]` of both streams to the same.
+    pub(super) fn forward(
+        &self,
+        image: Tensor<B, 2>,
+        text: Tensor<B, 2>,
+        modulation: &BlockModulation<B>,
+        packing: &Packing<B>,
+    ) -> (Tensor<B, 2>, Tensor<B, 2>) {
+        let [image_attention, image_mlp] = Modulation::halves(&modulation.image);
+        let [text_attention, text_mlp] = Modulation::halves(&modulation.text);
+        let (image_runs, text_runs) = (&packing.image_runs, &packing.text_runs);
+
+        let image_qkv = self.image.qkv(
+            image.clone(),
+            &image_attention,
+            image_runs,
+            &packing.image_rope,
+        );
+        let text_qkv = self
+            .text
+            .qkv(text.clone(), &text_attention, text_runs, &packing.text_rope);
+        let (image_attended, text_attended) = joint_attention(image_qkv, text_qkv, packing);
+
+        let image = B::gated_residual(
+            image,
+            image_attention.gate,
+            self.image.to_out.forward(image_attended),
+            image_runs,
+        );
+        let text = B::gated_residual(
+            text,
+            text_attention.gate,
+            self.text.to_out.forward(text_attended),
+            text_runs,
+        );
+        (
+            self.image.mlp(image, image_mlp, image_runs),
+            self.text.mlp(text, text_mlp, text_runs),
+        )
+    }
+}
+
+/// The checkpoint's names for the parts of one stream.
+struct StreamNames {
+    to_q: &'static str,
+    to_k: &'static str,
+    to_v: &'static str,
+    norm_q: &'static str,
+    norm_k: &'static str,
+    to_out: &'static str,
+    mlp: &'static str,
+}
+
+const IMAGE_NAMES: StreamNames = StreamNames {
+    to_q: "attn.to_q",
+    to_k: "attn.to_k",
+    to_v: "attn.to_v",
+    norm_q: "attn.norm_q",
+    norm_k: "attn.norm_k",
+    to_out: "attn.to_out.0",
+    mlp: "img_mlp",
+};
+
+const TEXT_NAMES: StreamNames = StreamNames {
+    to_q: "attn.add_q_proj",
+    to_k: "attn.add_k_proj",
+    to_v: "attn.add_v_proj",
+    norm_q: "attn.norm_added_q",
+    norm_k: "attn.norm_added_k",
+    to_out: "attn.to_add_out",
+    mlp: "txt_mlp",
+};
+
+/// What a block does to the tokens of one stream.
+#[derive(Debug)]
+struct Stream<B: FusedOps> {
+    to_q: Linear<B>,
+    to_k: Linear<B>,
+    to_v: Linear<B>,
+    norm_q: Tensor<B, 1>,
+    norm_k: Tensor<B, 1>,
+    to_out: Linear<B>,
+    mlp_in: Linear<B>,
+    mlp_out: Linear<B>,
+    heads: usize,
+    head_dim: usize,
+}
+
+impl<B: FusedOps> Stream<B> {
+    fn load(
+        config: &TransformerConfig,
+        at: &Scope<B>,
+        names: &StreamNames,
+    ) -> Result<Self, LoadError> {
+        let (dim, head_dim) = (config.dim(), config.attention_head_dim);
+        let mlp = at.at(names.mlp);
+        Ok(Self {
+            to_q: at.at(names.to_q).linear(dim, dim)?,
+            to_k: at.at(names.to_k).linear(dim, dim)?,
+            to_v: at.at(names.to_v).linear(dim, dim)?,
+            norm_q: at.at(names.norm_q).norm("weight", head_dim)?,
+            norm_k: at.at(names.norm_k).norm("weight", head_dim)?,
+            to_out: at.at(names.to_out).linear(dim, dim)?,
+            mlp_in: mlp.at("net.0.proj").linear(dim, 4 * dim)?,
+            mlp_out: mlp.at("net.2").linear(4 * dim, dim)?,
+            heads: config.num_attention_heads,
+            head_dim,
+        })
+    }
+
+    fn qkv(
+        &self,
+        x: Tensor<B, 2>,
+        modulation: &Modulation<B>,
+        runs: &[RowRun],
+        rope: &Rope<B>,
+    ) -> Qkv<B> {
+        let tokens = x.dims()[0];
+        let heads = |x: Tensor<B, 2>| x.reshape([tokens, self.heads, self.head_dim]);
+        let (shift, scale) = (modulation.shift.clone(), modulation.scale.clone());
+        let x = B::layer_norm_modulate(x, shift, scale, runs, EPS);
+        let query = heads(self.to_q.forward(x.clone()));
+        let key = heads(self.to_k.forward(x.clone()));
+        Qkv {
+            query: B::qk_norm_rope(query, self.norm_q.clone(), rope, EPS),
+            key: B::qk_norm_rope(key, self.norm_k.clone(), rope, EPS),
+            value: heads(self.to_v.forward(x)),
+        }
+    }
+
+    fn mlp(&self, x: Tensor<B, 2>, modulation: Modulation<B>, runs: &[RowRun]) -> Tensor<B, 2> {
+        let normed =
+            B::layer_norm_modulate(x.clone(), modulation.shift, modulation.scale, runs, EPS);
+        let hidden = B::gelu_tanh(self.mlp_in.forward(normed));
+        B::gated_residual(x, modulation.gate, self.mlp_out.forward(hidden), runs)
+    }
+}
+
+/// `[tokens, heads, head_dim]` each.
+#[derive(Debug)]
+struct Qkv<B: FusedOps> {
+    query: Tensor<B, 3>,
+    key: Tensor<B, 3>,
+    value: Tensor<B, 3>,
+}
+
+/// Attention of each segment over its text and image together, text first.
+/// Returns `[tokens, dim]` of the image stream, then of the text stream.
+fn joint_attention<B: FusedOps>(
+    image: Qkv<B>,
+    text: Qkv<B>,
+    packing: &Packing<B>,
+) -> (Tensor<B, 2>, Tensor<B, 2>) {
+    let segments = &packing.segments;
+    let image_sizes: Vec<usize> = segments.iter().map(super::Segment::image_tokens).collect();
+    let text_sizes: Vec<usize> = segments.iter().map(|segment| segment.text_tokens).collect();
+
+    let joint = |image: Tensor<B, 3>, text: Tensor<B, 3>| {
+        let images = image.split_with_sizes(image_sizes.clone(), 0);
+        let texts = text.split_with_sizes(text_sizes.clone(), 0);
+        Tensor::cat(
+            texts
+                .into_iter()
+                .zip(images)
+                .flat_map(|(t, i)| [t, i])
+                .collect(),
+            0,
+        )
+    };
+    let query = joint(image.query, text.query);
+    let key = joint(image.key, text.key);
+    let value = joint(image.value, text.value);
+    let attended = B::packed_attention(query, key, value, &packing.joint_lengths(), false);
+
+    let parts = segments
+        .iter()
+        .flat_map(|s| [s.text_tokens, s.image_tokens()])
+        .collect();
+    let (mut texts, mut images) = (Vec::new(), Vec::new());
+    for (index, part) in attended.split_with_sizes(parts, 0).into_iter().enumerate() {
+        if index % 2 == 0 {
+            texts.push(part)
+        } else {
+            images.push(part)
+        }
+    }
+    let join = |mut parts: Vec<_>| {
+        if parts.len() == 1 {
+            parts.remove(0)
+        } else {
+            Tensor::cat(parts, 0)
+        }
+    };
+    (join(images), join(texts))
+}

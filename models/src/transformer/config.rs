@@ -1,0 +1,146 @@
+//! config.json of the transformer.
+
+use crate::config::{ConfigError, ConfigReader, ConfigText};
+
+/// config.json of `QwenImageTransformer2DModel`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TransformerConfig {
+    pub patch_size: usize,
+    /// Channels of a packed latent token.
+    pub in_channels: usize,
+    pub out_channels: usize,
+    pub num_layers: usize,
+    pub attention_head_dim: usize,
+    pub num_attention_heads: usize,
+    /// Width of the prompt embeddings.
+    pub joint_attention_dim: usize,
+    /// How a head's dimensions are shared between frame, height and width positions.
+    pub axes_dims_rope: [usize; 3],
+}
+
+impl TransformerConfig {
+    pub fn from_json(config: &ConfigText) -> Result<Self, ConfigError> {
+        let reader = ConfigReader::parse(config)?;
+        reader.require_class("QwenImageTransformer2DModel")?;
+        for switch in [
+            "guidance_embeds",
+            "use_additional_t_cond",
+            "use_layer3d_rope",
+            "zero_cond_t",
+        ] {
+            reader.require_off(switch)?;
+        }
+        reader.refuse_unknown(&[
+            "attention_head_dim",
+            "axes_dims_rope",
+            "in_channels",
+            "joint_attention_dim",
+            "num_attention_heads",
+            "num_layers",
+            "out_channels",
+            "patch_size",
+            // Published with Qwen-Image; the class has no such parameter.
+            "pooled_projection_dim",
+        ])?;
+        let axes = if reader.value("axes_dims_rope").is_some() {
+            reader.sizes("axes_dims_rope")?
+        } else {
+            vec![16, 56, 56]
+        };
+        let attention_head_dim = reader.size_or("attention_head_dim", 128)?;
+        let axes_dims_rope = <[usize; 3]>::try_from(axes.as_slice()).map_err(|_| {
+            reader.inconsistent("`axes_dims_rope` must have three values (frame, height, width)")
+        })?;
+        if axes.iter().sum::<usize>() != attention_head_dim || axes.iter().any(|axis| axis % 2 != 0)
+        {
+            return Err(reader.inconsistent(format!(
+                "`axes_dims_rope` {axes:?} must be even numbers that sum to `attention_head_dim` \
+                 ({attention_head_dim})"
+            )));
+        }
+        let in_channels = reader.size_or("in_channels", 64)?;
+        let config = Self {
+            patch_size: reader.size_or("patch_size", 2)?,
+            in_channels,
+            out_channels: match reader.value("out_channels") {
+                Some(_) => reader.size("out_channels")?,
+                None => in_channels,
+            },
+            num_layers: reader.size_or("num_layers", 60)?,
+            attention_head_dim,
+            num_attention_heads: reader.size_or("num_attention_heads", 24)?,
+            joint_attention_dim: reader.size_or("joint_attention_dim", 3584)?,
+            axes_dims_rope,
+        };
+        if config.patch_size != 2 {
+            return Err(reader.unsupported("patch_size", "2, as the pipeline packs latents"));
+        }
+        if config.patch_channels() != config.in_channels {
+            return Err(reader.inconsistent(format!(
+                "`in_channels` ({in_channels}) must be patch_size² · `out_channels` ({}), or the \
+                 prediction cannot be subtracted from the latents",
+                config.patch_channels()
+            )));
+        }
+        Ok(config)
+    }
+
+    /// Width of both streams.
+    pub fn dim(&self) -> usize {
+        self.num_attention_heads * self.attention_head_dim
+    }
+
+    /// Channels of a predicted token.
+    pub(crate) fn patch_channels(&self) -> usize {
+        self.patch_size * self.patch_size * self.out_channels
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(body: &str) -> Result<TransformerConfig, ConfigError> {
+        let text = format!(r#"{{"_class_name": "QwenImageTransformer2DModel"{body}}}"#);
+        TransformerConfig::from_json(&ConfigText {
+            file: "config.json".to_owned(),
+            text,
+        })
+    }
+
+    #[test]
+    fn published_configuration() {
+        let config = parse(
+            r#", "_diffusers_version": "0.34.0.dev0", "attention_head_dim": 128,
+            "axes_dims_rope": [16, 56, 56], "guidance_embeds": false, "in_channels": 64,
+            "joint_attention_dim": 3584, "num_attention_heads": 24, "num_layers": 60,
+            "out_channels": 16, "patch_size": 2, "pooled_projection_dim": 768"#,
+        );
+        assert_eq!(config.unwrap().dim(), 3072);
+    }
+
+    #[test]
+    fn what_cannot_be_honoured_is_named() {
+        for (body, named) in [
+            (r#", "guidance_embeds": true"#, "guidance_embeds"),
+            (r#", "zero_cond_t": true"#, "zero_cond_t"),
+            (r#", "use_layer3d_rope": true"#, "use_layer3d_rope"),
+            (
+                r#", "use_additional_t_cond": true"#,
+                "use_additional_t_cond",
+            ),
+            (
+                r#", "quantization_config": {"bits": 4}"#,
+                "quantization_config",
+            ),
+            (r#", "patch_size": 1"#, "patch_size"),
+            (r#", "axes_dims_rope": [16, 56]"#, "axes_dims_rope"),
+            (r#", "axes_dims_rope": [16, 56, 55]"#, "axes_dims_rope"),
+            (r#", "num_layers": "sixty""#, "num_layers"),
+            (r#", "in_channels": 60"#, "in_channels"),
+        ] {
+            let error = parse(body).unwrap_err().to_string();
+            assert!(error.contains(named), "{error}");
+        }
+    }
+}
