@@ -10,16 +10,16 @@ use crate::{Rope, RowRun};
 /// The table row of every token: `[1, dim]` if all tokens use one row, else `[tokens, dim]`.
 pub fn per_token<B: Backend>(table: Tensor<B, 2>, runs: &[RowRun]) -> Tensor<B, 2> {
     let [rows, dim] = table.dims();
-    let first = runs.first().map_or(0, |run| run.row);
-    if runs.iter().all(|run| run.row == first) {
+    let runs = || runs.iter().filter(|run| run.tokens > 0);
+    let first = runs().next().map_or(0, |run| run.row);
+    if runs().all(|run| run.row == first) {
         return if rows == 1 {
             table
         } else {
             table.slice([first..first + 1, 0..dim])
         };
     }
-    let parts = runs
-        .iter()
+    let parts = runs()
         .map(|run| {
             table
                 .clone()
@@ -30,7 +30,7 @@ pub fn per_token<B: Backend>(table: Tensor<B, 2>, runs: &[RowRun]) -> Tensor<B, 
     Tensor::cat(parts, 0)
 }
 
-pub(crate) fn torch_linear<B: Backend>(
+pub fn torch_linear<B: Backend>(
     x: Tensor<B, 2>,
     weight: Tensor<B, 2>,
     bias: Option<Tensor<B, 1>>,
@@ -43,7 +43,7 @@ pub(crate) fn torch_linear<B: Backend>(
     }
 }
 
-pub(crate) fn rms_norm<B: Backend>(
+pub fn rms_norm<B: Backend>(
     x: Tensor<B, 2>,
     weight: Tensor<B, 1>,
     eps: f64,
@@ -55,7 +55,7 @@ pub(crate) fn rms_norm<B: Backend>(
     (normalised * weight.cast(DType::F32).unsqueeze()).cast(dtype)
 }
 
-pub(crate) fn layer_norm_modulate<B: Backend>(
+pub fn layer_norm_modulate<B: Backend>(
     x: Tensor<B, 2>,
     shift: Tensor<B, 2>,
     scale: Tensor<B, 2>,
@@ -71,7 +71,7 @@ pub(crate) fn layer_norm_modulate<B: Backend>(
     modulated.cast(dtype)
 }
 
-pub(crate) fn gated_residual<B: Backend>(
+pub fn gated_residual<B: Backend>(
     residual: Tensor<B, 2>,
     gate: Tensor<B, 2>,
     x: Tensor<B, 2>,
@@ -87,7 +87,7 @@ pub(crate) fn gated_residual<B: Backend>(
     sum.cast(dtype)
 }
 
-pub(crate) fn qk_norm_rope<B: Backend>(
+pub fn qk_norm_rope<B: Backend>(
     x: Tensor<B, 3>,
     weight: Tensor<B, 1>,
     rope: &Rope<B>,
@@ -115,7 +115,7 @@ pub(crate) fn qk_norm_rope<B: Backend>(
     rotated.reshape([tokens, heads, head_dim]).cast(dtype)
 }
 
-pub(crate) fn gelu_tanh<B: Backend>(x: Tensor<B, 2>) -> Tensor<B, 2> {
+pub fn gelu_tanh<B: Backend>(x: Tensor<B, 2>) -> Tensor<B, 2> {
     let dtype = x.dtype();
     let x = x.cast(DType::F32);
     let cubed = x.clone() * x.clone() * x.clone();
@@ -123,11 +123,11 @@ pub(crate) fn gelu_tanh<B: Backend>(x: Tensor<B, 2>) -> Tensor<B, 2> {
     (x * (inner.tanh() + 1.0) * 0.5).cast(dtype)
 }
 
-pub(crate) fn silu_mul<B: Backend>(gate: Tensor<B, 2>, up: Tensor<B, 2>) -> Tensor<B, 2> {
+pub fn silu_mul<B: Backend>(gate: Tensor<B, 2>, up: Tensor<B, 2>) -> Tensor<B, 2> {
     activation::silu(gate) * up
 }
 
-pub(crate) fn packed_attention<B: Backend>(
+pub fn packed_attention<B: Backend>(
     query: Tensor<B, 3>,
     key: Tensor<B, 3>,
     value: Tensor<B, 3>,
@@ -177,7 +177,7 @@ pub(crate) fn packed_attention<B: Backend>(
     }
 }
 
-pub(crate) fn same_conv2d<B: Backend>(
+pub fn same_conv2d<B: Backend>(
     x: Tensor<B, 4>,
     weight: Tensor<B, 4>,
     bias: Tensor<B, 1>,
@@ -189,7 +189,7 @@ pub(crate) fn same_conv2d<B: Backend>(
     module::conv2d(x, weight.cast(dtype), Some(bias.cast(dtype)), options)
 }
 
-pub(crate) fn channel_norm<B: Backend>(x: Tensor<B, 4>, gamma: Tensor<B, 1>) -> Tensor<B, 4> {
+pub fn channel_norm<B: Backend>(x: Tensor<B, 4>, gamma: Tensor<B, 1>) -> Tensor<B, 4> {
     let dtype = x.dtype();
     let channels = x.dims()[1];
     let x = x.cast(DType::F32);
@@ -198,11 +198,11 @@ pub(crate) fn channel_norm<B: Backend>(x: Tensor<B, 4>, gamma: Tensor<B, 1>) -> 
     (x / norm * (channels as f64).sqrt() * gamma).cast(dtype)
 }
 
-pub(crate) fn channel_norm_silu<B: Backend>(x: Tensor<B, 4>, gamma: Tensor<B, 1>) -> Tensor<B, 4> {
+pub fn channel_norm_silu<B: Backend>(x: Tensor<B, 4>, gamma: Tensor<B, 1>) -> Tensor<B, 4> {
     activation::silu(channel_norm(x, gamma))
 }
 
-pub(crate) fn upsample_nearest<B: Backend>(x: Tensor<B, 4>) -> Tensor<B, 4> {
+pub fn upsample_nearest<B: Backend>(x: Tensor<B, 4>) -> Tensor<B, 4> {
     let [images, channels, height, width] = x.dims();
     x.reshape([images, channels, height, 1, width, 1])
         .expand([images, channels, height, 2, width, 2])

@@ -3,14 +3,14 @@
 //! Every op of [`FusedOps`] has a default body in plain burn ops, which is its definition. A
 //! backend overrides it only with a kernel that is tested against that body and measured faster.
 
-mod defaults;
+pub mod defaults;
 #[cfg(feature = "flex")]
 mod flex;
 
 use burn_tensor::Tensor;
 use burn_tensor::backend::Backend;
 
-pub use defaults::per_token;
+
 
 /// A run of consecutive packed tokens that share one row of a modulation table.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -1,0 +1,113 @@
+//! Loops over slices that the compiler vectorises, for the widest SIMD the machine has.
+
+/// Runs `body` compiled for the machine's best instruction set. Everything it calls must be
+/// inlined, or it is compiled for the baseline.
+#[inline(always)]
+pub(super) fn vectorised<R>(body: impl FnOnce() -> R) -> R {
+    pulp::Arch::new().dispatch(body)
+}
+
+/// Independent partial sums, so that additions need not wait for each other.
+const LANES: usize = 32;
+
+/// Sum of `f(x)` over a slice.
+#[inline(always)]
+pub(super) fn sum(values: &[f32], f: impl Fn(f32) -> f32) -> f32 {
+    let mut lanes = [0.0_f32; LANES];
+    let chunks = values.chunks_exact(LANES);
+    let rest: f32 = chunks.remainder().iter().map(|&x| f(x)).sum();
+    for chunk in chunks {
+        for (lane, &x) in lanes.iter_mut().zip(chunk) {
+            *lane += f(x);
+        }
+    }
+    lanes.iter().sum::<f32>() + rest
+}
+
+#[inline(always)]
+pub(super) fn max(values: &[f32]) -> f32 {
+    let mut lanes = [f32::NEG_INFINITY; LANES];
+    let chunks = values.chunks_exact(LANES);
+    let rest = chunks.remainder().iter().fold(f32::NEG_INFINITY, |a, &b| if b > a { b } else { a });
+    for chunk in chunks {
+        for (lane, &x) in lanes.iter_mut().zip(chunk) {
+            *lane = if x > *lane { x } else { *lane };
+        }
+    }
+    lanes.iter().fold(rest, |a, &b| if b > a { b } else { a })
+}
+
+/// `eˣ` to about 1 ulp: `2ⁿ · eʳ` with `|r| ≤ ln 2 / 2`. Below -87.3 it gives the smallest normal
+/// numbers' neighbourhood rather than 0, above 88.3 it stays finite.
+#[inline(always)]
+pub(super) fn exp(x: f32) -> f32 {
+    // Adding 1.5 · 2²³ rounds to a whole number and leaves it in the low bits.
+    const ROUND: f32 = 12_582_912.0;
+    const LN_2_HIGH: f32 = 0.693_359_4;
+    const LN_2_LOW: f32 = -2.121_944_4e-4;
+    let x = if x > 88.3 { 88.3 } else { x };
+    let x = if x < -87.3 { -87.3 } else { x };
+    let shifted = x * std::f32::consts::LOG2_E + ROUND;
+    let n = shifted - ROUND;
+    let r = (x - n * LN_2_HIGH) - n * LN_2_LOW;
+    // Minimax coefficients of Cephes' expf.
+    let mut poly = 1.987_569_2e-4;
+    for coefficient in [1.398_199_9e-3, 8.333_452e-3, 4.166_579_6e-2, 0.166_666_65, 0.5] {
+        poly = poly * r + coefficient;
+    }
+    let power = shifted.to_bits().wrapping_sub(ROUND.to_bits()).wrapping_add(127) << 23;
+    (poly * r * r + r + 1.0) * f32::from_bits(power)
+}
+
+#[inline(always)]
+pub(super) fn silu(x: f32) -> f32 {
+    x / (1.0 + exp(-x))
+}
+
+/// `0.5 x (1 + tanh u)` is `x · sigmoid(2u)`.
+#[inline(always)]
+pub(super) fn gelu_tanh(x: f32) -> f32 {
+    const TWICE_ROOT_2_OVER_PI: f32 = 1.595_769_1;
+    x / (1.0 + exp(-TWICE_ROOT_2_OVER_PI * (x + 0.044_715 * x * x * x)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn exp_is_within_two_ulp() {
+        let mut worst = 0.0_f64;
+        for i in -870_000..880_000 {
+            let x = i as f32 * 1e-4;
+            let exact = f64::from(x).exp();
+            worst = worst.max((f64::from(exp(x)) - exact).abs() / exact);
+        }
+        assert!(worst < 2.0 * f64::from(f32::EPSILON), "relative error {worst:e}");
+        assert_eq!(exp(0.0), 1.0);
+        assert!(exp(-1e30) < 2e-38 && exp(1e30).is_finite());
+    }
+
+    #[test]
+    fn activations_match_their_formulas() {
+        for i in -2000..2000 {
+            let x = i as f32 * 0.01;
+            let wide = f64::from(x);
+            let silu_exact = wide / (1.0 + (-wide).exp());
+            let u = (2.0 / std::f64::consts::PI).sqrt() * (wide + 0.044_715 * wide.powi(3));
+            let gelu_exact = 0.5 * wide * (1.0 + u.tanh());
+            assert!((f64::from(silu(x)) - silu_exact).abs() < 2e-6, "silu {x}");
+            assert!((f64::from(gelu_tanh(x)) - gelu_exact).abs() < 2e-6, "gelu {x}");
+        }
+    }
+
+    #[test]
+    fn reductions_cover_every_value() {
+        for len in [0_usize, 1, 31, 32, 33, 100] {
+            let values: Vec<f32> = (0..len).map(|i| i as f32).collect();
+            assert_eq!(sum(&values, |x| x), (len * len.saturating_sub(1) / 2) as f32);
+            let largest = values.last().copied().unwrap_or(f32::NEG_INFINITY);
+            assert_eq!(max(&values), largest);
+        }
+    }
+}

@@ -1,0 +1,403 @@
+//! A model folder as diffusers writes it: five JSON files, a tokenizer, and the weights of three
+//! components in safetensors files.
+//!
+//! [`Checkpoint::open`] reads headers and configurations only. The weights are memory-mapped and
+//! reach the models tensor by tensor, through [`TensorSource`].
+
+mod weights;
+
+#[cfg(test)]
+mod tests;
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io;
+use std::path::Path;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use kiln_models::TensorSource;
+
+use weights::Weights;
+
+/// An open model folder.
+#[derive(Debug, Clone)]
+pub struct Checkpoint {
+    folder: PathBuf,
+    configs: ConfigTexts,
+    text_encoder: Arc<dyn TensorSource>,
+    transformer: Arc<dyn TensorSource>,
+    vae: Arc<dyn TensorSource>,
+}
+
+/// The five JSON files that describe a model. They are handed on as text: what a number means is
+/// the business of the component that reads it.
+#[derive(Debug, Clone)]
+pub struct ConfigTexts {
+    pub model_index: ConfigText,
+    pub scheduler: ConfigText,
+    pub text_encoder: ConfigText,
+    pub transformer: ConfigText,
+    pub vae: ConfigText,
+}
+
+/// A configuration file, with its path for messages.
+#[derive(Debug, Clone)]
+pub struct ConfigText {
+    pub path: PathBuf,
+    pub text: String,
+}
+
+/// Why a folder cannot be used as a model. Every message says what to do about it.
+#[derive(Debug, thiserror::Error)]
+pub enum CheckpointError {
+    #[error(
+        "there is no folder {path}: give the path of a model folder, or a Hub id such as \
+         Qwen/Qwen-Image"
+    )]
+    FolderMissing { path: PathBuf },
+
+    #[error(
+        "{path} is a file, and a model is a folder in diffusers layout (model_index.json, \
+         transformer/, text_encoder/, vae/, ...): give the folder, or a Hub id such as \
+         Qwen/Qwen-Image. Single-file checkpoints (.safetensors, .gguf) cannot be loaded"
+    )]
+    IsFile { path: PathBuf },
+
+    #[error(
+        "{folder} holds a single-file checkpoint ({file}), which cannot be loaded: get the same \
+         model in diffusers layout (a folder with model_index.json, transformer/, text_encoder/, \
+         vae/, ...), for example with `hf download Qwen/Qwen-Image`"
+    )]
+    SingleFile { folder: PathBuf, file: String },
+
+    #[error(
+        "{folder} is not a model folder: it has no model_index.json. Looked for model_index.json, \
+         scheduler/scheduler_config.json, text_encoder/config.json, transformer/config.json, \
+         vae/config.json and tokenizer/; found {}. Give the folder that holds model_index.json",
+        listing(found)
+    )]
+    NotAModelFolder { folder: PathBuf, found: Vec<String> },
+
+    #[error(
+        "the model folder {folder} has no {component}/: the copy is incomplete, download the \
+         model again"
+    )]
+    ComponentMissing {
+        folder: PathBuf,
+        component: &'static str,
+    },
+
+    #[error("{path} is missing: the copy of the model is incomplete, download it again")]
+    ConfigMissing { path: PathBuf },
+
+    #[error(
+        "no weights in {folder}: looked for {stem}.safetensors.index.json and {stem}.safetensors, \
+         found {}. Download them, or save the model with diffusers' \
+         save_pretrained(safe_serialization=True)",
+        listing(found)
+    )]
+    NoWeights {
+        folder: PathBuf,
+        stem: &'static str,
+        found: Vec<String>,
+    },
+
+    #[error("{path} is not a valid index of weight files: download it again")]
+    IndexInvalid {
+        path: PathBuf,
+        source: serde_json::Error,
+    },
+
+    #[error(
+        "{path} places the tensor {tensor} in {shard:?}, which is not the name of a file beside \
+         the index: download the index again"
+    )]
+    ShardName {
+        path: PathBuf,
+        tensor: String,
+        shard: String,
+    },
+
+    #[error(
+        "{shard} is missing, and {index} places {tensors} tensors in it: download this file, or \
+         the model again"
+    )]
+    ShardMissing {
+        shard: PathBuf,
+        index: PathBuf,
+        tensors: usize,
+    },
+
+    #[error(
+        "{index} places the tensor {tensor} in {shard}, which does not have it: the index and the \
+         weights are not of the same version, download both again"
+    )]
+    TensorMissing {
+        tensor: String,
+        shard: PathBuf,
+        index: PathBuf,
+    },
+
+    #[error(
+        "the tensor {tensor} is both in {first} and in {second}: the folder mixes two versions of \
+         the model, download it into an empty folder"
+    )]
+    DuplicateTensor {
+        tensor: String,
+        first: String,
+        second: String,
+    },
+
+    #[error(
+        "{path} has {actual} bytes where its header needs {expected}: the copy is incomplete or \
+         damaged, download this file again"
+    )]
+    WrongSize {
+        path: PathBuf,
+        expected: u64,
+        actual: u64,
+    },
+
+    #[error("{path} is not a safetensors file ({reason}): download this file again")]
+    NotSafetensors { path: PathBuf, reason: String },
+
+    #[error(
+        "{path} is a Git LFS pointer, not the file itself: run `git lfs pull` in the model folder"
+    )]
+    LfsPointer { path: PathBuf },
+
+    #[error("cannot read {path}")]
+    Io { path: PathBuf, source: io::Error },
+}
+
+impl Checkpoint {
+    /// Opens a model folder: reads its configuration files and maps its weight files.
+    ///
+    /// Costs one read of each safetensors header; no weights are read.
+    pub fn open(folder: &Path) -> Result<Self, CheckpointError> {
+        check_is_model_folder(folder)?;
+        for component in [
+            "scheduler",
+            "text_encoder",
+            "tokenizer",
+            "transformer",
+            "vae",
+        ] {
+            if !folder.join(component).is_dir() {
+                return Err(CheckpointError::ComponentMissing {
+                    folder: folder.to_owned(),
+                    component,
+                });
+            }
+        }
+        let configs = ConfigTexts {
+            model_index: read_config(folder.join("model_index.json"))?,
+            scheduler: read_config(folder.join("scheduler/scheduler_config.json"))?,
+            text_encoder: read_config(folder.join("text_encoder/config.json"))?,
+            transformer: read_config(folder.join("transformer/config.json"))?,
+            vae: read_config(folder.join("vae/config.json"))?,
+        };
+        // The stems are transformers' and diffusers' names for a component's weights.
+        Ok(Self {
+            folder: folder.to_owned(),
+            configs,
+            text_encoder: Arc::new(open_weights(&folder.join("text_encoder"), "model")?),
+            transformer: open_diffusers_weights(&folder.join("transformer"))?,
+            vae: open_diffusers_weights(&folder.join("vae"))?,
+        })
+    }
+
+    pub fn folder(&self) -> &Path {
+        &self.folder
+    }
+
+    /// The folder with the tokenizer's files; that it exists has been checked.
+    pub fn tokenizer_folder(&self) -> PathBuf {
+        self.folder.join("tokenizer")
+    }
+
+    pub fn configs(&self) -> &ConfigTexts {
+        &self.configs
+    }
+
+    pub fn text_encoder(&self) -> Arc<dyn TensorSource> {
+        Arc::clone(&self.text_encoder)
+    }
+
+    pub fn transformer(&self) -> Arc<dyn TensorSource> {
+        Arc::clone(&self.transformer)
+    }
+
+    pub fn vae(&self) -> Arc<dyn TensorSource> {
+        Arc::clone(&self.vae)
+    }
+}
+
+fn check_is_model_folder(folder: &Path) -> Result<(), CheckpointError> {
+    if folder.is_file() {
+        return Err(CheckpointError::IsFile {
+            path: folder.to_owned(),
+        });
+    }
+    if !folder.is_dir() {
+        return Err(CheckpointError::FolderMissing {
+            path: folder.to_owned(),
+        });
+    }
+    if folder.join("model_index.json").is_file() {
+        return Ok(());
+    }
+    let found = list_folder(folder)?;
+    let single_file = |name: &String| {
+        Path::new(name)
+            .extension()
+            .is_some_and(|it| it == "safetensors" || it == "gguf")
+    };
+    let mut checkpoints = found.iter().filter(|name| single_file(name));
+    if let (Some(file), None) = (checkpoints.next(), checkpoints.next()) {
+        let (folder, file) = (folder.to_owned(), file.clone());
+        return Err(CheckpointError::SingleFile { folder, file });
+    }
+    Err(CheckpointError::NotAModelFolder {
+        folder: folder.to_owned(),
+        found,
+    })
+}
+
+fn read_config(path: PathBuf) -> Result<ConfigText, CheckpointError> {
+    if !path.exists() {
+        return Err(CheckpointError::ConfigMissing { path });
+    }
+    let text = read_text(&path)?;
+    Ok(ConfigText { path, text })
+}
+
+fn open_diffusers_weights(folder: &Path) -> Result<Arc<dyn TensorSource>, CheckpointError> {
+    Ok(Arc::new(open_weights(folder, "diffusion_pytorch_model")?))
+}
+
+/// Opens `{stem}.safetensors.index.json` and its shards, or `{stem}.safetensors` where there is no
+/// index.
+fn open_weights(folder: &Path, stem: &'static str) -> Result<Weights, CheckpointError> {
+    let mut weights = Weights::new(folder);
+    let index = folder.join(format!("{stem}.safetensors.index.json"));
+    let single = folder.join(format!("{stem}.safetensors"));
+    if index.exists() {
+        add_shards(&mut weights, folder, &index)?;
+    } else if single.exists() {
+        weights.add_file(&single)?;
+    } else {
+        let found = list_folder(folder)?;
+        return Err(CheckpointError::NoWeights {
+            folder: folder.to_owned(),
+            stem,
+            found,
+        });
+    }
+    Ok(weights)
+}
+
+/// The index of a sharded component; its "metadata" is of no use here.
+#[derive(serde::Deserialize)]
+struct ShardIndex {
+    /// Tensor name to file name.
+    weight_map: BTreeMap<String, String>,
+}
+
+fn add_shards(weights: &mut Weights, folder: &Path, index: &Path) -> Result<(), CheckpointError> {
+    let ShardIndex { weight_map } = serde_json::from_str(&read_text(index)?).map_err(|source| {
+        CheckpointError::IndexInvalid {
+            path: index.to_owned(),
+            source,
+        }
+    })?;
+
+    let mut shards: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
+    for (tensor, shard) in &weight_map {
+        shards.entry(shard).or_default().push(tensor);
+    }
+    for (name, tensors) in shards {
+        // The index came from the network: it must not reach outside its folder.
+        if Path::new(name).file_name() != Some(name.as_ref()) {
+            return Err(CheckpointError::ShardName {
+                path: index.to_owned(),
+                tensor: tensors[0].to_owned(),
+                shard: name.to_owned(),
+            });
+        }
+        let shard = folder.join(name);
+        let index = index.to_owned();
+        if !shard.exists() {
+            return Err(CheckpointError::ShardMissing {
+                shard,
+                index,
+                tensors: tensors.len(),
+            });
+        }
+        weights.add_file(&shard)?;
+        if let Some(tensor) = tensors
+            .into_iter()
+            .find(|tensor| !weights.has(tensor, &shard))
+        {
+            return Err(CheckpointError::TensorMissing {
+                tensor: tensor.to_owned(),
+                shard,
+                index,
+            });
+        }
+    }
+    Ok(())
+}
+
+fn read_text(path: &Path) -> Result<String, CheckpointError> {
+    let text = fs::read_to_string(path).map_err(|source| io_error(path, source))?;
+    if is_lfs_pointer(text.as_bytes()) {
+        return Err(CheckpointError::LfsPointer {
+            path: path.to_owned(),
+        });
+    }
+    Ok(text)
+}
+
+/// What a clone without Git LFS has in place of a large file:
+/// <https://github.com/git-lfs/git-lfs/blob/v3.5.1/docs/spec.md>.
+fn is_lfs_pointer(content: &[u8]) -> bool {
+    content.starts_with(b"version https://git-lfs")
+}
+
+/// The names in a folder, sorted; folders end in a slash.
+fn list_folder(folder: &Path) -> Result<Vec<String>, CheckpointError> {
+    let mut names = fs::read_dir(folder)
+        .and_then(Iterator::collect::<Result<Vec<_>, _>>)
+        .map_err(|source| io_error(folder, source))?
+        .into_iter()
+        .map(|entry| {
+            let slash = if entry.path().is_dir() { "/" } else { "" };
+            format!("{}{slash}", entry.file_name().display())
+        })
+        .collect::<Vec<_>>();
+    names.sort();
+    Ok(names)
+}
+
+/// A folder's content in a message: a dozen names at most.
+fn listing(names: &[String]) -> String {
+    const SHOWN: usize = 12;
+    match names {
+        [] => "nothing".to_owned(),
+        names if names.len() <= SHOWN => names.join(", "),
+        names => format!(
+            "{} and {} more",
+            names[..SHOWN].join(", "),
+            names.len() - SHOWN
+        ),
+    }
+}
+
+fn io_error(path: &Path, source: io::Error) -> CheckpointError {
+    CheckpointError::Io {
+        path: path.to_owned(),
+        source,
+    }
+}

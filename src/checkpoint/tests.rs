@@ -1,0 +1,401 @@
+use std::error::Error;
+use std::iter;
+
+use kiln_models::StoredDType;
+use tempfile::TempDir;
+
+use super::*;
+
+/// A safetensors file with this header, as JSON, and so many bytes of data: 0, 1, 2, ...
+fn safetensors(header: &str, data_bytes: usize) -> Vec<u8> {
+    let mut file = (header.len() as u64).to_le_bytes().to_vec();
+    file.extend(header.as_bytes());
+    file.extend((0..data_bytes).map(|i| i as u8));
+    file
+}
+
+/// A file with one f32 vector of two elements under each name.
+fn vectors(names: &[&str]) -> Vec<u8> {
+    let entry = |(i, name): (usize, &&str)| {
+        let (start, end) = (i * 8, i * 8 + 8);
+        format!(r#""{name}":{{"dtype":"F32","shape":[2],"data_offsets":[{start},{end}]}}"#)
+    };
+    let entries = names.iter().enumerate().map(entry).collect::<Vec<_>>();
+    safetensors(&format!("{{{}}}", entries.join(",")), names.len() * 8)
+}
+
+fn write(folder: &Path, name: &str, content: impl AsRef<[u8]>) {
+    let path = folder.join(name);
+    fs::create_dir_all(path.parent().unwrap()).unwrap();
+    fs::write(path, content).unwrap();
+}
+
+/// A complete model folder with a few small tensors.
+fn model() -> TempDir {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path();
+    write(path, "model_index.json", "{}");
+    write(
+        path,
+        "scheduler/scheduler_config.json",
+        "{\"scheduler\": 1}",
+    );
+    write(path, "text_encoder/config.json", "{\"text_encoder\": 1}");
+    write(
+        path,
+        "text_encoder/model.safetensors",
+        vectors(&["embed", "norm"]),
+    );
+    write(path, "tokenizer/vocab.json", "{}");
+    write(path, "transformer/config.json", "{\"transformer\": 1}");
+    let index = r#"{"metadata": {"total_size": 24}, "weight_map": {"a": "one.safetensors",
+        "b": "two.safetensors", "c": "two.safetensors"}}"#;
+    write(
+        path,
+        "transformer/diffusion_pytorch_model.safetensors.index.json",
+        index,
+    );
+    write(path, "transformer/one.safetensors", vectors(&["a"]));
+    write(path, "transformer/two.safetensors", vectors(&["b", "c"]));
+    write(path, "vae/config.json", "{\"vae\": 1}");
+    write(
+        path,
+        "vae/diffusion_pytorch_model.safetensors",
+        vectors(&["conv"]),
+    );
+    folder
+}
+
+/// The messages of the error and its sources, with the model folder's path as `DIR`.
+fn open_error(folder: &Path, base: &Path) -> String {
+    let error = Checkpoint::open(folder).unwrap_err();
+    let chain = iter::successors(Some(&error as &dyn Error), |error| (*error).source());
+    let message = chain
+        .map(ToString::to_string)
+        .collect::<Vec<_>>()
+        .join(": ");
+    message.replace(&base.display().to_string(), "DIR")
+}
+
+/// The message after a file of a complete model has other content, or (`None`) is gone.
+fn error_with(name: &str, content: Option<&[u8]>) -> String {
+    let folder = model();
+    match content {
+        Some(content) => write(folder.path(), name, content),
+        None => fs::remove_file(folder.path().join(name)).unwrap(),
+    }
+    open_error(folder.path(), folder.path())
+}
+
+#[test]
+fn opens_single_and_sharded_components() {
+    let folder = model();
+    let checkpoint = Checkpoint::open(folder.path()).unwrap();
+    assert_eq!(checkpoint.folder(), folder.path());
+    assert_eq!(
+        checkpoint.tokenizer_folder(),
+        folder.path().join("tokenizer")
+    );
+
+    let configs = checkpoint.configs();
+    assert_eq!(configs.scheduler.text, "{\"scheduler\": 1}");
+    assert_eq!(configs.text_encoder.text, "{\"text_encoder\": 1}");
+    assert_eq!(configs.transformer.text, "{\"transformer\": 1}");
+    assert_eq!(configs.vae.text, "{\"vae\": 1}");
+    assert_eq!(
+        configs.model_index.path,
+        folder.path().join("model_index.json")
+    );
+
+    assert_eq!(checkpoint.text_encoder().names(), ["embed", "norm"]);
+    assert_eq!(checkpoint.vae().names(), ["conv"]);
+    let transformer = checkpoint.transformer();
+    assert_eq!(
+        transformer.origin(),
+        folder.path().join("transformer").display().to_string()
+    );
+    assert_eq!(transformer.names(), ["a", "b", "c"]);
+    let info = transformer.info("c").unwrap();
+    assert_eq!((info.shape, info.dtype), (vec![2], StoredDType::F32));
+    assert_eq!(
+        Path::new(&info.file),
+        folder.path().join("transformer/two.safetensors")
+    );
+    assert_eq!(&transformer.bytes("c")[..], [8, 9, 10, 11, 12, 13, 14, 15]);
+    assert_eq!(transformer.info("d"), None);
+}
+
+#[test]
+fn types_that_cannot_be_read_do_not_stop_opening() {
+    let folder = model();
+    let header = r#"{"__metadata__":{"format":"pt"},
+        "bf16":{"dtype":"BF16","shape":[2,1],"data_offsets":[0,4]},
+        "f16":{"dtype":"F16","shape":[],"data_offsets":[4,6]},
+        "fp8":{"dtype":"F8_E4M3","shape":[3],"data_offsets":[6,9]},
+        "none":{"dtype":"F32","shape":[0,4],"data_offsets":[9,9]},
+        "steps":{"dtype":"I64","shape":[1],"data_offsets":[9,17]}}"#;
+    write(
+        folder.path(),
+        "vae/diffusion_pytorch_model.safetensors",
+        safetensors(header, 17),
+    );
+    let vae = Checkpoint::open(folder.path()).unwrap().vae();
+    let dtypes = vae
+        .names()
+        .iter()
+        .map(|name| vae.info(name).unwrap().dtype)
+        .collect::<Vec<_>>();
+    let other = |name: &str| StoredDType::Other(name.to_owned());
+    let f32 = StoredDType::F32;
+    assert_eq!(
+        dtypes,
+        [
+            StoredDType::Bf16,
+            StoredDType::F16,
+            other("F8_E4M3"),
+            f32,
+            other("I64")
+        ]
+    );
+    assert_eq!(vae.info("bf16").unwrap().shape, [2, 1]);
+    assert_eq!(&vae.bytes("fp8")[..], [6, 7, 8]);
+    assert!(vae.bytes("none").is_empty());
+}
+
+#[test]
+fn opens_the_fixtures() {
+    for name in ["base", "bf16", "odd"] {
+        let folder = format!(
+            "{}/tests/fixtures/checkpoints/{name}",
+            env!("CARGO_MANIFEST_DIR")
+        );
+        let checkpoint = Checkpoint::open(Path::new(&folder)).unwrap();
+        for source in [
+            checkpoint.text_encoder(),
+            checkpoint.transformer(),
+            checkpoint.vae(),
+        ] {
+            assert!(!source.names().is_empty());
+            for tensor in source.names() {
+                let info = source.info(&tensor).unwrap();
+                let bytes = info.shape.iter().product::<usize>() * info.dtype.size().unwrap();
+                assert_eq!(
+                    source.bytes(&tensor).len(),
+                    bytes,
+                    "{tensor} of {}",
+                    info.file
+                );
+            }
+        }
+    }
+}
+
+/// How much of the file is in this process's memory, in KiB.
+#[cfg(target_os = "linux")]
+fn resident(file: &Path) -> usize {
+    let maps = fs::read_to_string("/proc/self/smaps").unwrap();
+    let map = maps.split(&file.display().to_string()).nth(1).unwrap();
+    let line = map.lines().find(|line| line.starts_with("Rss:")).unwrap();
+    line.split_whitespace().nth(1).unwrap().parse().unwrap()
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn the_last_clone_releases_the_pages_of_its_tensor_alone() {
+    const TENSOR: usize = (8 << 20) + 12; // not whole pages
+    let folder = model();
+    let header = format!(
+        r#"{{"x":{{"dtype":"F32","shape":[{}],"data_offsets":[0,{TENSOR}]}},
+        "y":{{"dtype":"F32","shape":[{}],"data_offsets":[{TENSOR},{}]}}}}"#,
+        TENSOR / 4,
+        TENSOR / 4,
+        2 * TENSOR,
+    );
+    let name = "vae/diffusion_pytorch_model.safetensors";
+    write(folder.path(), name, safetensors(&header, 2 * TENSOR));
+    let file = folder.path().join(name);
+    let vae = Checkpoint::open(folder.path()).unwrap().vae();
+
+    // Where the data begins makes no difference to its content: 0, 1, ... from there.
+    let sum = |bytes: &[u8]| bytes.iter().map(|it| usize::from(*it)).sum::<usize>();
+    let (x, y) = (vae.bytes("x"), vae.bytes("y"));
+    let sums = (sum(&x), sum(&y));
+    let tensor = TENSOR / 1024;
+    let edges = 3 * 64;
+    assert!(resident(&file) >= 2 * tensor, "{} KiB", resident(&file));
+
+    let clone = x.slice(100..200);
+    drop(x);
+    assert!(resident(&file) >= 2 * tensor, "{} KiB", resident(&file));
+    drop(clone);
+    assert!(resident(&file) <= tensor + edges, "{} KiB", resident(&file));
+    assert!(resident(&file) >= tensor, "{} KiB", resident(&file));
+    assert_eq!((sum(&vae.bytes("x")), sum(&y)), sums);
+    drop(y);
+    assert!(resident(&file) <= edges, "{} KiB", resident(&file));
+
+    // Bytes outlive the checkpoint.
+    let x = vae.bytes("x");
+    drop(vae);
+    assert_eq!(sum(&x), sums.0);
+}
+
+#[test]
+fn what_is_not_a_model_folder_is_told_apart() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path();
+    assert_eq!(
+        open_error(&path.join("nowhere"), path),
+        "there is no folder DIR/nowhere: give the path of a model folder, or a Hub id such as \
+         Qwen/Qwen-Image"
+    );
+    assert_eq!(
+        open_error(path, path),
+        "DIR is not a model folder: it has no model_index.json. Looked for model_index.json, \
+         scheduler/scheduler_config.json, text_encoder/config.json, transformer/config.json, \
+         vae/config.json and tokenizer/; found nothing. Give the folder that holds \
+         model_index.json"
+    );
+    write(path, "qwen-image-Q4_K_M.gguf", "");
+    assert_eq!(
+        open_error(path, path),
+        "DIR holds a single-file checkpoint (qwen-image-Q4_K_M.gguf), which cannot be loaded: get \
+         the same model in diffusers layout (a folder with model_index.json, transformer/, \
+         text_encoder/, vae/, ...), for example with `hf download Qwen/Qwen-Image`"
+    );
+    assert_eq!(
+        open_error(&path.join("qwen-image-Q4_K_M.gguf"), path),
+        "DIR/qwen-image-Q4_K_M.gguf is a file, and a model is a folder in diffusers layout \
+         (model_index.json, transformer/, text_encoder/, vae/, ...): give the folder, or a Hub id \
+         such as Qwen/Qwen-Image. Single-file checkpoints (.safetensors, .gguf) cannot be loaded"
+    );
+    for i in 1..=14 {
+        write(path, &format!("part{i:02}/x"), "");
+    }
+    write(path, "other.gguf", "");
+    let error = open_error(path, path);
+    let found = "found other.gguf, part01/, part02/, part03/, part04/, part05/, part06/, part07/, \
+                 part08/, part09/, part10/, part11/ and 4 more. Give";
+    assert!(error.contains(found), "{error}");
+}
+
+#[test]
+fn missing_parts_are_named() {
+    let folder = model();
+    fs::remove_dir_all(folder.path().join("tokenizer")).unwrap();
+    assert_eq!(
+        open_error(folder.path(), folder.path()),
+        "the model folder DIR has no tokenizer/: the copy is incomplete, download the model again"
+    );
+    assert_eq!(
+        error_with("vae/config.json", None),
+        "DIR/vae/config.json is missing: the copy of the model is incomplete, download it again"
+    );
+    assert_eq!(
+        error_with("vae/diffusion_pytorch_model.safetensors", None),
+        "no weights in DIR/vae: looked for diffusion_pytorch_model.safetensors.index.json and \
+         diffusion_pytorch_model.safetensors, found config.json. Download them, or save the model \
+         with diffusers' save_pretrained(safe_serialization=True)"
+    );
+    assert_eq!(
+        error_with("transformer/two.safetensors", None),
+        "DIR/transformer/two.safetensors is missing, and \
+         DIR/transformer/diffusion_pytorch_model.safetensors.index.json places 2 tensors in it: \
+         download this file, or the model again"
+    );
+}
+
+#[test]
+fn an_index_that_does_not_fit_is_refused() {
+    let index = "transformer/diffusion_pytorch_model.safetensors.index.json";
+    assert_eq!(
+        error_with(index, Some(b"{\"weight_map\": [}")),
+        "DIR/transformer/diffusion_pytorch_model.safetensors.index.json is not a valid index of \
+         weight files: download it again: invalid type: sequence, expected a map at line 1 column \
+         15"
+    );
+    assert_eq!(
+        error_with(
+            index,
+            Some(br#"{"weight_map": {"a": "../one.safetensors"}}"#)
+        ),
+        "DIR/transformer/diffusion_pytorch_model.safetensors.index.json places the tensor a in \
+         \"../one.safetensors\", which is not the name of a file beside the index: download the \
+         index again"
+    );
+    assert_eq!(
+        error_with("transformer/two.safetensors", Some(&vectors(&["b"]))),
+        "DIR/transformer/diffusion_pytorch_model.safetensors.index.json places the tensor c in \
+         DIR/transformer/two.safetensors, which does not have it: the index and the weights are \
+         not of the same version, download both again"
+    );
+    assert_eq!(
+        error_with(
+            "transformer/two.safetensors",
+            Some(&vectors(&["b", "c", "a"]))
+        ),
+        "the tensor a is both in DIR/transformer/one.safetensors and in \
+         DIR/transformer/two.safetensors: the folder mixes two versions of the model, download it \
+         into an empty folder"
+    );
+}
+
+#[test]
+fn damaged_weight_files_are_refused() {
+    let name = "vae/diffusion_pytorch_model.safetensors";
+    let whole = vectors(&["conv"]);
+    let wrong_size = |actual: usize, expected: usize| {
+        format!(
+            "DIR/{name} has {actual} bytes where its header needs {expected}: the copy is \
+             incomplete or damaged, download this file again"
+        )
+    };
+    // 8 bytes of length, 57 of header and 8 of data.
+    assert_eq!(whole.len(), 73);
+    assert_eq!(error_with(name, Some(&whole[..72])), wrong_size(72, 73));
+    assert_eq!(
+        error_with(name, Some(&[&whole[..], b"x"].concat())),
+        wrong_size(74, 73)
+    );
+    assert_eq!(error_with(name, Some(&whole[..40])), wrong_size(40, 65));
+    assert_eq!(error_with(name, Some(&whole[..8])), wrong_size(8, 65));
+    assert_eq!(error_with(name, Some(&whole[..3])), wrong_size(3, 8));
+    assert_eq!(error_with(name, Some(b"")), wrong_size(0, 8));
+
+    assert_eq!(
+        error_with(name, Some(b"<!DOCTYPE html><html></html>")),
+        format!(
+            "DIR/{name} is not a safetensors file (it does not begin with a header): download \
+             this file again"
+        )
+    );
+    let overlap = r#"{"conv":{"dtype":"F32","shape":[2],"data_offsets":[4,12]}}"#;
+    assert_eq!(
+        error_with(name, Some(&safetensors(overlap, 12))),
+        format!(
+            "DIR/{name} is not a safetensors file (its header is invalid: invalid offset for \
+             tensor `conv`): download this file again"
+        )
+    );
+    let huge = r#"{"conv":{"dtype":"F32","shape":[2],"data_offsets":[0,18446744073709551615]}}"#;
+    let error = error_with(name, Some(&safetensors(huge, 8)));
+    assert!(error.contains("its header is invalid"), "{error}");
+
+    let pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 72\n";
+    let lfs = |name: &str| {
+        format!(
+            "DIR/{name} is a Git LFS pointer, not the file itself: run `git lfs pull` in the \
+             model folder"
+        )
+    };
+    assert_eq!(error_with(name, Some(pointer)), lfs(name));
+    assert_eq!(
+        error_with("vae/config.json", Some(pointer)),
+        lfs("vae/config.json")
+    );
+    let not_text = error_with("vae/config.json", Some(b"\xff"));
+    assert_eq!(
+        not_text,
+        "cannot read DIR/vae/config.json: stream did not contain valid UTF-8"
+    );
+}

@@ -1,0 +1,216 @@
+//! The tensors of one component, in memory-mapped safetensors files.
+
+use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
+use std::fs::File;
+use std::ops::Range;
+use std::path::Path;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use kiln_models::StoredDType;
+use kiln_models::TensorInfo;
+use kiln_models::TensorSource;
+use memmap2::Mmap;
+use safetensors::Dtype;
+use safetensors::tensor::Metadata;
+
+use super::CheckpointError;
+use super::io_error;
+use super::is_lfs_pointer;
+
+/// The length field before a safetensors header.
+const LENGTH_BYTES: usize = 8;
+
+/// The format's own limit on its header: a longer one means the file is something else.
+const MAX_HEADER_BYTES: u64 = 100_000_000;
+
+/// Memory is released in multiples of this, the largest page size in use (64 KiB, on some ARM
+/// machines): a multiple of it is a page boundary everywhere.
+const RELEASE_BYTES: usize = 64 * 1024;
+
+/// The weights of one component, from one or several files.
+#[derive(Debug)]
+pub(super) struct Weights {
+    folder: PathBuf,
+    tensors: BTreeMap<String, StoredTensor>,
+}
+
+#[derive(Debug)]
+struct StoredTensor {
+    info: TensorInfo,
+    map: Arc<Mmap>,
+    /// Where the tensor lies in the file, in bytes.
+    range: Range<usize>,
+}
+
+impl Weights {
+    pub(super) fn new(folder: &Path) -> Self {
+        Self {
+            folder: folder.to_owned(),
+            tensors: BTreeMap::new(),
+        }
+    }
+
+    /// Maps a safetensors file and adds its tensors.
+    pub(super) fn add_file(&mut self, path: &Path) -> Result<(), CheckpointError> {
+        let map = Arc::new(map_file(path)?);
+        let (data_start, metadata) = read_header(path, &map)?;
+        for (name, stored) in metadata.tensors() {
+            let (start, end) = stored.data_offsets;
+            let tensor = StoredTensor {
+                info: TensorInfo {
+                    shape: stored.shape.clone(),
+                    dtype: stored_dtype(stored.dtype),
+                    file: path.display().to_string(),
+                },
+                map: Arc::clone(&map),
+                range: data_start + start..data_start + end,
+            };
+            match self.tensors.entry(name) {
+                Entry::Vacant(entry) => entry.insert(tensor),
+                Entry::Occupied(entry) => {
+                    return Err(CheckpointError::DuplicateTensor {
+                        tensor: entry.key().clone(),
+                        first: entry.get().info.file.clone(),
+                        second: tensor.info.file,
+                    });
+                }
+            };
+        }
+        Ok(())
+    }
+
+    /// Whether the tensor lies in this file.
+    pub(super) fn has(&self, name: &str, file: &Path) -> bool {
+        self.tensors
+            .get(name)
+            .is_some_and(|it| Path::new(&it.info.file) == file)
+    }
+}
+
+impl TensorSource for Weights {
+    fn origin(&self) -> String {
+        self.folder.display().to_string()
+    }
+
+    fn names(&self) -> Vec<String> {
+        self.tensors.keys().cloned().collect()
+    }
+
+    fn info(&self, name: &str) -> Option<TensorInfo> {
+        self.tensors.get(name).map(|it| it.info.clone())
+    }
+
+    fn bytes(&self, name: &str) -> Bytes {
+        let tensor = &self.tensors[name];
+        Bytes::from_owner(MappedBytes {
+            map: Arc::clone(&tensor.map),
+            range: tensor.range.clone(),
+        })
+    }
+}
+
+/// A tensor's bytes in a map. When it drops, which [`Bytes`] sees to with its last clone, the
+/// memory behind it is released, so that converting a checkpoint while loading it does not keep
+/// both copies resident.
+struct MappedBytes {
+    map: Arc<Mmap>,
+    range: Range<usize>,
+}
+
+impl AsRef<[u8]> for MappedBytes {
+    fn as_ref(&self) -> &[u8] {
+        &self.map[self.range.clone()]
+    }
+}
+
+impl Drop for MappedBytes {
+    fn drop(&mut self) {
+        // Pages at the ends may hold parts of the neighbours, which may be in use: they stay.
+        let start = self.range.start.next_multiple_of(RELEASE_BYTES);
+        let end = self.range.end / RELEASE_BYTES * RELEASE_BYTES;
+        if start < end {
+            release(&self.map, start..end);
+        }
+    }
+}
+
+#[cfg(unix)]
+#[expect(
+    unsafe_code,
+    reason = "memmap2 marks DontNeed unsafe because of private, writable maps"
+)]
+fn release(map: &Mmap, pages: Range<usize>) {
+    // SAFETY: `map` is a read-only map of a file: the system forgets which memory holds the pages,
+    // and a later read of them, through whatever slice, finds the file's bytes again.
+    let released = unsafe {
+        map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, pages.start, pages.len())
+    };
+    // Nothing depends on it but the memory in use.
+    if let Err(error) = released {
+        tracing::debug!(%error, "cannot release the memory of a loaded tensor");
+    }
+}
+
+#[cfg(not(unix))]
+fn release(_map: &Mmap, _pages: Range<usize>) {}
+
+#[expect(unsafe_code, reason = "the only way to map a file")]
+fn map_file(path: &Path) -> Result<Mmap, CheckpointError> {
+    let file = File::open(path).map_err(|source| io_error(path, source))?;
+    // SAFETY: sound as long as nobody changes or shortens the file while it is mapped. Nothing here
+    // does, and what replaces model files writes a new file and renames it (Git, the Hub's tools);
+    // every program that maps weights relies on that.
+    unsafe { Mmap::map(&file) }.map_err(|source| io_error(path, source))
+}
+
+/// Reads and checks a header: the offset of the data in the file, and what lies in it.
+fn read_header(path: &Path, file: &[u8]) -> Result<(usize, Metadata), CheckpointError> {
+    let wrong_size = |expected| CheckpointError::WrongSize {
+        path: path.to_owned(),
+        expected,
+        actual: file.len() as u64,
+    };
+    let not_safetensors = |reason| CheckpointError::NotSafetensors {
+        path: path.to_owned(),
+        reason,
+    };
+
+    if is_lfs_pointer(file) {
+        return Err(CheckpointError::LfsPointer {
+            path: path.to_owned(),
+        });
+    }
+    let Some((length, rest)) = file.split_first_chunk::<LENGTH_BYTES>() else {
+        return Err(wrong_size(LENGTH_BYTES as u64));
+    };
+    let header_bytes = u64::from_le_bytes(*length);
+    if header_bytes > MAX_HEADER_BYTES || rest.first().is_some_and(|byte| *byte != b'{') {
+        return Err(not_safetensors(
+            "it does not begin with a header".to_owned(),
+        ));
+    }
+    let data_start = LENGTH_BYTES + header_bytes as usize;
+    let Some(header) = file.get(LENGTH_BYTES..data_start) else {
+        return Err(wrong_size(data_start as u64));
+    };
+    // The crate checks that the tensors have the sizes of their shapes and lie end to end.
+    let metadata: Metadata = serde_json::from_slice(header)
+        .map_err(|error| not_safetensors(format!("its header is invalid: {error}")))?;
+    let file_bytes = data_start.saturating_add(metadata.data_len());
+    if file_bytes != file.len() {
+        return Err(wrong_size(file_bytes as u64));
+    }
+    Ok((data_start, metadata))
+}
+
+fn stored_dtype(dtype: Dtype) -> StoredDType {
+    match dtype {
+        Dtype::F32 => StoredDType::F32,
+        Dtype::F16 => StoredDType::F16,
+        Dtype::BF16 => StoredDType::Bf16,
+        other => StoredDType::Other(other.to_string()),
+    }
+}

@@ -1,0 +1,302 @@
+//! What the user typed. The doc comments are the help texts.
+
+use std::path::PathBuf;
+
+use clap::builder::{PossibleValuesParser, TypedValueParser};
+use clap::{ArgGroup, Parser, Subcommand, ValueEnum};
+use kiln_models::noise::NoiseGenerator;
+
+use crate::backend::{BackendKind, DTypeChoice, LoadSettings};
+use crate::engine::DEFAULT_MAX_QUEUE;
+use crate::request::GenerationParams;
+
+use super::error::CliError;
+
+/// Text-to-image with Qwen-Image, from one binary.
+#[derive(Debug, Parser)]
+#[command(version, arg_required_else_help = true)]
+#[command(after_help = "\
+Examples:
+  kiln generate \"a red fox in the snow\" --model Qwen/Qwen-Image --output fox.png
+  kiln serve Qwen/Qwen-Image --port 8091")]
+pub(super) struct Args {
+    #[command(subcommand)]
+    pub(super) command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub(super) enum Command {
+    Generate(Box<GenerateArgs>),
+    Serve(Box<ServeArgs>),
+}
+
+/// Paint one prompt and write the images to files.
+///
+/// Writes one line to stdout for each image: its path, its real size and its seed. Progress goes
+/// to stderr.
+#[derive(Debug, Parser)]
+#[command(group = ArgGroup::new("prompts").required(true).args(["prompt", "prompt_option"]))]
+pub(super) struct GenerateArgs {
+    /// What to paint
+    prompt: Option<String>,
+
+    /// What to paint, as an option
+    #[arg(long = "prompt", value_name = "PROMPT", allow_hyphen_values = true)]
+    prompt_option: Option<String>,
+
+    /// Folder in diffusers layout, or Hugging Face id
+    ///
+    /// An id such as Qwen/Qwen-Image is downloaded unless the Hugging Face cache has it.
+    #[arg(long, value_name = "PATH_OR_ID")]
+    pub(super) model: String,
+
+    /// What to steer away from; turns guidance on
+    ///
+    /// Guidance doubles the time of each step. An empty or blank text turns it on as well.
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
+    negative_prompt: Option<String>,
+
+    /// How strongly to steer away from the negative prompt [default: 4]
+    ///
+    /// There is no guidance at 1 and below, nor without a negative prompt.
+    #[arg(long, value_name = "SCALE", allow_negative_numbers = true)]
+    true_cfg_scale: Option<f64>,
+
+    /// Height of the image in pixels [default: 1024 for Qwen-Image]
+    ///
+    /// Rounded down to a multiple of 16. Time grows a little faster than height x width.
+    #[arg(long, value_name = "PIXELS", allow_negative_numbers = true)]
+    height: Option<i128>,
+
+    /// Width of the image in pixels [default: 1024 for Qwen-Image]
+    ///
+    /// Rounded down to a multiple of 16.
+    #[arg(long, value_name = "PIXELS", allow_negative_numbers = true)]
+    width: Option<i128>,
+
+    /// Denoising steps, from 1 to 1000 [default: 50]
+    ///
+    /// Time grows in proportion; with few steps details suffer.
+    #[arg(long, value_name = "STEPS", allow_negative_numbers = true)]
+    num_inference_steps: Option<i128>,
+
+    /// Seed of the noise, from 0 to 2^64 - 1 [default: chosen, and reported]
+    ///
+    /// The same seed and settings give the same image.
+    #[arg(long, allow_negative_numbers = true)]
+    seed: Option<i128>,
+
+    /// Images to paint, from 1 to 10 [default: 1]
+    ///
+    /// They come from one draw of noise and are painted together: time and memory grow in
+    /// proportion.
+    #[arg(long, value_name = "COUNT", allow_negative_numbers = true)]
+    num_images: Option<i128>,
+
+    #[command(flatten)]
+    pub(super) noise: NoiseArgs,
+
+    /// PNG file to write
+    ///
+    /// With several images out.png becomes out-0.png, out-1.png and so on. Files that exist are
+    /// replaced.
+    #[arg(long, short, value_name = "FILE", default_value = "out.png")]
+    pub(super) output: PathBuf,
+
+    /// Also write what the run went through, as safetensors
+    ///
+    /// Token ids, prompt embeddings, noise, the latents after each step and the image before
+    /// rounding, for comparing runs. Slower, and takes memory.
+    #[arg(long, value_name = "FILE")]
+    pub(super) dump: Option<PathBuf>,
+
+    #[command(flatten)]
+    pub(super) loading: LoadArgs,
+}
+
+impl GenerateArgs {
+    pub(super) fn params(&self) -> GenerationParams {
+        let prompt = self.prompt.as_ref().or(self.prompt_option.as_ref());
+        GenerationParams {
+            prompt: prompt.cloned().unwrap_or_default(),
+            negative_prompt: self.negative_prompt.clone(),
+            true_cfg_scale: self.true_cfg_scale,
+            height: self.height,
+            width: self.width,
+            num_inference_steps: self.num_inference_steps,
+            num_images: self.num_images,
+            seed: self.seed,
+        }
+    }
+}
+
+/// Serve an OpenAI-compatible HTTP API.
+///
+/// Answers POST /v1/chat/completions and GET /health. Ctrl-c or SIGTERM lets the requests under
+/// way finish; a second one ends them.
+#[derive(Debug, Parser)]
+pub(super) struct ServeArgs {
+    /// Folder in diffusers layout, or Hugging Face id
+    ///
+    /// An id such as Qwen/Qwen-Image is downloaded unless the Hugging Face cache has it.
+    #[arg(value_name = "MODEL", conflicts_with = "model_option")]
+    model: Option<String>,
+
+    /// The model, as an option
+    #[arg(long = "model", value_name = "MODEL")]
+    model_option: Option<String>,
+
+    /// Address to listen on
+    ///
+    /// The API asks for no password: with 0.0.0.0 everyone who reaches this machine can use it.
+    #[arg(long, default_value = "127.0.0.1")]
+    pub(super) host: String,
+
+    /// TCP port to listen on; 0 takes a free one
+    #[arg(long, default_value_t = 8091)]
+    pub(super) port: u16,
+
+    /// Name of the model in responses [default: as the model was given]
+    #[arg(long, value_name = "NAME")]
+    pub(super) served_model_name: Option<String>,
+
+    /// Requests that may wait while one is painted
+    ///
+    /// Further ones are refused with status 429 and a time to retry.
+    #[arg(long, value_name = "REQUESTS", default_value_t = DEFAULT_MAX_QUEUE)]
+    pub(super) max_queue: usize,
+
+    #[command(flatten)]
+    pub(super) noise: NoiseArgs,
+
+    #[command(flatten)]
+    pub(super) loading: LoadArgs,
+}
+
+impl ServeArgs {
+    pub(super) fn model(&self) -> Result<&str, CliError> {
+        let model = self.model.as_deref().or(self.model_option.as_deref());
+        model.ok_or(CliError::NoModel)
+    }
+}
+
+#[derive(Debug, clap::Args)]
+pub(super) struct NoiseArgs {
+    /// Generator whose noise a seed stands for
+    ///
+    /// That of torch on the CPU, or on CUDA. Both work on every backend: choose the one that the
+    /// images are to be compared with.
+    #[arg(long, value_enum, default_value_t = Rng::Cpu, value_name = "GENERATOR")]
+    rng: Rng,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum Rng {
+    Cpu,
+    Cuda,
+}
+
+impl NoiseArgs {
+    pub(super) fn generator(&self) -> NoiseGenerator {
+        match self.rng {
+            Rng::Cpu => NoiseGenerator::Cpu,
+            Rng::Cuda => NoiseGenerator::Cuda,
+        }
+    }
+}
+
+/// How a model is loaded.
+#[derive(Debug, clap::Args)]
+#[command(next_help_heading = "Loading")]
+pub(super) struct LoadArgs {
+    /// What computes
+    ///
+    /// flex and ndarray use the CPU, wgpu and cuda a GPU; auto takes the best that this binary
+    /// has and that answers on this machine.
+    #[arg(
+        long,
+        default_value = "flex",
+        value_parser = PossibleValuesParser::new(["flex", "ndarray", "wgpu", "cuda", "auto"])
+            .try_map(|name| name.parse::<BackendKind>())
+    )]
+    backend: BackendKind,
+
+    /// Type of the weights
+    ///
+    /// auto keeps the type of the checkpoint where the backend computes in it. f32 takes twice
+    /// the memory of bf16 and f16, and is the most exact.
+    #[arg(
+        long,
+        default_value = "auto",
+        value_parser = PossibleValuesParser::new(["auto", "f32", "bf16", "f16"])
+            .try_map(|name| name.parse::<DTypeChoice>())
+    )]
+    dtype: DTypeChoice,
+
+    /// Decode the images of a request one at a time
+    ///
+    /// Takes less memory with several images, and a little longer.
+    #[arg(long)]
+    vae_use_slicing: bool,
+
+    /// Decode an image in overlapping tiles
+    ///
+    /// Takes far less memory for large images; slower, and not exactly the same pixels.
+    #[arg(long)]
+    vae_use_tiling: bool,
+
+    /// Height and width of a tile, in pixels
+    #[arg(long, value_name = "PIXELS", default_value_t = 256)]
+    vae_tile_size: usize,
+
+    /// Pixels from one tile to the next
+    ///
+    /// What is left of a tile overlaps the next one and is blended.
+    #[arg(long, value_name = "PIXELS", default_value_t = 192)]
+    vae_tile_stride: usize,
+}
+
+impl LoadArgs {
+    pub(super) fn settings(&self) -> Result<LoadSettings, CliError> {
+        let (size, stride) = (self.vae_tile_size, self.vae_tile_stride);
+        if stride == 0 || stride > size {
+            return Err(CliError::Tiles { size, stride });
+        }
+        Ok(LoadSettings {
+            backend: self.backend,
+            dtype: self.dtype,
+            vae_use_slicing: self.vae_use_slicing,
+            vae_use_tiling: self.vae_use_tiling,
+            vae_tile_size: size,
+            vae_tile_stride: stride,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_arguments_are_well_formed() {
+        Args::command().debug_assert();
+    }
+
+    #[test]
+    fn the_prompt_is_given_once() {
+        let parse = |args: &[&str]| Args::try_parse_from([&["kiln", "generate"], args].concat());
+        assert!(parse(&["--model", "m"]).is_err());
+        assert!(parse(&["a", "--prompt", "b", "--model", "m"]).is_err());
+        for args in [
+            ["a cat", "--model", "m"].as_slice(),
+            &["--prompt", "a cat", "--model", "m"],
+        ] {
+            let Command::Generate(args) = parse(args).unwrap().command else {
+                panic!("serve")
+            };
+            assert_eq!(args.params().prompt, "a cat");
+        }
+    }
+}

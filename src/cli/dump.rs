@@ -1,0 +1,116 @@
+//! What a run went through, as a safetensors file for comparing runs.
+
+use std::path::Path;
+
+use kiln_models::painter::TraceTensor;
+use safetensors::tensor::{Dtype, TensorView};
+
+use crate::request::PromptTokens;
+
+use super::error::CliError;
+
+/// Writes `token_ids` and `negative_token_ids` (i64) and all of the trace (f32).
+pub(super) fn write(
+    path: &Path,
+    tokens: &PromptTokens,
+    trace: &[TraceTensor],
+) -> Result<(), CliError> {
+    let mut entries = vec![Entry::ids("token_ids", &tokens.prompt)];
+    entries.extend(
+        tokens
+            .negative_prompt
+            .as_ref()
+            .map(|ids| Entry::ids("negative_token_ids", ids)),
+    );
+    entries.extend(trace.iter().map(Entry::trace));
+
+    let failed = |source| CliError::Dump {
+        path: path.to_owned(),
+        source,
+    };
+    let views: Vec<(&str, TensorView<'_>)> = entries
+        .iter()
+        .map(|entry| {
+            let view = TensorView::new(entry.dtype, entry.shape.clone(), &entry.bytes);
+            Ok((entry.name.as_str(), view?))
+        })
+        .collect::<Result<_, _>>()
+        .map_err(failed)?;
+    safetensors::serialize_to_file(views, None, path).map_err(failed)
+}
+
+struct Entry {
+    name: String,
+    dtype: Dtype,
+    shape: Vec<usize>,
+    bytes: Vec<u8>,
+}
+
+impl Entry {
+    fn ids(name: &str, ids: &[u32]) -> Self {
+        Self {
+            name: name.to_owned(),
+            dtype: Dtype::I64,
+            shape: vec![ids.len()],
+            bytes: ids
+                .iter()
+                .flat_map(|id| i64::from(*id).to_le_bytes())
+                .collect(),
+        }
+    }
+
+    fn trace(tensor: &TraceTensor) -> Self {
+        Self {
+            name: tensor.name.clone(),
+            dtype: Dtype::F32,
+            shape: tensor.shape.clone(),
+            bytes: tensor
+                .values
+                .iter()
+                .flat_map(|value| value.to_le_bytes())
+                .collect(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use safetensors::SafeTensors;
+
+    use super::*;
+
+    #[test]
+    fn a_dump_reads_back() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("run.safetensors");
+        let tokens = PromptTokens {
+            prompt: vec![5, 7],
+            negative_prompt: Some(vec![9]),
+        };
+        let noise = TraceTensor {
+            name: "initial_noise".to_owned(),
+            shape: vec![1, 2],
+            values: vec![0.5, -1.0],
+        };
+        write(&path, &tokens, &[noise]).unwrap();
+
+        let bytes = std::fs::read(&path).unwrap();
+        let file = SafeTensors::deserialize(&bytes).unwrap();
+        let ids = file.tensor("token_ids").unwrap();
+        assert_eq!((ids.dtype(), ids.shape()), (Dtype::I64, [2].as_slice()));
+        assert_eq!(
+            ids.data(),
+            [5_i64.to_le_bytes(), 7_i64.to_le_bytes()].concat()
+        );
+        assert_eq!(file.tensor("negative_token_ids").unwrap().shape(), [1]);
+        let noise = file.tensor("initial_noise").unwrap();
+        assert_eq!(
+            (noise.dtype(), noise.shape()),
+            (Dtype::F32, [1, 2].as_slice())
+        );
+        assert_eq!(
+            noise.data(),
+            [0.5_f32.to_le_bytes(), (-1.0_f32).to_le_bytes()].concat()
+        );
+    }
+}

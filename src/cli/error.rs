@@ -1,0 +1,103 @@
+use std::io;
+use std::path::PathBuf;
+
+use crate::backend::BackendError;
+use crate::checkpoint::CheckpointError;
+use crate::engine::{JobError, SubmitError};
+use crate::hub::HubError;
+use crate::request::InvalidRequest;
+use crate::tokenizer::TokenizerError;
+
+/// Why a command failed.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum CliError {
+    #[error(transparent)]
+    Request(#[from] InvalidRequest),
+    #[error("{param} cannot be used")]
+    Prompt {
+        param: &'static str,
+        source: TokenizerError,
+    },
+    #[error("no model was named")]
+    NoModel,
+    #[error("--vae-tile-stride must be from 1 to --vae-tile-size, which is {size}, got {stride}")]
+    Tiles { size: usize, stride: usize },
+    #[error("{} does not end in .png, and only PNG files can be written", path.display())]
+    Extension { path: PathBuf },
+    #[error("{} is a folder, not a file to write to", path.display())]
+    OutputIsFolder { path: PathBuf },
+    #[error("there is no folder {} to write to", folder.display())]
+    NoOutputFolder { folder: PathBuf },
+    #[error("cannot write {}", path.display())]
+    Write { path: PathBuf, source: io::Error },
+    #[error(transparent)]
+    Hub(#[from] HubError),
+    #[error(transparent)]
+    Checkpoint(#[from] CheckpointError),
+    #[error("the tokenizer cannot be loaded")]
+    Tokenizer(#[source] TokenizerError),
+    #[error(transparent)]
+    Backend(#[from] BackendError),
+    #[error(transparent)]
+    Submit(#[from] SubmitError),
+    #[error(transparent)]
+    Job(#[from] JobError),
+    #[error("an image cannot be encoded")]
+    Encode(#[from] png::EncodingError),
+    #[error("cannot write the dump {}", path.display())]
+    Dump {
+        path: PathBuf,
+        source: safetensors::SafeTensorError,
+    },
+    #[error("cannot write to stdout")]
+    Stdout(#[source] io::Error),
+    #[error("cannot listen on {host}:{port}")]
+    Listen {
+        host: String,
+        port: u16,
+        source: io::Error,
+    },
+    #[error("the server ended")]
+    Server(#[source] io::Error),
+}
+
+impl CliError {
+    /// 2 where the arguments are to blame, as clap has it, otherwise 1.
+    pub(super) fn exit_code(&self) -> u8 {
+        match self {
+            Self::Request(_)
+            | Self::Prompt { .. }
+            | Self::NoModel
+            | Self::Tiles { .. }
+            | Self::Extension { .. }
+            | Self::OutputIsFolder { .. } => 2,
+            _ => 1,
+        }
+    }
+
+    /// What to do about it, where the message does not say so itself.
+    pub(super) fn tip(&self) -> Option<String> {
+        match self {
+            Self::NoModel => Some(
+                "give a folder in diffusers layout or a Hugging Face id: \
+                 kiln serve Qwen/Qwen-Image"
+                    .to_owned(),
+            ),
+            Self::Extension { path } => Some(format!(
+                "use --output {}",
+                path.with_extension("png").display()
+            )),
+            Self::OutputIsFolder { path } => Some(format!(
+                "name a file in it, such as {}",
+                path.join("out.png").display()
+            )),
+            Self::NoOutputFolder { folder } => {
+                Some(format!("make it first: mkdir -p {}", folder.display()))
+            }
+            Self::Listen { source, .. } if source.kind() == io::ErrorKind::AddrInUse => {
+                Some("another program has that port: choose a different one with --port".to_owned())
+            }
+            _ => None,
+        }
+    }
+}

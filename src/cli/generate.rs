@@ -1,0 +1,102 @@
+use std::fs;
+use std::io::{self, Write};
+use std::path::PathBuf;
+
+use kiln_models::painter::Painting;
+
+use crate::engine::{Engine, Event, Finished, JobHandle, Timings};
+use crate::image::encode_png;
+use crate::request::{GenerationRequest, Limits, PromptTokens};
+use crate::tokenizer::PromptTokenizer;
+
+use super::args::GenerateArgs;
+use super::dump;
+use super::error::CliError;
+use super::model::Model;
+use super::output;
+use super::progress::Progress;
+
+/// `kiln generate`. Everything that can be refused is refused before the weights are loaded.
+pub(super) fn run(args: &GenerateArgs) -> Result<(), CliError> {
+    let settings = args.loading.settings()?;
+    let noise = args.noise.generator();
+    let params = args.params();
+    let checked = GenerationRequest::new(params.clone(), &Limits::for_any_model(), noise)?;
+    let paths = output::image_paths(&args.output, checked.num_images)?;
+    args.dump
+        .as_deref()
+        .map_or(Ok(()), output::check_writable)?;
+
+    let model = Model::open(&args.model)?;
+    let tokens = tokenize(&model.tokenizer, &checked)?;
+    let painter = model.painter(&settings)?;
+    let request = GenerationRequest::new(params, &Limits::for_model(painter.info()), noise)?;
+    let engine = Engine::start(painter, 0);
+    let job = request
+        .clone()
+        .into_job(tokens.clone(), args.dump.is_some());
+    let finished = paint(engine.submit(job)?, request.num_inference_steps)?;
+
+    say_timings(&finished.timings);
+    write_images(&finished.painting, &paths, request.seed)?;
+    if let Some(path) = &args.dump {
+        dump::write(path, &tokens, &finished.painting.trace)?;
+    }
+    Ok(())
+}
+
+fn tokenize(
+    tokenizer: &PromptTokenizer,
+    request: &GenerationRequest,
+) -> Result<PromptTokens, CliError> {
+    let encode = |text: &str, param| {
+        tokenizer
+            .encode_prompt(text)
+            .map_err(|source| CliError::Prompt { param, source })
+    };
+    let negative_prompt = request.negative_prompt.as_deref();
+    Ok(PromptTokens {
+        prompt: encode(&request.prompt, "the prompt")?,
+        negative_prompt: negative_prompt
+            .map(|text| encode(text, "the negative prompt"))
+            .transpose()?,
+    })
+}
+
+fn paint(mut handle: JobHandle, steps: usize) -> Result<Finished, CliError> {
+    let mut progress = Progress::new(steps);
+    let outcome = loop {
+        match handle.blocking_next_event() {
+            Event::Queued { .. } => {}
+            Event::Started => progress.started(),
+            Event::Step { done, total } => progress.step(done, total),
+            Event::Finished(finished) => break Ok(finished),
+            Event::Failed(error) => break Err(error),
+        }
+    };
+    progress.end();
+    Ok(outcome?)
+}
+
+fn say_timings(timings: &Timings) {
+    tracing::info!(
+        "painted in {:.1} s: prompts {:.1} s, steps {:.1} s, decoding {:.1} s",
+        timings.total().as_secs_f64(),
+        timings.encode.as_secs_f64(),
+        timings.denoise.as_secs_f64(),
+        timings.decode.as_secs_f64(),
+    );
+}
+
+fn write_images(painting: &Painting, paths: &[PathBuf], seed: u64) -> Result<(), CliError> {
+    let mut stdout = io::stdout().lock();
+    for (image, path) in painting.images.iter().zip(paths) {
+        fs::write(path, encode_png(image)?).map_err(|source| CliError::Write {
+            path: path.clone(),
+            source,
+        })?;
+        let (path, width, height) = (path.display(), image.width, image.height);
+        writeln!(stdout, "{path} {width}x{height} seed {seed}").map_err(CliError::Stdout)?;
+    }
+    Ok(())
+}

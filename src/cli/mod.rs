@@ -1,0 +1,86 @@
+//! The command line: the only place that knows clap, the environment and exit codes.
+
+mod args;
+mod dump;
+mod error;
+mod generate;
+mod model;
+mod output;
+mod progress;
+mod serve;
+
+use std::io::{self, Write};
+use std::panic;
+use std::process::ExitCode;
+
+use clap::Parser;
+use tracing::Level;
+
+use self::args::{Args, Command};
+use self::error::CliError;
+
+/// Runs the command that the arguments name. 0 is success, 2 a usage error, 1 any other failure.
+pub fn main() -> ExitCode {
+    let args = match Args::try_parse() {
+        Ok(args) => args,
+        Err(error) => {
+            // Help and version come this way too, with code 0.
+            drop(error.print());
+            return ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(2));
+        }
+    };
+    log_panics_on_one_line();
+    let outcome = match args.command {
+        Command::Generate(args) => {
+            log_plain_lines();
+            generate::run(&args)
+        }
+        Command::Serve(args) => {
+            log_with_times();
+            serve::run(&args)
+        }
+    };
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            report(&error);
+            ExitCode::from(error.exit_code())
+        }
+    }
+}
+
+fn report(error: &CliError) {
+    let mut stderr = io::stderr().lock();
+    drop(writeln!(stderr, "error: {}", crate::error_chain(error)));
+    if let Some(tip) = error.tip() {
+        drop(writeln!(stderr, "tip: {tip}"));
+    }
+}
+
+/// For a person who waits: what is said, and nothing about who says it when.
+fn log_plain_lines() {
+    let format = tracing_subscriber::fmt()
+        .without_time()
+        .with_level(false)
+        .with_target(false);
+    format
+        .with_max_level(Level::INFO)
+        .with_writer(io::stderr)
+        .init();
+}
+
+fn log_with_times() {
+    tracing_subscriber::fmt()
+        .with_max_level(Level::INFO)
+        .with_writer(io::stderr)
+        .init();
+}
+
+/// The painter's panics are caught and end one job; a backtrace on stderr would say otherwise.
+fn log_panics_on_one_line() {
+    panic::set_hook(Box::new(|info| {
+        let location = info.location().map(ToString::to_string).unwrap_or_default();
+        let message = info.payload_as_str().unwrap_or("no message");
+        tracing::error!("panic at {location}: {message}");
+    }));
+}

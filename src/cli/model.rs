@@ -1,0 +1,46 @@
+use std::time::Instant;
+
+use kiln_models::painter::Painter;
+
+use crate::backend::{self, LoadSettings};
+use crate::checkpoint::Checkpoint;
+use crate::hub::{self, HubSettings};
+use crate::tokenizer::PromptTokenizer;
+
+use super::error::CliError;
+
+/// A model's files, before its weights are read.
+pub(super) struct Model {
+    checkpoint: Checkpoint,
+    pub(super) tokenizer: PromptTokenizer,
+}
+
+impl Model {
+    /// Finds, or downloads, the model, and opens what is small in it.
+    pub(super) fn open(name: &str) -> Result<Self, CliError> {
+        let folder = hub::resolve(name, &HubSettings::from_env())?;
+        let checkpoint = Checkpoint::open(&folder)?;
+        let tokenizer =
+            PromptTokenizer::load(&checkpoint.tokenizer_folder()).map_err(CliError::Tokenizer)?;
+        Ok(Self {
+            checkpoint,
+            tokenizer,
+        })
+    }
+
+    /// Loads the weights.
+    pub(super) fn painter(&self, settings: &LoadSettings) -> Result<Box<dyn Painter>, CliError> {
+        let folder = self.checkpoint.folder().display();
+        tracing::info!("loading {folder}");
+        let started = Instant::now();
+        let painter = backend::load(&self.checkpoint, settings)?;
+        let info = painter.info();
+        let seconds = started.elapsed().as_secs_f64();
+        tracing::info!(
+            "loaded in {seconds:.1} s: {} in {}",
+            info.device,
+            info.dtype
+        );
+        Ok(painter)
+    }
+}

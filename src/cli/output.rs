@@ -1,0 +1,119 @@
+//! Files to write, checked before anything expensive happens.
+
+use std::fs::{self, OpenOptions};
+use std::io;
+use std::path::{Path, PathBuf};
+
+use super::error::CliError;
+
+/// One path an image: `out.png`, or `out-0.png`, `out-1.png`, … for several.
+pub(super) fn image_paths(output: &Path, num_images: usize) -> Result<Vec<PathBuf>, CliError> {
+    let is_png = output
+        .extension()
+        .is_some_and(|extension| extension.eq_ignore_ascii_case("png"));
+    if output.is_dir() {
+        return Err(CliError::OutputIsFolder {
+            path: output.to_owned(),
+        });
+    }
+    if !is_png {
+        return Err(CliError::Extension {
+            path: output.to_owned(),
+        });
+    }
+    let paths = if num_images == 1 {
+        vec![output.to_owned()]
+    } else {
+        (0..num_images)
+            .map(|index| numbered(output, index))
+            .collect()
+    };
+    paths.iter().try_for_each(|path| check_writable(path))?;
+    Ok(paths)
+}
+
+fn numbered(output: &Path, index: usize) -> PathBuf {
+    let mut name = output.file_stem().unwrap_or_default().to_owned();
+    name.push(format!("-{index}."));
+    name.push(output.extension().unwrap_or_default());
+    output.with_file_name(name)
+}
+
+/// Whether a file can be written there. What it holds now is left as it is.
+pub(super) fn check_writable(path: &Path) -> Result<(), CliError> {
+    if path.is_dir() {
+        return Err(CliError::OutputIsFolder {
+            path: path.to_owned(),
+        });
+    }
+    let folder = match path.parent() {
+        Some(folder) if folder != Path::new("") => folder,
+        _ => Path::new("."),
+    };
+    if !folder.is_dir() {
+        return Err(CliError::NoOutputFolder {
+            folder: folder.to_owned(),
+        });
+    }
+    // Permissions do not tell all (read-only mounts, quotas): try it.
+    let outcome = match OpenOptions::new().write(true).create_new(true).open(path) {
+        Ok(_) => fs::remove_file(path),
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+            OpenOptions::new().write(true).open(path).map(drop)
+        }
+        Err(error) => Err(error),
+    };
+    outcome.map_err(|source| CliError::Write {
+        path: path.to_owned(),
+        source,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_image_keeps_the_name_and_several_are_numbered() {
+        let folder = tempfile::tempdir().unwrap();
+        let output = folder.path().join("a.b.PNG");
+        assert_eq!(image_paths(&output, 1).unwrap(), [output.as_path()]);
+        let expected = ["a.b-0.PNG", "a.b-1.PNG"].map(|name| folder.path().join(name));
+        assert_eq!(image_paths(&output, 2).unwrap(), expected);
+    }
+
+    #[test]
+    fn checking_leaves_no_file_and_changes_none() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("out.png");
+        check_writable(&path).unwrap();
+        assert!(!path.exists());
+        fs::write(&path, "kept").unwrap();
+        check_writable(&path).unwrap();
+        assert_eq!(fs::read(&path).unwrap(), b"kept");
+    }
+
+    #[test]
+    fn what_cannot_be_written_is_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        assert_eq!(image_paths(folder.path(), 1).unwrap_err().exit_code(), 2);
+        assert_eq!(
+            image_paths(&folder.path().join("out.jpg"), 1)
+                .unwrap_err()
+                .exit_code(),
+            2
+        );
+        assert_eq!(
+            image_paths(&folder.path().join("out"), 1)
+                .unwrap_err()
+                .exit_code(),
+            2
+        );
+        assert_eq!(
+            image_paths(&folder.path().join("no/out.png"), 1)
+                .unwrap_err()
+                .exit_code(),
+            1
+        );
+    }
+}

@@ -1,0 +1,27 @@
+//! `kiln` serves Qwen-Image text-to-image from one binary, on any burn backend.
+//!
+//! A request goes down one way: [`request`] checks it, [`tokenizer`] turns its prompts into ids,
+//! [`engine`] runs it on the thread that owns the painter, [`image`] encodes what comes out.
+//! [`server`] and [`cli`] are the two doors.
+
+pub mod backend;
+pub mod checkpoint;
+pub mod cli;
+pub mod engine;
+pub mod hub;
+pub mod image;
+pub mod request;
+pub mod server;
+pub mod tokenizer;
+
+/// An error and its causes on one line.
+fn error_chain(error: &dyn std::error::Error) -> String {
+    let mut line = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        line.push_str(": ");
+        line.push_str(&cause.to_string());
+        source = cause.source();
+    }
+    line
+}

@@ -1,0 +1,401 @@
+//! What a client asks for, checked once: past this file a bad size, step count or scale cannot
+//! exist, and nothing is a default any more.
+
+use kiln_models::noise::NoiseGenerator;
+use kiln_models::painter::{Job, ModelInfo};
+
+/// Steps when a request names none, as in diffusers.
+pub const DEFAULT_NUM_INFERENCE_STEPS: u32 = 50;
+/// Guidance scale when a request names none, as in diffusers.
+pub const DEFAULT_TRUE_CFG_SCALE: f64 = 4.0;
+/// Pixels of one image: 7680x4320, the limit of vLLM-Omni.
+pub const DEFAULT_MAX_IMAGE_PIXELS: usize = 33_177_600;
+/// The scheduler was trained with 1,000 timesteps: more steps than that add nothing.
+pub const DEFAULT_MAX_STEPS: usize = 1000;
+/// Images of one request, as in the API of `OpenAI`.
+pub const DEFAULT_MAX_NUM_IMAGES: usize = 10;
+
+/// Bounds of what may be asked for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Limits {
+    /// Heights and widths are floored to a multiple of this, in pixels.
+    pub size_multiple: usize,
+    /// Largest height or width, in pixels.
+    pub max_side: usize,
+    /// Height and width when a request names none, in pixels.
+    pub default_size: usize,
+    /// Largest `height * width`.
+    pub max_image_pixels: usize,
+    /// Largest number of denoising steps.
+    pub max_steps: usize,
+    /// Largest number of images of one request.
+    pub max_num_images: usize,
+}
+
+impl Limits {
+    /// The sizes of a loaded model, and the default limits on cost.
+    pub fn for_model(info: &ModelInfo) -> Self {
+        Self {
+            size_multiple: info.size_multiple,
+            max_side: info.max_side,
+            default_size: info.default_size,
+            ..Self::for_any_model()
+        }
+    }
+
+    /// What can be refused before a model is loaded. The models differ in the sizes they take, so
+    /// here only the pixels of an image bound its sides.
+    pub fn for_any_model() -> Self {
+        Self {
+            size_multiple: 1,
+            max_side: DEFAULT_MAX_IMAGE_PIXELS,
+            default_size: 1024,
+            max_image_pixels: DEFAULT_MAX_IMAGE_PIXELS,
+            max_steps: DEFAULT_MAX_STEPS,
+            max_num_images: DEFAULT_MAX_NUM_IMAGES,
+        }
+    }
+}
+
+/// What a client wrote, `None` where it wrote nothing.
+///
+/// The integers hold any number that JSON or a command line can carry, so that all bounds are
+/// checked, and explained, in one place.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct GenerationParams {
+    /// May be empty.
+    pub prompt: String,
+    /// An empty one counts as given.
+    pub negative_prompt: Option<String>,
+    pub true_cfg_scale: Option<f64>,
+    pub height: Option<i128>,
+    pub width: Option<i128>,
+    pub num_inference_steps: Option<i128>,
+    pub num_images: Option<i128>,
+    pub seed: Option<i128>,
+}
+
+/// A request that can be painted.
+#[derive(Debug, Clone, PartialEq)]
+pub struct GenerationRequest {
+    pub prompt: String,
+    /// With one, and a [`Self::true_cfg_scale`] above 1, classifier-free guidance runs.
+    pub negative_prompt: Option<String>,
+    /// Finite, at least 0.
+    pub true_cfg_scale: f64,
+    /// In pixels, already floored: the height the image will have.
+    pub height: usize,
+    /// In pixels, already floored: the width the image will have.
+    pub width: usize,
+    pub num_inference_steps: usize,
+    pub num_images: usize,
+    /// The given one, or one that was chosen from 0 to 2^31 - 1.
+    pub seed: u64,
+    pub noise_generator: NoiseGenerator,
+}
+
+/// Token ids of a request's prompts, each inside the template.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PromptTokens {
+    pub prompt: Vec<u32>,
+    pub negative_prompt: Option<Vec<u32>>,
+}
+
+/// Why a request cannot be painted. [`InvalidRequest::param`] names the culprit.
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
+pub enum InvalidRequest {
+    #[error("{param} must be from {min} to {max} pixels, got {got}")]
+    Side {
+        param: &'static str,
+        got: i128,
+        min: usize,
+        max: usize,
+    },
+    #[error(
+        "height x width must be at most {max} pixels, \
+         got {height}x{width}, which is {} pixels", height * width
+    )]
+    TooManyPixels {
+        height: usize,
+        width: usize,
+        max: usize,
+    },
+    #[error("num_inference_steps must be from 1 to {max}, got {got}")]
+    Steps { got: i128, max: usize },
+    #[error("true_cfg_scale must be a finite number of at least 0, got {got}")]
+    TrueCfgScale { got: f64 },
+    #[error("the number of images must be from 1 to {max}, got {got}")]
+    NumImages { got: i128, max: usize },
+    #[error(
+        "seed must be from 0 to {}, got {got}; leave it out to have one chosen",
+        u64::MAX
+    )]
+    Seed { got: i128 },
+}
+
+impl InvalidRequest {
+    /// Name of the [`GenerationParams`] field that is to blame.
+    pub fn param(&self) -> &'static str {
+        match self {
+            Self::Side { param, .. } => param,
+            Self::TooManyPixels { .. } => "height",
+            Self::Steps { .. } => "num_inference_steps",
+            Self::TrueCfgScale { .. } => "true_cfg_scale",
+            Self::NumImages { .. } => "num_images",
+            Self::Seed { .. } => "seed",
+        }
+    }
+}
+
+impl GenerationRequest {
+    /// Fills in the defaults, floors the size, chooses a seed if there is none, and checks the
+    /// rest against the limits.
+    pub fn new(
+        params: GenerationParams,
+        limits: &Limits,
+        noise_generator: NoiseGenerator,
+    ) -> Result<Self, InvalidRequest> {
+        let height = side("height", params.height, limits)?;
+        let width = side("width", params.width, limits)?;
+        let max = limits.max_image_pixels;
+        if height.saturating_mul(width) > max {
+            return Err(InvalidRequest::TooManyPixels { height, width, max });
+        }
+
+        let steps = params
+            .num_inference_steps
+            .unwrap_or(DEFAULT_NUM_INFERENCE_STEPS.into());
+        let num_inference_steps =
+            within(steps, 1, limits.max_steps).ok_or(InvalidRequest::Steps {
+                got: steps,
+                max: limits.max_steps,
+            })?;
+        let images = params.num_images.unwrap_or(1);
+        let num_images =
+            within(images, 1, limits.max_num_images).ok_or(InvalidRequest::NumImages {
+                got: images,
+                max: limits.max_num_images,
+            })?;
+
+        let true_cfg_scale = params.true_cfg_scale.unwrap_or(DEFAULT_TRUE_CFG_SCALE);
+        if !true_cfg_scale.is_finite() || true_cfg_scale < 0.0 {
+            return Err(InvalidRequest::TrueCfgScale {
+                got: true_cfg_scale,
+            });
+        }
+        let seed = match params.seed {
+            Some(got) => u64::try_from(got).map_err(|_| InvalidRequest::Seed { got })?,
+            None => random_u64() >> 33,
+        };
+
+        Ok(Self {
+            prompt: params.prompt,
+            negative_prompt: params.negative_prompt,
+            true_cfg_scale,
+            height,
+            width,
+            num_inference_steps,
+            num_images,
+            seed,
+            noise_generator,
+        })
+    }
+
+    /// The painter's form of this request. With `record` the painting carries its trace.
+    pub fn into_job(self, tokens: PromptTokens, record: bool) -> Job {
+        Job {
+            prompt: tokens.prompt,
+            negative_prompt: tokens.negative_prompt,
+            true_cfg_scale: self.true_cfg_scale,
+            height: self.height,
+            width: self.width,
+            num_inference_steps: self.num_inference_steps,
+            num_images: self.num_images,
+            seed: self.seed,
+            noise_generator: self.noise_generator,
+            record,
+        }
+    }
+}
+
+/// A height or width as the image will have it: floored as the reference does.
+fn side(
+    param: &'static str,
+    asked: Option<i128>,
+    limits: &Limits,
+) -> Result<usize, InvalidRequest> {
+    let Some(got) = asked else {
+        return Ok(limits.default_size);
+    };
+    let multiple = limits.size_multiple;
+    let refused = InvalidRequest::Side {
+        param,
+        got,
+        min: multiple,
+        max: limits.max_side,
+    };
+    let asked = usize::try_from(got).map_err(|_| refused.clone())?;
+    let floored = asked / multiple * multiple;
+    within(floored as i128, multiple, limits.max_side).ok_or(refused)
+}
+
+fn within(value: i128, min: usize, max: usize) -> Option<usize> {
+    usize::try_from(value)
+        .ok()
+        .filter(|value| (min..=max).contains(value))
+}
+
+/// A number from the operating system's randomness.
+pub fn random_u64() -> u64 {
+    getrandom::u64().expect("the operating system gives out random numbers")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LIMITS: Limits = Limits {
+        size_multiple: 16,
+        max_side: 8192,
+        default_size: 1024,
+        max_image_pixels: DEFAULT_MAX_IMAGE_PIXELS,
+        max_steps: 1000,
+        max_num_images: 10,
+    };
+
+    fn check(params: GenerationParams) -> Result<GenerationRequest, InvalidRequest> {
+        GenerationRequest::new(params, &LIMITS, NoiseGenerator::Cpu)
+    }
+
+    fn sized(height: i128, width: i128) -> Result<(usize, usize), InvalidRequest> {
+        let params = GenerationParams {
+            height: Some(height),
+            width: Some(width),
+            ..GenerationParams::default()
+        };
+        check(params).map(|request| (request.height, request.width))
+    }
+
+    #[test]
+    fn an_empty_request_gets_the_references_defaults() {
+        let request = check(GenerationParams::default()).unwrap();
+        assert_eq!((request.height, request.width), (1024, 1024));
+        assert_eq!((request.num_inference_steps, request.num_images), (50, 1));
+        assert!((request.true_cfg_scale - 4.0).abs() < f64::EPSILON);
+        assert_eq!(request.negative_prompt, None);
+        assert!(request.seed < 1 << 31);
+    }
+
+    #[test]
+    fn chosen_seeds_differ() {
+        let seed = || check(GenerationParams::default()).unwrap().seed;
+        let first = seed();
+        assert!((0..8).any(|_| seed() != first));
+    }
+
+    #[test]
+    fn sizes_are_floored_to_the_multiple() {
+        assert_eq!(sized(1023, 1040).unwrap(), (1008, 1040));
+        assert_eq!(sized(16, 31).unwrap(), (16, 16));
+        assert_eq!(sized(16, 8192 + 15).unwrap(), (16, 8192));
+    }
+
+    #[test]
+    fn sizes_out_of_bounds_are_refused_with_the_bounds() {
+        for got in [-16, 0, 15, 8192 + 16, i128::MAX, i128::MIN] {
+            let error = sized(got, 64).unwrap_err();
+            assert_eq!(error.param(), "height");
+            let expected = format!("height must be from 16 to 8192 pixels, got {got}");
+            assert_eq!(error.to_string(), expected);
+        }
+        assert_eq!(sized(64, 1).unwrap_err().param(), "width");
+    }
+
+    #[test]
+    fn the_pixel_limit_is_inclusive() {
+        assert!(sized(4320, 7680).is_ok());
+        let error = sized(4320, 7696).unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            "height x width must be at most 33177600 pixels, got 4320x7696, \
+             which is 33246720 pixels"
+        );
+    }
+
+    #[test]
+    fn steps_and_images_have_bounds() {
+        for got in [-1, 0, 1001, i128::MAX] {
+            let params = GenerationParams {
+                num_inference_steps: Some(got),
+                ..GenerationParams::default()
+            };
+            assert_eq!(check(params).unwrap_err().param(), "num_inference_steps");
+        }
+        for got in [-1, 0, 11] {
+            let params = GenerationParams {
+                num_images: Some(got),
+                ..GenerationParams::default()
+            };
+            assert_eq!(check(params).unwrap_err().param(), "num_images");
+        }
+    }
+
+    #[test]
+    fn the_scale_is_finite_and_not_negative() {
+        for got in [-0.1, f64::NAN, f64::INFINITY, f64::NEG_INFINITY] {
+            let params = GenerationParams {
+                true_cfg_scale: Some(got),
+                ..GenerationParams::default()
+            };
+            assert_eq!(check(params).unwrap_err().param(), "true_cfg_scale");
+        }
+        let params = GenerationParams {
+            true_cfg_scale: Some(0.0),
+            ..GenerationParams::default()
+        };
+        assert!(check(params).is_ok());
+    }
+
+    #[test]
+    fn any_u64_is_a_seed_and_nothing_else_is() {
+        let seeded = |seed| {
+            check(GenerationParams {
+                seed: Some(seed),
+                ..GenerationParams::default()
+            })
+            .map(|request| request.seed)
+        };
+        assert_eq!(seeded(0).unwrap(), 0);
+        assert_eq!(seeded(u64::MAX.into()).unwrap(), u64::MAX);
+        assert_eq!(seeded(-1).unwrap_err().param(), "seed");
+        assert_eq!(
+            seeded(i128::from(u64::MAX) + 1).unwrap_err().param(),
+            "seed"
+        );
+    }
+
+    #[test]
+    fn guidance_needs_a_negative_prompt_and_a_scale_above_one() {
+        let guided = |negative_prompt: Option<&str>, scale| {
+            let params = GenerationParams {
+                negative_prompt: negative_prompt.map(String::from),
+                true_cfg_scale: Some(scale),
+                ..GenerationParams::default()
+            };
+            let request = check(params).unwrap();
+            let negative_prompt = request.negative_prompt.is_some().then(|| vec![1]);
+            request
+                .into_job(
+                    PromptTokens {
+                        prompt: vec![1],
+                        negative_prompt,
+                    },
+                    false,
+                )
+                .uses_cfg()
+        };
+        assert!(guided(Some(""), 4.0));
+        assert!(!guided(Some(""), 1.0));
+        assert!(!guided(None, 4.0));
+    }
+}

@@ -1,0 +1,18 @@
+use std::sync::Arc;
+
+use axum::extract::State;
+use axum::http::StatusCode;
+use axum::http::header::CONTENT_TYPE;
+use axum::response::{IntoResponse, Response};
+
+use super::App;
+
+/// `GET /health`: whether requests are taken. The body is the reference's.
+pub(super) async fn health(State(app): State<Arc<App>>) -> Response {
+    let (status, body) = if app.engine.is_running() {
+        (StatusCode::OK, r#"{"status":"healthy"}"#)
+    } else {
+        (StatusCode::SERVICE_UNAVAILABLE, r#"{"status":"unhealthy"}"#)
+    };
+    (status, [(CONTENT_TYPE, "application/json")], body).into_response()
+}

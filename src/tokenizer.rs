@@ -1,0 +1,317 @@
+//! From a prompt to the token ids that the text encoder reads.
+
+#[cfg(test)]
+mod tests;
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io;
+use std::path::Path;
+use std::path::PathBuf;
+
+use serde::de::DeserializeOwned;
+use tokenizers::AddedToken;
+use tokenizers::SplitDelimiterBehavior;
+use tokenizers::Tokenizer;
+use tokenizers::models::bpe::BPE;
+use tokenizers::models::bpe::Merges;
+use tokenizers::models::bpe::Vocab;
+use tokenizers::normalizers::NFC;
+use tokenizers::pre_tokenizers::byte_level::ByteLevel;
+use tokenizers::pre_tokenizers::sequence::Sequence;
+use tokenizers::pre_tokenizers::split::Split;
+use tokenizers::pre_tokenizers::split::SplitPattern;
+
+/// The longest prompt that is accepted, in tokens without the template's: the
+/// `tokenizer_max_length` of `pipeline_qwenimage.py` in diffusers, which cuts where we refuse.
+pub const MAX_PROMPT_TOKENS: usize = 1024;
+
+/// What stands before and after the prompt: `prompt_template_encode` of `pipeline_qwenimage.py`.
+const TEMPLATE_START: &str = "<|im_start|>system\nDescribe the image by detailing the color, shape, \
+     size, texture, quantity, text, spatial relationships of the objects and background:<|im_end|>\n\
+     <|im_start|>user\n";
+const TEMPLATE_END: &str = "<|im_end|>\n<|im_start|>assistant\n";
+
+/// How text is split before the byte-pair merges: `PRETOKENIZE_REGEX` of transformers'
+/// `tokenization_qwen2.py`.
+const SPLIT_PATTERN: &str = concat!(
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}",
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+);
+
+/// Qwen2's tokenizer with Qwen-Image's prompt template.
+#[derive(Debug)]
+pub struct PromptTokenizer {
+    tokenizer: Tokenizer,
+    /// How many tokens the template has with an empty prompt.
+    template_tokens: usize,
+}
+
+/// Why the tokenizer cannot be loaded, or does not take a prompt.
+#[derive(Debug, thiserror::Error)]
+pub enum TokenizerError {
+    #[error("there is no tokenizer folder {path}: the copy of the model is incomplete")]
+    FolderMissing { path: PathBuf },
+
+    #[error(
+        "{path} is missing, and so is tokenizer.json, which could stand in for it: the copy of the \
+         model is incomplete, download it again"
+    )]
+    FileMissing { path: PathBuf },
+
+    #[error("cannot read {path}")]
+    Io { path: PathBuf, source: io::Error },
+
+    #[error("{path} is not the JSON that a tokenizer needs: download this file again")]
+    Json {
+        path: PathBuf,
+        source: serde_json::Error,
+    },
+
+    #[error(
+        "{path}, line {line}: {text:?} is not two symbols with a space between them: download this \
+         file again"
+    )]
+    MergesLine {
+        path: PathBuf,
+        line: usize,
+        text: String,
+    },
+
+    #[error("{path} does not make a tokenizer: download the tokenizer's files again")]
+    Invalid {
+        path: PathBuf,
+        source: tokenizers::Error,
+    },
+
+    #[error(
+        "{path} gives the token {token} the id {expected}, but the vocabulary leaves it {actual}: \
+         the tokenizer's files are not of the same version, download them again"
+    )]
+    AddedTokenId {
+        path: PathBuf,
+        token: String,
+        expected: u32,
+        actual: u32,
+    },
+
+    #[error(
+        "the tokenizer in {folder} has no token {token}, which the prompt template is made of: it \
+         is not a Qwen2 tokenizer, or the copy is incomplete"
+    )]
+    TemplateToken {
+        folder: PathBuf,
+        token: &'static str,
+    },
+
+    #[error("the prompt has {tokens} tokens, and at most {limit} are accepted: shorten it")]
+    PromptTooLong { tokens: usize, limit: usize },
+
+    #[error("the prompt cannot be split into tokens")]
+    Encode { source: tokenizers::Error },
+}
+
+impl PromptTokenizer {
+    /// Loads the tokenizer folder of a checkpoint: tokenizer.json, or else vocab.json, merges.txt
+    /// and the added tokens of `tokenizer_config.json` (or `added_tokens.json`).
+    pub fn load(folder: &Path) -> Result<Self, TokenizerError> {
+        if !folder.is_dir() {
+            return Err(TokenizerError::FolderMissing {
+                path: folder.to_owned(),
+            });
+        }
+        let json = folder.join("tokenizer.json");
+        let tokenizer = if json.exists() {
+            from_json(json)?
+        } else {
+            from_vocabulary(folder)?
+        };
+        for token in ["<|im_start|>", "<|im_end|>"] {
+            if tokenizer.token_to_id(token).is_none() {
+                return Err(TokenizerError::TemplateToken {
+                    folder: folder.to_owned(),
+                    token,
+                });
+            }
+        }
+        let mut tokenizer = Self {
+            tokenizer,
+            template_tokens: 0,
+        };
+        tokenizer.template_tokens = tokenizer.encode_template("")?.len();
+        Ok(tokenizer)
+    }
+
+    /// The ids of the whole template with the prompt in it.
+    ///
+    /// The text of a special token in the prompt becomes that token, as in the reference.
+    pub fn encode_prompt(&self, prompt: &str) -> Result<Vec<u32>, TokenizerError> {
+        let ids = self.encode_template(prompt)?;
+        // Saturating: text may merge with the template's last line break.
+        let tokens = ids.len().saturating_sub(self.template_tokens);
+        if tokens > MAX_PROMPT_TOKENS {
+            return Err(TokenizerError::PromptTooLong {
+                tokens,
+                limit: MAX_PROMPT_TOKENS,
+            });
+        }
+        Ok(ids)
+    }
+
+    /// How many tokens the prompt adds to the template, for usage reports.
+    pub fn prompt_tokens(&self, prompt: &str) -> Result<usize, TokenizerError> {
+        Ok(self
+            .encode_template(prompt)?
+            .len()
+            .saturating_sub(self.template_tokens))
+    }
+
+    /// One more than the largest id.
+    pub fn vocab_size(&self) -> usize {
+        let vocabulary = self.tokenizer.get_vocab(true);
+        vocabulary.values().max().map_or(0, |id| *id as usize + 1)
+    }
+
+    fn encode_template(&self, prompt: &str) -> Result<Vec<u32>, TokenizerError> {
+        self.encode(&format!("{TEMPLATE_START}{prompt}{TEMPLATE_END}"))
+    }
+
+    fn encode(&self, text: &str) -> Result<Vec<u32>, TokenizerError> {
+        let encoding = self.tokenizer.encode_fast(text, true);
+        encoding
+            .map(|it| it.get_ids().to_vec())
+            .map_err(|source| TokenizerError::Encode { source })
+    }
+}
+
+fn from_json(path: PathBuf) -> Result<Tokenizer, TokenizerError> {
+    let text = read(&path)?;
+    let loaded: Result<Tokenizer, _> = text.parse();
+    let mut tokenizer = loaded.map_err(|source| TokenizerError::Invalid { path, source })?;
+    // The file may hold what somebody's last call used; the reference's call sets its own.
+    tokenizer.with_padding(None);
+    tokenizer
+        .with_truncation(None)
+        .map_err(|source| TokenizerError::Encode { source })?;
+    Ok(tokenizer)
+}
+
+/// Builds what transformers' `Qwen2Tokenizer` builds.
+fn from_vocabulary(folder: &Path) -> Result<Tokenizer, TokenizerError> {
+    let vocab_path = folder.join("vocab.json");
+    let merges_path = folder.join("merges.txt");
+    let vocab: Vocab = read_json(&vocab_path)?;
+    let merges = parse_merges(&merges_path, &read(&merges_path)?)?;
+    // A merge whose parts or result the vocabulary lacks is an error of this.
+    let model = BPE::builder()
+        .vocab_and_merges(vocab, merges)
+        .build()
+        .map_err(|source| TokenizerError::Invalid {
+            path: merges_path,
+            source,
+        })?;
+
+    // Compiled by fancy-regex, so that no C is compiled. It splits as Oniguruma does, which the
+    // reference uses: the ids were equal for every character of Unicode, amid others, and for
+    // 6,000 awkward strings (real vocabulary, transformers 5.23.0 with tokenizers 0.23.3).
+    let pattern = SplitPattern::Regex(SPLIT_PATTERN.to_owned());
+    let split = Split::new(pattern, SplitDelimiterBehavior::Isolated, false)
+        .map_err(|source| TokenizerError::Encode { source })?;
+    let add_prefix_space = false;
+    let trim_offsets = true;
+    let use_regex = false;
+    let byte_level = ByteLevel::new(add_prefix_space, trim_offsets, use_regex);
+
+    let mut tokenizer = Tokenizer::new(model);
+    tokenizer
+        .with_normalizer(Some(NFC))
+        .map_err(|source| TokenizerError::Encode { source })?;
+    tokenizer.with_pre_tokenizer(Some(Sequence::new(vec![split.into(), byte_level.into()])));
+    add_tokens(&mut tokenizer, folder)?;
+    Ok(tokenizer)
+}
+
+/// The part of `tokenizer_config.json` that tokenizing depends on.
+#[derive(serde::Deserialize)]
+struct TokenizerConfig {
+    added_tokens_decoder: Option<BTreeMap<u32, AddedToken>>,
+}
+
+fn add_tokens(tokenizer: &mut Tokenizer, folder: &Path) -> Result<(), TokenizerError> {
+    let config_path = folder.join("tokenizer_config.json");
+    let old_path = folder.join("added_tokens.json");
+    let config: TokenizerConfig = read_json(&config_path)?;
+    let (path, tokens) = if let Some(tokens) = config.added_tokens_decoder {
+        (config_path, tokens)
+    } else if old_path.exists() {
+        // The older file has no flags. In the newer one all of Qwen's tokens match the text as it
+        // is, before it is normalised, which `special` gives them.
+        let ids: BTreeMap<String, u32> = read_json(&old_path)?;
+        let special = |(content, id)| (id, AddedToken::from(content, true));
+        (old_path, ids.into_iter().map(special).collect())
+    } else {
+        return Ok(());
+    };
+    for (expected, token) in tokens {
+        // New tokens get the next free id; here they come in the order of theirs.
+        let content = token.content.clone();
+        tokenizer
+            .add_tokens([token])
+            .map_err(|source| TokenizerError::Invalid {
+                path: path.clone(),
+                source,
+            })?;
+        let actual = tokenizer.token_to_id(&content);
+        if let Some(actual) = actual.filter(|id| *id != expected) {
+            return Err(TokenizerError::AddedTokenId {
+                path,
+                token: content,
+                expected,
+                actual,
+            });
+        }
+    }
+    Ok(())
+}
+
+/// Reads lines of two symbols each. The first may be a comment with the version.
+fn parse_merges(path: &Path, text: &str) -> Result<Merges, TokenizerError> {
+    let is_version = |line: &str| line.starts_with("#version");
+    let lines = text
+        .lines()
+        .enumerate()
+        .filter(|(_, line)| !is_version(line) && !line.is_empty());
+    lines
+        .map(|(index, line)| match line.split_once(' ') {
+            Some((left, right))
+                if !left.is_empty() && !right.is_empty() && !right.contains(' ') =>
+            {
+                Ok((left.to_owned(), right.to_owned()))
+            }
+            _ => Err(TokenizerError::MergesLine {
+                path: path.to_owned(),
+                line: index + 1,
+                text: line.to_owned(),
+            }),
+        })
+        .collect()
+}
+
+fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T, TokenizerError> {
+    serde_json::from_str(&read(path)?).map_err(|source| TokenizerError::Json {
+        path: path.to_owned(),
+        source,
+    })
+}
+
+fn read(path: &Path) -> Result<String, TokenizerError> {
+    fs::read_to_string(path).map_err(|source| match source.kind() {
+        io::ErrorKind::NotFound => TokenizerError::FileMissing {
+            path: path.to_owned(),
+        },
+        _ => TokenizerError::Io {
+            path: path.to_owned(),
+            source,
+        },
+    })
+}

@@ -1,0 +1,223 @@
+//! The program as a user runs it. Nothing here needs a model.
+
+use std::path::Path;
+use std::process::{Command, Output, Stdio};
+
+/// Runs the binary in an empty folder, without a network and without other people's settings.
+fn kiln(folder: &Path, args: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_kiln"))
+        .args(args)
+        .current_dir(folder)
+        .env("HF_HUB_OFFLINE", "1")
+        .env("HF_HOME", folder)
+        .env("RUST_BACKTRACE", "1")
+        .stdin(Stdio::null())
+        .output()
+        .unwrap()
+}
+
+fn stderr(output: &Output) -> String {
+    String::from_utf8(output.stderr.clone()).unwrap()
+}
+
+/// The exit code and the line of the error.
+fn failure(args: &[&str]) -> (i32, String) {
+    let folder = tempfile::tempdir().unwrap();
+    let output = kiln(folder.path(), args);
+    let stderr = stderr(&output);
+    assert!(
+        output.stdout.is_empty(),
+        "on stdout: {}",
+        String::from_utf8_lossy(&output.stdout)
+    );
+    assert!(
+        !stderr.contains("panicked") && !stderr.contains("backtrace"),
+        "{stderr}"
+    );
+    let line = stderr.lines().find_map(|line| line.strip_prefix("error: "));
+    let line = line
+        .unwrap_or_else(|| panic!("no error line in {stderr:?}"))
+        .to_owned();
+    assert!(
+        std::fs::read_dir(folder.path()).unwrap().next().is_none(),
+        "files were left behind"
+    );
+    (output.status.code().unwrap(), line)
+}
+
+/// `kiln generate "a cat" --model ./none`, with further arguments.
+fn generate(args: &[&str]) -> (i32, String) {
+    failure(&[&["generate", "a cat", "--model", "./none"], args].concat())
+}
+
+#[test]
+fn help_and_version_go_to_stdout() {
+    let folder = tempfile::tempdir().unwrap();
+    let cases: [(&[&str], &str); 5] = [
+        (&["--help"], "generate"),
+        (&["--version"], env!("CARGO_PKG_VERSION")),
+        (&["generate", "--help"], "--negative-prompt"),
+        (&["serve", "--help"], "--max-queue"),
+        (&["help", "serve"], "--port"),
+    ];
+    for (args, expected) in cases {
+        let output = kiln(folder.path(), args);
+        assert_eq!(output.status.code(), Some(0), "{args:?}");
+        let stdout = String::from_utf8(output.stdout.clone()).unwrap();
+        assert!(stdout.contains(expected), "{args:?} printed {stdout}");
+        assert!(stderr(&output).is_empty());
+    }
+}
+
+#[test]
+fn help_fits_a_terminal() {
+    let folder = tempfile::tempdir().unwrap();
+    for args in [["generate", "--help"], ["serve", "--help"]] {
+        let stdout = kiln(folder.path(), &args).stdout;
+        let text = String::from_utf8(stdout).unwrap();
+        let longest = text.lines().map(|line| line.chars().count()).max();
+        assert!(longest <= Some(100), "{longest:?} columns");
+    }
+}
+
+#[test]
+fn no_command_shows_the_help_and_is_a_usage_error() {
+    let folder = tempfile::tempdir().unwrap();
+    let output = kiln(folder.path(), &[]);
+    assert_eq!(output.status.code(), Some(2));
+    assert!(stderr(&output).contains("Usage: kiln"));
+}
+
+#[test]
+fn arguments_that_clap_refuses_are_usage_errors() {
+    for args in [
+        ["paint"].as_slice(),
+        &["generate", "--model", "m"],
+        &["generate", "a cat"],
+        &["generate", "a cat", "--prompt", "a dog", "--model", "m"],
+        &["generate", "a", "cat", "--model", "m"],
+        &["generate", "a cat", "--model", "m", "--height", "tall"],
+        &["generate", "a cat", "--model", "m", "--height", "64.5"],
+        &["generate", "a cat", "--model", "m", "--seed", "x"],
+        &[
+            "generate",
+            "a cat",
+            "--model",
+            "m",
+            "--true-cfg-scale",
+            "high",
+        ],
+        &["generate", "a cat", "--model", "m", "--backend", "tpu"],
+        &["generate", "a cat", "--model", "m", "--dtype", "int8"],
+        &["generate", "a cat", "--model", "m", "--rng", "dice"],
+        &["generate", "a cat", "--model", "m", "--vae-tile-size", "-1"],
+        &["generate", "a cat", "--model", "m", "--stepz", "5"],
+        &["serve", "m", "--model", "n"],
+        &["serve", "m", "--port", "65536"],
+        &["serve", "m", "--max-queue", "-1"],
+    ] {
+        let (code, line) = failure(args);
+        assert_eq!(code, 2, "{args:?}: {line}");
+    }
+}
+
+#[test]
+fn values_out_of_bounds_are_usage_errors() {
+    for (args, expected) in [
+        (["--height", "0"].as_slice(), "height must be from 1 to"),
+        (&["--height", "-64"], "got -64"),
+        (
+            &["--width", "100000", "--height", "100000"],
+            "at most 33177600 pixels",
+        ),
+        (
+            &["--num-inference-steps", "0"],
+            "num_inference_steps must be from 1 to 1000, got 0",
+        ),
+        (
+            &["--num-inference-steps", "1001"],
+            "num_inference_steps must be from 1 to 1000",
+        ),
+        (
+            &["--true-cfg-scale", "-1"],
+            "true_cfg_scale must be a finite number of at least 0",
+        ),
+        (&["--true-cfg-scale", "nan"], "true_cfg_scale must be"),
+        (&["--true-cfg-scale", "inf"], "true_cfg_scale must be"),
+        (
+            &["--num-images", "0"],
+            "the number of images must be from 1 to 10, got 0",
+        ),
+        (
+            &["--num-images", "11"],
+            "the number of images must be from 1 to 10, got 11",
+        ),
+        (
+            &["--seed", "-1"],
+            "seed must be from 0 to 18446744073709551615, got -1",
+        ),
+        (&["--seed", "18446744073709551616"], "seed must be"),
+        (
+            &["--vae-tile-stride", "0"],
+            "--vae-tile-stride must be from 1",
+        ),
+        (
+            &["--vae-tile-size", "64", "--vae-tile-stride", "65"],
+            "--vae-tile-stride must be from 1",
+        ),
+        (&["--output", "out.jpg"], "out.jpg does not end in .png"),
+        (&["--output", "out"], "out does not end in .png"),
+        (&["--output", "."], ". is a folder"),
+    ] {
+        let (code, line) = generate(args);
+        assert_eq!(code, 2, "{args:?}: {line}");
+        assert!(line.contains(expected), "{args:?}: {line}");
+    }
+}
+
+#[test]
+fn outputs_that_cannot_be_written_are_found_before_the_model_is_looked_for() {
+    for args in [["--output", "no/out.png"], ["--dump", "no/run.safetensors"]] {
+        let (code, line) = generate(&args);
+        assert_eq!(
+            (code, line.as_str()),
+            (1, "there is no folder no to write to")
+        );
+    }
+}
+
+#[test]
+fn a_model_that_is_not_there_is_a_failure() {
+    for args in [
+        ["generate", "--prompt=a cat", "--model=./none"].as_slice(),
+        &["serve", "./none", "--port=0"],
+    ] {
+        let (code, line) = failure(args);
+        assert_eq!(code, 1, "{args:?}: {line}");
+        assert!(line.contains("none"), "{line}");
+    }
+}
+
+#[test]
+fn serving_no_model_is_a_usage_error_with_a_tip() {
+    let folder = tempfile::tempdir().unwrap();
+    let output = kiln(folder.path(), &["serve"]);
+    assert_eq!(output.status.code(), Some(2));
+    let stderr = stderr(&output);
+    assert!(
+        stderr.starts_with("error: no model was named\ntip: "),
+        "{stderr}"
+    );
+}
+
+#[test]
+fn a_port_in_use_is_found_before_the_model_is_looked_for() {
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = taken.local_addr().unwrap().port().to_string();
+    let (code, line) = failure(&["serve", "./none", "--port", &port]);
+    assert_eq!(code, 1);
+    assert!(
+        line.starts_with(&format!("cannot listen on 127.0.0.1:{port}: ")),
+        "{line}"
+    );
+}

@@ -1,0 +1,250 @@
+//! The HTTP API over real sockets. The painter is a small one that paints flat grey, so that what
+//! is tested is everything in front of it; the tokenizer is the real one.
+
+mod bad_requests;
+mod client;
+mod painter;
+mod server;
+
+use std::time::Duration;
+
+use base64::Engine as _;
+use serde_json::{Value, json};
+
+use self::client::{Reply, connect, get, post, send};
+use self::painter::{FAIL_IN_START, PANIC_IN_STEP, Pace};
+use self::server::{TestServer, load_tokenizer};
+
+fn user(content: &Value) -> Value {
+    json!([{"role": "user", "content": content}])
+}
+
+/// Width, height and pixels of a part of the answer.
+fn decode(part: &Value) -> (u32, u32, Vec<u8>) {
+    assert_eq!(part["type"], "image_url");
+    let url = part["image_url"]["url"].as_str().unwrap();
+    let data = url.strip_prefix("data:image/png;base64,").unwrap();
+    let file = base64::engine::general_purpose::STANDARD
+        .decode(data)
+        .unwrap();
+    let mut reader = png::Decoder::new(std::io::Cursor::new(file))
+        .read_info()
+        .unwrap();
+    let mut pixels = vec![0; reader.output_buffer_size().unwrap()];
+    let info = reader.next_frame(&mut pixels).unwrap();
+    (info.width, info.height, pixels)
+}
+
+fn parts(reply: &Reply) -> &Vec<Value> {
+    assert_eq!(reply.status, 200, "{}", reply.body);
+    reply.body["choices"][0]["message"]["content"]
+        .as_array()
+        .unwrap()
+}
+
+#[test]
+fn a_plain_prompt_is_painted_with_the_defaults() {
+    let server = TestServer::start(Pace::Fast, 4);
+    let reply = post(server.address, &json!({"messages": user(&json!("a cat"))}));
+    let parts = parts(&reply);
+    assert_eq!(parts.len(), 1);
+
+    let body = &reply.body;
+    assert!(body["id"].as_str().unwrap().starts_with("chatcmpl-"));
+    assert_eq!(body["object"], "chat.completion");
+    assert_eq!(body["model"], "test/model");
+    assert!(body["created"].as_u64().unwrap() > 1_700_000_000);
+    assert_eq!(body["choices"][0]["index"], 0);
+    assert_eq!(body["choices"][0]["finish_reason"], "stop");
+    assert_eq!(body["choices"][0]["message"]["role"], "assistant");
+    assert_eq!(body["size"], "64x64");
+    assert_eq!(body["num_inference_steps"], 50);
+    for stage in ["queue", "encode", "denoise", "decode"] {
+        assert!(body["timings"][stage].as_f64().unwrap() >= 0.0);
+    }
+    // The seed that was chosen is the one that was painted with.
+    let seed = body["seed"].as_u64().unwrap();
+    assert!(seed < 1 << 31);
+    let (width, height, pixels) = decode(&parts[0]);
+    assert_eq!((width, height), (64, 64));
+    assert_eq!(pixels, vec![seed as u8; 64 * 64 * 3]);
+}
+
+#[test]
+fn parameters_in_a_nested_extra_body_are_used() {
+    let server = TestServer::start(Pace::Fast, 4);
+    let body = json!({
+        "messages": user(&json!("a cat")),
+        "extra_body": {"height": 40, "width": 97, "num_inference_steps": 3, "true_cfg_scale": 4.0,
+            "seed": 42, "negative_prompt": "blurry", "num_outputs_per_prompt": 2},
+    });
+    let reply = post(server.address, &body);
+    let parts = parts(&reply);
+    assert_eq!(parts.len(), 2);
+    for part in parts {
+        assert_eq!(decode(part), (96, 32, vec![42; 96 * 32 * 3]));
+    }
+    assert_eq!(reply.body["seed"], 42);
+    assert_eq!(reply.body["size"], "96x32");
+    assert_eq!(reply.body["num_inference_steps"], 3);
+
+    let job = server.last_job();
+    assert!(job.uses_cfg());
+    assert_eq!((job.height, job.width), (32, 96));
+}
+
+#[test]
+fn the_openai_sdks_flat_parameters_and_content_parts_are_used() {
+    let server = TestServer::start(Pace::Fast, 4);
+    let body = json!({
+        "model": "anything", "temperature": 1.0, "max_tokens": 100, "stream": false, "user": "me",
+        "messages": [
+            {"role": "system", "content": "You paint."},
+            {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "cat"}]},
+        ],
+        "size": "32X48", "seed": u64::MAX, "n": 3, "cfg_scale": 2, "num_inference_steps": 1,
+    });
+    let reply = post(server.address, &body);
+    assert_eq!(parts(&reply).len(), 3);
+    assert_eq!(reply.body["seed"], u64::MAX);
+    assert_eq!(reply.body["size"], "32x48");
+
+    let job = server.last_job();
+    assert!(!job.uses_cfg());
+    assert!((job.true_cfg_scale - 2.0).abs() < f64::EPSILON);
+    let plain = load_tokenizer().encode_prompt("a cat").unwrap();
+    assert_eq!(job.prompt, plain);
+    let usage = &reply.body["usage"];
+    let prompt_tokens = load_tokenizer().prompt_tokens("a cat").unwrap();
+    assert_eq!(usage["prompt_tokens"], prompt_tokens);
+    assert_eq!(usage["completion_tokens"], 2 * 3 * 3);
+    assert_eq!(usage["total_tokens"], prompt_tokens + 18);
+}
+
+#[test]
+fn an_empty_negative_prompt_turns_guidance_on() {
+    let server = TestServer::start(Pace::Fast, 4);
+    let body = json!({"messages": user(&json!("")), "extra_body": {"negative_prompt": ""}});
+    assert_eq!(post(server.address, &body).status, 200);
+    assert!(server.last_job().uses_cfg());
+}
+
+#[test]
+fn health_is_told() {
+    let server = TestServer::start(Pace::Fast, 4);
+    let reply = get(server.address, "/health");
+    assert_eq!(
+        (reply.status, &reply.body),
+        (200, &json!({"status": "healthy"}))
+    );
+}
+
+#[test]
+fn a_full_queue_is_429_with_a_time_to_retry() {
+    let server = TestServer::start(Pace::Slow, 0);
+    let body = json!({"messages": user(&json!("a cat")), "num_inference_steps": 1000});
+    let first = send(
+        connect(server.address),
+        "POST",
+        "/v1/chat/completions",
+        Some(&body),
+    );
+    server.wait_for_steps(1);
+    let reply = post(server.address, &body);
+    assert_eq!(reply.status, 429);
+    assert_eq!(reply.body["error"]["type"], "rate_limit_error");
+    assert_eq!(reply.body["error"]["code"], 429);
+    let seconds: u64 = reply.header("retry-after").unwrap().parse().unwrap();
+    assert!((1..=3600).contains(&seconds));
+    drop(first);
+}
+
+#[test]
+fn a_failure_of_the_painter_is_500_without_detail_and_the_next_request_succeeds() {
+    let server = TestServer::start(Pace::Fast, 4);
+    for seed in [PANIC_IN_STEP, FAIL_IN_START] {
+        let reply = post(
+            server.address,
+            &json!({"messages": user(&json!("a")), "seed": seed}),
+        );
+        assert_eq!(reply.status, 500);
+        assert_eq!(reply.body["error"]["type"], "server_error");
+        assert_eq!(reply.body["error"]["param"], Value::Null);
+        let message = reply.body["error"]["message"].as_str().unwrap();
+        assert!(!message.contains("secret"), "{message}");
+
+        let reply = post(
+            server.address,
+            &json!({"messages": user(&json!("a")), "seed": 1}),
+        );
+        assert_eq!(reply.status, 200);
+    }
+}
+
+#[test]
+fn a_client_that_hangs_up_frees_the_painter() {
+    let server = TestServer::start(Pace::Slow, 4);
+    let body = json!({"messages": user(&json!("a cat")), "num_inference_steps": 1000});
+    let reply = send(
+        connect(server.address),
+        "POST",
+        "/v1/chat/completions",
+        Some(&body),
+    );
+    server.wait_for_steps(2);
+    let waiting = send(
+        connect(server.address),
+        "POST",
+        "/v1/chat/completions",
+        Some(&body),
+    );
+    std::thread::sleep(Duration::from_millis(50));
+    drop((reply, waiting));
+
+    let one_step = json!({"messages": user(&json!("a cat")), "num_inference_steps": 1});
+    assert_eq!(post(server.address, &one_step).status, 200);
+    // 1000 steps each, had the painter not been freed.
+    assert!(server.steps() < 500, "{} steps were made", server.steps());
+    assert_eq!(server.discards(), 1);
+}
+
+#[test]
+fn requests_under_way_are_finished_on_shutdown() {
+    let mut server = TestServer::start(Pace::Slow, 4);
+    let body = json!({"messages": user(&json!("a cat")), "num_inference_steps": 20});
+    let pending = send(
+        connect(server.address),
+        "POST",
+        "/v1/chat/completions",
+        Some(&body),
+    );
+    server.wait_for_steps(1);
+    server.begin_shutdown();
+    assert_eq!(client::receive(pending).status, 200);
+    server.join();
+}
+
+#[test]
+fn a_stopped_engine_is_503() {
+    let server = TestServer::start(Pace::Slow, 4);
+    let body = json!({"messages": user(&json!("a cat")), "num_inference_steps": 1000});
+    let pending = send(
+        connect(server.address),
+        "POST",
+        "/v1/chat/completions",
+        Some(&body),
+    );
+    server.wait_for_steps(1);
+    server.engine.stop();
+    assert_eq!(client::receive(pending).status, 503);
+    let reply = post(server.address, &body);
+    assert_eq!(
+        (reply.status, &reply.body["error"]["type"]),
+        (503, &json!("server_error"))
+    );
+    let reply = get(server.address, "/health");
+    assert_eq!(
+        (reply.status, &reply.body),
+        (503, &json!({"status": "unhealthy"}))
+    );
+}

@@ -1,0 +1,286 @@
+//! What is refused, with which status, and what is blamed for it.
+
+use serde_json::{Value, json};
+
+use super::client::{Reply, connect, get, receive, send, send_raw};
+use super::painter::Pace;
+use super::server::TestServer;
+use super::user;
+
+/// A chat request about a cat with these keys added.
+fn cat(extra: &Value) -> Value {
+    let mut body = json!({"messages": user(&json!("a cat"))});
+    body.as_object_mut()
+        .unwrap()
+        .extend(extra.as_object().unwrap().clone());
+    body
+}
+
+/// The error body of `OpenAI`, with this status and culprit.
+fn assert_refused(reply: &Reply, status: u16, param: Option<&str>) {
+    let error = &reply.body["error"];
+    assert_eq!(reply.status, status, "{error}");
+    assert_eq!(error["code"], status, "{error}");
+    assert_eq!(error["param"].as_str(), param, "{error}");
+    assert!(!error["message"].as_str().unwrap().is_empty(), "{error}");
+    assert!(error["type"].is_string(), "{error}");
+    assert_eq!(error.as_object().unwrap().len(), 4, "{error}");
+    assert_eq!(reply.body.as_object().unwrap().len(), 1, "{error}");
+}
+
+/// Every case is a 400 that blames the given key.
+fn assert_all_refused(cases: &[(Value, &str)]) {
+    let server = TestServer::start(Pace::Fast, 4);
+    for (body, param) in cases {
+        let stream = send(
+            connect(server.address),
+            "POST",
+            "/v1/chat/completions",
+            Some(body),
+        );
+        let reply = receive(stream);
+        assert_eq!(reply.status, 400, "accepted {body}");
+        assert_refused(&reply, 400, Some(param));
+    }
+}
+
+#[test]
+fn values_out_of_bounds() {
+    assert_all_refused(&[
+        (cat(&json!({"height": 0})), "height"),
+        (cat(&json!({"height": 15})), "height"),
+        (cat(&json!({"height": -64})), "height"),
+        (cat(&json!({"width": 4112})), "width"),
+        (cat(&json!({"width": u64::MAX})), "width"),
+        (cat(&json!({"width": i64::MIN})), "width"),
+        (cat(&json!({"extra_body": {"width": 100_000}})), "width"),
+        (cat(&json!({"size": "0x64"})), "size"),
+        (cat(&json!({"size": "100000x10000"})), "size"),
+        (
+            cat(&json!({"num_inference_steps": 0})),
+            "num_inference_steps",
+        ),
+        (
+            cat(&json!({"num_inference_steps": -1})),
+            "num_inference_steps",
+        ),
+        (
+            cat(&json!({"num_inference_steps": 1001})),
+            "num_inference_steps",
+        ),
+        (cat(&json!({"true_cfg_scale": -0.5})), "true_cfg_scale"),
+        (cat(&json!({"seed": -1})), "seed"),
+        (cat(&json!({"n": 0})), "n"),
+        (cat(&json!({"n": 11})), "n"),
+        (
+            cat(&json!({"num_outputs_per_prompt": 0})),
+            "num_outputs_per_prompt",
+        ),
+        (
+            cat(&json!({"extra_body": {"num_outputs_per_prompt": 1000}})),
+            "num_outputs_per_prompt",
+        ),
+        (
+            json!({"messages": user(&json!("cat ".repeat(3000)))}),
+            "messages",
+        ),
+        (
+            cat(&json!({"negative_prompt": "cat ".repeat(3000)})),
+            "negative_prompt",
+        ),
+    ]);
+}
+
+#[test]
+fn values_of_the_wrong_type() {
+    assert_all_refused(&[
+        (cat(&json!({"height": "512"})), "height"),
+        (cat(&json!({"height": 512.5})), "height"),
+        (cat(&json!({"width": [512]})), "width"),
+        (cat(&json!({"width": true})), "width"),
+        (cat(&json!({"size": 512})), "size"),
+        (cat(&json!({"size": "512"})), "size"),
+        (cat(&json!({"size": "512*512"})), "size"),
+        (cat(&json!({"size": "-512x512"})), "size"),
+        (cat(&json!({"size": "auto"})), "size"),
+        (
+            cat(&json!({"num_inference_steps": "many"})),
+            "num_inference_steps",
+        ),
+        (
+            cat(&json!({"num_inference_steps": {}})),
+            "num_inference_steps",
+        ),
+        (cat(&json!({"true_cfg_scale": "4"})), "true_cfg_scale"),
+        (cat(&json!({"cfg_scale": false})), "cfg_scale"),
+        (cat(&json!({"seed": "42"})), "seed"),
+        (cat(&json!({"seed": 0.5})), "seed"),
+        (cat(&json!({"seed": 1e30})), "seed"),
+        (cat(&json!({"negative_prompt": 7})), "negative_prompt"),
+        (
+            cat(&json!({"negative_prompt": ["blurry"]})),
+            "negative_prompt",
+        ),
+        (cat(&json!({"n": "2"})), "n"),
+        (cat(&json!({"extra_body": []})), "extra_body"),
+        (cat(&json!({"extra_body": "height=512"})), "extra_body"),
+        (cat(&json!({"stream": "yes"})), "stream"),
+    ]);
+}
+
+#[test]
+fn keys_that_are_unknown_or_contradict_each_other() {
+    assert_all_refused(&[
+        (cat(&json!({"stream": true})), "stream"),
+        (cat(&json!({"heigth": 512})), "heigth"),
+        (cat(&json!({"prompt": "a dog"})), "prompt"),
+        (
+            cat(&json!({"extra_body": {"steps": 20}})),
+            "extra_body.steps",
+        ),
+        (
+            cat(&json!({"extra_body": {"model": "x"}})),
+            "extra_body.model",
+        ),
+        (
+            cat(&json!({"height": 64, "extra_body": {"height": 32}})),
+            "height",
+        ),
+        (cat(&json!({"seed": 1, "extra_body": {"seed": 2}})), "seed"),
+        (
+            cat(&json!({"cfg_scale": 1, "true_cfg_scale": 2})),
+            "true_cfg_scale",
+        ),
+        (
+            cat(&json!({"cfg_scale": 1, "extra_body": {"true_cfg_scale": 2}})),
+            "true_cfg_scale",
+        ),
+        (
+            cat(&json!({"n": 1, "num_outputs_per_prompt": 2})),
+            "num_outputs_per_prompt",
+        ),
+        (cat(&json!({"size": "64x64", "height": 32})), "size"),
+        (
+            cat(&json!({"size": "64x64", "extra_body": {"width": 32}})),
+            "size",
+        ),
+    ]);
+}
+
+#[test]
+fn messages_without_a_prompt() {
+    let image = json!({"type": "image_url", "image_url": {"url": "data:image/png;base64,AA=="}});
+    let content = |content: &Value| json!({"messages": user(content)});
+    assert_all_refused(&[
+        (json!({}), "messages"),
+        (json!({"messages": null}), "messages"),
+        (json!({"messages": "a cat"}), "messages"),
+        (json!({"messages": {}}), "messages"),
+        (json!({"messages": []}), "messages"),
+        (json!({"messages": ["a cat"]}), "messages.0"),
+        (
+            json!({"messages": [{"content": "a cat"}]}),
+            "messages.0.role",
+        ),
+        (
+            json!({"messages": [{"role": 1, "content": "a cat"}]}),
+            "messages.0.role",
+        ),
+        (
+            json!({"messages": [{"role": "system", "content": "a cat"}]}),
+            "messages",
+        ),
+        (
+            json!({"messages": [{"role": "user"}]}),
+            "messages.0.content",
+        ),
+        (content(&json!(null)), "messages.0.content"),
+        (content(&json!(5)), "messages.0.content"),
+        (content(&json!({"text": "a cat"})), "messages.0.content"),
+        (content(&json!([])), "messages.0.content"),
+        (content(&json!([5])), "messages.0.content.0"),
+        (
+            content(&json!([{"type": "text"}])),
+            "messages.0.content.0.text",
+        ),
+        (
+            content(&json!([{"type": "text", "text": 5}])),
+            "messages.0.content.0.text",
+        ),
+        (
+            content(&json!([{"type": "text", "text": "a cat"}, image])),
+            "messages.0.content.1",
+        ),
+        (content(&json!([{"image": "AA=="}])), "messages.0.content.0"),
+        (
+            content(&json!([{"type": "input_audio", "input_audio": {}}])),
+            "messages.0.content.0",
+        ),
+    ]);
+}
+
+#[test]
+fn bodies_that_are_not_a_json_object() {
+    let server = TestServer::start(Pace::Fast, 4);
+    let json_type = "Content-Type: application/json\r\n";
+    let post = |headers: &str, body: &[u8]| {
+        receive(send_raw(
+            connect(server.address),
+            "POST",
+            "/v1/chat/completions",
+            (headers, body),
+        ))
+    };
+    let not_json: [&[u8]; 9] = [
+        b"",
+        b"{",
+        b"{\"messages\": }",
+        b"a=b",
+        b"[]",
+        b"null",
+        b"7",
+        b"\"a cat\"",
+        b"{\"a\":\"\xff\"}",
+    ];
+    for body in not_json {
+        assert_refused(&post(json_type, body), 400, None);
+    }
+    let good = cat(&json!({})).to_string();
+    for headers in [
+        "",
+        "Content-Type: text/plain\r\n",
+        "Content-Type: application/x-www-form-urlencoded\r\n",
+        "Content-Type: multipart/form-data; boundary=x\r\n",
+    ] {
+        assert_refused(&post(headers, good.as_bytes()), 400, None);
+    }
+    let with_charset = "Content-Type: Application/JSON; charset=utf-8\r\n";
+    assert_eq!(post(with_charset, good.as_bytes()).status, 200);
+
+    let large = cat(&json!({"user": "x".repeat(kiln::server::MAX_BODY_BYTES)})).to_string();
+    assert_refused(&post(json_type, large.as_bytes()), 413, None);
+}
+
+#[test]
+fn routes_and_methods_that_do_not_exist() {
+    let server = TestServer::start(Pace::Fast, 4);
+    for path in [
+        "/",
+        "/v1",
+        "/v1/chat/completions/",
+        "/v1/chat/completion",
+        "/health/live",
+    ] {
+        assert_refused(&get(server.address, path), 404, None);
+    }
+    for (method, path) in [
+        ("GET", "/v1/chat/completions"),
+        ("PUT", "/v1/chat/completions"),
+        ("DELETE", "/v1/chat/completions"),
+        ("POST", "/health"),
+    ] {
+        let reply = receive(send(connect(server.address), method, path, None));
+        assert_refused(&reply, 405, None);
+        assert!(reply.header("allow").is_some());
+    }
+}

@@ -1,0 +1,112 @@
+//! As much HTTP as the tests need: one request a connection, bodies of a known length.
+
+use std::io::{Read, Write};
+use std::net::{SocketAddr, TcpStream};
+use std::time::Duration;
+
+use serde_json::Value;
+
+#[derive(Debug)]
+pub(super) struct Reply {
+    pub(super) status: u16,
+    headers: Vec<(String, String)>,
+    /// Null if the body was empty.
+    pub(super) body: Value,
+}
+
+impl Reply {
+    /// Of a header by its name in lower case.
+    pub(super) fn header(&self, name: &str) -> Option<&str> {
+        self.headers
+            .iter()
+            .find(|(key, _)| key == name)
+            .map(|(_, value)| value.as_str())
+    }
+}
+
+pub(super) fn connect(address: SocketAddr) -> TcpStream {
+    let stream = TcpStream::connect(address).unwrap();
+    stream
+        .set_read_timeout(Some(Duration::from_mins(1)))
+        .unwrap();
+    stream
+}
+
+pub(super) fn get(address: SocketAddr, path: &str) -> Reply {
+    receive(send(connect(address), "GET", path, None))
+}
+
+pub(super) fn post(address: SocketAddr, body: &Value) -> Reply {
+    receive(send(
+        connect(address),
+        "POST",
+        "/v1/chat/completions",
+        Some(body),
+    ))
+}
+
+pub(super) fn send(stream: TcpStream, method: &str, path: &str, body: Option<&Value>) -> TcpStream {
+    let body = body.map(Value::to_string).unwrap_or_default();
+    send_raw(
+        stream,
+        method,
+        path,
+        ("Content-Type: application/json\r\n", body.as_bytes()),
+    )
+}
+
+/// `content` is any further header lines, and the body.
+pub(super) fn send_raw(
+    mut stream: TcpStream,
+    method: &str,
+    path: &str,
+    content: (&str, &[u8]),
+) -> TcpStream {
+    let (headers, body) = content;
+    let head = format!(
+        "{method} {path} HTTP/1.1\r\nHost: kiln\r\nConnection: close\r\n{headers}\
+         Content-Length: {}\r\n\r\n",
+        body.len()
+    );
+    stream.write_all(head.as_bytes()).unwrap();
+    // A server that refuses the headers may close before it has read the body.
+    stream.write_all(body).ok();
+    stream
+}
+
+pub(super) fn receive(mut stream: TcpStream) -> Reply {
+    let mut bytes = Vec::new();
+    let end = stream.read_to_end(&mut bytes);
+    assert!(end.is_ok() || !bytes.is_empty(), "no answer: {end:?}");
+    let head_end = bytes
+        .windows(4)
+        .position(|window| window == b"\r\n\r\n")
+        .unwrap();
+    let head = String::from_utf8(bytes[..head_end].to_vec()).unwrap();
+    let mut lines = head.split("\r\n");
+    let status = lines
+        .next()
+        .unwrap()
+        .split(' ')
+        .nth(1)
+        .unwrap()
+        .parse()
+        .unwrap();
+    let headers = lines
+        .map(|line| {
+            let (name, value) = line.split_once(':').unwrap();
+            (name.to_lowercase(), value.trim().to_owned())
+        })
+        .collect();
+    let body = &bytes[head_end + 4..];
+    let body = if body.is_empty() {
+        Value::Null
+    } else {
+        serde_json::from_slice(body).unwrap()
+    };
+    Reply {
+        status,
+        headers,
+        body,
+    }
+}

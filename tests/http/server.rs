@@ -1,0 +1,109 @@
+use std::net::SocketAddr;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use kiln::engine::Engine;
+use kiln::request::Limits;
+use kiln::server::App;
+use kiln::tokenizer::PromptTokenizer;
+use kiln_models::noise::NoiseGenerator;
+use kiln_models::painter::Job;
+use tokio::sync::oneshot;
+
+use super::painter::{FlatPainter, Pace, Record};
+
+/// A server on a free port, with a [`FlatPainter`].
+pub(super) struct TestServer {
+    pub(super) address: SocketAddr,
+    pub(super) engine: Engine,
+    record: Arc<Record>,
+    shutdown: Option<oneshot::Sender<()>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl TestServer {
+    pub(super) fn start(pace: Pace, max_queue: usize) -> Self {
+        let record = Arc::new(Record::default());
+        let painter = FlatPainter::new(pace, Arc::clone(&record));
+        let engine = Engine::start(Box::new(painter), max_queue);
+        let app = App {
+            engine: engine.clone(),
+            tokenizer: load_tokenizer(),
+            limits: Limits::for_model(engine.info()),
+            noise_generator: NoiseGenerator::Cpu,
+            served_model_name: "test/model".to_owned(),
+        };
+
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        listener.set_nonblocking(true).unwrap();
+        let address = listener.local_addr().unwrap();
+        let (shutdown, stopped) = oneshot::channel::<()>();
+        let thread = std::thread::spawn(move || {
+            let runtime = tokio::runtime::Builder::new_multi_thread()
+                .worker_threads(1)
+                .enable_all()
+                .build()
+                .unwrap();
+            runtime.block_on(async {
+                let listener = tokio::net::TcpListener::from_std(listener).unwrap();
+                let shutdown = async { drop(stopped.await) };
+                kiln::server::serve(listener, app, shutdown).await.unwrap();
+            });
+        });
+        Self {
+            address,
+            engine,
+            record,
+            shutdown: Some(shutdown),
+            thread: Some(thread),
+        }
+    }
+
+    /// The job that the painter was given last.
+    pub(super) fn last_job(&self) -> Job {
+        self.record.last_job.lock().unwrap().clone().unwrap()
+    }
+
+    pub(super) fn steps(&self) -> usize {
+        self.record.steps.load(Ordering::SeqCst)
+    }
+
+    pub(super) fn discards(&self) -> usize {
+        self.record.discards.load(Ordering::SeqCst)
+    }
+
+    pub(super) fn wait_for_steps(&self, steps: usize) {
+        let started = Instant::now();
+        while self.steps() < steps {
+            assert!(
+                started.elapsed() < Duration::from_mins(1),
+                "the painter does not paint"
+            );
+            std::thread::sleep(Duration::from_millis(2));
+        }
+    }
+
+    pub(super) fn begin_shutdown(&mut self) {
+        self.shutdown = None;
+    }
+
+    pub(super) fn join(&mut self) {
+        self.thread.take().unwrap().join().unwrap();
+    }
+}
+
+impl Drop for TestServer {
+    fn drop(&mut self) {
+        self.begin_shutdown();
+        self.engine.stop();
+    }
+}
+
+/// The tokenizer that the servers use.
+pub(super) fn load_tokenizer() -> PromptTokenizer {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    PromptTokenizer::load(&root.join("tests/fixtures/checkpoints/base/tokenizer")).unwrap()
+}

@@ -1,0 +1,8 @@
+//! The one integration test binary: each module is a door of the program, or a comparison.
+
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on should stop")]
+
+/// The real binary, run with arguments.
+mod cli;
+/// A server in this process, asked over TCP.
+mod http;
