@@ -2,7 +2,11 @@
 
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on should stop")]
 
+/// The real binary with checkpoints that cannot be loaded.
+mod broken_models;
 /// The real binary, run with arguments.
 mod cli;
 /// A server in this process, asked over TCP.
 mod http;
+/// The real binary beside diffusers.
+mod parity;

@@ -1,0 +1,226 @@
+//! Checkpoints that cannot be loaded: each is one line that names what is wrong and where, with
+//! exit code 1, no panic and no backtrace.
+
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+
+use safetensors::SafeTensors;
+use safetensors::tensor::TensorView;
+use serde_json::Value;
+
+/// Copies a fixture's checkpoint, breaks it, tries to draw with it, and expects parts of a message.
+fn breaks(checkpoint: &str, how: impl Fn(&Path), expected: &[&str]) {
+    let folder = tempfile::tempdir().unwrap();
+    let model = folder.path().join("model");
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/checkpoints");
+    copy(&source.join(checkpoint), &model);
+    how(&model);
+    let output = Command::new(env!("CARGO_BIN_EXE_kiln"))
+        .args(["generate", "a cat", "--height", "32", "--width", "32"])
+        .args(["--num-inference-steps", "1", "--backend", "flex"])
+        .arg("--model")
+        .arg(&model)
+        .arg("--output")
+        .arg(folder.path().join("out.png"))
+        .env("RUST_BACKTRACE", "1")
+        .env("HF_HUB_OFFLINE", "1")
+        .output()
+        .unwrap();
+    let stderr = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(1), "{stderr}");
+    assert!(!stderr.contains("panic") && !stderr.contains("backtrace"), "{stderr}");
+    let errors: Vec<&str> = stderr.lines().filter(|line| line.starts_with("error: ")).collect();
+    assert_eq!(errors.len(), 1, "{stderr}");
+    for part in expected {
+        assert!(errors[0].contains(part), "{part:?} is not in: {}", errors[0]);
+    }
+    assert!(!folder.path().join("out.png").exists());
+}
+
+fn copy(from: &Path, to: &Path) {
+    fs::create_dir_all(to).unwrap();
+    for entry in fs::read_dir(from).unwrap() {
+        let (from, to) = (entry.as_ref().unwrap().path(), to.join(entry.unwrap().file_name()));
+        if from.is_dir() {
+            copy(&from, &to);
+        } else {
+            fs::copy(from, to).unwrap();
+        }
+    }
+}
+
+fn edit_json(path: &Path, edit: impl Fn(&mut Value)) {
+    let mut value: Value = serde_json::from_slice(&fs::read(path).unwrap()).unwrap();
+    edit(&mut value);
+    fs::write(path, value.to_string()).unwrap();
+}
+
+/// Rewrites a weights file without, or with other, tensors.
+fn edit_tensors(path: &Path, edit: impl Fn(&mut Vec<(String, TensorView<'_>)>)) {
+    let bytes = fs::read(path).unwrap();
+    let mut tensors: Vec<_> = SafeTensors::deserialize(&bytes)
+        .unwrap()
+        .tensors()
+        .into_iter()
+        .map(|(name, view)| {
+            let (start, len) = (view.data().as_ptr() as usize - bytes.as_ptr() as usize, view.data().len());
+            let data = &bytes[start..start + len];
+            (name, TensorView::new(view.dtype(), view.shape().to_vec(), data).unwrap())
+        })
+        .collect();
+    edit(&mut tensors);
+    fs::write(path, safetensors::serialize(tensors, None).unwrap()).unwrap();
+}
+
+const TRANSFORMER: &str = "transformer/diffusion_pytorch_model.safetensors";
+
+#[test]
+fn files_that_are_missing_or_cut() {
+    breaks("base", |model| fs::remove_dir_all(model).unwrap(), &["no folder"]);
+    breaks("base", |model| fs::remove_file(model.join("model_index.json")).unwrap(), &[
+        "not a model folder",
+        "model_index.json",
+    ]);
+    breaks("base", |model| fs::remove_file(model.join("vae/config.json")).unwrap(), &[
+        "vae/config.json is missing",
+    ]);
+    breaks("base", |model| fs::remove_file(model.join(TRANSFORMER)).unwrap(), &[
+        "no weights in",
+        "diffusion_pytorch_model.safetensors",
+    ]);
+    breaks("base", |model| fs::remove_dir_all(model.join("tokenizer")).unwrap(), &["tokenizer"]);
+    breaks("base", |model| fs::remove_file(model.join("tokenizer/merges.txt")).unwrap(), &[
+        "merges.txt",
+    ]);
+    breaks(
+        "base",
+        |model| {
+            let path = model.join(TRANSFORMER);
+            let bytes = fs::read(&path).unwrap();
+            fs::write(&path, &bytes[..bytes.len() - 100]).unwrap();
+        },
+        &[TRANSFORMER, "bytes where its header needs"],
+    );
+    breaks("base", |model| fs::write(model.join(TRANSFORMER), b"not weights").unwrap(), &[
+        TRANSFORMER,
+        "not a safetensors file",
+    ]);
+    breaks(
+        "odd",
+        |model| {
+            let shard = "transformer/diffusion_pytorch_model-00002-of-00006.safetensors";
+            fs::remove_file(model.join(shard)).unwrap();
+        },
+        &["diffusion_pytorch_model-00002-of-00006.safetensors is missing"],
+    );
+}
+
+#[test]
+fn tensors_that_are_missing_misshapen_or_unknown() {
+    let first = "transformer_blocks.0.attn.to_q.weight";
+    breaks(
+        "base",
+        |model| edit_tensors(&model.join(TRANSFORMER), |all| all.retain(|(name, _)| name != first)),
+        &["no tensor", first, "transformer"],
+    );
+    breaks(
+        "base",
+        |model| {
+            edit_tensors(&model.join(TRANSFORMER), |all| {
+                for (name, view) in all.iter_mut().filter(|(name, _)| name == first) {
+                    let shape = vec![view.shape()[0] * view.shape()[1]];
+                    assert_eq!(name, first);
+                    *view = TensorView::new(view.dtype(), shape, view.data()).unwrap();
+                }
+            });
+        },
+        &[TRANSFORMER, first, "has shape [1024]", "asks for [32, 32]"],
+    );
+    breaks(
+        "base",
+        |model| {
+            edit_tensors(&model.join(TRANSFORMER), |all| {
+                let (_, view) = all[0].clone();
+                all.push(("lora.up".to_owned(), view));
+            });
+        },
+        &["1 tensors that this model does not know", "lora.up", "transformer"],
+    );
+    breaks(
+        "base",
+        |model| {
+            edit_tensors(&model.join(TRANSFORMER), |all| {
+                for (_, view) in all.iter_mut().filter(|(name, _)| name == first) {
+                    let shape = view.shape().to_vec();
+                    *view =
+                        TensorView::new(safetensors::Dtype::I32, shape, view.data()).unwrap();
+                }
+            });
+        },
+        &[TRANSFORMER, first, "I32", "BF16"],
+    );
+}
+
+#[test]
+fn configurations_that_cannot_be_honoured() {
+    let set = |file: &'static str, key: &'static str, value: Value| {
+        move |model: &Path| edit_json(&model.join(file), |config| config[key] = value.clone())
+    };
+    breaks("base", set("model_index.json", "_class_name", "FluxPipeline".into()), &[
+        "model_index.json",
+        "FluxPipeline",
+        "QwenImagePipeline",
+    ]);
+    for key in ["guidance_embeds", "zero_cond_t", "use_layer3d_rope"] {
+        breaks("base", set("transformer/config.json", key, true.into()), &[
+            "transformer/config.json",
+            key,
+        ]);
+    }
+    breaks("base", set("scheduler/scheduler_config.json", "_class_name", "DDIM".into()), &[
+        "scheduler_config.json",
+        "DDIM",
+        "FlowMatchEulerDiscreteScheduler",
+    ]);
+    breaks("base", set("transformer/config.json", "num_layers", 3.into()), &[
+        "no tensor",
+        "transformer_blocks.2",
+    ]);
+    breaks("base", set("transformer/config.json", "joint_attention_dim", 48.into()), &[
+        "transformer/config.json",
+        "joint_attention_dim",
+        "hidden_size",
+    ]);
+    breaks("base", set("vae/config.json", "z_dim", 8.into()), &["vae/config.json", "z_dim"]);
+    breaks("base", set("vae/config.json", "base_dim", 0.into()), &["vae/config.json", "base_dim"]);
+    breaks(
+        "base",
+        |model| fs::write(model.join("transformer/config.json"), "{").unwrap(),
+        &["transformer/config.json is not valid JSON"],
+    );
+}
+
+/// With real weights behind it, a request is still refused with a usage error.
+#[test]
+fn bad_requests_are_usage_errors() {
+    let model = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/checkpoints/base");
+    for (args, expected) in [
+        (&["--height", "8"][..], "height"),
+        (&["--width", "9999999"], "width"),
+        (&["--num-inference-steps", "0"], "num_inference_steps"),
+        (&["--true-cfg-scale", "-1"], "true_cfg_scale"),
+    ] {
+        let folder = tempfile::tempdir().unwrap();
+        let output = Command::new(env!("CARGO_BIN_EXE_kiln"))
+            .args(["generate", "a cat", "--model"])
+            .arg(&model)
+            .args(args)
+            .current_dir(folder.path())
+            .output()
+            .unwrap();
+        let stderr = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(2), "{stderr}");
+        assert!(stderr.contains(expected) && !stderr.contains("panic"), "{stderr}");
+    }
+}

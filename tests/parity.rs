@@ -1,0 +1,145 @@
+//! `kiln generate` beside diffusers, stage by stage, for every case of tests/fixtures/cases.json
+//! (made by tests/reference/make_fixtures.py, which names the versions), on every CPU backend
+//! this test was built with.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use safetensors::{Dtype, SafeTensors};
+use serde_json::Value;
+
+/// Largest difference relative to a stage's largest magnitude. All is f32 here; rounding grows
+/// over encoder, steps and decoder, and torch's own results move by 1e-6 with the alignment of its
+/// weights in memory.
+const TOLERANCE: f32 = 2e-5;
+/// Share of the 8-bit values that must be equal; no other may be off by more than 1.
+const EQUAL_PIXELS: f64 = 0.999;
+
+#[cfg(feature = "flex")]
+#[test]
+fn flex_draws_what_diffusers_draws() {
+    every_case("flex");
+}
+
+#[cfg(feature = "ndarray")]
+#[test]
+fn ndarray_draws_what_diffusers_draws() {
+    every_case("ndarray");
+}
+
+fn fixtures() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures")
+}
+
+fn every_case(backend: &str) {
+    let cases: Vec<Value> =
+        serde_json::from_slice(&fs::read(fixtures().join("cases.json")).unwrap()).unwrap();
+    assert!(cases.len() >= 18, "cases are missing");
+    for case in &cases {
+        let name = case["name"].as_str().unwrap();
+        let folder = tempfile::tempdir().unwrap();
+        let reference = fixtures().join("cases").join(format!("{name}.safetensors"));
+        let dump = run(backend, case, folder.path());
+        let (reference, dump) = (fs::read(reference).unwrap(), fs::read(dump).unwrap());
+        let reference = SafeTensors::deserialize(&reference).unwrap();
+        let dump = SafeTensors::deserialize(&dump).unwrap();
+        compare_stages(&format!("{backend} {name}"), &reference, &dump);
+        let images = case["num_images"].as_u64().unwrap();
+        compare_images(&format!("{backend} {name}"), &reference, folder.path(), images);
+    }
+}
+
+/// Draws a case as a user would, and returns the dump's path.
+fn run(backend: &str, case: &Value, folder: &Path) -> PathBuf {
+    let dump = folder.join("dump.safetensors");
+    let mut command = Command::new(env!("CARGO_BIN_EXE_kiln"));
+    command.arg("generate").arg("--prompt").arg(case["prompt"].as_str().unwrap());
+    if let Some(negative) = case["negative_prompt"].as_str() {
+        command.arg("--negative-prompt").arg(negative);
+    }
+    for (option, key) in [
+        ("--true-cfg-scale", "true_cfg_scale"),
+        ("--height", "height"),
+        ("--width", "width"),
+        ("--num-inference-steps", "num_inference_steps"),
+        ("--num-images", "num_images"),
+        ("--seed", "seed"),
+    ] {
+        command.arg(option).arg(case[key].to_string());
+    }
+    if let Some(tile) = case["vae_tile"].as_array() {
+        command.arg("--vae-use-tiling");
+        command.arg("--vae-tile-size").arg(tile[0].to_string());
+        command.arg("--vae-tile-stride").arg(tile[1].to_string());
+    }
+    let checkpoint = fixtures().join("checkpoints").join(case["checkpoint"].as_str().unwrap());
+    command.arg("--model").arg(checkpoint).args(["--backend", backend, "--dtype", "f32"]);
+    command.arg("--output").arg(folder.join("out.png")).arg("--dump").arg(&dump);
+    let output = command.output().unwrap();
+    assert!(output.status.success(), "{case}: {}", String::from_utf8_lossy(&output.stderr));
+    dump
+}
+
+fn compare_stages(case: &str, reference: &SafeTensors<'_>, dump: &SafeTensors<'_>) {
+    let ids = |file: &SafeTensors<'_>, name: &str| -> Vec<i64> {
+        let tensor = file.tensor(name).unwrap();
+        assert_eq!(tensor.dtype(), Dtype::I64, "{case} {name}");
+        tensor.data().chunks_exact(8).map(|id| i64::from_le_bytes(id.try_into().unwrap())).collect()
+    };
+    assert_eq!(ids(dump, "token_ids"), ids(reference, "token_ids"), "{case}");
+
+    let stage = |name: &str| {
+        ["prompt_embeds", "negative_prompt_embeds", "initial_noise", "image_float"].contains(&name)
+            || name.starts_with("latents_step")
+    };
+    let stages: Vec<&str> = reference.names().into_iter().filter(|name| stage(name)).collect();
+    assert!(stages.len() >= 4, "{case} has too few stages");
+    for name in stages {
+        let (ours, theirs) = (dump.tensor(name).unwrap(), reference.tensor(name).unwrap());
+        assert_eq!(ours.shape(), theirs.shape(), "{case} {name}");
+        assert_eq!(ours.dtype(), Dtype::F32, "{case} {name}");
+        let off = relative_difference(&floats(ours.data()), &floats(theirs.data()));
+        // The noise is PyTorch's own, bit for bit, down to how few values take another path.
+        let allowed = if name == "initial_noise" { 0.0 } else { TOLERANCE };
+        assert!(off <= allowed, "{case} {name} is off by {off:.2e}");
+    }
+}
+
+fn floats(bytes: &[u8]) -> Vec<f32> {
+    bytes.chunks_exact(4).map(|x| f32::from_le_bytes(x.try_into().unwrap())).collect()
+}
+
+fn relative_difference(ours: &[f32], theirs: &[f32]) -> f32 {
+    let magnitude = theirs.iter().fold(0.0_f32, |largest, x| largest.max(x.abs()));
+    assert!(magnitude > 0.0 && ours.iter().all(|x| x.is_finite()));
+    let difference =
+        ours.iter().zip(theirs).fold(0.0_f32, |largest, (a, b)| largest.max((a - b).abs()));
+    difference / magnitude
+}
+
+fn compare_images(case: &str, reference: &SafeTensors<'_>, folder: &Path, images: u64) {
+    let expected = reference.tensor("image_u8").unwrap();
+    let (height, width) = (expected.shape()[1], expected.shape()[2]);
+    let mut equal = 0;
+    for (index, expected) in expected.data().chunks_exact(height * width * 3).enumerate() {
+        let file = if images == 1 { "out.png".to_owned() } else { format!("out-{index}.png") };
+        let (size, pixels) = read_png(&folder.join(file));
+        assert_eq!(size, (width, height), "{case}");
+        for (ours, theirs) in pixels.iter().zip(expected) {
+            assert!(ours.abs_diff(*theirs) <= 1, "{case}: {ours} for {theirs}");
+            equal += usize::from(ours == theirs);
+        }
+    }
+    let share = equal as f64 / expected.data().len() as f64;
+    assert!(share >= EQUAL_PIXELS, "{case}: only {share:.5} of the values are equal");
+}
+
+fn read_png(path: &Path) -> ((usize, usize), Vec<u8>) {
+    let file = std::io::BufReader::new(fs::File::open(path).unwrap());
+    let mut reader = png::Decoder::new(file).read_info().unwrap();
+    let mut pixels = vec![0; reader.output_buffer_size().unwrap()];
+    let info = reader.next_frame(&mut pixels).unwrap();
+    assert_eq!(info.color_type, png::ColorType::Rgb);
+    ((info.width as usize, info.height as usize), pixels)
+}
