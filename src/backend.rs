@@ -3,9 +3,9 @@
 use std::fmt;
 use std::str::FromStr;
 
-use kiln_models::config::ConfigText;
+use kiln_models::config::{ConfigError, ConfigText};
 use kiln_models::loading::{LoadOptions, ModelDType, OpenError};
-use kiln_models::painter::Painter;
+use kiln_models::painter::{ImageSizes, Painter};
 use kiln_models::qwen_image::{CheckpointConfigs, CheckpointParts};
 use kiln_models::vae::{Tiling, VaeSettings};
 
@@ -57,6 +57,8 @@ pub enum BackendError {
     #[error("this kiln was built without any backend; build it with `--features flex`")]
     NoBackend,
     #[error(transparent)]
+    Config(#[from] ConfigError),
+    #[error(transparent)]
     Open(#[from] OpenError),
 }
 
@@ -69,8 +71,12 @@ pub struct UnknownName {
 }
 
 /// From the best to the slowest.
-const KINDS: [BackendKind; 4] =
-    [BackendKind::Cuda, BackendKind::Wgpu, BackendKind::Flex, BackendKind::Ndarray];
+const KINDS: [BackendKind; 4] = [
+    BackendKind::Cuda,
+    BackendKind::Wgpu,
+    BackendKind::Flex,
+    BackendKind::Ndarray,
+];
 
 impl BackendKind {
     fn name(self) -> &'static str {
@@ -112,10 +118,12 @@ impl FromStr for BackendKind {
 
     fn from_str(word: &str) -> Result<Self, UnknownName> {
         let mut kinds = KINDS.into_iter().chain([Self::Auto]);
-        kinds.find(|kind| kind.name() == word).ok_or_else(|| UnknownName {
-            word: word.to_owned(),
-            known: format!("{}, auto", KINDS.map(Self::name).join(", ")),
-        })
+        kinds
+            .find(|kind| kind.name() == word)
+            .ok_or_else(|| UnknownName {
+                word: word.to_owned(),
+                known: format!("{}, auto", KINDS.map(Self::name).join(", ")),
+            })
     }
 }
 
@@ -149,9 +157,21 @@ impl FromStr for DTypeChoice {
 
 /// The names of the backends in this binary.
 fn compiled_in() -> String {
-    let names: Vec<&str> =
-        KINDS.into_iter().filter(|kind| kind.opener().is_some()).map(BackendKind::name).collect();
-    if names.is_empty() { "none".to_owned() } else { names.join(", ") }
+    let names: Vec<&str> = KINDS
+        .into_iter()
+        .filter(|kind| kind.opener().is_some())
+        .map(BackendKind::name)
+        .collect();
+    if names.is_empty() {
+        "none".to_owned()
+    } else {
+        names.join(", ")
+    }
+}
+
+/// The sizes a checkpoint draws, known before its weights are loaded.
+pub fn image_sizes(checkpoint: &Checkpoint) -> Result<ImageSizes, BackendError> {
+    Ok(parts(checkpoint).configs.image_sizes()?)
 }
 
 /// Loads a checkpoint's networks onto a device.
@@ -165,7 +185,10 @@ pub fn load(
     });
     let options = LoadOptions {
         dtype: settings.dtype.model_dtype(),
-        vae: VaeSettings { use_slicing: settings.vae_use_slicing, tiling },
+        vae: VaeSettings {
+            use_slicing: settings.vae_use_slicing,
+            tiling,
+        },
     };
     let parts = parts(checkpoint);
     if settings.backend != BackendKind::Auto {

@@ -2,14 +2,8 @@
 //!
 //! Downloads go to the cache that `huggingface_hub` (Python) uses, in its layout, so either program
 //! finds what the other has fetched.
-//!
-//! The protocol is spoken here, over ureq, and not through the crate hf-hub. Built from nothing with
-//! optimised dependencies, this way costs 31 crates and 58 CPU seconds; hf-hub 1.0.0 costs 236 and
-//! 12 CPU minutes (reqwest, the Xet client, AWS-LC), hf-hub 0.5.0 costs 58 and 110 CPU seconds.
-//! Neither knows `HF_HUB_OFFLINE`; 0.5.0 also sends the token to the storage host, does not check
-//! that a file is complete, and gives a bare status where the Hub says why it refused.
 
-mod download;
+mod progress;
 
 #[cfg(test)]
 mod tests;
@@ -20,16 +14,41 @@ use std::fs;
 use std::io;
 use std::path::Path;
 use std::path::PathBuf;
+use std::sync::Arc;
 
-/// Where models are fetched from and kept.
-#[derive(Debug, Clone)]
+use hf_hub::HFClient;
+use hf_hub::HFClientSync;
+use hf_hub::HFError;
+use hf_hub::HFRepositorySync;
+use hf_hub::HFResult;
+use hf_hub::RepoTypeModel;
+use hf_hub::repository::RepoTreeEntry;
+
+use self::progress::Bars;
+
+/// What text-to-image reads of a repository.
+const NEEDED: [&str; 4] = [
+    "model_index.json",
+    "scheduler/*.json",
+    "tokenizer/*",
+    "{text_encoder,transformer,vae}/*.{json,safetensors}",
+];
+
+/// Of the above: folders within those folders (a `*` matches a slash too), and variants of the
+/// weights such as `model.fp16.safetensors`, which would be the same once more.
+const NOT_NEEDED: [&str; 2] = ["*/*/*", "*.*.safetensors"];
+
+/// Where models are fetched from and kept. What is `None` comes from the environment variables of
+/// `huggingface_hub`, such as `HF_ENDPOINT`, `HF_TOKEN` and `HF_HOME`
+/// (<https://huggingface.co/docs/huggingface_hub/package_reference/environment_variables>).
+#[derive(Debug, Clone, Default)]
 pub struct HubSettings {
-    /// Base URL of the Hub, without a slash at its end.
-    pub endpoint: String,
+    /// Base URL of the Hub.
+    pub endpoint: Option<String>,
     /// For private and gated models.
     pub token: Option<HubToken>,
     /// The folder of downloaded models.
-    pub cache: PathBuf,
+    pub cache: Option<PathBuf>,
     /// Use what the cache has and never the network.
     pub offline: bool,
 }
@@ -47,6 +66,9 @@ pub enum HubError {
     )]
     InvalidId { model: String },
 
+    #[error("the Hub cannot be used: check HF_ENDPOINT")]
+    Client { source: Box<HFError> },
+
     #[error("{endpoint} has no model {repo}: check the spelling of owner/name")]
     NotFound { repo: String, endpoint: String },
 
@@ -57,20 +79,15 @@ pub enum HubError {
     RevisionNotFound { repo: String, revision: String },
 
     #[error(
-        "{repo} does not exist, or is private (HTTP {status}): check the spelling; if it is \
-         private, set HF_TOKEN to a token with read access from {endpoint}/settings/tokens"
+        "{repo} does not exist, is private, or the token in use is not valid (HTTP {status}): \
+         check the spelling; if it is private, set HF_TOKEN to a token of an account that may read \
+         it from {endpoint}/settings/tokens"
     )]
-    TokenNeeded {
+    NoAccess {
         repo: String,
         endpoint: String,
         status: u16,
     },
-
-    #[error(
-        "the Hub does not give {repo} to the account of the token in use (HTTP {status}): set \
-         HF_TOKEN to a valid token of an account that may read it"
-    )]
-    TokenRefused { repo: String, status: u16 },
 
     #[error(
         "{repo} is gated (HTTP {status}): accept its conditions at {endpoint}/{repo}, and set \
@@ -99,32 +116,35 @@ pub enum HubError {
     },
 
     #[error(
-        "cannot reach {url}: check the network and HF_ENDPOINT; with HF_HUB_OFFLINE=1 a model \
-         that is in the cache is used without the network"
+        "{endpoint} cannot be reached or does not answer as the Hub does: check the network and \
+         HF_ENDPOINT; with HF_HUB_OFFLINE=1 a model that is in the cache is used without the \
+         network"
     )]
     Network {
-        url: String,
-        source: Box<ureq::Error>,
+        endpoint: String,
+        source: Box<HFError>,
     },
 
-    #[error("{url} answered HTTP {status}: try again later")]
-    Status { url: String, status: u16 },
-
-    #[error("{url} gave {actual} bytes where the Hub lists {expected}: try again later")]
+    #[error("{path} has {actual} bytes where the Hub lists {expected}, and was removed: try again")]
     WrongSize {
-        url: String,
+        path: PathBuf,
         expected: u64,
         actual: u64,
     },
 
-    #[error("{url} does not answer as the Hub does ({reason}): check HF_ENDPOINT")]
-    Answer { url: String, reason: String },
+    #[error(
+        "another process is downloading the same and holds {lock}: try again when it has ended"
+    )]
+    Busy { lock: PathBuf },
 
     #[error(
-        "cannot use {path} in the Hub cache: check its permissions and the disk's free space, or \
-         set HF_HOME to a folder elsewhere"
+        "cannot use the Hub cache {cache}: check its permissions and the disk's free space, or set \
+         HF_HOME to a folder elsewhere"
     )]
-    Io { path: PathBuf, source: io::Error },
+    Io { cache: PathBuf, source: io::Error },
+
+    #[error("cannot download {repo}: try again later")]
+    Download { repo: String, source: Box<HFError> },
 }
 
 /// The folder of a model.
@@ -133,7 +153,7 @@ pub enum HubError {
 /// is for [`crate::checkpoint::Checkpoint::open`] to find out. Otherwise `model` is a Hub id,
 /// `owner/name` or `owner/name@revision`, and what text-to-image needs of it is downloaded unless
 /// the cache has it. Blocks for as long as that takes, with progress bars if stderr is a terminal
-/// and a log line for each file otherwise.
+/// and log lines otherwise.
 pub fn resolve(model: &str, settings: &HubSettings) -> Result<PathBuf, HubError> {
     if Path::new(model).exists() {
         return Ok(model.into());
@@ -141,38 +161,37 @@ pub fn resolve(model: &str, settings: &HubSettings) -> Result<PathBuf, HubError>
     if let Some(path) = as_path(model) {
         return Ok(path);
     }
-    let id = HubId::parse(model)?;
+    let model = HubModel::new(HubId::parse(model)?, settings)?;
     if settings.offline {
-        cached(&id, settings)
+        model.cached()
     } else {
-        download::download(&id, settings)
+        model.downloaded()
     }
 }
 
 impl HubSettings {
-    /// The settings in the environment variables of `huggingface_hub`: `HF_ENDPOINT`, `HF_TOKEN`,
-    /// `HF_TOKEN_PATH`, `HF_HUB_CACHE`, `HF_HOME`, `XDG_CACHE_HOME` and `HF_HUB_OFFLINE`
-    /// (<https://huggingface.co/docs/huggingface_hub/package_reference/environment_variables>).
+    /// The settings in the environment variables of `huggingface_hub`.
     pub fn from_env() -> Self {
-        Self::from_variables(|name| env::var(name).ok().filter(|value| !value.is_empty()))
+        let offline = env::var("HF_HUB_OFFLINE").unwrap_or_default();
+        Self {
+            offline: ["1", "true", "yes", "on"].contains(&offline.to_lowercase().as_str()),
+            ..Self::default()
+        }
     }
 
-    fn from_variables(get: impl Fn(&str) -> Option<String>) -> Self {
-        let path = |name: &str| get(name).map(|value| expand_home(&value));
-        let home = path("HF_HOME").unwrap_or_else(|| {
-            let cache = path("XDG_CACHE_HOME").unwrap_or_else(|| expand_home("~/.cache"));
-            cache.join("huggingface")
-        });
-        let token_file = path("HF_TOKEN_PATH").unwrap_or_else(|| home.join("token"));
-        let token = get("HF_TOKEN").or_else(|| fs::read_to_string(token_file).ok());
-        let endpoint = get("HF_ENDPOINT").unwrap_or_else(|| "https://huggingface.co".to_owned());
-        let offline = get("HF_HUB_OFFLINE").unwrap_or_default().to_lowercase();
-        Self {
-            endpoint: endpoint.trim_end_matches('/').to_owned(),
-            token: token.and_then(|token| HubToken::new(&token)),
-            cache: path("HF_HUB_CACHE").unwrap_or_else(|| home.join("hub")),
-            offline: ["1", "true", "yes", "on"].contains(&offline.as_str()),
+    fn client(&self) -> HFResult<HFClient> {
+        let mut builder =
+            HFClient::builder().user_agent(concat!("kiln/", env!("CARGO_PKG_VERSION")));
+        if let Some(endpoint) = &self.endpoint {
+            builder = builder.endpoint(endpoint);
         }
+        if let Some(token) = &self.token {
+            builder = builder.token(&token.0);
+        }
+        if let Some(cache) = &self.cache {
+            builder = builder.cache_dir(cache);
+        }
+        builder.build()
     }
 }
 
@@ -190,7 +209,7 @@ impl fmt::Debug for HubToken {
     }
 }
 
-/// A model on the Hub. Both parts are safe to put in a URL and in a path.
+/// The name of a model on the Hub. Both parts are safe to put in a URL and in a path.
 #[derive(Debug, PartialEq, Eq)]
 struct HubId<'a> {
     /// `owner/name`
@@ -211,23 +230,6 @@ impl<'a> HubId<'a> {
             });
         }
         Ok(Self { repo, revision })
-    }
-
-    /// Where the cache keeps the model.
-    fn folder(&self, settings: &HubSettings) -> PathBuf {
-        settings
-            .cache
-            .join(format!("models--{}", self.repo.replace('/', "--")))
-    }
-
-    /// The file with the commit that a branch or tag was at when it was last fetched.
-    fn ref_file(&self, settings: &HubSettings) -> PathBuf {
-        self.folder(settings).join("refs").join(self.revision)
-    }
-
-    /// The folder with the files of a commit.
-    fn snapshot(&self, settings: &HubSettings, commit: &str) -> PathBuf {
-        self.folder(settings).join("snapshots").join(commit)
     }
 }
 
@@ -255,17 +257,140 @@ fn expand_home(path: &str) -> PathBuf {
     }
 }
 
-/// A snapshot that is in the cache.
-fn cached(id: &HubId<'_>, settings: &HubSettings) -> Result<PathBuf, HubError> {
-    // A revision without a ref is a commit hash, or not there.
-    let commit = fs::read_to_string(id.ref_file(settings)).unwrap_or(id.revision.to_owned());
-    let snapshot = id.snapshot(settings, commit.trim());
-    if !snapshot.join("model_index.json").exists() {
-        return Err(HubError::Offline {
-            repo: id.repo.to_owned(),
-            revision: id.revision.to_owned(),
-            cache: settings.cache.clone(),
-        });
+/// A model on the Hub and the means to fetch it.
+struct HubModel<'a> {
+    id: HubId<'a>,
+    client: HFClient,
+    repo: HFRepositorySync<RepoTypeModel>,
+}
+
+impl<'a> HubModel<'a> {
+    fn new(id: HubId<'a>, settings: &HubSettings) -> Result<Self, HubError> {
+        let error = |source| HubError::Client {
+            source: Box::new(source),
+        };
+        let client = settings.client().map_err(error)?;
+        let blocking = HFClientSync::from_inner(client.clone()).map_err(error)?;
+        let (owner, name) = hf_hub::split_id(id.repo);
+        let repo = blocking.model(owner, name);
+        Ok(Self { id, client, repo })
     }
-    Ok(snapshot)
+
+    fn cached(&self) -> Result<PathBuf, HubError> {
+        let snapshot = self.snapshot(true)?;
+        if !snapshot.join("model_index.json").exists() {
+            let path = snapshot.display().to_string();
+            return Err(self.error(HFError::LocalEntryNotFound { path }));
+        }
+        Ok(snapshot)
+    }
+
+    fn downloaded(&self) -> Result<PathBuf, HubError> {
+        let tree = self.repo.list_tree().revision(self.id.revision);
+        let tree = tree.recursive(true).send().map_err(|it| self.error(it))?;
+        let files = tree
+            .iter()
+            .filter_map(|entry| match entry {
+                RepoTreeEntry::File {
+                    path, size, lfs, ..
+                } => {
+                    // A git server may give the size of the pointer file.
+                    let size = lfs.as_ref().and_then(|it| it.size).unwrap_or(*size);
+                    Some((path.as_str(), size))
+                }
+                RepoTreeEntry::Directory { .. } => None,
+            })
+            .filter(|(path, _)| path.split('/').all(is_plain_name))
+            .collect::<Vec<_>>();
+        if !files.iter().any(|(path, _)| *path == "model_index.json") {
+            return Err(HubError::NotAModel {
+                repo: self.id.repo.to_owned(),
+            });
+        }
+        let snapshot = self.snapshot(false)?;
+        // All of them, so that the next attempt has no more to complain of.
+        let sizes = files
+            .into_iter()
+            .map(|(path, size)| check_size(&snapshot.join(path), size));
+        sizes.fold(Ok(()), Result::and).map(|()| snapshot)
+    }
+
+    fn snapshot(&self, offline: bool) -> Result<PathBuf, HubError> {
+        let bars = Arc::new(Bars::new());
+        let snapshot = self
+            .repo
+            .snapshot_download()
+            .revision(self.id.revision)
+            .allow_patterns(NEEDED.map(str::to_owned).into())
+            .ignore_patterns(NOT_NEEDED.map(str::to_owned).into())
+            .local_files_only(offline)
+            .progress(Arc::clone(&bars))
+            .send();
+        bars.clear();
+        snapshot.map_err(|error| self.error(error))
+    }
+
+    fn error(&self, error: HFError) -> HubError {
+        let repo = self.id.repo.to_owned();
+        let revision = self.id.revision.to_owned();
+        let endpoint = self.client.endpoint().to_owned();
+        let cache = self.client.cache_dir().to_owned();
+        let (status, code) = match &error {
+            HFError::Http { context }
+            | HFError::AuthRequired { context }
+            | HFError::Forbidden { context }
+            | HFError::RevisionNotFound {
+                context: Some(context),
+                ..
+            } => (context.status.as_u16(), context.error_code.clone()),
+            _ => (0, None),
+        };
+        match (status, code.as_deref(), error) {
+            (_, Some("GatedRepo"), _) => HubError::Gated {
+                repo,
+                endpoint,
+                status,
+            },
+            (404, Some("RevisionNotFound"), _) => HubError::RevisionNotFound { repo, revision },
+            (404, None | Some("RepoNotFound"), _) => HubError::NotFound { repo, endpoint },
+            (401 | 403, _, _) => HubError::NoAccess {
+                repo,
+                endpoint,
+                status,
+            },
+            (_, _, HFError::LocalEntryNotFound { .. }) => HubError::Offline {
+                repo,
+                revision,
+                cache,
+            },
+            (_, _, HFError::CacheLockTimeout { path: lock }) => HubError::Busy { lock },
+            (_, _, HFError::Io(source)) => HubError::Io { cache, source },
+            (_, _, source @ HFError::Request { .. }) => HubError::Network {
+                endpoint,
+                source: Box::new(source),
+            },
+            (_, _, source) => HubError::Download {
+                repo,
+                source: Box::new(source),
+            },
+        }
+    }
+}
+
+/// An answer that breaks off, or that is a storage host's error, may be taken for a file.
+fn check_size(path: &Path, expected: u64) -> Result<(), HubError> {
+    // The link's target, if the file is needed at all.
+    let Ok(blob) = path.canonicalize() else {
+        return Ok(());
+    };
+    let actual = blob.metadata().map_or(0, |it| it.len());
+    if actual == expected {
+        return Ok(());
+    }
+    fs::remove_file(blob).ok();
+    Err(HubError::WrongSize {
+        path: path.to_owned(),
+        expected,
+        actual,
+    })
 }

@@ -2,7 +2,7 @@
 //! exist, and nothing is a default any more.
 
 use kiln_models::noise::NoiseGenerator;
-use kiln_models::painter::{Job, ModelInfo};
+use kiln_models::painter::{ImageSizes, Job};
 
 /// Steps when a request names none, as in diffusers.
 pub const DEFAULT_NUM_INFERENCE_STEPS: u32 = 50;
@@ -18,12 +18,8 @@ pub const DEFAULT_MAX_NUM_IMAGES: usize = 10;
 /// Bounds of what may be asked for.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Limits {
-    /// Heights and widths are floored to a multiple of this, in pixels.
-    pub size_multiple: usize,
-    /// Largest height or width, in pixels.
-    pub max_side: usize,
-    /// Height and width when a request names none, in pixels.
-    pub default_size: usize,
+    /// Heights and widths are floored to a multiple.
+    pub sizes: ImageSizes,
     /// Largest `height * width`.
     pub max_image_pixels: usize,
     /// Largest number of denoising steps.
@@ -34,11 +30,9 @@ pub struct Limits {
 
 impl Limits {
     /// The sizes of a loaded model, and the default limits on cost.
-    pub fn for_model(info: &ModelInfo) -> Self {
+    pub fn for_sizes(sizes: ImageSizes) -> Self {
         Self {
-            size_multiple: info.size_multiple,
-            max_side: info.max_side,
-            default_size: info.default_size,
+            sizes,
             ..Self::for_any_model()
         }
     }
@@ -47,9 +41,11 @@ impl Limits {
     /// here only the pixels of an image bound its sides.
     pub fn for_any_model() -> Self {
         Self {
-            size_multiple: 1,
-            max_side: DEFAULT_MAX_IMAGE_PIXELS,
-            default_size: 1024,
+            sizes: ImageSizes {
+                multiple: 1,
+                max_side: DEFAULT_MAX_IMAGE_PIXELS,
+                default_side: 1024,
+            },
             max_image_pixels: DEFAULT_MAX_IMAGE_PIXELS,
             max_steps: DEFAULT_MAX_STEPS,
             max_num_images: DEFAULT_MAX_NUM_IMAGES,
@@ -225,18 +221,18 @@ fn side(
     limits: &Limits,
 ) -> Result<usize, InvalidRequest> {
     let Some(got) = asked else {
-        return Ok(limits.default_size);
+        return Ok(limits.sizes.default_side);
     };
-    let multiple = limits.size_multiple;
+    let multiple = limits.sizes.multiple;
     let refused = InvalidRequest::Side {
         param,
         got,
         min: multiple,
-        max: limits.max_side,
+        max: limits.sizes.max_side,
     };
     let asked = usize::try_from(got).map_err(|_| refused.clone())?;
     let floored = asked / multiple * multiple;
-    within(floored as i128, multiple, limits.max_side).ok_or(refused)
+    within(floored as i128, multiple, limits.sizes.max_side).ok_or(refused)
 }
 
 fn within(value: i128, min: usize, max: usize) -> Option<usize> {
@@ -255,9 +251,11 @@ mod tests {
     use super::*;
 
     const LIMITS: Limits = Limits {
-        size_multiple: 16,
-        max_side: 8192,
-        default_size: 1024,
+        sizes: ImageSizes {
+            multiple: 16,
+            max_side: 8192,
+            default_side: 1024,
+        },
         max_image_pixels: DEFAULT_MAX_IMAGE_PIXELS,
         max_steps: 1000,
         max_num_images: 10,

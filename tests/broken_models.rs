@@ -29,11 +29,21 @@ fn breaks(checkpoint: &str, how: impl Fn(&Path), expected: &[&str]) {
         .unwrap();
     let stderr = String::from_utf8(output.stderr).unwrap();
     assert_eq!(output.status.code(), Some(1), "{stderr}");
-    assert!(!stderr.contains("panic") && !stderr.contains("backtrace"), "{stderr}");
-    let errors: Vec<&str> = stderr.lines().filter(|line| line.starts_with("error: ")).collect();
+    assert!(
+        !stderr.contains("panic") && !stderr.contains("backtrace"),
+        "{stderr}"
+    );
+    let errors: Vec<&str> = stderr
+        .lines()
+        .filter(|line| line.starts_with("error: "))
+        .collect();
     assert_eq!(errors.len(), 1, "{stderr}");
     for part in expected {
-        assert!(errors[0].contains(part), "{part:?} is not in: {}", errors[0]);
+        assert!(
+            errors[0].contains(part),
+            "{part:?} is not in: {}",
+            errors[0]
+        );
     }
     assert!(!folder.path().join("out.png").exists());
 }
@@ -41,7 +51,10 @@ fn breaks(checkpoint: &str, how: impl Fn(&Path), expected: &[&str]) {
 fn copy(from: &Path, to: &Path) {
     fs::create_dir_all(to).unwrap();
     for entry in fs::read_dir(from).unwrap() {
-        let (from, to) = (entry.as_ref().unwrap().path(), to.join(entry.unwrap().file_name()));
+        let (from, to) = (
+            entry.as_ref().unwrap().path(),
+            to.join(entry.unwrap().file_name()),
+        );
         if from.is_dir() {
             copy(&from, &to);
         } else {
@@ -64,9 +77,15 @@ fn edit_tensors(path: &Path, edit: impl Fn(&mut Vec<(String, TensorView<'_>)>)) 
         .tensors()
         .into_iter()
         .map(|(name, view)| {
-            let (start, len) = (view.data().as_ptr() as usize - bytes.as_ptr() as usize, view.data().len());
+            let (start, len) = (
+                view.data().as_ptr() as usize - bytes.as_ptr() as usize,
+                view.data().len(),
+            );
             let data = &bytes[start..start + len];
-            (name, TensorView::new(view.dtype(), view.shape().to_vec(), data).unwrap())
+            (
+                name,
+                TensorView::new(view.dtype(), view.shape().to_vec(), data).unwrap(),
+            )
         })
         .collect();
     edit(&mut tensors);
@@ -77,22 +96,36 @@ const TRANSFORMER: &str = "transformer/diffusion_pytorch_model.safetensors";
 
 #[test]
 fn files_that_are_missing_or_cut() {
-    breaks("base", |model| fs::remove_dir_all(model).unwrap(), &["no folder"]);
-    breaks("base", |model| fs::remove_file(model.join("model_index.json")).unwrap(), &[
-        "not a model folder",
-        "model_index.json",
-    ]);
-    breaks("base", |model| fs::remove_file(model.join("vae/config.json")).unwrap(), &[
-        "vae/config.json is missing",
-    ]);
-    breaks("base", |model| fs::remove_file(model.join(TRANSFORMER)).unwrap(), &[
-        "no weights in",
-        "diffusion_pytorch_model.safetensors",
-    ]);
-    breaks("base", |model| fs::remove_dir_all(model.join("tokenizer")).unwrap(), &["tokenizer"]);
-    breaks("base", |model| fs::remove_file(model.join("tokenizer/merges.txt")).unwrap(), &[
-        "merges.txt",
-    ]);
+    breaks(
+        "base",
+        |model| fs::remove_dir_all(model).unwrap(),
+        &["no folder"],
+    );
+    breaks(
+        "base",
+        |model| fs::remove_file(model.join("model_index.json")).unwrap(),
+        &["not a model folder", "model_index.json"],
+    );
+    breaks(
+        "base",
+        |model| fs::remove_file(model.join("vae/config.json")).unwrap(),
+        &["vae/config.json is missing"],
+    );
+    breaks(
+        "base",
+        |model| fs::remove_file(model.join(TRANSFORMER)).unwrap(),
+        &["no weights in", "diffusion_pytorch_model.safetensors"],
+    );
+    breaks(
+        "base",
+        |model| fs::remove_dir_all(model.join("tokenizer")).unwrap(),
+        &["tokenizer"],
+    );
+    breaks(
+        "base",
+        |model| fs::remove_file(model.join("tokenizer/merges.txt")).unwrap(),
+        &["merges.txt"],
+    );
     breaks(
         "base",
         |model| {
@@ -102,10 +135,11 @@ fn files_that_are_missing_or_cut() {
         },
         &[TRANSFORMER, "bytes where its header needs"],
     );
-    breaks("base", |model| fs::write(model.join(TRANSFORMER), b"not weights").unwrap(), &[
-        TRANSFORMER,
-        "not a safetensors file",
-    ]);
+    breaks(
+        "base",
+        |model| fs::write(model.join(TRANSFORMER), b"not weights").unwrap(),
+        &[TRANSFORMER, "not a safetensors file"],
+    );
     breaks(
         "odd",
         |model| {
@@ -121,7 +155,11 @@ fn tensors_that_are_missing_misshapen_or_unknown() {
     let first = "transformer_blocks.0.attn.to_q.weight";
     breaks(
         "base",
-        |model| edit_tensors(&model.join(TRANSFORMER), |all| all.retain(|(name, _)| name != first)),
+        |model| {
+            edit_tensors(&model.join(TRANSFORMER), |all| {
+                all.retain(|(name, _)| name != first)
+            })
+        },
         &["no tensor", first, "transformer"],
     );
     breaks(
@@ -145,7 +183,11 @@ fn tensors_that_are_missing_misshapen_or_unknown() {
                 all.push(("lora.up".to_owned(), view));
             });
         },
-        &["1 tensors that this model does not know", "lora.up", "transformer"],
+        &[
+            "1 tensors that this model does not know",
+            "lora.up",
+            "transformer",
+        ],
     );
     breaks(
         "base",
@@ -153,8 +195,7 @@ fn tensors_that_are_missing_misshapen_or_unknown() {
             edit_tensors(&model.join(TRANSFORMER), |all| {
                 for (_, view) in all.iter_mut().filter(|(name, _)| name == first) {
                     let shape = view.shape().to_vec();
-                    *view =
-                        TensorView::new(safetensors::Dtype::I32, shape, view.data()).unwrap();
+                    *view = TensorView::new(safetensors::Dtype::I32, shape, view.data()).unwrap();
                 }
             });
         },
@@ -167,33 +208,55 @@ fn configurations_that_cannot_be_honoured() {
     let set = |file: &'static str, key: &'static str, value: Value| {
         move |model: &Path| edit_json(&model.join(file), |config| config[key] = value.clone())
     };
-    breaks("base", set("model_index.json", "_class_name", "FluxPipeline".into()), &[
-        "model_index.json",
-        "FluxPipeline",
-        "QwenImagePipeline",
-    ]);
+    breaks(
+        "base",
+        set("model_index.json", "_class_name", "FluxPipeline".into()),
+        &["model_index.json", "FluxPipeline", "QwenImagePipeline"],
+    );
     for key in ["guidance_embeds", "zero_cond_t", "use_layer3d_rope"] {
-        breaks("base", set("transformer/config.json", key, true.into()), &[
-            "transformer/config.json",
-            key,
-        ]);
+        breaks(
+            "base",
+            set("transformer/config.json", key, true.into()),
+            &["transformer/config.json", key],
+        );
     }
-    breaks("base", set("scheduler/scheduler_config.json", "_class_name", "DDIM".into()), &[
-        "scheduler_config.json",
-        "DDIM",
-        "FlowMatchEulerDiscreteScheduler",
-    ]);
-    breaks("base", set("transformer/config.json", "num_layers", 3.into()), &[
-        "no tensor",
-        "transformer_blocks.2",
-    ]);
-    breaks("base", set("transformer/config.json", "joint_attention_dim", 48.into()), &[
-        "transformer/config.json",
-        "joint_attention_dim",
-        "hidden_size",
-    ]);
-    breaks("base", set("vae/config.json", "z_dim", 8.into()), &["vae/config.json", "z_dim"]);
-    breaks("base", set("vae/config.json", "base_dim", 0.into()), &["vae/config.json", "base_dim"]);
+    breaks(
+        "base",
+        set(
+            "scheduler/scheduler_config.json",
+            "_class_name",
+            "DDIM".into(),
+        ),
+        &[
+            "scheduler_config.json",
+            "DDIM",
+            "FlowMatchEulerDiscreteScheduler",
+        ],
+    );
+    breaks(
+        "base",
+        set("transformer/config.json", "num_layers", 3.into()),
+        &["no tensor", "transformer_blocks.2"],
+    );
+    breaks(
+        "base",
+        set("transformer/config.json", "joint_attention_dim", 48.into()),
+        &[
+            "transformer/config.json",
+            "joint_attention_dim",
+            "hidden_size",
+        ],
+    );
+    breaks(
+        "base",
+        set("vae/config.json", "z_dim", 8.into()),
+        &["vae/config.json", "z_dim"],
+    );
+    breaks(
+        "base",
+        set("vae/config.json", "base_dim", 0.into()),
+        &["vae/config.json", "base_dim"],
+    );
     breaks(
         "base",
         |model| fs::write(model.join("transformer/config.json"), "{").unwrap(),
@@ -221,6 +284,9 @@ fn bad_requests_are_usage_errors() {
             .unwrap();
         let stderr = String::from_utf8(output.stderr).unwrap();
         assert_eq!(output.status.code(), Some(2), "{stderr}");
-        assert!(stderr.contains(expected) && !stderr.contains("panic"), "{stderr}");
+        assert!(
+            stderr.contains(expected) && !stderr.contains("panic"),
+            "{stderr}"
+        );
     }
 }

@@ -46,7 +46,12 @@ fn every_case(backend: &str) {
         let dump = SafeTensors::deserialize(&dump).unwrap();
         compare_stages(&format!("{backend} {name}"), &reference, &dump);
         let images = case["num_images"].as_u64().unwrap();
-        compare_images(&format!("{backend} {name}"), &reference, folder.path(), images);
+        compare_images(
+            &format!("{backend} {name}"),
+            &reference,
+            folder.path(),
+            images,
+        );
     }
 }
 
@@ -54,7 +59,10 @@ fn every_case(backend: &str) {
 fn run(backend: &str, case: &Value, folder: &Path) -> PathBuf {
     let dump = folder.join("dump.safetensors");
     let mut command = Command::new(env!("CARGO_BIN_EXE_kiln"));
-    command.arg("generate").arg("--prompt").arg(case["prompt"].as_str().unwrap());
+    command
+        .arg("generate")
+        .arg("--prompt")
+        .arg(case["prompt"].as_str().unwrap());
     if let Some(negative) = case["negative_prompt"].as_str() {
         command.arg("--negative-prompt").arg(negative);
     }
@@ -73,11 +81,24 @@ fn run(backend: &str, case: &Value, folder: &Path) -> PathBuf {
         command.arg("--vae-tile-size").arg(tile[0].to_string());
         command.arg("--vae-tile-stride").arg(tile[1].to_string());
     }
-    let checkpoint = fixtures().join("checkpoints").join(case["checkpoint"].as_str().unwrap());
-    command.arg("--model").arg(checkpoint).args(["--backend", backend, "--dtype", "f32"]);
-    command.arg("--output").arg(folder.join("out.png")).arg("--dump").arg(&dump);
+    let checkpoint = fixtures()
+        .join("checkpoints")
+        .join(case["checkpoint"].as_str().unwrap());
+    command
+        .arg("--model")
+        .arg(checkpoint)
+        .args(["--backend", backend, "--dtype", "f32"]);
+    command
+        .arg("--output")
+        .arg(folder.join("out.png"))
+        .arg("--dump")
+        .arg(&dump);
     let output = command.output().unwrap();
-    assert!(output.status.success(), "{case}: {}", String::from_utf8_lossy(&output.stderr));
+    assert!(
+        output.status.success(),
+        "{case}: {}",
+        String::from_utf8_lossy(&output.stderr)
+    );
     dump
 }
 
@@ -85,15 +106,33 @@ fn compare_stages(case: &str, reference: &SafeTensors<'_>, dump: &SafeTensors<'_
     let ids = |file: &SafeTensors<'_>, name: &str| -> Vec<i64> {
         let tensor = file.tensor(name).unwrap();
         assert_eq!(tensor.dtype(), Dtype::I64, "{case} {name}");
-        tensor.data().chunks_exact(8).map(|id| i64::from_le_bytes(id.try_into().unwrap())).collect()
+        tensor
+            .data()
+            .chunks_exact(8)
+            .map(|id| i64::from_le_bytes(id.try_into().unwrap()))
+            .collect()
     };
-    assert_eq!(ids(dump, "token_ids"), ids(reference, "token_ids"), "{case}");
+    assert_eq!(
+        ids(dump, "token_ids"),
+        ids(reference, "token_ids"),
+        "{case}"
+    );
 
     let stage = |name: &str| {
-        ["prompt_embeds", "negative_prompt_embeds", "initial_noise", "image_float"].contains(&name)
+        [
+            "prompt_embeds",
+            "negative_prompt_embeds",
+            "initial_noise",
+            "image_float",
+        ]
+        .contains(&name)
             || name.starts_with("latents_step")
     };
-    let stages: Vec<&str> = reference.names().into_iter().filter(|name| stage(name)).collect();
+    let stages: Vec<&str> = reference
+        .names()
+        .into_iter()
+        .filter(|name| stage(name))
+        .collect();
     assert!(stages.len() >= 4, "{case} has too few stages");
     for name in stages {
         let (ours, theirs) = (dump.tensor(name).unwrap(), reference.tensor(name).unwrap());
@@ -101,20 +140,31 @@ fn compare_stages(case: &str, reference: &SafeTensors<'_>, dump: &SafeTensors<'_
         assert_eq!(ours.dtype(), Dtype::F32, "{case} {name}");
         let off = relative_difference(&floats(ours.data()), &floats(theirs.data()));
         // The noise is PyTorch's own, bit for bit, down to how few values take another path.
-        let allowed = if name == "initial_noise" { 0.0 } else { TOLERANCE };
+        let allowed = if name == "initial_noise" {
+            0.0
+        } else {
+            TOLERANCE
+        };
         assert!(off <= allowed, "{case} {name} is off by {off:.2e}");
     }
 }
 
 fn floats(bytes: &[u8]) -> Vec<f32> {
-    bytes.chunks_exact(4).map(|x| f32::from_le_bytes(x.try_into().unwrap())).collect()
+    bytes
+        .chunks_exact(4)
+        .map(|x| f32::from_le_bytes(x.try_into().unwrap()))
+        .collect()
 }
 
 fn relative_difference(ours: &[f32], theirs: &[f32]) -> f32 {
-    let magnitude = theirs.iter().fold(0.0_f32, |largest, x| largest.max(x.abs()));
+    let magnitude = theirs
+        .iter()
+        .fold(0.0_f32, |largest, x| largest.max(x.abs()));
     assert!(magnitude > 0.0 && ours.iter().all(|x| x.is_finite()));
-    let difference =
-        ours.iter().zip(theirs).fold(0.0_f32, |largest, (a, b)| largest.max((a - b).abs()));
+    let difference = ours
+        .iter()
+        .zip(theirs)
+        .fold(0.0_f32, |largest, (a, b)| largest.max((a - b).abs()));
     difference / magnitude
 }
 
@@ -123,7 +173,11 @@ fn compare_images(case: &str, reference: &SafeTensors<'_>, folder: &Path, images
     let (height, width) = (expected.shape()[1], expected.shape()[2]);
     let mut equal = 0;
     for (index, expected) in expected.data().chunks_exact(height * width * 3).enumerate() {
-        let file = if images == 1 { "out.png".to_owned() } else { format!("out-{index}.png") };
+        let file = if images == 1 {
+            "out.png".to_owned()
+        } else {
+            format!("out-{index}.png")
+        };
         let (size, pixels) = read_png(&folder.join(file));
         assert_eq!(size, (width, height), "{case}");
         for (ours, theirs) in pixels.iter().zip(expected) {
@@ -132,7 +186,10 @@ fn compare_images(case: &str, reference: &SafeTensors<'_>, folder: &Path, images
         }
     }
     let share = equal as f64 / expected.data().len() as f64;
-    assert!(share >= EQUAL_PIXELS, "{case}: only {share:.5} of the values are equal");
+    assert!(
+        share >= EQUAL_PIXELS,
+        "{case}: only {share:.5} of the values are equal"
+    );
 }
 
 fn read_png(path: &Path) -> ((usize, usize), Vec<u8>) {

@@ -17,9 +17,9 @@ pub struct Job {
     /// [`Job::true_cfg_scale`] above 1, classifier-free guidance runs.
     pub negative_prompt: Option<Vec<u32>>,
     pub true_cfg_scale: f64,
-    /// In pixels, a multiple of [`ModelInfo::size_multiple`].
+    /// In pixels, a multiple of [`ImageSizes::multiple`].
     pub height: usize,
-    /// In pixels, a multiple of [`ModelInfo::size_multiple`].
+    /// In pixels, a multiple of [`ImageSizes::multiple`].
     pub width: usize,
     /// At least 1.
     pub num_inference_steps: usize,
@@ -63,15 +63,21 @@ pub struct TraceTensor {
     pub values: Vec<f32>,
 }
 
+/// Heights and widths that a model draws, in pixels.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ImageSizes {
+    /// Heights and widths are multiples of this (16 for Qwen-Image).
+    pub multiple: usize,
+    /// Largest height or width that the position tables reach.
+    pub max_side: usize,
+    /// Height and width when a request names none.
+    pub default_side: usize,
+}
+
 /// What callers must know of the loaded model to make jobs for it.
 #[derive(Debug, Clone, PartialEq)]
 pub struct ModelInfo {
-    /// Heights and widths are multiples of this (16 for Qwen-Image).
-    pub size_multiple: usize,
-    /// Largest height or width the position tables reach, in pixels.
-    pub max_side: usize,
-    /// Height and width when a request names none, in pixels.
-    pub default_size: usize,
+    pub sizes: ImageSizes,
     /// Ids below this are known to the text encoder.
     pub vocab_size: usize,
     /// The backend's name and device, for people.

@@ -10,7 +10,8 @@ use crate::config::{ConfigError, ConfigReader, ConfigText};
 use crate::guidance::true_cfg;
 use crate::noise::randn;
 use crate::painter::{
-    Job, JobId, MemoryUse, ModelInfo, PaintError, Painter, Painting, RgbImage, TraceTensor,
+    ImageSizes, Job, JobId, MemoryUse, ModelInfo, PaintError, Painter, Painting, RgbImage,
+    TraceTensor,
 };
 use crate::scheduler::{Schedule, SchedulerConfig, round_to};
 use crate::source::TensorSource;
@@ -48,6 +49,23 @@ pub struct CheckpointConfigs {
     pub text_encoder: ConfigText,
     pub transformer: ConfigText,
     pub vae: ConfigText,
+}
+
+impl CheckpointConfigs {
+    /// The sizes this checkpoint draws, known before its weights are loaded.
+    pub fn image_sizes(&self) -> Result<ImageSizes, ConfigError> {
+        check_model_index(&self.model_index)?;
+        Ok(image_sizes(&VaeConfig::from_json(&self.vae)?))
+    }
+}
+
+fn image_sizes(vae: &VaeConfig) -> ImageSizes {
+    let multiple = vae.scale_factor() * PATCH;
+    ImageSizes {
+        multiple,
+        max_side: ROPE_POSITIONS * multiple,
+        default_side: DEFAULT_SAMPLE_SIZE * vae.scale_factor(),
+    }
 }
 
 /// A checkpoint, read but not loaded.
@@ -138,11 +156,8 @@ impl<B: FusedOps> QwenImage<B> {
             precision,
         )?;
         let vae = VaeDecoder::load(&vae_config, Arc::clone(&parts.vae), &device, precision)?;
-        let size_multiple = scale_factor * PATCH;
         let info = ModelInfo {
-            size_multiple,
-            max_side: ROPE_POSITIONS * size_multiple,
-            default_size: DEFAULT_SAMPLE_SIZE * scale_factor,
+            sizes: image_sizes(&vae_config),
             vocab_size: text_config.vocab_size,
             device: format!("{} ({device:?})", B::name(&device)),
             dtype: match precision.model {
@@ -168,12 +183,12 @@ impl<B: FusedOps> QwenImage<B> {
     }
 
     fn check(&self, job: &Job) -> Result<(), PaintError> {
-        let ModelInfo {
-            size_multiple: multiple,
+        let ImageSizes {
+            multiple,
             max_side: max,
-            vocab_size,
             ..
-        } = self.info;
+        } = self.info.sizes;
+        let vocab_size = self.info.vocab_size;
         let (height, width) = (job.height, job.width);
         let fits = |side: usize| side.is_multiple_of(multiple) && (multiple..=max).contains(&side);
         if !fits(height) || !fits(width) {

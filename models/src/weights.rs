@@ -358,22 +358,25 @@ fn convert(bytes: bytes::Bytes, stored: &StoredDType, dtype: DType) -> Bytes {
     if same && bytes.as_ptr().align_offset(align_of::<f32>()) == 0 {
         return Bytes::from_shared(bytes, AllocationProperty::File);
     }
-    // Element by element from whatever alignment the file has.
-    let halves = || {
-        bytes
-            .chunks_exact(2)
-            .map(|pair| u16::from_le_bytes([pair[0], pair[1]]))
-    };
-    let values: Box<dyn Iterator<Item = f32>> = match stored {
-        StoredDType::F32 => Box::new(
-            bytes
-                .chunks_exact(4)
-                .map(|four| f32::from_le_bytes([four[0], four[1], four[2], four[3]])),
-        ),
-        StoredDType::F16 => Box::new(halves().map(|bits| f16::from_bits(bits).to_f32())),
-        StoredDType::Bf16 => Box::new(halves().map(|bits| bf16::from_bits(bits).to_f32())),
+    match stored {
+        StoredDType::F32 => convert_from(&bytes, f32::from_le_bytes, dtype),
+        StoredDType::F16 => convert_from(&bytes, |x| f16::from_le_bytes(x).to_f32(), dtype),
+        StoredDType::Bf16 => convert_from(&bytes, |x| bf16::from_le_bytes(x).to_f32(), dtype),
         StoredDType::Other(_) => unreachable!("checked to be a readable type"),
-    };
+    }
+}
+
+/// From elements of `N` bytes, whatever their alignment.
+fn convert_from<const N: usize>(
+    bytes: &[u8],
+    widen: impl Fn([u8; N]) -> f32,
+    dtype: DType,
+) -> Bytes {
+    let values = bytes
+        .as_chunks::<N>()
+        .0
+        .iter()
+        .map(|element| widen(*element));
     match dtype {
         DType::F32 => Bytes::from_elems(values.collect::<Vec<f32>>()),
         DType::F16 => Bytes::from_elems(values.map(f16::from_f32).collect::<Vec<f16>>()),
@@ -425,5 +428,54 @@ impl<B: FusedOps> Conv2d<B> {
     /// `[images, in, height, width]` to `[images, out, height, width]`.
     pub(crate) fn forward(&self, x: Tensor<B, 4>) -> Tensor<B, 4> {
         B::same_conv2d(x, self.weight.clone(), self.bias.clone())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// One, minus a half and the largest bf16, in every stored type, to every loaded one.
+    #[test]
+    fn every_stored_type_becomes_every_loaded_type() {
+        let values = [1.0_f32, -0.5, 65280.0];
+        let stored: [(StoredDType, Vec<u8>); 3] = [
+            (
+                StoredDType::F32,
+                values.iter().flat_map(|x| x.to_le_bytes()).collect(),
+            ),
+            (
+                StoredDType::F16,
+                values
+                    .iter()
+                    .flat_map(|x| f16::from_f32(*x).to_le_bytes())
+                    .collect(),
+            ),
+            (
+                StoredDType::Bf16,
+                values
+                    .iter()
+                    .flat_map(|x| bf16::from_f32(*x).to_le_bytes())
+                    .collect(),
+            ),
+        ];
+        for (stored, bytes) in stored {
+            for dtype in [DType::F32, DType::F16, DType::BF16] {
+                // From an aligned and from an odd address.
+                let mut shifted = vec![0_u8; 1];
+                shifted.extend(&bytes);
+                let shifted = bytes::Bytes::from(shifted).slice(1..);
+                for bytes in [bytes::Bytes::from(bytes.clone()), shifted] {
+                    let bytes = convert(bytes, &stored, dtype);
+                    let data = TensorData {
+                        bytes,
+                        shape: Shape::from([3]),
+                        dtype,
+                    };
+                    let loaded: Vec<f32> = data.iter::<f32>().collect();
+                    assert_eq!(loaded, values, "{stored:?} to {dtype:?}");
+                }
+            }
+        }
     }
 }

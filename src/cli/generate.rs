@@ -21,17 +21,19 @@ pub(super) fn run(args: &GenerateArgs) -> Result<(), CliError> {
     let settings = args.loading.settings()?;
     let noise = args.noise.generator();
     let params = args.params();
-    let checked = GenerationRequest::new(params.clone(), &Limits::for_any_model(), noise)?;
-    let paths = output::image_paths(&args.output, checked.num_images)?;
+    // What no model could draw is refused before one is downloaded.
+    let any_model = Limits::for_any_model();
+    let num_images = GenerationRequest::new(params.clone(), &any_model, noise)?.num_images;
+    let paths = output::image_paths(&args.output, num_images)?;
     args.dump
         .as_deref()
         .map_or(Ok(()), output::check_writable)?;
 
     let model = Model::open(&args.model)?;
-    let tokens = tokenize(&model.tokenizer, &checked)?;
-    let painter = model.painter(&settings)?;
-    let request = GenerationRequest::new(params, &Limits::for_model(painter.info()), noise)?;
-    let engine = Engine::start(painter, 0);
+    let limits = Limits::for_sizes(model.image_sizes()?);
+    let request = GenerationRequest::new(params, &limits, noise)?;
+    let tokens = tokenize(&model.tokenizer, &request)?;
+    let engine = Engine::start(model.painter(&settings)?, 0);
     let job = request
         .clone()
         .into_job(tokens.clone(), args.dump.is_some());

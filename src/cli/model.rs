@@ -1,6 +1,6 @@
 use std::time::Instant;
 
-use kiln_models::painter::Painter;
+use kiln_models::painter::{ImageSizes, Painter};
 
 use crate::backend::{self, LoadSettings};
 use crate::checkpoint::Checkpoint;
@@ -26,6 +26,11 @@ impl Model {
             checkpoint,
             tokenizer,
         })
+    }
+
+    /// The sizes it draws.
+    pub(super) fn image_sizes(&self) -> Result<ImageSizes, CliError> {
+        Ok(backend::image_sizes(&self.checkpoint)?)
     }
 
     /// Loads the weights.

@@ -22,7 +22,7 @@ pub(super) fn run(args: &ServeArgs) -> Result<(), CliError> {
     let painter = model.painter(&settings)?;
     let engine = Engine::start(painter, args.max_queue);
     let app = App {
-        limits: Limits::for_model(engine.info()),
+        limits: Limits::for_sizes(engine.info().sizes),
         engine: engine.clone(),
         tokenizer: model.tokenizer,
         noise_generator: args.noise.generator(),

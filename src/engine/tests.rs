@@ -2,7 +2,7 @@ use std::collections::HashMap;
 use std::sync::mpsc::{Receiver, Sender, channel};
 
 use kiln_models::noise::NoiseGenerator;
-use kiln_models::painter::{MemoryUse, RgbImage};
+use kiln_models::painter::{ImageSizes, MemoryUse, RgbImage};
 
 use super::*;
 
@@ -100,9 +100,11 @@ fn setup(max_queue: usize) -> Setup {
     let (permits, receiver) = channel();
     let (sender, calls) = channel();
     let info = ModelInfo {
-        size_multiple: 16,
-        max_side: 64,
-        default_size: 16,
+        sizes: ImageSizes {
+            multiple: 16,
+            max_side: 64,
+            default_side: 16,
+        },
         vocab_size: 8,
         device: "fake".into(),
         dtype: "f32",

@@ -40,7 +40,7 @@ pub(super) async fn chat_completions(
 
     let id = format!("chatcmpl-{:016x}", random_u64());
     let model = app.served_model_name.clone();
-    let image_tokens = image_tokens(&request, app.limits.size_multiple);
+    let image_tokens = image_tokens(&request, app.limits.sizes.multiple);
     let (app, tokens, answer) = spawn_blocking(move || {
         let tokens = tokenize(&app, &request)?;
         let prompt_tokens = prompt_tokens(&app, &request)?;

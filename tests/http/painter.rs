@@ -4,7 +4,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use kiln_models::painter::{
-    Job, JobId, MemoryUse, ModelInfo, PaintError, Painter, Painting, RgbImage,
+    ImageSizes, Job, JobId, MemoryUse, ModelInfo, PaintError, Painter, Painting, RgbImage,
 };
 
 /// A job with this seed panics in its first step.
@@ -38,9 +38,11 @@ pub(super) struct FlatPainter {
 impl FlatPainter {
     pub(super) fn new(pace: Pace, record: Arc<Record>) -> Self {
         let info = ModelInfo {
-            size_multiple: 16,
-            max_side: 4096,
-            default_size: 64,
+            sizes: ImageSizes {
+                multiple: 16,
+                max_side: 4096,
+                default_side: 64,
+            },
             vocab_size: 200_000,
             device: "test".to_owned(),
             dtype: "f32",

@@ -32,7 +32,7 @@ impl TestServer {
         let app = App {
             engine: engine.clone(),
             tokenizer: load_tokenizer(),
-            limits: Limits::for_model(engine.info()),
+            limits: Limits::for_sizes(engine.info().sizes),
             noise_generator: NoiseGenerator::Cpu,
             served_model_name: "test/model".to_owned(),
         };

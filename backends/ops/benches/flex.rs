@@ -63,7 +63,10 @@ fn main() {
     );
     let heads = x.clone().reshape([tokens, 6, 128]);
     let angles = random([tokens, 64]);
-    let rope = Rope { cos: angles.clone().cos(), sin: angles.sin() };
+    let rope = Rope {
+        cos: angles.clone().cos(),
+        sin: angles.sin(),
+    };
     let weight = random([128]);
     report(
         "QK norm and RoPE 1024x6x128",
@@ -71,12 +74,16 @@ fn main() {
         &|| defaults::qk_norm_rope(heads.clone(), weight.clone(), &rope, 1e-6),
     );
     let wide = random([tokens, 4 * dim]);
-    report("GELU tanh 1024x3072", &|| Flex::gelu_tanh(wide.clone()), &|| {
-        defaults::gelu_tanh(wide.clone())
-    });
-    report("SiLU times 1024x3072", &|| Flex::silu_mul(wide.clone(), wide.clone()), &|| {
-        defaults::silu_mul(wide.clone(), wide.clone())
-    });
+    report(
+        "GELU tanh 1024x3072",
+        &|| Flex::gelu_tanh(wide.clone()),
+        &|| defaults::gelu_tanh(wide.clone()),
+    );
+    report(
+        "SiLU times 1024x3072",
+        &|| Flex::silu_mul(wide.clone(), wide.clone()),
+        &|| defaults::silu_mul(wide.clone(), wide.clone()),
+    );
     let attention = |kernel: bool, causal: bool| {
         let (q, k, v) = (heads.clone(), heads.clone(), heads.clone());
         if kernel {
@@ -85,8 +92,14 @@ fn main() {
             defaults::packed_attention(q, k, v, &[tokens], causal)
         }
     };
-    report("attention 1024x6x128", &|| attention(true, false), &|| attention(false, false));
-    report("causal attention 1024x6x128", &|| attention(true, true), &|| attention(false, true));
+    report("attention 1024x6x128", &|| attention(true, false), &|| {
+        attention(false, false)
+    });
+    report(
+        "causal attention 1024x6x128",
+        &|| attention(true, true),
+        &|| attention(false, true),
+    );
 
     for (channels, side) in [(96, 256), (192, 128), (384, 64)] {
         let x = random([1, channels, side, side]);

@@ -43,11 +43,7 @@ pub fn torch_linear<B: Backend>(
     }
 }
 
-pub fn rms_norm<B: Backend>(
-    x: Tensor<B, 2>,
-    weight: Tensor<B, 1>,
-    eps: f64,
-) -> Tensor<B, 2> {
+pub fn rms_norm<B: Backend>(x: Tensor<B, 2>, weight: Tensor<B, 1>, eps: f64) -> Tensor<B, 2> {
     let dtype = x.dtype();
     let x = x.cast(DType::F32);
     let mean_square = x.clone().square().mean_dim(1);

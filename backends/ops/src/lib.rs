@@ -10,8 +10,6 @@ mod flex;
 use burn_tensor::Tensor;
 use burn_tensor::backend::Backend;
 
-
-
 /// A run of consecutive packed tokens that share one row of a modulation table.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct RowRun {

@@ -26,11 +26,18 @@ fn assert_same<const D: usize>(name: &str, kernel: Tensor<Flex, D>, default: Ten
     assert_eq!(kernel.dims(), default.dims(), "{name}");
     let values = |x: Tensor<Flex, D>| x.into_data().into_vec::<f32>().unwrap();
     let (kernel, default) = (values(kernel), values(default));
-    let magnitude = default.iter().fold(0.0_f32, |largest, x| largest.max(x.abs()));
-    let difference =
-        kernel.iter().zip(&default).fold(0.0_f32, |largest, (a, b)| largest.max((a - b).abs()));
+    let magnitude = default
+        .iter()
+        .fold(0.0_f32, |largest, x| largest.max(x.abs()));
+    let difference = kernel
+        .iter()
+        .zip(&default)
+        .fold(0.0_f32, |largest, (a, b)| largest.max((a - b).abs()));
     assert!(magnitude > 0.0 && difference.is_finite(), "{name}");
-    assert!(difference <= TOLERANCE * magnitude, "{name}: {difference:e} of {magnitude:e}");
+    assert!(
+        difference <= TOLERANCE * magnitude,
+        "{name}: {difference:e} of {magnitude:e}"
+    );
 }
 
 #[test]
@@ -42,7 +49,11 @@ fn torch_linear() {
             for bias in [None, Some(noise(3, [d_out]))] {
                 let name = format!("{tokens} {d_in} {d_out} {dtype:?} {}", bias.is_some());
                 let default = defaults::torch_linear(x.clone(), weight.clone(), bias.clone());
-                assert_same(&name, Flex::torch_linear(x.clone(), weight.clone(), bias), default);
+                assert_same(
+                    &name,
+                    Flex::torch_linear(x.clone(), weight.clone(), bias),
+                    default,
+                );
             }
         }
     }
@@ -52,7 +63,8 @@ fn torch_linear() {
 fn runs(tokens: usize) -> [RowRun; 3] {
     let first = tokens / 3;
     let second = (tokens - first) / 2;
-    [(first, 1), (second, 0), (tokens - first - second, 1)].map(|(tokens, row)| RowRun { tokens, row })
+    [(first, 1), (second, 0), (tokens - first - second, 1)]
+        .map(|(tokens, row)| RowRun { tokens, row })
 }
 
 #[test]
@@ -83,7 +95,10 @@ fn qk_norm_rope() {
     for (tokens, heads, head_dim) in [(1, 1, 2), (7, 3, 20), (65, 5, 34)] {
         let x = noise(1, [tokens, heads, head_dim]);
         let angles = noise(2, [tokens, head_dim / 2]);
-        let rope = Rope { cos: angles.clone().cos(), sin: angles.sin() };
+        let rope = Rope {
+            cos: angles.clone().cos(),
+            sin: angles.sin(),
+        };
         let weight = noise(3, [head_dim]);
         assert_same(
             &format!("{tokens} {heads} {head_dim}"),
@@ -97,8 +112,16 @@ fn qk_norm_rope() {
 fn activations() {
     for (tokens, dim) in [(1, 3), (3, 7), (130, 257)] {
         let (x, y) = (noise(1, [tokens, dim]) * 5.0, noise(2, [tokens, dim]));
-        assert_same("gelu", Flex::gelu_tanh(x.clone()), defaults::gelu_tanh(x.clone()));
-        assert_same("silu", Flex::silu_mul(x.clone(), y.clone()), defaults::silu_mul(x, y));
+        assert_same(
+            "gelu",
+            Flex::gelu_tanh(x.clone()),
+            defaults::gelu_tanh(x.clone()),
+        );
+        assert_same(
+            "silu",
+            Flex::silu_mul(x.clone(), y.clone()),
+            defaults::silu_mul(x, y),
+        );
     }
 }
 
@@ -156,7 +179,11 @@ fn channel_norms_and_upsampling() {
         assert_same(&name, Flex::channel_norm(x.clone(), gamma.clone()), default);
         let default = defaults::channel_norm_silu(x.clone(), gamma.clone());
         assert_same(&name, Flex::channel_norm_silu(x.clone(), gamma), default);
-        assert_same(&name, Flex::upsample_nearest(x.clone()), defaults::upsample_nearest(x));
+        assert_same(
+            &name,
+            Flex::upsample_nearest(x.clone()),
+            defaults::upsample_nearest(x),
+        );
     }
 }
 
@@ -171,6 +198,9 @@ fn unusual_inputs() {
         defaults::torch_linear(x, weight, None),
     );
     let zeros = Tensor::<Flex, 4>::zeros([1, 2, 3, 3], (&FlexDevice, DType::F32));
-    let normed = Flex::channel_norm(zeros, noise(1, [2])).into_data().into_vec::<f32>().unwrap();
+    let normed = Flex::channel_norm(zeros, noise(1, [2]))
+        .into_data()
+        .into_vec::<f32>()
+        .unwrap();
     assert!(normed.iter().all(|&x| x == 0.0));
 }

@@ -87,10 +87,6 @@ impl Stages {
         ))
     }
 
-    pub(crate) fn names(&self) -> impl Iterator<Item = &String> {
-        self.0.keys()
-    }
-
     pub(crate) fn shape(&self, name: &str) -> Vec<usize> {
         self.0[name].0.shape.clone()
     }

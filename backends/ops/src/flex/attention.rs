@@ -33,8 +33,11 @@ pub(super) fn packed_attention(
     let [tokens, heads, head_dim] = query.dims();
     let kv_heads = key.dims()[1];
     let (query, key, value) = (contiguous(query), contiguous(key), contiguous(value));
-    let (query, key, value) =
-        (query.storage::<f32>(), key.storage::<f32>(), value.storage::<f32>());
+    let (query, key, value) = (
+        query.storage::<f32>(),
+        key.storage::<f32>(),
+        value.storage::<f32>(),
+    );
     let (row, kv_row) = (heads * head_dim, kv_heads * head_dim);
     let scale = 1.0 / (head_dim as f32).sqrt();
 
@@ -43,7 +46,13 @@ pub(super) fn packed_attention(
     tasks(lengths, heads, causal).into_par_iter().for_each_init(
         || (Vec::new(), Vec::new()),
         |(scores, attended), task| {
-            let Task { start, keys, head, first, queries } = task;
+            let Task {
+                start,
+                keys,
+                head,
+                first,
+                queries,
+            } = task;
             let kv_head = head / (heads / kv_heads);
             let query_place = (start + first) * row + head * head_dim;
             let kv_place = start * kv_row + kv_head * head_dim;
@@ -54,7 +63,13 @@ pub(super) fn packed_attention(
             scores.resize(queries * keys, 0.0_f32);
             attended.resize(queries * head_dim, 0.0_f32);
             let threads = Parallelism::None;
-            product(scores, queries_of_head, keys_of_head.transposed(), Output::Overwrite, threads);
+            product(
+                scores,
+                queries_of_head,
+                keys_of_head.transposed(),
+                Output::Overwrite,
+                threads,
+            );
             let mut sums = Vec::with_capacity(queries);
             for (index, scores) in scores.chunks_exact_mut(keys).enumerate() {
                 let seen = if causal { first + index + 1 } else { keys };
@@ -63,7 +78,13 @@ pub(super) fn packed_attention(
                 sums.push(simd::vectorised(|| exponentials(seen, scale)));
             }
             let weights = Matrix::rows(scores, queries, keys, keys);
-            product(attended, weights, values_of_head, Output::Overwrite, threads);
+            product(
+                attended,
+                weights,
+                values_of_head,
+                Output::Overwrite,
+                threads,
+            );
             for (index, (attended, sum)) in
                 attended.chunks_exact_mut(head_dim).zip(sums).enumerate()
             {
@@ -98,7 +119,13 @@ fn tasks(lengths: &[usize], heads: usize, causal: bool) -> Vec<Task> {
             for first in (0..length).step_by(block) {
                 let queries = block.min(length - first);
                 let keys = if causal { first + queries } else { length };
-                tasks.push(Task { start, keys, head, first, queries });
+                tasks.push(Task {
+                    start,
+                    keys,
+                    head,
+                    first,
+                    queries,
+                });
             }
         }
         start += length;

@@ -38,17 +38,31 @@ pub(super) fn torch_linear(x: Float<2>, weight: Float<2>, bias: Option<Float<1>>
         DType::F16 => {
             let weight = weight.storage::<f16>();
             let widen = |panel: &[f16], wide: &mut [f32]| {
-                wide.iter_mut().zip(panel).for_each(|(wide, narrow)| *wide = narrow.to_f32());
+                wide.iter_mut()
+                    .zip(panel)
+                    .for_each(|(wide, narrow)| *wide = narrow.to_f32());
             };
             by_panels(&mut output, x, (weight, d_in), bias, widen);
         }
         _ => {
             let weight = Matrix::rows(weight.storage::<f32>(), d_out, d_in, d_in);
             if let Some(bias) = bias {
-                output.par_chunks_mut(d_out).for_each(|row| row.copy_from_slice(bias));
+                output
+                    .par_chunks_mut(d_out)
+                    .for_each(|row| row.copy_from_slice(bias));
             }
-            let mode = if bias.is_some() { Output::Add } else { Output::Overwrite };
-            product(&mut output, x, weight.transposed(), mode, Parallelism::Rayon(0));
+            let mode = if bias.is_some() {
+                Output::Add
+            } else {
+                Output::Overwrite
+            };
+            product(
+                &mut output,
+                x,
+                weight.transposed(),
+                mode,
+                Parallelism::Rayon(0),
+            );
         }
     }
     from_values(output, [tokens, d_out])
@@ -72,11 +86,23 @@ fn by_panels<T: Sync>(
             let features = panel.len() / d_in;
             widen(panel, wide);
             let wide = Matrix::rows(wide, features, d_in, d_in);
-            product(product_rows, x, wide.transposed(), Output::Overwrite, Parallelism::None);
+            product(
+                product_rows,
+                x,
+                wide.transposed(),
+                Output::Overwrite,
+                Parallelism::None,
+            );
             let first = index * PANEL;
-            for (token, row) in product_rows.chunks_exact_mut(features).take(tokens).enumerate() {
+            for (token, row) in product_rows
+                .chunks_exact_mut(features)
+                .take(tokens)
+                .enumerate()
+            {
                 if let Some(bias) = bias {
-                    row.iter_mut().zip(&bias[first..]).for_each(|(y, bias)| *y += bias);
+                    row.iter_mut()
+                        .zip(&bias[first..])
+                        .for_each(|(y, bias)| *y += bias);
                 }
                 #[expect(unsafe_code, reason = "tasks write disjoint parts of the output")]
                 // SAFETY: each panel has features of its own.

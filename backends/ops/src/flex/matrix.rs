@@ -15,8 +15,17 @@ pub(super) struct Matrix<'a> {
 impl<'a> Matrix<'a> {
     /// Rows of `columns` consecutive values, `row_stride` apart.
     pub(super) fn rows(values: &'a [f32], rows: usize, columns: usize, row_stride: usize) -> Self {
-        let matrix = Self { values, rows, columns, row_stride, column_stride: 1 };
-        assert!(matrix.end() <= values.len(), "a matrix reaches outside its slice");
+        let matrix = Self {
+            values,
+            rows,
+            columns,
+            row_stride,
+            column_stride: 1,
+        };
+        assert!(
+            matrix.end() <= values.len(),
+            "a matrix reaches outside its slice"
+        );
         matrix
     }
 

@@ -133,5 +133,7 @@ fn from_flex<const D: usize>(tensor: FlexTensor) -> Float<D> {
 
 /// The table row of each packed token.
 fn token_rows(runs: &[RowRun]) -> Vec<usize> {
-    runs.iter().flat_map(|run| std::iter::repeat_n(run.row, run.tokens)).collect()
+    runs.iter()
+        .flat_map(|run| std::iter::repeat_n(run.row, run.tokens))
+        .collect()
 }

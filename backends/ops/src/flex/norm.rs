@@ -21,19 +21,25 @@ pub(super) fn layer_norm_modulate(
     let (shift, scale) = (shift.storage::<f32>(), scale.storage::<f32>());
     let rows = token_rows(runs);
     let mut output = vec![0.0_f32; tokens * dim];
-    let in_and_out = output.par_chunks_mut(dim).zip(x.storage::<f32>().par_chunks(dim));
-    in_and_out.zip(&rows).with_min_len(CHUNK.div_ceil(dim)).for_each(|((output, x), &row)| {
-        let modulation = row * dim..(row + 1) * dim;
-        let (shift, scale) = (&shift[modulation.clone()], &scale[modulation]);
-        simd::vectorised(|| {
-            let mean = simd::sum(x, |x| x) / dim as f32;
-            let variance = simd::sum(x, |x| (x - mean) * (x - mean)) / dim as f32;
-            let inverse = 1.0 / (variance + eps as f32).sqrt();
-            for (((output, x), shift), scale) in output.iter_mut().zip(x).zip(shift).zip(scale) {
-                *output = (x - mean) * inverse * (1.0 + scale) + shift;
-            }
+    let in_and_out = output
+        .par_chunks_mut(dim)
+        .zip(x.storage::<f32>().par_chunks(dim));
+    in_and_out
+        .zip(&rows)
+        .with_min_len(CHUNK.div_ceil(dim))
+        .for_each(|((output, x), &row)| {
+            let modulation = row * dim..(row + 1) * dim;
+            let (shift, scale) = (&shift[modulation.clone()], &scale[modulation]);
+            simd::vectorised(|| {
+                let mean = simd::sum(x, |x| x) / dim as f32;
+                let variance = simd::sum(x, |x| (x - mean) * (x - mean)) / dim as f32;
+                let inverse = 1.0 / (variance + eps as f32).sqrt();
+                for (((output, x), shift), scale) in output.iter_mut().zip(x).zip(shift).zip(scale)
+                {
+                    *output = (x - mean) * inverse * (1.0 + scale) + shift;
+                }
+            });
         });
-    });
     from_values(output, [tokens, dim])
 }
 
@@ -46,27 +52,35 @@ pub(super) fn qk_norm_rope(
     let [_, heads, head_dim] = x.dims();
     let half = head_dim / 2;
     let mut x = contiguous(x);
-    let (weight, cos, sin) =
-        (contiguous(weight), contiguous(rope.cos.clone()), contiguous(rope.sin.clone()));
-    let (weight, cos, sin) =
-        (weight.storage::<f32>(), cos.storage::<f32>(), sin.storage::<f32>());
+    let (weight, cos, sin) = (
+        contiguous(weight),
+        contiguous(rope.cos.clone()),
+        contiguous(rope.sin.clone()),
+    );
+    let (weight, cos, sin) = (
+        weight.storage::<f32>(),
+        cos.storage::<f32>(),
+        sin.storage::<f32>(),
+    );
     let tokens = x.storage_mut::<f32>().par_chunks_mut(heads * head_dim);
     let tokens = tokens.zip(cos.par_chunks(half)).zip(sin.par_chunks(half));
-    tokens.with_min_len(CHUNK.div_ceil(heads * head_dim)).for_each(|((token, cos), sin)| {
-        simd::vectorised(|| {
-            for head in token.chunks_exact_mut(head_dim) {
-                let mean_square = simd::sum(head, |x| x * x) / head_dim as f32;
-                let inverse = 1.0 / (mean_square + eps as f32).sqrt();
-                let pairs = head.chunks_exact_mut(2).zip(weight.chunks_exact(2));
-                for ((pair, weight), (cos, sin)) in pairs.zip(cos.iter().zip(sin)) {
-                    let real = pair[0] * inverse * weight[0];
-                    let imaginary = pair[1] * inverse * weight[1];
-                    pair[0] = real * cos - imaginary * sin;
-                    pair[1] = real * sin + imaginary * cos;
+    tokens
+        .with_min_len(CHUNK.div_ceil(heads * head_dim))
+        .for_each(|((token, cos), sin)| {
+            simd::vectorised(|| {
+                for head in token.chunks_exact_mut(head_dim) {
+                    let mean_square = simd::sum(head, |x| x * x) / head_dim as f32;
+                    let inverse = 1.0 / (mean_square + eps as f32).sqrt();
+                    let pairs = head.chunks_exact_mut(2).zip(weight.chunks_exact(2));
+                    for ((pair, weight), (cos, sin)) in pairs.zip(cos.iter().zip(sin)) {
+                        let real = pair[0] * inverse * weight[0];
+                        let imaginary = pair[1] * inverse * weight[1];
+                        pair[0] = real * cos - imaginary * sin;
+                        pair[1] = real * sin + imaginary * cos;
+                    }
                 }
-            }
+            });
         });
-    });
     from_flex(x)
 }
 
@@ -90,7 +104,10 @@ pub(super) fn channel_norm(x: Float<4>, gamma: Float<1>, activate: bool) -> Floa
         simd::vectorised(|| {
             for channel in 0..channels {
                 let values = &x[place(channel)..][..pixels];
-                norms.iter_mut().zip(values).for_each(|(norm, x)| *norm += x * x);
+                norms
+                    .iter_mut()
+                    .zip(values)
+                    .for_each(|(norm, x)| *norm += x * x);
             }
             let root = (channels as f32).sqrt();
             for norm in norms.iter_mut() {

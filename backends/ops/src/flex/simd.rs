@@ -28,7 +28,10 @@ pub(super) fn sum(values: &[f32], f: impl Fn(f32) -> f32) -> f32 {
 pub(super) fn max(values: &[f32]) -> f32 {
     let mut lanes = [f32::NEG_INFINITY; LANES];
     let chunks = values.chunks_exact(LANES);
-    let rest = chunks.remainder().iter().fold(f32::NEG_INFINITY, |a, &b| if b > a { b } else { a });
+    let rest = chunks
+        .remainder()
+        .iter()
+        .fold(f32::NEG_INFINITY, |a, &b| if b > a { b } else { a });
     for chunk in chunks {
         for (lane, &x) in lanes.iter_mut().zip(chunk) {
             *lane = if x > *lane { x } else { *lane };
@@ -52,10 +55,20 @@ pub(super) fn exp(x: f32) -> f32 {
     let r = (x - n * LN_2_HIGH) - n * LN_2_LOW;
     // Minimax coefficients of Cephes' expf.
     let mut poly = 1.987_569_2e-4;
-    for coefficient in [1.398_199_9e-3, 8.333_452e-3, 4.166_579_6e-2, 0.166_666_65, 0.5] {
+    for coefficient in [
+        1.398_199_9e-3,
+        8.333_452e-3,
+        4.166_579_6e-2,
+        0.166_666_65,
+        0.5,
+    ] {
         poly = poly * r + coefficient;
     }
-    let power = shifted.to_bits().wrapping_sub(ROUND.to_bits()).wrapping_add(127) << 23;
+    let power = shifted
+        .to_bits()
+        .wrapping_sub(ROUND.to_bits())
+        .wrapping_add(127)
+        << 23;
     (poly * r * r + r + 1.0) * f32::from_bits(power)
 }
 
@@ -83,7 +96,10 @@ mod tests {
             let exact = f64::from(x).exp();
             worst = worst.max((f64::from(exp(x)) - exact).abs() / exact);
         }
-        assert!(worst < 2.0 * f64::from(f32::EPSILON), "relative error {worst:e}");
+        assert!(
+            worst < 2.0 * f64::from(f32::EPSILON),
+            "relative error {worst:e}"
+        );
         assert_eq!(exp(0.0), 1.0);
         assert!(exp(-1e30) < 2e-38 && exp(1e30).is_finite());
     }
@@ -97,7 +113,10 @@ mod tests {
             let u = (2.0 / std::f64::consts::PI).sqrt() * (wide + 0.044_715 * wide.powi(3));
             let gelu_exact = 0.5 * wide * (1.0 + u.tanh());
             assert!((f64::from(silu(x)) - silu_exact).abs() < 2e-6, "silu {x}");
-            assert!((f64::from(gelu_tanh(x)) - gelu_exact).abs() < 2e-6, "gelu {x}");
+            assert!(
+                (f64::from(gelu_tanh(x)) - gelu_exact).abs() < 2e-6,
+                "gelu {x}"
+            );
         }
     }
 
@@ -105,7 +124,10 @@ mod tests {
     fn reductions_cover_every_value() {
         for len in [0_usize, 1, 31, 32, 33, 100] {
             let values: Vec<f32> = (0..len).map(|i| i as f32).collect();
-            assert_eq!(sum(&values, |x| x), (len * len.saturating_sub(1) / 2) as f32);
+            assert_eq!(
+                sum(&values, |x| x),
+                (len * len.saturating_sub(1) / 2) as f32
+            );
             let largest = values.last().copied().unwrap_or(f32::NEG_INFINITY);
             assert_eq!(max(&values), largest);
         }

@@ -1,0 +1,99 @@
+//! Time and peak memory of each stage of one picture, as JSON on stdout.
+//!
+//! `cargo bench --bench stages -- MODEL HEIGHT WIDTH STEPS DTYPE`; benches/compare_diffusers.py
+//! runs it beside diffusers.
+
+#![expect(clippy::print_stdout, reason = "its result is what it prints")]
+
+use std::error::Error;
+use std::fs;
+use std::path::Path;
+use std::time::Instant;
+
+use kiln::backend::{self, BackendKind, LoadSettings};
+use kiln::checkpoint::Checkpoint;
+use kiln::tokenizer::PromptTokenizer;
+use kiln_models::noise::NoiseGenerator;
+use kiln_models::painter::Job;
+use serde_json::{Value, json};
+
+/// Peak resident memory in MiB since the last call, where Linux tells.
+fn take_peak() -> Option<f64> {
+    let status = fs::read_to_string("/proc/self/status").ok()?;
+    let line = status
+        .lines()
+        .find_map(|line| line.strip_prefix("VmHWM:"))?;
+    let kib: f64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
+    fs::write("/proc/self/clear_refs", "5").ok()?;
+    Some(kib / 1024.0)
+}
+
+/// Seconds and peak memory of one stage.
+fn stage<R>(run: impl FnOnce() -> R) -> (R, Value) {
+    take_peak();
+    let start = Instant::now();
+    let result = run();
+    let seconds = start.elapsed().as_secs_f64();
+    (
+        result,
+        json!({ "seconds": seconds, "peak_mib": take_peak() }),
+    )
+}
+
+fn main() -> Result<(), Box<dyn Error>> {
+    let process_start = Instant::now();
+    let arguments: Vec<String> = std::env::args()
+        .skip(1)
+        .filter(|a| !a.starts_with("--"))
+        .collect();
+    let [model, height, width, steps, dtype] = &arguments[..] else {
+        return Err("arguments: MODEL HEIGHT WIDTH STEPS DTYPE".into());
+    };
+    let settings = LoadSettings {
+        backend: BackendKind::Flex,
+        dtype: dtype.parse()?,
+        vae_use_slicing: false,
+        vae_use_tiling: false,
+        vae_tile_size: 256,
+        vae_tile_stride: 192,
+    };
+    let (loaded, load) = stage(|| -> Result<_, Box<dyn Error>> {
+        let checkpoint = Checkpoint::open(Path::new(model))?;
+        let tokenizer = PromptTokenizer::load(&checkpoint.tokenizer_folder())?;
+        Ok((backend::load(&checkpoint, &settings)?, tokenizer))
+    });
+    let (mut painter, tokenizer) = loaded?;
+    let job = Job {
+        prompt: tokenizer.encode_prompt("A red fox in the snow, watercolor")?,
+        negative_prompt: Some(tokenizer.encode_prompt(" ")?),
+        true_cfg_scale: 4.0,
+        height: height.parse()?,
+        width: width.parse()?,
+        num_inference_steps: steps.parse()?,
+        num_images: 1,
+        seed: 42,
+        noise_generator: NoiseGenerator::Cpu,
+        record: false,
+    };
+    let (started, encode) = stage(|| painter.start(0, job));
+    started?;
+    let to_first_step = process_start.elapsed().as_secs_f64();
+    let mut denoise = Vec::new();
+    loop {
+        let (left, measured) = stage(|| painter.step(&[0]));
+        denoise.push(measured);
+        if left?[0] == 0 {
+            break;
+        }
+    }
+    let (painting, decode) = stage(|| painter.finish(0));
+    painting?;
+    println!(
+        "{}",
+        json!({
+            "load": load, "encode": encode, "steps": denoise, "decode": decode,
+            "process_start_to_first_step": to_first_step,
+        })
+    );
+    Ok(())
+}

@@ -1,0 +1,91 @@
+//! Shows how far a download is.
+
+use std::collections::HashMap;
+use std::sync::Mutex;
+use std::sync::PoisonError;
+
+use hf_hub::progress::DownloadEvent;
+use hf_hub::progress::FileProgress;
+use hf_hub::progress::FileStatus;
+use hf_hub::progress::ProgressEvent;
+use hf_hub::progress::ProgressHandler;
+use indicatif::MultiProgress;
+use indicatif::ProgressBar;
+use indicatif::ProgressStyle;
+
+/// A bar for all and one for each file, or log lines where stderr is not a terminal.
+pub(super) struct Bars {
+    all: MultiProgress,
+    total: ProgressBar,
+    files: Mutex<HashMap<String, ProgressBar>>,
+}
+
+impl Bars {
+    pub(super) fn new() -> Self {
+        Self {
+            all: MultiProgress::new(),
+            total: ProgressBar::no_length(),
+            files: Mutex::default(),
+        }
+    }
+
+    /// Leaves nothing of the bars on the terminal.
+    pub(super) fn clear(&self) {
+        self.all.clear().ok();
+    }
+
+    fn update(&self, file: &FileProgress) {
+        let mut bars = self.files.lock().unwrap_or_else(PoisonError::into_inner);
+        let bar = bars.entry(file.filename.clone()).or_insert_with(|| {
+            let bar = self.all.add(ProgressBar::no_length());
+            set_up(&bar, file.total_bytes, &file.filename);
+            bar
+        });
+        if bar.is_finished() {
+            return; // that a file is complete is said more than once
+        }
+        let news = file.bytes_completed.saturating_sub(bar.position());
+        bar.inc(news);
+        self.total.inc(news);
+        if file.status == FileStatus::Complete {
+            bar.finish_and_clear();
+            if self.all.is_hidden() && file.total_bytes > 0 {
+                tracing::info!(file = file.filename, bytes = file.total_bytes, "downloaded");
+            }
+        }
+    }
+}
+
+impl ProgressHandler for Bars {
+    fn on_progress(&self, event: &ProgressEvent) {
+        match event {
+            // The first is about all files. Those that follow are about one each.
+            ProgressEvent::Download(DownloadEvent::Start { total_bytes, .. })
+                if self.total.length().is_none() =>
+            {
+                if *total_bytes > 0 {
+                    self.all.add(self.total.clone());
+                    if self.all.is_hidden() {
+                        tracing::info!(bytes = total_bytes, "downloading");
+                    }
+                }
+                set_up(&self.total, *total_bytes, "all files");
+            }
+            ProgressEvent::Download(DownloadEvent::Progress { files }) => {
+                for file in files {
+                    self.update(file);
+                }
+            }
+            _ => {}
+        }
+    }
+}
+
+fn set_up(bar: &ProgressBar, bytes: u64, name: &str) {
+    let style = ProgressStyle::with_template(
+        "{wide_msg} {bar:12} {binary_bytes:>10}/{binary_total_bytes:10} {eta:>4}",
+    );
+    bar.set_style(style.expect("the template is valid"));
+    bar.set_length(bytes);
+    bar.set_message(name.to_owned());
+}
