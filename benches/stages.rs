@@ -1,6 +1,6 @@
 //! Time and peak memory of each stage of one picture, as JSON on stdout.
 //!
-//! `cargo bench --bench stages -- MODEL HEIGHT WIDTH STEPS DTYPE`; benches/compare_diffusers.py
+//! `cargo bench --bench stages -- MODEL HEIGHT WIDTH STEPS DTYPE`; `benches/compare_diffusers.py`
 //! runs it beside diffusers.
 
 #![expect(clippy::print_stdout, reason = "its result is what it prints")]

@@ -157,8 +157,8 @@ fn tensors_that_are_missing_misshapen_or_unknown() {
         "base",
         |model| {
             edit_tensors(&model.join(TRANSFORMER), |all| {
-                all.retain(|(name, _)| name != first)
-            })
+                all.retain(|(name, _)| name != first);
+            });
         },
         &["no tensor", first, "transformer"],
     );

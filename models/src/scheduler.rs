@@ -11,7 +11,7 @@ pub enum TimeShift {
     Linear,
 }
 
-/// scheduler_config.json of `FlowMatchEulerDiscreteScheduler`.
+/// `scheduler_config.json` of `FlowMatchEulerDiscreteScheduler`.
 #[derive(Debug, Clone, PartialEq)]
 pub struct SchedulerConfig {
     pub num_train_timesteps: usize,

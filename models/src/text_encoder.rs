@@ -107,7 +107,7 @@ fn rope_theta(reader: &ConfigReader) -> Result<f64, ConfigError> {
                 return Err(rope.unsupported(kind, "default and mrope"));
             }
         }
-        if rope.number_or("partial_rotary_factor", 1.0)? != 1.0 {
+        if rope.number_or("partial_rotary_factor", 1.0)? < 1.0 {
             return Err(rope.unsupported("partial_rotary_factor", "1.0"));
         }
         theta = rope.optional_number("rope_theta")?.or(theta);

@@ -17,7 +17,7 @@ use crate::source::{StoredDType, TensorSource};
 pub enum LoadError {
     #[error(transparent)]
     Config(#[from] ConfigError),
-    #[error("{origin} has no tensor `{name}`{}", similar(.like))]
+    #[error("{origin} has no tensor `{name}`{}", similar(.like.as_deref()))]
     Missing {
         origin: String,
         name: String,
@@ -47,9 +47,8 @@ pub enum LoadError {
     },
 }
 
-fn similar(like: &Option<String>) -> String {
-    like.as_ref()
-        .map_or_else(String::new, |like| format!(" (it has `{like}`)"))
+fn similar(like: Option<&str>) -> String {
+    like.map_or_else(String::new, |like| format!(" (it has `{like}`)"))
 }
 
 /// Types that a run works in.

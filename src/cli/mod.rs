@@ -14,7 +14,10 @@ use std::panic;
 use std::process::ExitCode;
 
 use clap::Parser;
-use tracing::Level;
+use tracing::level_filters::LevelFilter;
+use tracing_subscriber::filter::Targets;
+use tracing_subscriber::layer::{Layer, SubscriberExt};
+use tracing_subscriber::util::SubscriberInitExt;
 
 use self::args::{Args, Command};
 use self::error::CliError;
@@ -59,21 +62,30 @@ fn report(error: &CliError) {
 
 /// For a person who waits: what is said, and nothing about who says it when.
 fn log_plain_lines() {
-    let format = tracing_subscriber::fmt()
+    let layer = tracing_subscriber::fmt::layer()
         .without_time()
         .with_level(false)
-        .with_target(false);
-    format
-        .with_max_level(Level::INFO)
-        .with_writer(io::stderr)
+        .with_target(false)
+        .with_writer(io::stderr);
+    tracing_subscriber::registry()
+        .with(layer.with_filter(log_filter()))
         .init();
 }
 
 fn log_with_times() {
-    tracing_subscriber::fmt()
-        .with_max_level(Level::INFO)
-        .with_writer(io::stderr)
+    let layer = tracing_subscriber::fmt::layer().with_writer(io::stderr);
+    tracing_subscriber::registry()
+        .with(layer.with_filter(log_filter()))
         .init();
+}
+
+/// What kiln says, and warnings of the libraries; but not the Hub client's, whose errors reach the
+/// user as ours.
+fn log_filter() -> Targets {
+    Targets::new()
+        .with_default(LevelFilter::WARN)
+        .with_target("kiln", LevelFilter::INFO)
+        .with_target("hf_hub", LevelFilter::OFF)
 }
 
 /// The painter's panics are caught and end one job; a backtrace on stderr would say otherwise.

@@ -1,6 +1,7 @@
 //! Every flex kernel against the default body that defines it, with odd sizes.
 
 #![cfg(feature = "flex")]
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on should stop")]
 
 use burn_flex::{Flex, FlexDevice};
 use burn_tensor::{DType, Tensor, TensorData};

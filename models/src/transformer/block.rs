@@ -202,9 +202,9 @@ fn joint_attention<B: FusedOps>(
     let (mut texts, mut images) = (Vec::new(), Vec::new());
     for (index, part) in attended.split_with_sizes(parts, 0).into_iter().enumerate() {
         if index % 2 == 0 {
-            texts.push(part)
+            texts.push(part);
         } else {
-            images.push(part)
+            images.push(part);
         }
     }
     let join = |mut parts: Vec<_>| {

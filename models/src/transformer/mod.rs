@@ -74,7 +74,7 @@ pub struct Transformer<B: FusedOps> {
     img_in: Linear<B>,
     txt_norm: Tensor<B, 1>,
     txt_in: Linear<B>,
-    transformer_blocks: Vec<TransformerBlock<B>>,
+    blocks: Vec<TransformerBlock<B>>,
     proj_out: Linear<B>,
     modulation_layers: ModulationLayers<B>,
     config: TransformerConfig,
@@ -97,7 +97,7 @@ impl<B: FusedOps> Transformer<B> {
                 .at("txt_norm")
                 .norm("weight", config.joint_attention_dim)?,
             txt_in: root.at("txt_in").linear(config.joint_attention_dim, dim)?,
-            transformer_blocks: (0..config.num_layers)
+            blocks: (0..config.num_layers)
                 .map(|index| {
                     TransformerBlock::load(config, &root.at(format!("transformer_blocks.{index}")))
                 })
@@ -150,7 +150,7 @@ impl<B: FusedOps> Transformer<B> {
         let mut text = self
             .txt_in
             .forward(B::rms_norm(text, self.txt_norm.clone(), EPS));
-        for (block, modulation) in self.transformer_blocks.iter().zip(&modulation.blocks) {
+        for (block, modulation) in self.blocks.iter().zip(&modulation.blocks) {
             (image, text) = block.forward(image, text, modulation, packing);
         }
         let (scale, shift) = modulation.norm_out();
@@ -169,6 +169,6 @@ impl<B: FusedOps> Transformer<B> {
         modulation: &StepModulation<B>,
         packing: &Packing<B>,
     ) -> (Tensor<B, 2>, Tensor<B, 2>) {
-        self.transformer_blocks[0].forward(image, text, &modulation.blocks[0], packing)
+        self.blocks[0].forward(image, text, &modulation.blocks[0], packing)
     }
 }

@@ -1,5 +1,11 @@
 //! Every stage of the models against what diffusers computed for the same tiny checkpoints.
-//! The fixtures and their versions are those of tests/reference/make_fixtures.py.
+//! The fixtures and their versions are those of `tests/reference/make_fixtures.py`.
+
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on should stop")]
+#![expect(
+    clippy::print_stdout,
+    reason = "--nocapture shows how close each stage is"
+)]
 
 mod fixtures;
 mod packing;

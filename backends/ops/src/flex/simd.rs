@@ -80,7 +80,8 @@ pub(super) fn silu(x: f32) -> f32 {
 /// `0.5 x (1 + tanh u)` is `x · sigmoid(2u)`.
 #[inline(always)]
 pub(super) fn gelu_tanh(x: f32) -> f32 {
-    const TWICE_ROOT_2_OVER_PI: f32 = 1.595_769_1;
+    use std::f32::consts::{FRAC_2_SQRT_PI, SQRT_2};
+    const TWICE_ROOT_2_OVER_PI: f32 = FRAC_2_SQRT_PI * SQRT_2;
     x / (1.0 + exp(-TWICE_ROOT_2_OVER_PI * (x + 0.044_715 * x * x * x)))
 }
 
