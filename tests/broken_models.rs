@@ -290,3 +290,36 @@ fn bad_requests_are_usage_errors() {
         );
     }
 }
+
+/// A backend, or a type on it, that cannot be had.
+#[test]
+fn backends_that_cannot_be_used() {
+    let model = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/checkpoints/bf16");
+    let mut cases = Vec::new();
+    if cfg!(not(feature = "cuda")) {
+        cases.push((["cuda", "auto"], "built without the cuda backend"));
+    }
+    if cfg!(feature = "ndarray") {
+        cases.push((
+            ["ndarray", "bf16"],
+            "cannot run a model in bf16 on this device; choose --dtype f32",
+        ));
+    }
+    assert!(!cases.is_empty());
+    for ([backend, dtype], expected) in cases {
+        let folder = tempfile::tempdir().unwrap();
+        let output = Command::new(env!("CARGO_BIN_EXE_kiln"))
+            .args(["generate", "a cat", "--height", "32", "--width", "32"])
+            .args(["--backend", backend, "--dtype", dtype, "--model"])
+            .arg(&model)
+            .current_dir(folder.path())
+            .output()
+            .unwrap();
+        let stderr = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(1), "{stderr}");
+        assert!(
+            stderr.contains(expected) && !stderr.contains("panic"),
+            "{stderr}"
+        );
+    }
+}

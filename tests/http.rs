@@ -4,6 +4,7 @@
 mod bad_requests;
 mod client;
 mod painter;
+mod real_model;
 mod server;
 
 use std::time::Duration;

@@ -1,11 +1,13 @@
 //! Opening a painter: what every backend crate offers the rest of the program.
 
 use burn_tensor::DType;
+use kiln_ops::FusedOps;
 
-use crate::qwen_image::CheckpointParts;
+use crate::painter::Painter;
+use crate::qwen_image::{CheckpointParts, PainterSettings, QwenImage};
 use crate::source::{StoredDType, TensorSource};
 use crate::vae::VaeSettings;
-use crate::weights::LoadError;
+use crate::weights::{LoadError, Precision};
 
 /// A type a model can be run in, as diffusers' `torch_dtype`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -68,12 +70,13 @@ pub struct LoadOptions {
 #[derive(Debug, thiserror::Error)]
 pub enum OpenError {
     #[error(
-        "the {backend} backend cannot run a model in {dtype}; choose another with --dtype ({supported})"
+        "the {backend} backend cannot run a model in {dtype} on this device; choose --dtype {}",
+        supported.join(" or ")
     )]
     DType {
         backend: &'static str,
         dtype: &'static str,
-        supported: &'static str,
+        supported: Vec<&'static str>,
     },
     #[error("the {backend} backend has no device here: {reason}")]
     NoDevice {
@@ -82,4 +85,51 @@ pub enum OpenError {
     },
     #[error(transparent)]
     Load(#[from] LoadError),
+}
+
+/// Loads a checkpoint onto a device.
+///
+/// Without a choice of type the checkpoint's own is kept, or f32 where the device has no such
+/// arithmetic. `activations` is their type, `None` for the model's.
+pub fn open<B: FusedOps>(
+    backend: &'static str,
+    device: B::Device,
+    activations: Option<DType>,
+    parts: &CheckpointParts,
+    options: LoadOptions,
+) -> Result<Box<dyn Painter>, OpenError> {
+    let supports = |dtype: ModelDType| B::supports_dtype(&device, dtype.dtype());
+    let model = match options.dtype {
+        Some(dtype) if !supports(dtype) => {
+            let all = [ModelDType::F32, ModelDType::Bf16, ModelDType::F16].into_iter();
+            let supported = all
+                .filter(|dtype| supports(*dtype))
+                .map(ModelDType::name)
+                .collect();
+            return Err(OpenError::DType {
+                backend,
+                dtype: dtype.name(),
+                supported,
+            });
+        }
+        Some(dtype) => dtype,
+        None => {
+            let stored = ModelDType::of_checkpoint(parts);
+            if supports(stored) {
+                stored
+            } else {
+                ModelDType::F32
+            }
+        }
+    };
+    let model = model.dtype();
+    let precision = Precision {
+        model,
+        activations: activations.unwrap_or(model),
+    };
+    let settings = PainterSettings {
+        precision,
+        vae: options.vae,
+    };
+    Ok(Box::new(QwenImage::<B>::load(parts, device, settings)?))
 }

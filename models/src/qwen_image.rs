@@ -38,8 +38,9 @@ const ROPE_POSITIONS: usize = 4096;
 /// The reference's default size, in latents.
 const DEFAULT_SAMPLE_SIZE: usize = 128;
 
-/// Schedules whose modulation is kept.
-const KEPT_TABLES: usize = 4;
+/// Bytes of modulation that are kept for schedules that may come again. One of 50 steps takes
+/// 0.44 GB for Qwen-Image.
+const KEPT_TABLE_BYTES: usize = 1 << 30;
 
 /// The five configuration files of a checkpoint.
 #[derive(Debug, Clone)]
@@ -288,7 +289,7 @@ impl<B: FusedOps> QwenImage<B> {
             .reshape([images, channels, height, width])
     }
 
-    /// The modulation of a schedule, computed at most once while it is among the last few used.
+    /// The modulation of a schedule, computed at most once while it is among the last ones used.
     fn modulation(&mut self, timesteps: &[f32]) -> Arc<ModulationTable<B>> {
         let key: Vec<u32> = timesteps.iter().map(|t| t.to_bits()).collect();
         let entry = match self.tables.iter().position(|(known, _)| *known == key) {
@@ -297,7 +298,11 @@ impl<B: FusedOps> QwenImage<B> {
         };
         let table = Arc::clone(&entry.1);
         self.tables.insert(0, entry);
-        self.tables.truncate(KEPT_TABLES);
+        let mut bytes = 0;
+        self.tables.retain(|(_, table)| {
+            bytes += table.bytes();
+            bytes <= KEPT_TABLE_BYTES
+        });
         table
     }
 

@@ -9,7 +9,7 @@ mod output;
 mod progress;
 mod serve;
 
-use std::io::{self, Write};
+use std::io::{self, IsTerminal, Write};
 use std::panic;
 use std::process::ExitCode;
 
@@ -66,6 +66,7 @@ fn log_plain_lines() {
         .without_time()
         .with_level(false)
         .with_target(false)
+        .with_ansi(io::stderr().is_terminal())
         .with_writer(io::stderr);
     tracing_subscriber::registry()
         .with(layer.with_filter(log_filter()))
@@ -73,7 +74,9 @@ fn log_plain_lines() {
 }
 
 fn log_with_times() {
-    let layer = tracing_subscriber::fmt::layer().with_writer(io::stderr);
+    let layer = tracing_subscriber::fmt::layer()
+        .with_ansi(io::stderr().is_terminal())
+        .with_writer(io::stderr);
     tracing_subscriber::registry()
         .with(layer.with_filter(log_filter()))
         .init();

@@ -2,10 +2,9 @@
 
 use burn_flex::{Flex, FlexDevice};
 use burn_tensor::DType;
-use kiln_models::Precision;
-use kiln_models::loading::{LoadOptions, ModelDType, OpenError};
+use kiln_models::loading::{self, LoadOptions, OpenError};
 use kiln_models::painter::Painter;
-use kiln_models::qwen_image::{CheckpointParts, PainterSettings, QwenImage};
+use kiln_models::qwen_image::CheckpointParts;
 
 /// Loads a checkpoint.
 ///
@@ -13,19 +12,5 @@ use kiln_models::qwen_image::{CheckpointParts, PainterSettings, QwenImage};
 /// f32 always: CPUs have no faster arithmetic in narrower types, and the picture is closer to the
 /// exact one.
 pub fn open(parts: &CheckpointParts, options: LoadOptions) -> Result<Box<dyn Painter>, OpenError> {
-    let model = options
-        .dtype
-        .unwrap_or_else(|| ModelDType::of_checkpoint(parts))
-        .dtype();
-    let precision = Precision {
-        model,
-        activations: DType::F32,
-    };
-    let settings = PainterSettings {
-        precision,
-        vae: options.vae,
-    };
-    Ok(Box::new(QwenImage::<Flex>::load(
-        parts, FlexDevice, settings,
-    )?))
+    loading::open::<Flex>("flex", FlexDevice, Some(DType::F32), parts, options)
 }

@@ -4,40 +4,15 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use burn_tensor::backend::Backend;
 use burn_wgpu::{Wgpu, WgpuDevice};
-use kiln_models::Precision;
-use kiln_models::loading::{LoadOptions, ModelDType, OpenError};
+use kiln_models::loading::{self, LoadOptions, OpenError};
 use kiln_models::painter::Painter;
-use kiln_models::qwen_image::{CheckpointParts, PainterSettings, QwenImage};
+use kiln_models::qwen_image::CheckpointParts;
 
 const NAME: &str = "wgpu";
 
-/// Loads a checkpoint onto the default device, in the checkpoint's own type unless another is
-/// asked for.
+/// Loads a checkpoint onto the default device.
 pub fn open(parts: &CheckpointParts, options: LoadOptions) -> Result<Box<dyn Painter>, OpenError> {
-    let device = open_device()?;
-    let wanted = options
-        .dtype
-        .unwrap_or_else(|| ModelDType::of_checkpoint(parts));
-    let model = wanted.dtype();
-    if !Wgpu::<f32, i32>::supports_dtype(&device, model) {
-        let (backend, supported) = (NAME, "f32 always works");
-        return Err(OpenError::DType {
-            backend,
-            dtype: wanted.name(),
-            supported,
-        });
-    }
-    let precision = Precision {
-        model,
-        activations: model,
-    };
-    let settings = PainterSettings {
-        precision,
-        vae: options.vae,
-    };
-    Ok(Box::new(QwenImage::<Wgpu<f32, i32>>::load(
-        parts, device, settings,
-    )?))
+    loading::open::<Wgpu<f32, i32>>(NAME, open_device()?, None, parts, options)
 }
 
 /// wgpu panics where no adapter answers.
