@@ -42,7 +42,9 @@ impl TextEncoderConfig {
         if top.value("quantization_config").is_some() {
             return Err(top.unsupported("quantization_config", "unquantised weights"));
         }
-        let text = top.object("text_config")?;
+        let text = top
+            .object("text_config")?
+            .filter(|text| text.value("hidden_size").is_some());
         let reader = text.as_ref().unwrap_or(&top);
 
         if reader.text_or("hidden_act", "silu")? != "silu" {
