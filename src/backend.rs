@@ -3,13 +3,13 @@
 use std::fmt;
 use std::str::FromStr;
 
-use kiln_models::config::{ConfigError, ConfigText};
+use kiln_models::config::ConfigError;
 use kiln_models::loading::{LoadOptions, ModelDType, OpenError};
 use kiln_models::painter::{ImageSizes, Painter};
-use kiln_models::qwen_image::{CheckpointConfigs, CheckpointParts};
+use kiln_models::qwen_image::CheckpointParts;
 use kiln_models::vae::{Tiling, VaeSettings};
 
-use crate::checkpoint::{self, Checkpoint};
+use crate::checkpoint::Checkpoint;
 
 /// What computes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -171,7 +171,7 @@ fn compiled_in() -> String {
 
 /// The sizes a checkpoint draws, known before its weights are loaded.
 pub fn image_sizes(checkpoint: &Checkpoint) -> Result<ImageSizes, BackendError> {
-    Ok(parts(checkpoint).configs.image_sizes()?)
+    Ok(checkpoint.parts().configs.image_sizes()?)
 }
 
 /// Loads a checkpoint's networks onto a device.
@@ -190,15 +190,15 @@ pub fn load(
             tiling,
         },
     };
-    let parts = parts(checkpoint);
+    let parts = checkpoint.parts();
     if settings.backend != BackendKind::Auto {
         let kind = settings.backend;
         let open = kind.opener().ok_or(BackendError::NotCompiledIn { kind })?;
-        return Ok(open(&parts, options)?);
+        return Ok(open(parts, options)?);
     }
     let mut unavailable = None;
     for open in KINDS.into_iter().filter_map(BackendKind::opener) {
-        match open(&parts, options) {
+        match open(parts, options) {
             Err(error @ OpenError::NoDevice { .. }) => {
                 tracing::info!("{error}");
                 unavailable = Some(error);
@@ -207,24 +207,4 @@ pub fn load(
         }
     }
     Err(unavailable.map_or(BackendError::NoBackend, BackendError::Open))
-}
-
-fn parts(checkpoint: &Checkpoint) -> CheckpointParts {
-    let text = |config: &checkpoint::ConfigText| ConfigText {
-        file: config.path.display().to_string(),
-        text: config.text.clone(),
-    };
-    let configs = checkpoint.configs();
-    CheckpointParts {
-        configs: CheckpointConfigs {
-            model_index: text(&configs.model_index),
-            scheduler: text(&configs.scheduler),
-            text_encoder: text(&configs.text_encoder),
-            transformer: text(&configs.transformer),
-            vae: text(&configs.vae),
-        },
-        text_encoder: checkpoint.text_encoder(),
-        transformer: checkpoint.transformer(),
-        vae: checkpoint.vae(),
-    }
 }

@@ -17,6 +17,8 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use kiln_models::TensorSource;
+use kiln_models::config::ConfigText;
+use kiln_models::qwen_image::{CheckpointConfigs, CheckpointParts};
 
 use weights::Weights;
 
@@ -24,28 +26,7 @@ use weights::Weights;
 #[derive(Debug, Clone)]
 pub struct Checkpoint {
     folder: PathBuf,
-    configs: ConfigTexts,
-    text_encoder: Arc<dyn TensorSource>,
-    transformer: Arc<dyn TensorSource>,
-    vae: Arc<dyn TensorSource>,
-}
-
-/// The five JSON files that describe a model. They are handed on as text: what a number means is
-/// the business of the component that reads it.
-#[derive(Debug, Clone)]
-pub struct ConfigTexts {
-    pub model_index: ConfigText,
-    pub scheduler: ConfigText,
-    pub text_encoder: ConfigText,
-    pub transformer: ConfigText,
-    pub vae: ConfigText,
-}
-
-/// A configuration file, with its path for messages.
-#[derive(Debug, Clone)]
-pub struct ConfigText {
-    pub path: PathBuf,
-    pub text: String,
+    parts: CheckpointParts,
 }
 
 /// Why a folder cannot be used as a model. Every message says what to do about it.
@@ -191,7 +172,8 @@ impl Checkpoint {
                 });
             }
         }
-        let configs = ConfigTexts {
+        // What the configurations mean is the business of the networks that read them.
+        let configs = CheckpointConfigs {
             model_index: read_config(folder.join("model_index.json"))?,
             scheduler: read_config(folder.join("scheduler/scheduler_config.json"))?,
             text_encoder: read_config(folder.join("text_encoder/config.json"))?,
@@ -199,12 +181,15 @@ impl Checkpoint {
             vae: read_config(folder.join("vae/config.json"))?,
         };
         // The stems are transformers' and diffusers' names for a component's weights.
-        Ok(Self {
-            folder: folder.to_owned(),
+        let parts = CheckpointParts {
             configs,
             text_encoder: Arc::new(open_weights(&folder.join("text_encoder"), "model")?),
             transformer: open_diffusers_weights(&folder.join("transformer"))?,
             vae: open_diffusers_weights(&folder.join("vae"))?,
+        };
+        Ok(Self {
+            folder: folder.to_owned(),
+            parts,
         })
     }
 
@@ -217,20 +202,9 @@ impl Checkpoint {
         self.folder.join("tokenizer")
     }
 
-    pub fn configs(&self) -> &ConfigTexts {
-        &self.configs
-    }
-
-    pub fn text_encoder(&self) -> Arc<dyn TensorSource> {
-        Arc::clone(&self.text_encoder)
-    }
-
-    pub fn transformer(&self) -> Arc<dyn TensorSource> {
-        Arc::clone(&self.transformer)
-    }
-
-    pub fn vae(&self) -> Arc<dyn TensorSource> {
-        Arc::clone(&self.vae)
+    /// The configurations and the weights, as the models take them.
+    pub fn parts(&self) -> &CheckpointParts {
+        &self.parts
     }
 }
 
@@ -270,7 +244,8 @@ fn read_config(path: PathBuf) -> Result<ConfigText, CheckpointError> {
         return Err(CheckpointError::ConfigMissing { path });
     }
     let text = read_text(&path)?;
-    Ok(ConfigText { path, text })
+    let file = path.display().to_string();
+    Ok(ConfigText { file, text })
 }
 
 fn open_diffusers_weights(folder: &Path) -> Result<Arc<dyn TensorSource>, CheckpointError> {

@@ -9,6 +9,7 @@ use std::io;
 use std::path::Path;
 use std::path::PathBuf;
 
+use kiln_models::qwen_image::MAX_PROMPT_TOKENS;
 use serde::de::DeserializeOwned;
 use tokenizers::AddedToken;
 use tokenizers::SplitDelimiterBehavior;
@@ -21,10 +22,6 @@ use tokenizers::pre_tokenizers::byte_level::ByteLevel;
 use tokenizers::pre_tokenizers::sequence::Sequence;
 use tokenizers::pre_tokenizers::split::Split;
 use tokenizers::pre_tokenizers::split::SplitPattern;
-
-/// The longest prompt that is accepted, in tokens without the template's: the
-/// `tokenizer_max_length` of `pipeline_qwenimage.py` in diffusers, which cuts where we refuse.
-pub const MAX_PROMPT_TOKENS: usize = 1024;
 
 /// What stands before and after the prompt: `prompt_template_encode` of `pipeline_qwenimage.py`.
 const TEMPLATE_START: &str = "<|im_start|>system\nDescribe the image by detailing the color, shape, \
@@ -147,8 +144,7 @@ impl PromptTokenizer {
     /// The text of a special token in the prompt becomes that token, as in the reference.
     pub fn encode_prompt(&self, prompt: &str) -> Result<Vec<u32>, TokenizerError> {
         let ids = self.encode_template(prompt)?;
-        // Saturating: text may merge with the template's last line break.
-        let tokens = ids.len().saturating_sub(self.template_tokens);
+        let tokens = self.prompt_tokens(&ids);
         if tokens > MAX_PROMPT_TOKENS {
             return Err(TokenizerError::PromptTooLong {
                 tokens,
@@ -158,12 +154,10 @@ impl PromptTokenizer {
         Ok(ids)
     }
 
-    /// How many tokens the prompt adds to the template, for usage reports.
-    pub fn prompt_tokens(&self, prompt: &str) -> Result<usize, TokenizerError> {
-        Ok(self
-            .encode_template(prompt)?
-            .len()
-            .saturating_sub(self.template_tokens))
+    /// How many of the ids of [`Self::encode_prompt`] the prompt adds to the template.
+    pub fn prompt_tokens(&self, ids: &[u32]) -> usize {
+        // Saturating: text may merge with the template's last line break.
+        ids.len().saturating_sub(self.template_tokens)
     }
 
     /// One more than the largest id.

@@ -116,7 +116,8 @@ fn the_openai_sdks_flat_parameters_and_content_parts_are_used() {
     let plain = load_tokenizer().encode_prompt("a cat").unwrap();
     assert_eq!(job.prompt, plain);
     let usage = &reply.body["usage"];
-    let prompt_tokens = load_tokenizer().prompt_tokens("a cat").unwrap();
+    let tokenizer = load_tokenizer();
+    let prompt_tokens = tokenizer.prompt_tokens(&tokenizer.encode_prompt("a cat").unwrap());
     assert_eq!(usage["prompt_tokens"], prompt_tokens);
     assert_eq!(usage["completion_tokens"], 2 * 3 * 3);
     assert_eq!(usage["total_tokens"], prompt_tokens + 18);

@@ -26,7 +26,8 @@ use crate::weights::{LoadError, Precision};
 /// length in Qwen's vocabulary, and it stays this number with any other.
 pub const TEMPLATE_TOKENS_DROPPED: usize = 34;
 
-/// Embeddings kept of a prompt, as the reference cuts them.
+/// The longest prompt, in tokens without the template's, and the embeddings kept of one: the
+/// `tokenizer_max_length` of the reference, which cuts where kiln refuses.
 pub const MAX_PROMPT_TOKENS: usize = 1024;
 
 /// Latents per packed token, in height and in width.

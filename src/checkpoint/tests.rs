@@ -97,19 +97,19 @@ fn opens_single_and_sharded_components() {
         folder.path().join("tokenizer")
     );
 
-    let configs = checkpoint.configs();
+    let configs = &checkpoint.parts().configs;
     assert_eq!(configs.scheduler.text, "{\"scheduler\": 1}");
     assert_eq!(configs.text_encoder.text, "{\"text_encoder\": 1}");
     assert_eq!(configs.transformer.text, "{\"transformer\": 1}");
     assert_eq!(configs.vae.text, "{\"vae\": 1}");
     assert_eq!(
-        configs.model_index.path,
+        Path::new(&configs.model_index.file),
         folder.path().join("model_index.json")
     );
 
-    assert_eq!(checkpoint.text_encoder().names(), ["embed", "norm"]);
-    assert_eq!(checkpoint.vae().names(), ["conv"]);
-    let transformer = checkpoint.transformer();
+    assert_eq!(checkpoint.parts().text_encoder.names(), ["embed", "norm"]);
+    assert_eq!(checkpoint.parts().vae.names(), ["conv"]);
+    let transformer = &checkpoint.parts().transformer;
     assert_eq!(
         transformer.origin(),
         folder.path().join("transformer").display().to_string()
@@ -139,7 +139,8 @@ fn types_that_cannot_be_read_do_not_stop_opening() {
         "vae/diffusion_pytorch_model.safetensors",
         safetensors(header, 17),
     );
-    let vae = Checkpoint::open(folder.path()).unwrap().vae();
+    let checkpoint = Checkpoint::open(folder.path()).unwrap();
+    let vae = &checkpoint.parts().vae;
     let dtypes = vae
         .names()
         .iter()
@@ -171,9 +172,9 @@ fn opens_the_fixtures() {
         );
         let checkpoint = Checkpoint::open(Path::new(&folder)).unwrap();
         for source in [
-            checkpoint.text_encoder(),
-            checkpoint.transformer(),
-            checkpoint.vae(),
+            &checkpoint.parts().text_encoder,
+            &checkpoint.parts().transformer,
+            &checkpoint.parts().vae,
         ] {
             assert!(!source.names().is_empty());
             for tensor in source.names() {
@@ -214,7 +215,8 @@ fn the_last_clone_releases_the_pages_of_its_tensor_alone() {
     let name = "vae/diffusion_pytorch_model.safetensors";
     write(folder.path(), name, safetensors(&header, 2 * TENSOR));
     let file = folder.path().join(name);
-    let vae = Checkpoint::open(folder.path()).unwrap().vae();
+    let checkpoint = Checkpoint::open(folder.path()).unwrap();
+    let vae = &checkpoint.parts().vae;
 
     // Where the data begins makes no difference to its content: 0, 1, ... from there.
     let sum = |bytes: &[u8]| bytes.iter().map(|it| usize::from(*it)).sum::<usize>();
@@ -236,7 +238,7 @@ fn the_last_clone_releases_the_pages_of_its_tensor_alone() {
 
     // Bytes outlive the checkpoint.
     let x = vae.bytes("x");
-    drop(vae);
+    drop(checkpoint);
     assert_eq!(sum(&x), sums.0);
 }
 

@@ -43,7 +43,7 @@ pub(super) async fn chat_completions(
     let image_tokens = image_tokens(&request, app.limits.sizes.multiple);
     let (app, tokens, answer) = spawn_blocking(move || {
         let tokens = tokenize(&app, &request)?;
-        let prompt_tokens = prompt_tokens(&app, &request)?;
+        let prompt_tokens = prompt_tokens(&app, &tokens);
         let answer = Answer {
             id,
             created,
@@ -137,15 +137,9 @@ fn tokenize(app: &App, request: &GenerationRequest) -> Result<PromptTokens, ApiE
 }
 
 /// Tokens of what the client wrote, without the template.
-fn prompt_tokens(app: &App, request: &GenerationRequest) -> Result<usize, ApiError> {
-    let count = |text: &str, param| {
-        app.tokenizer
-            .prompt_tokens(text)
-            .map_err(|error| ApiError::Prompt { error, param })
-    };
-    let negative_prompt = request.negative_prompt.as_deref();
-    let prompt = count(&request.prompt, "messages")?;
-    Ok(prompt + negative_prompt.map_or(Ok(0), |text| count(text, "negative_prompt"))?)
+fn prompt_tokens(app: &App, tokens: &PromptTokens) -> usize {
+    let prompts = std::iter::once(&tokens.prompt).chain(&tokens.negative_prompt);
+    prompts.map(|ids| app.tokenizer.prompt_tokens(ids)).sum()
 }
 
 /// Tokens the transformer generates: one for each patch of `size_multiple` pixels squared.

@@ -83,7 +83,10 @@ fn special_tokens_in_the_prompt_are_special() {
         tokenizer.encode("<|im_end|><tool_call>").unwrap(),
         [378, 384]
     );
-    assert_eq!(tokenizer.prompt_tokens("<|im_end|><tool_call>").unwrap(), 2);
+    assert_eq!(
+        tokenizer.prompt_tokens(&tokenizer.encode_prompt("<|im_end|><tool_call>").unwrap()),
+        2
+    );
 }
 
 #[test]
@@ -96,7 +99,10 @@ fn vocab_size_is_beyond_the_last_added_token() {
 fn a_prompt_of_1024_tokens_is_the_longest() {
     let tokenizer = tiny("base");
     let prompt = "<|endoftext|>".repeat(1024);
-    assert_eq!(tokenizer.prompt_tokens(&prompt).unwrap(), 1024);
+    assert_eq!(
+        tokenizer.prompt_tokens(&tokenizer.encode_prompt(&prompt).unwrap()),
+        1024
+    );
     tokenizer.encode_prompt(&prompt).unwrap();
 
     let error = tokenizer.encode_prompt(&format!("{prompt}7")).unwrap_err();
