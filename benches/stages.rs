@@ -59,7 +59,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     };
     let (loaded, load) = stage(|| -> Result<_, Box<dyn Error>> {
         let checkpoint = Checkpoint::open(Path::new(model))?;
-        let tokenizer = PromptTokenizer::load(&checkpoint.tokenizer_folder())?;
+        let tokenizer = checkpoint.tokenizer()?;
         Ok((backend::load(&checkpoint, &settings)?, tokenizer))
     });
     let (mut painter, tokenizer) = loaded?;

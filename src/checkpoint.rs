@@ -1,15 +1,17 @@
 //! A model folder as diffusers writes it: five JSON files, a tokenizer, and the weights of three
-//! components in safetensors files.
+//! components in safetensors files. Or the demo model, which has the same files in the binary.
 //!
 //! [`Checkpoint::open`] reads headers and configurations only. The weights are memory-mapped and
 //! reach the models tensor by tensor, through [`TensorSource`].
 
+mod demo;
 mod weights;
 
 #[cfg(test)]
 mod tests;
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::fs;
 use std::io;
 use std::path::Path;
@@ -22,11 +24,33 @@ use kiln_models::qwen_image::{CheckpointConfigs, CheckpointParts};
 
 use weights::Weights;
 
-/// An open model folder.
+use crate::tokenizer::{PromptTokenizer, TokenizerError};
+
+/// What names the demo model wherever a model is named.
+pub const DEMO: &str = "demo";
+
+/// An open model.
 #[derive(Debug, Clone)]
 pub struct Checkpoint {
-    folder: PathBuf,
+    place: Place,
     parts: CheckpointParts,
+}
+
+/// Where a model's files are.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Place {
+    Folder(PathBuf),
+    /// In the binary.
+    Demo,
+}
+
+impl fmt::Display for Place {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Folder(path) => path.display().fmt(f),
+            Self::Demo => f.write_str("the built-in demo model"),
+        }
+    }
 }
 
 /// Why a folder cannot be used as a model. Every message says what to do about it.
@@ -188,18 +212,29 @@ impl Checkpoint {
             vae: open_diffusers_weights(&folder.join("vae"))?,
         };
         Ok(Self {
-            folder: folder.to_owned(),
+            place: Place::Folder(folder.to_owned()),
             parts,
         })
     }
 
-    pub fn folder(&self) -> &Path {
-        &self.folder
+    /// Opens the demo model, which needs no file.
+    pub fn demo() -> Result<Self, CheckpointError> {
+        Ok(Self {
+            place: Place::Demo,
+            parts: demo::parts()?,
+        })
     }
 
-    /// The folder with the tokenizer's files; that it exists has been checked.
-    pub fn tokenizer_folder(&self) -> PathBuf {
-        self.folder.join("tokenizer")
+    pub fn place(&self) -> &Place {
+        &self.place
+    }
+
+    /// Loads the tokenizer.
+    pub fn tokenizer(&self) -> Result<PromptTokenizer, TokenizerError> {
+        match &self.place {
+            Place::Folder(folder) => PromptTokenizer::load(&folder.join("tokenizer")),
+            Place::Demo => PromptTokenizer::from_json(&demo::tokenizer()),
+        }
     }
 
     /// The configurations and the weights, as the models take them.

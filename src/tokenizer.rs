@@ -9,6 +9,7 @@ use std::io;
 use std::path::Path;
 use std::path::PathBuf;
 
+use kiln_models::config::ConfigText;
 use kiln_models::qwen_image::MAX_PROMPT_TOKENS;
 use serde::de::DeserializeOwned;
 use tokenizers::AddedToken;
@@ -93,13 +94,10 @@ pub enum TokenizerError {
     },
 
     #[error(
-        "the tokenizer in {folder} has no token {token}, which the prompt template is made of: it \
+        "the tokenizer in {path} has no token {token}, which the prompt template is made of: it \
          is not a Qwen2 tokenizer, or the copy is incomplete"
     )]
-    TemplateToken {
-        folder: PathBuf,
-        token: &'static str,
-    },
+    TemplateToken { path: PathBuf, token: &'static str },
 
     #[error("the prompt has {tokens} tokens, and at most {limit} are accepted: shorten it")]
     PromptTooLong { tokens: usize, limit: usize },
@@ -118,15 +116,36 @@ impl PromptTokenizer {
             });
         }
         let json = folder.join("tokenizer.json");
-        let tokenizer = if json.exists() {
-            from_json(json)?
-        } else {
-            from_vocabulary(folder)?
-        };
+        if json.exists() {
+            return Self::from_json(&ConfigText {
+                text: read(&json)?,
+                file: json.display().to_string(),
+            });
+        }
+        Self::new(from_vocabulary(folder)?, folder)
+    }
+
+    /// Reads a tokenizer.json.
+    pub fn from_json(json: &ConfigText) -> Result<Self, TokenizerError> {
+        let loaded: Result<Tokenizer, _> = json.text.parse();
+        let mut tokenizer = loaded.map_err(|source| TokenizerError::Invalid {
+            path: json.file.clone().into(),
+            source,
+        })?;
+        // The file may hold what somebody's last call used; the reference's call sets its own.
+        tokenizer.with_padding(None);
+        tokenizer
+            .with_truncation(None)
+            .map_err(|source| TokenizerError::Encode { source })?;
+        Self::new(tokenizer, json.file.as_ref())
+    }
+
+    /// `path` is for messages.
+    fn new(tokenizer: Tokenizer, path: &Path) -> Result<Self, TokenizerError> {
         for token in ["<|im_start|>", "<|im_end|>"] {
             if tokenizer.token_to_id(token).is_none() {
                 return Err(TokenizerError::TemplateToken {
-                    folder: folder.to_owned(),
+                    path: path.to_owned(),
                     token,
                 });
             }
@@ -176,18 +195,6 @@ impl PromptTokenizer {
             .map(|it| it.get_ids().to_vec())
             .map_err(|source| TokenizerError::Encode { source })
     }
-}
-
-fn from_json(path: PathBuf) -> Result<Tokenizer, TokenizerError> {
-    let text = read(&path)?;
-    let loaded: Result<Tokenizer, _> = text.parse();
-    let mut tokenizer = loaded.map_err(|source| TokenizerError::Invalid { path, source })?;
-    // The file may hold what somebody's last call used; the reference's call sets its own.
-    tokenizer.with_padding(None);
-    tokenizer
-        .with_truncation(None)
-        .map_err(|source| TokenizerError::Encode { source })?;
-    Ok(tokenizer)
 }
 
 /// Builds what transformers' `Qwen2Tokenizer` builds.

@@ -93,7 +93,7 @@ fn arguments_that_clap_refuses_are_usage_errors() {
     for args in [
         ["paint"].as_slice(),
         &["generate", "--model", "m"],
-        &["generate", "a cat"],
+        &["generate"],
         &["generate", "a cat", "--prompt", "a dog", "--model", "m"],
         &["generate", "a", "cat", "--model", "m"],
         &["generate", "a cat", "--model", "m", "--height", "tall"],
@@ -196,18 +196,6 @@ fn a_model_that_is_not_there_is_a_failure() {
         assert_eq!(code, 1, "{args:?}: {line}");
         assert!(line.contains("none"), "{line}");
     }
-}
-
-#[test]
-fn serving_no_model_is_a_usage_error_with_a_tip() {
-    let folder = tempfile::tempdir().unwrap();
-    let output = kiln(folder.path(), &["serve"]);
-    assert_eq!(output.status.code(), Some(2));
-    let stderr = stderr(&output);
-    assert!(
-        stderr.starts_with("error: no model was named\ntip: "),
-        "{stderr}"
-    );
 }
 
 #[test]

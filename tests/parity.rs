@@ -69,7 +69,7 @@ fn fixtures() -> PathBuf {
 
 fn every_case(backend: &str) {
     let cases = cases();
-    assert!(cases.len() >= 18, "cases are missing");
+    assert!(cases.len() >= 21, "cases are missing");
     for case in &cases {
         let name = case["name"].as_str().unwrap();
         let folder = tempfile::tempdir().unwrap();
@@ -115,13 +115,12 @@ fn run(backend: &str, dtype: &str, case: &Value, folder: &Path) -> PathBuf {
         command.arg("--vae-tile-size").arg(tile[0].to_string());
         command.arg("--vae-tile-stride").arg(tile[1].to_string());
     }
-    let checkpoint = fixtures()
-        .join("checkpoints")
-        .join(case["checkpoint"].as_str().unwrap());
-    command
-        .arg("--model")
-        .arg(checkpoint)
-        .args(["--backend", backend, "--dtype", dtype]);
+    command.arg("--model");
+    match case["checkpoint"].as_str().unwrap() {
+        "demo" => command.arg("demo"),
+        checkpoint => command.arg(fixtures().join("checkpoints").join(checkpoint)),
+    };
+    command.args(["--backend", backend, "--dtype", dtype]);
     command
         .arg("--output")
         .arg(folder.join("out.png"))

@@ -36,9 +36,6 @@ const PATCH: usize = 2;
 /// Entries of the reference's table of rotary positions, which bounds an image's sides.
 const ROPE_POSITIONS: usize = 4096;
 
-/// The reference's default size, in latents.
-const DEFAULT_SAMPLE_SIZE: usize = 128;
-
 /// Bytes of modulation that are kept for schedules that may come again. One of 50 steps takes
 /// 0.44 GB for Qwen-Image.
 const KEPT_TABLE_BYTES: usize = 1 << 30;
@@ -57,16 +54,17 @@ impl CheckpointConfigs {
     /// The sizes this checkpoint draws, known before its weights are loaded.
     pub fn image_sizes(&self) -> Result<ImageSizes, ConfigError> {
         check_model_index(&self.model_index)?;
-        Ok(image_sizes(&VaeConfig::from_json(&self.vae)?))
+        let transformer = TransformerConfig::from_json(&self.transformer)?;
+        Ok(image_sizes(&transformer, &VaeConfig::from_json(&self.vae)?))
     }
 }
 
-fn image_sizes(vae: &VaeConfig) -> ImageSizes {
+fn image_sizes(transformer: &TransformerConfig, vae: &VaeConfig) -> ImageSizes {
     let multiple = vae.scale_factor() * PATCH;
     ImageSizes {
         multiple,
         max_side: ROPE_POSITIONS * multiple,
-        default_side: DEFAULT_SAMPLE_SIZE * vae.scale_factor(),
+        default_side: transformer.sample_size * vae.scale_factor(),
     }
 }
 
@@ -159,7 +157,7 @@ impl<B: FusedOps> QwenImage<B> {
         )?;
         let vae = VaeDecoder::load(&vae_config, Arc::clone(&parts.vae), &device, precision)?;
         let info = ModelInfo {
-            sizes: image_sizes(&vae_config),
+            sizes: image_sizes(&transformer_config, &vae_config),
             vocab_size: text_config.vocab_size,
             device: format!("{} ({device:?})", B::name(&device)),
             dtype: match precision.model {

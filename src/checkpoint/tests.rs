@@ -91,11 +91,7 @@ fn error_with(name: &str, content: Option<&[u8]>) -> String {
 fn opens_single_and_sharded_components() {
     let folder = model();
     let checkpoint = Checkpoint::open(folder.path()).unwrap();
-    assert_eq!(checkpoint.folder(), folder.path());
-    assert_eq!(
-        checkpoint.tokenizer_folder(),
-        folder.path().join("tokenizer")
-    );
+    assert_eq!(checkpoint.place(), &Place::Folder(folder.path().to_owned()));
 
     let configs = &checkpoint.parts().configs;
     assert_eq!(configs.scheduler.text, "{\"scheduler\": 1}");
@@ -164,13 +160,16 @@ fn types_that_cannot_be_read_do_not_stop_opening() {
 }
 
 #[test]
-fn opens_the_fixtures() {
-    for name in ["base", "bf16", "odd"] {
+fn opens_the_fixtures_and_the_demo() {
+    let fixtures = ["base", "bf16", "odd"].map(|name| {
         let folder = format!(
             "{}/tests/fixtures/checkpoints/{name}",
             env!("CARGO_MANIFEST_DIR")
         );
-        let checkpoint = Checkpoint::open(Path::new(&folder)).unwrap();
+        Checkpoint::open(Path::new(&folder)).unwrap()
+    });
+    for checkpoint in fixtures.into_iter().chain([Checkpoint::demo().unwrap()]) {
+        checkpoint.tokenizer().unwrap();
         for source in [
             &checkpoint.parts().text_encoder,
             &checkpoint.parts().transformer,

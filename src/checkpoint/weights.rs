@@ -1,4 +1,4 @@
-//! The tensors of one component, in memory-mapped safetensors files.
+//! The tensors of one component, in safetensors files that are memory-mapped or in the binary.
 
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
@@ -40,9 +40,16 @@ pub(super) struct Weights {
 #[derive(Debug)]
 struct StoredTensor {
     info: TensorInfo,
-    map: Arc<Mmap>,
+    file: FileBytes,
     /// Where the tensor lies in the file, in bytes.
     range: Range<usize>,
+}
+
+/// A whole file.
+#[derive(Debug, Clone)]
+enum FileBytes {
+    Mapped(Arc<Mmap>),
+    Embedded(&'static [u8]),
 }
 
 impl Weights {
@@ -56,7 +63,26 @@ impl Weights {
     /// Maps a safetensors file and adds its tensors.
     pub(super) fn add_file(&mut self, path: &Path) -> Result<(), CheckpointError> {
         let map = Arc::new(map_file(path)?);
-        let (data_start, metadata) = read_header(path, &map)?;
+        let header = read_header(path, &map)?;
+        self.add(path, &FileBytes::Mapped(map), header)
+    }
+
+    /// Adds the tensors of a safetensors file in the binary; `path` is for messages.
+    pub(super) fn add_embedded(
+        &mut self,
+        path: &Path,
+        bytes: &'static [u8],
+    ) -> Result<(), CheckpointError> {
+        let header = read_header(path, bytes)?;
+        self.add(path, &FileBytes::Embedded(bytes), header)
+    }
+
+    fn add(
+        &mut self,
+        path: &Path,
+        file: &FileBytes,
+        (data_start, metadata): (usize, Metadata),
+    ) -> Result<(), CheckpointError> {
         for (name, stored) in metadata.tensors() {
             let (start, end) = stored.data_offsets;
             let tensor = StoredTensor {
@@ -65,7 +91,7 @@ impl Weights {
                     dtype: stored_dtype(stored.dtype),
                     file: path.display().to_string(),
                 },
-                map: Arc::clone(&map),
+                file: file.clone(),
                 range: data_start + start..data_start + end,
             };
             match self.tensors.entry(name) {
@@ -104,11 +130,14 @@ impl TensorSource for Weights {
     }
 
     fn bytes(&self, name: &str) -> Bytes {
-        let tensor = &self.tensors[name];
-        Bytes::from_owner(MappedBytes {
-            map: Arc::clone(&tensor.map),
-            range: tensor.range.clone(),
-        })
+        let StoredTensor { file, range, .. } = &self.tensors[name];
+        match file {
+            FileBytes::Mapped(map) => Bytes::from_owner(MappedBytes {
+                map: Arc::clone(map),
+                range: range.clone(),
+            }),
+            FileBytes::Embedded(bytes) => Bytes::from_static(&bytes[range.clone()]),
+        }
     }
 }
 

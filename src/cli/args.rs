@@ -7,6 +7,7 @@ use clap::{ArgGroup, Parser, Subcommand, ValueEnum};
 use kiln_models::noise::NoiseGenerator;
 
 use crate::backend::{BackendKind, DTypeChoice, LoadSettings};
+use crate::checkpoint::DEMO;
 use crate::engine::DEFAULT_MAX_QUEUE;
 use crate::request::GenerationParams;
 
@@ -17,8 +18,12 @@ use super::error::CliError;
 #[command(version, arg_required_else_help = true)]
 #[command(after_help = "\
 Examples:
+  kiln generate \"a large red circle on a blue background\"
   kiln generate \"a red fox in the snow\" --model Qwen/Qwen-Image --output fox.png
-  kiln serve Qwen/Qwen-Image --port 8091")]
+  kiln serve Qwen/Qwen-Image --port 8091
+
+Without a model named, the small demo model in this program draws: one coloured shape on a coloured
+background.")]
 pub(super) struct Args {
     #[command(subcommand)]
     pub(super) command: Command,
@@ -44,10 +49,11 @@ pub(super) struct GenerateArgs {
     #[arg(long = "prompt", value_name = "PROMPT", allow_hyphen_values = true)]
     prompt_option: Option<String>,
 
-    /// Folder in diffusers layout, or Hugging Face id
+    /// Folder in diffusers layout, Hugging Face id, or demo
     ///
-    /// An id such as Qwen/Qwen-Image is downloaded unless the Hugging Face cache has it.
-    #[arg(long, value_name = "PATH_OR_ID")]
+    /// An id such as Qwen/Qwen-Image is downloaded unless the Hugging Face cache has it. demo is
+    /// the small model in this program, which draws one coloured shape on a coloured background.
+    #[arg(long, value_name = "PATH_OR_ID", default_value = DEMO)]
     pub(super) model: String,
 
     /// What to steer away from; turns guidance on
@@ -62,13 +68,13 @@ pub(super) struct GenerateArgs {
     #[arg(long, value_name = "SCALE", allow_negative_numbers = true)]
     true_cfg_scale: Option<f64>,
 
-    /// Height of the image in pixels [default: 1024 for Qwen-Image]
+    /// Height of the image in pixels [default: the model's, 1024 for Qwen-Image]
     ///
     /// Rounded down to a multiple of 16. Time grows a little faster than height x width.
     #[arg(long, value_name = "PIXELS", allow_negative_numbers = true)]
     height: Option<i128>,
 
-    /// Width of the image in pixels [default: 1024 for Qwen-Image]
+    /// Width of the image in pixels [default: the model's, 1024 for Qwen-Image]
     ///
     /// Rounded down to a multiple of 16.
     #[arg(long, value_name = "PIXELS", allow_negative_numbers = true)]
@@ -136,9 +142,10 @@ impl GenerateArgs {
 /// way finish; a second one ends them.
 #[derive(Debug, Parser)]
 pub(super) struct ServeArgs {
-    /// Folder in diffusers layout, or Hugging Face id
+    /// Folder in diffusers layout, Hugging Face id, or demo [default: demo]
     ///
-    /// An id such as Qwen/Qwen-Image is downloaded unless the Hugging Face cache has it.
+    /// An id such as Qwen/Qwen-Image is downloaded unless the Hugging Face cache has it. demo is
+    /// the small model in this program, which draws one coloured shape on a coloured background.
     #[arg(value_name = "MODEL", conflicts_with = "model_option")]
     model: Option<String>,
 
@@ -174,9 +181,9 @@ pub(super) struct ServeArgs {
 }
 
 impl ServeArgs {
-    pub(super) fn model(&self) -> Result<&str, CliError> {
+    pub(super) fn model(&self) -> &str {
         let model = self.model.as_deref().or(self.model_option.as_deref());
-        model.ok_or(CliError::NoModel)
+        model.unwrap_or(DEMO)
     }
 }
 

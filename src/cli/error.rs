@@ -18,8 +18,6 @@ pub(super) enum CliError {
         param: &'static str,
         source: TokenizerError,
     },
-    #[error("no model was named")]
-    NoModel,
     #[error("--vae-tile-stride must be from 1 to --vae-tile-size, which is {size}, got {stride}")]
     Tiles { size: usize, stride: usize },
     #[error("{} does not end in .png, and only PNG files can be written", path.display())]
@@ -67,7 +65,6 @@ impl CliError {
         match self {
             Self::Request(_)
             | Self::Prompt { .. }
-            | Self::NoModel
             | Self::Tiles { .. }
             | Self::Extension { .. }
             | Self::OutputIsFolder { .. } => 2,
@@ -78,11 +75,6 @@ impl CliError {
     /// What to do about it, where the message does not say so itself.
     pub(super) fn tip(&self) -> Option<String> {
         match self {
-            Self::NoModel => Some(
-                "give a folder in diffusers layout or a Hugging Face id: \
-                 kiln serve Qwen/Qwen-Image"
-                    .to_owned(),
-            ),
             Self::Extension { path } => Some(format!(
                 "use --output {}",
                 path.with_extension("png").display()

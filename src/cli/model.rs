@@ -3,7 +3,7 @@ use std::time::Instant;
 use kiln_models::painter::{ImageSizes, Painter};
 
 use crate::backend::{self, LoadSettings};
-use crate::checkpoint::Checkpoint;
+use crate::checkpoint::{Checkpoint, DEMO};
 use crate::hub::{self, HubSettings};
 use crate::tokenizer::PromptTokenizer;
 
@@ -18,10 +18,12 @@ pub(super) struct Model {
 impl Model {
     /// Finds, or downloads, the model, and opens what is small in it.
     pub(super) fn open(name: &str) -> Result<Self, CliError> {
-        let folder = hub::resolve(name, &HubSettings::from_env())?;
-        let checkpoint = Checkpoint::open(&folder)?;
-        let tokenizer =
-            PromptTokenizer::load(&checkpoint.tokenizer_folder()).map_err(CliError::Tokenizer)?;
+        let checkpoint = if name == DEMO {
+            Checkpoint::demo()?
+        } else {
+            Checkpoint::open(&hub::resolve(name, &HubSettings::from_env())?)?
+        };
+        let tokenizer = checkpoint.tokenizer().map_err(CliError::Tokenizer)?;
         Ok(Self {
             checkpoint,
             tokenizer,
@@ -35,8 +37,7 @@ impl Model {
 
     /// Loads the weights.
     pub(super) fn painter(&self, settings: &LoadSettings) -> Result<Box<dyn Painter>, CliError> {
-        let folder = self.checkpoint.folder().display();
-        tracing::info!("loading {folder}");
+        tracing::info!("loading {}", self.checkpoint.place());
         let started = Instant::now();
         let painter = backend::load(&self.checkpoint, settings)?;
         let info = painter.info();

@@ -1,4 +1,4 @@
-//! The real binary with real weights: what the server draws is what the command line draws.
+//! The real binary with real weights.
 
 use std::io::{BufRead, BufReader};
 use std::net::SocketAddr;
@@ -9,6 +9,7 @@ use base64::Engine as _;
 use serde_json::json;
 
 use super::client::{get, post};
+use super::{decode, parts};
 
 fn model() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/checkpoints/base")
@@ -21,11 +22,17 @@ struct Server {
 }
 
 impl Server {
-    fn start() -> Self {
+    /// Serves `model`, or what is served if none is named, from an empty folder and without a
+    /// network.
+    fn start(model: Option<&Path>) -> Self {
+        let folder = tempfile::tempdir().unwrap();
         let mut process = Command::new(env!("CARGO_BIN_EXE_kiln"))
             .arg("serve")
-            .arg(model())
+            .args(model)
             .args(["--port", "0", "--backend", "flex"])
+            .current_dir(folder.path())
+            .env("HF_HUB_OFFLINE", "1")
+            .env("HF_HOME", folder.path())
             .stderr(Stdio::piped())
             .spawn()
             .unwrap();
@@ -77,7 +84,7 @@ fn the_server_draws_what_the_command_line_draws() {
         String::from_utf8_lossy(&generated.stderr)
     );
 
-    let server = Server::start();
+    let server = Server::start(Some(&model()));
     assert_eq!(
         get(server.address, "/health").body,
         json!({"status": "healthy"})
@@ -113,4 +120,161 @@ fn the_server_draws_what_the_command_line_draws() {
         (refused.status, &refused.body["error"]["param"]),
         (400, &json!("height"))
     );
+}
+
+/// What a demo prompt asks for: a shape of one colour, somewhere, on a background.
+struct Scene {
+    prompt: &'static str,
+    background: [u8; 3],
+    colour: [u8; 3],
+    /// Of the shape's middle, as shares of width and height.
+    place: [f32; 2],
+}
+
+// As models/demo/scenes.py has them.
+const RED: [u8; 3] = [214, 40, 44];
+const ORANGE: [u8; 3] = [246, 128, 18];
+const YELLOW: [u8; 3] = [252, 222, 64];
+const GREEN: [u8; 3] = [42, 158, 72];
+const BLUE: [u8; 3] = [38, 84, 204];
+const PURPLE: [u8; 3] = [136, 52, 164];
+const WHITE: [u8; 3] = [244, 244, 244];
+const BLACK: [u8; 3] = [18, 18, 20];
+
+const SCENES: [Scene; 6] = [
+    Scene {
+        prompt: "a large red circle on a blue background",
+        background: BLUE,
+        colour: RED,
+        place: [0.5, 0.5],
+    },
+    Scene {
+        prompt: "a small yellow square in the top left corner on a purple background",
+        background: PURPLE,
+        colour: YELLOW,
+        place: [0.27, 0.27],
+    },
+    Scene {
+        prompt: "A big white triangle at the bottom on a green background.",
+        background: GREEN,
+        colour: WHITE,
+        place: [0.5, 0.73],
+    },
+    Scene {
+        prompt: "black background with a tiny orange circle on the right",
+        background: BLACK,
+        colour: ORANGE,
+        place: [0.73, 0.5],
+    },
+    Scene {
+        prompt: "a picture of a small blue square at the bottom right, white background",
+        background: WHITE,
+        colour: BLUE,
+        place: [0.73, 0.73],
+    },
+    Scene {
+        prompt: "large purple square on the left, yellow background",
+        background: YELLOW,
+        colour: PURPLE,
+        place: [0.27, 0.5],
+    },
+];
+
+fn distance(a: [u8; 3], b: [u8; 3]) -> f32 {
+    let squares = a
+        .iter()
+        .zip(b)
+        .map(|(a, b)| f32::from(a.abs_diff(b)).powi(2));
+    squares.sum::<f32>().sqrt()
+}
+
+/// The colour in the middle of the pixels, channel by channel.
+fn median(pixels: &[[u8; 3]]) -> [u8; 3] {
+    std::array::from_fn(|channel| {
+        let mut values: Vec<u8> = pixels.iter().map(|pixel| pixel[channel]).collect();
+        values.sort_unstable();
+        values[values.len() / 2]
+    })
+}
+
+/// Checks the colours of a picture, and where its shape is.
+fn check(scene: &Scene, (width, height, bytes): &(u32, u32, Vec<u8>)) {
+    let (width, height) = (*width as usize, *height as usize);
+    let pixels: Vec<[u8; 3]> = bytes
+        .chunks_exact(3)
+        .map(|x| x.try_into().unwrap())
+        .collect();
+    let is_border = |i: &usize| {
+        i % width == 0 || i % width == width - 1 || i / width == 0 || i / width == height - 1
+    };
+    let border: Vec<[u8; 3]> = (0..pixels.len())
+        .filter(is_border)
+        .map(|i| pixels[i])
+        .collect();
+    let background = median(&border);
+    let prompt = scene.prompt;
+    assert!(
+        distance(background, scene.background) < 40.0,
+        "{prompt}: the background is {background:?}"
+    );
+
+    let in_shape =
+        |i: &usize| distance(pixels[*i], scene.colour) < distance(pixels[*i], background);
+    let shape: Vec<usize> = (0..pixels.len()).filter(in_shape).collect();
+    let share = shape.len() as f32 / pixels.len() as f32;
+    assert!(
+        (0.01..0.3).contains(&share),
+        "{prompt}: the shape covers {share}"
+    );
+    let colour = median(&shape.iter().map(|i| pixels[*i]).collect::<Vec<_>>());
+    assert!(
+        distance(colour, scene.colour) < 40.0,
+        "{prompt}: the shape is {colour:?}"
+    );
+    let mean = |of: fn(usize, usize) -> usize, side: usize| {
+        shape
+            .iter()
+            .map(|i| of(*i, width) as f32 + 0.5)
+            .sum::<f32>()
+            / (shape.len() * side) as f32
+    };
+    let place = [
+        mean(|i, width| i % width, width),
+        mean(|i, width| i / width, height),
+    ];
+    for (found, asked) in place.iter().zip(scene.place) {
+        assert!(
+            (found - asked).abs() < 0.11,
+            "{prompt}: the shape is at {place:?}"
+        );
+    }
+}
+
+#[test]
+fn with_no_model_named_the_demo_draws_what_the_prompt_says() {
+    let server = Server::start(None);
+    for (seed, scene) in SCENES.iter().enumerate() {
+        let reply = post(
+            server.address,
+            &json!({
+                "messages": [{"role": "user", "content": scene.prompt}],
+                "extra_body": {"num_inference_steps": 20, "negative_prompt": " ", "seed": seed},
+            }),
+        );
+        let picture = decode(&parts(&reply)[0]);
+        assert_eq!((picture.0, picture.1), (128, 128), "the model's own size");
+        check(scene, &picture);
+        assert_eq!(reply.body["model"], "demo");
+    }
+    for (size, scene) in ["160x96", "128x192"].iter().zip(&SCENES) {
+        let reply = post(
+            server.address,
+            &json!({
+                "messages": [{"role": "user", "content": scene.prompt}],
+                "extra_body": {"num_inference_steps": 20, "negative_prompt": " ", "size": size, "seed": 1},
+            }),
+        );
+        assert_eq!(reply.body["size"], *size);
+        check(scene, &decode(&parts(&reply)[0]));
+    }
 }

@@ -323,7 +323,8 @@ def rewrite_text_config(path: Path, style: str) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One pipeline run; `details` adds the stages inside the transformer and around the VAE."""
+    """One pipeline run; `details` adds the stages inside the transformer and around the VAE, `brief`
+    leaves out the float picture and all latents but those after the first and the last step."""
 
     name: str
     checkpoint: str = "base"
@@ -337,6 +338,7 @@ class Case:
     seed: int = 42
     vae_tile: tuple[int, int] | None = None
     details: bool = False
+    brief: bool = False
 
 
 LONG_PROMPT = " ".join(
@@ -371,7 +373,10 @@ CASES = [
     Case("tiled_odd", "odd", height=40, width=56, vae_tile=(24, 16), seed=17, num_inference_steps=1),
     # The last tiles are narrower than the overlap: 8 x 4 latents in tiles of 5, stride 3.
     Case("tiled_uneven", height=64, width=32, vae_tile=(40, 24), num_images=2, seed=18),
+    Case("demo", "demo", "a large red circle on a blue background", height=128, width=128, num_inference_steps=20,
+         seed=7, brief=True),
 ]
+DEMO = Path(__file__).parents[2] / "models/demo"
 
 
 class Recorder:
@@ -522,6 +527,10 @@ def run(pipe: QwenImagePipeline, case: Case) -> Tensors:
         stages.pop("vae_out")
         if case.vae_tile is None:
             stages.pop("vae_in")
+    if case.brief:
+        steps = case.num_inference_steps
+        for name in ["image_float", *(f"latents_step{step}" for step in range(1, steps - 1))]:
+            stages.pop(name)
     return {
         name: (tensor.float() if tensor.is_floating_point() else tensor).contiguous()
         for name, tensor in stages.items()
@@ -541,7 +550,7 @@ def write_json(path: Path, value: Any, indent: int | None = 2) -> None:
 
 def report(case: Case, stages: Tensors, size: int) -> None:
     """Prints one line and complains about a picture that would hide errors."""
-    image = stages["image_float"]
+    image = stages["image_u8"] / 255
     clipped = ((image <= 0) | (image >= 1)).float().mean().item()
     shape = "x".join(map(str, image.shape))
     print(
@@ -562,15 +571,18 @@ def main() -> None:
     (args.out / "cases").mkdir(parents=True, exist_ok=True)
     wanted = [case for case in CASES if not args.only or case.name in args.only]
     print(f"{'case':15}{'from':6}{'image':14}{'tokens':>6}{'st':>4}{'file':>9}{'mean':>7}{'std':>7}{'clipped':>9}")
-    for checkpoint in CHECKPOINTS:
-        cases = [case for case in wanted if case.checkpoint == checkpoint.name]
+    for checkpoint in [*CHECKPOINTS, None]:
+        name = checkpoint.name if checkpoint else "demo"
+        cases = [case for case in wanted if case.checkpoint == name]
         if not cases:
             continue
-        folder = args.out / "checkpoints" / checkpoint.name
-        build(checkpoint, folder)
+        folder = args.out / "checkpoints" / name if checkpoint else DEMO
+        if checkpoint:
+            build(checkpoint, folder)
         pipe = load(folder)
         rope = pipe.text_encoder.config.text_config.rope_parameters
-        assert rope["rope_theta"] == checkpoint.text["rope_parameters"]["rope_theta"], "config.json was misread"
+        if checkpoint:
+            assert rope["rope_theta"] == checkpoint.text["rope_parameters"]["rope_theta"], "config.json was misread"
         for case in cases:
             path = args.out / "cases" / f"{case.name}.safetensors"
             stages = run(pipe, case)

@@ -2,6 +2,9 @@
 
 use crate::config::{ConfigError, ConfigReader, ConfigText};
 
+/// Pixels in a square of so many latents are about what a request may ask for.
+const MAX_SAMPLE_SIZE: usize = 512;
+
 /// config.json of `QwenImageTransformer2DModel`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TransformerConfig {
@@ -16,6 +19,9 @@ pub struct TransformerConfig {
     pub joint_attention_dim: usize,
     /// How a head's dimensions are shared between frame, height and width positions.
     pub axes_dims_rope: [usize; 3],
+    /// Height and width of the latents to draw when a request names no size. Other transformers of
+    /// diffusers have this key; Qwen-Image's has none, and its pipeline 128.
+    pub sample_size: usize,
 }
 
 impl TransformerConfig {
@@ -41,6 +47,7 @@ impl TransformerConfig {
             "patch_size",
             // Published with Qwen-Image; the class has no such parameter.
             "pooled_projection_dim",
+            "sample_size",
         ])?;
         let axes = if reader.value("axes_dims_rope").is_some() {
             reader.sizes("axes_dims_rope")?
@@ -71,9 +78,16 @@ impl TransformerConfig {
             num_attention_heads: reader.size_or("num_attention_heads", 24)?,
             joint_attention_dim: reader.size_or("joint_attention_dim", 3584)?,
             axes_dims_rope,
+            sample_size: reader.size_or("sample_size", 128)?,
         };
         if config.patch_size != 2 {
             return Err(reader.unsupported("patch_size", "2, as the pipeline packs latents"));
+        }
+        if config.sample_size % config.patch_size != 0 || config.sample_size > MAX_SAMPLE_SIZE {
+            return Err(reader.unsupported(
+                "sample_size",
+                format!("multiples of patch_size up to {MAX_SAMPLE_SIZE}"),
+            ));
         }
         if config.patch_channels() != config.in_channels {
             return Err(reader.inconsistent(format!(
@@ -116,7 +130,13 @@ mod tests {
             "joint_attention_dim": 3584, "num_attention_heads": 24, "num_layers": 60,
             "out_channels": 16, "patch_size": 2, "pooled_projection_dim": 768"#,
         );
-        assert_eq!(config.unwrap().dim(), 3072);
+        let config = config.unwrap();
+        assert_eq!((config.dim(), config.sample_size), (3072, 128));
+    }
+
+    #[test]
+    fn a_model_may_have_its_own_size() {
+        assert_eq!(parse(r#", "sample_size": 16"#).unwrap().sample_size, 16);
     }
 
     #[test]
@@ -138,6 +158,8 @@ mod tests {
             (r#", "axes_dims_rope": [16, 56, 55]"#, "axes_dims_rope"),
             (r#", "num_layers": "sixty""#, "num_layers"),
             (r#", "in_channels": 60"#, "in_channels"),
+            (r#", "sample_size": 15"#, "sample_size"),
+            (r#", "sample_size": 514"#, "sample_size"),
         ] {
             let error = parse(body).unwrap_err().to_string();
             assert!(error.contains(named), "{error}");

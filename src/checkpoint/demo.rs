@@ -1,0 +1,58 @@
+//! The demo model of models/demo, embedded in the binary.
+
+use std::sync::Arc;
+
+use kiln_models::config::ConfigText;
+use kiln_models::qwen_image::{CheckpointConfigs, CheckpointParts};
+
+use super::CheckpointError;
+use super::weights::Weights;
+
+/// Weights are used where they lie if their address allows it. A safetensors header is padded to a
+/// multiple of 8 bytes.
+#[repr(C, align(8))]
+struct Aligned<T: ?Sized>(T);
+
+/// The path of a file of the demo model as messages name it, and its bytes.
+macro_rules! weights {
+    ($path:literal) => {{
+        static FILE: &Aligned<[u8]> = &Aligned(*include_bytes!(concat!(
+            env!("CARGO_MANIFEST_DIR"),
+            "/models/demo/",
+            $path
+        )));
+        let mut weights = Weights::new("demo".as_ref());
+        weights.add_embedded(concat!("demo/", $path).as_ref(), &FILE.0)?;
+        Arc::new(weights)
+    }};
+}
+
+macro_rules! text {
+    ($path:literal) => {
+        ConfigText {
+            file: concat!("demo/", $path).to_owned(),
+            text: include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/models/demo/", $path))
+                .to_owned(),
+        }
+    };
+}
+
+pub(super) fn parts() -> Result<CheckpointParts, CheckpointError> {
+    Ok(CheckpointParts {
+        configs: CheckpointConfigs {
+            model_index: text!("model_index.json"),
+            scheduler: text!("scheduler/scheduler_config.json"),
+            text_encoder: text!("text_encoder/config.json"),
+            transformer: text!("transformer/config.json"),
+            vae: text!("vae/config.json"),
+        },
+        text_encoder: weights!("text_encoder/model.safetensors"),
+        transformer: weights!("transformer/diffusion_pytorch_model.safetensors"),
+        vae: weights!("vae/diffusion_pytorch_model.safetensors"),
+    })
+}
+
+/// tokenizer.json.
+pub(super) fn tokenizer() -> ConfigText {
+    text!("tokenizer/tokenizer.json")
+}
