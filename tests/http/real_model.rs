@@ -199,49 +199,37 @@ fn median(pixels: &[[u8; 3]]) -> [u8; 3] {
 
 /// Checks the colours of a picture, and where its shape is.
 fn check(scene: &Scene, (width, height, bytes): &(u32, u32, Vec<u8>)) {
-    let (width, height) = (*width as usize, *height as usize);
-    let pixels: Vec<[u8; 3]> = bytes
-        .chunks_exact(3)
-        .map(|x| x.try_into().unwrap())
-        .collect();
-    let is_border = |i: &usize| {
-        i % width == 0 || i % width == width - 1 || i / width == 0 || i / width == height - 1
-    };
-    let border: Vec<[u8; 3]> = (0..pixels.len())
-        .filter(is_border)
-        .map(|i| pixels[i])
-        .collect();
-    let background = median(&border);
     let prompt = scene.prompt;
-    assert!(
-        distance(background, scene.background) < 40.0,
-        "{prompt}: the background is {background:?}"
-    );
-
-    let in_shape =
-        |i: &usize| distance(pixels[*i], scene.colour) < distance(pixels[*i], background);
-    let shape: Vec<usize> = (0..pixels.len()).filter(in_shape).collect();
-    let share = shape.len() as f32 / pixels.len() as f32;
+    let (mut border, mut shape) = (Vec::new(), Vec::new());
+    let (mut x_sum, mut y_sum) = (0.0, 0.0);
+    for (pixel, i) in bytes.chunks_exact(3).zip(0..) {
+        let (x, y) = (i % width, i / width);
+        let pixel: [u8; 3] = pixel.try_into().unwrap();
+        if x == 0 || y == 0 || x == width - 1 || y == height - 1 {
+            border.push(pixel);
+        }
+        if distance(pixel, scene.colour) < distance(pixel, scene.background) {
+            shape.push(pixel);
+            x_sum += (x as f32 + 0.5) / *width as f32;
+            y_sum += (y as f32 + 0.5) / *height as f32;
+        }
+    }
+    let share = shape.len() as f32 / (width * height) as f32;
     assert!(
         (0.01..0.3).contains(&share),
         "{prompt}: the shape covers {share}"
     );
-    let colour = median(&shape.iter().map(|i| pixels[*i]).collect::<Vec<_>>());
-    assert!(
-        distance(colour, scene.colour) < 40.0,
-        "{prompt}: the shape is {colour:?}"
-    );
-    let mean = |of: fn(usize, usize) -> usize, side: usize| {
-        shape
-            .iter()
-            .map(|i| of(*i, width) as f32 + 0.5)
-            .sum::<f32>()
-            / (shape.len() * side) as f32
-    };
-    let place = [
-        mean(|i, width| i % width, width),
-        mean(|i, width| i / width, height),
-    ];
+    for (of, asked, pixels) in [
+        ("background", scene.background, &border),
+        ("shape", scene.colour, &shape),
+    ] {
+        let found = median(pixels);
+        assert!(
+            distance(found, asked) < 40.0,
+            "{prompt}: the {of} is {found:?}"
+        );
+    }
+    let place = [x_sum, y_sum].map(|sum| sum / shape.len() as f32);
     for (found, asked) in place.iter().zip(scene.place) {
         assert!(
             (found - asked).abs() < 0.11,

@@ -83,7 +83,8 @@ impl TransformerConfig {
         if config.patch_size != 2 {
             return Err(reader.unsupported("patch_size", "2, as the pipeline packs latents"));
         }
-        if config.sample_size % config.patch_size != 0 || config.sample_size > MAX_SAMPLE_SIZE {
+        let fits = config.sample_size.is_multiple_of(config.patch_size);
+        if !fits || config.sample_size > MAX_SAMPLE_SIZE {
             return Err(reader.unsupported(
                 "sample_size",
                 format!("multiples of patch_size up to {MAX_SAMPLE_SIZE}"),
