@@ -15,6 +15,7 @@ hours on two CPU cores, minutes on a GPU.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import math
 import os
@@ -72,7 +73,22 @@ SCHEDULER = dict(
     base_image_seq_len=256, base_shift=1.6, max_image_seq_len=8192, max_shift=2.0, shift_terminal=0.02,
     time_shift_type="exponential", use_dynamic_shifting=True,
 )  # fmt: skip
-STEPS, BATCH, RATE, EMPTY_PROMPTS = 9000, 48, 1e-3, 0.1
+BATCH, RATE, EMPTY_PROMPTS = 48, 1e-3, 0.1
+
+
+@dataclasses.dataclass(frozen=True)
+class Phase:
+    """One cycle of the learning rate over one bank of pictures."""
+
+    steps: int
+    # How far size and place of a shape are off by chance (scenes.draw), and how many of the pictures that
+    # BUCKETS asks for are made.
+    jitter: float
+    pictures: float
+
+
+# First roughly where things are; then with little left to chance, so that edges become sharp.
+PHASES = (Phase(9000, 1.0, 1.0), Phase(3000, 0.3, 0.5))
 
 # `prompt_template_encode` of diffusers' QwenImagePipeline, and how many tokens stand before the prompt.
 TEMPLATE = (
@@ -248,14 +264,15 @@ def new_text_encoder(tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLForConditionalGener
 
 
 def encode_prompts(
-    text_encoder: Qwen2_5_VLForConditionalGeneration, tokenizer: Qwen2Tokenizer, prompts: list[str]
+    model: torch.nn.Module, tokenizer: Qwen2Tokenizer, prompts: list[str]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Embeddings of the prompts as the pipeline makes them and the mask of those that are not padding.
+    """Embeddings of the prompts as the pipeline makes them, with the text encoder's language model, and the
+    mask of those that are not padding.
 
     The template's start is the same for all, so its keys and values are computed once. Padding is on the
     right and attention is causal, so the encoder needs no mask.
     """
-    model, device = text_encoder.model.language_model, text_encoder.device
+    device = model.device
     start, end = TEMPLATE.split("{}")
     start_ids = tokenizer(start, return_tensors="pt").input_ids.to(device)
     padded = tokenizer([prompt + end for prompt in prompts], padding=True, padding_side="right", return_tensors="pt")
@@ -279,20 +296,21 @@ def pack(latents: torch.Tensor) -> torch.Tensor:
 Bank = dict[tuple[int, int], tuple[list[Scene], torch.Tensor]]
 
 
-def encode_bank(work: Path, vae: AutoencoderKLQwenImage, device: torch.device) -> Bank:
-    """Draws the trained scenes at every size and encodes them: scenes and their latents,
+def encode_bank(work: Path, number: int, vae: AutoencoderKLQwenImage, device: torch.device) -> Bank:
+    """Draws the trained scenes at every size for a phase and encodes them: scenes and their latents,
     [n, channels, height/8, width/8]; kept in --work."""
-    path = work / "bank.pt"
+    path, phase = work / f"bank-{number}.pt", PHASES[number]
     if path.exists():
         return torch.load(path, weights_only=False)["bank"]
     bank = {}
     for (height, width), (copies, _) in BUCKETS.items():
-        rng = random.Random(f"bank {height} {width}")
+        rng = random.Random(f"bank {number} {height} {width}")
+        copies *= phase.pictures
         scenes = rng.sample(TRAINED * math.ceil(copies), round(copies * len(TRAINED)))
         progress = Progress(f"encoding {width}x{height}", 0, math.ceil(len(scenes) / 32))
         latents = []
         for step in range(progress.steps):
-            pictures = [draw(scene, height, width, rng) for scene in scenes[step * 32 : (step + 1) * 32]]
+            pictures = [draw(scene, height, width, rng, phase.jitter) for scene in scenes[step * 32 : (step + 1) * 32]]
             with torch.no_grad():
                 encoded = vae.encode(to_pixels(pictures, device)[:, :, None]).latent_dist.mode()[:, :, 0]
             latents.append(encoded.cpu())
@@ -302,20 +320,22 @@ def encode_bank(work: Path, vae: AutoencoderKLQwenImage, device: torch.device) -
     return bank
 
 
-def normalise(vae: AutoencoderKLQwenImage, bank: Bank) -> None:
-    """Measures the latents' mean and standard deviation a channel, writes them into the VAE's config and
-    normalises the bank with them."""
-    measured = bank[SIDE, SIDE][1]
-    mean, std = measured.mean(dim=(0, 2, 3)), measured.std(dim=(0, 2, 3))
+def measure_latents(vae: AutoencoderKLQwenImage, bank: Bank) -> None:
+    """Writes the mean and the standard deviation of each channel of the latents into the VAE's config."""
+    latents = bank[SIDE, SIDE][1]
+    mean, std = latents.mean(dim=(0, 2, 3)), latents.std(dim=(0, 2, 3))
     vae.register_to_config(latents_mean=[round(v, 4) for v in mean.tolist()],
                            latents_std=[round(v, 4) for v in std.tolist()])  # fmt: skip
-    for _, latents in bank.values():
-        latents.sub_(mean[:, None, None]).div_(std[:, None, None])
+
+
+def normalised(bank: Bank, vae: AutoencoderKLQwenImage) -> Bank:
+    mean, std = (torch.tensor(values)[:, None, None] for values in (vae.config.latents_mean, vae.config.latents_std))
+    return {size: (scenes, (latents - mean) / std) for size, (scenes, latents) in bank.items()}
 
 
 def train_transformer(
     work: Path,
-    bank: Bank,
+    vae: AutoencoderKLQwenImage,
     tokenizer: Qwen2Tokenizer,
     scheduler: FlowMatchEulerDiscreteScheduler,
     device: torch.device,
@@ -325,19 +345,42 @@ def train_transformer(
     text_encoder = new_text_encoder(tokenizer).to(device)
     transformer = QwenImageTransformer2DModel(**TRANSFORMER).to(device)
     models = torch.nn.ModuleList([text_encoder.model.language_model, transformer])
-    optimizer = torch.optim.AdamW(models.parameters(), lr=RATE, weight_decay=0.01, fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, STEPS, pct_start=0.05)
-    state_path, first = work / "transformer.pt", 0
+    state_path, state = work / "transformer.pt", {"phase": 0, "step": 0}
     if state_path.exists():
         state = torch.load(state_path, map_location=device)
         models.load_state_dict(state["models"])
+    for number in range(state["phase"], len(PHASES)):
+        train_phase(number, state, state_path, vae, models, tokenizer, scheduler, device)
+        state = {"step": 0}
+    return text_encoder, transformer
+
+
+def train_phase(
+    number: int,
+    state: dict,
+    state_path: Path,
+    vae: AutoencoderKLQwenImage,
+    models: torch.nn.ModuleList,
+    tokenizer: Qwen2Tokenizer,
+    scheduler: FlowMatchEulerDiscreteScheduler,
+    device: torch.device,
+) -> None:
+    """Trains through one phase, from `state` on."""
+    language_model, transformer = models
+    steps, first = PHASES[number].steps, state["step"]
+    optimizer = torch.optim.AdamW(models.parameters(), lr=RATE, weight_decay=0.01, fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, steps, pct_start=0.05)
+    if first > 0:
         optimizer.load_state_dict(state["optimizer"])
         schedule.load_state_dict(state["schedule"])
-        first = state["step"]
-    progress = Progress("transformer", first, STEPS)
-    for step in range(first, STEPS):
-        rng = random.Random(f"transformer {step}")
-        torch.manual_seed(step)
+    if first == steps:
+        return
+    bank = normalised(encode_bank(state_path.parent, number, vae, device), vae)
+    progress = Progress(f"transformer, phase {number + 1} of {len(PHASES)}", first, steps)
+    before = sum(phase.steps for phase in PHASES[:number])
+    for step in range(first, steps):
+        rng = random.Random(f"transformer {before + step}")
+        torch.manual_seed(before + step)
         sizes = list(BUCKETS)
         height, width = rng.choices(sizes, [BUCKETS[size][1] for size in sizes])[0]
         scenes, latents = bank[height, width]
@@ -353,7 +396,7 @@ def train_transformer(
         sigma = scheduler.time_shift(mu, 1.0, torch.rand(BATCH, device=device).clamp(1e-4, 1))
         noise = torch.randn(clean.shape, device=device)
         noisy = torch.lerp(clean, noise, sigma[:, None, None])
-        embeddings, mask = encode_prompts(text_encoder, tokenizer, prompts)
+        embeddings, mask = encode_prompts(language_model, tokenizer, prompts)
         velocity = transformer(
             noisy, embeddings, mask, sigma, img_shapes=[[(1, height // 16, width // 16)]] * BATCH, return_dict=False
         )[0]
@@ -364,10 +407,9 @@ def train_transformer(
         schedule.step()
         optimizer.zero_grad()
         progress.step(step, loss.item())
-        if (step + 1) % 250 == 0 or step + 1 == STEPS:
+        if (step + 1) % 250 == 0 or step + 1 == steps:
             save_state(state_path, models=models.state_dict(), optimizer=optimizer.state_dict(),
-                       schedule=schedule.state_dict(), step=step + 1)  # fmt: skip
-    return text_encoder, transformer
+                       schedule=schedule.state_dict(), phase=number, step=step + 1)  # fmt: skip
 
 
 def main() -> None:
@@ -378,11 +420,10 @@ def main() -> None:
     args = parser.parse_args()
     device = torch.device(args.device)
     vae = train_vae(args.work, device)
-    bank = encode_bank(args.work, vae, device)
-    normalise(vae, bank)
+    measure_latents(vae, encode_bank(args.work, 0, vae, device))
     tokenizer = new_tokenizer(args.work / "tokenizer")
     scheduler = FlowMatchEulerDiscreteScheduler(**SCHEDULER)
-    text_encoder, transformer = train_transformer(args.work, bank, tokenizer, scheduler, device)
+    text_encoder, transformer = train_transformer(args.work, vae, tokenizer, scheduler, device)
     transformer.register_to_config(sample_size=SIDE // vae.spatial_compression_ratio)
     pipe = QwenImagePipeline(scheduler, vae, text_encoder, tokenizer, transformer)
     pipe.to(dtype=torch.bfloat16).save_pretrained(args.out)

@@ -137,7 +137,12 @@ mod tests {
 
     #[test]
     fn a_model_may_have_its_own_size() {
-        assert_eq!(parse(r#", "sample_size": 16"#).unwrap().sample_size, 16);
+        assert_eq!(
+            parse(r#", "sample_size": 16, "out_channels": 16"#)
+                .unwrap()
+                .sample_size,
+            16
+        );
     }
 
     #[test]
