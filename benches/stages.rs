@@ -12,7 +12,6 @@ use std::time::Instant;
 
 use kiln::backend::{self, BackendKind, LoadSettings};
 use kiln::checkpoint::Checkpoint;
-use kiln::tokenizer::PromptTokenizer;
 use kiln_models::noise::NoiseGenerator;
 use kiln_models::painter::Job;
 use serde_json::{Value, json};
