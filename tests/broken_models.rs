@@ -16,22 +16,16 @@ fn breaks(checkpoint: &str, how: impl Fn(&Path), expected: &[&str]) {
     let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/checkpoints");
     copy(&source.join(checkpoint), &model);
     how(&model);
-    let output = Command::new(env!("CARGO_BIN_EXE_kiln"))
-        .args(["generate", "a cat", "--height", "32", "--width", "32"])
-        .args(["--num-inference-steps", "1", "--backend", "flex"])
-        .arg("--model")
-        .arg(&model)
-        .arg("--output")
-        .arg(folder.path().join("out.png"))
-        .env("RUST_BACKTRACE", "1")
-        .env("HF_HUB_OFFLINE", "1")
-        .output()
-        .unwrap();
-    let stderr = String::from_utf8(output.stderr).unwrap();
-    assert_eq!(output.status.code(), Some(1), "{stderr}");
-    assert!(
-        !stderr.contains("panic") && !stderr.contains("backtrace"),
-        "{stderr}"
+    let out = folder.path().join("out.png");
+    let stderr = refused(
+        1,
+        Command::new(env!("CARGO_BIN_EXE_kiln"))
+            .args(["generate", "a cat", "--height", "32", "--width", "32"])
+            .args(["--num-inference-steps", "1", "--backend", "flex"])
+            .arg("--model")
+            .arg(&model)
+            .arg("--output")
+            .arg(&out),
     );
     let errors: Vec<&str> = stderr
         .lines()
@@ -45,7 +39,23 @@ fn breaks(checkpoint: &str, how: impl Fn(&Path), expected: &[&str]) {
             errors[0]
         );
     }
-    assert!(!folder.path().join("out.png").exists());
+    assert!(!out.exists());
+}
+
+/// Runs a command that ends with an exit code and says why, without a panic; returns what it said.
+fn refused(code: i32, command: &mut Command) -> String {
+    let output = command
+        .env("RUST_BACKTRACE", "1")
+        .env("HF_HUB_OFFLINE", "1")
+        .output()
+        .unwrap();
+    let stderr = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(code), "{stderr}");
+    assert!(
+        !stderr.contains("panic") && !stderr.contains("backtrace"),
+        "{stderr}"
+    );
+    stderr
 }
 
 fn copy(from: &Path, to: &Path) {
@@ -275,19 +285,15 @@ fn bad_requests_are_usage_errors() {
         (&["--true-cfg-scale", "-1"], "true_cfg_scale"),
     ] {
         let folder = tempfile::tempdir().unwrap();
-        let output = Command::new(env!("CARGO_BIN_EXE_kiln"))
-            .args(["generate", "a cat", "--model"])
-            .arg(&model)
-            .args(args)
-            .current_dir(folder.path())
-            .output()
-            .unwrap();
-        let stderr = String::from_utf8(output.stderr).unwrap();
-        assert_eq!(output.status.code(), Some(2), "{stderr}");
-        assert!(
-            stderr.contains(expected) && !stderr.contains("panic"),
-            "{stderr}"
+        let stderr = refused(
+            2,
+            Command::new(env!("CARGO_BIN_EXE_kiln"))
+                .args(["generate", "a cat", "--model"])
+                .arg(&model)
+                .args(args)
+                .current_dir(folder.path()),
         );
+        assert!(stderr.contains(expected), "{stderr}");
     }
 }
 
@@ -308,18 +314,14 @@ fn backends_that_cannot_be_used() {
     assert!(!cases.is_empty());
     for ([backend, dtype], expected) in cases {
         let folder = tempfile::tempdir().unwrap();
-        let output = Command::new(env!("CARGO_BIN_EXE_kiln"))
-            .args(["generate", "a cat", "--height", "32", "--width", "32"])
-            .args(["--backend", backend, "--dtype", dtype, "--model"])
-            .arg(&model)
-            .current_dir(folder.path())
-            .output()
-            .unwrap();
-        let stderr = String::from_utf8(output.stderr).unwrap();
-        assert_eq!(output.status.code(), Some(1), "{stderr}");
-        assert!(
-            stderr.contains(expected) && !stderr.contains("panic"),
-            "{stderr}"
+        let stderr = refused(
+            1,
+            Command::new(env!("CARGO_BIN_EXE_kiln"))
+                .args(["generate", "a cat", "--height", "32", "--width", "32"])
+                .args(["--backend", backend, "--dtype", dtype, "--model"])
+                .arg(&model)
+                .current_dir(folder.path()),
         );
+        assert!(stderr.contains(expected), "{stderr}");
     }
 }

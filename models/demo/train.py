@@ -88,7 +88,7 @@ class Phase:
 
 
 # First roughly where things are; then with little left to chance, so that edges become sharp.
-PHASES = (Phase(9000, 1.0, 1.0), Phase(3000, 0.3, 0.5))
+PHASES = (Phase(9000, 1.0, 1.0), Phase(3000, 0.3, 0.5), Phase(8000, 0.1, 1.0))
 
 # `prompt_template_encode` of diffusers' QwenImagePipeline, and how many tokens stand before the prompt.
 TEMPLATE = (
@@ -122,11 +122,39 @@ class Progress:
             self.losses.clear()
 
 
-def save_state(path: Path, **state: object) -> None:
-    """Writes a state so that a stop while writing leaves the previous one."""
+def save(path: Path, value: object) -> None:
+    """Writes a file so that a stop while writing leaves the previous one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(state, path.with_suffix(".new"))
+    torch.save(value, path.with_suffix(".new"))
     os.replace(path.with_suffix(".new"), path)
+
+
+class Training:
+    """AdamW on some of a model's weights, through one cycle of the learning rate; kept in a file."""
+
+    def __init__(
+        self, path: Path, model: torch.nn.Module, trained: list[torch.nn.Parameter], rate: float, steps: int,
+        save_every: int,
+    ):  # fmt: skip
+        self.path, self.trained, self.steps, self.save_every = path, trained, steps, save_every
+        optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=0.01, fused=True)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, steps, pct_start=0.05)
+        self.parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
+        self.first = 0
+        if path.exists():
+            state = torch.load(path, map_location=trained[0].device)
+            for name, part in self.parts.items():
+                part.load_state_dict(state[name])
+            self.first = state["step"]
+
+    def step(self, step: int, loss: torch.Tensor) -> None:
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.trained, 1.0)
+        self.parts["optimizer"].step()
+        self.parts["schedule"].step()
+        self.parts["optimizer"].zero_grad()
+        if (step + 1) % self.save_every == 0 or step + 1 == self.steps:
+            save(self.path, {name: part.state_dict() for name, part in self.parts.items()} | {"step": step + 1})
 
 
 def to_pixels(pictures: list[np.ndarray], device: torch.device) -> torch.Tensor:
@@ -185,17 +213,9 @@ def train_vae(work: Path, device: torch.device) -> AutoencoderKLQwenImage:
     vae = new_vae().to(device)
     fold_to_2d(vae)
     trained = [p for name, p in vae.named_parameters() if "time_conv" not in name]
-    optimizer = torch.optim.AdamW(trained, lr=VAE_RATE, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, VAE_RATE, VAE_STEPS, pct_start=0.05)
-    state_path, first = work / "vae.pt", 0
-    if state_path.exists():
-        state = torch.load(state_path, map_location=device)
-        vae.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        schedule.load_state_dict(state["schedule"])
-        first = state["step"]
-    progress = Progress("VAE", first, VAE_STEPS)
-    for step in range(first, VAE_STEPS):
+    training = Training(work / "vae.pt", vae, trained, VAE_RATE, VAE_STEPS, save_every=200)
+    progress = Progress("VAE", training.first, VAE_STEPS)
+    for step in range(training.first, VAE_STEPS):
         rng = random.Random(f"vae {step}")
         torch.manual_seed(step)
         pixels = to_pixels([vae_scene(rng) for _ in range(VAE_BATCH)], device)
@@ -206,15 +226,8 @@ def train_vae(work: Path, device: torch.device) -> AutoencoderKLQwenImage:
         drawn = vae.decoder(latents, feat_cache=vae._feat_map, feat_idx=[0])[:, :, 0]
         difference = drawn - pixels
         loss = difference.abs().mean() + 0.5 * difference.square().mean()
-        (loss + 1e-5 * posterior.kl().mean() / latents[0].numel()).backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
+        training.step(step, loss + 1e-5 * posterior.kl().mean() / latents[0].numel())
         progress.step(step, loss.item())
-        if (step + 1) % 200 == 0 or step + 1 == VAE_STEPS:
-            save_state(state_path, model=vae.state_dict(), optimizer=optimizer.state_dict(),
-                       schedule=schedule.state_dict(), step=step + 1)  # fmt: skip
     return vae.eval().requires_grad_(False)
 
 
@@ -301,7 +314,7 @@ def encode_bank(work: Path, number: int, vae: AutoencoderKLQwenImage, device: to
     [n, channels, height/8, width/8]; kept in --work."""
     path, phase = work / f"bank-{number}.pt", PHASES[number]
     if path.exists():
-        return torch.load(path, weights_only=False)["bank"]
+        return torch.load(path, weights_only=False)
     bank = {}
     for (height, width), (copies, _) in BUCKETS.items():
         rng = random.Random(f"bank {number} {height} {width}")
@@ -316,7 +329,7 @@ def encode_bank(work: Path, number: int, vae: AutoencoderKLQwenImage, device: to
             latents.append(encoded.cpu())
             progress.step(step, math.nan)
         bank[height, width] = scenes, torch.cat(latents)
-    save_state(path, bank=bank)
+    save(path, bank)
     return bank
 
 
@@ -345,40 +358,28 @@ def train_transformer(
     text_encoder = new_text_encoder(tokenizer).to(device)
     transformer = QwenImageTransformer2DModel(**TRANSFORMER).to(device)
     models = torch.nn.ModuleList([text_encoder.model.language_model, transformer])
-    state_path, state = work / "transformer.pt", {"phase": 0, "step": 0}
-    if state_path.exists():
-        state = torch.load(state_path, map_location=device)
-        models.load_state_dict(state["models"])
-    for number in range(state["phase"], len(PHASES)):
-        train_phase(number, state, state_path, vae, models, tokenizer, scheduler, device)
-        state = {"step": 0}
+    for number in range(len(PHASES)):
+        train_phase(number, work, vae, models, tokenizer, scheduler, device)
     return text_encoder, transformer
 
 
 def train_phase(
     number: int,
-    state: dict,
-    state_path: Path,
+    work: Path,
     vae: AutoencoderKLQwenImage,
     models: torch.nn.ModuleList,
     tokenizer: Qwen2Tokenizer,
     scheduler: FlowMatchEulerDiscreteScheduler,
     device: torch.device,
 ) -> None:
-    """Trains through one phase, from `state` on."""
     language_model, transformer = models
-    steps, first = PHASES[number].steps, state["step"]
-    optimizer = torch.optim.AdamW(models.parameters(), lr=RATE, weight_decay=0.01, fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, steps, pct_start=0.05)
-    if first > 0:
-        optimizer.load_state_dict(state["optimizer"])
-        schedule.load_state_dict(state["schedule"])
-    if first == steps:
-        return
-    bank = normalised(encode_bank(state_path.parent, number, vae, device), vae)
-    progress = Progress(f"transformer, phase {number + 1} of {len(PHASES)}", first, steps)
+    steps = PHASES[number].steps
+    path = work / f"transformer-{number}.pt"
+    training = Training(path, models, list(models.parameters()), RATE, steps, save_every=250)
+    bank = normalised(encode_bank(work, number, vae, device), vae)
+    progress = Progress(f"transformer, phase {number + 1} of {len(PHASES)}", training.first, steps)
     before = sum(phase.steps for phase in PHASES[:number])
-    for step in range(first, steps):
+    for step in range(training.first, steps):
         rng = random.Random(f"transformer {before + step}")
         torch.manual_seed(before + step)
         sizes = list(BUCKETS)
@@ -401,15 +402,8 @@ def train_phase(
             noisy, embeddings, mask, sigma, img_shapes=[[(1, height // 16, width // 16)]] * BATCH, return_dict=False
         )[0]
         loss = F.mse_loss(velocity, noise - clean)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(models.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
+        training.step(step, loss)
         progress.step(step, loss.item())
-        if (step + 1) % 250 == 0 or step + 1 == steps:
-            save_state(state_path, models=models.state_dict(), optimizer=optimizer.state_dict(),
-                       schedule=schedule.state_dict(), phase=number, step=step + 1)  # fmt: skip
 
 
 def main() -> None:

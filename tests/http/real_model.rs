@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
 use base64::Engine as _;
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::client::{get, post};
 use super::{decode, parts};
@@ -241,28 +241,26 @@ fn check(scene: &Scene, (width, height, bytes): &(u32, u32, Vec<u8>)) {
 #[test]
 fn with_no_model_named_the_demo_draws_what_the_prompt_says() {
     let server = Server::start(None);
-    for (seed, scene) in SCENES.iter().enumerate() {
+    let draw = |scene: &Scene, mut settings: Value| {
+        settings["num_inference_steps"] = json!(20);
+        settings["negative_prompt"] = json!(" ");
+        let message = json!({"role": "user", "content": scene.prompt});
         let reply = post(
             server.address,
-            &json!({
-                "messages": [{"role": "user", "content": scene.prompt}],
-                "extra_body": {"num_inference_steps": 20, "negative_prompt": " ", "seed": seed},
-            }),
+            &json!({"messages": [message], "extra_body": settings}),
         );
         let picture = decode(&parts(&reply)[0]);
-        assert_eq!((picture.0, picture.1), (128, 128), "the model's own size");
         check(scene, &picture);
-        assert_eq!(reply.body["model"], "demo");
+        assert_eq!(reply.body["size"], format!("{}x{}", picture.0, picture.1));
+        reply.body
+    };
+    for (seed, scene) in SCENES.iter().enumerate() {
+        let body = draw(scene, json!({"seed": seed}));
+        assert_eq!(body["size"], "128x128", "the model's own size");
+        assert_eq!(body["model"], "demo");
     }
     for (size, scene) in ["160x96", "128x192"].iter().zip(&SCENES) {
-        let reply = post(
-            server.address,
-            &json!({
-                "messages": [{"role": "user", "content": scene.prompt}],
-                "extra_body": {"num_inference_steps": 20, "negative_prompt": " ", "size": size, "seed": 1},
-            }),
-        );
-        assert_eq!(reply.body["size"], *size);
-        check(scene, &decode(&parts(&reply)[0]));
+        let body = draw(scene, json!({"seed": 1, "size": size}));
+        assert_eq!(body["size"], *size);
     }
 }

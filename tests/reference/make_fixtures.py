@@ -277,6 +277,8 @@ def build(checkpoint: Checkpoint, folder: Path) -> None:
     rewrite_text_config(folder / "text_encoder" / "config.json", checkpoint.text_config)
     for path in folder.rglob("*.safetensors"):
         path.chmod(0o644)  # the savers make files that only their owner can read
+    rope = load(folder).text_encoder.config.text_config.rope_parameters
+    assert rope["rope_theta"] == checkpoint.text["rope_parameters"]["rope_theta"], "config.json was misread"
 
 
 def respell_text_encoder(folder: Path, spelling: str) -> None:
@@ -571,18 +573,15 @@ def main() -> None:
     (args.out / "cases").mkdir(parents=True, exist_ok=True)
     wanted = [case for case in CASES if not args.only or case.name in args.only]
     print(f"{'case':15}{'from':6}{'image':14}{'tokens':>6}{'st':>4}{'file':>9}{'mean':>7}{'std':>7}{'clipped':>9}")
-    for checkpoint in [*CHECKPOINTS, None]:
-        name = checkpoint.name if checkpoint else "demo"
+    folders = {checkpoint.name: args.out / "checkpoints" / checkpoint.name for checkpoint in CHECKPOINTS}
+    for checkpoint in CHECKPOINTS:
+        if any(case.checkpoint == checkpoint.name for case in wanted):
+            build(checkpoint, folders[checkpoint.name])
+    for name, folder in (folders | {"demo": DEMO}).items():
         cases = [case for case in wanted if case.checkpoint == name]
         if not cases:
             continue
-        folder = args.out / "checkpoints" / name if checkpoint else DEMO
-        if checkpoint:
-            build(checkpoint, folder)
         pipe = load(folder)
-        rope = pipe.text_encoder.config.text_config.rope_parameters
-        if checkpoint:
-            assert rope["rope_theta"] == checkpoint.text["rope_parameters"]["rope_theta"], "config.json was misread"
         for case in cases:
             path = args.out / "cases" / f"{case.name}.safetensors"
             stages = run(pipe, case)

@@ -2,7 +2,8 @@
 
 use crate::config::{ConfigError, ConfigReader, ConfigText};
 
-/// Pixels in a square of so many latents are about what a request may ask for.
+/// The largest default: 512 latents are 4,096 pixels a side, half of the pixels that a request may
+/// ask for.
 const MAX_SAMPLE_SIZE: usize = 512;
 
 /// config.json of `QwenImageTransformer2DModel`.
