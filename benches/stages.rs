@@ -10,7 +10,7 @@ use std::fs;
 use std::path::Path;
 use std::time::Instant;
 
-use kiln::backend::{self, BackendKind, LoadSettings};
+use kiln::backend::{self, BackendChoice, BackendKind, LoadSettings};
 use kiln::checkpoint::Checkpoint;
 use kiln_models::noise::NoiseGenerator;
 use kiln_models::painter::Job;
@@ -49,7 +49,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         return Err("arguments: MODEL HEIGHT WIDTH STEPS DTYPE".into());
     };
     let settings = LoadSettings {
-        backend: BackendKind::Flex,
+        backend: BackendChoice::new(BackendKind::Flex, None)?,
         dtype: dtype.parse()?,
         vae_use_slicing: false,
         vae_use_tiling: false,

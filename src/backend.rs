@@ -22,6 +22,13 @@ pub enum BackendKind {
     Auto,
 }
 
+/// A backend, and which of its devices: `flex`, `cuda:1`, `auto`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct BackendChoice {
+    kind: BackendKind,
+    device: Option<usize>,
+}
+
 /// The type a model is run in.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum DTypeChoice {
@@ -35,7 +42,7 @@ pub enum DTypeChoice {
 /// How a checkpoint is loaded.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct LoadSettings {
-    pub backend: BackendKind,
+    pub backend: BackendChoice,
     pub dtype: DTypeChoice,
     pub vae_use_slicing: bool,
     pub vae_use_tiling: bool,
@@ -68,6 +75,17 @@ pub enum BackendError {
 pub struct UnknownName {
     word: String,
     known: String,
+}
+
+/// Why a text such as `cuda:1` chooses no backend.
+#[derive(Debug, thiserror::Error)]
+pub enum InvalidChoice {
+    #[error(transparent)]
+    Backend(#[from] UnknownName),
+    #[error("{index:?} is not the number of a device; `kiln backends` lists them")]
+    Device { index: String },
+    #[error("auto chooses the device itself: name the backend that device {index} is one of")]
+    DeviceOfAuto { index: usize },
 }
 
 /// From the best to the slowest.
@@ -124,6 +142,50 @@ impl FromStr for BackendKind {
                 word: word.to_owned(),
                 known: format!("{}, auto", KINDS.map(Self::name).join(", ")),
             })
+    }
+}
+
+impl BackendChoice {
+    /// `device` is its number in `kiln backends`, the first one if `None`.
+    pub fn new(kind: BackendKind, device: Option<usize>) -> Result<Self, InvalidChoice> {
+        match (kind, device) {
+            (BackendKind::Auto, Some(index)) => Err(InvalidChoice::DeviceOfAuto { index }),
+            _ => Ok(Self { kind, device }),
+        }
+    }
+
+    pub fn kind(self) -> BackendKind {
+        self.kind
+    }
+
+    pub fn device(self) -> Option<usize> {
+        self.device
+    }
+}
+
+impl fmt::Display for BackendChoice {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.device {
+            None => self.kind.fmt(formatter),
+            Some(index) => write!(formatter, "{}:{index}", self.kind),
+        }
+    }
+}
+
+impl FromStr for BackendChoice {
+    type Err = InvalidChoice;
+
+    fn from_str(text: &str) -> Result<Self, InvalidChoice> {
+        let (kind, device) = match text.split_once(':') {
+            None => (text, None),
+            Some((kind, index)) => {
+                let device = index.parse().map_err(|_| InvalidChoice::Device {
+                    index: index.to_owned(),
+                })?;
+                (kind, Some(device))
+            }
+        };
+        Self::new(kind.parse()?, device)
     }
 }
 
@@ -191,8 +253,8 @@ pub fn load(
         },
     };
     let parts = checkpoint.parts();
-    if settings.backend != BackendKind::Auto {
-        let kind = settings.backend;
+    let kind = settings.backend.kind;
+    if kind != BackendKind::Auto {
         let open = kind.opener().ok_or(BackendError::NotCompiledIn { kind })?;
         return Ok(open(parts, options)?);
     }
@@ -207,4 +269,40 @@ pub fn load(
         }
     }
     Err(unavailable.map_or(BackendError::NoBackend, BackendError::Open))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_choice_reads_as_it_is_written() {
+        for text in ["flex", "cuda:1", "wgpu:0", "auto"] {
+            assert_eq!(text.parse::<BackendChoice>().unwrap().to_string(), text);
+        }
+        let choice: BackendChoice = "cuda:12".parse().unwrap();
+        assert_eq!(
+            (choice.kind(), choice.device()),
+            (BackendKind::Cuda, Some(12))
+        );
+    }
+
+    #[test]
+    fn what_chooses_no_backend_is_named() {
+        for (text, expected) in [
+            (
+                "tpu",
+                "\"tpu\" is not one of cuda, wgpu, flex, ndarray, auto",
+            ),
+            ("tpu:0", "\"tpu\" is not one of"),
+            ("", "\"\" is not one of"),
+            ("cuda:", "\"\" is not the number of a device"),
+            ("cuda:-1", "\"-1\" is not the number of a device"),
+            ("cuda:0:1", "\"0:1\" is not the number of a device"),
+            ("auto:2", "name the backend that device 2 is one of"),
+        ] {
+            let error = text.parse::<BackendChoice>().unwrap_err().to_string();
+            assert!(error.contains(expected), "{text}: {error}");
+        }
+    }
 }

@@ -108,6 +108,7 @@ fn arguments_that_clap_refuses_are_usage_errors() {
             "high",
         ],
         &["generate", "a cat", "--model", "m", "--backend", "tpu"],
+        &["generate", "a cat", "--model", "m", "--device", "first"],
         &["generate", "a cat", "--model", "m", "--dtype", "int8"],
         &["generate", "a cat", "--model", "m", "--rng", "dice"],
         &["generate", "a cat", "--model", "m", "--vae-tile-size", "-1"],
@@ -164,6 +165,10 @@ fn values_out_of_bounds_are_usage_errors() {
         (
             &["--vae-tile-size", "64", "--vae-tile-stride", "65"],
             "--vae-tile-stride must be from 1",
+        ),
+        (
+            &["--backend", "auto", "--device", "1"],
+            "name the backend that device 1 is one of",
         ),
         (&["--output", "out.jpg"], "out.jpg does not end in .png"),
         (&["--output", "out"], "out does not end in .png"),

@@ -6,7 +6,7 @@ use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{ArgGroup, Parser, Subcommand, ValueEnum};
 use kiln_models::noise::NoiseGenerator;
 
-use crate::backend::{BackendKind, DTypeChoice, LoadSettings};
+use crate::backend::{BackendChoice, BackendKind, DTypeChoice, InvalidChoice, LoadSettings};
 use crate::checkpoint::DEMO;
 use crate::engine::DEFAULT_MAX_QUEUE;
 use crate::request::GenerationParams;
@@ -117,6 +117,9 @@ pub(super) struct GenerateArgs {
     pub(super) dump: Option<PathBuf>,
 
     #[command(flatten)]
+    pub(super) backend: BackendArgs,
+
+    #[command(flatten)]
     pub(super) loading: LoadArgs,
 }
 
@@ -177,6 +180,9 @@ pub(super) struct ServeArgs {
     pub(super) noise: NoiseArgs,
 
     #[command(flatten)]
+    pub(super) backend: BackendArgs,
+
+    #[command(flatten)]
     pub(super) loading: LoadArgs,
 }
 
@@ -212,14 +218,14 @@ impl NoiseArgs {
     }
 }
 
-/// How a model is loaded.
+/// What computes.
 #[derive(Debug, clap::Args)]
-#[command(next_help_heading = "Loading")]
-pub(super) struct LoadArgs {
+#[command(next_help_heading = "Device")]
+pub(super) struct BackendArgs {
     /// What computes
     ///
     /// flex and ndarray use the CPU, wgpu and cuda a GPU; auto takes the best that this binary
-    /// has and that answers on this machine.
+    /// has and that answers on this machine. `kiln backends` lists them.
     #[arg(
         long,
         default_value = "flex",
@@ -228,6 +234,21 @@ pub(super) struct LoadArgs {
     )]
     backend: BackendKind,
 
+    /// Which of the backend's devices, by its number in `kiln backends` [default: the first]
+    #[arg(long, value_name = "NUMBER")]
+    device: Option<usize>,
+}
+
+impl BackendArgs {
+    pub(super) fn choice(&self) -> Result<BackendChoice, InvalidChoice> {
+        BackendChoice::new(self.backend, self.device)
+    }
+}
+
+/// How a model is loaded.
+#[derive(Debug, clap::Args)]
+#[command(next_help_heading = "Loading")]
+pub(super) struct LoadArgs {
     /// Type of the weights
     ///
     /// auto keeps the type of the checkpoint where the backend computes in it. f32 takes twice
@@ -264,13 +285,13 @@ pub(super) struct LoadArgs {
 }
 
 impl LoadArgs {
-    pub(super) fn settings(&self) -> Result<LoadSettings, CliError> {
+    pub(super) fn settings(&self, backend: BackendChoice) -> Result<LoadSettings, CliError> {
         let (size, stride) = (self.vae_tile_size, self.vae_tile_stride);
         if stride == 0 || stride > size {
             return Err(CliError::Tiles { size, stride });
         }
         Ok(LoadSettings {
-            backend: self.backend,
+            backend,
             dtype: self.dtype,
             vae_use_slicing: self.vae_use_slicing,
             vae_use_tiling: self.vae_use_tiling,

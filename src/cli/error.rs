@@ -1,7 +1,7 @@
 use std::io;
 use std::path::PathBuf;
 
-use crate::backend::BackendError;
+use crate::backend::{BackendError, InvalidChoice};
 use crate::checkpoint::CheckpointError;
 use crate::engine::{JobError, SubmitError};
 use crate::hub::HubError;
@@ -35,6 +35,8 @@ pub(super) enum CliError {
     #[error("the tokenizer cannot be loaded")]
     Tokenizer(#[source] TokenizerError),
     #[error(transparent)]
+    Choice(#[from] InvalidChoice),
+    #[error(transparent)]
     Backend(#[from] BackendError),
     #[error(transparent)]
     Submit(#[from] SubmitError),
@@ -66,6 +68,7 @@ impl CliError {
             Self::Request(_)
             | Self::Prompt { .. }
             | Self::Tiles { .. }
+            | Self::Choice(_)
             | Self::Extension { .. }
             | Self::OutputIsFolder { .. } => 2,
             _ => 1,

@@ -18,7 +18,7 @@ use super::progress::Progress;
 
 /// `kiln generate`. Everything that can be refused is refused before the weights are loaded.
 pub(super) fn run(args: &GenerateArgs) -> Result<(), CliError> {
-    let settings = args.loading.settings()?;
+    let settings = args.loading.settings(args.backend.choice()?)?;
     let noise = args.noise.generator();
     let params = args.params();
     // What no model could draw is refused before one is downloaded.

@@ -13,7 +13,7 @@ use super::model::Model;
 /// `kiln serve`.
 pub(super) fn run(args: &ServeArgs) -> Result<(), CliError> {
     let name = args.model();
-    let settings = args.loading.settings()?;
+    let settings = args.loading.settings(args.backend.choice()?)?;
     // Before the model is loaded: a port that is taken should not cost minutes. Clients that
     // connect meanwhile wait.
     let listener = listen(args)?;
