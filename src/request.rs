@@ -4,6 +4,8 @@
 use kiln_models::noise::NoiseGenerator;
 use kiln_models::painter::{ImageSizes, Job};
 
+use crate::tokenizer::{PromptTokenizer, TokenizerError};
+
 /// Steps when a request names none, as in diffusers.
 pub const DEFAULT_NUM_INFERENCE_STEPS: u32 = 50;
 /// Guidance scale when a request names none, as in diffusers.
@@ -129,6 +131,15 @@ pub enum InvalidRequest {
     Seed { got: i128 },
 }
 
+/// The tokenizer takes the prompt, or the negative prompt, for no prompt.
+#[derive(Debug, thiserror::Error)]
+#[error("{param} cannot be used")]
+pub struct InvalidPrompt {
+    /// Name of the [`GenerationParams`] field.
+    pub param: &'static str,
+    pub source: TokenizerError,
+}
+
 impl InvalidRequest {
     /// Name of the [`GenerationParams`] field that is to blame.
     pub fn param(&self) -> &'static str {
@@ -194,6 +205,22 @@ impl GenerationRequest {
             num_images,
             seed,
             noise_generator,
+        })
+    }
+
+    /// Both prompts as token ids.
+    pub fn tokenize(&self, tokenizer: &PromptTokenizer) -> Result<PromptTokens, InvalidPrompt> {
+        let encode = |text: &str, param| {
+            tokenizer
+                .encode_prompt(text)
+                .map_err(|source| InvalidPrompt { param, source })
+        };
+        let negative_prompt = self.negative_prompt.as_deref();
+        Ok(PromptTokens {
+            prompt: encode(&self.prompt, "prompt")?,
+            negative_prompt: negative_prompt
+                .map(|text| encode(text, "negative_prompt"))
+                .transpose()?,
         })
     }
 

@@ -99,6 +99,8 @@ fn arguments_that_clap_refuses_are_usage_errors() {
         &["generate", "a cat", "--model", "m", "--height", "tall"],
         &["generate", "a cat", "--model", "m", "--height", "64.5"],
         &["generate", "a cat", "--model", "m", "--seed", "x"],
+        &["generate", "a cat", "--size", "64"],
+        &["generate", "a cat", "--size", "64x64", "--height", "64"],
         &[
             "generate",
             "a cat",
@@ -127,6 +129,12 @@ fn values_out_of_bounds_are_usage_errors() {
     for (args, expected) in [
         (["--height", "0"].as_slice(), "height must be from 1 to"),
         (&["--height", "-64"], "got -64"),
+        (&["--size", "0x64"], "width must be from 1 to"),
+        (
+            &["--steps", "0"],
+            "num_inference_steps must be from 1 to 1000, got 0",
+        ),
+        (&["--cfg", "-1"], "true_cfg_scale must be a finite number"),
         (
             &["--width", "100000", "--height", "100000"],
             "at most 33177600 pixels",

@@ -56,41 +56,8 @@ pub(super) struct GenerateArgs {
     #[arg(long, value_name = "PATH_OR_ID", default_value = DEMO)]
     pub(super) model: String,
 
-    /// What to steer away from; turns guidance on
-    ///
-    /// Guidance doubles the time of each step. An empty or blank text turns it on as well.
-    #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
-    negative_prompt: Option<String>,
-
-    /// How strongly to steer away from the negative prompt [default: 4]
-    ///
-    /// There is no guidance at 1 and below, nor without a negative prompt.
-    #[arg(long, value_name = "SCALE", allow_negative_numbers = true)]
-    true_cfg_scale: Option<f64>,
-
-    /// Height of the image in pixels [default: the model's, 1024 for Qwen-Image]
-    ///
-    /// Rounded down to a multiple of 16. Time grows a little faster than height x width.
-    #[arg(long, value_name = "PIXELS", allow_negative_numbers = true)]
-    height: Option<i128>,
-
-    /// Width of the image in pixels [default: the model's, 1024 for Qwen-Image]
-    ///
-    /// Rounded down to a multiple of 16.
-    #[arg(long, value_name = "PIXELS", allow_negative_numbers = true)]
-    width: Option<i128>,
-
-    /// Denoising steps, from 1 to 1000 [default: 50]
-    ///
-    /// Time grows in proportion; with few steps details suffer.
-    #[arg(long, value_name = "STEPS", allow_negative_numbers = true)]
-    num_inference_steps: Option<i128>,
-
-    /// Seed of the noise, from 0 to 2^64 - 1 [default: chosen, and reported]
-    ///
-    /// The same seed and settings give the same image.
-    #[arg(long, allow_negative_numbers = true)]
-    seed: Option<i128>,
+    #[command(flatten)]
+    pub(super) request: RequestArgs,
 
     /// Images to paint, from 1 to 10 [default: 1]
     ///
@@ -98,9 +65,6 @@ pub(super) struct GenerateArgs {
     /// proportion.
     #[arg(long, value_name = "COUNT", allow_negative_numbers = true)]
     num_images: Option<i128>,
-
-    #[command(flatten)]
-    pub(super) noise: NoiseArgs,
 
     /// PNG file to write
     ///
@@ -127,13 +91,105 @@ impl GenerateArgs {
     pub(super) fn params(&self) -> GenerationParams {
         let prompt = self.prompt.as_ref().or(self.prompt_option.as_ref());
         GenerationParams {
-            prompt: prompt.cloned().unwrap_or_default(),
+            num_images: self.num_images,
+            ..self.request.params(prompt.cloned().unwrap_or_default())
+        }
+    }
+}
+
+/// What is painted, apart from the prompt.
+#[derive(Debug, clap::Args)]
+pub(super) struct RequestArgs {
+    /// What to steer away from; turns guidance on
+    ///
+    /// Guidance doubles the time of each step. An empty or blank text turns it on as well.
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
+    negative_prompt: Option<String>,
+
+    /// How strongly to steer away from the negative prompt [default: 4]
+    ///
+    /// There is no guidance at 1 and below, nor without a negative prompt.
+    #[arg(
+        long,
+        visible_alias = "cfg",
+        value_name = "SCALE",
+        allow_negative_numbers = true
+    )]
+    true_cfg_scale: Option<f64>,
+
+    /// Width and height of the image in pixels, such as 1328x1328
+    #[arg(
+        long,
+        value_name = "WIDTHxHEIGHT",
+        allow_hyphen_values = true,
+        conflicts_with_all = ["height", "width"],
+        value_parser = parse_size
+    )]
+    size: Option<Size>,
+
+    /// Height of the image in pixels [default: the model's, 1024 for Qwen-Image]
+    ///
+    /// Rounded down to a multiple of 16. Time grows a little faster than height x width.
+    #[arg(long, value_name = "PIXELS", allow_negative_numbers = true)]
+    height: Option<i128>,
+
+    /// Width of the image in pixels [default: the model's, 1024 for Qwen-Image]
+    ///
+    /// Rounded down to a multiple of 16.
+    #[arg(long, value_name = "PIXELS", allow_negative_numbers = true)]
+    width: Option<i128>,
+
+    /// Denoising steps, from 1 to 1000 [default: 50]
+    ///
+    /// Time grows in proportion; with few steps details suffer.
+    #[arg(
+        long,
+        visible_alias = "steps",
+        value_name = "STEPS",
+        allow_negative_numbers = true
+    )]
+    num_inference_steps: Option<i128>,
+
+    /// Seed of the noise, from 0 to 2^64 - 1 [default: chosen, and reported]
+    ///
+    /// The same seed and settings give the same image.
+    #[arg(long, allow_negative_numbers = true)]
+    seed: Option<i128>,
+
+    #[command(flatten)]
+    pub(super) noise: NoiseArgs,
+}
+
+/// In pixels.
+#[derive(Debug, Clone, Copy)]
+struct Size {
+    width: i128,
+    height: i128,
+}
+
+fn parse_size(text: &str) -> Result<Size, String> {
+    let side = |text: &str| text.parse().ok();
+    text.split_once('x')
+        .and_then(|(width, height)| {
+            Some(Size {
+                width: side(width)?,
+                height: side(height)?,
+            })
+        })
+        .ok_or_else(|| "a size looks like 1024x768, width first".to_owned())
+}
+
+impl RequestArgs {
+    /// Of one image.
+    pub(super) fn params(&self, prompt: String) -> GenerationParams {
+        GenerationParams {
+            prompt,
             negative_prompt: self.negative_prompt.clone(),
             true_cfg_scale: self.true_cfg_scale,
-            height: self.height,
-            width: self.width,
+            height: self.size.map(|size| size.height).or(self.height),
+            width: self.size.map(|size| size.width).or(self.width),
             num_inference_steps: self.num_inference_steps,
-            num_images: self.num_images,
+            num_images: None,
             seed: self.seed,
         }
     }
@@ -261,6 +317,14 @@ pub(super) struct LoadArgs {
     )]
     dtype: DTypeChoice,
 
+    #[command(flatten)]
+    vae: VaeArgs,
+}
+
+/// How images are decoded.
+#[derive(Debug, clap::Args)]
+#[expect(clippy::struct_field_names, reason = "the names are the options'")]
+pub(super) struct VaeArgs {
     /// Decode the images of a request one at a time
     ///
     /// Takes less memory with several images, and a little longer.
@@ -286,13 +350,23 @@ pub(super) struct LoadArgs {
 
 impl LoadArgs {
     pub(super) fn settings(&self, backend: BackendChoice) -> Result<LoadSettings, CliError> {
+        self.vae.settings(backend, self.dtype)
+    }
+}
+
+impl VaeArgs {
+    pub(super) fn settings(
+        &self,
+        backend: BackendChoice,
+        dtype: DTypeChoice,
+    ) -> Result<LoadSettings, CliError> {
         let (size, stride) = (self.vae_tile_size, self.vae_tile_stride);
         if stride == 0 || stride > size {
             return Err(CliError::Tiles { size, stride });
         }
         Ok(LoadSettings {
             backend,
-            dtype: self.dtype,
+            dtype,
             vae_use_slicing: self.vae_use_slicing,
             vae_use_tiling: self.vae_use_tiling,
             vae_tile_size: size,
@@ -310,6 +384,24 @@ mod tests {
     #[test]
     fn the_arguments_are_well_formed() {
         Args::command().debug_assert();
+    }
+
+    #[test]
+    fn a_size_is_width_and_height() {
+        let parse = |size: &str| {
+            let Command::Generate(args) =
+                Args::try_parse_from(["kiln", "generate", "a cat", "--size", size])?.command
+            else {
+                panic!("serve")
+            };
+            let params = args.params();
+            Ok::<_, clap::Error>((params.width, params.height))
+        };
+        assert_eq!(parse("64x48").unwrap(), (Some(64), Some(48)));
+        assert_eq!(parse("-64x48").unwrap(), (Some(-64), Some(48)));
+        for size in ["64", "x", "64x", "64x48x3", "64 x 48", "1.5x2"] {
+            assert!(parse(size).is_err(), "{size}");
+        }
     }
 
     #[test]

@@ -5,7 +5,7 @@ use crate::backend::{BackendError, InvalidChoice};
 use crate::checkpoint::CheckpointError;
 use crate::engine::{JobError, SubmitError};
 use crate::hub::HubError;
-use crate::request::InvalidRequest;
+use crate::request::{InvalidPrompt, InvalidRequest};
 use crate::tokenizer::TokenizerError;
 
 /// Why a command failed.
@@ -13,11 +13,8 @@ use crate::tokenizer::TokenizerError;
 pub(super) enum CliError {
     #[error(transparent)]
     Request(#[from] InvalidRequest),
-    #[error("{param} cannot be used")]
-    Prompt {
-        param: &'static str,
-        source: TokenizerError,
-    },
+    #[error(transparent)]
+    Prompt(#[from] InvalidPrompt),
     #[error("--vae-tile-stride must be from 1 to --vae-tile-size, which is {size}, got {stride}")]
     Tiles { size: usize, stride: usize },
     #[error("{} does not end in .png, and only PNG files can be written", path.display())]
@@ -66,7 +63,7 @@ impl CliError {
     pub(super) fn exit_code(&self) -> u8 {
         match self {
             Self::Request(_)
-            | Self::Prompt { .. }
+            | Self::Prompt(_)
             | Self::Tiles { .. }
             | Self::Choice(_)
             | Self::Extension { .. }

@@ -6,8 +6,7 @@ use kiln_models::painter::Painting;
 
 use crate::engine::{Engine, Event, Finished, JobHandle, Timings};
 use crate::image::encode_png;
-use crate::request::{GenerationRequest, Limits, PromptTokens};
-use crate::tokenizer::PromptTokenizer;
+use crate::request::{GenerationRequest, Limits};
 
 use super::args::GenerateArgs;
 use super::dump;
@@ -19,7 +18,7 @@ use super::progress::Progress;
 /// `kiln generate`. Everything that can be refused is refused before the weights are loaded.
 pub(super) fn run(args: &GenerateArgs) -> Result<(), CliError> {
     let settings = args.loading.settings(args.backend.choice()?)?;
-    let noise = args.noise.generator();
+    let noise = args.request.noise.generator();
     let params = args.params();
     // What no model could draw is refused before one is downloaded.
     let any_model = Limits::for_any_model();
@@ -32,7 +31,7 @@ pub(super) fn run(args: &GenerateArgs) -> Result<(), CliError> {
     let model = Model::open(&args.model)?;
     let limits = Limits::for_sizes(model.image_sizes()?);
     let request = GenerationRequest::new(params, &limits, noise)?;
-    let tokens = tokenize(&model.tokenizer, &request)?;
+    let tokens = request.tokenize(&model.tokenizer)?;
     let engine = Engine::start(model.painter(&settings)?, 0);
     let job = request
         .clone()
@@ -45,24 +44,6 @@ pub(super) fn run(args: &GenerateArgs) -> Result<(), CliError> {
         dump::write(path, &tokens, &finished.painting.trace)?;
     }
     Ok(())
-}
-
-fn tokenize(
-    tokenizer: &PromptTokenizer,
-    request: &GenerationRequest,
-) -> Result<PromptTokens, CliError> {
-    let encode = |text: &str, param| {
-        tokenizer
-            .encode_prompt(text)
-            .map_err(|source| CliError::Prompt { param, source })
-    };
-    let negative_prompt = request.negative_prompt.as_deref();
-    Ok(PromptTokens {
-        prompt: encode(&request.prompt, "the prompt")?,
-        negative_prompt: negative_prompt
-            .map(|text| encode(text, "the negative prompt"))
-            .transpose()?,
-    })
 }
 
 fn paint(mut handle: JobHandle, steps: usize) -> Result<Finished, CliError> {

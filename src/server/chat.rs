@@ -42,7 +42,7 @@ pub(super) async fn chat_completions(
     let model = app.served_model_name.clone();
     let image_tokens = image_tokens(&request, app.limits.sizes.multiple);
     let (app, tokens, answer) = spawn_blocking(move || {
-        let tokens = tokenize(&app, &request)?;
+        let tokens = request.tokenize(&app.tokenizer)?;
         let prompt_tokens = prompt_tokens(&app, &tokens);
         let answer = Answer {
             id,
@@ -119,21 +119,6 @@ fn generation_request(app: &App, body: &Map<String, Value>) -> Result<Generation
             error,
         },
     )
-}
-
-fn tokenize(app: &App, request: &GenerationRequest) -> Result<PromptTokens, ApiError> {
-    let encode = |text: &str, param| {
-        app.tokenizer
-            .encode_prompt(text)
-            .map_err(|error| ApiError::Prompt { error, param })
-    };
-    let negative_prompt = request.negative_prompt.as_deref();
-    Ok(PromptTokens {
-        prompt: encode(&request.prompt, "messages")?,
-        negative_prompt: negative_prompt
-            .map(|text| encode(text, "negative_prompt"))
-            .transpose()?,
-    })
 }
 
 /// Tokens of what the client wrote, without the template.

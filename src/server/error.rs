@@ -9,7 +9,7 @@ use axum::response::{IntoResponse, Response};
 use serde::Serialize;
 
 use crate::engine::{JobError, SubmitError};
-use crate::request::InvalidRequest;
+use crate::request::{InvalidPrompt, InvalidRequest};
 use crate::tokenizer::TokenizerError;
 
 use super::MAX_BODY_BYTES;
@@ -53,6 +53,16 @@ pub(super) enum ApiError {
     Response(#[source] serde_json::Error),
     #[error("a worker thread failed")]
     Worker(#[from] tokio::task::JoinError),
+}
+
+impl From<InvalidPrompt> for ApiError {
+    fn from(InvalidPrompt { param, source }: InvalidPrompt) -> Self {
+        Self::Prompt {
+            error: source,
+            // The prompt is the text of a message.
+            param: if param == "prompt" { "messages" } else { param },
+        }
+    }
 }
 
 impl ApiError {
