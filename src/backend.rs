@@ -1,10 +1,11 @@
 //! Which backends this binary has, and loading a checkpoint onto one of them.
 
 use std::fmt;
+use std::slice;
 use std::str::FromStr;
 
 use kiln_models::config::ConfigError;
-use kiln_models::loading::{LoadOptions, ModelDType, OpenError};
+use kiln_models::loading::{DeviceInfo, LoadOptions, ModelDType, OpenError};
 use kiln_models::painter::{ImageSizes, Painter};
 use kiln_models::qwen_image::CheckpointParts;
 use kiln_models::vae::{Tiling, VaeSettings};
@@ -61,8 +62,17 @@ pub enum BackendError {
         compiled_in()
     )]
     NotCompiledIn { kind: BackendKind },
-    #[error("this kiln was built without any backend; build it with `--features flex`")]
-    NoBackend,
+    #[error(
+        "the {kind} backend has no device {index}; it has {}",
+        listed(*kind, devices)
+    )]
+    NoSuchDevice {
+        kind: BackendKind,
+        index: usize,
+        devices: Vec<DeviceInfo>,
+    },
+    #[error("no backend of this kiln can be used here: {}", reasons.join("; "))]
+    NoneAnswers { reasons: Vec<String> },
     #[error(transparent)]
     Config(#[from] ConfigError),
     #[error(transparent)]
@@ -88,6 +98,30 @@ pub enum InvalidChoice {
     DeviceOfAuto { index: usize },
 }
 
+/// What one backend has to offer on this machine.
+#[derive(Debug)]
+pub struct BackendReport {
+    pub kind: BackendKind,
+    pub devices: Result<Vec<DeviceInfo>, BackendError>,
+}
+
+impl BackendReport {
+    pub fn compiled_in(&self) -> bool {
+        !matches!(self.devices, Err(BackendError::NotCompiledIn { .. }))
+    }
+}
+
+/// What a backend's crate offers.
+#[derive(Clone, Copy)]
+struct Entry {
+    kind: BackendKind,
+    /// Never empty.
+    devices: fn() -> Result<Vec<DeviceInfo>, OpenError>,
+    open: Opener,
+}
+
+type Opener = fn(&DeviceInfo, &CheckpointParts, LoadOptions) -> Result<Box<dyn Painter>, OpenError>;
+
 /// From the best to the slowest.
 const KINDS: [BackendKind; 4] = [
     BackendKind::Cuda,
@@ -107,23 +141,31 @@ impl BackendKind {
         }
     }
 
-    /// The function that opens this backend, if the binary has it.
-    fn opener(self) -> Option<Opener> {
-        match self {
+    /// The backend's crate, if the binary has it.
+    fn entry(self) -> Option<Entry> {
+        let (devices, open): (fn() -> _, Opener) = match self {
             #[cfg(feature = "cuda")]
-            Self::Cuda => Some(kiln_cuda::open),
+            Self::Cuda => (kiln_cuda::devices, kiln_cuda::open),
             #[cfg(feature = "wgpu")]
-            Self::Wgpu => Some(kiln_wgpu::open),
+            Self::Wgpu => (kiln_wgpu::devices, kiln_wgpu::open),
             #[cfg(feature = "flex")]
-            Self::Flex => Some(kiln_flex::open),
+            Self::Flex => (kiln_flex::devices, kiln_flex::open),
             #[cfg(feature = "ndarray")]
-            Self::Ndarray => Some(kiln_ndarray::open),
-            _ => None,
-        }
+            Self::Ndarray => (kiln_ndarray::devices, kiln_ndarray::open),
+            _ => return None,
+        };
+        Some(Entry {
+            kind: self,
+            devices,
+            open,
+        })
+    }
+
+    fn compiled_in(self) -> Result<Entry, BackendError> {
+        self.entry()
+            .ok_or(BackendError::NotCompiledIn { kind: self })
     }
 }
-
-type Opener = fn(&CheckpointParts, LoadOptions) -> Result<Box<dyn Painter>, OpenError>;
 
 impl fmt::Display for BackendKind {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -221,7 +263,7 @@ impl FromStr for DTypeChoice {
 fn compiled_in() -> String {
     let names: Vec<&str> = KINDS
         .into_iter()
-        .filter(|kind| kind.opener().is_some())
+        .filter(|kind| kind.entry().is_some())
         .map(BackendKind::name)
         .collect();
     if names.is_empty() {
@@ -229,6 +271,62 @@ fn compiled_in() -> String {
     } else {
         names.join(", ")
     }
+}
+
+/// `flex:0 (AMD EPYC)` and so on.
+fn listed(kind: BackendKind, devices: &[DeviceInfo]) -> String {
+    let devices = devices
+        .iter()
+        .map(|device| format!("{kind}:{} ({})", device.index, device.name));
+    devices.collect::<Vec<_>>().join(", ")
+}
+
+/// Every backend there is, from the best to the slowest, and its devices on this machine.
+pub fn survey() -> Vec<BackendReport> {
+    let report = |kind: BackendKind| BackendReport {
+        kind,
+        devices: kind.compiled_in().and_then(|entry| Ok((entry.devices)()?)),
+    };
+    KINDS.map(report).into()
+}
+
+/// Refuses a backend that is not there, before a model is looked for.
+pub fn check(choice: BackendChoice) -> Result<(), BackendError> {
+    if choice.kind != BackendKind::Auto {
+        chosen(choice)?;
+    }
+    Ok(())
+}
+
+/// The device that was asked for by name.
+fn chosen(choice: BackendChoice) -> Result<(Entry, DeviceInfo), BackendError> {
+    let entry = choice.kind.compiled_in()?;
+    let mut devices = (entry.devices)()?;
+    let index = choice.device.unwrap_or(0);
+    match devices.iter().position(|device| device.index == index) {
+        Some(position) => Ok((entry, devices.swap_remove(position))),
+        None => Err(BackendError::NoSuchDevice {
+            kind: choice.kind,
+            index,
+            devices,
+        }),
+    }
+}
+
+/// The first device that `auto` may use: one that is what it says it is.
+fn first_real(
+    kind: BackendKind,
+    devices: Result<Vec<DeviceInfo>, OpenError>,
+) -> Result<DeviceInfo, OpenError> {
+    let devices = devices?;
+    let software = listed(kind, &devices);
+    devices
+        .into_iter()
+        .find(|device| !device.software)
+        .ok_or_else(|| OpenError::NoDevice {
+            backend: kind.name(),
+            reason: format!("{software} computes on the CPU; only --backend {kind} uses it"),
+        })
 }
 
 /// The sizes a checkpoint draws, known before its weights are loaded.
@@ -253,27 +351,71 @@ pub fn load(
         },
     };
     let parts = checkpoint.parts();
-    let kind = settings.backend.kind;
-    if kind != BackendKind::Auto {
-        let open = kind.opener().ok_or(BackendError::NotCompiledIn { kind })?;
-        return Ok(open(parts, options)?);
+    if settings.backend.kind != BackendKind::Auto {
+        let (entry, device) = chosen(settings.backend)?;
+        if device.software {
+            tracing::warn!(
+                "{} computes on the CPU",
+                listed(entry.kind, slice::from_ref(&device))
+            );
+        }
+        return Ok((entry.open)(&device, parts, options)?);
     }
-    let mut unavailable = None;
-    for open in KINDS.into_iter().filter_map(BackendKind::opener) {
-        match open(parts, options) {
-            Err(error @ OpenError::NoDevice { .. }) => {
-                tracing::info!("{error}");
-                unavailable = Some(error);
+    let mut reasons = Vec::new();
+    for entry in KINDS.into_iter().filter_map(BackendKind::entry) {
+        let opened = first_real(entry.kind, (entry.devices)())
+            .and_then(|device| (entry.open)(&device, parts, options));
+        match opened {
+            Err(reason @ OpenError::NoDevice { .. }) => {
+                tracing::info!("{reason}");
+                reasons.push(reason.to_string());
             }
             outcome => return Ok(outcome?),
         }
     }
-    Err(unavailable.map_or(BackendError::NoBackend, BackendError::Open))
+    Err(BackendError::NoneAnswers { reasons })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn device(index: usize, name: &str, software: bool) -> DeviceInfo {
+        DeviceInfo {
+            index,
+            name: name.to_owned(),
+            detail: None,
+            memory: None,
+            dtypes: vec![ModelDType::F32],
+            software,
+        }
+    }
+
+    #[test]
+    fn auto_takes_no_software_adapter() {
+        let [gpu, llvmpipe] = [device(1, "GPU", false), device(0, "llvmpipe", true)];
+        let taken = first_real(BackendKind::Wgpu, Ok(vec![llvmpipe.clone(), gpu.clone()]));
+        assert_eq!(taken.unwrap(), gpu);
+        let refused = first_real(BackendKind::Wgpu, Ok(vec![llvmpipe])).unwrap_err();
+        assert_eq!(
+            refused.to_string(),
+            "the wgpu backend has no device here: wgpu:0 (llvmpipe) computes on the CPU; only \
+             --backend wgpu uses it"
+        );
+    }
+
+    #[test]
+    fn a_device_that_is_not_there_is_answered_with_those_that_are() {
+        let error = BackendError::NoSuchDevice {
+            kind: BackendKind::Cuda,
+            index: 2,
+            devices: vec![device(0, "A", false), device(1, "B", false)],
+        };
+        assert_eq!(
+            error.to_string(),
+            "the cuda backend has no device 2; it has cuda:0 (A), cuda:1 (B)"
+        );
+    }
 
     #[test]
     fn a_choice_reads_as_it_is_written() {

@@ -53,12 +53,13 @@ fn generate(args: &[&str]) -> (i32, String) {
 #[test]
 fn help_and_version_go_to_stdout() {
     let folder = tempfile::tempdir().unwrap();
-    let cases: [(&[&str], &str); 5] = [
+    let cases: [(&[&str], &str); 6] = [
         (&["--help"], "generate"),
         (&["--version"], env!("CARGO_PKG_VERSION")),
         (&["generate", "--help"], "--negative-prompt"),
         (&["serve", "--help"], "--max-queue"),
         (&["help", "serve"], "--port"),
+        (&["backends", "--help"], "--json"),
     ];
     for (args, expected) in cases {
         let output = kiln(folder.path(), args);
@@ -72,7 +73,11 @@ fn help_and_version_go_to_stdout() {
 #[test]
 fn help_fits_a_terminal() {
     let folder = tempfile::tempdir().unwrap();
-    for args in [["generate", "--help"], ["serve", "--help"]] {
+    for args in [
+        ["generate", "--help"],
+        ["serve", "--help"],
+        ["backends", "--help"],
+    ] {
         let stdout = kiln(folder.path(), &args).stdout;
         let text = String::from_utf8(stdout).unwrap();
         let longest = text.lines().map(|line| line.chars().count()).max();
@@ -208,6 +213,84 @@ fn a_model_that_is_not_there_is_a_failure() {
         let (code, line) = failure(args);
         assert_eq!(code, 1, "{args:?}: {line}");
         assert!(line.contains("none"), "{line}");
+    }
+}
+
+#[test]
+fn backends_lists_all_four_and_their_devices() {
+    let folder = tempfile::tempdir().unwrap();
+    let output = kiln(folder.path(), &["backends", "--json"]);
+    assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+    let json: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    let backends = json["backends"].as_array().unwrap();
+    let names: Vec<&str> = backends
+        .iter()
+        .map(|backend| backend["name"].as_str().unwrap())
+        .collect();
+    assert_eq!(names, ["cuda", "wgpu", "flex", "ndarray"]);
+    for backend in backends {
+        // Either devices, or a reason for their absence.
+        let devices = backend["devices"].as_array().unwrap();
+        assert_eq!(devices.is_empty(), backend["reason"].is_string());
+    }
+    let flex = &backends[2]["devices"][0];
+    assert_eq!(flex["id"], "flex:0");
+    assert_eq!(flex["dtypes"], serde_json::json!(["f32", "bf16", "f16"]));
+    assert_eq!(
+        backends[3]["devices"][0]["dtypes"],
+        serde_json::json!(["f32"])
+    );
+
+    let table = kiln(folder.path(), &["backends"]).stdout;
+    let table = String::from_utf8(table).unwrap();
+    let line = table
+        .lines()
+        .find(|line| line.starts_with("flex:0"))
+        .unwrap();
+    assert!(line.contains(flex["name"].as_str().unwrap()), "{line}");
+    assert!(line.ends_with("f32 bf16 f16"), "{line}");
+}
+
+#[test]
+fn a_backend_that_is_not_there_is_found_before_the_model_is_looked_for() {
+    let mut cases = vec![(
+        ["--backend", "flex", "--device", "3"],
+        "the flex backend has no device 3; it has flex:0 (",
+    )];
+    if !cfg!(feature = "cuda") {
+        cases.push((
+            ["--backend", "cuda", "--device", "0"],
+            "this kiln was built without the cuda backend; it has ",
+        ));
+    }
+    for (args, expected) in cases {
+        let (code, line) = generate(&args);
+        assert_eq!(code, 1);
+        assert!(line.starts_with(expected), "{line}");
+        let (code, line) = failure(&[&["serve", "./none", "--port", "0"], &args[..]].concat());
+        assert_eq!(code, 1);
+        assert!(line.starts_with(expected), "{line}");
+    }
+}
+
+#[test]
+fn a_type_that_the_device_does_not_compute_in_is_refused() {
+    if cfg!(feature = "ndarray") {
+        let args = [
+            "generate",
+            "a cat",
+            "--backend",
+            "ndarray",
+            "--dtype",
+            "bf16",
+        ];
+        let (code, line) = failure(&args);
+        assert_eq!(code, 1);
+        assert!(line.starts_with("ndarray:0 ("), "{line}");
+        assert!(
+            line.ends_with("does not compute in bf16; choose --dtype f32"),
+            "{line}"
+        );
     }
 }
 

@@ -1,7 +1,7 @@
 //! Opening a painter: what every backend crate offers the rest of the program.
 
 use burn_tensor::DType;
-use kiln_ops::FusedOps;
+use kiln_ops::{FusedOps, host};
 
 use crate::painter::Painter;
 use crate::qwen_image::{CheckpointParts, PainterSettings, QwenImage};
@@ -18,6 +18,8 @@ pub enum ModelDType {
 }
 
 impl ModelDType {
+    pub const ALL: [Self; 3] = [Self::F32, Self::Bf16, Self::F16];
+
     pub fn name(self) -> &'static str {
         match self {
             Self::F32 => "f32",
@@ -66,15 +68,46 @@ pub struct LoadOptions {
     pub vae: VaeSettings,
 }
 
+/// A device that a backend can open.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DeviceInfo {
+    /// Names it among the backend's devices.
+    pub index: usize,
+    /// For people.
+    pub name: String,
+    /// Driver, or what else tells it from others; for people.
+    pub detail: Option<String>,
+    /// In bytes, where it tells.
+    pub memory: Option<u64>,
+    /// What a model can be run in.
+    pub dtypes: Vec<ModelDType>,
+    /// Computes on the CPU, although it answers as a GPU.
+    pub software: bool,
+}
+
+impl DeviceInfo {
+    /// The one device of a CPU backend.
+    pub fn cpu(dtypes: &[ModelDType]) -> Self {
+        Self {
+            index: 0,
+            name: host::cpu(),
+            detail: None,
+            memory: host::memory(),
+            dtypes: dtypes.to_vec(),
+            software: false,
+        }
+    }
+}
+
 /// Why a backend could not open a painter.
 #[derive(Debug, thiserror::Error)]
 pub enum OpenError {
     #[error(
-        "the {backend} backend cannot run a model in {dtype} on this device; choose --dtype {}",
+        "{device} does not compute in {dtype}; choose --dtype {}",
         supported.join(" or ")
     )]
     DType {
-        backend: &'static str,
+        device: String,
         dtype: &'static str,
         supported: Vec<&'static str>,
     },
@@ -87,35 +120,44 @@ pub enum OpenError {
     Load(#[from] LoadError),
 }
 
+/// Where to load a checkpoint.
+#[derive(Debug, Clone)]
+pub struct Target<'a, D> {
+    pub backend: &'static str,
+    pub device: D,
+    pub info: &'a DeviceInfo,
+    /// Type of the activations; `None` for the model's.
+    pub activations: Option<DType>,
+}
+
 /// Loads a checkpoint onto a device.
 ///
 /// Without a choice of type the checkpoint's own is kept, or f32 where the device has no such
-/// arithmetic. `activations` is their type, `None` for the model's.
+/// arithmetic.
 pub fn open<B: FusedOps>(
-    backend: &'static str,
-    device: B::Device,
-    activations: Option<DType>,
+    target: Target<'_, B::Device>,
     parts: &CheckpointParts,
     options: LoadOptions,
 ) -> Result<Box<dyn Painter>, OpenError> {
-    let supports = |dtype: ModelDType| B::supports_dtype(&device, dtype.dtype());
+    let DeviceInfo {
+        index,
+        name,
+        dtypes,
+        ..
+    } = target.info;
+    let device_name = format!("{}:{index} ({name})", target.backend);
     let model = match options.dtype {
-        Some(dtype) if !supports(dtype) => {
-            let all = [ModelDType::F32, ModelDType::Bf16, ModelDType::F16].into_iter();
-            let supported = all
-                .filter(|dtype| supports(*dtype))
-                .map(ModelDType::name)
-                .collect();
+        Some(dtype) if !dtypes.contains(&dtype) => {
             return Err(OpenError::DType {
-                backend,
+                device: device_name,
                 dtype: dtype.name(),
-                supported,
+                supported: dtypes.iter().map(|dtype| dtype.name()).collect(),
             });
         }
         Some(dtype) => dtype,
         None => {
             let stored = ModelDType::of_checkpoint(parts);
-            if supports(stored) {
+            if dtypes.contains(&stored) {
                 stored
             } else {
                 ModelDType::F32
@@ -125,11 +167,12 @@ pub fn open<B: FusedOps>(
     let model = model.dtype();
     let precision = Precision {
         model,
-        activations: activations.unwrap_or(model),
+        activations: target.activations.unwrap_or(model),
     };
     let settings = PainterSettings {
         precision,
         vae: options.vae,
     };
-    Ok(Box::new(QwenImage::<B>::load(parts, device, settings)?))
+    let painter = QwenImage::<B>::load(parts, target.device, device_name, settings)?;
+    Ok(Box::new(painter))
 }

@@ -119,10 +119,11 @@ struct RunningJob<B: FusedOps> {
 }
 
 impl<B: FusedOps> QwenImage<B> {
-    /// Loads the three networks onto a device.
+    /// Loads the three networks onto a device, which has a name for people.
     pub fn load(
         parts: &CheckpointParts,
         device: B::Device,
+        device_name: String,
         settings: PainterSettings,
     ) -> Result<Self, LoadError> {
         let configs = &parts.configs;
@@ -159,7 +160,7 @@ impl<B: FusedOps> QwenImage<B> {
         let info = ModelInfo {
             sizes: image_sizes(&transformer_config, &vae_config),
             vocab_size: text_config.vocab_size,
-            device: format!("{} ({device:?})", B::name(&device)),
+            device: device_name,
             dtype: match precision.model {
                 DType::BF16 => "bf16",
                 DType::F16 => "f16",

@@ -33,6 +33,7 @@ pub(super) struct Args {
 pub(super) enum Command {
     Generate(Box<GenerateArgs>),
     Serve(Box<ServeArgs>),
+    Backends(BackendsArgs),
 }
 
 /// Paint one prompt and write the images to files.
@@ -247,6 +248,17 @@ impl ServeArgs {
         let model = self.model.as_deref().or(self.model_option.as_deref());
         model.unwrap_or(DEMO)
     }
+}
+
+/// List what can compute: the backends and their devices.
+///
+/// The first word of each line is what --backend and --device choose: cuda:1 is --backend cuda
+/// --device 1. Backends that have no device here say why.
+#[derive(Debug, Parser)]
+pub(super) struct BackendsArgs {
+    /// Print JSON
+    #[arg(long)]
+    pub(super) json: bool,
 }
 
 #[derive(Debug, clap::Args)]

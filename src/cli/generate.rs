@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use kiln_models::painter::Painting;
 
+use crate::backend;
 use crate::engine::{Engine, Event, Finished, JobHandle, Timings};
 use crate::image::encode_png;
 use crate::request::{GenerationRequest, Limits};
@@ -27,6 +28,8 @@ pub(super) fn run(args: &GenerateArgs) -> Result<(), CliError> {
     args.dump
         .as_deref()
         .map_or(Ok(()), output::check_writable)?;
+
+    backend::check(settings.backend)?;
 
     let model = Model::open(&args.model)?;
     let limits = Limits::for_sizes(model.image_sizes()?);

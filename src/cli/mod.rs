@@ -1,6 +1,7 @@
 //! The command line: the only place that knows clap, the environment and exit codes.
 
 mod args;
+mod backends;
 mod dump;
 mod error;
 mod generate;
@@ -41,6 +42,10 @@ pub fn main() -> ExitCode {
         Command::Serve(args) => {
             log_with_times();
             serve::run(&args)
+        }
+        Command::Backends(args) => {
+            log_plain_lines();
+            backends::run(&args)
         }
     };
     match outcome {

@@ -2,6 +2,7 @@ use std::net::TcpListener;
 
 use tokio::runtime::Runtime;
 
+use crate::backend;
 use crate::engine::Engine;
 use crate::request::Limits;
 use crate::server::{self, App};
@@ -17,6 +18,7 @@ pub(super) fn run(args: &ServeArgs) -> Result<(), CliError> {
     // Before the model is loaded: a port that is taken should not cost minutes. Clients that
     // connect meanwhile wait.
     let listener = listen(args)?;
+    backend::check(settings.backend)?;
 
     let model = Model::open(name)?;
     let painter = model.painter(&settings)?;

@@ -1,40 +1,184 @@
 //! kiln's painter on burn's cuda backend.
 
+use std::env;
+use std::ffi::c_int;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::{Path, PathBuf};
 
 use burn_cuda::{Cuda, CudaDevice};
 use burn_tensor::backend::Backend;
-use kiln_models::loading::{self, LoadOptions, OpenError};
+use cudarc::driver::result::{self, DriverError};
+use cudarc::driver::sys::CUdevice_attribute as Attribute;
+use cudarc::driver::sys::CUresult;
+use kiln_models::loading::{self, DeviceInfo, LoadOptions, ModelDType, OpenError, Target};
 use kiln_models::painter::Painter;
 use kiln_models::qwen_image::CheckpointParts;
 
 const NAME: &str = "cuda";
 
-/// Loads a checkpoint onto the default device.
-pub fn open(parts: &CheckpointParts, options: LoadOptions) -> Result<Box<dyn Painter>, OpenError> {
-    loading::open::<Cuda<f32, i32>>(NAME, open_device()?, None, parts, options)
-}
-
-/// burn panics where there is no driver, so the driver's library is looked for first.
-fn open_device() -> Result<CudaDevice, OpenError> {
-    let no_device = |reason: &str| OpenError::NoDevice {
-        backend: NAME,
-        reason: reason.to_owned(),
-    };
-    #[expect(
-        unsafe_code,
-        reason = "the function only tries to open libcuda and says if it could"
-    )]
-    // SAFETY: opening NVIDIA's driver library runs its initialisers, which CUDA itself relies on.
-    let driver = unsafe { cudarc::driver::sys::is_culib_present() };
-    if !driver {
+/// The GPUs that the driver lists, if kernels can be compiled for them.
+pub fn devices() -> Result<Vec<DeviceInfo>, OpenError> {
+    let missing = missing_software().map(|missing| no_device(missing));
+    missing.map_or(Ok(()), Err)?;
+    // The libraries are loaded as they are used, and what lacks a function in them panics.
+    let devices = catch_unwind(list)
+        .map_err(|_| no_device("NVIDIA's driver is too old; install a newer one"))?
+        .map_err(|error| no_device(&driver_message(error)))?;
+    if devices.is_empty() {
         return Err(no_device(
-            "NVIDIA's driver library libcuda.so.1 was not found; install the driver",
+            "NVIDIA's driver is there, but it lists no GPU; is CUDA_VISIBLE_DEVICES set?",
         ));
     }
-    let device = CudaDevice::default();
+    Ok(devices)
+}
+
+/// Loads a checkpoint.
+pub fn open(
+    info: &DeviceInfo,
+    parts: &CheckpointParts,
+    options: LoadOptions,
+) -> Result<Box<dyn Painter>, OpenError> {
+    let device = CudaDevice::new(info.index);
+    // burn panics where a device does not open.
     catch_unwind(AssertUnwindSafe(|| Cuda::<f32, i32>::sync(&device)))
-        .map_err(|_| no_device("the driver is there, but opening the first GPU failed"))?
-        .map_err(|error| no_device(&format!("{error:?}")))?;
-    Ok(device)
+        .map_err(|_| no_device(&format!("{} does not open", info.name)))?
+        .map_err(|error| no_device(&format!("{}: {error:?}", info.name)))?;
+    let target = Target {
+        backend: NAME,
+        device,
+        info,
+        activations: None,
+    };
+    loading::open::<Cuda<f32, i32>>(target, parts, options)
+}
+
+fn no_device(reason: &str) -> OpenError {
+    OpenError::NoDevice {
+        backend: NAME,
+        reason: reason.to_owned(),
+    }
+}
+
+/// What is to be installed before anything of CUDA can be called.
+#[expect(
+    unsafe_code,
+    reason = "the functions only try to open a library and say if they could"
+)]
+fn missing_software() -> Option<&'static str> {
+    // SAFETY: opening these libraries runs their initialisers, which CUDA itself relies on.
+    let (driver, compiler) = unsafe {
+        (
+            cudarc::driver::sys::is_culib_present(),
+            cudarc::nvrtc::sys::is_culib_present(),
+        )
+    };
+    if !driver {
+        Some("NVIDIA's driver library libcuda.so.1 was not found; install the driver")
+    } else if !compiler {
+        Some("CUDA's compiler library libnvrtc.so was not found; install CUDA's NVRTC")
+    } else if cuda_folder().is_none_or(|folder| !folder.join("include/cuda_fp16.h").exists()) {
+        Some(
+            "CUDA's headers (include/cuda_fp16.h) were not found; install them, or set CUDA_PATH \
+             to the folder of CUDA",
+        )
+    } else {
+        None
+    }
+}
+
+/// Where CubeCL looks for CUDA's headers.
+fn cuda_folder() -> Option<PathBuf> {
+    if let Some(folder) = env::var_os("CUDA_PATH") {
+        return Some(folder.into());
+    }
+    if cfg!(windows) {
+        return Some("C:/Program Files/NVIDIA GPU Computing Toolkit/CUDA/".into());
+    }
+    let installed = ["/usr/local/cuda", "/opt/cuda"].map(Path::new);
+    let system = Path::new("/usr/bin/nvcc")
+        .exists()
+        .then_some("/usr".as_ref());
+    let found = installed.into_iter().find(|folder| folder.exists());
+    found.or(system).map(Path::to_owned)
+}
+
+fn driver_message(error: DriverError) -> String {
+    let DriverError(code) = error;
+    match code {
+        CUresult::CUDA_ERROR_NO_DEVICE => "NVIDIA's driver finds no GPU".to_owned(),
+        CUresult::CUDA_ERROR_SYSTEM_DRIVER_MISMATCH => {
+            "the libraries of NVIDIA's driver and its kernel module differ in version; reboot, or \
+             install the same version of both"
+                .to_owned()
+        }
+        _ => format!("NVIDIA's driver answers with {code:?}"),
+    }
+}
+
+#[expect(unsafe_code, reason = "the driver is called directly")]
+fn list() -> Result<Vec<DeviceInfo>, DriverError> {
+    result::init()?;
+    let mut version: c_int = 0;
+    // SAFETY: the pointer is valid for the call.
+    unsafe { cudarc::driver::sys::cuDriverGetVersion(&raw mut version).result()? };
+    let count = result::device::get_count()?;
+    (0..count)
+        .map(|ordinal| {
+            let device = result::device::get(ordinal)?;
+            // SAFETY: `get` returned the device.
+            let (memory, major, minor) = unsafe {
+                (
+                    result::device::total_mem(device)?,
+                    result::device::get_attribute(
+                        device,
+                        Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR,
+                    )?,
+                    result::device::get_attribute(
+                        device,
+                        Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR,
+                    )?,
+                )
+            };
+            Ok(DeviceInfo {
+                index: ordinal as usize,
+                name: result::device::get_name(device)?,
+                detail: Some(format!(
+                    "compute capability {major}.{minor}, driver for CUDA {}.{}",
+                    version / 1000,
+                    version % 1000 / 10
+                )),
+                memory: Some(memory as u64),
+                dtypes: dtypes(major, minor),
+                software: false,
+            })
+        })
+        .collect()
+}
+
+/// The types a GPU of this compute capability has instructions for; CUDA's headers emulate the
+/// others in f32.
+fn dtypes(major: i32, minor: i32) -> Vec<ModelDType> {
+    let since = |dtype| match dtype {
+        ModelDType::F32 => (0, 0),
+        ModelDType::F16 => (5, 3),
+        ModelDType::Bf16 => (8, 0),
+    };
+    ModelDType::ALL
+        .into_iter()
+        .filter(|dtype| (major, minor) >= since(*dtype))
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn types_follow_the_compute_capability() {
+        use ModelDType::{Bf16, F16, F32};
+        assert_eq!(dtypes(9, 0), [F32, Bf16, F16]);
+        assert_eq!(dtypes(8, 0), [F32, Bf16, F16]);
+        assert_eq!(dtypes(7, 5), [F32, F16]);
+        assert_eq!(dtypes(5, 2), [F32]);
+    }
 }

@@ -2,15 +2,30 @@
 
 use burn_flex::{Flex, FlexDevice};
 use burn_tensor::DType;
-use kiln_models::loading::{self, LoadOptions, OpenError};
+use kiln_models::loading::{self, DeviceInfo, LoadOptions, ModelDType, OpenError, Target};
 use kiln_models::painter::Painter;
 use kiln_models::qwen_image::CheckpointParts;
+
+/// The CPU. Weights are kept in any of the types.
+pub fn devices() -> Result<Vec<DeviceInfo>, OpenError> {
+    Ok(vec![DeviceInfo::cpu(&ModelDType::ALL)])
+}
 
 /// Loads a checkpoint.
 ///
 /// Weights stay in the model's type, without a copy if the checkpoint is in it. Activations are
 /// f32 always: CPUs have no faster arithmetic in narrower types, and the picture is closer to the
 /// exact one.
-pub fn open(parts: &CheckpointParts, options: LoadOptions) -> Result<Box<dyn Painter>, OpenError> {
-    loading::open::<Flex>("flex", FlexDevice, Some(DType::F32), parts, options)
+pub fn open(
+    info: &DeviceInfo,
+    parts: &CheckpointParts,
+    options: LoadOptions,
+) -> Result<Box<dyn Painter>, OpenError> {
+    let target = Target {
+        backend: "flex",
+        device: FlexDevice,
+        info,
+        activations: Some(DType::F32),
+    };
+    loading::open::<Flex>(target, parts, options)
 }

@@ -6,6 +6,7 @@
 pub mod defaults;
 #[cfg(feature = "flex")]
 mod flex;
+pub mod host;
 
 use burn_tensor::Tensor;
 use burn_tensor::backend::Backend;

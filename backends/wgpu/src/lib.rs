@@ -3,27 +3,130 @@
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use burn_tensor::backend::Backend;
+use burn_wgpu::graphics::{AutoGraphicsApi, GraphicsApi};
 use burn_wgpu::{Wgpu, WgpuDevice};
-use kiln_models::loading::{self, LoadOptions, OpenError};
+use kiln_models::loading::{self, DeviceInfo, LoadOptions, ModelDType, OpenError, Target};
 use kiln_models::painter::Painter;
 use kiln_models::qwen_image::CheckpointParts;
+use wgpu::DeviceType;
 
 const NAME: &str = "wgpu";
 
-/// Loads a checkpoint onto the default device.
-pub fn open(parts: &CheckpointParts, options: LoadOptions) -> Result<Box<dyn Painter>, OpenError> {
-    loading::open::<Wgpu<f32, i32>>(NAME, open_device()?, None, parts, options)
+/// The adapters of the graphics API that burn uses here: Metal on Apple's machines, Vulkan
+/// elsewhere. GPUs come before adapters that compute on the CPU.
+pub fn devices() -> Result<Vec<DeviceInfo>, OpenError> {
+    let devices: Vec<DeviceInfo> = adapters()?.into_iter().map(|(_, info)| info).collect();
+    if devices.is_empty() {
+        return Err(no_device(&format!(
+            "no {} adapter answers; install the driver of the GPU",
+            AutoGraphicsApi::backend()
+        )));
+    }
+    Ok(devices)
 }
 
-/// wgpu panics where no adapter answers.
-fn open_device() -> Result<WgpuDevice, OpenError> {
-    let no_device = |reason: &str| OpenError::NoDevice {
+/// Loads a checkpoint.
+pub fn open(
+    info: &DeviceInfo,
+    parts: &CheckpointParts,
+    options: LoadOptions,
+) -> Result<Box<dyn Painter>, OpenError> {
+    let device = adapters()?
+        .into_iter()
+        .find(|(_, found)| found == info)
+        .ok_or_else(|| no_device(&format!("{} no longer answers", info.name)))?
+        .0;
+    // burn panics where an adapter does not open.
+    catch_unwind(AssertUnwindSafe(|| Wgpu::<f32, i32>::sync(&device)))
+        .map_err(|_| no_device(&format!("{} does not open", info.name)))?
+        .map_err(|error| no_device(&format!("{}: {error:?}", info.name)))?;
+    let target = Target {
+        backend: NAME,
+        device,
+        info,
+        activations: None,
+    };
+    loading::open::<Wgpu<f32, i32>>(target, parts, options)
+}
+
+fn no_device(reason: &str) -> OpenError {
+    OpenError::NoDevice {
         backend: NAME,
         reason: reason.to_owned(),
+    }
+}
+
+/// Every adapter that burn can open, and what burn calls it: burn counts each type by itself, and
+/// has no name for adapters of no type and for software adapters after the first.
+fn adapters() -> Result<Vec<(WgpuDevice, DeviceInfo)>, OpenError> {
+    let list = || {
+        let api = AutoGraphicsApi::backend();
+        let instance = wgpu::Instance::new(wgpu::InstanceDescriptor {
+            backends: api.into(),
+            ..wgpu::InstanceDescriptor::new_without_display_handle()
+        });
+        cubecl_common::future::block_on(instance.enumerate_adapters(api.into()))
     };
-    let device = WgpuDevice::default();
-    catch_unwind(AssertUnwindSafe(|| Wgpu::<f32, i32>::sync(&device)))
-        .map_err(|_| no_device("no Vulkan, Metal, DirectX 12 or OpenGL adapter answers"))?
-        .map_err(|error| no_device(&format!("{error:?}")))?;
-    Ok(device)
+    let adapters =
+        catch_unwind(list).map_err(|_| no_device("the graphics driver does not start"))?;
+    let of_type = |wanted| {
+        adapters
+            .iter()
+            .filter(move |adapter| adapter.get_info().device_type == wanted)
+            .enumerate()
+    };
+    let discrete = of_type(DeviceType::DiscreteGpu).map(|(i, it)| (WgpuDevice::DiscreteGpu(i), it));
+    let integrated =
+        of_type(DeviceType::IntegratedGpu).map(|(i, it)| (WgpuDevice::IntegratedGpu(i), it));
+    let virtual_ = of_type(DeviceType::VirtualGpu).map(|(i, it)| (WgpuDevice::VirtualGpu(i), it));
+    let software = of_type(DeviceType::Cpu)
+        .take(1)
+        .map(|(_, it)| (WgpuDevice::Cpu, it));
+    Ok(discrete
+        .chain(integrated)
+        .chain(virtual_)
+        .chain(software)
+        .enumerate()
+        .map(|(index, (device, adapter))| (device, describe(index, adapter)))
+        .collect())
+}
+
+fn describe(index: usize, adapter: &wgpu::Adapter) -> DeviceInfo {
+    let info = adapter.get_info();
+    let mut dtypes = vec![ModelDType::F32];
+    // WGSL has no bf16.
+    if adapter.features().contains(wgpu::Features::SHADER_F16) {
+        dtypes.push(ModelDType::F16);
+    }
+    let detail = format!("{} {} {}", info.backend, info.driver, info.driver_info);
+    DeviceInfo {
+        index,
+        name: info.name,
+        detail: Some(detail.trim_end().to_owned()),
+        memory: memory(adapter),
+        dtypes,
+        software: info.device_type == DeviceType::Cpu,
+    }
+}
+
+/// The largest heap that lies on the device, in bytes. wgpu itself does not tell.
+#[cfg(target_os = "linux")]
+#[expect(unsafe_code, reason = "Vulkan is asked directly")]
+fn memory(adapter: &wgpu::Adapter) -> Option<u64> {
+    // SAFETY: nothing is made or destroyed through the handles, which live as long as `adapter`.
+    let properties = unsafe {
+        let vulkan = adapter.as_hal::<wgpu::hal::api::Vulkan>()?;
+        let instance = vulkan.shared_instance().raw_instance();
+        instance.get_physical_device_memory_properties(vulkan.raw_physical_device())
+    };
+    let heaps = properties.memory_heaps_as_slice().iter();
+    heaps
+        .filter(|heap| heap.flags.contains(ash::vk::MemoryHeapFlags::DEVICE_LOCAL))
+        .map(|heap| heap.size)
+        .max()
+}
+
+#[cfg(not(target_os = "linux"))]
+fn memory(_adapter: &wgpu::Adapter) -> Option<u64> {
+    None
 }
