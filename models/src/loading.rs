@@ -1,9 +1,10 @@
 //! Opening a painter: what every backend crate offers the rest of the program.
 
 use burn_tensor::DType;
-use kiln_ops::{FusedOps, host};
+use cubecl_common::stream_id::StreamId;
+use kiln_ops::{FusedOps, MemoryUse, host};
 
-use crate::painter::Painter;
+use crate::painter::{Job, JobId, ModelInfo, PaintError, Painter, Painting, one_line};
 use crate::qwen_image::{CheckpointParts, PainterSettings, QwenImage};
 use crate::source::{StoredDType, TensorSource};
 use crate::vae::VaeSettings;
@@ -116,6 +117,8 @@ pub enum OpenError {
         backend: &'static str,
         reason: String,
     },
+    #[error("{device} failed while the model was loaded: {reason}")]
+    Device { device: String, reason: String },
     #[error(transparent)]
     Load(#[from] LoadError),
 }
@@ -173,6 +176,107 @@ pub fn open<B: FusedOps>(
         precision,
         vae: options.vae,
     };
-    let painter = QwenImage::<B>::load(parts, target.device, device_name, settings)?;
-    Ok(Box::new(painter))
+    let stream = StreamId::current();
+    let device = target.device;
+    let painter = QwenImage::<B>::load(parts, device.clone(), device_name.clone(), settings)?;
+    B::sync(&device).map_err(|error| OpenError::Device {
+        device: device_name,
+        reason: one_line(&error),
+    })?;
+    Ok(Box::new(OneStream { painter, stream }))
+}
+
+/// A painter whose work goes to the queue of the device that its weights were loaded through,
+/// whichever thread calls: GPU backends keep queue and memory by thread.
+struct OneStream<P> {
+    painter: P,
+    stream: StreamId,
+}
+
+impl<P: Painter> Painter for OneStream<P> {
+    fn info(&self) -> &ModelInfo {
+        self.painter.info()
+    }
+
+    fn start(&mut self, id: JobId, job: Job) -> Result<(), PaintError> {
+        self.stream.executes(|| self.painter.start(id, job))
+    }
+
+    fn step(&mut self, ids: &[JobId]) -> Result<Vec<usize>, PaintError> {
+        self.stream.executes(|| self.painter.step(ids))
+    }
+
+    fn finish(&mut self, id: JobId) -> Result<Painting, PaintError> {
+        self.stream.executes(|| self.painter.finish(id))
+    }
+
+    fn discard(&mut self, id: JobId) {
+        self.stream.executes(|| self.painter.discard(id));
+    }
+
+    fn memory(&self) -> MemoryUse {
+        self.stream.executes(|| self.painter.memory())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::thread;
+
+    use super::*;
+    use crate::painter::ImageSizes;
+
+    /// Fails every job with the queue it was called on.
+    struct Witness(ModelInfo);
+
+    impl Painter for Witness {
+        fn info(&self) -> &ModelInfo {
+            &self.0
+        }
+
+        fn start(&mut self, _id: JobId, _job: Job) -> Result<(), PaintError> {
+            Ok(())
+        }
+
+        fn step(&mut self, _ids: &[JobId]) -> Result<Vec<usize>, PaintError> {
+            Err(PaintError::Device(StreamId::current().to_string()))
+        }
+
+        fn finish(&mut self, id: JobId) -> Result<Painting, PaintError> {
+            Err(PaintError::UnknownJob(id))
+        }
+
+        fn discard(&mut self, _id: JobId) {}
+
+        fn memory(&self) -> MemoryUse {
+            MemoryUse::default()
+        }
+    }
+
+    #[test]
+    fn another_thread_uses_the_queue_of_the_one_that_loaded() {
+        let stream = StreamId::current();
+        let sizes = ImageSizes {
+            multiple: 16,
+            max_side: 64,
+            default_side: 64,
+        };
+        let mut painter = OneStream {
+            painter: Witness(ModelInfo {
+                sizes,
+                vocab_size: 1,
+                device: String::new(),
+                dtype: "f32",
+            }),
+            stream,
+        };
+        let (elsewhere, used) = thread::spawn(move || {
+            let used = painter.step(&[]).unwrap_err().to_string();
+            (StreamId::current(), used)
+        })
+        .join()
+        .unwrap();
+        assert_ne!(elsewhere, stream);
+        assert!(used.ends_with(&stream.to_string()), "{used}");
+    }
 }

@@ -3,6 +3,8 @@
 //! Only plain data crosses it: token ids in, progress out, RGB bytes out, jobs by number. A server
 //! change never recompiles a kernel, and an engine can be tested with any painter.
 
+pub use kiln_ops::MemoryUse;
+
 use crate::noise::NoiseGenerator;
 
 /// Names a job within one painter. The caller chooses it and does not reuse one that is alive.
@@ -86,13 +88,6 @@ pub struct ModelInfo {
     pub dtype: &'static str,
 }
 
-/// Memory the painter's device holds, in bytes; `None` where the backend does not count.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct MemoryUse {
-    pub in_use: Option<u64>,
-    pub reserved: Option<u64>,
-}
-
 /// Why a job could not go on. The painter and its other jobs remain usable.
 #[derive(Debug, thiserror::Error)]
 pub enum PaintError {
@@ -116,12 +111,26 @@ pub enum PaintError {
     NothingToDo,
     #[error("job {0} has steps left")]
     Unfinished(JobId),
-    #[error("reading a result back from the device failed: {0}")]
+    #[error("the device failed: {0}")]
     Device(String),
+}
+
+impl PaintError {
+    /// The device's own report, which may have many lines, in one.
+    pub(crate) fn device(report: &impl std::fmt::Display) -> Self {
+        Self::Device(one_line(report))
+    }
+}
+
+pub(crate) fn one_line(text: &impl std::fmt::Display) -> String {
+    let text = text.to_string();
+    let words: Vec<&str> = text.split_whitespace().collect();
+    words.join(" ")
 }
 
 /// Draws pictures, job by job and step by step, on one device.
 ///
+/// Every call returns when the device is done with it, so what it takes can be timed.
 /// A job is started, advanced until [`Painter::step`] reports no steps left, and finished; it can
 /// be dropped at any point in between. Several jobs, of any sizes, may be advanced together.
 /// A call that panics loses at most the jobs it was given.
@@ -141,5 +150,6 @@ pub trait Painter: Send {
     /// Forgets a job, whatever its state.
     fn discard(&mut self, id: JobId);
 
+    /// What the device holds now, for this painter and all else that this program runs on it.
     fn memory(&self) -> MemoryUse;
 }

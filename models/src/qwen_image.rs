@@ -306,6 +306,11 @@ impl<B: FusedOps> QwenImage<B> {
         table
     }
 
+    /// Until the device has computed all that it was given; memory that ran out shows here.
+    fn wait(&self) -> Result<(), PaintError> {
+        B::sync(&self.device).map_err(|error| PaintError::device(&error))
+    }
+
     fn running(&self, id: JobId) -> Result<&RunningJob<B>, PaintError> {
         self.jobs.get(&id).ok_or(PaintError::UnknownJob(id))
     }
@@ -355,6 +360,7 @@ where
         let each_image = |prompt| std::iter::repeat_n(prompt, job.num_images);
         let segments = prompts.iter().flat_map(each_image).map(segment).collect();
         let text = Tensor::cat(prompts.iter().flat_map(each_image).cloned().collect(), 0);
+        self.wait()?;
         let running = RunningJob {
             job,
             schedule,
@@ -406,6 +412,7 @@ where
             let predicted = self.transformer.forward(image, text, &modulation, &packing);
             self.packing = Some(packing);
             self.advance(ids, predicted.cast(DType::F32))?;
+            self.wait()?;
         }
         ids.iter()
             .map(|&id| {
@@ -458,7 +465,7 @@ where
     }
 
     fn memory(&self) -> MemoryUse {
-        MemoryUse::default()
+        B::memory_use(&self.device)
     }
 }
 
@@ -514,11 +521,11 @@ fn record<B: FusedOps, const D: usize>(
 
 /// Reads f32 values back from the device; memory that ran out shows here.
 fn read<B: FusedOps, const D: usize>(tensor: Tensor<B, D>) -> Result<Vec<f32>, PaintError> {
-    let device_error = |error: &dyn std::fmt::Debug| PaintError::Device(format!("{error:?}"));
     let data = tensor
         .try_into_data()
-        .map_err(|error| device_error(&error))?;
-    data.into_vec::<f32>().map_err(|error| device_error(&error))
+        .map_err(|error| PaintError::device(&error))?;
+    data.into_vec::<f32>()
+        .map_err(|error| PaintError::Device(format!("{error:?}")))
 }
 
 /// Refuses pipelines other than Qwen-Image's text-to-image.

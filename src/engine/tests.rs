@@ -284,10 +284,7 @@ fn a_failure_ends_that_job_and_the_next_one_runs() {
         (PANIC_IN_START, "the painter panicked: start went wrong"),
         (PANIC_IN_STEP, "the painter panicked: step 2 went wrong"),
         (PANIC_IN_FINISH, "the painter panicked: finish went wrong"),
-        (
-            FAIL_IN_STEP,
-            "reading a result back from the device failed: out of memory",
-        ),
+        (FAIL_IN_STEP, "the device failed: out of memory"),
     ] {
         let error = wait(engine.submit(job(behaviour, 1, 2)).unwrap()).unwrap_err();
         assert_eq!(error.to_string(), expected);

@@ -3,6 +3,8 @@
 use std::fs;
 use std::thread;
 
+use crate::MemoryUse;
+
 /// Processor, for people: `AMD EPYC 7763, 8 threads`.
 pub fn cpu() -> String {
     let name = read_field("/proc/cpuinfo", "model name").unwrap_or_else(|| "CPU".to_owned());
@@ -14,6 +16,20 @@ pub fn cpu() -> String {
 /// Memory of the machine, in bytes.
 pub fn memory() -> Option<u64> {
     kibibytes(&read_field("/proc/meminfo", "MemTotal")?)
+}
+
+/// Memory that this process holds, and the most it held at once.
+#[cfg_attr(
+    not(any(feature = "flex", feature = "ndarray")),
+    expect(dead_code, reason = "of the CPU backends")
+)]
+pub(crate) fn process_memory() -> MemoryUse {
+    let status = |name| kibibytes(&read_field("/proc/self/status", name)?);
+    MemoryUse {
+        in_use: status("VmRSS"),
+        reserved: None,
+        peak: status("VmHWM"),
+    }
 }
 
 /// The value of a `name: value` line of a file in `/proc`.
@@ -58,5 +74,20 @@ mod tests {
     fn linux_tells_the_memory() {
         assert!(memory() > Some(64 << 20));
         assert!(cpu().contains(" thread"));
+    }
+
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn the_peak_remembers_what_was_let_go_of() {
+        const BYTES: usize = 96 << 20;
+        let before = process_memory();
+        let held = std::hint::black_box(vec![1_u8; BYTES]);
+        let during = process_memory();
+        drop(held);
+        let after = process_memory();
+        assert!(during.in_use >= before.in_use.map(|bytes| bytes + (BYTES / 2) as u64));
+        // Linux counts with an error of some pages for each thread.
+        assert!(after.peak.map(|bytes| bytes + (8 << 20)) >= during.in_use);
+        assert!(after.in_use < during.in_use);
     }
 }

@@ -7,9 +7,12 @@ pub mod defaults;
 #[cfg(feature = "flex")]
 mod flex;
 pub mod host;
+mod memory;
 
 use burn_tensor::Tensor;
 use burn_tensor::backend::Backend;
+
+pub use memory::{MemoryReport, MemoryUse};
 
 /// A run of consecutive packed tokens that share one row of a modulation table.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -29,7 +32,7 @@ pub struct Rope<B: Backend> {
 ///
 /// Norms, softmax and rotations are computed in f32 whatever the type of the activations, and the
 /// result has the activations' type again.
-pub trait FusedOps: Backend {
+pub trait FusedOps: MemoryReport {
     /// `x · weightᵀ + bias`, in the type of `x`.
     ///
     /// # Shapes
@@ -158,4 +161,4 @@ where
 }
 
 #[cfg(feature = "cubecl")]
-impl<B: burn_fusion::FusionBackend> FusedOps for burn_fusion::Fusion<B> {}
+impl<B: burn_fusion::FusionBackend + MemoryReport> FusedOps for burn_fusion::Fusion<B> {}
