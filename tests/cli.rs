@@ -274,27 +274,6 @@ fn a_backend_that_is_not_there_is_found_before_the_model_is_looked_for() {
 }
 
 #[test]
-fn a_type_that_the_device_does_not_compute_in_is_refused() {
-    if cfg!(feature = "ndarray") {
-        let args = [
-            "generate",
-            "a cat",
-            "--backend",
-            "ndarray",
-            "--dtype",
-            "bf16",
-        ];
-        let (code, line) = failure(&args);
-        assert_eq!(code, 1);
-        assert!(line.starts_with("ndarray:0 ("), "{line}");
-        assert!(
-            line.ends_with("does not compute in bf16; choose --dtype f32"),
-            "{line}"
-        );
-    }
-}
-
-#[test]
 fn a_port_in_use_is_found_before_the_model_is_looked_for() {
     let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let port = taken.local_addr().unwrap().port().to_string();

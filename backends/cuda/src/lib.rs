@@ -18,7 +18,7 @@ const NAME: &str = "cuda";
 
 /// The GPUs that the driver lists, if kernels can be compiled for them.
 pub fn devices() -> Result<Vec<DeviceInfo>, OpenError> {
-    let missing = missing_software().map(|missing| no_device(missing));
+    let missing = missing_software().map(no_device);
     missing.map_or(Ok(()), Err)?;
     // The libraries are loaded as they are used, and what lacks a function in them panics.
     let devices = catch_unwind(list)
@@ -86,7 +86,7 @@ fn missing_software() -> Option<&'static str> {
     }
 }
 
-/// Where CubeCL looks for CUDA's headers.
+/// Where burn's cuda looks for CUDA's headers.
 fn cuda_folder() -> Option<PathBuf> {
     if let Some(folder) = env::var_os("CUDA_PATH") {
         return Some(folder.into());
