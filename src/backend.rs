@@ -35,9 +35,7 @@ pub struct BackendChoice {
 pub enum DTypeChoice {
     /// The checkpoint's own, where the backend can.
     Auto,
-    F32,
-    Bf16,
-    F16,
+    This(ModelDType),
 }
 
 /// How a checkpoint is loaded.
@@ -235,9 +233,7 @@ impl DTypeChoice {
     fn model_dtype(self) -> Option<ModelDType> {
         match self {
             Self::Auto => None,
-            Self::F32 => Some(ModelDType::F32),
-            Self::Bf16 => Some(ModelDType::Bf16),
-            Self::F16 => Some(ModelDType::F16),
+            Self::This(dtype) => Some(dtype),
         }
     }
 }
@@ -246,16 +242,14 @@ impl FromStr for DTypeChoice {
     type Err = UnknownName;
 
     fn from_str(word: &str) -> Result<Self, UnknownName> {
-        match word {
-            "auto" => Ok(Self::Auto),
-            "f32" => Ok(Self::F32),
-            "bf16" => Ok(Self::Bf16),
-            "f16" => Ok(Self::F16),
-            _ => Err(UnknownName {
-                word: word.to_owned(),
-                known: "auto, f32, bf16, f16".to_owned(),
-            }),
-        }
+        let choice = match word {
+            "auto" => Some(Self::Auto),
+            _ => ModelDType::named(word).map(Self::This),
+        };
+        choice.ok_or_else(|| UnknownName {
+            word: word.to_owned(),
+            known: format!("auto, {}", ModelDType::ALL.map(ModelDType::name).join(", ")),
+        })
     }
 }
 

@@ -2,11 +2,12 @@
 //!
 //! A request goes down one way: [`request`] checks it, [`tokenizer`] turns its prompts into ids,
 //! [`engine`] runs it on the thread that owns the painter, [`image`] encodes what comes out.
-//! [`server`] and [`cli`] are the two doors.
+//! [`server`] and [`cli`] are the two doors. [`compare`] says how far apart two runs are.
 
 pub mod backend;
 pub mod checkpoint;
 pub mod cli;
+pub mod compare;
 pub mod engine;
 pub mod hub;
 pub mod image;

@@ -53,13 +53,14 @@ fn generate(args: &[&str]) -> (i32, String) {
 #[test]
 fn help_and_version_go_to_stdout() {
     let folder = tempfile::tempdir().unwrap();
-    let cases: [(&[&str], &str); 6] = [
+    let cases: [(&[&str], &str); 7] = [
         (&["--help"], "generate"),
         (&["--version"], env!("CARGO_PKG_VERSION")),
         (&["generate", "--help"], "--negative-prompt"),
         (&["serve", "--help"], "--max-queue"),
         (&["help", "serve"], "--port"),
         (&["backends", "--help"], "--json"),
+        (&["compare", "--help"], "--reference"),
     ];
     for (args, expected) in cases {
         let output = kiln(folder.path(), args);
@@ -77,6 +78,7 @@ fn help_fits_a_terminal() {
         ["generate", "--help"],
         ["serve", "--help"],
         ["backends", "--help"],
+        ["compare", "--help"],
     ] {
         let stdout = kiln(folder.path(), &args).stdout;
         let text = String::from_utf8(stdout).unwrap();

@@ -6,6 +6,8 @@
 mod broken_models;
 /// The real binary, run with arguments.
 mod cli;
+/// The real binary, comparing backends.
+mod compare;
 /// A server in this process, asked over TCP.
 mod http;
 /// The real binary beside diffusers.

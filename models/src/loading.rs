@@ -21,6 +21,11 @@ pub enum ModelDType {
 impl ModelDType {
     pub const ALL: [Self; 3] = [Self::F32, Self::Bf16, Self::F16];
 
+    /// The one of that [`ModelDType::name`].
+    pub fn named(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|dtype| dtype.name() == name)
+    }
+
     pub fn name(self) -> &'static str {
         match self {
             Self::F32 => "f32",

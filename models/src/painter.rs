@@ -49,6 +49,20 @@ pub struct RgbImage {
     pub pixels: Vec<u8>,
 }
 
+impl RgbImage {
+    /// From values of 0 to 1, as numpy and so diffusers round: halves to even.
+    pub fn rounded(height: usize, width: usize, values: &[f32]) -> Self {
+        let values = values.iter();
+        Self {
+            height,
+            width,
+            pixels: values
+                .map(|value| (value * 255.0).round_ties_even() as u8)
+                .collect(),
+        }
+    }
+}
+
 /// A finished job.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Painting {

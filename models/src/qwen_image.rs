@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use burn_tensor::{DType, Tensor, TensorData};
+use cubecl_common::stream_id::StreamId;
 use kiln_ops::FusedOps;
 
 use crate::config::{ConfigError, ConfigReader, ConfigText};
@@ -100,6 +101,27 @@ pub struct QwenImage<B: FusedOps> {
     jobs: HashMap<JobId, RunningJob<B>>,
     tables: Vec<(Vec<u32>, Arc<ModulationTable<B>>)>,
     packing: Option<Packing<B>>,
+    /// Dropped last, as fields are dropped in their order.
+    _memory: DeviceMemory<B>,
+}
+
+/// GPU backends keep the memory of what is gone for tensors to come; another backend could not
+/// have it.
+#[derive(Debug)]
+struct DeviceMemory<B: FusedOps> {
+    device: B::Device,
+    /// Memory is kept by queue.
+    stream: StreamId,
+}
+
+impl<B: FusedOps> Drop for DeviceMemory<B> {
+    fn drop(&mut self) {
+        self.stream.executes(|| {
+            // Until then the device may be at work with it.
+            B::sync(&self.device).ok();
+            B::memory_cleanup(&self.device);
+        });
+    }
 }
 
 /// A job between start and finish.
@@ -167,6 +189,10 @@ impl<B: FusedOps> QwenImage<B> {
                 _ => "f32",
             },
         };
+        let memory = DeviceMemory {
+            device: device.clone(),
+            stream: StreamId::current(),
+        };
         Ok(Self {
             text_encoder,
             transformer,
@@ -180,6 +206,7 @@ impl<B: FusedOps> QwenImage<B> {
             jobs: HashMap::new(),
             tables: Vec::new(),
             packing: None,
+            _memory: memory,
         })
     }
 
@@ -441,14 +468,7 @@ where
         let values = read(pixels)?;
         let images = values
             .chunks_exact(job.height * job.width * 3)
-            .map(|image| RgbImage {
-                height: job.height,
-                width: job.width,
-                pixels: image
-                    .iter()
-                    .map(|v| (v * 255.0).round_ties_even() as u8)
-                    .collect(),
-            })
+            .map(|image| RgbImage::rounded(job.height, job.width, image))
             .collect();
         if job.record {
             trace.push(TraceTensor {

@@ -1,5 +1,9 @@
 //! What a run went through, as a safetensors file for comparing runs.
 
+mod read;
+
+pub(super) use self::read::{DumpError, read};
+
 use std::path::Path;
 
 use kiln_models::painter::TraceTensor;

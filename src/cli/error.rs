@@ -1,12 +1,15 @@
 use std::io;
 use std::path::PathBuf;
 
-use crate::backend::{BackendError, InvalidChoice};
+use crate::backend::{BackendChoice, BackendError, InvalidChoice};
 use crate::checkpoint::CheckpointError;
+use crate::compare::{CompareError, ReportError};
 use crate::engine::{JobError, SubmitError};
 use crate::hub::HubError;
 use crate::request::{InvalidPrompt, InvalidRequest};
 use crate::tokenizer::TokenizerError;
+
+use super::dump::DumpError;
 
 /// Why a command failed.
 #[derive(Debug, thiserror::Error)]
@@ -19,6 +22,10 @@ pub(super) enum CliError {
     Tiles { size: usize, stride: usize },
     #[error("{} does not end in .png, and only PNG files can be written", path.display())]
     Extension { path: PathBuf },
+    #[error("{} does not end in .html, .json or .md, so what to write is not known", path.display())]
+    ReportExtension { path: PathBuf },
+    #[error("{reference} is all that is named: name a backend to compare with it in --backends")]
+    NothingToCompare { reference: String },
     #[error("{} is a folder, not a file to write to", path.display())]
     OutputIsFolder { path: PathBuf },
     #[error("there is no folder {} to write to", folder.display())]
@@ -39,6 +46,22 @@ pub(super) enum CliError {
     Submit(#[from] SubmitError),
     #[error(transparent)]
     Job(#[from] JobError),
+    #[error("the run on {backend} failed")]
+    Run {
+        backend: BackendChoice,
+        source: JobError,
+    },
+    #[error(transparent)]
+    Compare(#[from] CompareError),
+    #[error("over the tolerance, compared with {reference}: {}", names.join(", "))]
+    OverTolerance {
+        names: Vec<String>,
+        reference: String,
+    },
+    #[error(transparent)]
+    Report(#[from] ReportError),
+    #[error(transparent)]
+    ReadDump(#[from] DumpError),
     #[error("an image cannot be encoded")]
     Encode(#[from] png::EncodingError),
     #[error("cannot write the dump {}", path.display())]
@@ -67,6 +90,8 @@ impl CliError {
             | Self::Tiles { .. }
             | Self::Choice(_)
             | Self::Extension { .. }
+            | Self::ReportExtension { .. }
+            | Self::NothingToCompare { .. }
             | Self::OutputIsFolder { .. } => 2,
             _ => 1,
         }

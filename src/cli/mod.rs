@@ -2,6 +2,7 @@
 
 mod args;
 mod backends;
+mod compare;
 mod dump;
 mod error;
 mod generate;
@@ -38,6 +39,10 @@ pub fn main() -> ExitCode {
         Command::Generate(args) => {
             log_plain_lines();
             generate::run(&args)
+        }
+        Command::Compare(args) => {
+            log_plain_lines();
+            compare::run(&args)
         }
         Command::Serve(args) => {
             log_with_times();

@@ -17,6 +17,8 @@ use tokio::sync::mpsc::UnboundedReceiver;
 use self::queue::Shared;
 use self::worker::Worker;
 
+pub(crate) use self::worker::caught;
+
 /// Jobs that may wait, unless told otherwise.
 pub const DEFAULT_MAX_QUEUE: usize = 32;
 

@@ -159,10 +159,15 @@ impl Worker {
         call: impl FnOnce(&mut dyn Painter) -> Result<T, PaintError>,
     ) -> Result<T, JobError> {
         let painter = self.painter.as_mut();
-        match catch_unwind(AssertUnwindSafe(|| call(painter))) {
-            Ok(outcome) => Ok(outcome?),
-            Err(payload) => Err(JobError::Panicked(panic_message(payload.as_ref()))),
-        }
+        caught(|| call(painter))
+    }
+}
+
+/// What a call of a painter gives; its panic is an error.
+pub(crate) fn caught<T>(call: impl FnOnce() -> Result<T, PaintError>) -> Result<T, JobError> {
+    match catch_unwind(AssertUnwindSafe(call)) {
+        Ok(outcome) => Ok(outcome?),
+        Err(payload) => Err(JobError::Panicked(panic_message(payload.as_ref()))),
     }
 }
 

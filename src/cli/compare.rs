@@ -1,0 +1,174 @@
+use std::fs;
+use std::io::{self, Write};
+use std::path::Path;
+
+use crate::backend::{self, BackendChoice, DTypeChoice};
+use crate::compare::{
+    Comparison, CostMeter, Recording, Report, ReportFormat, RunReport, Settings, Tolerance, record,
+};
+use crate::request::{GenerationRequest, Limits, PromptTokens};
+
+use super::args::{CompareArgs, Reference};
+use super::dump;
+use super::error::CliError;
+use super::model::Model;
+use super::output;
+use super::progress::Progress;
+
+/// `kiln compare`. Everything that can be refused is refused before the weights are loaded.
+pub(super) fn run(args: &CompareArgs) -> Result<(), CliError> {
+    let noise = args.request.noise.generator();
+    let params = args.request.params(args.prompt.clone());
+    // What no model could draw is refused before one is downloaded.
+    GenerationRequest::new(params.clone(), &Limits::for_any_model(), noise)?;
+    let report_file = args.report.as_deref().map(report_file).transpose()?;
+    let backends = other_backends(args)?;
+    let first = args.reference.backend();
+    first
+        .into_iter()
+        .chain(&backends)
+        .try_for_each(|&backend| backend::check(backend))?;
+    let tolerance = Tolerance {
+        max_relative: args
+            .tolerance
+            .unwrap_or(Tolerance::of(args.dtype).max_relative),
+        ..Tolerance::of(args.dtype)
+    };
+
+    let model = Model::open(&args.model)?;
+    let limits = Limits::for_sizes(model.image_sizes()?);
+    let request = GenerationRequest::new(params, &limits, noise)?;
+    let runner = Runner {
+        args,
+        tokens: request.tokenize(&model.tokenizer)?,
+        model,
+        request,
+    };
+    let mut runs = Vec::new();
+    let reference = match &args.reference {
+        Reference::Backend(backend) => {
+            let (recording, run) = runner.run(*backend)?;
+            runs.push(run);
+            recording
+        }
+        Reference::Dump(path) => dump::read(path, &runner.tokens)?,
+    };
+    let mut comparisons = Vec::new();
+    for backend in backends {
+        let (recording, run) = runner.run(backend)?;
+        runs.push(run);
+        comparisons.push(Comparison::new(&reference, &recording, tolerance)?);
+    }
+
+    let report = Report {
+        kiln: env!("CARGO_PKG_VERSION"),
+        settings: Settings::new(&args.model, args.dtype, &runner.request),
+        tolerance,
+        reference: reference.name,
+        runs,
+        comparisons,
+        reference_picture: reference.picture,
+    };
+    let mut stdout = io::stdout().lock();
+    write!(stdout, "{}", report.summary()).map_err(CliError::Stdout)?;
+    if let Some((path, format)) = report_file {
+        write_report(&report, path, format)?;
+    }
+    verdict(&report)
+}
+
+/// The backends to compare with the reference: what is named, once, and not the reference itself.
+fn other_backends(args: &CompareArgs) -> Result<Vec<BackendChoice>, CliError> {
+    let mut backends: Vec<BackendChoice> = Vec::new();
+    for &backend in &args.backends {
+        let is_reference = args.reference == Reference::Backend(backend);
+        if !is_reference && !backends.contains(&backend) {
+            backends.push(backend);
+        }
+    }
+    if backends.is_empty() {
+        return Err(CliError::NothingToCompare {
+            reference: args.reference.to_string(),
+        });
+    }
+    Ok(backends)
+}
+
+struct Runner<'a> {
+    args: &'a CompareArgs,
+    model: Model,
+    request: GenerationRequest,
+    tokens: PromptTokens,
+}
+
+impl Runner<'_> {
+    /// Loads the model onto a backend, draws, and lets go of it, so that no two are loaded at once.
+    fn run(&self, backend: BackendChoice) -> Result<(Recording, RunReport), CliError> {
+        let dtype = DTypeChoice::This(self.args.dtype);
+        let settings = self.args.vae.settings(backend, dtype)?;
+        tracing::info!("{backend}:");
+        let meter = CostMeter::start();
+        let mut painter = self.model.painter(&settings)?;
+        let load = meter.stop(painter.memory());
+        let device = painter.info().device.clone();
+
+        let job = self.request.clone().into_job(self.tokens.clone(), true);
+        let total = job.num_inference_steps;
+        let mut progress = Progress::new(total);
+        progress.started();
+        let outcome = record(backend.to_string(), &mut *painter, load, job, |done| {
+            progress.step(done, total);
+        });
+        progress.end();
+        let (recording, costs) = outcome.map_err(|source| CliError::Run { backend, source })?;
+        let run = RunReport {
+            name: recording.name.clone(),
+            device,
+            costs,
+        };
+        Ok((recording, run))
+    }
+}
+
+/// The format follows from the name.
+fn report_file(path: &Path) -> Result<(&Path, ReportFormat), CliError> {
+    let extension = path.extension().unwrap_or_default();
+    let known = [
+        ("html", ReportFormat::Html),
+        ("json", ReportFormat::Json),
+        ("md", ReportFormat::Markdown),
+    ];
+    let (_, format) = known
+        .into_iter()
+        .find(|(name, _)| extension.eq_ignore_ascii_case(name))
+        .ok_or_else(|| CliError::ReportExtension {
+            path: path.to_owned(),
+        })?;
+    output::check_writable(path)?;
+    Ok((path, format))
+}
+
+fn write_report(report: &Report, path: &Path, format: ReportFormat) -> Result<(), CliError> {
+    let text = report.render(format)?;
+    fs::write(path, text).map_err(|source| CliError::Write {
+        path: path.to_owned(),
+        source,
+    })?;
+    tracing::info!("wrote {}", path.display());
+    Ok(())
+}
+
+fn verdict(report: &Report) -> Result<(), CliError> {
+    let over = report
+        .comparisons
+        .iter()
+        .filter(|comparison| !comparison.within_tolerance());
+    let names: Vec<String> = over.map(|comparison| comparison.name.clone()).collect();
+    if names.is_empty() {
+        return Ok(());
+    }
+    Err(CliError::OverTolerance {
+        names,
+        reference: report.reference.clone(),
+    })
+}

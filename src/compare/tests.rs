@@ -1,0 +1,126 @@
+use super::heat_map::heat_colour;
+use super::*;
+
+const TOLERANCE: Tolerance = Tolerance {
+    max_relative: 1e-3,
+    picture: PictureBound::EqualShare(0.999),
+};
+
+fn stage(name: &str, shape: &[usize], values: &[f32]) -> TraceTensor {
+    TraceTensor {
+        name: name.to_owned(),
+        shape: shape.to_vec(),
+        values: values.to_vec(),
+    }
+}
+
+/// A run of two steps whose picture has one pixel.
+fn recording(name: &str, latents: [f32; 2], picture: f32) -> Recording {
+    Recording {
+        name: name.to_owned(),
+        trace: vec![
+            stage("prompt_embeds", &[1, 1, 2], &[1.0, -2.0]),
+            stage("latents_step0", &[1, 1, 2], &[latents[0], 4.0]),
+            stage("latents_step1", &[1, 1, 2], &[latents[1], 4.0]),
+            stage("image_float", &[1, 1, 1, 3], &[picture, 0.5, 0.5]),
+        ],
+        picture: RgbImage {
+            height: 1,
+            width: 1,
+            pixels: vec![(picture * 255.0).round() as u8, 128, 128],
+        },
+    }
+}
+
+#[test]
+fn equal_runs_agree_at_every_stage() {
+    let run = recording("a", [1.0, 2.0], 0.25);
+    let comparison = Comparison::new(&run, &run, TOLERANCE).unwrap();
+    assert!(comparison.within_tolerance());
+    let labels: Vec<String> = comparison
+        .stages
+        .iter()
+        .map(StageDifference::label)
+        .collect();
+    let expected = [
+        "prompt embeddings",
+        "latents after step 1",
+        "latents after step 2",
+        "picture before rounding",
+        "8-bit picture",
+    ];
+    assert_eq!(labels, expected);
+    let differences = comparison.stages.iter().map(|stage| stage.difference);
+    assert!(
+        differences
+            .into_iter()
+            .all(|difference| difference.max_abs == 0.0)
+    );
+    assert_eq!(comparison.heat_map.pixels, heat_colour(0.0));
+}
+
+#[test]
+fn the_first_stage_over_the_tolerance_is_named() {
+    let reference = recording("a", [1.0, 2.0], 0.25);
+    // 0.003 of 4 is within 1e-3, 0.005 is not.
+    let run = recording("b", [1.003, 2.005], 0.25);
+    let comparison = Comparison::new(&reference, &run, TOLERANCE).unwrap();
+    assert_eq!(
+        comparison.first_over_tolerance.as_deref(),
+        Some("latents_step1")
+    );
+    let worst = comparison.worst_step().unwrap();
+    assert_eq!(worst.step(), Some(2));
+    assert!((worst.difference.max_relative - 0.00125).abs() < 1e-6);
+}
+
+#[test]
+fn the_8_bit_picture_has_a_bound_of_its_own() {
+    let reference = recording("a", [1.0, 2.0], 0.2529);
+    // Less than 1e-3 apart, and rounded to neighbours.
+    let run = recording("b", [1.0, 2.0], 0.2530);
+    let comparison = Comparison::new(&reference, &run, TOLERANCE).unwrap();
+    assert_eq!(comparison.first_over().unwrap().label(), "8-bit picture");
+    let picture = comparison.stage(PICTURE).unwrap().picture.unwrap();
+    assert!((picture.equal_share - 2.0 / 3.0).abs() < 1e-12);
+    let by_psnr = Tolerance {
+        picture: PictureBound::PsnrDb(36.0),
+        ..TOLERANCE
+    };
+    let comparison = Comparison::new(&reference, &run, by_psnr).unwrap();
+    assert!(comparison.within_tolerance());
+}
+
+#[test]
+fn stages_that_the_reference_lacks_are_left_out() {
+    let mut reference = recording("a", [1.0, 2.0], 0.25);
+    reference.trace.retain(|stage| stage.name != FLOAT_PICTURE);
+    let run = recording("b", [1.0, 2.0], 0.5);
+    let comparison = Comparison::new(&reference, &run, TOLERANCE).unwrap();
+    assert!(comparison.stage(FLOAT_PICTURE).is_none());
+    assert!(comparison.stage(PICTURE).is_some());
+    // Made from the 8-bit pictures then: 64 and 128 of 255.
+    assert_eq!(comparison.heat_map.pixels, heat_colour(64.0 / 255.0));
+}
+
+#[test]
+fn runs_of_different_shapes_are_not_compared() {
+    let reference = recording("a", [1.0, 2.0], 0.25);
+    let mut run = recording("b", [1.0, 2.0], 0.25);
+    run.trace[0] = stage("prompt_embeds", &[1, 2, 1], &[1.0, -2.0]);
+    let error = Comparison::new(&reference, &run, TOLERANCE).unwrap_err();
+    assert!(
+        error.to_string().starts_with(
+            "prompt_embeds has the shape [1, 2, 1] on b and [1, 1, 2] in the reference a"
+        ),
+        "{error}"
+    );
+    let mut run = recording("b", [1.0, 2.0], 0.25);
+    run.trace.truncate(3);
+    run.picture = RgbImage {
+        height: 1,
+        width: 2,
+        pixels: vec![0; 6],
+    };
+    assert!(Comparison::new(&reference, &run, TOLERANCE).is_err());
+}
