@@ -1,10 +1,13 @@
 //! A model folder as diffusers writes it: five JSON files, a tokenizer, and the weights of three
-//! components in safetensors files. Or the demo model, which has the same files in the binary.
+//! components in safetensors files. Or the demo model, which has the same files in the binary. Or
+//! the configurations alone, with random weights.
 //!
 //! [`Checkpoint::open`] reads headers and configurations only. The weights are memory-mapped and
 //! reach the models tensor by tensor, through [`TensorSource`].
 
 mod demo;
+mod dummy;
+mod qwen_image;
 mod weights;
 
 #[cfg(test)]
@@ -29,6 +32,9 @@ use crate::tokenizer::{PromptTokenizer, TokenizerError};
 /// What names the demo model wherever a model is named.
 pub const DEMO: &str = "demo";
 
+/// The published model whose configuration is in the binary.
+pub const QWEN_IMAGE: &str = "Qwen/Qwen-Image";
+
 /// An open model.
 #[derive(Debug, Clone)]
 pub struct Checkpoint {
@@ -42,6 +48,18 @@ pub enum Place {
     Folder(PathBuf),
     /// In the binary.
     Demo,
+    /// Nowhere: random weights in the shape of a model.
+    Dummy(Shape),
+}
+
+/// Whose configurations random weights follow.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Shape {
+    /// A model folder's; it needs no weight files.
+    Folder(PathBuf),
+    Demo,
+    /// [`QWEN_IMAGE`]'s, without a file.
+    QwenImage,
 }
 
 impl fmt::Display for Place {
@@ -49,6 +67,17 @@ impl fmt::Display for Place {
         match self {
             Self::Folder(path) => path.display().fmt(f),
             Self::Demo => f.write_str("the built-in demo model"),
+            Self::Dummy(shape) => write!(f, "random weights in the shape of {shape}"),
+        }
+    }
+}
+
+impl fmt::Display for Shape {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Folder(path) => path.display().fmt(f),
+            Self::Demo => Place::Demo.fmt(f),
+            Self::QwenImage => f.write_str(QWEN_IMAGE),
         }
     }
 }
@@ -196,14 +225,7 @@ impl Checkpoint {
                 });
             }
         }
-        // What the configurations mean is the business of the networks that read them.
-        let configs = CheckpointConfigs {
-            model_index: read_config(folder.join("model_index.json"))?,
-            scheduler: read_config(folder.join("scheduler/scheduler_config.json"))?,
-            text_encoder: read_config(folder.join("text_encoder/config.json"))?,
-            transformer: read_config(folder.join("transformer/config.json"))?,
-            vae: read_config(folder.join("vae/config.json"))?,
-        };
+        let configs = read_configs(folder)?;
         // The stems are transformers' and diffusers' names for a component's weights.
         let parts = CheckpointParts {
             configs,
@@ -225,15 +247,42 @@ impl Checkpoint {
         })
     }
 
+    /// Random weights in the shape of a model, made as they are loaded.
+    pub fn dummy(shape: Shape) -> Result<Self, CheckpointError> {
+        let configs = match &shape {
+            Shape::Folder(folder) => {
+                check_is_model_folder(folder)?;
+                read_configs(folder)?
+            }
+            Shape::Demo => demo::configs(),
+            Shape::QwenImage => qwen_image::configs(),
+        };
+        let [text_encoder, transformer, vae] =
+            dummy::sources(["text_encoder", "transformer", "vae"]);
+        Ok(Self {
+            place: Place::Dummy(shape),
+            parts: CheckpointParts {
+                configs,
+                text_encoder,
+                transformer,
+                vae,
+            },
+        })
+    }
+
     pub fn place(&self) -> &Place {
         &self.place
     }
 
-    /// Loads the tokenizer.
+    /// Loads the tokenizer. Random weights make no use of what a prompt says: where their shape
+    /// comes without a tokenizer, the demo model's stands in.
     pub fn tokenizer(&self) -> Result<PromptTokenizer, TokenizerError> {
         match &self.place {
             Place::Folder(folder) => PromptTokenizer::load(&folder.join("tokenizer")),
-            Place::Demo => PromptTokenizer::from_json(&demo::tokenizer()),
+            Place::Dummy(Shape::Folder(folder)) if folder.join("tokenizer").is_dir() => {
+                PromptTokenizer::load(&folder.join("tokenizer"))
+            }
+            Place::Demo | Place::Dummy(_) => PromptTokenizer::from_json(&demo::tokenizer()),
         }
     }
 
@@ -271,6 +320,17 @@ fn check_is_model_folder(folder: &Path) -> Result<(), CheckpointError> {
     Err(CheckpointError::NotAModelFolder {
         folder: folder.to_owned(),
         found,
+    })
+}
+
+/// What they mean is the business of the networks that read them.
+fn read_configs(folder: &Path) -> Result<CheckpointConfigs, CheckpointError> {
+    Ok(CheckpointConfigs {
+        model_index: read_config(folder.join("model_index.json"))?,
+        scheduler: read_config(folder.join("scheduler/scheduler_config.json"))?,
+        text_encoder: read_config(folder.join("text_encoder/config.json"))?,
+        transformer: read_config(folder.join("transformer/config.json"))?,
+        vae: read_config(folder.join("vae/config.json"))?,
     })
 }
 

@@ -276,6 +276,87 @@ fn a_backend_that_is_not_there_is_found_before_the_model_is_looked_for() {
 }
 
 #[test]
+fn random_weights_draw_in_the_shape_of_a_folder_without_its_files() {
+    let folder = tempfile::tempdir().unwrap();
+    let model = Path::new(env!("CARGO_MANIFEST_DIR")).join("models/demo");
+    for config in [
+        "model_index.json",
+        "scheduler/scheduler_config.json",
+        "text_encoder/config.json",
+        "transformer/config.json",
+        "vae/config.json",
+    ] {
+        let to = folder.path().join("shape").join(config);
+        std::fs::create_dir_all(to.parent().unwrap()).unwrap();
+        std::fs::copy(model.join(config), to).unwrap();
+    }
+    let draw = |name: &str| {
+        let args = [
+            "generate",
+            "a cat",
+            "--load-format",
+            "dummy",
+            "--model",
+            "shape",
+            "--size",
+            "48x32",
+            "--steps",
+            "2",
+            "--seed",
+            "1",
+            "--negative-prompt",
+            "",
+            "--dump",
+            "run.safetensors",
+            "--output",
+            name,
+        ];
+        let output = kiln(folder.path(), &args);
+        let stderr = stderr(&output);
+        assert_eq!(output.status.code(), Some(0), "{stderr}");
+        assert!(
+            stderr.contains("random weights in the shape of shape"),
+            "{stderr}"
+        );
+        std::fs::read(folder.path().join(name)).unwrap()
+    };
+    assert_eq!(draw("a.png"), draw("b.png"), "the same weights every time");
+
+    // Numbers of the usual size all along.
+    let dump = std::fs::read(folder.path().join("run.safetensors")).unwrap();
+    let dump = safetensors::SafeTensors::deserialize(&dump).unwrap();
+    for name in ["prompt_embeds", "latents_step1", "image_float"] {
+        let elements = dump.tensor(name).unwrap().data().as_chunks::<4>().0;
+        let values: Vec<f32> = elements.iter().map(|it| f32::from_le_bytes(*it)).collect();
+        let mean = values.iter().sum::<f32>() / values.len() as f32;
+        let square = values
+            .iter()
+            .map(|value| (value - mean).powi(2))
+            .sum::<f32>();
+        let deviation = (square / values.len() as f32).sqrt();
+        assert!((0.05..20.0).contains(&deviation), "{name}: {deviation}");
+    }
+}
+
+#[test]
+fn random_weights_are_not_downloaded() {
+    let args = [
+        "generate",
+        "a cat",
+        "--load-format",
+        "dummy",
+        "--model",
+        "some/model",
+    ];
+    let (code, line) = failure(&args);
+    assert_eq!(code, 1);
+    assert!(
+        line.starts_with("\"some/model\" has no shape for --load-format dummy"),
+        "{line}"
+    );
+}
+
+#[test]
 fn a_port_in_use_is_found_before_the_model_is_looked_for() {
     let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let port = taken.local_addr().unwrap().port().to_string();

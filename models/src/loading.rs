@@ -6,7 +6,7 @@ use kiln_ops::{FusedOps, MemoryUse, host};
 
 use crate::painter::{Job, JobId, ModelInfo, PaintError, Painter, Painting, one_line};
 use crate::qwen_image::{CheckpointParts, PainterSettings, QwenImage};
-use crate::source::{StoredDType, TensorSource};
+use crate::source::StoredDType;
 use crate::vae::VaeSettings;
 use crate::weights::{LoadError, Precision};
 
@@ -44,25 +44,11 @@ impl ModelDType {
 
     /// The type that most of a checkpoint's transformer is stored in.
     pub fn of_checkpoint(parts: &CheckpointParts) -> Self {
-        let bytes_in = |wanted: &StoredDType| -> usize {
-            let source: &dyn TensorSource = &*parts.transformer;
-            let infos = source
-                .names()
-                .into_iter()
-                .filter_map(|name| source.info(&name));
-            infos
-                .filter(|info| info.dtype == *wanted)
-                .map(|info| info.shape.iter().product::<usize>() * wanted.size().unwrap_or(0))
-                .sum()
-        };
-        [
-            (Self::F32, StoredDType::F32),
-            (Self::Bf16, StoredDType::Bf16),
-            (Self::F16, StoredDType::F16),
-        ]
-        .into_iter()
-        .max_by_key(|(_, stored)| bytes_in(stored))
-        .map_or(Self::F32, |(dtype, _)| dtype)
+        match parts.transformer.main_dtype() {
+            Some(StoredDType::Bf16) => Self::Bf16,
+            Some(StoredDType::F16) => Self::F16,
+            _ => Self::F32,
+        }
     }
 }
 

@@ -47,6 +47,25 @@ pub trait TensorSource: std::fmt::Debug + Send + Sync {
     /// Shape, type and file of a tensor; `None` if there is no such name.
     fn info(&self, name: &str) -> Option<TensorInfo>;
 
+    /// What there is for a tensor that must have this shape. A source that makes weights up makes
+    /// them so; one that reads files has what [`TensorSource::info`] says.
+    fn wanted(&self, name: &str, _shape: &[usize]) -> Option<TensorInfo> {
+        self.info(name)
+    }
+
+    /// The type that most of the weights are stored in, by bytes; `None` without readable ones.
+    fn main_dtype(&self) -> Option<StoredDType> {
+        let mut bytes = [StoredDType::F32, StoredDType::Bf16, StoredDType::F16].map(|it| (it, 0));
+        for info in self.names().iter().filter_map(|name| self.info(name)) {
+            let size = info.dtype.size().unwrap_or(0) * info.shape.iter().product::<usize>();
+            if let Some((_, sum)) = bytes.iter_mut().find(|(dtype, _)| *dtype == info.dtype) {
+                *sum += size;
+            }
+        }
+        let (dtype, bytes) = bytes.into_iter().max_by_key(|(_, bytes)| *bytes)?;
+        (bytes > 0).then_some(dtype)
+    }
+
     /// The tensor's elements in row-major order, little-endian. The bytes may lie in a memory map
     /// that is unmapped, page by page, when the last clone is dropped.
     ///

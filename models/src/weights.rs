@@ -136,7 +136,7 @@ impl<B: FusedOps> Weights<B> {
 
     /// Checks a tensor without reading it.
     fn check(&self, name: &str, shape: &[usize]) -> Result<StoredDType, LoadError> {
-        let Some(info) = self.source.info(name) else {
+        let Some(info) = self.source.wanted(name, shape) else {
             return Err(LoadError::Missing {
                 origin: self.source.origin(),
                 name: name.to_owned(),

@@ -37,15 +37,19 @@ macro_rules! text {
     };
 }
 
+pub(super) fn configs() -> CheckpointConfigs {
+    CheckpointConfigs {
+        model_index: text!("model_index.json"),
+        scheduler: text!("scheduler/scheduler_config.json"),
+        text_encoder: text!("text_encoder/config.json"),
+        transformer: text!("transformer/config.json"),
+        vae: text!("vae/config.json"),
+    }
+}
+
 pub(super) fn parts() -> Result<CheckpointParts, CheckpointError> {
     Ok(CheckpointParts {
-        configs: CheckpointConfigs {
-            model_index: text!("model_index.json"),
-            scheduler: text!("scheduler/scheduler_config.json"),
-            text_encoder: text!("text_encoder/config.json"),
-            transformer: text!("transformer/config.json"),
-            vae: text!("vae/config.json"),
-        },
+        configs: configs(),
         text_encoder: weights!("text_encoder/model.safetensors"),
         transformer: weights!("transformer/diffusion_pytorch_model.safetensors"),
         vae: weights!("vae/diffusion_pytorch_model.safetensors"),

@@ -400,3 +400,38 @@ fn damaged_weight_files_are_refused() {
         "cannot read DIR/vae/config.json: stream did not contain valid UTF-8"
     );
 }
+
+#[test]
+fn random_weights_need_configurations_only() {
+    let folder = model();
+    for component in [
+        "text_encoder/model.safetensors",
+        "vae/diffusion_pytorch_model.safetensors",
+    ] {
+        fs::remove_file(folder.path().join(component)).unwrap();
+    }
+    fs::remove_dir_all(folder.path().join("tokenizer")).unwrap();
+    let shape = Shape::Folder(folder.path().to_owned());
+    let checkpoint = Checkpoint::dummy(shape.clone()).unwrap();
+    assert_eq!(checkpoint.parts().configs.vae.text, "{\"vae\": 1}");
+    // The demo model's stands in.
+    assert!(checkpoint.tokenizer().is_ok());
+
+    fs::remove_file(folder.path().join("vae/config.json")).unwrap();
+    let error = Checkpoint::dummy(shape).unwrap_err();
+    assert!(
+        error.to_string().contains("vae/config.json is missing"),
+        "{error}"
+    );
+}
+
+#[test]
+fn the_shape_of_qwen_image_is_in_the_binary() {
+    let checkpoint = Checkpoint::dummy(Shape::QwenImage).unwrap();
+    let sizes = checkpoint.parts().configs.image_sizes().unwrap();
+    assert_eq!((sizes.multiple, sizes.default_side), (16, 1024));
+    assert_eq!(
+        checkpoint.place().to_string(),
+        "random weights in the shape of Qwen/Qwen-Image"
+    );
+}

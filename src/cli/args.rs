@@ -10,7 +10,7 @@ use kiln_models::loading::ModelDType;
 use kiln_models::noise::NoiseGenerator;
 
 use crate::backend::{BackendChoice, BackendKind, DTypeChoice, InvalidChoice, LoadSettings};
-use crate::checkpoint::DEMO;
+use crate::checkpoint::{DEMO, QWEN_IMAGE};
 use crate::engine::DEFAULT_MAX_QUEUE;
 use crate::request::GenerationParams;
 
@@ -55,12 +55,12 @@ pub(super) struct GenerateArgs {
     #[arg(long = "prompt", value_name = "PROMPT", allow_hyphen_values = true)]
     prompt_option: Option<String>,
 
-    /// Folder in diffusers layout, Hugging Face id, or demo
+    /// Folder in diffusers layout, Hugging Face id, or demo [default: demo]
     ///
     /// An id such as Qwen/Qwen-Image is downloaded unless the Hugging Face cache has it. demo is
     /// the small model in this program, which draws one coloured shape on a coloured background.
-    #[arg(long, value_name = "PATH_OR_ID", default_value = DEMO)]
-    pub(super) model: String,
+    #[arg(long, value_name = "PATH_OR_ID")]
+    model: Option<String>,
 
     #[command(flatten)]
     pub(super) request: RequestArgs,
@@ -94,6 +94,10 @@ pub(super) struct GenerateArgs {
 }
 
 impl GenerateArgs {
+    pub(super) fn model(&self) -> &str {
+        self.loading.model_or_default(self.model.as_deref())
+    }
+
     pub(super) fn params(&self) -> GenerationParams {
         let prompt = self.prompt.as_ref().or(self.prompt_option.as_ref());
         GenerationParams {
@@ -251,7 +255,7 @@ pub(super) struct ServeArgs {
 impl ServeArgs {
     pub(super) fn model(&self) -> &str {
         let model = self.model.as_deref().or(self.model_option.as_deref());
-        model.unwrap_or(DEMO)
+        self.loading.model_or_default(model)
     }
 }
 
@@ -444,6 +448,14 @@ impl BackendArgs {
 #[derive(Debug, clap::Args)]
 #[command(next_help_heading = "Loading")]
 pub(super) struct LoadArgs {
+    /// Where the weights come from
+    ///
+    /// auto reads the model's files. dummy makes random weights in the model's shape, for measuring
+    /// speed and memory: the images are noise. It reads configurations alone, of a folder, or of
+    /// Qwen/Qwen-Image without any file, which is the default model then.
+    #[arg(long, value_enum, default_value_t = LoadFormat::Auto)]
+    pub(super) load_format: LoadFormat,
+
     /// Type of the weights
     ///
     /// auto keeps the type of the checkpoint where the backend computes in it. f32 takes twice
@@ -487,7 +499,21 @@ pub(super) struct VaeArgs {
     vae_tile_stride: usize,
 }
 
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(super) enum LoadFormat {
+    Auto,
+    Dummy,
+}
+
 impl LoadArgs {
+    /// The model that was named, or the one that is meant without a name.
+    pub(super) fn model_or_default<'a>(&self, given: Option<&'a str>) -> &'a str {
+        given.unwrap_or(match self.load_format {
+            LoadFormat::Auto => DEMO,
+            LoadFormat::Dummy => QWEN_IMAGE,
+        })
+    }
+
     pub(super) fn settings(&self, backend: BackendChoice) -> Result<LoadSettings, CliError> {
         self.vae.settings(backend, self.dtype)
     }

@@ -8,7 +8,7 @@ use crate::compare::{
 };
 use crate::request::{GenerationRequest, Limits, PromptTokens};
 
-use super::args::{CompareArgs, Reference};
+use super::args::{CompareArgs, LoadFormat, Reference};
 use super::dump;
 use super::error::CliError;
 use super::model::Model;
@@ -35,7 +35,7 @@ pub(super) fn run(args: &CompareArgs) -> Result<(), CliError> {
         ..Tolerance::of(args.dtype)
     };
 
-    let model = Model::open(&args.model)?;
+    let model = Model::open(&args.model, LoadFormat::Auto)?;
     let limits = Limits::for_sizes(model.image_sizes()?);
     let request = GenerationRequest::new(params, &limits, noise)?;
     let runner = Runner {

@@ -2,7 +2,7 @@ use std::io;
 use std::path::PathBuf;
 
 use crate::backend::{BackendChoice, BackendError, InvalidChoice};
-use crate::checkpoint::CheckpointError;
+use crate::checkpoint::{CheckpointError, DEMO, QWEN_IMAGE};
 use crate::compare::{CompareError, ReportError};
 use crate::engine::{JobError, SubmitError};
 use crate::hub::HubError;
@@ -34,6 +34,11 @@ pub(super) enum CliError {
     Write { path: PathBuf, source: io::Error },
     #[error(transparent)]
     Hub(#[from] HubError),
+    #[error(
+        "{name:?} has no shape for --load-format dummy: give a folder with a model's \
+         configurations (model_index.json, transformer/config.json, ...), {QWEN_IMAGE} or {DEMO}"
+    )]
+    DummyShape { name: String },
     #[error(transparent)]
     Checkpoint(#[from] CheckpointError),
     #[error("the tokenizer cannot be loaded")]

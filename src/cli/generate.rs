@@ -31,7 +31,7 @@ pub(super) fn run(args: &GenerateArgs) -> Result<(), CliError> {
 
     backend::check(settings.backend)?;
 
-    let model = Model::open(&args.model)?;
+    let model = Model::open(args.model(), args.loading.load_format)?;
     let limits = Limits::for_sizes(model.image_sizes()?);
     let request = GenerationRequest::new(params, &limits, noise)?;
     let tokens = request.tokenize(&model.tokenizer)?;

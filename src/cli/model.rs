@@ -1,13 +1,27 @@
+use std::path::Path;
 use std::time::Instant;
 
 use kiln_models::painter::{ImageSizes, Painter};
 
 use crate::backend::{self, LoadSettings};
-use crate::checkpoint::{Checkpoint, DEMO};
+use crate::checkpoint::{Checkpoint, DEMO, QWEN_IMAGE, Shape};
 use crate::hub::{self, HubSettings};
 use crate::tokenizer::PromptTokenizer;
 
+use super::args::LoadFormat;
 use super::error::CliError;
+
+/// What random weights are given the shape of: nothing is downloaded for them.
+fn dummy_shape(name: &str) -> Result<Shape, CliError> {
+    match name {
+        DEMO => Ok(Shape::Demo),
+        QWEN_IMAGE => Ok(Shape::QwenImage),
+        _ if Path::new(name).exists() => Ok(Shape::Folder(name.into())),
+        _ => Err(CliError::DummyShape {
+            name: name.to_owned(),
+        }),
+    }
+}
 
 /// A model's files, before its weights are read.
 pub(super) struct Model {
@@ -17,11 +31,11 @@ pub(super) struct Model {
 
 impl Model {
     /// Finds, or downloads, the model, and opens what is small in it.
-    pub(super) fn open(name: &str) -> Result<Self, CliError> {
-        let checkpoint = if name == DEMO {
-            Checkpoint::demo()?
-        } else {
-            Checkpoint::open(&hub::resolve(name, &HubSettings::from_env())?)?
+    pub(super) fn open(name: &str, format: LoadFormat) -> Result<Self, CliError> {
+        let checkpoint = match format {
+            LoadFormat::Dummy => Checkpoint::dummy(dummy_shape(name)?)?,
+            LoadFormat::Auto if name == DEMO => Checkpoint::demo()?,
+            LoadFormat::Auto => Checkpoint::open(&hub::resolve(name, &HubSettings::from_env())?)?,
         };
         let tokenizer = checkpoint.tokenizer().map_err(CliError::Tokenizer)?;
         Ok(Self {

@@ -20,7 +20,7 @@ pub(super) fn run(args: &ServeArgs) -> Result<(), CliError> {
     let listener = listen(args)?;
     backend::check(settings.backend)?;
 
-    let model = Model::open(name)?;
+    let model = Model::open(name, args.loading.load_format)?;
     let painter = model.painter(&settings)?;
     let engine = Engine::start(painter, args.max_queue);
     let app = App {

@@ -1,0 +1,23 @@
+//! The configuration of Qwen/Qwen-Image, for loading its shape without its files.
+
+use kiln_models::config::ConfigText;
+use kiln_models::qwen_image::CheckpointConfigs;
+
+macro_rules! config {
+    ($name:literal) => {
+        ConfigText {
+            file: concat!("Qwen/Qwen-Image, ", $name).to_owned(),
+            text: include_str!(concat!("qwen_image/", $name)).to_owned(),
+        }
+    };
+}
+
+pub(super) fn configs() -> CheckpointConfigs {
+    CheckpointConfigs {
+        model_index: config!("model_index.json"),
+        scheduler: config!("scheduler.json"),
+        text_encoder: config!("text_encoder.json"),
+        transformer: config!("transformer.json"),
+        vae: config!("vae.json"),
+    }
+}
