@@ -10,19 +10,22 @@ use crate::tokenizer::{PromptTokenizer, TokenizerError};
 pub const DEFAULT_NUM_INFERENCE_STEPS: u32 = 50;
 /// Guidance scale when a request names none, as in diffusers.
 pub const DEFAULT_TRUE_CFG_SCALE: f64 = 4.0;
-/// Pixels of one image: 7680x4320, the limit of vLLM-Omni.
+/// Pixels of all images of a request: one of 7680x4320, the limit of vLLM-Omni.
 pub const DEFAULT_MAX_IMAGE_PIXELS: usize = 33_177_600;
 /// The scheduler was trained with 1,000 timesteps: more steps than that add nothing.
 pub const DEFAULT_MAX_STEPS: usize = 1000;
 /// Images of one request, as in the API of `OpenAI`.
 pub const DEFAULT_MAX_NUM_IMAGES: usize = 10;
+/// Bytes of a prompt. A longer one has more tokens than the model takes, and is not worth
+/// splitting into them.
+pub const MAX_PROMPT_BYTES: usize = 64 << 10;
 
 /// Bounds of what may be asked for.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Limits {
     /// Heights and widths are floored to a multiple.
     pub sizes: ImageSizes,
-    /// Largest `height * width`.
+    /// Largest `height * width`, of all images of a request together.
     pub max_image_pixels: usize,
     /// Largest number of denoising steps.
     pub max_steps: usize,
@@ -118,6 +121,16 @@ pub enum InvalidRequest {
         width: usize,
         max: usize,
     },
+    #[error(
+        "the images of a request may have {max} pixels together, \
+         got {images} of {height}x{width}: ask for fewer, or for smaller ones"
+    )]
+    TooManyPixelsTogether {
+        images: usize,
+        height: usize,
+        width: usize,
+        max: usize,
+    },
     #[error("num_inference_steps must be from 1 to {max}, got {got}")]
     Steps { got: i128, max: usize },
     #[error("true_cfg_scale must be a finite number of at least 0, got {got}")]
@@ -129,6 +142,8 @@ pub enum InvalidRequest {
         u64::MAX
     )]
     Seed { got: i128 },
+    #[error("{param} may have {MAX_PROMPT_BYTES} bytes at most, got {got}: shorten it")]
+    PromptTooLong { param: &'static str, got: usize },
 }
 
 /// The tokenizer takes the prompt, or the negative prompt, for no prompt.
@@ -144,11 +159,11 @@ impl InvalidRequest {
     /// Name of the [`GenerationParams`] field that is to blame.
     pub fn param(&self) -> &'static str {
         match self {
-            Self::Side { param, .. } => param,
+            Self::Side { param, .. } | Self::PromptTooLong { param, .. } => param,
             Self::TooManyPixels { .. } => "height",
             Self::Steps { .. } => "num_inference_steps",
             Self::TrueCfgScale { .. } => "true_cfg_scale",
-            Self::NumImages { .. } => "num_images",
+            Self::NumImages { .. } | Self::TooManyPixelsTogether { .. } => "num_images",
             Self::Seed { .. } => "seed",
         }
     }
@@ -162,6 +177,11 @@ impl GenerationRequest {
         limits: &Limits,
         noise_generator: NoiseGenerator,
     ) -> Result<Self, InvalidRequest> {
+        check_length("prompt", &params.prompt)?;
+        check_length(
+            "negative_prompt",
+            params.negative_prompt.as_deref().unwrap_or_default(),
+        )?;
         let height = side("height", params.height, limits)?;
         let width = side("width", params.width, limits)?;
         let max = limits.max_image_pixels;
@@ -183,6 +203,14 @@ impl GenerationRequest {
                 got: images,
                 max: limits.max_num_images,
             })?;
+        if (height * width).saturating_mul(num_images) > max {
+            return Err(InvalidRequest::TooManyPixelsTogether {
+                images: num_images,
+                height,
+                width,
+                max,
+            });
+        }
 
         let true_cfg_scale = params.true_cfg_scale.unwrap_or(DEFAULT_TRUE_CFG_SCALE);
         if !true_cfg_scale.is_finite() || true_cfg_scale < 0.0 {
@@ -206,6 +234,40 @@ impl GenerationRequest {
             seed,
             noise_generator,
         })
+    }
+
+    /// Whether every step runs the transformer on the negative prompt too.
+    pub fn uses_cfg(&self) -> bool {
+        self.negative_prompt.is_some() && self.true_cfg_scale > 1.0
+    }
+
+    /// What it takes to draw the image `index` again, in the form that the web UI of AUTOMATIC1111
+    /// writes and image tools read.
+    ///
+    /// `model` is the name to put down for the model.
+    pub fn metadata_text(&self, model: &str, index: usize) -> String {
+        let negative = self.negative_prompt.as_ref().filter(|_| self.uses_cfg());
+        let scale = negative.map_or(1.0, |_| self.true_cfg_scale);
+        let negative = negative.map(|text| format!("Negative prompt: {text}\n"));
+        let rng = match self.noise_generator {
+            NoiseGenerator::Cpu => "CPU",
+            NoiseGenerator::Cuda => "NV",
+        };
+        let batch = (self.num_images > 1)
+            .then(|| format!("Batch size: {}, Batch pos: {index}, ", self.num_images));
+        format!(
+            "{}\n{}Steps: {}, Sampler: Euler, CFG scale: {scale}, Seed: {}, Size: {}x{}, \
+             Model: {}, RNG: {rng}, {}Version: kiln {}",
+            self.prompt,
+            negative.unwrap_or_default(),
+            self.num_inference_steps,
+            self.seed,
+            self.width,
+            self.height,
+            quoted(model),
+            batch.unwrap_or_default(),
+            env!("CARGO_PKG_VERSION"),
+        )
     }
 
     /// Both prompts as token ids.
@@ -241,6 +303,14 @@ impl GenerationRequest {
     }
 }
 
+fn check_length(param: &'static str, prompt: &str) -> Result<(), InvalidRequest> {
+    let got = prompt.len();
+    if got > MAX_PROMPT_BYTES {
+        return Err(InvalidRequest::PromptTooLong { param, got });
+    }
+    Ok(())
+}
+
 /// A height or width as the image will have it: floored as the reference does.
 fn side(
     param: &'static str,
@@ -266,6 +336,15 @@ fn within(value: i128, min: usize, max: usize) -> Option<usize> {
     usize::try_from(value)
         .ok()
         .filter(|value| (min..=max).contains(value))
+}
+
+/// A value that holds what separates values is written as a JSON string.
+fn quoted(value: &str) -> String {
+    if value.contains([',', ':', '\n', '"']) {
+        serde_json::Value::from(value).to_string()
+    } else {
+        value.to_owned()
+    }
 }
 
 /// A number from the operating system's randomness.
@@ -345,6 +424,71 @@ mod tests {
             "height x width must be at most 33177600 pixels, got 4320x7696, \
              which is 33246720 pixels"
         );
+    }
+
+    #[test]
+    fn the_images_of_a_request_share_the_pixel_limit() {
+        let asked = |num_images, side| {
+            check(GenerationParams {
+                num_images: Some(num_images),
+                height: Some(side),
+                width: Some(side),
+                ..GenerationParams::default()
+            })
+        };
+        assert!(asked(10, 1808).is_ok());
+        let error = asked(10, 1824).unwrap_err();
+        assert_eq!(error.param(), "num_images");
+        assert!(error.to_string().contains("10 of 1824x1824"), "{error}");
+    }
+
+    #[test]
+    fn prompts_have_a_length() {
+        let long = "x".repeat(MAX_PROMPT_BYTES + 1);
+        let params = GenerationParams {
+            prompt: long.clone(),
+            ..GenerationParams::default()
+        };
+        assert_eq!(check(params).unwrap_err().param(), "prompt");
+        let params = GenerationParams {
+            negative_prompt: Some(long),
+            ..GenerationParams::default()
+        };
+        assert_eq!(check(params).unwrap_err().param(), "negative_prompt");
+    }
+
+    #[test]
+    fn the_metadata_is_what_image_tools_read() {
+        let request = check(GenerationParams {
+            prompt: "a fox, 雪".to_owned(),
+            negative_prompt: Some("blurry".to_owned()),
+            seed: Some(7),
+            height: Some(64),
+            width: Some(128),
+            num_images: Some(2),
+            ..GenerationParams::default()
+        })
+        .unwrap();
+        assert_eq!(
+            request.metadata_text("Qwen/Qwen-Image", 1),
+            concat!(
+                "a fox, 雪\nNegative prompt: blurry\nSteps: 50, Sampler: Euler, CFG scale: 4, ",
+                "Seed: 7, Size: 128x64, Model: Qwen/Qwen-Image, RNG: CPU, Batch size: 2, ",
+                "Batch pos: 1, Version: kiln ",
+                env!("CARGO_PKG_VERSION")
+            )
+        );
+        let plain = GenerationRequest {
+            negative_prompt: None,
+            num_images: 1,
+            ..request
+        };
+        let text = plain.metadata_text("a, b", 0);
+        assert!(
+            text.starts_with("a fox, 雪\nSteps: 50, Sampler: Euler, CFG scale: 1, "),
+            "{text}"
+        );
+        assert!(text.contains("Model: \"a, b\", RNG"), "{text}");
     }
 
     #[test]

@@ -185,8 +185,14 @@ fn values_out_of_bounds_are_usage_errors() {
             &["--backend", "auto", "--device", "1"],
             "name the backend that device 1 is one of",
         ),
-        (&["--output", "out.jpg"], "out.jpg does not end in .png"),
-        (&["--output", "out"], "out does not end in .png"),
+        (
+            &["--output", "out.gif"],
+            "out.gif does not end in .png, .jpg or .webp",
+        ),
+        (
+            &["--output", "out"],
+            "out does not end in .png, .jpg or .webp",
+        ),
         (&["--output", "."], ". is a folder"),
     ] {
         let (code, line) = generate(args);

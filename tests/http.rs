@@ -1,8 +1,14 @@
 //! The HTTP API over real sockets. The painter is a small one that paints flat grey, so that what
 //! is tested is everything in front of it; the tokenizer is the real one.
 
+/// API keys and origins.
+mod access;
 mod bad_requests;
 mod client;
+/// `POST /v1/images/generations`.
+mod images;
+/// What can be learned of the server.
+mod information;
 mod painter;
 mod real_model;
 mod server;
@@ -10,6 +16,7 @@ mod server;
 use std::time::Duration;
 
 use base64::Engine as _;
+use kiln::server::Settings;
 use serde_json::{Value, json};
 
 use self::client::{Reply, connect, get, post, send};
@@ -25,15 +32,33 @@ fn decode(part: &Value) -> (u32, u32, Vec<u8>) {
     assert_eq!(part["type"], "image_url");
     let url = part["image_url"]["url"].as_str().unwrap();
     let data = url.strip_prefix("data:image/png;base64,").unwrap();
-    let file = base64::engine::general_purpose::STANDARD
+    decode_png(&from_base64(data))
+}
+
+fn from_base64(data: &str) -> Vec<u8> {
+    base64::engine::general_purpose::STANDARD
         .decode(data)
-        .unwrap();
+        .unwrap()
+}
+
+fn decode_png(file: &[u8]) -> (u32, u32, Vec<u8>) {
     let mut reader = png::Decoder::new(std::io::Cursor::new(file))
         .read_info()
         .unwrap();
     let mut pixels = vec![0; reader.output_buffer_size().unwrap()];
     let info = reader.next_frame(&mut pixels).unwrap();
     (info.width, info.height, pixels)
+}
+
+/// The text in a PNG file that says how it was made.
+fn metadata(file: &[u8]) -> Option<String> {
+    let reader = png::Decoder::new(std::io::Cursor::new(file))
+        .read_info()
+        .unwrap();
+    let info = reader.info();
+    let plain = info.uncompressed_latin1_text.first();
+    let text = plain.map(|chunk| chunk.text.clone());
+    text.or_else(|| Some(info.utf8_text.first()?.get_text().unwrap()))
 }
 
 fn parts(reply: &Reply) -> &Vec<Value> {
@@ -129,6 +154,50 @@ fn an_empty_negative_prompt_turns_guidance_on() {
     let body = json!({"messages": user(&json!("")), "extra_body": {"negative_prompt": ""}});
     assert_eq!(post(server.address, &body).status, 200);
     assert!(server.last_job().uses_cfg());
+}
+
+#[test]
+fn a_default_negative_prompt_is_for_those_who_have_none() {
+    let settings = Settings {
+        default_negative_prompt: Some(" ".to_owned()),
+        ..Settings::new("m")
+    };
+    let server = TestServer::with_settings(Pace::Fast, 4, settings);
+    let body = json!({"messages": user(&json!("a cat")), "negative_prompt": null});
+    assert_eq!(post(server.address, &body).status, 200);
+    let tokenizer = load_tokenizer();
+    let default = tokenizer.encode_prompt(" ").unwrap();
+    assert_eq!(server.last_job().negative_prompt, Some(default));
+
+    let body = json!({"messages": user(&json!("a cat")), "negative_prompt": "blurry"});
+    assert_eq!(post(server.address, &body).status, 200);
+    let own = tokenizer.encode_prompt("blurry").unwrap();
+    assert_eq!(server.last_job().negative_prompt, Some(own));
+}
+
+#[test]
+fn png_files_say_how_they_were_made() {
+    let draw = |server: &TestServer, prompt: &str| {
+        let body = json!({"messages": user(&json!(prompt)), "n": 2, "seed": 7});
+        let reply = post(server.address, &body);
+        let url = parts(&reply)[1]["image_url"]["url"].as_str().unwrap();
+        metadata(&from_base64(url.split_once(',').unwrap().1))
+    };
+    let server = TestServer::start(Pace::Fast, 4);
+    for prompt in ["a café", "雪"] {
+        let text = draw(&server, prompt).unwrap();
+        let expected = format!(
+            "{prompt}\nSteps: 50, Sampler: Euler, CFG scale: 1, Seed: 7, Size: 64x64, Model: test/model, RNG: CPU, Batch size: 2, Batch pos: 1"
+        );
+        assert!(text.starts_with(&expected), "{text}");
+    }
+
+    let settings = Settings {
+        metadata: false,
+        ..Settings::new("m")
+    };
+    let server = TestServer::with_settings(Pace::Fast, 4, settings);
+    assert_eq!(draw(&server, "a cat"), None);
 }
 
 #[test]

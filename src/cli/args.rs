@@ -1,6 +1,7 @@
 //! What the user typed. The doc comments are the help texts.
 
 use std::fmt;
+use std::num::NonZeroUsize;
 use std::path::PathBuf;
 use std::str::FromStr;
 
@@ -8,11 +9,15 @@ use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{ArgGroup, Parser, Subcommand, ValueEnum};
 use kiln_models::loading::ModelDType;
 use kiln_models::noise::NoiseGenerator;
+use kiln_models::painter::ImageSizes;
 
 use crate::backend::{BackendChoice, BackendKind, DTypeChoice, InvalidChoice, LoadSettings};
 use crate::checkpoint::{DEMO, QWEN_IMAGE};
 use crate::engine::DEFAULT_MAX_QUEUE;
-use crate::request::GenerationParams;
+use crate::request::{
+    DEFAULT_MAX_IMAGE_PIXELS, DEFAULT_MAX_NUM_IMAGES, DEFAULT_MAX_STEPS, GenerationParams, Limits,
+};
+use crate::server::{ApiKeys, CorsOrigin, DEFAULT_MAX_BODY_BYTES, Settings};
 
 use super::error::CliError;
 
@@ -72,12 +77,18 @@ pub(super) struct GenerateArgs {
     #[arg(long, value_name = "COUNT", allow_negative_numbers = true)]
     num_images: Option<i128>,
 
-    /// PNG file to write
+    /// Image file to write: .png, .jpg or .webp
     ///
     /// With several images out.png becomes out-0.png, out-1.png and so on. Files that exist are
     /// replaced.
     #[arg(long, short, value_name = "FILE", default_value = "out.png")]
     pub(super) output: PathBuf,
+
+    /// Leave out of PNG files how they were made
+    ///
+    /// By default they hold the prompt, the seed and the settings as text, as image tools read it.
+    #[arg(long)]
+    pub(super) no_metadata: bool,
 
     /// Also write what the run went through, as safetensors
     ///
@@ -207,8 +218,8 @@ impl RequestArgs {
 
 /// Serve an OpenAI-compatible HTTP API.
 ///
-/// Answers POST /v1/chat/completions and GET /health. Ctrl-c or SIGTERM lets the requests under
-/// way finish; a second one ends them.
+/// Answers POST /v1/chat/completions and POST /v1/images/generations; GET /docs shows the whole API.
+/// Ctrl-c or SIGTERM lets the requests under way finish; a second one ends them.
 #[derive(Debug, Parser)]
 pub(super) struct ServeArgs {
     /// Folder in diffusers layout, Hugging Face id, or demo [default: demo]
@@ -224,7 +235,7 @@ pub(super) struct ServeArgs {
 
     /// Address to listen on
     ///
-    /// The API asks for no password: with 0.0.0.0 everyone who reaches this machine can use it.
+    /// With 0.0.0.0 everyone who reaches this machine can use the API, unless --api-key is given.
     #[arg(long, default_value = "127.0.0.1")]
     pub(super) host: String,
 
@@ -232,15 +243,39 @@ pub(super) struct ServeArgs {
     #[arg(long, default_value_t = 8091)]
     pub(super) port: u16,
 
-    /// Name of the model in responses [default: as the model was given]
-    #[arg(long, value_name = "NAME")]
-    pub(super) served_model_name: Option<String>,
-
-    /// Requests that may wait while one is painted
+    /// Names of the model in responses, separated by spaces [default: as the model was given]
     ///
-    /// Further ones are refused with status 429 and a time to retry.
-    #[arg(long, value_name = "REQUESTS", default_value_t = DEFAULT_MAX_QUEUE)]
-    pub(super) max_queue: usize,
+    /// Requests may ask for any model: they are answered under the name they ask for if it is one
+    /// of these, and else under the first.
+    #[arg(long, value_name = "NAME", num_args = 1..)]
+    served_model_name: Vec<String>,
+
+    /// Negative prompt of requests that have none
+    ///
+    /// It turns guidance on for them, which doubles the time of each step; \" \" is what the
+    /// authors of Qwen-Image use. Without this option they are drawn without guidance.
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
+    pub(super) default_negative_prompt: Option<String>,
+
+    /// Leave out of PNG files how they were made
+    ///
+    /// By default they hold the prompt, the seed and the settings as text, as image tools read it.
+    #[arg(long)]
+    no_metadata: bool,
+
+    /// How the log is written to stderr
+    #[arg(long, value_enum, default_value_t = LogFormat::Text, value_name = "FORMAT")]
+    pub(super) log_format: LogFormat,
+
+    /// Devices that share the two halves of guidance; 1 is all there is
+    #[arg(long, value_name = "DEVICES", default_value_t = 1)]
+    pub(super) cfg_parallel_size: usize,
+
+    #[command(flatten)]
+    access: AccessArgs,
+
+    #[command(flatten)]
+    pub(super) limits: LimitArgs,
 
     #[command(flatten)]
     pub(super) noise: NoiseArgs,
@@ -256,6 +291,110 @@ impl ServeArgs {
     pub(super) fn model(&self) -> &str {
         let model = self.model.as_deref().or(self.model_option.as_deref());
         self.loading.model_or_default(model)
+    }
+
+    pub(super) fn settings(&self) -> Result<Settings, CliError> {
+        let mut settings = Settings::new(self.model());
+        if !self.served_model_name.is_empty() {
+            settings
+                .served_model_names
+                .clone_from(&self.served_model_name);
+        }
+        Ok(Settings {
+            api_keys: ApiKeys::new(self.access.api_key.clone())?,
+            cors_origins: self.access.cors_origin.clone(),
+            max_body_bytes: self.limits.max_body_bytes,
+            default_negative_prompt: self.default_negative_prompt.clone(),
+            metadata: !self.no_metadata,
+            ..settings
+        })
+    }
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub(super) enum LogFormat {
+    /// Lines for people
+    Text,
+    /// One JSON object a line
+    Json,
+}
+
+/// Who may use the server.
+#[derive(clap::Args)]
+#[command(next_help_heading = "Access")]
+struct AccessArgs {
+    /// Key that requests to /v1 must have as a bearer token; may be given several times
+    ///
+    /// Other users of this machine can see the command line, but not the environment. Commas
+    /// separate several keys.
+    #[arg(
+        long,
+        value_name = "KEY",
+        env = "KILN_API_KEY",
+        hide_env_values = true,
+        value_delimiter = ','
+    )]
+    api_key: Vec<String>,
+
+    /// Origin whose web pages may use the API from a browser, or * for all
+    ///
+    /// A scheme and a host; may be given several times. By default browsers let no other page read the answers.
+    #[arg(long, value_name = "ORIGIN")]
+    cors_origin: Vec<CorsOrigin>,
+}
+
+impl fmt::Debug for AccessArgs {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        // Not the keys.
+        formatter
+            .debug_struct("AccessArgs")
+            .field("cors_origin", &self.cors_origin)
+            .finish_non_exhaustive()
+    }
+}
+
+/// What requests may ask for.
+#[derive(Debug, clap::Args)]
+#[command(next_help_heading = "Limits")]
+#[expect(clippy::struct_field_names, reason = "the names are the options'")]
+pub(super) struct LimitArgs {
+    /// Requests that may wait while one is painted
+    ///
+    /// Further ones are refused with status 429 and a time to retry.
+    #[arg(long, value_name = "REQUESTS", default_value_t = DEFAULT_MAX_QUEUE)]
+    pub(super) max_queue: usize,
+
+    /// Pixels of all images of a request together: height x width x images
+    #[arg(long, value_name = "PIXELS", default_value_t = DEFAULT_MAX_IMAGE_PIXELS)]
+    max_image_pixels: usize,
+
+    /// Denoising steps of a request
+    #[arg(long, value_name = "STEPS", default_value_t = at_least_1(DEFAULT_MAX_STEPS))]
+    max_steps: NonZeroUsize,
+
+    /// Images of a request
+    #[arg(long, value_name = "COUNT", default_value_t = at_least_1(DEFAULT_MAX_NUM_IMAGES))]
+    max_num_images: NonZeroUsize,
+
+    /// Bytes of a request's body; larger ones are refused with status 413
+    #[arg(long, value_name = "BYTES", default_value_t = DEFAULT_MAX_BODY_BYTES)]
+    max_body_bytes: usize,
+}
+
+/// For the defaults above, which are.
+fn at_least_1(count: usize) -> NonZeroUsize {
+    NonZeroUsize::new(count).unwrap_or(NonZeroUsize::MIN)
+}
+
+impl LimitArgs {
+    /// For a model that draws these sizes.
+    pub(super) fn limits(&self, sizes: ImageSizes) -> Limits {
+        Limits {
+            sizes,
+            max_image_pixels: self.max_image_pixels,
+            max_steps: self.max_steps.get(),
+            max_num_images: self.max_num_images.get(),
+        }
     }
 }
 
@@ -549,6 +688,20 @@ mod tests {
     #[test]
     fn the_arguments_are_well_formed() {
         Args::command().debug_assert();
+    }
+
+    #[test]
+    fn keys_are_not_shown() {
+        let arguments = [
+            "kiln",
+            "serve",
+            "--api-key",
+            "hunter2",
+            "--api-key",
+            "hunter3",
+        ];
+        let args = Args::try_parse_from(arguments).unwrap();
+        assert!(!format!("{args:?}").contains("hunter"));
     }
 
     #[test]

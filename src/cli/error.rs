@@ -6,7 +6,9 @@ use crate::checkpoint::{CheckpointError, DEMO, QWEN_IMAGE};
 use crate::compare::{CompareError, ReportError};
 use crate::engine::{JobError, SubmitError};
 use crate::hub::HubError;
+use crate::image::EncodeError;
 use crate::request::{InvalidPrompt, InvalidRequest};
+use crate::server::InvalidApiKey;
 use crate::tokenizer::TokenizerError;
 
 use super::dump::DumpError;
@@ -20,12 +22,21 @@ pub(super) enum CliError {
     Prompt(#[from] InvalidPrompt),
     #[error("--vae-tile-stride must be from 1 to --vae-tile-size, which is {size}, got {stride}")]
     Tiles { size: usize, stride: usize },
-    #[error("{} does not end in .png, and only PNG files can be written", path.display())]
+    #[error("{} does not end in .png, .jpg or .webp, which are the files that can be written", path.display())]
     Extension { path: PathBuf },
     #[error("{} does not end in .html, .json or .md, so what to write is not known", path.display())]
     ReportExtension { path: PathBuf },
     #[error("{reference} is all that is named: name a backend to compare with it in --backends")]
     NothingToCompare { reference: String },
+    #[error(
+        "--cfg-parallel-size {size} is not available: both halves of guidance run on one device, \
+         in one pass; leave it at 1"
+    )]
+    CfgParallel { size: usize },
+    #[error("--default-negative-prompt cannot be used")]
+    DefaultNegativePrompt(#[source] TokenizerError),
+    #[error(transparent)]
+    ApiKey(#[from] InvalidApiKey),
     #[error("{} is a folder, not a file to write to", path.display())]
     OutputIsFolder { path: PathBuf },
     #[error("there is no folder {} to write to", folder.display())]
@@ -68,7 +79,7 @@ pub(super) enum CliError {
     #[error(transparent)]
     ReadDump(#[from] DumpError),
     #[error("an image cannot be encoded")]
-    Encode(#[from] png::EncodingError),
+    Encode(#[from] EncodeError),
     #[error("cannot write the dump {}", path.display())]
     Dump {
         path: PathBuf,
@@ -93,6 +104,9 @@ impl CliError {
             Self::Request(_)
             | Self::Prompt(_)
             | Self::Tiles { .. }
+            | Self::CfgParallel { .. }
+            | Self::DefaultNegativePrompt(_)
+            | Self::ApiKey(_)
             | Self::Choice(_)
             | Self::Extension { .. }
             | Self::ReportExtension { .. }

@@ -6,7 +6,7 @@ use kiln_models::painter::Painting;
 
 use crate::backend;
 use crate::engine::{Engine, Event, Finished, JobHandle, Timings};
-use crate::image::encode_png;
+use crate::image::{Encoding, encode};
 use crate::request::{GenerationRequest, Limits};
 
 use super::args::GenerateArgs;
@@ -42,7 +42,7 @@ pub(super) fn run(args: &GenerateArgs) -> Result<(), CliError> {
     let finished = paint(engine.submit(job)?, request.num_inference_steps)?;
 
     say_timings(&finished.timings);
-    write_images(&finished.painting, &paths, request.seed)?;
+    write_images(&finished.painting, &paths, &request, args)?;
     if let Some(path) = &args.dump {
         dump::write(path, &tokens, &finished.painting.trace)?;
     }
@@ -74,14 +74,22 @@ fn say_timings(timings: &Timings) {
     );
 }
 
-fn write_images(painting: &Painting, paths: &[PathBuf], seed: u64) -> Result<(), CliError> {
+fn write_images(
+    painting: &Painting,
+    paths: &[PathBuf],
+    request: &GenerationRequest,
+    args: &GenerateArgs,
+) -> Result<(), CliError> {
+    let encoding = Encoding::new(output::image_format(&args.output)?);
     let mut stdout = io::stdout().lock();
-    for (image, path) in painting.images.iter().zip(paths) {
-        fs::write(path, encode_png(image)?).map_err(|source| CliError::Write {
+    for (index, (image, path)) in painting.images.iter().zip(paths).enumerate() {
+        let metadata = (!args.no_metadata).then(|| request.metadata_text(&args.model, index));
+        let file = encode(image, encoding, metadata.as_deref())?;
+        fs::write(path, file).map_err(|source| CliError::Write {
             path: path.clone(),
             source,
         })?;
-        let (path, width, height) = (path.display(), image.width, image.height);
+        let (path, width, height, seed) = (path.display(), image.width, image.height, request.seed);
         writeln!(stdout, "{path} {width}x{height} seed {seed}").map_err(CliError::Stdout)?;
     }
     Ok(())

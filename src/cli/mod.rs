@@ -21,7 +21,7 @@ use tracing_subscriber::filter::Targets;
 use tracing_subscriber::layer::{Layer, SubscriberExt};
 use tracing_subscriber::util::SubscriberInitExt;
 
-use self::args::{Args, Command};
+use self::args::{Args, Command, LogFormat};
 use self::error::CliError;
 
 /// Runs the command that the arguments name. 0 is success, 2 a usage error, 1 any other failure.
@@ -45,7 +45,7 @@ pub fn main() -> ExitCode {
             compare::run(&args)
         }
         Command::Serve(args) => {
-            log_with_times();
+            log_with_times(args.log_format);
             serve::run(&args)
         }
         Command::Backends(args) => {
@@ -83,10 +83,12 @@ fn log_plain_lines() {
         .init();
 }
 
-fn log_with_times() {
-    let layer = tracing_subscriber::fmt::layer()
-        .with_ansi(io::stderr().is_terminal())
-        .with_writer(io::stderr);
+fn log_with_times(format: LogFormat) {
+    let layer = tracing_subscriber::fmt::layer().with_writer(io::stderr);
+    let layer = match format {
+        LogFormat::Text => layer.with_ansi(io::stderr().is_terminal()).boxed(),
+        LogFormat::Json => layer.json().flatten_event(true).boxed(),
+    };
     tracing_subscriber::registry()
         .with(layer.with_filter(log_filter()))
         .init();

@@ -4,23 +4,26 @@ use std::fs::{self, OpenOptions};
 use std::io;
 use std::path::{Path, PathBuf};
 
+use crate::image::ImageFormat;
+
 use super::error::CliError;
+
+/// The format that a file name asks for.
+pub(super) fn image_format(output: &Path) -> Result<ImageFormat, CliError> {
+    let extension = output.extension().unwrap_or_default().to_string_lossy();
+    ImageFormat::from_extension(&extension).ok_or_else(|| CliError::Extension {
+        path: output.to_owned(),
+    })
+}
 
 /// One path an image: `out.png`, or `out-0.png`, `out-1.png`, … for several.
 pub(super) fn image_paths(output: &Path, num_images: usize) -> Result<Vec<PathBuf>, CliError> {
-    let is_png = output
-        .extension()
-        .is_some_and(|extension| extension.eq_ignore_ascii_case("png"));
     if output.is_dir() {
         return Err(CliError::OutputIsFolder {
             path: output.to_owned(),
         });
     }
-    if !is_png {
-        return Err(CliError::Extension {
-            path: output.to_owned(),
-        });
-    }
+    image_format(output)?;
     let paths = if num_images == 1 {
         vec![output.to_owned()]
     } else {
@@ -98,7 +101,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         assert_eq!(image_paths(folder.path(), 1).unwrap_err().exit_code(), 2);
         assert_eq!(
-            image_paths(&folder.path().join("out.jpg"), 1)
+            image_paths(&folder.path().join("out.gif"), 1)
                 .unwrap_err()
                 .exit_code(),
             2

@@ -4,7 +4,6 @@ use tokio::runtime::Runtime;
 
 use crate::backend;
 use crate::engine::Engine;
-use crate::request::Limits;
 use crate::server::{self, App};
 
 use super::args::ServeArgs;
@@ -13,23 +12,32 @@ use super::model::Model;
 
 /// `kiln serve`.
 pub(super) fn run(args: &ServeArgs) -> Result<(), CliError> {
-    let name = args.model();
-    let settings = args.loading.settings(args.backend.choice()?)?;
+    if args.cfg_parallel_size != 1 {
+        return Err(CliError::CfgParallel {
+            size: args.cfg_parallel_size,
+        });
+    }
+    let loading = args.loading.settings(args.backend.choice()?)?;
+    let settings = args.settings()?;
     // Before the model is loaded: a port that is taken should not cost minutes. Clients that
     // connect meanwhile wait.
     let listener = listen(args)?;
-    backend::check(settings.backend)?;
+    backend::check(loading.backend)?;
 
-    let model = Model::open(name, args.loading.load_format)?;
-    let painter = model.painter(&settings)?;
-    let engine = Engine::start(painter, args.max_queue);
-    let app = App {
-        limits: Limits::for_sizes(engine.info().sizes),
-        engine: engine.clone(),
-        tokenizer: model.tokenizer,
-        noise_generator: args.noise.generator(),
-        served_model_name: args.served_model_name.as_deref().unwrap_or(name).to_owned(),
-    };
+    let model = Model::open(args.model(), args.loading.load_format)?;
+    if let Some(prompt) = &args.default_negative_prompt {
+        let tokens = model.tokenizer.encode_prompt(prompt);
+        tokens.map_err(CliError::DefaultNegativePrompt)?;
+    }
+    let painter = model.painter(&loading)?;
+    let engine = Engine::start(painter, args.limits.max_queue);
+    let app = App::new(
+        engine.clone(),
+        model.tokenizer,
+        args.limits.limits(engine.info().sizes),
+        args.noise.generator(),
+        settings,
+    );
     let runtime = Runtime::new().map_err(CliError::Server)?;
     runtime
         .block_on(async {

@@ -3,28 +3,35 @@
 use std::time::Duration;
 
 use axum::extract::rejection::BytesRejection;
-use axum::http::header::{CONTENT_TYPE, RETRY_AFTER};
+use axum::http::header::{CONTENT_TYPE, RETRY_AFTER, WWW_AUTHENTICATE};
 use axum::http::{HeaderValue, Method, StatusCode};
 use axum::response::{IntoResponse, Response};
 use serde::Serialize;
+use utoipa::ToSchema;
 
 use crate::engine::{JobError, SubmitError};
-use crate::request::{InvalidPrompt, InvalidRequest};
+use crate::image::{EncodeError, MAX_WEBP_SIDE};
+use crate::request::InvalidRequest;
 use crate::tokenizer::TokenizerError;
 
-use super::MAX_BODY_BYTES;
 use super::invalid::InvalidBody;
 
 #[derive(Debug, thiserror::Error)]
 pub(super) enum ApiError {
     #[error("there is nothing at {path}")]
     UnknownRoute { path: String },
+    #[error("there is no model {name:?}; this server has {served}")]
+    UnknownModel { name: String, served: String },
     #[error("{path} does not answer to {method}")]
     Method { method: Method, path: String },
+    #[error("the request needs the header \"Authorization: Bearer KEY\" with a key of this server")]
+    Unauthorized,
     #[error("the request needs the header \"Content-Type: application/json\"")]
     ContentType,
-    #[error("the body is larger than {MAX_BODY_BYTES} bytes")]
-    BodyTooLarge,
+    #[error("the body is larger than {max} bytes")]
+    BodyTooLarge { max: usize },
+    #[error("the body took too long to arrive")]
+    SlowBody,
     #[error("the body could not be read")]
     Body(#[source] BytesRejection),
     #[error("the body is not valid JSON: {0}")]
@@ -38,6 +45,8 @@ pub(super) enum ApiError {
         error: InvalidRequest,
         param: &'static str,
     },
+    #[error("{param}: a WebP file has {MAX_WEBP_SIDE} pixels a side at most, got {got}")]
+    WebpSide { param: &'static str, got: usize },
     #[error("{param}: {error}")]
     Prompt {
         error: TokenizerError,
@@ -48,29 +57,23 @@ pub(super) enum ApiError {
     #[error(transparent)]
     Job(#[from] JobError),
     #[error("an image could not be encoded")]
-    Encode(#[from] png::EncodingError),
+    Encode(#[from] EncodeError),
+    #[error("several images could not be put into one file")]
+    Archive(#[from] zip::result::ZipError),
     #[error("a response could not be made")]
     Response(#[source] serde_json::Error),
     #[error("a worker thread failed")]
     Worker(#[from] tokio::task::JoinError),
 }
 
-impl From<InvalidPrompt> for ApiError {
-    fn from(InvalidPrompt { param, source }: InvalidPrompt) -> Self {
-        Self::Prompt {
-            error: source,
-            // The prompt is the text of a message.
-            param: if param == "prompt" { "messages" } else { param },
-        }
-    }
-}
-
 impl ApiError {
     pub(super) fn status(&self) -> StatusCode {
         match self {
-            Self::UnknownRoute { .. } => StatusCode::NOT_FOUND,
+            Self::UnknownRoute { .. } | Self::UnknownModel { .. } => StatusCode::NOT_FOUND,
             Self::Method { .. } => StatusCode::METHOD_NOT_ALLOWED,
-            Self::BodyTooLarge => StatusCode::PAYLOAD_TOO_LARGE,
+            Self::Unauthorized => StatusCode::UNAUTHORIZED,
+            Self::BodyTooLarge { .. } => StatusCode::PAYLOAD_TOO_LARGE,
+            Self::SlowBody => StatusCode::REQUEST_TIMEOUT,
             // 400 also for the content type, as the reference has it.
             Self::ContentType
             | Self::Body(_)
@@ -78,6 +81,7 @@ impl ApiError {
             | Self::NotAnObject
             | Self::Invalid(_)
             | Self::Request { .. }
+            | Self::WebpSide { .. }
             | Self::Prompt { .. } => StatusCode::BAD_REQUEST,
             Self::Submit(SubmitError::QueueFull { .. }) => StatusCode::TOO_MANY_REQUESTS,
             Self::Submit(SubmitError::Stopped) | Self::Job(JobError::Stopped) => {
@@ -85,6 +89,7 @@ impl ApiError {
             }
             Self::Job(JobError::Paint(_) | JobError::Panicked(_))
             | Self::Encode(_)
+            | Self::Archive(_)
             | Self::Response(_)
             | Self::Worker(_) => StatusCode::INTERNAL_SERVER_ERROR,
         }
@@ -94,7 +99,10 @@ impl ApiError {
     fn param(&self) -> Option<&str> {
         match self {
             Self::Invalid(error) => Some(error.param()),
-            Self::Request { param, .. } | Self::Prompt { param, .. } => Some(param),
+            Self::Request { param, .. }
+            | Self::WebpSide { param, .. }
+            | Self::Prompt { param, .. } => Some(param),
+            Self::UnknownModel { .. } => Some("model"),
             _ => None,
         }
     }
@@ -102,51 +110,66 @@ impl ApiError {
     fn retry_after(&self) -> Option<Duration> {
         match self {
             Self::Submit(SubmitError::QueueFull { retry_after, .. }) => Some(*retry_after),
+            // Another instance may have taken over by then.
+            Self::Submit(SubmitError::Stopped) | Self::Job(JobError::Stopped) => {
+                Some(RETRY_AFTER_STOP)
+            }
             _ => None,
         }
     }
-}
 
-#[derive(Serialize)]
-struct Envelope<'a> {
-    error: Body<'a>,
-}
-
-#[derive(Serialize)]
-struct Body<'a> {
-    message: String,
-    r#type: &'static str,
-    param: Option<&'a str>,
-    /// The status once more, as the reference has it.
-    code: u16,
-}
-
-impl IntoResponse for ApiError {
-    fn into_response(self) -> Response {
+    /// The body of the response. What goes wrong inside is for the log, not for the client.
+    pub(super) fn envelope(&self) -> ErrorEnvelope {
         let status = self.status();
-        // What goes wrong inside is for the log, not for the client.
         let message = if status == StatusCode::INTERNAL_SERVER_ERROR {
-            let detail = crate::error_chain(&self);
+            let detail = crate::error_chain(self);
             tracing::error!("a request failed: {detail}");
             "the image could not be generated; the server's log says why".to_owned()
         } else {
             self.to_string()
         };
-        let body = Envelope {
-            error: Body {
+        ErrorEnvelope {
+            error: ErrorBody {
                 message,
                 r#type: error_type(status),
-                param: self.param(),
+                param: self.param().map(str::to_owned),
                 code: status.as_u16(),
             },
-        };
-        let body = serde_json::to_vec(&body).unwrap_or_default();
-        let mut response = (status, [(CONTENT_TYPE, "application/json")], body).into_response();
+        }
+    }
+}
+
+const RETRY_AFTER_STOP: Duration = Duration::from_secs(10);
+
+/// The body of every error.
+#[derive(Debug, Serialize, ToSchema)]
+pub(super) struct ErrorEnvelope {
+    error: ErrorBody,
+}
+
+#[derive(Debug, Serialize, ToSchema)]
+struct ErrorBody {
+    /// What is wrong, and what to do.
+    message: String,
+    r#type: &'static str,
+    /// The key of the request that is to blame, dots between levels.
+    param: Option<String>,
+    /// The status once more.
+    code: u16,
+}
+
+impl IntoResponse for ApiError {
+    fn into_response(self) -> Response {
+        let body = serde_json::to_vec(&self.envelope()).unwrap_or_default();
+        let content_type = [(CONTENT_TYPE, "application/json")];
+        let mut response = (self.status(), content_type, body).into_response();
+        let headers = response.headers_mut();
         if let Some(wait) = self.retry_after() {
             let seconds = wait.as_secs().clamp(1, 3600);
-            response
-                .headers_mut()
-                .insert(RETRY_AFTER, HeaderValue::from(seconds));
+            headers.insert(RETRY_AFTER, HeaderValue::from(seconds));
+        }
+        if matches!(self, Self::Unauthorized) {
+            headers.insert(WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
         }
         response
     }
@@ -155,6 +178,7 @@ impl IntoResponse for ApiError {
 /// The names that `OpenAI` has for kinds of errors.
 fn error_type(status: StatusCode) -> &'static str {
     match status {
+        StatusCode::UNAUTHORIZED => "authentication_error",
         StatusCode::NOT_FOUND => "not_found_error",
         StatusCode::TOO_MANY_REQUESTS => "rate_limit_error",
         status if status.is_client_error() => "invalid_request_error",

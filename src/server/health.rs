@@ -7,8 +7,14 @@ use axum::response::{IntoResponse, Response};
 
 use super::App;
 
-/// `GET /health`: whether requests are taken. The body is the reference's.
+/// Tells whether requests are taken.
+#[utoipa::path(
+    get,
+    path = "/health",
+    responses((status = 200, description = "They are."), (status = 503, description = "They are not.")),
+)]
 pub(super) async fn health(State(app): State<Arc<App>>) -> Response {
+    // The body is the reference's.
     let (status, body) = if app.engine.is_running() {
         (StatusCode::OK, r#"{"status":"healthy"}"#)
     } else {

@@ -1,5 +1,9 @@
 use serde_json::Value;
 
+/// Longest message of the JSON reader that a client gets to see, in characters: it may quote what
+/// the client sent.
+const MAX_QUOTE: usize = 200;
+
 /// What is wrong with a request's JSON, before anything is known of the model.
 #[derive(Debug, PartialEq, thiserror::Error)]
 pub(super) enum InvalidBody {
@@ -11,14 +15,24 @@ pub(super) enum InvalidBody {
         expected: &'static str,
         got: String,
     },
-    #[error("size must be WIDTHxHEIGHT in pixels, such as \"1024x768\", got {got:?}")]
-    Size { got: String },
+    #[error("{param}: {message}")]
+    Value { param: String, message: String },
+    #[error("{param} must be from {min} to {max}, got {got}")]
+    Range {
+        param: &'static str,
+        min: i128,
+        max: i128,
+        got: i128,
+    },
     #[error("{param} and {other} were given different values: give only one of them")]
     Conflict { param: String, other: String },
     #[error("unknown parameter {param}; known are {known}")]
     Unknown { param: String, known: String },
-    #[error("streaming is not available: leave stream out, or set it to false")]
-    Stream,
+    #[error("{param} is not available here: {instead}")]
+    Unavailable {
+        param: String,
+        instead: &'static str,
+    },
     #[error("messages has no message of the role \"user\", whose text would be the prompt")]
     NoUserMessage,
     #[error("{param} is not text: this model takes text only, no images or other media")]
@@ -28,6 +42,11 @@ pub(super) enum InvalidBody {
 }
 
 impl InvalidBody {
+    pub(super) fn missing(param: &str) -> Self {
+        let param = param.to_owned();
+        Self::Missing { param }
+    }
+
     pub(super) fn wrong_type(param: &str, expected: &'static str, got: &Value) -> Self {
         Self::Type {
             param: param.to_owned(),
@@ -36,17 +55,35 @@ impl InvalidBody {
         }
     }
 
+    pub(super) fn conflict(param: &str, other: &str) -> Self {
+        Self::Conflict {
+            param: param.to_owned(),
+            other: other.to_owned(),
+        }
+    }
+
+    /// Of a value that the JSON reader did not take.
+    pub(super) fn value(param: String, message: &str) -> Self {
+        let mut quoted: String = message.chars().take(MAX_QUOTE).collect();
+        if quoted.len() < message.len() {
+            quoted.push('…');
+        }
+        let message = quoted;
+        Self::Value { param, message }
+    }
+
     /// The request's key that is to blame, dots between levels.
     pub(super) fn param(&self) -> &str {
         match self {
             Self::Missing { param }
             | Self::Type { param, .. }
+            | Self::Value { param, .. }
             | Self::Conflict { param, .. }
             | Self::Unknown { param, .. }
+            | Self::Unavailable { param, .. }
             | Self::NotText { param }
             | Self::NoParts { param } => param,
-            Self::Size { .. } => "size",
-            Self::Stream => "stream",
+            Self::Range { param, .. } => param,
             Self::NoUserMessage => "messages",
         }
     }

@@ -1,20 +1,30 @@
 //! The HTTP server: the only place that knows axum and wire types.
 
+mod access;
+mod body;
 mod chat;
 mod error;
+mod fields;
+mod generation;
 mod health;
+mod images;
 mod invalid;
 mod messages;
-mod params;
+mod models;
+mod openapi;
 mod signals;
 
 use std::future::Future;
 use std::io;
 use std::sync::Arc;
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use axum::Router;
+use axum::body::Bytes;
 use axum::extract::DefaultBodyLimit;
+use axum::http::header::{CONTENT_SECURITY_POLICY, CONTENT_TYPE};
 use axum::http::{Method, Uri};
+use axum::middleware::from_fn_with_state;
 use axum::routing::{get, post};
 use kiln_models::noise::NoiseGenerator;
 use tokio::net::TcpListener;
@@ -25,10 +35,11 @@ use crate::tokenizer::PromptTokenizer;
 
 use self::error::ApiError;
 
+pub use self::access::{ApiKeys, CorsOrigin, InvalidApiKey, InvalidOrigin};
 pub use self::signals::shutdown_signal;
 
-/// Bytes of a request's body. The longest prompt takes a few kilobytes.
-pub const MAX_BODY_BYTES: usize = 2 << 20;
+/// Bytes of a request's body, unless told otherwise. The longest prompt takes a few kilobytes.
+pub const DEFAULT_MAX_BODY_BYTES: usize = 2 << 20;
 
 /// What the handlers work with.
 #[derive(Debug)]
@@ -36,17 +47,90 @@ pub struct App {
     pub engine: Engine,
     pub tokenizer: PromptTokenizer,
     pub limits: Limits,
-    /// Draws the noise of every request.
+    /// Draws the noise of requests that do not choose.
     pub noise_generator: NoiseGenerator,
-    /// The model's name in responses.
-    pub served_model_name: String,
+    pub settings: Settings,
+    /// Unix time in seconds.
+    started: u64,
+}
+
+/// How the server behaves, whatever it draws with.
+#[derive(Debug, Clone)]
+pub struct Settings {
+    /// The model's names; the first one is used where a request names none of them.
+    pub served_model_names: Vec<String>,
+    pub api_keys: ApiKeys,
+    /// Whose web pages may use the API.
+    pub cors_origins: Vec<CorsOrigin>,
+    pub max_body_bytes: usize,
+    /// For requests that have none.
+    pub default_negative_prompt: Option<String>,
+    /// Whether PNG files say how they were made.
+    pub metadata: bool,
+}
+
+impl Settings {
+    /// Open to all that reach it, with no limits but the default ones.
+    pub fn new(served_model_name: &str) -> Self {
+        Self {
+            served_model_names: vec![served_model_name.to_owned()],
+            api_keys: ApiKeys::default(),
+            cors_origins: Vec::new(),
+            max_body_bytes: DEFAULT_MAX_BODY_BYTES,
+            default_negative_prompt: None,
+            metadata: true,
+        }
+    }
+}
+
+impl App {
+    pub fn new(
+        engine: Engine,
+        tokenizer: PromptTokenizer,
+        limits: Limits,
+        noise_generator: NoiseGenerator,
+        settings: Settings,
+    ) -> Self {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH);
+        Self {
+            engine,
+            tokenizer,
+            limits,
+            noise_generator,
+            settings,
+            started: now.unwrap_or_default().as_secs(),
+        }
+    }
+
+    /// The name to answer under where this one was asked for.
+    fn model_name(&self, asked: Option<&str>) -> &str {
+        let names = &self.settings.served_model_names;
+        let served = names.iter().find(|name| Some(name.as_str()) == asked);
+        served.or(names.first()).map_or("kiln", String::as_str)
+    }
 }
 
 /// All routes. Every failure, of a route or of the routing, has the error body of `OpenAI`.
 pub fn router(app: App) -> Router {
-    Router::new()
-        .route("/health", get(health::health))
+    let app = Arc::new(app);
+    let document = Bytes::from(openapi::document(&app.limits));
+    let document = async move || ([(CONTENT_TYPE, "application/json")], document);
+    let docs = [
+        (CONTENT_TYPE, "text/html; charset=utf-8"),
+        (
+            CONTENT_SECURITY_POLICY,
+            "default-src 'self'; script-src 'unsafe-inline'; style-src 'unsafe-inline'",
+        ),
+    ];
+    let mut router = Router::new()
         .route("/v1/chat/completions", post(chat::chat_completions))
+        .route("/v1/images/generations", post(images::generations))
+        .route("/v1/models", get(models::list))
+        .route("/v1/models/{*name}", get(models::retrieve))
+        .route("/version", get(models::version))
+        .route("/health", get(health::health))
+        .route("/openapi.json", get(document))
+        .route("/docs", get(async move || (docs, openapi::DOCS_PAGE)))
         .fallback(async |uri: Uri| ApiError::UnknownRoute {
             path: uri.path().to_owned(),
         })
@@ -54,8 +138,13 @@ pub fn router(app: App) -> Router {
             method,
             path: uri.path().to_owned(),
         })
-        .layer(DefaultBodyLimit::max(MAX_BODY_BYTES))
-        .with_state(Arc::new(app))
+        .layer(from_fn_with_state(Arc::clone(&app), access::require_key))
+        .layer(DefaultBodyLimit::max(app.settings.max_body_bytes));
+    if !app.settings.cors_origins.is_empty() {
+        // Outside of the keys: a browser's preflight request has none.
+        router = router.layer(access::cors(&app.settings.cors_origins));
+    }
+    router.with_state(app)
 }
 
 /// Answers requests until `shutdown` is ready, then those that have already been taken.

@@ -2,7 +2,7 @@
 
 use serde_json::{Value, json};
 
-use super::client::{Reply, connect, get, receive, send, send_raw};
+use super::client::{Reply, connect, get, post_to, receive, send, send_raw};
 use super::painter::Pace;
 use super::server::TestServer;
 use super::user;
@@ -30,18 +30,25 @@ fn assert_refused(reply: &Reply, status: u16, param: Option<&str>) {
 
 /// Every case is a 400 that blames the given key.
 fn assert_all_refused(cases: &[(Value, &str)]) {
+    assert_all_refused_at("/v1/chat/completions", cases);
+}
+
+fn assert_all_refused_at(path: &str, cases: &[(Value, &str)]) {
     let server = TestServer::start(Pace::Fast, 4);
     for (body, param) in cases {
-        let stream = send(
-            connect(server.address),
-            "POST",
-            "/v1/chat/completions",
-            Some(body),
-        );
-        let reply = receive(stream);
+        let reply = post_to(server.address, path, body);
         assert_eq!(reply.status, 400, "accepted {body}");
         assert_refused(&reply, 400, Some(param));
     }
+}
+
+/// An images request for a cat with these keys added.
+fn image(extra: &Value) -> Value {
+    let mut body = json!({"prompt": "a cat"});
+    body.as_object_mut()
+        .unwrap()
+        .extend(extra.as_object().unwrap().clone());
+    body
 }
 
 #[test]
@@ -92,6 +99,91 @@ fn values_out_of_bounds() {
 }
 
 #[test]
+fn what_the_images_endpoint_refuses() {
+    let long = "x".repeat(kiln::request::MAX_PROMPT_BYTES + 1);
+    let cases = [
+        (json!({}), "prompt"),
+        (json!({"prompt": null}), "prompt"),
+        (json!({"prompt": 7}), "prompt"),
+        (json!({"prompt": ["a cat"]}), "prompt"),
+        (json!({"prompt": "cat ".repeat(3000)}), "prompt"),
+        (json!({"prompt": long}), "prompt"),
+        (image(&json!({"negative_prompt": long})), "negative_prompt"),
+        (image(&json!({"negative_prompt": {}})), "negative_prompt"),
+        (image(&json!({"messages": []})), "messages"),
+        (image(&json!({"extra_body": {"n": 2}})), "extra_body"),
+        (image(&json!({"image": "AA=="})), "image"),
+        (image(&json!({"model": 5})), "model"),
+        (image(&json!({"n": 0})), "n"),
+        (image(&json!({"n": 11})), "n"),
+        (image(&json!({"n": 1.5})), "n"),
+        (
+            image(&json!({"n": 2, "num_outputs_per_prompt": 3})),
+            "num_outputs_per_prompt",
+        ),
+        (image(&json!({"n": 3, "size": "4096x4096"})), "n"),
+        (image(&json!({"size": "large"})), "size"),
+        (image(&json!({"size": "0x0"})), "size"),
+        (image(&json!({"size": "64x8"})), "size"),
+        (image(&json!({"size": [64, 64]})), "size"),
+        (image(&json!({"size": "auto", "height": 64})), "size"),
+        (image(&json!({"response_format": "url"})), "response_format"),
+        (
+            image(&json!({"response_format": {"type": "text"}})),
+            "response_format",
+        ),
+        (image(&json!({"output_format": "gif"})), "output_format"),
+        (image(&json!({"output_format": "PNG"})), "output_format"),
+        (image(&json!({"output_format": 1})), "output_format"),
+        (
+            image(&json!({"output_compression": -1})),
+            "output_compression",
+        ),
+        (
+            image(&json!({"output_compression": 101})),
+            "output_compression",
+        ),
+        (
+            image(&json!({"output_compression": "80"})),
+            "output_compression",
+        ),
+        (image(&json!({"quality": "best"})), "quality"),
+        (image(&json!({"background": "transparent"})), "background"),
+        (image(&json!({"moderation": "high"})), "moderation"),
+        (image(&json!({"style": "oil"})), "style"),
+        (image(&json!({"user": 5})), "user"),
+        (image(&json!({"stream": 1})), "stream"),
+        (
+            image(&json!({"generator_device": "tpu"})),
+            "generator_device",
+        ),
+        (
+            image(&json!({"num_inference_steps": 1001})),
+            "num_inference_steps",
+        ),
+        (image(&json!({"true_cfg_scale": -1})), "true_cfg_scale"),
+        (image(&json!({"cfg_scale": -1})), "cfg_scale"),
+        (image(&json!({"seed": -1})), "seed"),
+        (image(&json!({"seed": "7"})), "seed"),
+        (image(&json!({"guidance_scale": 7.5})), "guidance_scale"),
+        (image(&json!({"lora": {"name": "x", "path": "/x"}})), "lora"),
+        (image(&json!({"vae_use_tiling": true})), "vae_use_tiling"),
+        (image(&json!({"vae_use_slicing": true})), "vae_use_slicing"),
+        (image(&json!({"temperature": 1})), "temperature"),
+    ];
+    assert_all_refused_at("/v1/images/generations", &cases);
+}
+
+#[test]
+fn messages_are_short_however_long_the_value() {
+    let server = TestServer::start(Pace::Fast, 4);
+    let body = image(&json!({"size": "9".repeat(100_000)}));
+    let reply = post_to(server.address, "/v1/images/generations", &body);
+    assert_refused(&reply, 400, Some("size"));
+    assert!(reply.bytes.len() < 500, "{} bytes", reply.bytes.len());
+}
+
+#[test]
 fn values_of_the_wrong_type() {
     assert_all_refused(&[
         (cat(&json!({"height": "512"})), "height"),
@@ -102,7 +194,6 @@ fn values_of_the_wrong_type() {
         (cat(&json!({"size": "512"})), "size"),
         (cat(&json!({"size": "512*512"})), "size"),
         (cat(&json!({"size": "-512x512"})), "size"),
-        (cat(&json!({"size": "auto"})), "size"),
         (
             cat(&json!({"num_inference_steps": "many"})),
             "num_inference_steps",
@@ -125,6 +216,13 @@ fn values_of_the_wrong_type() {
         (cat(&json!({"extra_body": []})), "extra_body"),
         (cat(&json!({"extra_body": "height=512"})), "extra_body"),
         (cat(&json!({"stream": "yes"})), "stream"),
+        (cat(&json!({"model": 5})), "model"),
+        (cat(&json!({"output_format": "bmp"})), "output_format"),
+        (
+            cat(&json!({"output_compression": 200})),
+            "output_compression",
+        ),
+        (cat(&json!({"generator_device": 0})), "generator_device"),
     ]);
 }
 
@@ -142,6 +240,15 @@ fn keys_that_are_unknown_or_contradict_each_other() {
             cat(&json!({"extra_body": {"model": "x"}})),
             "extra_body.model",
         ),
+        (
+            cat(&json!({"extra_body": {"extra_body": {}}})),
+            "extra_body.extra_body",
+        ),
+        (
+            cat(&json!({"extra_body": {"guidance_scale": 4}})),
+            "extra_body.guidance_scale",
+        ),
+        (cat(&json!({"lora": {}})), "lora"),
         (
             cat(&json!({"height": 64, "extra_body": {"height": 32}})),
             "height",
@@ -257,7 +364,7 @@ fn bodies_that_are_not_a_json_object() {
     let with_charset = "Content-Type: Application/JSON; charset=utf-8\r\n";
     assert_eq!(post(with_charset, good.as_bytes()).status, 200);
 
-    let large = cat(&json!({"user": "x".repeat(kiln::server::MAX_BODY_BYTES)})).to_string();
+    let large = cat(&json!({"user": "x".repeat(kiln::server::DEFAULT_MAX_BODY_BYTES)})).to_string();
     assert_refused(&post(json_type, large.as_bytes()), 413, None);
 }
 
@@ -269,15 +376,20 @@ fn routes_and_methods_that_do_not_exist() {
         "/v1",
         "/v1/chat/completions/",
         "/v1/chat/completion",
-        "/health/live",
+        "/v1/images/edits",
+        "/docs/",
     ] {
         assert_refused(&get(server.address, path), 404, None);
     }
+    assert_refused(&get(server.address, "/v1/models/other"), 404, Some("model"));
     for (method, path) in [
         ("GET", "/v1/chat/completions"),
         ("PUT", "/v1/chat/completions"),
         ("DELETE", "/v1/chat/completions"),
         ("POST", "/health"),
+        ("GET", "/v1/images/generations"),
+        ("POST", "/v1/models"),
+        ("DELETE", "/v1/models/test/model"),
     ] {
         let reply = receive(send(connect(server.address), method, path, None));
         assert_refused(&reply, 405, None);

@@ -10,7 +10,8 @@ use serde_json::Value;
 pub(super) struct Reply {
     pub(super) status: u16,
     headers: Vec<(String, String)>,
-    /// Null if the body was empty.
+    pub(super) bytes: Vec<u8>,
+    /// Null if the body is not JSON.
     pub(super) body: Value,
 }
 
@@ -36,13 +37,18 @@ pub(super) fn get(address: SocketAddr, path: &str) -> Reply {
     receive(send(connect(address), "GET", path, None))
 }
 
+/// A chat request.
 pub(super) fn post(address: SocketAddr, body: &Value) -> Reply {
-    receive(send(
-        connect(address),
-        "POST",
-        "/v1/chat/completions",
-        Some(body),
-    ))
+    post_to(address, "/v1/chat/completions", body)
+}
+
+pub(super) fn post_to(address: SocketAddr, path: &str, body: &Value) -> Reply {
+    receive(send(connect(address), "POST", path, Some(body)))
+}
+
+/// A request without a body and with these header lines.
+pub(super) fn with_headers(address: SocketAddr, method: &str, path: &str, headers: &str) -> Reply {
+    receive(send_raw(connect(address), method, path, (headers, b"")))
 }
 
 pub(super) fn send(stream: TcpStream, method: &str, path: &str, body: Option<&Value>) -> TcpStream {
@@ -98,15 +104,12 @@ pub(super) fn receive(mut stream: TcpStream) -> Reply {
             (name.to_lowercase(), value.trim().to_owned())
         })
         .collect();
-    let body = &bytes[head_end + 4..];
-    let body = if body.is_empty() {
-        Value::Null
-    } else {
-        serde_json::from_slice(body).unwrap()
-    };
+    let bytes = bytes[head_end + 4..].to_vec();
+    let body = serde_json::from_slice(&bytes).unwrap_or_default();
     Reply {
         status,
         headers,
+        bytes,
         body,
     }
 }

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use kiln::engine::Engine;
 use kiln::request::Limits;
-use kiln::server::App;
+use kiln::server::{App, Settings};
 use kiln::tokenizer::PromptTokenizer;
 use kiln_models::noise::NoiseGenerator;
 use kiln_models::painter::Job;
@@ -26,16 +26,20 @@ pub(super) struct TestServer {
 
 impl TestServer {
     pub(super) fn start(pace: Pace, max_queue: usize) -> Self {
+        Self::with_settings(pace, max_queue, Settings::new("test/model"))
+    }
+
+    pub(super) fn with_settings(pace: Pace, max_queue: usize, settings: Settings) -> Self {
         let record = Arc::new(Record::default());
         let painter = FlatPainter::new(pace, Arc::clone(&record));
         let engine = Engine::start(Box::new(painter), max_queue);
-        let app = App {
-            engine: engine.clone(),
-            tokenizer: load_tokenizer(),
-            limits: Limits::for_sizes(engine.info().sizes),
-            noise_generator: NoiseGenerator::Cpu,
-            served_model_name: "test/model".to_owned(),
-        };
+        let app = App::new(
+            engine.clone(),
+            load_tokenizer(),
+            Limits::for_sizes(engine.info().sizes),
+            NoiseGenerator::Cpu,
+            settings,
+        );
 
         let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         listener.set_nonblocking(true).unwrap();

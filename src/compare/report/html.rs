@@ -5,7 +5,7 @@ use base64::engine::general_purpose::STANDARD as BASE64;
 use kiln_models::painter::RgbImage;
 use maud::{DOCTYPE, Markup, PreEscaped, html};
 
-use crate::image::encode_png;
+use crate::image::{EncodeError, Encoding, ImageFormat, encode};
 
 use super::super::heat_map::{HEAT_MAP_DECADES, heat_colour};
 use super::table::Table;
@@ -13,7 +13,7 @@ use super::{Report, chart, tables};
 
 const STYLE: &str = include_str!("style.css");
 
-pub(super) fn page(report: &Report) -> Result<String, png::EncodingError> {
+pub(super) fn page(report: &Report) -> Result<String, EncodeError> {
     let pictures = pictures(report)?;
     let page = html! {
         (DOCTYPE)
@@ -61,18 +61,17 @@ pub(super) fn page(report: &Report) -> Result<String, png::EncodingError> {
 }
 
 /// The reference's picture, then each run's with its heat map.
-fn pictures(report: &Report) -> Result<Markup, png::EncodingError> {
+fn pictures(report: &Report) -> Result<Markup, EncodeError> {
     let (prompt, reference) = (&report.settings.prompt, &report.reference);
-    let figure =
-        |picture: &RgbImage, caption: &str, text: &str| -> Result<Markup, png::EncodingError> {
-            let url = data_url(picture)?;
-            Ok(html! {
-                figure {
-                    img src=(url) width=(picture.width) height=(picture.height) alt=(text);
-                    figcaption { (caption) }
-                }
-            })
-        };
+    let figure = |picture: &RgbImage, caption: &str, text: &str| -> Result<Markup, EncodeError> {
+        let url = data_url(picture)?;
+        Ok(html! {
+            figure {
+                img src=(url) width=(picture.width) height=(picture.height) alt=(text);
+                figcaption { (caption) }
+            }
+        })
+    };
     let drawn = |picture: &RgbImage, name: &str| {
         let text = format!("What {name} drew of: {prompt}");
         figure(picture, name, &text)
@@ -106,9 +105,10 @@ fn pictures(report: &Report) -> Result<Markup, png::EncodingError> {
     })
 }
 
-fn data_url(picture: &RgbImage) -> Result<String, png::EncodingError> {
+fn data_url(picture: &RgbImage) -> Result<String, EncodeError> {
     let mut url = "data:image/png;base64,".to_owned();
-    BASE64.encode_string(encode_png(picture)?, &mut url);
+    let file = encode(picture, Encoding::new(ImageFormat::Png), None)?;
+    BASE64.encode_string(file, &mut url);
     Ok(url)
 }
 

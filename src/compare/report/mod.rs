@@ -10,6 +10,7 @@ use kiln_models::noise::NoiseGenerator;
 use kiln_models::painter::RgbImage;
 use serde::Serialize;
 
+use crate::image::EncodeError;
 use crate::request::GenerationRequest;
 
 use super::{Comparison, Costs, PictureBound, Tolerance};
@@ -70,7 +71,7 @@ pub enum ReportFormat {
 #[derive(Debug, thiserror::Error)]
 pub enum ReportError {
     #[error("a picture cannot be encoded")]
-    Picture(#[from] png::EncodingError),
+    Picture(#[from] EncodeError),
     #[error("the report cannot be written as JSON")]
     Json(#[from] serde_json::Error),
 }

@@ -1,0 +1,384 @@
+//! Parameters of a generation, as both endpoints take them.
+
+use std::fmt;
+
+use kiln_models::noise::NoiseGenerator;
+use serde::de::{Error as _, Unexpected, Visitor};
+use serde::{Deserialize, Deserializer};
+use utoipa::ToSchema;
+
+use crate::image::{Encoding, ImageFormat};
+use crate::request::GenerationParams;
+
+use super::generation::Order;
+use super::invalid::InvalidBody;
+
+/// What may be asked of a picture. A null is as good as nothing.
+#[derive(Debug, PartialEq, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub(super) struct GenerationFields {
+    /// Height of the image in pixels, rounded down to a multiple of 16. Without one the model
+    /// draws its own size, 1024 for Qwen-Image.
+    #[schema(value_type = Option<i64>, minimum = 1)]
+    height: Option<Integer>,
+    /// Width of the image in pixels, rounded down to a multiple of 16.
+    #[schema(value_type = Option<i64>, minimum = 1)]
+    width: Option<Integer>,
+    /// Both at once: `WIDTHxHEIGHT` in pixels, or `auto` for the model's own size.
+    #[schema(value_type = Option<String>, pattern = "^(auto|[0-9]+[xX][0-9]+)$", example = "1024x768")]
+    size: Option<Size>,
+    /// Denoising steps, 50 if none are given. Time grows in proportion.
+    #[schema(value_type = Option<i64>, minimum = 1)]
+    num_inference_steps: Option<Integer>,
+    /// How strongly to steer away from the negative prompt, 4 if nothing is given. At 1 and below,
+    /// and without a negative prompt, there is no guidance.
+    #[schema(minimum = 0.0)]
+    true_cfg_scale: Option<f64>,
+    /// Another name of `true_cfg_scale`.
+    #[schema(minimum = 0.0)]
+    cfg_scale: Option<f64>,
+    /// Seed of the noise. Without one a seed is chosen; the answer says which.
+    #[schema(value_type = Option<u64>, minimum = 0)]
+    seed: Option<Integer>,
+    /// What to steer away from. Any text turns guidance on, an empty one too, and doubles the time
+    /// of each step.
+    negative_prompt: Option<String>,
+    /// Images to draw, 1 if nothing is given. They share the seed and differ in their noise.
+    #[schema(value_type = Option<i64>, minimum = 1)]
+    num_outputs_per_prompt: Option<Integer>,
+    /// Another name of `num_outputs_per_prompt`.
+    #[schema(value_type = Option<i64>, minimum = 1)]
+    n: Option<Integer>,
+    /// Kind of the image file, `png` if none is given.
+    output_format: Option<OutputFormat>,
+    /// Quality of a JPEG or WebP file from 0 to 100, which is also the default. PNG files always
+    /// keep every pixel; below 67 and 34 they take more time to be smaller.
+    #[schema(value_type = Option<u8>, maximum = 100)]
+    output_compression: Option<Integer>,
+    /// Whose noise the seed stands for: torch's on the CPU or on CUDA. Without one, what the
+    /// server was started with.
+    generator_device: Option<GeneratorDevice>,
+}
+
+/// An image file's format; `jpg` is `jpeg`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, ToSchema)]
+#[serde(rename_all = "lowercase")]
+pub(super) enum OutputFormat {
+    Png,
+    Jpeg,
+    Jpg,
+    Webp,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, ToSchema)]
+#[serde(rename_all = "lowercase")]
+enum GeneratorDevice {
+    Cpu,
+    Cuda,
+}
+
+/// Which keys a client wrote, where it has a choice.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct WireNames {
+    pub(super) prompt: &'static str,
+    size_given: bool,
+    scale: &'static str,
+    images: &'static str,
+}
+
+impl WireNames {
+    /// What the client called a field of [`GenerationParams`].
+    pub(super) fn of(&self, field: &'static str) -> &'static str {
+        match field {
+            "prompt" => self.prompt,
+            "height" | "width" if self.size_given => "size",
+            "true_cfg_scale" => self.scale,
+            "num_images" => self.images,
+            name => name,
+        }
+    }
+}
+
+impl GenerationFields {
+    /// An order for a picture of `prompt`, which came under the key `prompt_name`.
+    pub(super) fn order(
+        self,
+        prompt: String,
+        prompt_name: &'static str,
+    ) -> Result<Order, InvalidBody> {
+        let scale = either(
+            ("true_cfg_scale", self.true_cfg_scale),
+            ("cfg_scale", self.cfg_scale),
+        )?;
+        let images = either(
+            ("num_outputs_per_prompt", self.num_outputs_per_prompt),
+            ("n", self.n),
+        )?;
+        let (mut width, mut height) = (self.width, self.height);
+        let mut size_given = false;
+        match self.size {
+            None => {}
+            Some(Size::Auto) => {
+                if let Some(side) = width.map(|_| "width").or(height.map(|_| "height")) {
+                    return Err(InvalidBody::conflict("size", side));
+                }
+            }
+            Some(Size::Pixels(pixels)) => {
+                size_given = true;
+                (width, _) = both(("size", pixels.width), ("width", width))?;
+                (height, _) = both(("size", pixels.height), ("height", height))?;
+            }
+        }
+        Ok(Order {
+            params: GenerationParams {
+                prompt,
+                negative_prompt: self.negative_prompt,
+                true_cfg_scale: scale.1,
+                height: height.map(|side| side.0),
+                width: width.map(|side| side.0),
+                num_inference_steps: self.num_inference_steps.map(|steps| steps.0),
+                num_images: images.1.map(|images| images.0),
+                seed: self.seed.map(|seed| seed.0),
+            },
+            names: WireNames {
+                prompt: prompt_name,
+                size_given,
+                scale: scale.0,
+                images: images.0,
+            },
+            encoding: encoding(self.output_format, self.output_compression)?,
+            noise_generator: self.generator_device.map(|device| match device {
+                GeneratorDevice::Cpu => NoiseGenerator::Cpu,
+                GeneratorDevice::Cuda => NoiseGenerator::Cuda,
+            }),
+        })
+    }
+}
+
+fn encoding(
+    format: Option<OutputFormat>,
+    compression: Option<Integer>,
+) -> Result<Encoding, InvalidBody> {
+    let format = match format {
+        None | Some(OutputFormat::Png) => ImageFormat::Png,
+        Some(OutputFormat::Jpeg | OutputFormat::Jpg) => ImageFormat::Jpeg,
+        Some(OutputFormat::Webp) => ImageFormat::Webp,
+    };
+    let mut encoding = Encoding::new(format);
+    if let Some(Integer(quality)) = compression {
+        encoding.quality = u8::try_from(quality)
+            .ok()
+            .filter(|quality| *quality <= 100)
+            .ok_or(InvalidBody::Range {
+                param: "output_compression",
+                min: 0,
+                max: 100,
+                got: quality,
+            })?;
+    }
+    Ok(encoding)
+}
+
+/// The value under either of two names, with the name that it came under.
+fn either<T: PartialEq>(
+    (name, value): (&'static str, Option<T>),
+    (alias, other): (&'static str, Option<T>),
+) -> Result<(&'static str, Option<T>), InvalidBody> {
+    match (value, other) {
+        (Some(value), Some(other)) if value != other => Err(InvalidBody::conflict(name, alias)),
+        (None, Some(other)) => Ok((alias, Some(other))),
+        (value, _) => Ok((name, value)),
+    }
+}
+
+fn both(
+    (name, value): (&'static str, Integer),
+    other: (&'static str, Option<Integer>),
+) -> Result<(Option<Integer>, &'static str), InvalidBody> {
+    either((name, Some(value)), other).map(|(name, value)| (value, name))
+}
+
+/// Any integer that JSON can carry; 4.0 is one, too. Its bounds are checked where they are known.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Integer(pub(super) i128);
+
+impl<'de> Deserialize<'de> for Integer {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct IntegerVisitor;
+
+        impl Visitor<'_> for IntegerVisitor {
+            type Value = Integer;
+
+            fn expecting(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+                formatter.write_str("an integer")
+            }
+
+            fn visit_i64<E>(self, value: i64) -> Result<Integer, E> {
+                Ok(Integer(value.into()))
+            }
+
+            fn visit_u64<E>(self, value: u64) -> Result<Integer, E> {
+                Ok(Integer(value.into()))
+            }
+
+            fn visit_f64<E: serde::de::Error>(self, value: f64) -> Result<Integer, E> {
+                // Beyond 2^53 it would not be the integer that was written.
+                if value.fract() == 0.0 && value.abs() <= 9_007_199_254_740_992.0 {
+                    Ok(Integer(value as i128))
+                } else {
+                    Err(E::invalid_type(Unexpected::Float(value), &self))
+                }
+            }
+        }
+
+        deserializer.deserialize_any(IntegerVisitor)
+    }
+}
+
+/// `auto` or `1024x768`; the x may be a capital.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Size {
+    Auto,
+    Pixels(Sides),
+}
+
+#[derive(Debug, Clone, Copy, PartialEq)]
+struct Sides {
+    width: Integer,
+    height: Integer,
+}
+
+impl<'de> Deserialize<'de> for Size {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let text = String::deserialize(deserializer)?;
+        if text == "auto" {
+            return Ok(Self::Auto);
+        }
+        let side = |digits: &str| {
+            let only_digits = digits.bytes().all(|byte| byte.is_ascii_digit());
+            digits.parse().ok().filter(|_| only_digits).map(Integer)
+        };
+        let sides = text.split_once(['x', 'X']).and_then(|(width, height)| {
+            Some(Sides {
+                width: side(width)?,
+                height: side(height)?,
+            })
+        });
+        sides.map(Self::Pixels).ok_or_else(|| {
+            D::Error::custom(format!(
+                "must be auto, or WIDTHxHEIGHT in pixels such as 1024x768, got {text:?}"
+            ))
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+
+    use super::super::body;
+    use super::*;
+
+    fn order(fields: &Value) -> Result<Order, InvalidBody> {
+        let fields: GenerationFields = body::read(fields.as_object().unwrap().clone())?;
+        fields.order("a cat".to_owned(), "messages")
+    }
+
+    fn blamed(fields: &Value) -> String {
+        order(fields).unwrap_err().param().to_owned()
+    }
+
+    #[test]
+    fn every_field_is_read() {
+        let read = order(&json!({
+            "height": 512, "width": 256, "num_inference_steps": 8, "cfg_scale": 3, "seed": u64::MAX,
+            "negative_prompt": "", "n": 2, "output_format": "jpg", "output_compression": 80,
+            "generator_device": "cuda",
+        }))
+        .unwrap();
+        let expected = GenerationParams {
+            prompt: "a cat".to_owned(),
+            negative_prompt: Some(String::new()),
+            true_cfg_scale: Some(3.0),
+            height: Some(512),
+            width: Some(256),
+            num_inference_steps: Some(8),
+            num_images: Some(2),
+            seed: Some(u64::MAX.into()),
+        };
+        assert_eq!(read.params, expected);
+        assert_eq!(read.encoding.format, ImageFormat::Jpeg);
+        assert_eq!(read.encoding.quality, 80);
+        assert_eq!(read.noise_generator, Some(NoiseGenerator::Cuda));
+    }
+
+    #[test]
+    fn nulls_are_nothing_and_whole_fractions_are_integers() {
+        let read = order(&json!({"height": null, "width": 64.0, "n": null})).unwrap();
+        assert_eq!((read.params.height, read.params.width), (None, Some(64)));
+        assert_eq!(read.params.num_images, None);
+        assert_eq!(blamed(&json!({"width": 64.5})), "width");
+        assert_eq!(blamed(&json!({"seed": 1e30})), "seed");
+    }
+
+    #[test]
+    fn size_is_width_by_height() {
+        for size in ["1024x768", "1024X768"] {
+            let params = order(&json!({"size": size})).unwrap().params;
+            assert_eq!((params.width, params.height), (Some(1024), Some(768)));
+        }
+        let params = order(&json!({"size": "auto"})).unwrap().params;
+        assert_eq!((params.width, params.height), (None, None));
+        for size in [
+            "", "x", "1024", "1024x", "x768", "1024*768", "-4x4", "+4x4", "4x4x4", "4.0x4", "AUTO",
+        ] {
+            assert_eq!(blamed(&json!({"size": size})), "size", "{size}");
+        }
+    }
+
+    #[test]
+    fn the_same_value_under_two_names_is_no_conflict() {
+        let read = order(&json!({
+            "true_cfg_scale": 4, "cfg_scale": 4.0, "size": "64x32", "height": 32, "n": 2,
+            "num_outputs_per_prompt": 2,
+        }));
+        let params = read.unwrap().params;
+        assert_eq!(params.num_images, Some(2));
+        assert_eq!((params.width, params.height), (Some(64), Some(32)));
+    }
+
+    #[test]
+    fn different_values_are_a_conflict() {
+        for (fields, blame) in [
+            (
+                json!({"cfg_scale": 1, "true_cfg_scale": 2}),
+                "true_cfg_scale",
+            ),
+            (
+                json!({"n": 1, "num_outputs_per_prompt": 2}),
+                "num_outputs_per_prompt",
+            ),
+            (json!({"size": "64x64", "width": 32}), "size"),
+            (json!({"size": "auto", "width": 32}), "size"),
+        ] {
+            assert_eq!(blamed(&fields), blame);
+        }
+    }
+
+    #[test]
+    fn errors_name_what_the_client_wrote() {
+        let names = |fields: &Value| order(fields).unwrap().names;
+        assert_eq!(names(&json!({"size": "0x64"})).of("height"), "size");
+        assert_eq!(names(&json!({"width": 0})).of("width"), "width");
+        assert_eq!(names(&json!({"n": 0})).of("num_images"), "n");
+        assert_eq!(
+            names(&json!({"num_outputs_per_prompt": 0})).of("num_images"),
+            "num_outputs_per_prompt"
+        );
+        assert_eq!(
+            names(&json!({"cfg_scale": -1})).of("true_cfg_scale"),
+            "cfg_scale"
+        );
+        assert_eq!(names(&json!({})).of("prompt"), "messages");
+    }
+}
