@@ -83,7 +83,7 @@ fn write_images(
     let encoding = Encoding::new(output::image_format(&args.output)?);
     let mut stdout = io::stdout().lock();
     for (index, (image, path)) in painting.images.iter().zip(paths).enumerate() {
-        let metadata = (!args.no_metadata).then(|| request.metadata_text(&args.model, index));
+        let metadata = (!args.no_metadata).then(|| request.metadata_text(args.model(), index));
         let file = encode(image, encoding, metadata.as_deref())?;
         fs::write(path, file).map_err(|source| CliError::Write {
             path: path.clone(),
