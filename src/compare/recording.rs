@@ -96,3 +96,126 @@ fn measured<T>(
     let outcome = caught(|| stage(painter))?;
     Ok((outcome, meter.stop(painter.memory())))
 }
+
+#[cfg(test)]
+mod tests {
+    use kiln_models::noise::NoiseGenerator;
+    use kiln_models::painter::{ImageSizes, MemoryUse, ModelInfo, Painting};
+
+    use super::*;
+
+    /// Draws one grey pixel, and panics at a step if told to.
+    struct Grey {
+        info: ModelInfo,
+        job: Option<Job>,
+        steps_done: usize,
+        panic_at: Option<usize>,
+    }
+
+    impl Painter for Grey {
+        fn info(&self) -> &ModelInfo {
+            &self.info
+        }
+
+        fn start(&mut self, _id: JobId, job: Job) -> Result<(), PaintError> {
+            self.job = Some(job);
+            Ok(())
+        }
+
+        fn step(&mut self, _ids: &[JobId]) -> Result<Vec<usize>, PaintError> {
+            self.steps_done += 1;
+            assert_ne!(Some(self.steps_done), self.panic_at, "out of grey");
+            Ok(vec![0])
+        }
+
+        fn finish(&mut self, _id: JobId) -> Result<Painting, PaintError> {
+            let values = vec![0.5; 3];
+            let picture = RgbImage::rounded(1, 1, &values);
+            let stage = TraceTensor {
+                name: "image_float".to_owned(),
+                shape: vec![1, 1, 1, 3],
+                values,
+            };
+            Ok(Painting {
+                images: vec![picture],
+                trace: vec![stage],
+            })
+        }
+
+        fn discard(&mut self, _id: JobId) {}
+
+        fn memory(&self) -> MemoryUse {
+            MemoryUse {
+                in_use: Some(self.steps_done as u64),
+                ..MemoryUse::default()
+            }
+        }
+    }
+
+    fn grey(panic_at: Option<usize>) -> Grey {
+        Grey {
+            info: ModelInfo {
+                sizes: ImageSizes {
+                    multiple: 1,
+                    max_side: 1,
+                    default_side: 1,
+                },
+                vocab_size: 1,
+                device: String::new(),
+                dtype: "f32",
+            },
+            job: None,
+            steps_done: 0,
+            panic_at,
+        }
+    }
+
+    /// Three steps, and how many of them were told of.
+    fn run(painter: &mut Grey) -> (Result<(Recording, Costs), JobError>, Vec<usize>) {
+        let job = Job {
+            prompt: vec![0],
+            negative_prompt: None,
+            true_cfg_scale: 1.0,
+            height: 1,
+            width: 1,
+            num_inference_steps: 3,
+            num_images: 1,
+            seed: 0,
+            noise_generator: NoiseGenerator::Cpu,
+            record: false,
+        };
+        let load = CostMeter::start().stop(MemoryUse::default());
+        let mut told = Vec::new();
+        let outcome = record("grey".to_owned(), painter, load, job, |done| {
+            told.push(done);
+        });
+        (outcome, told)
+    }
+
+    #[test]
+    fn every_stage_is_recorded_and_has_its_cost() {
+        let mut painter = grey(None);
+        let (outcome, told) = run(&mut painter);
+        let (recording, costs) = outcome.unwrap();
+        assert_eq!(told, [1, 2, 3]);
+        assert!(painter.job.unwrap().record);
+        assert_eq!(recording.picture.pixels, [128; 3]);
+        assert_eq!(recording.stage("image_float").unwrap().values, [0.5; 3]);
+        assert!(recording.stage("initial_noise").is_none());
+        let in_use: Vec<_> = costs.steps.iter().map(|cost| cost.memory_in_use).collect();
+        assert_eq!(in_use, [Some(1), Some(2), Some(3)]);
+        let lengths = costs.phases().map(|(_, costs)| costs.len());
+        assert_eq!(lengths, [1, 1, 1, 2, 1]);
+    }
+
+    #[test]
+    fn a_panic_of_the_backend_is_an_error() {
+        let (outcome, told) = run(&mut grey(Some(2)));
+        assert_eq!(told, [1]);
+        let error = outcome.unwrap_err().to_string();
+        assert!(
+            error.contains("panicked") && error.contains("out of grey"),
+            "{error}"
+        );
+    }
+}

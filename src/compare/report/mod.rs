@@ -111,6 +111,7 @@ impl Report {
         let mut parts = vec![tables::agreement(self).to_string()];
         parts.extend(tables::costs(self).iter().map(ToString::to_string));
         parts.push(self.verdicts().join("\n"));
+        parts.push(format!("The tolerance: {}.", self.tolerance.in_words()));
         parts.join("\n\n") + "\n"
     }
 
@@ -157,6 +158,7 @@ impl Report {
             ("seed", settings.seed.to_string()),
             ("noise", format!("of torch's {} generator", settings.rng)),
         ];
+        facts.push(("tolerance", self.tolerance.in_words()));
         let runs = self.runs.iter();
         facts.extend(runs.map(|run| (run.name.as_str(), run.device.clone())));
         facts.push(("kiln", self.kiln.to_owned()));
@@ -165,14 +167,13 @@ impl Report {
 
     /// One sentence a comparison.
     fn verdicts(&self) -> Vec<String> {
-        let tolerance = self.tolerance.in_words();
         let verdict = |comparison: &Comparison| {
             let (name, reference) = (&comparison.name, &self.reference);
             match comparison.first_over() {
-                None => format!("{name} agrees with {reference}: {tolerance}."),
+                None => format!("{name} agrees with {reference} at every stage."),
                 Some(stage) => format!(
-                    "{name} does not agree with {reference}: {tolerance}. The first stage over \
-                     this: {}.",
+                    "{name} does not agree with {reference}: the first stage over the tolerance \
+                     is the {}.",
                     stage.label()
                 ),
             }
@@ -186,14 +187,14 @@ impl Tolerance {
         let picture = match self.picture {
             PictureBound::EqualShare(share) => {
                 format!(
-                    "at least {} of the 8-bit values equal",
+                    "{} of the 8-bit values must be equal",
                     tables::percent(share)
                 )
             }
-            PictureBound::PsnrDb(psnr) => format!("an 8-bit picture of at least {psnr} dB"),
+            PictureBound::PsnrDb(psnr) => format!("the 8-bit picture must have {psnr} dB"),
         };
         format!(
-            "no stage off by more than {:e} of its largest magnitude, and {picture}",
+            "a stage may be off by {:e} of its largest magnitude, and {picture}",
             self.max_relative
         )
     }
