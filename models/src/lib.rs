@@ -6,6 +6,7 @@
 //! HTTP, no threads; weights come through [`source::TensorSource`], and [`painter::Painter`] is
 //! all that the rest of the program sees.
 
+mod cache;
 pub mod config;
 pub mod guidance;
 pub mod loading;

@@ -4,7 +4,9 @@ use burn_tensor::DType;
 use cubecl_common::stream_id::StreamId;
 use kiln_ops::{FusedOps, MemoryUse, host};
 
-use crate::painter::{Job, JobId, ModelInfo, PaintError, Painter, Painting, one_line};
+use crate::painter::{
+    CacheUses, Job, JobId, ModelInfo, PaintError, Painter, Painting, RgbImage, one_line,
+};
 use crate::qwen_image::{CheckpointParts, PainterSettings, QwenImage};
 use crate::source::StoredDType;
 use crate::vae::VaeSettings;
@@ -197,6 +199,10 @@ impl<P: Painter> Painter for OneStream<P> {
         self.stream.executes(|| self.painter.step(ids))
     }
 
+    fn preview(&mut self, id: JobId) -> Result<RgbImage, PaintError> {
+        self.stream.executes(|| self.painter.preview(id))
+    }
+
     fn finish(&mut self, id: JobId) -> Result<Painting, PaintError> {
         self.stream.executes(|| self.painter.finish(id))
     }
@@ -207,6 +213,10 @@ impl<P: Painter> Painter for OneStream<P> {
 
     fn memory(&self) -> MemoryUse {
         self.stream.executes(|| self.painter.memory())
+    }
+
+    fn caches(&self) -> CacheUses {
+        self.painter.caches()
     }
 }
 
@@ -233,6 +243,10 @@ mod tests {
             Err(PaintError::Device(StreamId::current().to_string()))
         }
 
+        fn preview(&mut self, id: JobId) -> Result<RgbImage, PaintError> {
+            Err(PaintError::NothingToShow(id))
+        }
+
         fn finish(&mut self, id: JobId) -> Result<Painting, PaintError> {
             Err(PaintError::UnknownJob(id))
         }
@@ -241,6 +255,10 @@ mod tests {
 
         fn memory(&self) -> MemoryUse {
             MemoryUse::default()
+        }
+
+        fn caches(&self) -> CacheUses {
+            CacheUses::default()
         }
     }
 

@@ -7,6 +7,9 @@ pub use kiln_ops::MemoryUse;
 
 use crate::noise::NoiseGenerator;
 
+/// The largest height or width of a preview, in pixels.
+pub const MAX_PREVIEW_SIDE: usize = 256;
+
 /// Names a job within one painter. The caller chooses it and does not reuse one that is alive.
 pub type JobId = u64;
 
@@ -102,6 +105,27 @@ pub struct ModelInfo {
     pub dtype: &'static str,
 }
 
+/// A cache that is bounded by the bytes of its entries.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct CacheUse {
+    pub entries: usize,
+    /// Of all entries.
+    pub bytes: usize,
+    /// What [`CacheUse::bytes`] never exceeds.
+    pub max_bytes: usize,
+    pub hits: u64,
+    pub misses: u64,
+}
+
+/// What a painter keeps because it may be asked for again. Pictures do not depend on it.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct CacheUses {
+    /// Embeddings of prompts.
+    pub embeddings: CacheUse,
+    /// Modulation tables of schedules.
+    pub modulation: CacheUse,
+}
+
 /// Why a job could not go on. The painter and its other jobs remain usable.
 #[derive(Debug, thiserror::Error)]
 pub enum PaintError {
@@ -125,6 +149,8 @@ pub enum PaintError {
     NothingToDo,
     #[error("job {0} has steps left")]
     Unfinished(JobId),
+    #[error("job {0} has made no step that could be shown")]
+    NothingToShow(JobId),
     #[error("the device failed: {0}")]
     Device(String),
 }
@@ -158,6 +184,11 @@ pub trait Painter: Send {
     /// Returns the steps left for each, in the same order.
     fn step(&mut self, ids: &[JobId]) -> Result<Vec<usize>, PaintError>;
 
+    /// What the first image of a job will probably look like, judged by its last step: a picture of
+    /// at most [`MAX_PREVIEW_SIDE`] pixels a side, much cheaper than the real one. Changes nothing
+    /// about the job.
+    fn preview(&mut self, id: JobId) -> Result<RgbImage, PaintError>;
+
     /// Decodes the images of a job that has no steps left, and forgets the job.
     fn finish(&mut self, id: JobId) -> Result<Painting, PaintError>;
 
@@ -166,4 +197,6 @@ pub trait Painter: Send {
 
     /// What the device holds now, for this painter and all else that this program runs on it.
     fn memory(&self) -> MemoryUse;
+
+    fn caches(&self) -> CacheUses;
 }

@@ -3,16 +3,18 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
+use burn_tensor::module::adaptive_avg_pool2d;
 use burn_tensor::{DType, Tensor, TensorData};
 use cubecl_common::stream_id::StreamId;
 use kiln_ops::FusedOps;
 
+use crate::cache::Cache;
 use crate::config::{ConfigError, ConfigReader, ConfigText};
 use crate::guidance::true_cfg;
 use crate::noise::randn;
 use crate::painter::{
-    ImageSizes, Job, JobId, MemoryUse, ModelInfo, PaintError, Painter, Painting, RgbImage,
-    TraceTensor,
+    CacheUses, ImageSizes, Job, JobId, MAX_PREVIEW_SIDE, MemoryUse, ModelInfo, PaintError, Painter,
+    Painting, RgbImage, TraceTensor,
 };
 use crate::scheduler::{Schedule, SchedulerConfig, round_to};
 use crate::source::TensorSource;
@@ -40,6 +42,10 @@ const ROPE_POSITIONS: usize = 4096;
 /// Bytes of modulation that are kept for schedules that may come again. One of 50 steps takes
 /// 0.44 GB for Qwen-Image.
 const KEPT_TABLE_BYTES: usize = 1 << 30;
+
+/// Bytes of embeddings that are kept for prompts that may come again. One of 100 tokens takes
+/// 1.4 MB for Qwen-Image in f32.
+const KEPT_EMBEDDING_BYTES: usize = 256 << 20;
 
 /// The five configuration files of a checkpoint.
 #[derive(Debug, Clone)]
@@ -99,7 +105,10 @@ pub struct QwenImage<B: FusedOps> {
     latent_channels: usize,
     device: B::Device,
     jobs: HashMap<JobId, RunningJob<B>>,
-    tables: Vec<(Vec<u32>, Arc<ModulationTable<B>>)>,
+    /// By token ids.
+    embeddings: Cache<Vec<u32>, Tensor<B, 2>>,
+    /// By the bits of a schedule's timesteps.
+    tables: Cache<Vec<u32>, Arc<ModulationTable<B>>>,
     packing: Option<Packing<B>>,
     /// Dropped last, as fields are dropped in their order.
     _memory: DeviceMemory<B>,
@@ -133,6 +142,8 @@ struct RunningJob<B: FusedOps> {
     steps_done: usize,
     /// `[images · tokens, channels]`, f32.
     latents: Tensor<B, 2>,
+    /// What the last step predicted, as `latents`; `None` before the first.
+    velocity: Option<Tensor<B, 2>>,
     /// Embeddings of one forward's segments: positive for every image, then negative.
     text: Tensor<B, 2>,
     /// Of one forward, with row 0.
@@ -204,7 +215,8 @@ impl<B: FusedOps> QwenImage<B> {
             latent_channels: vae_config.z_dim,
             device,
             jobs: HashMap::new(),
-            tables: Vec::new(),
+            embeddings: Cache::new(KEPT_EMBEDDING_BYTES),
+            tables: Cache::new(KEPT_TABLE_BYTES),
             packing: None,
             _memory: memory,
         })
@@ -245,20 +257,25 @@ impl<B: FusedOps> QwenImage<B> {
         Ok(())
     }
 
-    /// Embeddings of the prompt and, with guidance, of the negative prompt.
-    fn encode(&self, job: &Job) -> Vec<Tensor<B, 2>> {
-        let mut prompts = vec![job.prompt.as_slice()];
-        if job.uses_cfg() {
-            prompts.extend(job.negative_prompt.as_deref());
-        }
-        let keep = |hidden: Tensor<B, 2>| {
-            let kept = (hidden.dims()[0] - TEMPLATE_TOKENS_DROPPED).min(MAX_PROMPT_TOKENS);
-            hidden.narrow(0, TEMPLATE_TOKENS_DROPPED, kept)
-        };
-        self.text_encoder
-            .forward(&prompts)
-            .into_iter()
-            .map(keep)
+    /// Embeddings of the prompt and, with guidance, of the negative prompt. Each is encoded by
+    /// itself, so that they do not depend on which of them are kept.
+    fn encode(&mut self, job: &Job) -> Vec<Tensor<B, 2>> {
+        let negative = job.negative_prompt.as_ref().filter(|_| job.uses_cfg());
+        let text_encoder = &self.text_encoder;
+        std::iter::once(&job.prompt)
+            .chain(negative)
+            .map(|prompt| {
+                let bytes = |hidden: &Tensor<B, 2>| {
+                    // The template's rows may be kept alive too.
+                    prompt.len() * hidden.dims()[1] * hidden.dtype().size()
+                };
+                let make = || {
+                    let hidden = text_encoder.forward(&[prompt]).remove(0);
+                    let kept = (prompt.len() - TEMPLATE_TOKENS_DROPPED).min(MAX_PROMPT_TOKENS);
+                    hidden.narrow(0, TEMPLATE_TOKENS_DROPPED, kept)
+                };
+                self.embeddings.get_or_make(prompt, make, bytes)
+            })
             .collect()
     }
 
@@ -302,7 +319,8 @@ impl<B: FusedOps> QwenImage<B> {
     /// From `[images · tokens, channels]` to `[images, z, h, w]`.
     fn unpack(&self, job: &Job, latents: Tensor<B, 2>) -> Tensor<B, 4> {
         let [height, width] = self.latent_size(job);
-        let (images, channels) = (job.num_images, self.latent_channels);
+        let channels = self.latent_channels;
+        let images = latents.dims()[0] * PATCH * PATCH / (height * width);
         latents
             .reshape([
                 images,
@@ -316,21 +334,19 @@ impl<B: FusedOps> QwenImage<B> {
             .reshape([images, channels, height, width])
     }
 
-    /// The modulation of a schedule, computed at most once while it is among the last ones used.
+    /// The modulation of a schedule.
     fn modulation(&mut self, timesteps: &[f32]) -> Arc<ModulationTable<B>> {
-        let key: Vec<u32> = timesteps.iter().map(|t| t.to_bits()).collect();
-        let entry = match self.tables.iter().position(|(known, _)| *known == key) {
-            Some(index) => self.tables.remove(index),
-            None => (key, Arc::new(self.transformer.modulation_table(timesteps))),
-        };
-        let table = Arc::clone(&entry.1);
-        self.tables.insert(0, entry);
-        let mut bytes = 0;
-        self.tables.retain(|(_, table)| {
-            bytes += table.bytes();
-            bytes <= KEPT_TABLE_BYTES
-        });
-        table
+        let key = timesteps.iter().map(|t| t.to_bits()).collect();
+        let make = || Arc::new(self.transformer.modulation_table(timesteps));
+        self.tables.get_or_make(&key, make, |table| table.bytes())
+    }
+
+    /// Latents `[images, z, h, w]` as the denoiser has them, to pictures.
+    ///
+    /// Returns f32 values from 0 to 1, `[images, h, w, 3]`.
+    fn decode(&self, latents: Tensor<B, 4>, settings: VaeSettings) -> Tensor<B, 4> {
+        let decoded = self.vae.decode(self.vae.denormalise(latents), settings);
+        (decoded * 0.5 + 0.5).clamp(0.0, 1.0).permute([0, 2, 3, 1])
     }
 
     /// Until the device has computed all that it was given; memory that ran out shows here.
@@ -394,6 +410,7 @@ where
             modulation,
             steps_done: 0,
             latents,
+            velocity: None,
             text,
             segments,
             trace,
@@ -449,6 +466,27 @@ where
             .collect()
     }
 
+    fn preview(&mut self, id: JobId) -> Result<RgbImage, PaintError> {
+        let running = self.running(id)?;
+        let velocity = running.velocity.clone();
+        let velocity = velocity.ok_or(PaintError::NothingToShow(id))?;
+        // The noise that is left, if every later step predicted the same.
+        let sigma = running.schedule.sigmas[running.steps_done];
+        let first_image = |all: Tensor<B, 2>| {
+            let tokens = all.dims()[0] / running.job.num_images;
+            all.narrow(0, 0, tokens)
+        };
+        let clean = first_image(running.latents.clone()) - first_image(velocity) * sigma;
+        let clean = self.unpack(&running.job, clean);
+        let size = preview_size(
+            self.latent_size(&running.job),
+            MAX_PREVIEW_SIDE / self.scale_factor,
+        );
+        let pixels = self.decode(adaptive_avg_pool2d(clean, size), VaeSettings::default());
+        let [_, height, width, _] = pixels.dims();
+        Ok(RgbImage::rounded(height, width, &read(pixels)?))
+    }
+
     fn finish(&mut self, id: JobId) -> Result<Painting, PaintError> {
         let running = self.running(id)?;
         if running.steps_done < running.schedule.steps() {
@@ -460,10 +498,7 @@ where
             mut trace,
             ..
         } = self.jobs.remove(&id).ok_or(PaintError::UnknownJob(id))?;
-        let latents = self.vae.denormalise(self.unpack(&job, latents));
-        let decoded = self.vae.decode(latents, self.settings.vae);
-        // [images, 3, h, w] from -1..1 to [images, h, w, 3] from 0..1
-        let pixels = (decoded * 0.5 + 0.5).clamp(0.0, 1.0).permute([0, 2, 3, 1]);
+        let pixels = self.decode(self.unpack(&job, latents), self.settings.vae);
         let shape = pixels.dims();
         let values = read(pixels)?;
         let images = values
@@ -486,6 +521,13 @@ where
 
     fn memory(&self) -> MemoryUse {
         B::memory_use(&self.device)
+    }
+
+    fn caches(&self) -> CacheUses {
+        CacheUses {
+            embeddings: self.embeddings.counts(),
+            modulation: self.tables.counts(),
+        }
     }
 }
 
@@ -511,7 +553,8 @@ impl<B: FusedOps> QwenImage<B> {
             };
             let sigmas = &running.schedule.sigmas;
             let delta = sigmas[step + 1] - sigmas[step];
-            running.latents = running.latents.clone() + velocity * delta;
+            running.latents = running.latents.clone() + velocity.clone() * delta;
+            running.velocity = Some(velocity);
             running.steps_done += 1;
             if running.job.record {
                 let [rows, channels] = running.latents.dims();
@@ -546,6 +589,15 @@ fn read<B: FusedOps, const D: usize>(tensor: Tensor<B, D>) -> Result<Vec<f32>, P
         .map_err(|error| PaintError::device(&error))?;
     data.into_vec::<f32>()
         .map_err(|error| PaintError::Device(format!("{error:?}")))
+}
+
+/// Height and width of a preview in latents: those of the image, shrunk to `max` if they are larger.
+fn preview_size(size: [usize; 2], max: usize) -> [usize; 2] {
+    let longest = size[0].max(size[1]);
+    if longest <= max {
+        return size;
+    }
+    size.map(|side| (side * max / longest).max(1))
 }
 
 /// Refuses pipelines other than Qwen-Image's text-to-image.

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use kiln_models::painter::Painting;
 
 use crate::backend;
-use crate::engine::{Engine, Event, Finished, JobHandle, Timings};
+use crate::engine::{Engine, EngineSettings, Event, Finished, JobHandle, SubmitOptions, Timings};
 use crate::image::{Encoding, encode};
 use crate::request::{GenerationRequest, Limits};
 
@@ -35,11 +35,17 @@ pub(super) fn run(args: &GenerateArgs) -> Result<(), CliError> {
     let limits = Limits::for_sizes(model.image_sizes()?);
     let request = GenerationRequest::new(params, &limits, noise)?;
     let tokens = request.tokenize(&model.tokenizer)?;
-    let engine = Engine::start(model.painter(&settings)?, 0);
+    let one_job = EngineSettings {
+        max_queue: 0,
+        max_started: 1,
+        warm_up: None,
+    };
+    let engine = Engine::start(model.painter(&settings)?, one_job);
     let job = request
         .clone()
         .into_job(tokens.clone(), args.dump.is_some());
-    let finished = paint(engine.submit(job)?, request.num_inference_steps)?;
+    let handle = engine.submit(job, SubmitOptions::default())?;
+    let finished = paint(handle, request.num_inference_steps)?;
 
     say_timings(&finished.timings);
     write_images(&finished.painting, &paths, &request, args)?;
@@ -53,7 +59,7 @@ fn paint(mut handle: JobHandle, steps: usize) -> Result<Finished, CliError> {
     let mut progress = Progress::new(steps);
     let outcome = loop {
         match handle.blocking_next_event() {
-            Event::Queued { .. } => {}
+            Event::Queued { .. } | Event::Preview { .. } => {}
             Event::Started => progress.started(),
             Event::Step { done, total } => progress.step(done, total),
             Event::Finished(finished) => break Ok(finished),

@@ -3,7 +3,7 @@ use std::net::TcpListener;
 use tokio::runtime::Runtime;
 
 use crate::backend;
-use crate::engine::Engine;
+use crate::engine::{DEFAULT_MAX_STARTED, Engine, EngineSettings};
 use crate::server::{self, App};
 
 use super::args::ServeArgs;
@@ -30,7 +30,12 @@ pub(super) fn run(args: &ServeArgs) -> Result<(), CliError> {
         tokens.map_err(CliError::DefaultNegativePrompt)?;
     }
     let painter = model.painter(&loading)?;
-    let engine = Engine::start(painter, args.limits.max_queue);
+    let engine_settings = EngineSettings {
+        max_queue: args.limits.max_queue,
+        max_started: DEFAULT_MAX_STARTED,
+        warm_up: None,
+    };
+    let engine = Engine::start(painter, engine_settings);
     let app = App::new(
         engine.clone(),
         model.tokenizer,

@@ -100,7 +100,7 @@ fn measured<T>(
 #[cfg(test)]
 mod tests {
     use kiln_models::noise::NoiseGenerator;
-    use kiln_models::painter::{ImageSizes, MemoryUse, ModelInfo, Painting};
+    use kiln_models::painter::{CacheUses, ImageSizes, MemoryUse, ModelInfo, Painting};
 
     use super::*;
 
@@ -128,6 +128,10 @@ mod tests {
             Ok(vec![0])
         }
 
+        fn preview(&mut self, id: JobId) -> Result<RgbImage, PaintError> {
+            Err(PaintError::NothingToShow(id))
+        }
+
         fn finish(&mut self, _id: JobId) -> Result<Painting, PaintError> {
             let values = vec![0.5; 3];
             let picture = RgbImage::rounded(1, 1, &values);
@@ -149,6 +153,10 @@ mod tests {
                 in_use: Some(self.steps_done as u64),
                 ..MemoryUse::default()
             }
+        }
+
+        fn caches(&self) -> CacheUses {
+            CacheUses::default()
         }
     }
 

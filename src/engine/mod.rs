@@ -1,109 +1,84 @@
 //! The one thread that owns the painter. Everyone else sends it jobs and listens.
 //!
-//! Jobs are advanced one denoising step at a time, so each can be reported on, cancelled and,
-//! later, batched at every step. Waiting jobs stand in a bounded queue, first come first served.
-//! A panic in the painter fails the jobs of that call and nothing else.
+//! Jobs are advanced one denoising step at a time, so each can be reported on, overtaken and ended
+//! at every step. The queue is bounded, and told how long it will take; small jobs do not wait for
+//! large ones, and large ones do not starve: see [`Engine`]. A panic or an error of the painter
+//! ends the job that it was working on and nothing else.
 
+mod entry;
+mod job;
+mod policy;
 mod queue;
+mod stats;
+mod work;
 mod worker;
 
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use kiln_models::painter::{Job, JobId, ModelInfo, PaintError, Painter, Painting};
+use kiln_models::painter::{Job, JobId, ModelInfo, Painter};
 use tokio::sync::mpsc::UnboundedReceiver;
 
-use self::queue::Shared;
+pub use self::job::{
+    Event, Finished, JobError, StartError, State, SubmitError, SubmitOptions, Timings,
+};
+pub use self::stats::{BUCKET_BOUNDS, EngineStats, Histogram, Outcomes};
+
+use self::queue::{Shared, SystemClock};
 use self::worker::Worker;
 
 pub(crate) use self::worker::caught;
 
 /// Jobs that may wait, unless told otherwise.
 pub const DEFAULT_MAX_QUEUE: usize = 32;
+/// Jobs that may be in work side by side, unless told otherwise.
+pub const DEFAULT_MAX_STARTED: usize = 8;
 
-/// What a [`JobHandle`] hears, in this order; the last is `Finished` or `Failed`.
-#[derive(Debug)]
-pub enum Event {
-    /// Jobs that come before this one, running ones included. Told again when it changes.
-    Queued {
-        position: usize,
-    },
-    /// The painter begins with this job.
-    Started,
-    /// `done` of `total` denoising steps are over.
-    Step {
-        done: usize,
-        total: usize,
-    },
-    Finished(Finished),
-    Failed(JobError),
-}
-
-/// A painting and how long it took.
-#[derive(Debug)]
-pub struct Finished {
-    pub painting: Painting,
-    pub timings: Timings,
-}
-
-/// Wall-clock time a job spent in each stage.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Timings {
-    pub queue: Duration,
-    /// Prompts, noise and schedule.
-    pub encode: Duration,
-    pub denoise: Duration,
-    pub decode: Duration,
-}
-
-impl Timings {
-    pub fn total(&self) -> Duration {
-        self.queue + self.encode + self.denoise + self.decode
-    }
-}
-
-/// Why an accepted job ended without a painting.
-#[derive(Debug, Clone, thiserror::Error)]
-pub enum JobError {
-    #[error(transparent)]
-    Paint(Arc<PaintError>),
-    #[error("the painter panicked: {0}")]
-    Panicked(String),
-    #[error("the engine was stopped before the image was finished")]
-    Stopped,
-}
-
-impl From<PaintError> for JobError {
-    fn from(error: PaintError) -> Self {
-        Self::Paint(Arc::new(error))
-    }
-}
-
-/// Why a job was not accepted.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum SubmitError {
-    #[error("{waiting} requests are waiting already, no more are taken")]
-    QueueFull {
-        waiting: usize,
-        /// About when a place will be free, judged by the last job.
-        retry_after: Duration,
-    },
-    #[error("the engine has stopped")]
-    Stopped,
+/// How an engine works.
+#[derive(Debug, Clone)]
+pub struct EngineSettings {
+    /// Jobs that may be unfinished besides the one that the device works on. With 0 a job is
+    /// accepted only by an idle engine.
+    pub max_queue: usize,
+    /// Jobs that may be in work, and so in the device's memory, at a time; at least 1. A job in
+    /// work holds its latents, embeddings and modulation table; what a step needs besides is
+    /// needed once, as steps are made one after the other. With 1 no job overtakes another.
+    pub max_started: usize,
+    /// Painted before anything else; the engine is [`State::Starting`] until that is done.
+    pub warm_up: Option<Job>,
 }
 
 /// A handle to the thread. Clones share it; the last one to be dropped stops and joins it.
+///
+/// # Order
+///
+/// Before every step the engine chooses the job that is advanced. A waiting job that is at most
+/// half as large as the smallest one in work overtakes it, so that a small job waits for one step
+/// of a large one and not for the whole of it; otherwise jobs are finished in the order they came.
+/// The oldest job has at least a quarter of the device's time, whatever overtakes it. A job's size
+/// is estimated from its tokens, steps and images.
+///
+/// # Ends
+///
+/// A job ends early when its [`JobHandle`] is dropped, when its deadline passes, and when the
+/// engine is stopped or has been draining for too long. The device is free for others after the
+/// step (or the encoding of prompts, or the decoding of images) that it is at.
 #[derive(Debug, Clone)]
 pub struct Engine {
     thread: Arc<Thread>,
 }
 
 impl Engine {
-    /// Gives the painter a thread of its own. At most `max_queue` jobs wait for it.
-    pub fn start(painter: Box<dyn Painter>, max_queue: usize) -> Self {
+    /// Gives the painter a thread of its own. Returns at once; [`Engine::ready`] waits for the
+    /// warm-up.
+    pub fn start(painter: Box<dyn Painter>, settings: EngineSettings) -> Self {
         let info = painter.info().clone();
-        let shared = Arc::new(Shared::new(max_queue));
+        let shared = Arc::new(Shared::new(
+            settings,
+            info.sizes.multiple,
+            Arc::new(SystemClock),
+        ));
         let worker = Worker::new(painter, Arc::clone(&shared));
         let join = std::thread::Builder::new()
             .name("painter".into())
@@ -123,17 +98,48 @@ impl Engine {
         &self.thread.info
     }
 
-    /// Puts a job at the end of the queue.
-    pub fn submit(&self, job: Job) -> Result<JobHandle, SubmitError> {
-        self.thread.shared.submit(job)
+    /// Accepts a job or refuses it, at once. The handle's first event is [`Event::Queued`].
+    pub fn submit(&self, job: Job, options: SubmitOptions) -> Result<JobHandle, SubmitError> {
+        self.thread.shared.submit(job, options)
     }
 
-    /// Whether jobs are still taken.
-    pub fn is_running(&self) -> bool {
-        self.thread.shared.is_running()
+    /// What the engine has done so far, and what it holds now.
+    pub fn stats(&self) -> EngineStats {
+        self.thread.shared.stats()
     }
 
-    /// Ends all jobs with [`JobError::Stopped`], the running one after its current step. Does not
+    /// Whether jobs are accepted and painted.
+    pub fn state(&self) -> State {
+        self.thread.shared.state().borrow().clone()
+    }
+
+    /// Waits until the warm-up has been painted, if there is one.
+    pub async fn ready(&self) -> Result<(), StartError> {
+        let mut state = self.thread.shared.state();
+        let state = state.wait_for(|state| !matches!(state, State::Starting));
+        match state.await.as_deref() {
+            Ok(State::Failed(error)) => Err(StartError::WarmUp(error.clone())),
+            Ok(State::Stopped | State::Draining) | Err(_) => Err(StartError::Stopped),
+            Ok(State::Starting | State::Ready) => Ok(()),
+        }
+    }
+
+    /// Accepts no jobs from now on. Those there are, are painted for at most `timeout`; then the
+    /// rest end with [`JobError::Stopped`] and the engine is [`State::Stopped`]. Returns at once,
+    /// [`Engine::stopped`] waits for that. A second call can shorten the time, not prolong it.
+    pub fn drain(&self, timeout: Duration) {
+        self.thread.shared.drain(timeout);
+    }
+
+    /// Waits until the engine is [`State::Stopped`] or [`State::Failed`].
+    pub async fn stopped(&self) {
+        let mut state = self.thread.shared.state();
+        let is_over = |state: &State| matches!(state, State::Stopped | State::Failed(_));
+        // An error means that the engine is gone altogether.
+        drop(state.wait_for(is_over).await);
+    }
+
+    /// Ends all jobs with [`JobError::Stopped`], the running ones after the current step. Does not
     /// wait for that.
     pub fn stop(&self) {
         self.thread.shared.stop();
@@ -145,7 +151,7 @@ impl Engine {
     }
 }
 
-/// A submitted job. Dropping it cancels the job within one denoising step.
+/// An accepted job. Dropping it cancels the job: the device is free after its current step.
 #[derive(Debug)]
 pub struct JobHandle {
     id: JobId,
@@ -179,7 +185,10 @@ impl JobHandle {
             match self.next_event().await {
                 Event::Finished(finished) => return Ok(finished),
                 Event::Failed(error) => return Err(error),
-                Event::Queued { .. } | Event::Started | Event::Step { .. } => {}
+                Event::Queued { .. }
+                | Event::Started
+                | Event::Step { .. }
+                | Event::Preview { .. } => {}
             }
         }
     }
@@ -187,7 +196,6 @@ impl JobHandle {
 
 impl Drop for JobHandle {
     fn drop(&mut self) {
-        // The thread drops a running job when it sees that nobody listens any more.
         self.shared.forget(self.id);
     }
 }

@@ -1,68 +1,111 @@
-//! Jobs that wait, and the bell that wakes the painter's thread.
+//! The jobs that handles and the painter's thread share, and the bell that wakes the thread.
 
-use std::collections::VecDeque;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use kiln_models::painter::{Job, JobId};
+use kiln_models::painter::{CacheUses, Job, JobId, MemoryUse, Painting, RgbImage};
 use tokio::sync::mpsc::{UnboundedSender, unbounded_channel};
+use tokio::sync::watch;
 
-use super::{Event, JobError, JobHandle, SubmitError};
+use super::entry::Entry;
+use super::policy::{Candidate, expected_order, next_turn};
+use super::work::{Speed, Stage, Work};
+use super::{
+    EngineSettings, EngineStats, Event, Finished, JobError, JobHandle, State, SubmitError,
+    SubmitOptions, Timings,
+};
 
-/// Jobs that are advanced together.
-const MAX_ACTIVE: usize = 1;
-/// How long a job is thought to take before one has been seen.
-const FIRST_GUESS: Duration = Duration::from_secs(10);
+/// When to try again before anything has been measured.
+const UNMEASURED_RETRY: Duration = Duration::from_secs(10);
 
-/// What the handles and the thread share.
+/// Tells the time; tests have one that they can set.
+pub(super) trait Clock: std::fmt::Debug + Send + Sync {
+    fn now(&self) -> Instant;
+}
+
+#[derive(Debug)]
+pub(super) struct SystemClock;
+
+impl Clock for SystemClock {
+    fn now(&self) -> Instant {
+        Instant::now()
+    }
+}
+
 #[derive(Debug)]
 pub(super) struct Shared {
     queue: Mutex<Queue>,
-    /// Rung when a job is submitted and when the engine is stopped.
+    /// Rung when a job comes and when the engine is drained or stopped.
     wake: Condvar,
+    pub(super) clock: Arc<dyn Clock>,
 }
 
 #[derive(Debug)]
 struct Queue {
-    waiting: VecDeque<Waiting>,
-    max_waiting: usize,
-    /// Jobs the thread has taken from the queue and not yet ended.
-    active: usize,
+    /// In the order in which they came.
+    entries: Vec<Entry>,
+    max_unfinished: usize,
+    max_started: usize,
+    /// Side of the square of pixels that is one token.
+    pixels_per_token: usize,
     next_id: JobId,
-    stopped: bool,
-    /// How long the last finished job ran.
-    last_run: Duration,
+    state: watch::Sender<State>,
+    /// When draining is over.
+    stop_at: Option<Instant>,
+    /// How long the device has worked so far.
+    device_time: Duration,
+    speed: Speed,
+    stats: EngineStats,
 }
 
+/// What the thread should do.
 #[derive(Debug)]
-pub(super) struct Waiting {
-    pub(super) id: JobId,
-    pub(super) job: Job,
-    pub(super) events: UnboundedSender<Event>,
-    pub(super) submitted: Instant,
-    position: usize,
+pub(super) enum Next {
+    Start(JobId, Job),
+    Step(JobId),
+    Finish(JobId),
+    /// The job has ended, and the painter still has it.
+    Discard(JobId),
+    /// There is nothing to do until the bell rings.
+    Sleep,
+    End,
 }
 
-/// What the thread should do next.
-pub(super) enum Next {
-    Start(Waiting),
-    Advance,
-    Stop,
+/// How a job ended.
+enum Outcome {
+    Finished(Painting),
+    Cancelled,
+    Failed(JobError),
 }
 
 impl Shared {
-    pub(super) fn new(max_waiting: usize) -> Self {
-        let queue = Queue {
-            waiting: VecDeque::new(),
-            max_waiting,
-            active: 0,
+    pub(super) fn new(
+        settings: EngineSettings,
+        pixels_per_token: usize,
+        clock: Arc<dyn Clock>,
+    ) -> Self {
+        let mut queue = Queue {
+            entries: Vec::new(),
+            max_unfinished: settings.max_queue + 1,
+            max_started: settings.max_started.max(1),
+            pixels_per_token,
             next_id: 0,
-            stopped: false,
-            last_run: FIRST_GUESS,
+            state: watch::Sender::new(State::Ready),
+            stop_at: None,
+            device_time: Duration::ZERO,
+            speed: Speed::default(),
+            stats: EngineStats::default(),
         };
+        if let Some(job) = settings.warm_up {
+            let (events, _) = unbounded_channel();
+            queue.push(job, SubmitOptions::default(), events, clock.now());
+            queue.entries[0].is_warm_up = true;
+            queue.state.send_replace(State::Starting);
+        }
         Self {
             queue: Mutex::new(queue),
             wake: Condvar::new(),
+            clock,
         }
     }
 
@@ -71,9 +114,13 @@ impl Shared {
         self.queue.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub(super) fn submit(self: &Arc<Self>, job: Job) -> Result<JobHandle, SubmitError> {
+    pub(super) fn submit(
+        self: &Arc<Self>,
+        job: Job,
+        options: SubmitOptions,
+    ) -> Result<JobHandle, SubmitError> {
         let (events, receiver) = unbounded_channel();
-        let id = self.lock().push(job, events)?;
+        let id = self.lock().submit(job, options, events, self.clock.now())?;
         self.wake.notify_one();
         Ok(JobHandle {
             id,
@@ -82,100 +129,405 @@ impl Shared {
         })
     }
 
-    /// Takes a job that waits out of the queue.
+    /// The handle has gone. A job that the painter has is discarded at the thread's next turn.
     pub(super) fn forget(&self, id: JobId) {
         let mut queue = self.lock();
-        queue.waiting.retain(|waiting| waiting.id != id);
-        queue.announce_positions();
+        let Some(index) = queue.position_of(id) else {
+            return;
+        };
+        if queue.entries[index].is_started() {
+            queue.entries[index].is_abandoned = true;
+        } else {
+            queue.end(index, Outcome::Cancelled, self.clock.now());
+        }
     }
 
-    pub(super) fn is_running(&self) -> bool {
-        !self.lock().stopped
+    pub(super) fn state(&self) -> watch::Receiver<State> {
+        self.lock().state.subscribe()
+    }
+
+    pub(super) fn stats(&self) -> EngineStats {
+        let queue = self.lock();
+        let jobs = || queue.entries.iter().filter(|entry| !entry.is_warm_up);
+        EngineStats {
+            waiting: jobs().filter(|entry| !entry.is_started()).count(),
+            running: jobs().filter(|entry| entry.is_started()).count(),
+            ..queue.stats.clone()
+        }
+    }
+
+    pub(super) fn drain(&self, timeout: Duration) {
+        let stop_at = self.clock.now().checked_add(timeout);
+        self.lock().drain(stop_at);
+        self.wake.notify_one();
     }
 
     pub(super) fn stop(&self) {
-        let waiting = {
-            let mut queue = self.lock();
-            queue.stopped = true;
-            std::mem::take(&mut queue.waiting)
-        };
+        self.lock().stop(self.clock.now());
         self.wake.notify_one();
-        for waiting in waiting {
-            tell(&waiting.events, Event::Failed(JobError::Stopped));
+    }
+
+    /// The thread is gone: nobody waits for ever.
+    pub(super) fn abandon(&self) {
+        let now = self.clock.now();
+        let mut queue = self.lock();
+        queue.stop(now);
+        while !queue.entries.is_empty() {
+            queue.end(0, Outcome::Failed(JobError::Stopped), now);
         }
     }
 
-    /// A job has ended: `active` are left, and the ended one ran for `run` if it ran to its end.
-    pub(super) fn ended(&self, active: usize, run: Option<Duration>) {
-        let mut queue = self.lock();
-        queue.active = active;
-        queue.last_run = run.unwrap_or(queue.last_run);
+    /// As [`Shared::next`], without sleeping.
+    #[cfg(test)]
+    pub(super) fn poll(&self) -> Next {
+        self.lock().next(self.clock.now())
     }
 
-    /// Sleeps while there is nothing to do. `active` is how many jobs the thread has.
-    pub(super) fn next(&self, active: usize) -> Next {
+    /// What to do next. Sleeps while there is nothing to do.
+    pub(super) fn next(&self) -> Next {
         let mut queue = self.lock();
-        queue.active = active;
         loop {
-            if queue.stopped {
-                return Next::Stop;
+            match queue.next(self.clock.now()) {
+                Next::Sleep => {
+                    queue = self
+                        .wake
+                        .wait(queue)
+                        .unwrap_or_else(PoisonError::into_inner);
+                }
+                next => return next,
             }
-            if active < MAX_ACTIVE
-                && let Some(waiting) = queue.waiting.pop_front()
-            {
-                queue.active += 1;
-                queue.announce_positions();
-                return Next::Start(waiting);
-            }
-            if active > 0 {
-                return Next::Advance;
-            }
-            queue = self
-                .wake
-                .wait(queue)
-                .unwrap_or_else(PoisonError::into_inner);
         }
+    }
+
+    pub(super) fn started(&self, id: JobId, took: Duration) {
+        self.lock().took_turn(id, took, |entry, stats| {
+            entry.timings.encode = took;
+            if !entry.is_warm_up {
+                stats.waiting_time.add(entry.timings.queue);
+                stats.encode_time.add(took);
+            }
+            Stage::Encode
+        });
+    }
+
+    /// Whether a preview should be made now.
+    pub(super) fn stepped(&self, id: JobId, steps_left: usize, took: Duration) -> bool {
+        let mut wants_preview = false;
+        self.lock().took_turn(id, took, |entry, stats| {
+            entry.timings.denoise += took;
+            entry.steps_left = steps_left;
+            if !entry.is_warm_up {
+                stats.steps += 1;
+                stats.step_time.add(took);
+            }
+            let total = entry.total_steps;
+            let done = total.saturating_sub(steps_left);
+            entry.tell(Event::Step { done, total });
+            wants_preview = entry.wants_preview();
+            Stage::Step
+        });
+        wants_preview
+    }
+
+    /// The preview is part of the turn of the step before it.
+    pub(super) fn previewed(&self, id: JobId, image: Option<RgbImage>, took: Duration) {
+        let mut queue = self.lock();
+        queue.device_time += took;
+        queue.stats.preview_time.add(took);
+        let device_time = queue.device_time;
+        let Some(index) = queue.position_of(id) else {
+            return;
+        };
+        let entry = &mut queue.entries[index];
+        entry.last_turn += took;
+        entry.last_turn_end = device_time;
+        entry.timings.previews += took;
+        if let Some(image) = image {
+            let step = entry.total_steps.saturating_sub(entry.steps_left);
+            entry.tell(Event::Preview { step, image });
+        }
+    }
+
+    pub(super) fn finished(&self, id: JobId, painting: Painting, took: Duration) {
+        let mut queue = self.lock();
+        queue.took_turn(id, took, |entry, stats| {
+            entry.timings.decode = took;
+            if !entry.is_warm_up {
+                stats.decode_time.add(took);
+            }
+            Stage::Decode
+        });
+        if let Some(index) = queue.position_of(id) {
+            queue.end(index, Outcome::Finished(painting), self.clock.now());
+        }
+    }
+
+    pub(super) fn failed(&self, id: JobId, error: JobError, took: Duration) {
+        let mut queue = self.lock();
+        queue.device_time += took;
+        if let Some(index) = queue.position_of(id) {
+            queue.end(index, Outcome::Failed(error), self.clock.now());
+        }
+    }
+
+    pub(super) fn painter_holds(&self, memory: MemoryUse, caches: CacheUses) {
+        let mut queue = self.lock();
+        queue.stats.memory = memory;
+        queue.stats.embedding_cache = caches.embeddings;
+        queue.stats.modulation_cache = caches.modulation;
     }
 }
 
 impl Queue {
-    fn push(&mut self, job: Job, events: UnboundedSender<Event>) -> Result<JobId, SubmitError> {
-        if self.stopped {
-            return Err(SubmitError::Stopped);
-        }
-        let position = self.waiting.len() + self.active;
-        if position >= MAX_ACTIVE + self.max_waiting {
-            let (waiting, retry_after) = (self.waiting.len(), self.last_run);
-            return Err(SubmitError::QueueFull {
-                waiting,
-                retry_after,
-            });
-        }
-        let id = self.next_id;
-        self.next_id += 1;
-        tell(&events, Event::Queued { position });
-        self.waiting.push_back(Waiting {
-            id,
-            job,
-            events,
-            submitted: Instant::now(),
-            position,
-        });
+    /// A copy: nothing can be sent while a borrow is held.
+    fn state(&self) -> State {
+        self.state.borrow().clone()
+    }
+
+    fn position_of(&self, id: JobId) -> Option<usize> {
+        self.entries.iter().position(|entry| entry.id == id)
+    }
+
+    fn submit(
+        &mut self,
+        job: Job,
+        options: SubmitOptions,
+        events: UnboundedSender<Event>,
+        now: Instant,
+    ) -> Result<JobId, SubmitError> {
+        let refused = match self.state() {
+            State::Starting | State::Ready => self.refuse_if_full(),
+            State::Draining => Err(SubmitError::Draining),
+            State::Stopped | State::Failed(_) => Err(SubmitError::Stopped),
+        };
+        self.stats.outcomes.rejected += u64::from(refused.is_err());
+        refused?;
+        let id = self.push(job, options, events, now);
+        self.tell_positions();
         Ok(id)
     }
 
-    fn announce_positions(&mut self) {
-        for (index, waiting) in self.waiting.iter_mut().enumerate() {
-            let position = self.active + index;
-            if waiting.position != position {
-                waiting.position = position;
-                tell(&waiting.events, Event::Queued { position });
+    fn refuse_if_full(&self) -> Result<(), SubmitError> {
+        // The warm-up takes nobody's place.
+        let unfinished = self.entries.iter().filter(|e| !e.is_warm_up).count();
+        if unfinished < self.max_unfinished {
+            return Ok(());
+        }
+        let order = expected_order(&self.candidates(), self.max_started);
+        let next = order.first().map(|&index| &self.entries[index]);
+        let rest = next.and_then(|entry| entry.expected_rest(&self.speed));
+        Err(SubmitError::QueueFull {
+            waiting: unfinished - 1,
+            retry_after: rest.unwrap_or(UNMEASURED_RETRY),
+        })
+    }
+
+    fn push(
+        &mut self,
+        job: Job,
+        options: SubmitOptions,
+        events: UnboundedSender<Event>,
+        now: Instant,
+    ) -> JobId {
+        let id = self.next_id;
+        self.next_id += 1;
+        self.entries.push(Entry {
+            id,
+            work: Work::of(&job, self.pixels_per_token),
+            options,
+            submitted: now,
+            total_steps: job.num_inference_steps,
+            steps_left: job.num_inference_steps,
+            waiting: Some(job),
+            timings: Timings::default(),
+            is_warm_up: false,
+            is_abandoned: false,
+            events,
+            told_position: None,
+            last_turn: Duration::ZERO,
+            last_turn_end: self.device_time,
+        });
+        id
+    }
+
+    fn candidates(&self) -> Vec<Candidate> {
+        let candidate = |entry: &Entry| entry.candidate(self.device_time, &self.speed);
+        self.entries.iter().map(candidate).collect()
+    }
+
+    fn next(&mut self, now: Instant) -> Next {
+        let is_draining = matches!(self.state(), State::Draining);
+        if is_draining && self.stop_at.is_some_and(|at| at <= now) {
+            self.stop(now);
+        }
+        while let Some((index, outcome)) = self.first_to_end(now) {
+            let (id, started) = (self.entries[index].id, self.entries[index].is_started());
+            self.end(index, outcome, now);
+            if started {
+                return Next::Discard(id);
+            }
+        }
+        let candidates = self.candidates();
+        let next = match self.state() {
+            // Nothing comes between the warm-up and the device.
+            State::Starting => Some(0),
+            _ => next_turn(&candidates, self.max_started),
+        };
+        let Some(entry) = next.and_then(|index| self.entries.get_mut(index)) else {
+            return match self.state() {
+                State::Starting | State::Ready => Next::Sleep,
+                State::Draining => {
+                    self.state.send_replace(State::Stopped);
+                    Next::End
+                }
+                State::Stopped | State::Failed(_) => Next::End,
+            };
+        };
+        let id = entry.id;
+        if let Some(job) = entry.waiting.take() {
+            entry.timings.queue = now.saturating_duration_since(entry.submitted);
+            entry.tell(Event::Started);
+            self.tell_positions();
+            return Next::Start(id, job);
+        }
+        if entry.steps_left > 0 {
+            Next::Step(id)
+        } else {
+            Next::Finish(id)
+        }
+    }
+
+    /// A job that nothing more should be done for, and why.
+    fn first_to_end(&self, now: Instant) -> Option<(usize, Outcome)> {
+        let (stopped, starting) = match self.state() {
+            State::Stopped | State::Failed(_) => (true, false),
+            State::Starting => (false, true),
+            State::Ready | State::Draining => (false, false),
+        };
+        let outcome = |entry: &Entry| {
+            if entry.is_abandoned {
+                Some(Outcome::Cancelled)
+            } else if stopped || (entry.is_warm_up && !starting) {
+                Some(Outcome::Failed(JobError::Stopped))
+            } else if entry.options.deadline.is_some_and(|at| at <= now) {
+                Some(Outcome::Failed(JobError::DeadlinePassed))
+            } else {
+                None
+            }
+        };
+        let mut jobs = self.entries.iter().enumerate();
+        jobs.find_map(|(index, entry)| Some((index, outcome(entry)?)))
+    }
+
+    /// Books a turn of the device and the stage it was, which `book` names.
+    fn took_turn(
+        &mut self,
+        id: JobId,
+        took: Duration,
+        book: impl FnOnce(&mut Entry, &mut EngineStats) -> Stage,
+    ) {
+        self.device_time += took;
+        let Some(index) = self.position_of(id) else {
+            return;
+        };
+        let entry = &mut self.entries[index];
+        entry.last_turn = took;
+        entry.last_turn_end = self.device_time;
+        let stage = book(entry, &mut self.stats);
+        self.speed.measured(stage, &entry.work, took);
+    }
+
+    /// Takes the job out, counts it and tells its handle.
+    fn end(&mut self, index: usize, outcome: Outcome, now: Instant) {
+        let entry = self.entries.remove(index);
+        if entry.is_warm_up {
+            self.warm_up_ended(outcome);
+        } else {
+            self.count_and_tell(entry, outcome, now);
+        }
+        self.tell_positions();
+    }
+
+    fn warm_up_ended(&self, outcome: Outcome) {
+        self.state.send_if_modified(|state| {
+            let is_starting = matches!(state, State::Starting);
+            if is_starting {
+                *state = match outcome {
+                    Outcome::Finished(_) => State::Ready,
+                    Outcome::Failed(error) => State::Failed(error),
+                    Outcome::Cancelled => State::Stopped,
+                };
+            }
+            is_starting
+        });
+    }
+
+    fn count_and_tell(&mut self, entry: Entry, outcome: Outcome, now: Instant) {
+        let outcomes = &mut self.stats.outcomes;
+        let (id, steps_left) = (entry.id, entry.steps_left);
+        match outcome {
+            Outcome::Finished(painting) => {
+                let mut timings = entry.timings;
+                let since = now.saturating_duration_since(entry.submitted);
+                timings.paused = since.saturating_sub(timings.total());
+                self.stats.add_finished(&painting, &timings);
+                entry.tell(Event::Finished(Finished { painting, timings }));
+            }
+            Outcome::Cancelled => {
+                tracing::info!(job = id, steps_left, "cancelled");
+                outcomes.cancelled += 1;
+            }
+            Outcome::Failed(error) => {
+                match error {
+                    JobError::Paint(_) | JobError::Panicked(_) => outcomes.failed += 1,
+                    JobError::DeadlinePassed => outcomes.deadline_passed += 1,
+                    JobError::Stopped => outcomes.stopped += 1,
+                }
+                entry.tell(Event::Failed(error));
             }
         }
     }
-}
 
-/// Nobody may be listening any more; the thread notices that by itself.
-pub(super) fn tell(events: &UnboundedSender<Event>, event: Event) {
-    drop(events.send(event));
+    fn drain(&mut self, stop_at: Option<Instant>) {
+        let stop_at = [self.stop_at, stop_at].into_iter().flatten().min();
+        let accepts = matches!(self.state(), State::Starting | State::Ready);
+        if accepts {
+            self.state.send_replace(State::Draining);
+        }
+        self.stop_at = stop_at;
+    }
+
+    /// Ends all jobs, but those that the painter has at the thread's next turn.
+    fn stop(&mut self, now: Instant) {
+        self.state.send_if_modified(|state| {
+            let is_running = !matches!(state, State::Stopped | State::Failed(_));
+            if is_running {
+                *state = State::Stopped;
+            }
+            is_running
+        });
+        while let Some(index) = self.entries.iter().position(|entry| !entry.is_started()) {
+            self.end(index, Outcome::Failed(JobError::Stopped), now);
+        }
+    }
+
+    /// Tells the waiting jobs whose position is not what they have heard.
+    fn tell_positions(&mut self) {
+        let order = expected_order(&self.candidates(), self.max_started);
+        let mut estimated_wait = Some(Duration::ZERO);
+        for (position, index) in order.into_iter().enumerate() {
+            let entry = &mut self.entries[index];
+            if !entry.is_started() && entry.told_position != Some(position) {
+                entry.told_position = Some(position);
+                entry.tell(Event::Queued {
+                    position,
+                    estimated_wait,
+                });
+            }
+            let rest = entry.expected_rest(&self.speed);
+            estimated_wait = estimated_wait
+                .zip(rest)
+                .map(|(wait, rest)| wait.saturating_add(rest));
+        }
+    }
 }

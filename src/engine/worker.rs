@@ -1,150 +1,87 @@
-//! The thread's side: a loop that advances every active job by one step.
+//! The thread's side: it does what the queue says, one call of the painter at a time.
 
 use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::Duration;
 
-use kiln_models::painter::{JobId, PaintError, Painter};
-use tokio::sync::mpsc::UnboundedSender;
+use kiln_models::painter::{Job, JobId, PaintError, Painter};
 
-use super::queue::{Next, Shared, Waiting, tell};
-use super::{Event, Finished, JobError, Timings};
+use super::JobError;
+use super::queue::{Next, Shared};
 
 pub(super) struct Worker {
     painter: Box<dyn Painter>,
     shared: Arc<Shared>,
-    active: Vec<Active>,
-}
-
-struct Active {
-    id: JobId,
-    events: UnboundedSender<Event>,
-    total_steps: usize,
-    steps_left: usize,
-    timings: Timings,
 }
 
 impl Worker {
     pub(super) fn new(painter: Box<dyn Painter>, shared: Arc<Shared>) -> Self {
-        Self {
-            painter,
-            shared,
-            active: Vec::new(),
-        }
+        let worker = Self { painter, shared };
+        worker.report_holdings();
+        worker
     }
 
     /// Works until the engine is stopped.
     pub(super) fn run(mut self) {
-        loop {
-            match self.shared.next(self.active.len()) {
-                Next::Start(waiting) => self.start(waiting),
-                Next::Advance => self.advance(),
-                Next::Stop => break,
-            }
+        while self.turn(self.shared.next()) {}
+    }
+
+    /// Does one thing. False if it was the end.
+    pub(super) fn turn(&mut self, next: Next) -> bool {
+        match next {
+            Next::Start(id, job) => self.start(id, job),
+            Next::Step(id) => self.step(id),
+            Next::Finish(id) => self.finish(id),
+            Next::Discard(id) => self.discard(id),
+            Next::Sleep => return true,
+            Next::End => return false,
         }
-        for job in std::mem::take(&mut self.active) {
-            self.fail(&job, JobError::Stopped);
+        self.report_holdings();
+        true
+    }
+
+    fn start(&mut self, id: JobId, job: Job) {
+        match self.paint(|painter| painter.start(id, job)) {
+            (Ok(()), took) => self.shared.started(id, took),
+            (Err(error), took) => self.fail(id, error, took),
         }
     }
 
-    fn start(&mut self, waiting: Waiting) {
-        if waiting.events.is_closed() {
-            return;
-        }
-        tell(&waiting.events, Event::Started);
-        let total_steps = waiting.job.num_inference_steps;
-        let mut job = Active {
-            id: waiting.id,
-            events: waiting.events,
-            total_steps,
-            steps_left: total_steps,
-            timings: Timings {
-                queue: waiting.submitted.elapsed(),
-                ..Timings::default()
-            },
-        };
-        let started = Instant::now();
-        let outcome = self.paint(|painter| painter.start(job.id, waiting.job));
-        job.timings.encode = started.elapsed();
-        match outcome {
-            Ok(()) => self.active.push(job),
-            Err(error) => self.fail(&job, error),
-        }
-    }
-
-    /// One step for every active job, and the decoding of those that are through.
-    fn advance(&mut self) {
-        self.drop_abandoned();
-        self.step();
-        self.drop_abandoned();
-        for job in self
-            .active
-            .extract_if(.., |job| job.steps_left == 0)
-            .collect::<Vec<_>>()
-        {
-            self.finish(job);
-        }
-    }
-
-    fn step(&mut self) {
-        let ids: Vec<JobId> = self.active.iter().map(|job| job.id).collect();
-        if ids.is_empty() {
-            return;
-        }
-        let started = Instant::now();
-        let steps_left = match self.paint(|painter| painter.step(&ids)) {
-            Ok(steps_left) => steps_left,
-            Err(error) => {
-                for job in std::mem::take(&mut self.active) {
-                    self.fail(&job, error.clone());
+    fn step(&mut self, id: JobId) {
+        let steps_left = |left: Vec<usize>| left.first().copied().ok_or(PaintError::UnknownJob(id));
+        match self.paint(|painter| painter.step(&[id]).and_then(steps_left)) {
+            (Ok(steps_left), took) => {
+                if self.shared.stepped(id, steps_left, took) {
+                    self.preview(id);
                 }
-                return;
             }
-        };
-        let took = started.elapsed();
-        for (job, steps_left) in self.active.iter_mut().zip(steps_left) {
-            job.timings.denoise += took;
-            job.steps_left = steps_left;
-            let (done, total) = (job.total_steps.saturating_sub(steps_left), job.total_steps);
-            tell(&job.events, Event::Step { done, total });
+            (Err(error), took) => self.fail(id, error, took),
         }
     }
 
-    fn finish(&mut self, mut job: Active) {
-        let started = Instant::now();
-        let outcome = self.paint(|painter| painter.finish(job.id));
-        job.timings.decode = started.elapsed();
-        match outcome {
-            Ok(painting) => {
-                let timings = job.timings;
-                let run = timings.encode + timings.denoise + timings.decode;
-                self.shared.ended(self.active.len(), Some(run));
-                tell(&job.events, Event::Finished(Finished { painting, timings }));
-            }
-            Err(error) => self.fail(&job, error),
+    fn preview(&mut self, id: JobId) {
+        let (preview, took) = self.paint(|painter| painter.preview(id));
+        if let Err(error) = &preview {
+            tracing::warn!(job = id, %error, "a preview could not be made");
+        }
+        self.shared.previewed(id, preview.ok(), took);
+    }
+
+    fn finish(&mut self, id: JobId) {
+        match self.paint(|painter| painter.finish(id)) {
+            (Ok(painting), took) => self.shared.finished(id, painting, took),
+            (Err(error), took) => self.fail(id, error, took),
         }
     }
 
-    fn drop_abandoned(&mut self) {
-        for job in self
-            .active
-            .extract_if(.., |job| job.events.is_closed())
-            .collect::<Vec<_>>()
-        {
-            tracing::info!(job = job.id, steps_left = job.steps_left, "cancelled");
-            self.discard(job.id);
-        }
-    }
-
-    fn fail(&mut self, job: &Active, error: JobError) {
-        self.discard(job.id);
-        self.shared.ended(self.active.len(), None);
-        tell(&job.events, Event::Failed(error));
+    fn fail(&mut self, id: JobId, error: JobError, took: Duration) {
+        self.discard(id);
+        self.shared.failed(id, error, took);
     }
 
     fn discard(&mut self, id: JobId) {
-        let discarded = self.paint(|painter| {
+        let (discarded, _) = self.paint(|painter| {
             painter.discard(id);
             Ok(())
         });
@@ -153,13 +90,21 @@ impl Worker {
         }
     }
 
-    /// A call of the painter whose panic is an error.
+    /// A call of the painter whose panic is an error, and how long it took.
     fn paint<T>(
         &mut self,
         call: impl FnOnce(&mut dyn Painter) -> Result<T, PaintError>,
-    ) -> Result<T, JobError> {
+    ) -> (Result<T, JobError>, Duration) {
+        let started = self.shared.clock.now();
         let painter = self.painter.as_mut();
-        caught(|| call(painter))
+        let outcome = caught(|| call(painter));
+        let took = self.shared.clock.now().saturating_duration_since(started);
+        (outcome, took)
+    }
+
+    fn report_holdings(&self) {
+        let (memory, caches) = (self.painter.memory(), self.painter.caches());
+        self.shared.painter_holds(memory, caches);
     }
 }
 
@@ -174,7 +119,7 @@ pub(crate) fn caught<T>(call: impl FnOnce() -> Result<T, PaintError>) -> Result<
 /// However the thread ends, nobody waits for it for ever.
 impl Drop for Worker {
     fn drop(&mut self) {
-        self.shared.stop();
+        self.shared.abandon();
     }
 }
 

@@ -73,7 +73,7 @@ impl ApiError {
             Self::Method { .. } => StatusCode::METHOD_NOT_ALLOWED,
             Self::Unauthorized => StatusCode::UNAUTHORIZED,
             Self::BodyTooLarge { .. } => StatusCode::PAYLOAD_TOO_LARGE,
-            Self::SlowBody => StatusCode::REQUEST_TIMEOUT,
+            Self::SlowBody | Self::Job(JobError::DeadlinePassed) => StatusCode::REQUEST_TIMEOUT,
             // 400 also for the content type, as the reference has it.
             Self::ContentType
             | Self::Body(_)
@@ -84,9 +84,8 @@ impl ApiError {
             | Self::WebpSide { .. }
             | Self::Prompt { .. } => StatusCode::BAD_REQUEST,
             Self::Submit(SubmitError::QueueFull { .. }) => StatusCode::TOO_MANY_REQUESTS,
-            Self::Submit(SubmitError::Stopped) | Self::Job(JobError::Stopped) => {
-                StatusCode::SERVICE_UNAVAILABLE
-            }
+            Self::Submit(SubmitError::Draining | SubmitError::Stopped)
+            | Self::Job(JobError::Stopped) => StatusCode::SERVICE_UNAVAILABLE,
             Self::Job(JobError::Paint(_) | JobError::Panicked(_))
             | Self::Encode(_)
             | Self::Archive(_)
@@ -111,9 +110,8 @@ impl ApiError {
         match self {
             Self::Submit(SubmitError::QueueFull { retry_after, .. }) => Some(*retry_after),
             // Another instance may have taken over by then.
-            Self::Submit(SubmitError::Stopped) | Self::Job(JobError::Stopped) => {
-                Some(RETRY_AFTER_STOP)
-            }
+            Self::Submit(SubmitError::Draining | SubmitError::Stopped)
+            | Self::Job(JobError::Stopped) => Some(RETRY_AFTER_STOP),
             _ => None,
         }
     }

@@ -9,7 +9,7 @@ use serde::Serialize;
 use tokio::task::spawn_blocking;
 use utoipa::ToSchema;
 
-use crate::engine::{Finished, JobHandle, Timings};
+use crate::engine::{Finished, JobHandle, SubmitOptions, Timings};
 use crate::image::{Encoding, ImageFormat, MAX_WEBP_SIDE, encode};
 use crate::request::{GenerationParams, GenerationRequest, PromptTokens};
 
@@ -120,7 +120,7 @@ impl Order {
             request,
         };
         let job = receipt.request.clone().into_job(tokens, false);
-        let handle = app.engine.submit(job)?;
+        let handle = app.engine.submit(job, SubmitOptions::default())?;
         tracing::info!(
             id = receipt.id,
             size = receipt.size(),

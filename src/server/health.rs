@@ -5,6 +5,8 @@ use axum::http::StatusCode;
 use axum::http::header::CONTENT_TYPE;
 use axum::response::{IntoResponse, Response};
 
+use crate::engine::State as EngineState;
+
 use super::App;
 
 /// Tells whether requests are taken.
@@ -15,7 +17,7 @@ use super::App;
 )]
 pub(super) async fn health(State(app): State<Arc<App>>) -> Response {
     // The body is the reference's.
-    let (status, body) = if app.engine.is_running() {
+    let (status, body) = if matches!(app.engine.state(), EngineState::Ready) {
         (StatusCode::OK, r#"{"status":"healthy"}"#)
     } else {
         (StatusCode::SERVICE_UNAVAILABLE, r#"{"status":"unhealthy"}"#)

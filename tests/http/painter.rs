@@ -4,7 +4,8 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use kiln_models::painter::{
-    ImageSizes, Job, JobId, MemoryUse, ModelInfo, PaintError, Painter, Painting, RgbImage,
+    CacheUses, ImageSizes, Job, JobId, MemoryUse, ModelInfo, PaintError, Painter, Painting,
+    RgbImage,
 };
 
 /// A job with this seed panics in its first step.
@@ -86,6 +87,15 @@ impl Painter for FlatPainter {
         Ok(steps_left)
     }
 
+    fn preview(&mut self, id: JobId) -> Result<RgbImage, PaintError> {
+        let (job, _) = self.jobs.get(&id).ok_or(PaintError::UnknownJob(id))?;
+        Ok(RgbImage {
+            height: 16,
+            width: 16,
+            pixels: vec![job.seed as u8; 16 * 16 * 3],
+        })
+    }
+
     fn finish(&mut self, id: JobId) -> Result<Painting, PaintError> {
         let (job, _) = self.jobs.remove(&id).ok_or(PaintError::UnknownJob(id))?;
         let pixels = vec![job.seed as u8; job.height * job.width * 3];
@@ -107,5 +117,9 @@ impl Painter for FlatPainter {
 
     fn memory(&self) -> MemoryUse {
         MemoryUse::default()
+    }
+
+    fn caches(&self) -> CacheUses {
+        CacheUses::default()
     }
 }

@@ -5,7 +5,7 @@ use std::sync::atomic::Ordering;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use kiln::engine::Engine;
+use kiln::engine::{DEFAULT_MAX_STARTED, Engine, EngineSettings};
 use kiln::request::Limits;
 use kiln::server::{App, Settings};
 use kiln::tokenizer::PromptTokenizer;
@@ -32,7 +32,12 @@ impl TestServer {
     pub(super) fn with_settings(pace: Pace, max_queue: usize, settings: Settings) -> Self {
         let record = Arc::new(Record::default());
         let painter = FlatPainter::new(pace, Arc::clone(&record));
-        let engine = Engine::start(Box::new(painter), max_queue);
+        let engine_settings = EngineSettings {
+            max_queue,
+            max_started: DEFAULT_MAX_STARTED,
+            warm_up: None,
+        };
+        let engine = Engine::start(Box::new(painter), engine_settings);
         let app = App::new(
             engine.clone(),
             load_tokenizer(),

@@ -1,0 +1,132 @@
+//! What may be asked for again, within a bound of bytes.
+
+use std::collections::HashMap;
+use std::hash::Hash;
+
+use crate::painter::CacheUse;
+
+/// Keeps the values that were used last, as many as fit into a number of bytes.
+#[derive(Debug)]
+pub(crate) struct Cache<K, V> {
+    kept: HashMap<K, Kept<V>>,
+    /// Counts the uses: the larger, the later.
+    now: u64,
+    counts: CacheUse,
+}
+
+#[derive(Debug)]
+struct Kept<V> {
+    value: V,
+    bytes: usize,
+    last_used: u64,
+}
+
+impl<K: Hash + Eq + Clone, V: Clone> Cache<K, V> {
+    pub(crate) fn new(max_bytes: usize) -> Self {
+        let counts = CacheUse {
+            max_bytes,
+            ..CacheUse::default()
+        };
+        Self {
+            kept: HashMap::new(),
+            now: 0,
+            counts,
+        }
+    }
+
+    /// The value of a key, made if it is not kept. `bytes` is the size of a value.
+    pub(crate) fn get_or_make(
+        &mut self,
+        key: &K,
+        make: impl FnOnce() -> V,
+        bytes: impl FnOnce(&V) -> usize,
+    ) -> V {
+        self.now += 1;
+        if let Some(kept) = self.kept.get_mut(key) {
+            kept.last_used = self.now;
+            self.counts.hits += 1;
+            return kept.value.clone();
+        }
+        self.counts.misses += 1;
+        let value = make();
+        let bytes = bytes(&value);
+        // A value that does not fit at all would only drive out the others.
+        if bytes <= self.counts.max_bytes {
+            self.make_room(bytes);
+            self.counts.bytes += bytes;
+            let kept = Kept {
+                value: value.clone(),
+                bytes,
+                last_used: self.now,
+            };
+            self.kept.insert(key.clone(), kept);
+        }
+        value
+    }
+
+    fn make_room(&mut self, bytes: usize) {
+        while self.counts.bytes + bytes > self.counts.max_bytes {
+            let oldest = self.kept.iter().min_by_key(|(_, kept)| kept.last_used);
+            let Some(key) = oldest.map(|(key, _)| key.clone()) else {
+                return;
+            };
+            self.counts.bytes -= self.kept.remove(&key).map_or(0, |kept| kept.bytes);
+        }
+    }
+
+    pub(crate) fn counts(&self) -> CacheUse {
+        CacheUse {
+            entries: self.kept.len(),
+            ..self.counts
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Asks for a value of as many bytes as it says.
+    fn ask(cache: &mut Cache<&'static str, usize>, key: &'static str, bytes: usize) -> usize {
+        cache.get_or_make(&key, || bytes, |bytes| *bytes)
+    }
+
+    #[test]
+    fn what_was_used_last_is_kept_within_the_bound() {
+        let mut cache = Cache::new(10);
+        ask(&mut cache, "a", 4);
+        ask(&mut cache, "b", 4);
+        ask(&mut cache, "a", 4);
+        ask(&mut cache, "c", 4);
+        // "b" had to go: asked for again it is made again, and is now of another size.
+        assert_eq!(ask(&mut cache, "a", 1), 4);
+        assert_eq!(ask(&mut cache, "b", 6), 6);
+        let expected = CacheUse {
+            entries: 2,
+            bytes: 10,
+            max_bytes: 10,
+            hits: 2,
+            misses: 4,
+        };
+        assert_eq!(cache.counts(), expected);
+        assert_eq!(ask(&mut cache, "c", 2), 2);
+    }
+
+    #[test]
+    fn a_value_larger_than_the_bound_is_made_and_not_kept() {
+        let mut cache = Cache::new(10);
+        ask(&mut cache, "a", 10);
+        assert_eq!(ask(&mut cache, "huge", 11), 11);
+        assert_eq!(ask(&mut cache, "huge", 12), 12);
+        assert_eq!(ask(&mut cache, "a", 1), 10);
+        assert_eq!(cache.counts().bytes, 10);
+    }
+
+    #[test]
+    fn a_bound_of_nothing_keeps_nothing() {
+        let mut cache = Cache::new(0);
+        assert_eq!(ask(&mut cache, "a", 1), 1);
+        assert_eq!(ask(&mut cache, "a", 2), 2);
+        assert_eq!(cache.counts().entries, 0);
+    }
+}

@@ -1,0 +1,140 @@
+//! What callers give to the engine and hear from it.
+
+use std::num::NonZeroUsize;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use kiln_models::painter::{PaintError, Painting, RgbImage};
+
+/// What a caller wants of a job besides the picture.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct SubmitOptions {
+    /// When the picture is of no use any more. The job then ends with
+    /// [`JobError::DeadlinePassed`], at the end of the step that the device is at.
+    pub deadline: Option<Instant>,
+    /// Make an [`Event::Preview`] after every so many steps, but not after the last one. Previews
+    /// take device time, and change nothing about the picture.
+    pub preview_every: Option<NonZeroUsize>,
+}
+
+/// What a [`JobHandle`](super::JobHandle) hears, in this order; the last is `Finished` or `Failed`.
+#[derive(Debug)]
+pub enum Event {
+    /// Told when the job is accepted, and again whenever the position changes. The position can
+    /// grow: smaller jobs overtake (see [`Engine`](super::Engine)).
+    Queued {
+        /// Jobs that will probably be finished before this one is begun.
+        position: usize,
+        /// How long that will probably take, from the measured speed; `None` before a job has been
+        /// painted from its beginning to its end.
+        estimated_wait: Option<Duration>,
+    },
+    /// The painter begins with this job.
+    Started,
+    /// `done` of `total` denoising steps are over.
+    Step {
+        done: usize,
+        total: usize,
+    },
+    /// What the first of the job's images looks like after `step` steps: a small picture of it, if
+    /// [`SubmitOptions::preview_every`] asked for it. Comes after the [`Event::Step`] of that step.
+    /// A preview that cannot be made is left out.
+    Preview {
+        step: usize,
+        image: RgbImage,
+    },
+    Finished(Finished),
+    Failed(JobError),
+}
+
+/// A painting and how long it took.
+#[derive(Debug)]
+pub struct Finished {
+    pub painting: Painting,
+    pub timings: Timings,
+}
+
+/// Wall-clock time a job spent in each stage.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Timings {
+    /// Until it was started.
+    pub queue: Duration,
+    /// Prompts, noise and schedule.
+    pub encode: Duration,
+    /// All steps.
+    pub denoise: Duration,
+    /// All previews.
+    pub previews: Duration,
+    pub decode: Duration,
+    /// While other jobs had their turns, after it was started.
+    pub paused: Duration,
+}
+
+impl Timings {
+    /// From the submission to the painting.
+    pub fn total(&self) -> Duration {
+        self.queue + self.encode + self.denoise + self.previews + self.decode + self.paused
+    }
+}
+
+/// Why an accepted job ended without a painting.
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum JobError {
+    /// The painter and its other jobs go on.
+    #[error(transparent)]
+    Paint(Arc<PaintError>),
+    /// The painter and its other jobs go on.
+    #[error("the painter panicked: {0}")]
+    Panicked(String),
+    #[error("the deadline passed before the image was finished")]
+    DeadlinePassed,
+    #[error("the engine was stopped before the image was finished")]
+    Stopped,
+}
+
+impl From<PaintError> for JobError {
+    fn from(error: PaintError) -> Self {
+        Self::Paint(Arc::new(error))
+    }
+}
+
+/// Why a job was not accepted.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum SubmitError {
+    #[error("{waiting} requests are waiting already, no more are taken")]
+    QueueFull {
+        /// Unfinished jobs, without the one that the device works on.
+        waiting: usize,
+        /// When the next job will probably be finished, from the measured speed; ten seconds
+        /// before anything has been measured.
+        retry_after: Duration,
+    },
+    #[error("no new requests are taken, the engine finishes those it has and stops")]
+    Draining,
+    #[error("the engine has stopped")]
+    Stopped,
+}
+
+/// Whether the engine does what it is for.
+#[derive(Debug, Clone)]
+pub enum State {
+    /// The warm-up is being painted. Jobs are accepted and wait for it.
+    Starting,
+    /// Jobs are accepted and painted.
+    Ready,
+    /// No new jobs are accepted; those there are, are painted.
+    Draining,
+    /// All jobs have ended, or end after the step they are at. Nothing is accepted.
+    Stopped,
+    /// The warm-up failed, so the engine stopped.
+    Failed(JobError),
+}
+
+/// Why an engine did not become ready.
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum StartError {
+    #[error("the warm-up image could not be painted")]
+    WarmUp(#[source] JobError),
+    #[error("the engine was stopped before it was ready")]
+    Stopped,
+}

@@ -1,0 +1,219 @@
+use std::sync::Arc;
+use std::time::Duration;
+
+use kiln_models::painter::Job;
+
+use super::bench::{Bench, Call, Logged, cost, job, ms, outcome, settings, whole_cost};
+use crate::engine::SubmitOptions;
+use crate::engine::work::Stage;
+
+/// Steps of the job of a seed that were begun in a span of time.
+fn steps_begun(log: &[Logged], seed: u64, from: Duration, to: Duration) -> usize {
+    let in_span = |logged: &&Logged| from <= logged.began && logged.began < to;
+    let steps = log.iter().filter(|logged| logged.call == Call::Step(seed));
+    steps.filter(in_span).count()
+}
+
+#[test]
+fn a_small_job_waits_for_one_step_of_a_large_one() {
+    let mut bench = Bench::new(settings(8, 8));
+    let large = bench.submit(job(1, 32, 50));
+    // In the middle of the third step.
+    let came = cost(&job(1, 32, 50), Stage::Step) * 5 / 2;
+    let small = bench.submit_at(came, job(2, 8, 4));
+    bench.run();
+    let log = bench.log();
+    let began = bench.find(Call::Start(2)).began;
+    let finished = bench.find(Call::Finish(2)).ended;
+    assert!(began <= came + cost(&job(1, 32, 50), Stage::Step));
+    // Not one step of the large job was begun between.
+    assert_eq!(steps_begun(&log, 1, came, finished), 0);
+    outcome(small.handle()).unwrap();
+    outcome(large).unwrap();
+}
+
+#[test]
+fn small_jobs_wait_for_one_step_even_with_every_place_taken() {
+    let mut bench = Bench::new(settings(100, 8));
+    let large = job(0, 40, 64);
+    let step = cost(&large, Stage::Step);
+    let mut handles = vec![bench.submit(large)];
+    // Each half as large as the one before, and each begun as soon as it comes.
+    let halves = [
+        (39, 31),
+        (39, 15),
+        (39, 7),
+        (39, 3),
+        (39, 1),
+        (27, 1),
+        (18, 1),
+    ];
+    for (seed, (side, steps)) in (1..).zip(halves) {
+        bench.turn_until(Call::Start(seed - 1));
+        handles.push(bench.submit(job(seed, side, steps)));
+    }
+    bench.turn_until(Call::Start(7));
+    assert_eq!(bench.shared.stats().running, 8);
+    let came = bench.clock.elapsed();
+    handles.push(bench.submit(job(8, 2, 1)));
+    bench.run();
+    let began = bench.find(Call::Start(8)).began;
+    assert!(began <= came + step, "came {came:?}, began {began:?}");
+    for handle in handles {
+        outcome(handle).unwrap();
+    }
+}
+
+#[test]
+fn equal_jobs_are_finished_one_after_the_other_in_the_order_they_came() {
+    let mut bench = Bench::new(settings(8, 8));
+    let handles: Vec<_> = (0..5).map(|seed| bench.submit(job(seed, 8, 10))).collect();
+    let late = bench.submit_at(ms(2000), job(5, 8, 10));
+    let mut most_running = 0;
+    while bench.turn() {
+        most_running = most_running.max(bench.shared.stats().running);
+    }
+    assert_eq!(bench.finished(), [0, 1, 2, 3, 4, 5]);
+    // None of them was interrupted: no memory is taken by jobs that wait.
+    assert_eq!(most_running, 1);
+    for handle in handles.into_iter().chain([late.handle()]) {
+        assert_eq!(outcome(handle).unwrap().timings.paused, Duration::ZERO);
+    }
+}
+
+#[test]
+fn jobs_of_comparable_size_do_not_overtake() {
+    let mut bench = Bench::new(settings(8, 8));
+    let first = bench.submit(job(1, 8, 50));
+    let second = bench.submit_at(ms(500), job(2, 8, 26));
+    bench.run();
+    assert_eq!(bench.finished(), [1, 2]);
+    outcome(first).unwrap();
+    outcome(second.handle()).unwrap();
+}
+
+#[test]
+fn a_large_job_is_not_starved_by_small_ones_without_end() {
+    let mut bench = Bench::new(settings(10, 8));
+    let large = job(0, 16, 50);
+    let handle = bench.submit(large.clone());
+    // Twice as much work as the device can do, for ever.
+    let small = job(1, 8, 4);
+    let every = whole_cost(&small) / 2;
+    for index in 0..5000 {
+        let (shared, job) = (Arc::clone(&bench.shared), job(1 + index, 8, 4));
+        bench.at(every * index as u32, move || {
+            // Its client waits until it is refused or painted.
+            if let Ok(handle) = shared.submit(job, SubmitOptions::default()) {
+                std::mem::forget(handle);
+            }
+        });
+    }
+    bench.turn_until(Call::Finish(0));
+    let took = bench.find(Call::Finish(0)).ended;
+    let (alone, turn) = (whole_cost(&large), cost(&small, Stage::Step));
+    assert!(took > alone * 3, "there was no crowd: {took:?}");
+    // Four times its own time, and what others' last turns take too long each time.
+    assert!(took <= alone * 4 + turn * 52, "{took:?} and not {alone:?}");
+    outcome(handle).unwrap();
+}
+
+#[test]
+fn with_one_place_nothing_overtakes() {
+    let mut bench = Bench::new(settings(8, 1));
+    let large = bench.submit(job(1, 16, 50));
+    let small = bench.submit_at(ms(500), job(2, 1, 1));
+    bench.run();
+    assert_eq!(bench.finished(), [1, 2]);
+    outcome(large).unwrap();
+    outcome(small.handle()).unwrap();
+}
+
+/// A plain generator of numbers below `below`, so that a failure can be repeated.
+struct Numbers(u64);
+
+impl Numbers {
+    fn next(&mut self, below: u64) -> u64 {
+        self.0 = self
+            .0
+            .wrapping_mul(6_364_136_223_846_793_005)
+            .wrapping_add(1);
+        (self.0 >> 33) % below
+    }
+}
+
+struct Arrival {
+    came: Duration,
+    job: Job,
+}
+
+/// Random crowds, with the promises of the policy.
+#[test]
+fn every_crowd_is_served_in_bounded_time() {
+    for crowd in 0..20 {
+        let mut numbers = Numbers(crowd);
+        let max_started = 1 + numbers.next(8) as usize;
+        let mut bench = Bench::new(settings(1000, max_started));
+        let mut came = Duration::ZERO;
+        let arrivals: Vec<Arrival> = (0..40)
+            .map(|seed| {
+                came += ms(numbers.next(400));
+                let (side, steps) = (1 + numbers.next(20), 1 + numbers.next(50));
+                let job = job(seed, side as usize, steps as usize);
+                Arrival { came, job }
+            })
+            .collect();
+        let handles: Vec<_> = arrivals
+            .iter()
+            .map(|arrival| bench.submit_at(arrival.came, arrival.job.clone()))
+            .collect();
+        // Time passes on an idle device too.
+        while bench.turn() || bench.clock.elapsed() < came {
+            if bench.shared.stats().running == 0 {
+                bench.clock.advance(ms(1));
+            }
+            assert!(bench.shared.stats().running <= max_started, "crowd {crowd}");
+        }
+        assert_eq!(bench.finished().len(), 40, "crowd {crowd}");
+        nothing_starved(&bench, &arrivals, crowd);
+        equals_are_in_order(&bench, &arrivals, crowd);
+        for handle in handles {
+            outcome(handle.handle()).unwrap();
+        }
+    }
+}
+
+/// Every job is done within four times the work of those that came before it, unfinished, and its
+/// own; but encoding and decoding wait as a step does, and others' turns can end a turn too late.
+fn nothing_starved(bench: &Bench, arrivals: &[Arrival], crowd: u64) {
+    let turns = |job: &Job| job.num_inference_steps as u32 + 2;
+    let longest_turn = arrivals.iter().map(|a| cost(&a.job, Stage::Step)).max();
+    let longest_turn = longest_turn.unwrap();
+    for (index, arrival) in arrivals.iter().enumerate() {
+        let done = bench.find(Call::Finish(arrival.job.seed)).ended;
+        let unfinished = arrivals[..=index]
+            .iter()
+            .filter(|earlier| bench.find(Call::Finish(earlier.job.seed)).ended > arrival.came);
+        let bound: Duration = unfinished
+            .map(|Arrival { job, .. }| {
+                (whole_cost(job) + cost(job, Stage::Step) * 2) * 4 + longest_turn * turns(job)
+            })
+            .sum();
+        assert!(
+            done <= arrival.came + bound,
+            "crowd {crowd}, job {index}: {done:?} > {bound:?}"
+        );
+    }
+}
+
+fn equals_are_in_order(bench: &Bench, arrivals: &[Arrival], crowd: u64) {
+    let order = bench.finished();
+    let place = |arrival: &Arrival| order.iter().position(|seed| *seed == arrival.job.seed);
+    for (index, later) in arrivals.iter().enumerate() {
+        for earlier in &arrivals[..index] {
+            if whole_cost(&earlier.job) == whole_cost(&later.job) {
+                assert!(place(earlier) < place(later), "crowd {crowd}, job {index}");
+            }
+        }
+    }
+}
