@@ -9,9 +9,15 @@ mod client;
 mod images;
 /// What can be learned of the server.
 mod information;
+/// Health, metrics, deadlines and the end.
+mod operation;
 mod painter;
+/// Requests that no one has written.
+mod random_bodies;
 mod real_model;
 mod server;
+/// Server-sent events.
+mod streams;
 
 use std::time::Duration;
 
@@ -85,7 +91,7 @@ fn a_plain_prompt_is_painted_with_the_defaults() {
     assert_eq!(body["choices"][0]["message"]["role"], "assistant");
     assert_eq!(body["size"], "64x64");
     assert_eq!(body["num_inference_steps"], 50);
-    for stage in ["queue", "encode", "denoise", "decode"] {
+    for stage in ["queue", "encode", "denoise", "previews", "decode", "paused"] {
         assert!(body["timings"][stage].as_f64().unwrap() >= 0.0);
     }
     // The seed that was chosen is the one that was painted with.

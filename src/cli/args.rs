@@ -1,9 +1,10 @@
 //! What the user typed. The doc comments are the help texts.
 
 use std::fmt;
-use std::num::NonZeroUsize;
+use std::num::{NonZeroU64, NonZeroUsize};
 use std::path::PathBuf;
 use std::str::FromStr;
+use std::time::Duration;
 
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{ArgGroup, Parser, Subcommand, ValueEnum};
@@ -263,6 +264,17 @@ pub(super) struct ServeArgs {
     #[arg(long)]
     no_metadata: bool,
 
+    /// Take requests as ready before a picture has been drawn
+    ///
+    /// By default one step is made first, so that the first request does not pay for what is done
+    /// once; GET /health/ready answers 503 until then.
+    #[arg(long)]
+    pub(super) no_warm_up: bool,
+
+    /// Seconds that requests under way have to finish after ctrl-c or SIGTERM
+    #[arg(long, value_name = "SECONDS", default_value_t = 60)]
+    drain_timeout: u64,
+
     /// How the log is written to stderr
     #[arg(long, value_enum, default_value_t = LogFormat::Text, value_name = "FORMAT")]
     pub(super) log_format: LogFormat,
@@ -293,6 +305,10 @@ impl ServeArgs {
         self.loading.model_or_default(model)
     }
 
+    pub(super) fn drain_timeout(&self) -> Duration {
+        Duration::from_secs(self.drain_timeout)
+    }
+
     pub(super) fn settings(&self) -> Result<Settings, CliError> {
         let mut settings = Settings::new(self.model());
         if !self.served_model_name.is_empty() {
@@ -304,6 +320,10 @@ impl ServeArgs {
             api_keys: ApiKeys::new(self.access.api_key.clone())?,
             cors_origins: self.access.cors_origin.clone(),
             max_body_bytes: self.limits.max_body_bytes,
+            request_timeout: self
+                .limits
+                .request_timeout
+                .map(|seconds| Duration::from_secs(seconds.get())),
             default_negative_prompt: self.default_negative_prompt.clone(),
             metadata: !self.no_metadata,
             ..settings
@@ -356,7 +376,6 @@ impl fmt::Debug for AccessArgs {
 /// What requests may ask for.
 #[derive(Debug, clap::Args)]
 #[command(next_help_heading = "Limits")]
-#[expect(clippy::struct_field_names, reason = "the names are the options'")]
 pub(super) struct LimitArgs {
     /// Requests that may wait while one is painted
     ///
@@ -379,6 +398,12 @@ pub(super) struct LimitArgs {
     /// Bytes of a request's body; larger ones are refused with status 413
     #[arg(long, value_name = "BYTES", default_value_t = DEFAULT_MAX_BODY_BYTES)]
     max_body_bytes: usize,
+
+    /// Seconds that a request may take, waiting included [default: any]
+    ///
+    /// One that takes longer ends with status 408, after the step that it is at.
+    #[arg(long, value_name = "SECONDS")]
+    request_timeout: Option<NonZeroU64>,
 }
 
 /// For the defaults above, which are.

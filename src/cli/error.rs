@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use crate::backend::{BackendChoice, BackendError, InvalidChoice};
 use crate::checkpoint::{CheckpointError, DEMO, QWEN_IMAGE};
 use crate::compare::{CompareError, ReportError};
-use crate::engine::{JobError, SubmitError};
+use crate::engine::{JobError, StartError, SubmitError};
 use crate::hub::HubError;
 use crate::image::EncodeError;
 use crate::request::{InvalidPrompt, InvalidRequest};
@@ -93,6 +93,8 @@ pub(super) enum CliError {
         port: u16,
         source: io::Error,
     },
+    #[error("the server cannot start")]
+    Start(#[source] StartError),
     #[error("the server ended")]
     Server(#[source] io::Error),
 }

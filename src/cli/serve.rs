@@ -1,10 +1,14 @@
 use std::net::TcpListener;
 
+use kiln_models::noise::NoiseGenerator;
+use kiln_models::painter::{ImageSizes, Job};
 use tokio::runtime::Runtime;
 
 use crate::backend;
-use crate::engine::{DEFAULT_MAX_STARTED, Engine, EngineSettings};
+use crate::engine::{DEFAULT_MAX_STARTED, Engine, EngineSettings, StartError};
+use crate::request::{GenerationParams, GenerationRequest, Limits};
 use crate::server::{self, App};
+use crate::tokenizer::PromptTokenizer;
 
 use super::args::ServeArgs;
 use super::error::CliError;
@@ -30,29 +34,64 @@ pub(super) fn run(args: &ServeArgs) -> Result<(), CliError> {
         tokens.map_err(CliError::DefaultNegativePrompt)?;
     }
     let painter = model.painter(&loading)?;
+    let noise = args.noise.generator();
+    let sizes = painter.info().sizes;
+    let warm_up = if args.no_warm_up {
+        None
+    } else {
+        Some(warm_up(&model.tokenizer, sizes, noise)?)
+    };
     let engine_settings = EngineSettings {
         max_queue: args.limits.max_queue,
         max_started: DEFAULT_MAX_STARTED,
-        warm_up: None,
+        warm_up,
     };
     let engine = Engine::start(painter, engine_settings);
-    let app = App::new(
-        engine.clone(),
-        model.tokenizer,
-        args.limits.limits(engine.info().sizes),
-        args.noise.generator(),
-        settings,
-    );
+    let limits = args.limits.limits(sizes);
+    let app = App::new(engine.clone(), model.tokenizer, limits, noise, settings);
     let runtime = Runtime::new().map_err(CliError::Server)?;
-    runtime
-        .block_on(async {
-            let listener = tokio::net::TcpListener::from_std(listener)?;
-            tracing::info!("listening on http://{}", listener.local_addr()?);
-            server::serve(listener, app, server::shutdown_signal(engine.clone())).await
-        })
-        .map_err(CliError::Server)?;
+    let outcome = runtime.block_on(async {
+        let listener = tokio::net::TcpListener::from_std(listener).map_err(CliError::Server)?;
+        let address = listener.local_addr().map_err(CliError::Server)?;
+        tracing::info!("listening on http://{address}");
+        let shutdown = server::shutdown_signal(engine.clone(), args.drain_timeout());
+        tokio::select! {
+            outcome = server::serve(listener, app, shutdown) => outcome.map_err(CliError::Server),
+            error = failed_start(&engine) => Err(CliError::Start(error)),
+        }
+    });
     engine.shutdown();
-    Ok(())
+    outcome
+}
+
+/// One step, with guidance, of a picture of the model's own size: as much as is compiled, tuned or
+/// paged in at the first request.
+fn warm_up(
+    tokenizer: &PromptTokenizer,
+    sizes: ImageSizes,
+    noise: NoiseGenerator,
+) -> Result<Job, CliError> {
+    let params = GenerationParams {
+        prompt: "warm-up".to_owned(),
+        negative_prompt: Some(" ".to_owned()),
+        num_inference_steps: Some(1),
+        seed: Some(0),
+        ..GenerationParams::default()
+    };
+    let request = GenerationRequest::new(params, &Limits::for_sizes(sizes), noise)?;
+    let tokens = request.tokenize(tokenizer)?;
+    Ok(request.into_job(tokens, false))
+}
+
+/// Ready if the warm-up fails, and only then.
+async fn failed_start(engine: &Engine) -> StartError {
+    match engine.ready().await {
+        Err(error @ StartError::WarmUp(_)) => return error,
+        // Told to stop before it was ready.
+        Err(StartError::Stopped) => {}
+        Ok(()) => tracing::info!("ready"),
+    }
+    std::future::pending().await
 }
 
 fn listen(args: &ServeArgs) -> Result<TcpListener, CliError> {

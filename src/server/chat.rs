@@ -1,9 +1,11 @@
 //! `POST /v1/chat/completions`: a picture is the answer to the last user message.
 
+use std::num::NonZeroUsize;
 use std::sync::{Arc, LazyLock};
 
 use axum::extract::State;
 use axum::http::header::CONTENT_TYPE;
+use axum::response::sse::Event;
 use axum::response::{IntoResponse, Response};
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
@@ -19,10 +21,11 @@ use crate::request::random_u64;
 use super::App;
 use super::body::{self, JsonObject, Keys};
 use super::error::{ApiError, ErrorEnvelope};
-use super::fields::GenerationFields;
-use super::generation::{Drawn, Order, StageSeconds};
+use super::fields::{GenerationFields, Integer};
+use super::generation::{Drawn, Order, PictureFacts, Previews, Receipt, Update};
 use super::invalid::InvalidBody;
 use super::messages;
+use super::stream::{self, Narrator, error_event, event};
 
 /// What the chat API of `OpenAI` also defines. It says nothing about an image, so it is ignored.
 const IGNORED: &[&str] = &[
@@ -48,7 +51,6 @@ const IGNORED: &[&str] = &[
     "service_tier",
     "stop",
     "store",
-    "stream_options",
     "temperature",
     "tool_choice",
     "tools",
@@ -59,9 +61,11 @@ const IGNORED: &[&str] = &[
     "web_search_options",
 ];
 
-static NESTED_KEYS: LazyLock<Keys> = LazyLock::new(|| Keys {
-    known: body::field_names::<GenerationFields>(),
-    ignored: &[],
+static NESTED_KEYS: LazyLock<Keys> = LazyLock::new(|| {
+    let mut known = body::field_names::<GenerationFields>();
+    known.extend(body::field_names::<PreviewFields>());
+    let ignored = &[];
+    Keys { known, ignored }
 });
 
 static KEYS: LazyLock<Keys> = LazyLock::new(|| {
@@ -84,11 +88,45 @@ struct ChatFields {
     /// Any name: this server has one model, and answers under the name that was asked for if it
     /// goes by that name.
     model: Option<String>,
+    /// Answer with server-sent events: the place in the queue, every step, previews if
+    /// `preview_every` asks for them, the picture, and `[DONE]`.
     stream: Option<bool>,
+    stream_options: Option<StreamOptions>,
     /// Parameters of the generation may also stand in here, but not with other values than beside
     /// it.
-    #[schema(value_type = Option<GenerationFields>)]
+    #[schema(value_type = Option<ExtraBody>)]
     extra_body: Option<Map<String, Value>>,
+}
+
+/// How a stream is written.
+#[derive(Debug, Clone, Copy, Deserialize, ToSchema)]
+struct StreamOptions {
+    /// Send the usage in a chunk of its own before `[DONE]`.
+    include_usage: Option<bool>,
+}
+
+/// What is watched of the drawing.
+#[derive(Debug, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+struct PreviewFields {
+    /// Show a small picture of the first image after every so many steps. Needs `stream`.
+    #[schema(value_type = Option<i64>, minimum = 1)]
+    preview_every: Option<Integer>,
+}
+
+/// What may also stand beside `extra_body`.
+struct ExtraBody;
+
+impl ToSchema for ExtraBody {
+    fn schemas(schemas: &mut Vec<(String, RefOr<Schema>)>) {
+        GenerationFields::schemas(schemas);
+    }
+}
+
+impl PartialSchema for ExtraBody {
+    fn schema() -> RefOr<Schema> {
+        body::merged_schema::<PreviewFields, GenerationFields>(&[], "Parameters of the generation.")
+    }
 }
 
 /// A message of a chat.
@@ -127,10 +165,7 @@ impl ToSchema for ChatRequest {
 
 impl PartialSchema for ChatRequest {
     fn schema() -> RefOr<Schema> {
-        body::merged_schema::<ChatFields, GenerationFields>(
-            IGNORED,
-            "A chat whose answer is a picture.",
-        )
+        body::merged_schema::<ChatFields, ExtraBody>(IGNORED, "A chat whose answer is a picture.")
     }
 }
 
@@ -140,7 +175,10 @@ impl PartialSchema for ChatRequest {
     path = "/v1/chat/completions",
     request_body = ChatRequest,
     responses(
-        (status = 200, body = ChatCompletion),
+        (status = 200, content(
+            (ChatCompletion = "application/json"),
+            (ChatCompletionChunk = "text/event-stream"),
+        )),
         (status = "4XX", body = ErrorEnvelope),
         (status = "5XX", body = ErrorEnvelope),
     ),
@@ -150,17 +188,32 @@ pub(super) async fn chat_completions(
     State(app): State<Arc<App>>,
     JsonObject(object): JsonObject,
 ) -> Result<Response, ApiError> {
-    let (model, order) = parse(object)?;
+    let request = parse(object)?;
     let id = format!("chatcmpl-{:016x}", random_u64());
-    let accepted = order.submit(&app, id, model.as_deref()).await?;
+    let model = request.model.as_deref();
+    let accepted = request
+        .order
+        .submit(&app, id, model, request.previews)
+        .await?;
+    if let Some(narrator) = request.stream {
+        return Ok(stream::respond(accepted, narrator));
+    }
     let body = accepted
         .finish(|drawn| serde_json::to_vec(&completion(drawn)).map_err(ApiError::Response))
         .await?;
     Ok(([(CONTENT_TYPE, "application/json")], body).into_response())
 }
 
-/// The model's name and the order.
-fn parse(mut object: Map<String, Value>) -> Result<(Option<String>, Order), InvalidBody> {
+#[derive(Debug)]
+struct Parsed {
+    model: Option<String>,
+    order: Order,
+    previews: Previews,
+    /// None for an answer in one piece.
+    stream: Option<ChatNarrator>,
+}
+
+fn parse(mut object: Map<String, Value>) -> Result<Parsed, InvalidBody> {
     KEYS.check(&object, "")?;
     let mut generation = body::take(&mut object, &NESTED_KEYS.known);
     object.retain(|key, _| !IGNORED.contains(&key.as_str()));
@@ -169,23 +222,121 @@ fn parse(mut object: Map<String, Value>) -> Result<(Option<String>, Order), Inva
         NESTED_KEYS.check(&nested, "extra_body.")?;
         body::merge(&mut generation, nested, "extra_body")?;
     }
+    let previews = body::take(&mut generation, &body::field_names::<PreviewFields>());
+    let previews = previews_of(&body::read(previews)?)?;
     let fields: GenerationFields = body::read(generation)?;
-    if chat.stream == Some(true) {
-        return Err(InvalidBody::Unavailable {
-            param: "stream".to_owned(),
-            instead: "leave it out, or set it to false",
-        });
-    }
     let prompt = messages::prompt(chat.messages.as_ref())?;
-    Ok((chat.model, fields.order(prompt, "messages")?))
+    let stream = chat.stream.unwrap_or_default().then(|| ChatNarrator {
+        with_usage: chat
+            .stream_options
+            .and_then(|options| options.include_usage)
+            .unwrap_or_default(),
+    });
+    if stream.is_none() && previews != Previews::Never {
+        return Err(InvalidBody::needs_stream("preview_every"));
+    }
+    Ok(Parsed {
+        model: chat.model,
+        order: fields.order(prompt, "messages")?,
+        previews,
+        stream,
+    })
+}
+
+fn previews_of(fields: &PreviewFields) -> Result<Previews, InvalidBody> {
+    let Some(Integer(interval)) = fields.preview_every else {
+        return Ok(Previews::Never);
+    };
+    // What is more than any number of steps is as good as the largest.
+    let interval = usize::try_from(interval.min(i128::from(u32::MAX))).ok();
+    let interval = interval.and_then(NonZeroUsize::new);
+    interval
+        .map(Previews::Every)
+        .ok_or_else(|| InvalidBody::value("preview_every".to_owned(), "must be at least 1"))
+}
+
+/// Tells about a request in chunks of a chat completion.
+#[derive(Debug, Clone, Copy)]
+struct ChatNarrator {
+    with_usage: bool,
+}
+
+impl Narrator for ChatNarrator {
+    fn begin(&self, receipt: &Receipt) -> Result<Vec<Event>, ApiError> {
+        let mut chunk = ChatCompletionChunk::new(receipt);
+        chunk.choices[0].delta.role = Some("assistant");
+        Ok(vec![event(&chunk)?])
+    }
+
+    fn tell(&self, receipt: &Receipt, update: Update) -> Result<Vec<Event>, ApiError> {
+        let mut chunk = ChatCompletionChunk::new(receipt);
+        match update {
+            Update::Queued {
+                position,
+                estimated_wait,
+            } => {
+                chunk.progress = Some(Progress::Queued {
+                    position,
+                    estimated_wait: estimated_wait.map(|wait| wait.as_secs_f64()),
+                });
+            }
+            Update::Step { done, total } => {
+                chunk.progress = Some(Progress::Step {
+                    step: done,
+                    steps: total,
+                });
+            }
+            Update::Preview { step, file, .. } => {
+                chunk.progress = Some(Progress::Preview {
+                    step,
+                    image_url: ImageUrl::new(ImageFormat::Png, &file),
+                });
+            }
+            Update::Drawn(drawn) => return self.end_of(drawn),
+        }
+        Ok(vec![event(&chunk)?])
+    }
+
+    fn fail(&self, error: &ApiError) -> Event {
+        error_event(error)
+    }
+
+    fn end(&self) -> Vec<Event> {
+        vec![Event::default().data("[DONE]")]
+    }
+}
+
+impl ChatNarrator {
+    fn end_of(self, drawn: Drawn) -> Result<Vec<Event>, ApiError> {
+        let receipt = drawn.receipt;
+        let format = receipt.encoding.format;
+        let mut events = Vec::new();
+        let mut picture = ChatCompletionChunk::new(&receipt);
+        let parts = drawn.files.iter().map(|file| ImagePart::new(format, file));
+        picture.choices[0].delta.content = Some(parts.collect());
+        events.push(event(&picture)?);
+
+        let mut last = ChatCompletionChunk::new(&receipt);
+        last.choices[0].finish_reason = Some("stop");
+        last.facts = Some(PictureFacts::new(&receipt, drawn.timings));
+        events.push(event(&last)?);
+        if self.with_usage {
+            let mut usage = ChatCompletionChunk::new(&receipt);
+            usage.choices.clear();
+            usage.usage = Some(ChatUsage::new(&receipt));
+            events.push(event(&usage)?);
+        }
+        Ok(events)
+    }
 }
 
 fn completion(drawn: Drawn) -> ChatCompletion {
     let receipt = drawn.receipt;
     let format = receipt.encoding.format;
     let parts = drawn.files.iter().map(|file| ImagePart::new(format, file));
+    let facts = PictureFacts::new(&receipt, drawn.timings);
     ChatCompletion {
-        size: receipt.size(),
+        usage: ChatUsage::new(&receipt),
         id: receipt.id,
         object: "chat.completion",
         created: receipt.created,
@@ -200,14 +351,7 @@ fn completion(drawn: Drawn) -> ChatCompletion {
             logprobs: None,
             finish_reason: "stop",
         }],
-        usage: ChatUsage {
-            prompt_tokens: receipt.prompt_tokens,
-            completion_tokens: receipt.image_tokens,
-            total_tokens: receipt.prompt_tokens + receipt.image_tokens,
-        },
-        seed: receipt.request.seed,
-        num_inference_steps: receipt.request.num_inference_steps,
-        timings: drawn.timings,
+        facts,
     }
 }
 
@@ -222,13 +366,8 @@ struct ChatCompletion {
     #[schema(value_type = Vec<Choice>)]
     choices: [Choice; 1],
     usage: ChatUsage,
-    // What follows is not in OpenAI's API: what it takes to make the image again.
-    /// The seed that was used, whether it was given or chosen.
-    seed: u64,
-    /// `WIDTHxHEIGHT` in pixels, as the image has it.
-    size: String,
-    num_inference_steps: usize,
-    timings: StageSeconds,
+    #[serde(flatten)]
+    facts: PictureFacts,
 }
 
 #[derive(Serialize, ToSchema)]
@@ -271,13 +410,105 @@ struct ChatUsage {
     total_tokens: usize,
 }
 
+impl ChatUsage {
+    fn new(receipt: &Receipt) -> Self {
+        Self {
+            prompt_tokens: receipt.prompt_tokens,
+            completion_tokens: receipt.image_tokens,
+            total_tokens: receipt.prompt_tokens + receipt.image_tokens,
+        }
+    }
+}
+
 impl ImagePart {
+    fn new(format: ImageFormat, file: &[u8]) -> Self {
+        Self {
+            r#type: "image_url",
+            image_url: ImageUrl::new(format, file),
+        }
+    }
+}
+
+impl ImageUrl {
     fn new(format: ImageFormat, file: &[u8]) -> Self {
         let mut url = format!("data:{};base64,", format.media_type());
         BASE64.encode_string(file, &mut url);
+        Self { url }
+    }
+}
+
+/// A piece of a chat completion that is streamed.
+#[derive(Serialize, ToSchema)]
+pub(super) struct ChatCompletionChunk {
+    id: String,
+    object: &'static str,
+    created: u64,
+    model: String,
+    /// One, or none in a chunk of the usage.
+    choices: Vec<ChunkChoice>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    usage: Option<ChatUsage>,
+    /// What happens to the request before there is a picture.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    progress: Option<Progress>,
+    /// In the chunk that has a `finish_reason`.
+    #[serde(flatten)]
+    facts: Option<PictureFacts>,
+}
+
+#[derive(Serialize, ToSchema)]
+struct ChunkChoice {
+    index: usize,
+    delta: Delta,
+    finish_reason: Option<&'static str>,
+}
+
+#[derive(Default, Serialize, ToSchema)]
+struct Delta {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    role: Option<&'static str>,
+    /// One part an image.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    content: Option<Vec<ImagePart>>,
+}
+
+#[derive(Serialize, ToSchema)]
+#[serde(tag = "stage", rename_all = "lowercase")]
+enum Progress {
+    Queued {
+        /// Requests that come before this one.
+        position: usize,
+        /// Seconds, from the measured speed.
+        estimated_wait: Option<f64>,
+    },
+    Step {
+        /// Steps that are over.
+        step: usize,
+        /// All of them.
+        steps: usize,
+    },
+    Preview {
+        /// Steps that are over.
+        step: usize,
+        image_url: ImageUrl,
+    },
+}
+
+impl ChatCompletionChunk {
+    fn new(receipt: &Receipt) -> Self {
         Self {
-            r#type: "image_url",
-            image_url: ImageUrl { url },
+            id: receipt.id.clone(),
+            object: "chat.completion.chunk",
+            created: receipt.created,
+            model: receipt.model.clone(),
+            choices: vec![ChunkChoice {
+                index: 0,
+                delta: Delta::default(),
+                finish_reason: None,
+            }],
+            usage: None,
+            progress: None,
+            facts: None,
         }
     }
 }
@@ -304,9 +535,9 @@ mod tests {
             "model": "any", "temperature": 0.7, "height": 512, "n": 2,
             "extra_body": {"width": 256, "cfg_scale": 3, "negative_prompt": ""},
         }));
-        let (model, order) = parse(body).unwrap();
-        assert_eq!(model.as_deref(), Some("any"));
-        let params = order.params;
+        let parsed = parse(body).unwrap();
+        assert_eq!(parsed.model.as_deref(), Some("any"));
+        let params = parsed.order.params;
         assert_eq!(params.prompt, "a cat");
         assert_eq!((params.height, params.width), (Some(512), Some(256)));
         assert_eq!(params.num_images, Some(2));

@@ -106,14 +106,16 @@ impl ApiError {
         }
     }
 
-    fn retry_after(&self) -> Option<Duration> {
-        match self {
+    /// When it is worth to ask again.
+    fn retry_after_seconds(&self) -> Option<u64> {
+        let wait = match self {
             Self::Submit(SubmitError::QueueFull { retry_after, .. }) => Some(*retry_after),
             // Another instance may have taken over by then.
             Self::Submit(SubmitError::Draining | SubmitError::Stopped)
             | Self::Job(JobError::Stopped) => Some(RETRY_AFTER_STOP),
             _ => None,
-        }
+        };
+        wait.map(|wait| wait.as_secs().clamp(1, 3600))
     }
 
     /// The body of the response. What goes wrong inside is for the log, not for the client.
@@ -123,6 +125,8 @@ impl ApiError {
             let detail = crate::error_chain(self);
             tracing::error!("a request failed: {detail}");
             "the image could not be generated; the server's log says why".to_owned()
+        } else if let Some(seconds) = self.retry_after_seconds() {
+            format!("{self}; try again in {seconds} s")
         } else {
             self.to_string()
         };
@@ -162,8 +166,7 @@ impl IntoResponse for ApiError {
         let content_type = [(CONTENT_TYPE, "application/json")];
         let mut response = (self.status(), content_type, body).into_response();
         let headers = response.headers_mut();
-        if let Some(wait) = self.retry_after() {
-            let seconds = wait.as_secs().clamp(1, 3600);
+        if let Some(seconds) = self.retry_after_seconds() {
             headers.insert(RETRY_AFTER, HeaderValue::from(seconds));
         }
         if matches!(self, Self::Unauthorized) {

@@ -1,7 +1,8 @@
 //! The one way from a request to image files, whichever endpoint it came to.
 
+use std::num::NonZeroUsize;
 use std::sync::Arc;
-use std::time::{Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use kiln_models::noise::NoiseGenerator;
 use kiln_models::painter::RgbImage;
@@ -9,7 +10,7 @@ use serde::Serialize;
 use tokio::task::spawn_blocking;
 use utoipa::ToSchema;
 
-use crate::engine::{Finished, JobHandle, SubmitOptions, Timings};
+use crate::engine::{Event, Finished, JobHandle, SubmitOptions, Timings};
 use crate::image::{Encoding, ImageFormat, MAX_WEBP_SIDE, encode};
 use crate::request::{GenerationParams, GenerationRequest, PromptTokens};
 
@@ -27,12 +28,49 @@ pub(super) struct Order {
     pub(super) noise_generator: Option<NoiseGenerator>,
 }
 
-/// A request that the engine has taken. Dropping it cancels the job.
+/// How often a picture is shown while it is drawn.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Previews {
+    Never,
+    /// After every so many steps.
+    Every(NonZeroUsize),
+    /// So many times, evenly.
+    Count(usize),
+}
+
+/// What happens to a request that is watched.
+pub(super) enum Update {
+    Queued {
+        /// Jobs that come before this one.
+        position: usize,
+        estimated_wait: Option<Duration>,
+    },
+    Step {
+        done: usize,
+        total: usize,
+    },
+    /// A small picture of the first image.
+    Preview {
+        /// From 0.
+        number: usize,
+        step: usize,
+        image: RgbImage,
+        /// The image as a PNG file.
+        file: Vec<u8>,
+    },
+    /// Nothing comes after it.
+    Drawn(Drawn),
+}
+
+/// A request that the engine has taken. Dropping it cancels the job, and it is dropped when the
+/// client goes away.
 pub(super) struct Accepted {
     app: Arc<App>,
     receipt: Receipt,
     handle: JobHandle,
     received: Instant,
+    /// How many there have been.
+    previews: usize,
 }
 
 /// What is known of a picture before it is drawn.
@@ -60,6 +98,29 @@ pub(super) struct Drawn {
     pub(super) timings: StageSeconds,
 }
 
+/// What is told of a picture beyond `OpenAI`'s API: what it takes to make it again, and how long
+/// it took.
+#[derive(Debug, Serialize, ToSchema)]
+pub(super) struct PictureFacts {
+    /// The seed that was used, whether it was given or chosen.
+    seed: u64,
+    /// `WIDTHxHEIGHT` in pixels, as the image has it.
+    size: String,
+    num_inference_steps: usize,
+    timings: StageSeconds,
+}
+
+impl PictureFacts {
+    pub(super) fn new(receipt: &Receipt, timings: StageSeconds) -> Self {
+        Self {
+            seed: receipt.request.seed,
+            size: receipt.size(),
+            num_inference_steps: receipt.request.num_inference_steps,
+            timings,
+        }
+    }
+}
+
 /// Seconds spent in each stage.
 #[derive(Debug, Clone, Copy, Serialize, ToSchema)]
 pub(super) struct StageSeconds {
@@ -69,8 +130,24 @@ pub(super) struct StageSeconds {
     encode: f64,
     /// All steps.
     denoise: f64,
+    /// Previews, if there were any.
+    previews: f64,
     /// From latents to pixels.
     decode: f64,
+    /// While others had their turns, after the start.
+    paused: f64,
+}
+
+impl Previews {
+    /// Steps from one preview to the next.
+    fn interval(self, steps: usize) -> Option<NonZeroUsize> {
+        match self {
+            Self::Never | Self::Count(0) => None,
+            Self::Every(interval) => Some(interval),
+            // The last step is shown by the picture itself.
+            Self::Count(count) => NonZeroUsize::new(steps.div_ceil(count + 1)),
+        }
+    }
 }
 
 impl Receipt {
@@ -88,6 +165,7 @@ impl Order {
         app: &Arc<App>,
         id: String,
         model: Option<&str>,
+        previews: Previews,
     ) -> Result<Accepted, ApiError> {
         let received = Instant::now();
         let created = SystemTime::now()
@@ -120,11 +198,19 @@ impl Order {
             request,
         };
         let job = receipt.request.clone().into_job(tokens, false);
-        let handle = app.engine.submit(job, SubmitOptions::default())?;
+        let steps = receipt.request.num_inference_steps;
+        let options = SubmitOptions {
+            deadline: app
+                .settings
+                .request_timeout
+                .and_then(|timeout| received.checked_add(timeout)),
+            preview_every: previews.interval(steps),
+        };
+        let handle = app.engine.submit(job, options)?;
         tracing::info!(
             id = receipt.id,
             size = receipt.size(),
-            steps = receipt.request.num_inference_steps,
+            steps,
             images = receipt.request.num_images,
             seed = receipt.request.seed,
             "accepted"
@@ -134,6 +220,7 @@ impl Order {
             receipt,
             handle,
             received,
+            previews: 0,
         })
     }
 
@@ -160,22 +247,73 @@ impl Order {
 }
 
 impl Accepted {
+    pub(super) fn receipt(&self) -> &Receipt {
+        &self.receipt
+    }
+
     /// Waits for the picture, and makes the response of it on a thread where that may take its
     /// time.
     pub(super) async fn finish<T: Send + 'static>(
-        self,
+        mut self,
         respond: impl FnOnce(Drawn) -> Result<T, ApiError> + Send + 'static,
     ) -> Result<T, ApiError> {
-        let Self {
-            app,
-            receipt,
-            handle,
-            received,
-        } = self;
-        // Dropping the handle cancels the job, and this future is dropped when the client goes
-        // away.
-        let Finished { painting, timings } = handle.finished().await?;
-        let id = receipt.id.clone();
+        loop {
+            match self.handle.next_event().await {
+                Event::Finished(finished) => return self.respond(finished, respond).await,
+                Event::Failed(error) => return Err(error.into()),
+                Event::Queued { .. }
+                | Event::Started
+                | Event::Step { .. }
+                | Event::Preview { .. } => {}
+            }
+        }
+    }
+
+    /// Waits for what happens next.
+    pub(super) async fn update(&mut self) -> Result<Update, ApiError> {
+        loop {
+            match self.handle.next_event().await {
+                Event::Queued {
+                    position,
+                    estimated_wait,
+                } => {
+                    return Ok(Update::Queued {
+                        position,
+                        estimated_wait,
+                    });
+                }
+                Event::Started => {}
+                Event::Step { done, total } => return Ok(Update::Step { done, total }),
+                Event::Preview { step, image } => {
+                    let number = self.previews;
+                    self.previews += 1;
+                    return spawn_blocking(move || {
+                        let file = encode(&image, Encoding::new(ImageFormat::Png), None)?;
+                        Ok(Update::Preview {
+                            number,
+                            step,
+                            image,
+                            file,
+                        })
+                    })
+                    .await?;
+                }
+                Event::Finished(finished) => {
+                    let drawn = self.respond(finished, Ok).await?;
+                    return Ok(Update::Drawn(drawn));
+                }
+                Event::Failed(error) => return Err(error.into()),
+            }
+        }
+    }
+
+    async fn respond<T: Send + 'static>(
+        &self,
+        finished: Finished,
+        respond: impl FnOnce(Drawn) -> Result<T, ApiError> + Send + 'static,
+    ) -> Result<T, ApiError> {
+        let Finished { painting, timings } = finished;
+        let (app, receipt) = (Arc::clone(&self.app), self.receipt.clone());
         let response = spawn_blocking(move || {
             let files = encode_all(&app, &receipt, &painting.images)?;
             respond(Drawn {
@@ -185,7 +323,7 @@ impl Accepted {
             })
         })
         .await??;
-        log_finished(&id, received, timings);
+        log_finished(&self.receipt.id, self.received, timings);
         Ok(response)
     }
 }
@@ -231,7 +369,28 @@ impl From<Timings> for StageSeconds {
             queue: timings.queue.as_secs_f64(),
             encode: timings.encode.as_secs_f64(),
             denoise: timings.denoise.as_secs_f64(),
+            previews: timings.previews.as_secs_f64(),
             decode: timings.decode.as_secs_f64(),
+            paused: timings.paused.as_secs_f64(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_more_previews_are_made_than_were_asked_for() {
+        for steps in 1..60 {
+            for count in 0..4 {
+                let interval = Previews::Count(count).interval(steps);
+                let shown = interval.map_or(0, |interval| (steps - 1) / interval);
+                assert!(shown <= count, "{shown} of {count} in {steps} steps");
+                if steps > 6 {
+                    assert_eq!(shown, count, "in {steps} steps");
+                }
+            }
         }
     }
 }

@@ -1,3 +1,5 @@
+//! Whether the process is alive, and whether requests should be sent to it.
+
 use std::sync::Arc;
 
 use axum::extract::State;
@@ -9,18 +11,55 @@ use crate::engine::State as EngineState;
 
 use super::App;
 
-/// Tells whether requests are taken.
+/// Tells whether the server is alive: it starts, works or finishes what it has.
 #[utoipa::path(
     get,
     path = "/health",
-    responses((status = 200, description = "They are."), (status = 503, description = "They are not.")),
+    responses((status = 200, description = "It is."), (status = 503, description = "It is not.")),
 )]
 pub(super) async fn health(State(app): State<Arc<App>>) -> Response {
+    let is_dead = matches!(
+        app.engine.state(),
+        EngineState::Stopped | EngineState::Failed(_)
+    );
     // The body is the reference's.
-    let (status, body) = if matches!(app.engine.state(), EngineState::Ready) {
-        (StatusCode::OK, r#"{"status":"healthy"}"#)
-    } else {
-        (StatusCode::SERVICE_UNAVAILABLE, r#"{"status":"unhealthy"}"#)
+    status(!is_dead, ["healthy", "unhealthy"])
+}
+
+/// The same as `/health`.
+#[utoipa::path(
+    get,
+    path = "/health/live",
+    responses((status = 200, description = "It is."), (status = 503, description = "It is not.")),
+)]
+pub(super) async fn live(app: State<Arc<App>>) -> Response {
+    health(app).await
+}
+
+/// Tells whether requests are taken and will be painted: the warm-up is over and nobody has asked
+/// the server to end.
+#[utoipa::path(
+    get,
+    path = "/health/ready",
+    responses((status = 200, description = "They are."), (status = 503, description = "They are not.")),
+)]
+pub(super) async fn ready(State(app): State<Arc<App>>) -> Response {
+    let (is_ready, name) = match app.engine.state() {
+        EngineState::Ready => (true, "ready"),
+        EngineState::Starting => (false, "starting"),
+        EngineState::Draining => (false, "draining"),
+        EngineState::Stopped => (false, "stopped"),
+        EngineState::Failed(_) => (false, "failed"),
     };
+    status(is_ready, [name, name])
+}
+
+fn status(is_good: bool, [good, bad]: [&str; 2]) -> Response {
+    let (status, name) = if is_good {
+        (StatusCode::OK, good)
+    } else {
+        (StatusCode::SERVICE_UNAVAILABLE, bad)
+    };
+    let body = format!("{{\"status\":\"{name}\"}}");
     (status, [(CONTENT_TYPE, "application/json")], body).into_response()
 }

@@ -6,6 +6,7 @@ use std::sync::{Arc, LazyLock};
 use axum::extract::State;
 use axum::http::HeaderName;
 use axum::http::header::{CONTENT_DISPOSITION, CONTENT_TYPE};
+use axum::response::sse::Event;
 use axum::response::{IntoResponse, Response};
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
@@ -17,14 +18,16 @@ use utoipa::{PartialSchema, ToSchema};
 use zip::ZipWriter;
 use zip::write::SimpleFileOptions;
 
+use crate::image::ImageFormat;
 use crate::request::random_u64;
 
 use super::App;
 use super::body::{self, JsonObject, Keys};
 use super::error::{ApiError, ErrorEnvelope};
-use super::fields::GenerationFields;
-use super::generation::{Drawn, Order, StageSeconds};
+use super::fields::{GenerationFields, Integer};
+use super::generation::{Drawn, Order, PictureFacts, Previews, Receipt, Update};
 use super::invalid::InvalidBody;
+use super::stream::{self, Narrator, error_event, event};
 
 static GENERATION_KEYS: LazyLock<Keys> = LazyLock::new(|| Keys {
     known: body::field_names::<GenerationFields>(),
@@ -68,7 +71,13 @@ struct ImagesFields {
     user: Option<String>,
     /// Taken, and without effect.
     safety_identifier: Option<String>,
+    /// Answer with server-sent events: `partial_images` of them on the way, and one for each image
+    /// at the end.
     stream: Option<bool>,
+    /// How often to show a small picture of the first image on the way, from 0 to 3. Needs
+    /// `stream`.
+    #[schema(value_type = Option<u8>, maximum = 3)]
+    partial_images: Option<Integer>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, ToSchema)]
@@ -119,6 +128,14 @@ impl Quality {
             Self::Auto | Self::High | Self::Standard | Self::Hd => None,
         }
     }
+
+    fn name(self) -> &'static str {
+        match self {
+            Self::Low => "low",
+            Self::Medium => "medium",
+            Self::Auto | Self::High | Self::Standard | Self::Hd => "high",
+        }
+    }
 }
 
 /// A request of the images endpoint.
@@ -145,6 +162,7 @@ impl PartialSchema for ImagesRequest {
     responses(
         (status = 200, content(
             (ImagesResponse = "application/json"),
+            (CompletedEvent = "text/event-stream"),
             (String = "image/png"),
             (String = "image/jpeg"),
             (String = "image/webp"),
@@ -159,33 +177,132 @@ pub(super) async fn generations(
     State(app): State<Arc<App>>,
     JsonObject(object): JsonObject,
 ) -> Result<Response, ApiError> {
-    let (fields, order) = parse(object)?;
+    let request = parse(object)?;
     let id = format!("img-{:016x}", random_u64());
-    let accepted = order.submit(&app, id, fields.model.as_deref()).await?;
+    let model = request.fields.model.as_deref();
+    let accepted = request
+        .order
+        .submit(&app, id, model, request.previews)
+        .await?;
+    if request.fields.stream == Some(true) {
+        let quality = request.fields.quality.unwrap_or(Quality::Auto);
+        return Ok(stream::respond(accepted, ImagesNarrator { quality }));
+    }
     accepted
-        .finish(move |drawn| match fields.response_format {
+        .finish(move |drawn| match request.fields.response_format {
             None | Some(ResponseFormat::B64Json) => json_response(drawn),
             Some(ResponseFormat::File) => file_response(drawn),
         })
         .await
 }
 
-fn parse(mut object: Map<String, Value>) -> Result<(ImagesFields, Order), InvalidBody> {
+#[derive(Debug)]
+struct Parsed {
+    fields: ImagesFields,
+    order: Order,
+    previews: Previews,
+}
+
+fn parse(mut object: Map<String, Value>) -> Result<Parsed, InvalidBody> {
     KEYS.check(&object, "")?;
     let generation: GenerationFields = body::read(body::take(&mut object, &GENERATION_KEYS.known))?;
     let mut fields: ImagesFields = body::read(object)?;
-    if fields.stream == Some(true) {
-        return Err(InvalidBody::Unavailable {
-            param: "stream".to_owned(),
-            instead: "leave it out, or set it to false",
-        });
-    }
+    let previews = previews_of(&fields)?;
     let prompt = fields.prompt.take();
     let prompt = prompt.ok_or_else(|| InvalidBody::missing("prompt"))?;
     let mut order = generation.order(prompt, "prompt")?;
     let steps = &mut order.params.num_inference_steps;
     *steps = steps.or(fields.quality.and_then(Quality::num_inference_steps));
-    Ok((fields, order))
+    Ok(Parsed {
+        fields,
+        order,
+        previews,
+    })
+}
+
+fn previews_of(fields: &ImagesFields) -> Result<Previews, InvalidBody> {
+    let is_stream = fields.stream == Some(true);
+    if is_stream && fields.response_format == Some(ResponseFormat::File) {
+        return Err(InvalidBody::conflict("response_format", "stream"));
+    }
+    let Some(Integer(got)) = fields.partial_images else {
+        return Ok(Previews::Never);
+    };
+    let (min, max) = (0, 3);
+    let param = "partial_images";
+    match usize::try_from(got) {
+        Ok(0) => Ok(Previews::Never),
+        Ok(1..=3) if !is_stream => Err(InvalidBody::needs_stream(param)),
+        Ok(count @ 1..=3) => Ok(Previews::Count(count)),
+        _ => Err(InvalidBody::Range {
+            param,
+            min,
+            max,
+            got,
+        }),
+    }
+}
+
+/// Tells about a request in the events of `OpenAI`'s images API.
+#[derive(Debug, Clone, Copy)]
+struct ImagesNarrator {
+    quality: Quality,
+}
+
+impl Narrator for ImagesNarrator {
+    fn begin(&self, _: &Receipt) -> Result<Vec<Event>, ApiError> {
+        Ok(Vec::new())
+    }
+
+    fn tell(&self, receipt: &Receipt, update: Update) -> Result<Vec<Event>, ApiError> {
+        match update {
+            // The API has no events for these.
+            Update::Queued { .. } | Update::Step { .. } => Ok(Vec::new()),
+            Update::Preview {
+                number,
+                image,
+                file,
+                step: _,
+            } => {
+                let image_event = PartialImageEvent {
+                    r#type: "image_generation.partial_image",
+                    b64_json: BASE64.encode(file),
+                    partial_image_index: number,
+                    created_at: receipt.created,
+                    size: format!("{}x{}", image.width, image.height),
+                    quality: self.quality.name(),
+                    background: "opaque",
+                    output_format: ImageFormat::Png.name(),
+                };
+                Ok(vec![event(&image_event)?.event(image_event.r#type)])
+            }
+            Update::Drawn(drawn) => drawn
+                .files
+                .iter()
+                .map(|file| {
+                    let image_event = CompletedEvent {
+                        r#type: "image_generation.completed",
+                        b64_json: BASE64.encode(file),
+                        created_at: receipt.created,
+                        quality: self.quality.name(),
+                        background: "opaque",
+                        output_format: receipt.encoding.format.name(),
+                        usage: ImagesUsage::new(receipt),
+                        facts: PictureFacts::new(receipt, drawn.timings),
+                    };
+                    Ok(event(&image_event)?.event(image_event.r#type))
+                })
+                .collect(),
+        }
+    }
+
+    fn fail(&self, error: &ApiError) -> Event {
+        error_event(error).event("error")
+    }
+
+    fn end(&self) -> Vec<Event> {
+        Vec::new()
+    }
 }
 
 fn json_response(drawn: Drawn) -> Result<Response, ApiError> {
@@ -198,12 +315,9 @@ fn json_response(drawn: Drawn) -> Result<Response, ApiError> {
         data: images.collect(),
         background: "opaque",
         output_format: receipt.encoding.format.name(),
-        size: receipt.size(),
-        usage: ImagesUsage::new(receipt.prompt_tokens, receipt.image_tokens),
+        usage: ImagesUsage::new(&receipt),
+        facts: PictureFacts::new(&receipt, drawn.timings),
         model: receipt.model,
-        seed: receipt.request.seed,
-        num_inference_steps: receipt.request.num_inference_steps,
-        timings: drawn.timings,
     };
     let body = serde_json::to_vec(&response).map_err(ApiError::Response)?;
     Ok(([(CONTENT_TYPE, "application/json")], body).into_response())
@@ -255,15 +369,46 @@ struct ImagesResponse {
     data: Vec<ImageData>,
     background: &'static str,
     output_format: &'static str,
-    /// `WIDTHxHEIGHT` in pixels, as the image has it.
-    size: String,
     usage: ImagesUsage,
-    // What follows is not in OpenAI's API: what it takes to make the image again.
     model: String,
-    /// The seed that was used, whether it was given or chosen.
-    seed: u64,
-    num_inference_steps: usize,
-    timings: StageSeconds,
+    #[serde(flatten)]
+    facts: PictureFacts,
+}
+
+/// What the first image looks like on the way.
+#[derive(Serialize, ToSchema)]
+pub(super) struct PartialImageEvent {
+    /// `image_generation.partial_image`
+    r#type: &'static str,
+    /// A small PNG file in Base64.
+    b64_json: String,
+    /// From 0.
+    partial_image_index: usize,
+    /// Unix time of the request's arrival, in seconds.
+    created_at: u64,
+    /// Of this small picture, `WIDTHxHEIGHT` in pixels.
+    size: String,
+    quality: &'static str,
+    background: &'static str,
+    output_format: &'static str,
+}
+
+/// An image; there is one such event for each.
+#[derive(Serialize, ToSchema)]
+pub(super) struct CompletedEvent {
+    /// `image_generation.completed`
+    r#type: &'static str,
+    /// The image file in Base64.
+    b64_json: String,
+    /// Unix time of the request's arrival, in seconds.
+    created_at: u64,
+    quality: &'static str,
+    background: &'static str,
+    output_format: &'static str,
+    /// Of all images of the request.
+    usage: ImagesUsage,
+    #[serde(flatten)]
+    facts: PictureFacts,
 }
 
 #[derive(Serialize, ToSchema)]
@@ -289,15 +434,15 @@ struct InputTokens {
 }
 
 impl ImagesUsage {
-    fn new(prompt_tokens: usize, image_tokens: usize) -> Self {
+    fn new(receipt: &Receipt) -> Self {
         Self {
-            input_tokens: prompt_tokens,
+            input_tokens: receipt.prompt_tokens,
             input_tokens_details: InputTokens {
-                text_tokens: prompt_tokens,
+                text_tokens: receipt.prompt_tokens,
                 image_tokens: 0,
             },
-            output_tokens: image_tokens,
-            total_tokens: prompt_tokens + image_tokens,
+            output_tokens: receipt.image_tokens,
+            total_tokens: receipt.prompt_tokens + receipt.image_tokens,
         }
     }
 }

@@ -62,6 +62,13 @@ impl InvalidBody {
         }
     }
 
+    pub(super) fn needs_stream(param: &str) -> Self {
+        Self::value(
+            param.to_owned(),
+            "is for streams only: set stream to true, or leave it out",
+        )
+    }
+
     /// Of a value that the JSON reader did not take.
     pub(super) fn value(param: String, message: &str) -> Self {
         let mut quoted: String = message.chars().take(MAX_QUOTE).collect();

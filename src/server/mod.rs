@@ -10,14 +10,16 @@ mod health;
 mod images;
 mod invalid;
 mod messages;
+mod metrics;
 mod models;
 mod openapi;
 mod signals;
+mod stream;
 
 use std::future::Future;
 use std::io;
 use std::sync::Arc;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use axum::Router;
 use axum::body::Bytes;
@@ -28,6 +30,8 @@ use axum::middleware::from_fn_with_state;
 use axum::routing::{get, post};
 use kiln_models::noise::NoiseGenerator;
 use tokio::net::TcpListener;
+use tokio::sync::oneshot;
+use tokio::time::sleep;
 
 use crate::engine::Engine;
 use crate::request::Limits;
@@ -40,6 +44,9 @@ pub use self::signals::shutdown_signal;
 
 /// Bytes of a request's body, unless told otherwise. The longest prompt takes a few kilobytes.
 pub const DEFAULT_MAX_BODY_BYTES: usize = 2 << 20;
+
+/// How long a server that ends waits for clients to read what has been painted for them.
+const LAST_ANSWERS: Duration = Duration::from_secs(10);
 
 /// What the handlers work with.
 #[derive(Debug)]
@@ -63,6 +70,8 @@ pub struct Settings {
     /// Whose web pages may use the API.
     pub cors_origins: Vec<CorsOrigin>,
     pub max_body_bytes: usize,
+    /// How long a request may take from its arrival; it is refused with 408 then.
+    pub request_timeout: Option<Duration>,
     /// For requests that have none.
     pub default_negative_prompt: Option<String>,
     /// Whether PNG files say how they were made.
@@ -77,6 +86,7 @@ impl Settings {
             api_keys: ApiKeys::default(),
             cors_origins: Vec::new(),
             max_body_bytes: DEFAULT_MAX_BODY_BYTES,
+            request_timeout: None,
             default_negative_prompt: None,
             metadata: true,
         }
@@ -129,6 +139,9 @@ pub fn router(app: App) -> Router {
         .route("/v1/models/{*name}", get(models::retrieve))
         .route("/version", get(models::version))
         .route("/health", get(health::health))
+        .route("/health/live", get(health::live))
+        .route("/health/ready", get(health::ready))
+        .route("/metrics", get(metrics::metrics))
         .route("/openapi.json", get(document))
         .route("/docs", get(async move || (docs, openapi::DOCS_PAGE)))
         .fallback(async |uri: Uri| ApiError::UnknownRoute {
@@ -147,13 +160,23 @@ pub fn router(app: App) -> Router {
     router.with_state(app)
 }
 
-/// Answers requests until `shutdown` is ready, then those that have already been taken.
+/// Answers requests until `shutdown` is ready, then those that have already been taken. Clients
+/// that take their time to read the answers are not waited for long.
 pub async fn serve(
     listener: TcpListener,
     app: App,
     shutdown: impl Future<Output = ()> + Send + 'static,
 ) -> io::Result<()> {
-    axum::serve(listener, router(app))
-        .with_graceful_shutdown(shutdown)
-        .await
+    let (closing, closed) = oneshot::channel::<()>();
+    let server = axum::serve(listener, router(app)).with_graceful_shutdown(async move {
+        shutdown.await;
+        drop(closing);
+    });
+    tokio::select! {
+        outcome = server => outcome,
+        () = async { drop(closed.await); sleep(LAST_ANSWERS).await } => {
+            tracing::warn!("clients that have not read their answers are left");
+            Ok(())
+        }
+    }
 }

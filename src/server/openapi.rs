@@ -8,7 +8,7 @@ use utoipa::{Number, OpenApi};
 
 use crate::request::Limits;
 
-use super::{chat, health, images, models};
+use super::{chat, health, images, metrics, models};
 
 /// The page shows the document beside it, and takes nothing from elsewhere.
 pub(super) const DOCS_PAGE: &str = include_str!("docs.html");
@@ -27,7 +27,11 @@ pub(super) const DOCS_PAGE: &str = include_str!("docs.html");
         models::retrieve,
         models::version,
         health::health,
-    )
+        health::live,
+        health::ready,
+        metrics::metrics,
+    ),
+    components(schemas(images::PartialImageEvent))
 )]
 struct Document;
 

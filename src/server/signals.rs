@@ -1,26 +1,35 @@
 use std::io;
+use std::time::Duration;
 
 use crate::engine::Engine;
 
-/// Ready at the first ctrl-c or SIGTERM; images that have been asked for are still finished. The
-/// second one stops the engine, so that what is unfinished fails after its current step.
-pub async fn shutdown_signal(engine: Engine) {
+/// Ready when the engine has stopped after the first ctrl-c or SIGTERM. What it has been asked for
+/// is still painted, for `drain_timeout` at most; meanwhile the server goes on to answer, so that
+/// those who ask for its health hear that it takes no more. The second signal stops the engine, so
+/// that what is unfinished fails after its current step.
+pub async fn shutdown_signal(engine: Engine, drain_timeout: Duration) {
     match next_signal().await {
         Ok(name) => tracing::info!(
-            "{name}: no new requests are taken, those under way are finished; \
-             a second signal ends them"
+            "{name}: no new requests are taken, those under way have {} s to finish; \
+             a second signal ends them",
+            drain_timeout.as_secs_f64()
         ),
         Err(error) => {
             tracing::error!(%error, "cannot listen for signals");
             return std::future::pending().await;
         }
     }
-    tokio::spawn(async move {
-        if let Ok(name) = next_signal().await {
-            tracing::info!("{name}: unfinished requests end now");
+    engine.drain(drain_timeout);
+    tokio::select! {
+        () = engine.stopped() => {}
+        signal = next_signal() => {
+            if let Ok(name) = signal {
+                tracing::info!("{name}: unfinished requests end now");
+            }
             engine.stop();
+            engine.stopped().await;
         }
-    });
+    }
 }
 
 #[cfg(unix)]

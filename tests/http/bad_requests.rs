@@ -153,6 +153,20 @@ fn what_the_images_endpoint_refuses() {
         (image(&json!({"style": "oil"})), "style"),
         (image(&json!({"user": 5})), "user"),
         (image(&json!({"stream": 1})), "stream"),
+        (image(&json!({"partial_images": 2})), "partial_images"),
+        (
+            image(&json!({"stream": true, "partial_images": 4})),
+            "partial_images",
+        ),
+        (
+            image(&json!({"stream": true, "partial_images": -1})),
+            "partial_images",
+        ),
+        (
+            image(&json!({"stream": true, "response_format": "file"})),
+            "response_format",
+        ),
+        (image(&json!({"preview_every": 2})), "preview_every"),
         (
             image(&json!({"generator_device": "tpu"})),
             "generator_device",
@@ -229,7 +243,27 @@ fn values_of_the_wrong_type() {
 #[test]
 fn keys_that_are_unknown_or_contradict_each_other() {
     assert_all_refused(&[
-        (cat(&json!({"stream": true})), "stream"),
+        (cat(&json!({"preview_every": 2})), "preview_every"),
+        (
+            cat(&json!({"extra_body": {"preview_every": 2}})),
+            "preview_every",
+        ),
+        (
+            cat(&json!({"stream": true, "preview_every": 0})),
+            "preview_every",
+        ),
+        (
+            cat(&json!({"stream": true, "preview_every": "all"})),
+            "preview_every",
+        ),
+        (
+            cat(&json!({"stream": true, "extra_body": {"stream": true}})),
+            "extra_body.stream",
+        ),
+        (
+            cat(&json!({"stream": true, "stream_options": true})),
+            "stream_options",
+        ),
         (cat(&json!({"heigth": 512})), "heigth"),
         (cat(&json!({"prompt": "a dog"})), "prompt"),
         (

@@ -1,4 +1,4 @@
-//! As much HTTP as the tests need: one request a connection, bodies of a known length.
+//! As much HTTP as the tests need: one request a connection.
 
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
@@ -98,18 +98,38 @@ pub(super) fn receive(mut stream: TcpStream) -> Reply {
         .unwrap()
         .parse()
         .unwrap();
-    let headers = lines
+    let headers: Vec<_> = lines
         .map(|line| {
             let (name, value) = line.split_once(':').unwrap();
             (name.to_lowercase(), value.trim().to_owned())
         })
         .collect();
-    let bytes = bytes[head_end + 4..].to_vec();
+    let mut bytes = bytes[head_end + 4..].to_vec();
+    let chunked = ("transfer-encoding".to_owned(), "chunked".to_owned());
+    if headers.contains(&chunked) {
+        bytes = join_chunks(&bytes);
+    }
     let body = serde_json::from_slice(&bytes).unwrap_or_default();
     Reply {
         status,
         headers,
         bytes,
         body,
+    }
+}
+
+/// A body without the lengths that stand before its chunks.
+fn join_chunks(mut bytes: &[u8]) -> Vec<u8> {
+    let mut body = Vec::new();
+    loop {
+        let end = bytes.windows(2).position(|pair| pair == b"\r\n").unwrap();
+        let length = std::str::from_utf8(&bytes[..end]).unwrap();
+        let length = usize::from_str_radix(length, 16).unwrap();
+        if length == 0 {
+            return body;
+        }
+        let start = end + 2;
+        body.extend(&bytes[start..start + length]);
+        bytes = &bytes[start + length + 2..];
     }
 }

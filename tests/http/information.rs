@@ -55,6 +55,9 @@ fn the_document_has_every_route_and_the_servers_limits() {
         .collect();
     let expected = [
         "/health",
+        "/health/live",
+        "/health/ready",
+        "/metrics",
         "/v1/chat/completions",
         "/v1/images/generations",
         "/v1/models",

@@ -8,7 +8,7 @@ use std::process::{Child, Command, Stdio};
 use base64::Engine as _;
 use serde_json::{Value, json};
 
-use super::client::{get, post};
+use super::client::{connect, get, post, send};
 use super::{decode, parts};
 
 fn model() -> PathBuf {
@@ -120,6 +120,29 @@ fn the_server_draws_what_the_command_line_draws() {
         (refused.status, &refused.body["error"]["param"]),
         (400, &json!("height"))
     );
+}
+
+#[cfg(unix)]
+#[test]
+fn a_signal_lets_requests_finish_and_the_exit_code_is_0() {
+    let mut server = Server::start(None);
+    let body = json!({
+        "messages": [{"role": "user", "content": "a red circle"}], "num_inference_steps": 60,
+        "stream": true,
+    });
+    let path = "/v1/chat/completions";
+    let stream = send(connect(server.address), "POST", path, Some(&body));
+    let mut lines = BufReader::new(stream).lines().map(Result::unwrap);
+    let begun = lines.find(|line| line.contains("\"stage\":\"step\""));
+    assert!(begun.is_some());
+
+    let process = server.process.id().to_string();
+    let signal = Command::new("kill").args(["-TERM", &process]).status();
+    assert!(signal.unwrap().success());
+    assert!(lines.any(|line| line.contains("data:image/png;base64,")));
+    assert!(lines.any(|line| line == "data: [DONE]"));
+    drop(lines);
+    assert_eq!(server.process.wait().unwrap().code(), Some(0));
 }
 
 /// What a demo prompt asks for: a shape of one colour, somewhere, on a background.

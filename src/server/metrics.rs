@@ -1,0 +1,262 @@
+//! `GET /metrics`, in Prometheus' text format.
+
+use std::fmt::{Display, Write};
+use std::sync::Arc;
+
+use axum::extract::State;
+use axum::http::header::CONTENT_TYPE;
+use axum::response::{IntoResponse, Response};
+use kiln_models::painter::CacheUse;
+
+use crate::engine::{BUCKET_BOUNDS, EngineStats, Histogram};
+
+use super::App;
+
+/// Tells what the server does and has done.
+#[utoipa::path(
+    get,
+    path = "/metrics",
+    responses((status = 200, body = String, content_type = "text/plain")),
+)]
+pub(super) async fn metrics(State(app): State<Arc<App>>) -> Response {
+    let text = text(&app.engine.stats());
+    ([(CONTENT_TYPE, "text/plain; version=0.0.4")], text).into_response()
+}
+
+/// The engine's numbers are a snapshot already, so that all there is to do is to write them.
+fn text(stats: &EngineStats) -> String {
+    let mut page = Page::default();
+    // The second names are what routers that know vLLM look for.
+    for name in ["kiln_requests_waiting", "vllm:num_requests_waiting"] {
+        page.gauge(name, "Requests that wait for the device.", stats.waiting);
+    }
+    for name in ["kiln_requests_running", "vllm:num_requests_running"] {
+        page.gauge(name, "Requests that are painted.", stats.running);
+    }
+    let outcomes = &stats.outcomes;
+    page.labelled(
+        (
+            "kiln_requests_total",
+            "counter",
+            "Requests by how they ended.",
+        ),
+        "outcome",
+        &[
+            ("finished", outcomes.finished),
+            ("cancelled", outcomes.cancelled),
+            ("deadline_passed", outcomes.deadline_passed),
+            ("failed", outcomes.failed),
+            ("stopped", outcomes.stopped),
+            ("rejected", outcomes.rejected),
+        ],
+    );
+    page.counter(
+        "kiln_steps_total",
+        "Denoising steps, of unfinished requests too.",
+        stats.steps,
+    );
+    page.counter("kiln_images_total", "Images painted.", stats.images);
+    page.counter("kiln_pixels_total", "Pixels of those images.", stats.pixels);
+    for (name, help, histogram) in [
+        (
+            "kiln_queue_seconds",
+            "From a request's arrival in the queue to its start.",
+            &stats.waiting_time,
+        ),
+        (
+            "kiln_encode_seconds",
+            "Prompts, noise and schedule of a request.",
+            &stats.encode_time,
+        ),
+        (
+            "kiln_step_seconds",
+            "One denoising step of one request.",
+            &stats.step_time,
+        ),
+        (
+            "kiln_denoise_seconds",
+            "All denoising steps of a request.",
+            &stats.denoise_time,
+        ),
+        (
+            "kiln_decode_seconds",
+            "Decoding of all images of a request.",
+            &stats.decode_time,
+        ),
+        ("kiln_preview_seconds", "One preview.", &stats.preview_time),
+        (
+            "kiln_request_seconds",
+            "From a request's arrival in the queue to its painting.",
+            &stats.total_time,
+        ),
+    ] {
+        page.histogram(name, help, histogram);
+    }
+    page.caches(&[
+        ("embeddings", stats.embedding_cache),
+        ("modulation", stats.modulation_cache),
+    ]);
+    let memory = [
+        (
+            "kiln_memory_in_use_bytes",
+            "Memory of the device in use.",
+            stats.memory.in_use,
+        ),
+        (
+            "kiln_memory_reserved_bytes",
+            "Memory of the device that is reserved.",
+            stats.memory.reserved,
+        ),
+    ];
+    for (name, help, bytes) in memory {
+        // Not all devices count.
+        if let Some(bytes) = bytes {
+            page.gauge(name, help, bytes);
+        }
+    }
+    page.text
+}
+
+#[derive(Default)]
+struct Page {
+    text: String,
+}
+
+impl Page {
+    fn line(&mut self, line: impl Display) {
+        // Writing to a string cannot fail.
+        let _ = writeln!(self.text, "{line}");
+    }
+
+    fn head(&mut self, name: &str, kind: &str, help: &str) {
+        self.line(format_args!("# HELP {name} {help}"));
+        self.line(format_args!("# TYPE {name} {kind}"));
+    }
+
+    fn gauge(&mut self, name: &str, help: &str, value: impl Display) {
+        self.head(name, "gauge", help);
+        self.line(format_args!("{name} {value}"));
+    }
+
+    fn counter(&mut self, name: &str, help: &str, value: u64) {
+        self.head(name, "counter", help);
+        self.line(format_args!("{name} {value}"));
+    }
+
+    fn labelled(
+        &mut self,
+        (name, kind, help): (&str, &str, &str),
+        label: &str,
+        values: &[(&str, u64)],
+    ) {
+        self.head(name, kind, help);
+        for (value, number) in values {
+            self.line(format_args!("{name}{{{label}=\"{value}\"}} {number}"));
+        }
+    }
+
+    fn histogram(&mut self, name: &str, help: &str, histogram: &Histogram) {
+        self.head(name, "histogram", help);
+        let mut below = 0;
+        for (bound, count) in BUCKET_BOUNDS.iter().zip(histogram.counts) {
+            below += count;
+            self.line(format_args!("{name}_bucket{{le=\"{bound}\"}} {below}"));
+        }
+        let all = histogram.count();
+        self.line(format_args!("{name}_bucket{{le=\"+Inf\"}} {all}"));
+        self.line(format_args!("{name}_sum {}", histogram.sum));
+        self.line(format_args!("{name}_count {all}"));
+    }
+
+    fn caches(&mut self, caches: &[(&str, CacheUse)]) {
+        type Field = fn(&CacheUse) -> u64;
+        let families: [(&str, &str, &str, Field); 5] = [
+            ("kiln_cache_entries", "gauge", "Entries.", |cache| {
+                cache.entries as u64
+            }),
+            ("kiln_cache_bytes", "gauge", "Bytes of them.", |cache| {
+                cache.bytes as u64
+            }),
+            ("kiln_cache_max_bytes", "gauge", "Their limit.", |cache| {
+                cache.max_bytes as u64
+            }),
+            ("kiln_cache_hits_total", "counter", "Found.", |cache| {
+                cache.hits
+            }),
+            (
+                "kiln_cache_misses_total",
+                "counter",
+                "Not found.",
+                |cache| cache.misses,
+            ),
+        ];
+        for (name, kind, help, field) in families {
+            let values: Vec<_> = caches
+                .iter()
+                .map(|(cache, used)| (*cache, field(used)))
+                .collect();
+            self.labelled((name, kind, help), "cache", &values);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use super::*;
+
+    /// Every sample by its name and labels.
+    fn samples(text: &str) -> BTreeMap<&str, f64> {
+        let lines = text.lines().filter(|line| !line.starts_with('#'));
+        lines
+            .map(|line| {
+                let (name, value) = line.rsplit_once(' ').unwrap();
+                (name, value.parse().unwrap())
+            })
+            .collect()
+    }
+
+    #[test]
+    fn buckets_are_cumulative() {
+        let mut stats = EngineStats::default();
+        stats.step_time.counts[0] = 2;
+        stats.step_time.counts[1] = 3;
+        stats.step_time.counts[BUCKET_BOUNDS.len()] = 1;
+        stats.step_time.sum = 2000.5;
+        let text = text(&stats);
+        let samples = samples(&text);
+        for (name, value) in [
+            ("kiln_step_seconds_bucket{le=\"0.001\"}", 2.0),
+            ("kiln_step_seconds_bucket{le=\"0.0025\"}", 5.0),
+            ("kiln_step_seconds_bucket{le=\"1000\"}", 5.0),
+            ("kiln_step_seconds_bucket{le=\"+Inf\"}", 6.0),
+            ("kiln_step_seconds_count", 6.0),
+            ("kiln_step_seconds_sum", 2000.5),
+        ] {
+            assert_eq!(samples.get(name), Some(&value), "{name}");
+        }
+    }
+
+    #[test]
+    fn every_family_is_typed_once() {
+        let text = text(&EngineStats::default());
+        let types: Vec<&str> = text
+            .lines()
+            .filter_map(|line| line.strip_prefix("# TYPE "))
+            .filter_map(|line| line.split(' ').next())
+            .collect();
+        let mut unique = types.clone();
+        unique.sort_unstable();
+        unique.dedup();
+        assert_eq!(types.len(), unique.len());
+        for name in samples(&text).keys() {
+            let family = name.split('{').next().unwrap();
+            let family = ["_bucket", "_sum", "_count"]
+                .iter()
+                .find_map(|suffix| family.strip_suffix(suffix))
+                .unwrap_or(family);
+            assert!(types.contains(&family), "{name}");
+        }
+    }
+}
