@@ -253,7 +253,7 @@ pub(super) struct ServeArgs {
 
     /// Negative prompt of requests that have none
     ///
-    /// It turns guidance on for them, which doubles the time of each step; \" \" is what the
+    /// It turns guidance on for them, which doubles the time of each step; " " is what the
     /// authors of Qwen-Image use. Without this option they are drawn without guidance.
     #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
     pub(super) default_negative_prompt: Option<String>,
@@ -284,13 +284,13 @@ pub(super) struct ServeArgs {
     pub(super) cfg_parallel_size: usize,
 
     #[command(flatten)]
+    pub(super) noise: NoiseArgs,
+
+    #[command(flatten)]
     access: AccessArgs,
 
     #[command(flatten)]
     pub(super) limits: LimitArgs,
-
-    #[command(flatten)]
-    pub(super) noise: NoiseArgs,
 
     #[command(flatten)]
     pub(super) backend: BackendArgs,

@@ -38,7 +38,7 @@ fn what_drains_is_alive_but_not_ready() {
     let path = "/v1/chat/completions";
     let running = send(connect(server.address), "POST", path, Some(&cat(100)));
     server.wait_for_steps(1);
-    server.engine.drain(Duration::from_secs(60));
+    server.engine.drain(Duration::from_mins(1));
 
     let reply = get(server.address, "/health/ready");
     assert_eq!(
