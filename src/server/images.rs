@@ -74,8 +74,8 @@ struct ImagesFields {
     /// Answer with server-sent events: `partial_images` of them on the way, and one for each image
     /// at the end.
     stream: Option<bool>,
-    /// How often to show a small picture of the first image on the way, from 0 to 3. Needs
-    /// `stream`.
+    /// How often to show a small picture of the first image on the way, from 0 to 3; with few
+    /// steps it may be less often. Needs `stream`.
     #[schema(value_type = Option<u8>, maximum = 3)]
     partial_images: Option<Integer>,
 }
