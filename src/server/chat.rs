@@ -177,7 +177,7 @@ impl PartialSchema for ChatRequest {
     responses(
         (status = 200, content(
             (ChatCompletion = "application/json"),
-            (ChatCompletionChunk = "text/event-stream"),
+            (String = "text/event-stream"),
         )),
         (status = "4XX", body = ErrorEnvelope),
         (status = "5XX", body = ErrorEnvelope),

@@ -162,7 +162,7 @@ impl PartialSchema for ImagesRequest {
     responses(
         (status = 200, content(
             (ImagesResponse = "application/json"),
-            (CompletedEvent = "text/event-stream"),
+            (String = "text/event-stream"),
             (String = "image/png"),
             (String = "image/jpeg"),
             (String = "image/webp"),

@@ -31,7 +31,12 @@ pub(super) const DOCS_PAGE: &str = include_str!("docs.html");
         health::ready,
         metrics::metrics,
     ),
-    components(schemas(images::PartialImageEvent))
+    // The data of server-sent events, whose form a schema of the answer cannot say.
+    components(schemas(
+        chat::ChatCompletionChunk,
+        images::PartialImageEvent,
+        images::CompletedEvent
+    ))
 )]
 struct Document;
 
@@ -48,8 +53,8 @@ pub(super) fn document(limits: &Limits) -> String {
         SecurityScheme::Http(Http::new(HttpAuthScheme::Bearer)),
     );
     let sides = (limits.sizes.multiple, limits.sizes.max_side);
-    for schema in components.schemas.values_mut() {
-        let RefOr::T(Schema::Object(request)) = schema else {
+    for request in ["ChatRequest", "ExtraBody", "ImagesRequest"] {
+        let Some(RefOr::T(Schema::Object(request))) = components.schemas.get_mut(request) else {
             continue;
         };
         for (name, (minimum, maximum)) in [
@@ -59,10 +64,7 @@ pub(super) fn document(limits: &Limits) -> String {
             ("num_outputs_per_prompt", (1, limits.max_num_images)),
             ("n", (1, limits.max_num_images)),
         ] {
-            // Answers have a number of steps, too, but no lower limit on it.
-            if let Some(RefOr::T(Schema::Object(field))) = request.properties.get_mut(name)
-                && field.minimum.is_some()
-            {
+            if let Some(RefOr::T(Schema::Object(field))) = request.properties.get_mut(name) {
                 field.minimum = Some(Number::UInt(minimum));
                 field.maximum = Some(Number::UInt(maximum));
             }

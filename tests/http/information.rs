@@ -65,10 +65,18 @@ fn the_document_has_every_route_and_the_servers_limits() {
         "/version",
     ];
     assert_eq!(paths, expected);
-    let chat = &document["components"]["schemas"]["ChatRequest"]["properties"];
-    assert_eq!(chat["height"]["minimum"], 16);
-    assert_eq!(chat["height"]["maximum"], 4096);
-    assert_eq!(chat["n"]["maximum"], 10);
+    for request in ["ChatRequest", "ExtraBody", "ImagesRequest"] {
+        let fields = &document["components"]["schemas"][request]["properties"];
+        assert_eq!(fields["height"]["minimum"], 16, "{request}");
+        assert_eq!(fields["height"]["maximum"], 4096, "{request}");
+        assert_eq!(fields["n"]["maximum"], 10, "{request}");
+    }
+    for event in ["ChatCompletionChunk", "PartialImageEvent", "CompletedEvent"] {
+        assert!(
+            document["components"]["schemas"][event].is_object(),
+            "{event}"
+        );
+    }
 }
 
 #[test]
