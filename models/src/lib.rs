@@ -11,6 +11,7 @@ pub mod config;
 pub mod guidance;
 pub mod loading;
 pub mod noise;
+pub mod operations;
 pub mod painter;
 pub mod qwen_image;
 pub mod scheduler;

@@ -34,7 +34,7 @@ pub const TEMPLATE_TOKENS_DROPPED: usize = 34;
 pub const MAX_PROMPT_TOKENS: usize = 1024;
 
 /// Latents per packed token, in height and in width.
-const PATCH: usize = 2;
+pub(crate) const PATCH: usize = 2;
 
 /// Entries of the reference's table of rotary positions, which bounds an image's sides.
 const ROPE_POSITIONS: usize = 4096;

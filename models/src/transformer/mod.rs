@@ -22,6 +22,7 @@ use crate::source::TensorSource;
 use crate::weights::{Linear, LoadError, Precision, Weights};
 use block::TransformerBlock;
 use modulation::ModulationLayers;
+pub(crate) use modulation::TIME_CHANNELS;
 
 /// Epsilon of every norm; the reference fixes it.
 const EPS: f64 = 1e-6;

@@ -11,7 +11,7 @@ use super::TransformerConfig;
 use crate::weights::{DeferredLinear, Linear, LoadError, Scope};
 
 /// Width of the sinusoidal timestep embedding; the reference fixes it.
-const TIME_CHANNELS: usize = 256;
+pub(crate) const TIME_CHANNELS: usize = 256;
 
 /// The layers that turn timesteps into modulation.
 #[derive(Debug)]

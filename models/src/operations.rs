@@ -1,0 +1,275 @@
+//! How much there is to compute, counted from the configurations.
+//!
+//! Counted are the multiply-adds of matrix products, of attention's two products and of
+//! convolutions, as the models here do them. Norms, activations, rotations and softmax, less than a
+//! hundredth of it, are not.
+
+use crate::config::ConfigError;
+use crate::painter::Job;
+use crate::qwen_image::{CheckpointConfigs, MAX_PROMPT_TOKENS, PATCH, TEMPLATE_TOKENS_DROPPED};
+use crate::text_encoder::TextEncoderConfig;
+use crate::transformer::{Segment, TIME_CHANNELS, TransformerConfig};
+use crate::vae::{Tiling, VaeConfig, VaeSettings};
+
+/// Multiply-adds of a job's stages. Each is two floating-point operations.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Operations {
+    /// The text encoder on the job's prompts.
+    pub encode: u64,
+    /// The modulation of all steps, which later jobs with the same schedule find computed.
+    pub modulation: u64,
+    /// One step: the transformer on all images, and on the negative prompt if guidance runs.
+    pub step: u64,
+    /// The VAE on all images.
+    pub decode: u64,
+}
+
+impl Operations {
+    /// Of a job for a model with these configurations.
+    pub fn count(
+        configs: &CheckpointConfigs,
+        job: &Job,
+        settings: VaeSettings,
+    ) -> Result<Self, ConfigError> {
+        let text_encoder = TextEncoderConfig::from_json(&configs.text_encoder)?;
+        let transformer = TransformerConfig::from_json(&configs.transformer)?;
+        let vae = VaeConfig::from_json(&configs.vae)?;
+
+        let negative = job.negative_prompt.as_ref().filter(|_| job.uses_cfg());
+        let prompts: Vec<usize> = [Some(&job.prompt), negative]
+            .into_iter()
+            .flatten()
+            .map(Vec::len)
+            .collect();
+        let latents = [job.height, job.width].map(|side| side / vae.scale_factor());
+        let segments: Vec<Segment> = prompts
+            .iter()
+            .map(|tokens| Segment {
+                height: latents[0] / PATCH,
+                width: latents[1] / PATCH,
+                text_tokens: tokens
+                    .saturating_sub(TEMPLATE_TOKENS_DROPPED)
+                    .min(MAX_PROMPT_TOKENS),
+                row: 0,
+            })
+            .collect();
+        let images = job.num_images as u64;
+        Ok(Self {
+            encode: encode(&text_encoder, &prompts),
+            modulation: job.num_inference_steps as u64 * modulation(&transformer),
+            step: images * step(&transformer, &segments),
+            decode: images * decode_tiled(&vae, latents, settings.tiling),
+        })
+    }
+}
+
+/// Multiply-adds of the text encoder. A token attends to itself and to those before it.
+fn encode(config: &TextEncoderConfig, prompts: &[usize]) -> u64 {
+    let hidden = config.hidden_size;
+    let kv = config.num_key_value_heads * config.head_dim;
+    let linear = 2 * hidden * hidden + 2 * hidden * kv + 3 * hidden * config.intermediate_size;
+    let tokens: usize = prompts.iter().sum();
+    let pairs: usize = prompts.iter().map(|tokens| tokens * (tokens + 1) / 2).sum();
+    let attention = 2 * hidden * pairs;
+    (config.num_hidden_layers * (tokens * linear + attention)) as u64
+}
+
+/// Multiply-adds of one timestep's modulation.
+fn modulation(config: &TransformerConfig) -> u64 {
+    let dim = config.dim();
+    let embedding = TIME_CHANNELS * dim + dim * dim;
+    let blocks = config.num_layers * 2 * (6 * dim * dim);
+    (embedding + blocks + 2 * dim * dim) as u64
+}
+
+/// Multiply-adds of the transformer on these segments.
+fn step(config: &TransformerConfig, segments: &[Segment]) -> u64 {
+    let dim = config.dim();
+    let of_segment = |segment: &Segment| {
+        let (image, text) = (segment.image_tokens(), segment.text_tokens);
+        let joint = image + text;
+        let ends = image * (config.in_channels * dim + dim * config.patch_channels())
+            + text * config.joint_attention_dim * dim;
+        // Query, key, value, output, and an MLP four times as wide.
+        let linear = joint * (4 + 2 * 4) * dim * dim;
+        let attention = 2 * joint * joint * dim;
+        (ends + config.num_layers * (linear + attention)) as u64
+    };
+    segments.iter().map(of_segment).sum()
+}
+
+/// Multiply-adds of decoding one image's latents, whole or in tiles.
+fn decode_tiled(config: &VaeConfig, latents: [usize; 2], tiling: Option<Tiling>) -> u64 {
+    let scale = config.scale_factor();
+    let whole = tiling.is_none_or(|tiling| latents[0].max(latents[1]) <= tiling.size / scale);
+    let Some(tiling) = tiling.filter(|_| !whole) else {
+        return decode(config, latents);
+    };
+    let (size, stride) = (tiling.size / scale, tiling.stride / scale);
+    let sides = latents.map(|side| {
+        let starts = (0..side).step_by(stride);
+        starts
+            .map(move |start| size.min(side - start))
+            .collect::<Vec<_>>()
+    });
+    let tiles = sides[0].iter().flat_map(|&height| {
+        sides[1]
+            .iter()
+            .map(move |&width| decode(config, [height, width]))
+    });
+    tiles.sum()
+}
+
+/// Multiply-adds of the decoder network on latents of this height and width.
+fn decode(config: &VaeConfig, [height, width]: [usize; 2]) -> u64 {
+    let conv =
+        |pixels: usize, from: usize, to: usize, kernel: usize| pixels * from * to * kernel * kernel;
+    let residual = |pixels, from, to| {
+        let shortcut = if from == to {
+            0
+        } else {
+            conv(pixels, from, to, 1)
+        };
+        conv(pixels, from, to, 3) + conv(pixels, to, to, 3) + shortcut
+    };
+    let widths: Vec<usize> = config
+        .dim_mult
+        .iter()
+        .rev()
+        .map(|mult| config.base_dim * mult)
+        .collect();
+    let (lowest, z) = (widths[0], config.z_dim);
+    let mut pixels = height * width;
+    let mut sum = conv(pixels, z, z, 1) + conv(pixels, z, lowest, 3);
+    // The middle: attention over all pixels, with a residual block before and after it.
+    sum += 2 * residual(pixels, lowest, lowest);
+    sum += conv(pixels, lowest, 4 * lowest, 1) + 2 * pixels * pixels * lowest;
+    let mut channels = lowest;
+    for (level, &width) in widths.iter().enumerate() {
+        sum += residual(pixels, channels, width);
+        sum += config.num_res_blocks * residual(pixels, width, width);
+        channels = width;
+        if level + 1 < widths.len() {
+            pixels *= 4;
+            sum += conv(pixels, width, width / 2, 3);
+            channels = width / 2;
+        }
+    }
+    (sum + conv(pixels, channels, 3, 3)) as u64
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Qwen-Image's.
+    fn transformer() -> TransformerConfig {
+        TransformerConfig {
+            patch_size: 2,
+            in_channels: 64,
+            out_channels: 16,
+            num_layers: 60,
+            attention_head_dim: 128,
+            num_attention_heads: 24,
+            joint_attention_dim: 3584,
+            axes_dims_rope: [16, 56, 56],
+            sample_size: 128,
+        }
+    }
+
+    fn segment(height: usize, width: usize, text_tokens: usize) -> Segment {
+        Segment {
+            height,
+            width,
+            text_tokens,
+            row: 0,
+        }
+    }
+
+    /// `torch.utils.flop_counter.FlopCounterMode` (torch 2.15.0) around diffusers' (0.42.1)
+    /// `QwenImageTransformer2DModel` on the meta device counts what the forward and its own
+    /// modulation take.
+    #[test]
+    fn the_transformer_counts_as_torch_counts() {
+        let config = transformer();
+        for (segment, flops) in [
+            (segment(64, 64, 64), 69_309_858_054_144),
+            (segment(32, 32, 17), 14_960_520_019_968),
+        ] {
+            assert_eq!(2 * (step(&config, &[segment]) + modulation(&config)), flops);
+        }
+    }
+
+    /// The same for transformers' (5.23.0) Qwen2.5-VL, whose attention it counts in full.
+    #[test]
+    fn the_text_encoder_counts_as_torch_counts() {
+        let config = TextEncoderConfig {
+            vocab_size: 152_064,
+            hidden_size: 3584,
+            intermediate_size: 18_944,
+            num_hidden_layers: 28,
+            num_attention_heads: 28,
+            num_key_value_heads: 4,
+            head_dim: 128,
+            rms_norm_eps: 1e-6,
+            rope_theta: 1e6,
+        };
+        for (tokens, linear, attention) in [
+            (98, 90_634_715_136 + 1_188_321_820_672, 3_855_122_432),
+            (40, 36_993_761_280 + 485_029_314_560, 642_252_800),
+        ] {
+            let causal = attention * (tokens as u64 + 1) / (2 * tokens as u64);
+            assert_eq!(2 * encode(&config, &[tokens]), linear + causal);
+        }
+    }
+
+    /// The same for diffusers' `AutoencoderKLQwenImage`, with a third of what it counts for each
+    /// causal convolution over three frames.
+    #[test]
+    fn the_vae_counts_as_torch_counts() {
+        let config = VaeConfig {
+            base_dim: 96,
+            z_dim: 16,
+            dim_mult: vec![1, 2, 4, 4],
+            num_res_blocks: 2,
+            latents_mean: vec![0.0; 16],
+            latents_std: vec![1.0; 16],
+        };
+        assert_eq!(2 * decode(&config, [32, 32]), 270_231_142_400);
+        assert_eq!(2 * decode(&config, [128, 128]), 4_710_245_335_040);
+
+        // 40 latents in tiles of 32 every 24: 32 and 16 of them, both ways.
+        let tiling = Tiling {
+            size: 256,
+            stride: 192,
+        };
+        let tiles = [[32, 32], [32, 16], [16, 32], [16, 16]].map(|tile| decode(&config, tile));
+        let tiled = decode_tiled(&config, [40, 40], Some(tiling));
+        assert_eq!(tiled, tiles.into_iter().sum::<u64>());
+        let small = decode_tiled(&config, [32, 32], Some(tiling));
+        assert_eq!(small, decode(&config, [32, 32]));
+    }
+
+    /// By hand: 2 layers of width 4 on 2·3 image tokens and 5 text tokens.
+    #[test]
+    fn a_small_transformer_counts_as_by_hand() {
+        let config = TransformerConfig {
+            in_channels: 8,
+            out_channels: 2,
+            num_layers: 2,
+            attention_head_dim: 2,
+            num_attention_heads: 2,
+            joint_attention_dim: 3,
+            ..transformer()
+        };
+        let ends = 6 * 8 * 4 + 5 * 3 * 4 + 6 * 4 * 8;
+        let block = 11 * (16 + 16 + 16 + 16 + 64 + 64) + 11 * 11 * 4 + 11 * 11 * 4;
+        let one = segment(2, 3, 5);
+        assert_eq!(step(&config, &[one]), ends + 2 * block);
+        assert_eq!(step(&config, &[one, one]), 2 * (ends + 2 * block));
+        assert_eq!(
+            modulation(&config),
+            256 * 4 + 4 * 4 + 2 * (4 * 24 + 4 * 24) + 4 * 8
+        );
+    }
+}
