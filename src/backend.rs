@@ -6,7 +6,8 @@ use std::str::FromStr;
 
 use kiln_models::config::ConfigError;
 use kiln_models::loading::{DeviceInfo, LoadOptions, ModelDType, OpenError};
-use kiln_models::painter::{ImageSizes, Painter};
+use kiln_models::operations::Operations;
+use kiln_models::painter::{ImageSizes, Job, Painter};
 use kiln_models::qwen_image::CheckpointParts;
 use kiln_models::vae::{Tiling, VaeSettings};
 
@@ -49,6 +50,19 @@ pub struct LoadSettings {
     pub vae_tile_size: usize,
     /// In pixels, from one tile to the next.
     pub vae_tile_stride: usize,
+}
+
+impl LoadSettings {
+    /// How images are decoded.
+    pub fn vae(&self) -> VaeSettings {
+        VaeSettings {
+            use_slicing: self.vae_use_slicing,
+            tiling: self.vae_use_tiling.then_some(Tiling {
+                size: self.vae_tile_size,
+                stride: self.vae_tile_stride,
+            }),
+        }
+    }
 }
 
 /// Why no painter could be had.
@@ -328,21 +342,24 @@ pub fn image_sizes(checkpoint: &Checkpoint) -> Result<ImageSizes, BackendError> 
     Ok(checkpoint.parts().configs.image_sizes()?)
 }
 
+/// How much there is to compute for a job, counted.
+pub fn operations(
+    checkpoint: &Checkpoint,
+    job: &Job,
+    settings: &LoadSettings,
+) -> Result<Operations, BackendError> {
+    let configs = &checkpoint.parts().configs;
+    Ok(Operations::count(configs, job, settings.vae())?)
+}
+
 /// Loads a checkpoint's networks onto a device.
 pub fn load(
     checkpoint: &Checkpoint,
     settings: &LoadSettings,
 ) -> Result<Box<dyn Painter>, BackendError> {
-    let tiling = settings.vae_use_tiling.then_some(Tiling {
-        size: settings.vae_tile_size,
-        stride: settings.vae_tile_stride,
-    });
     let options = LoadOptions {
         dtype: settings.dtype.model_dtype(),
-        vae: VaeSettings {
-            use_slicing: settings.vae_use_slicing,
-            tiling,
-        },
+        vae: settings.vae(),
     };
     let parts = checkpoint.parts();
     if settings.backend.kind != BackendKind::Auto {

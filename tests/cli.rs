@@ -79,6 +79,7 @@ fn help_fits_a_terminal() {
         ["serve", "--help"],
         ["backends", "--help"],
         ["compare", "--help"],
+        ["bench", "--help"],
     ] {
         let stdout = kiln(folder.path(), &args).stdout;
         let text = String::from_utf8(stdout).unwrap();
@@ -122,6 +123,12 @@ fn arguments_that_clap_refuses_are_usage_errors() {
         &["generate", "a cat", "--model", "m", "--rng", "dice"],
         &["generate", "a cat", "--model", "m", "--vae-tile-size", "-1"],
         &["generate", "a cat", "--model", "m", "--stepz", "5"],
+        &["bench", "--size", "512"],
+        &["bench", "--runs", "0"],
+        &["bench", "--prompt-tokens", "1025"],
+        &["bench", "--peak-tflops", "0"],
+        &["bench", "--steps", "0"],
+        &["bench", "--batch", "11"],
         &["serve", "m", "--model", "n"],
         &["serve", "m", "--port", "65536"],
         &["serve", "m", "--max-queue", "-1"],

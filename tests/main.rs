@@ -2,6 +2,8 @@
 
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on should stop")]
 
+/// The real binary, timing itself.
+mod bench;
 /// The real binary with checkpoints that cannot be loaded.
 mod broken_models;
 /// The real binary, run with arguments.

@@ -11,6 +11,7 @@ use clap::{ArgGroup, Parser, Subcommand, ValueEnum};
 use kiln_models::loading::ModelDType;
 use kiln_models::noise::NoiseGenerator;
 use kiln_models::painter::ImageSizes;
+use kiln_models::qwen_image::MAX_PROMPT_TOKENS;
 
 use crate::backend::{BackendChoice, BackendKind, DTypeChoice, InvalidChoice, LoadSettings};
 use crate::checkpoint::{DEMO, QWEN_IMAGE};
@@ -31,6 +32,7 @@ Examples:
   kiln generate \"a red fox in the snow\" --model Qwen/Qwen-Image --output fox.png
   kiln serve Qwen/Qwen-Image --port 8091
   kiln compare --backends wgpu,ndarray --report report.html
+  kiln bench --load-format dummy --backend cuda --size 1024x1024
 
 Without a model named, the small demo model in this program draws: one coloured shape on a coloured
 background.")]
@@ -45,6 +47,7 @@ pub(super) enum Command {
     Serve(Box<ServeArgs>),
     Backends(BackendsArgs),
     Compare(Box<CompareArgs>),
+    Bench(Box<BenchArgs>),
 }
 
 /// Paint one prompt and write the images to files.
@@ -554,6 +557,119 @@ fn parse_tolerance(text: &str) -> Result<f64, String> {
     value
         .filter(|value: &f64| value.is_finite() && *value >= 0.0)
         .ok_or_else(|| "a tolerance is a number of at least 0, such as 1e-3".to_owned())
+}
+
+/// Time a model, stage by stage.
+///
+/// Loads it, runs once to warm up, then repeats the same work with other prompts, which are made
+/// up. Prints the medians, the operations that they stand for, and the memory in use.
+#[derive(Debug, Parser)]
+pub(super) struct BenchArgs {
+    /// Folder in diffusers layout, Hugging Face id, or demo [default: demo]
+    ///
+    /// With --load-format dummy a folder needs configurations only, and Qwen/Qwen-Image, the
+    /// default then, no file at all.
+    #[arg(long, value_name = "PATH_OR_ID")]
+    model: Option<String>,
+
+    /// Width and height of the images in pixels [default: the model's]
+    #[arg(
+        long,
+        value_name = "WIDTHxHEIGHT",
+        allow_hyphen_values = true,
+        value_parser = parse_size
+    )]
+    size: Option<Size>,
+
+    /// Denoising steps, from 1 to 1000
+    #[arg(
+        long,
+        value_name = "STEPS",
+        allow_negative_numbers = true,
+        default_value_t = 20
+    )]
+    steps: i128,
+
+    /// Scale of the guidance; there is none at 1 and below
+    ///
+    /// With guidance each step runs the transformer twice, the second time on a blank prompt.
+    #[arg(
+        long,
+        value_name = "SCALE",
+        allow_negative_numbers = true,
+        default_value_t = 4.0
+    )]
+    cfg: f64,
+
+    /// Images painted together, from 1 to 10
+    #[arg(
+        long,
+        value_name = "COUNT",
+        allow_negative_numbers = true,
+        default_value_t = 1
+    )]
+    batch: i128,
+
+    /// Tokens of the prompt
+    #[arg(
+        long,
+        value_name = "COUNT",
+        default_value_t = 64,
+        value_parser = clap::value_parser!(u16).range(1..=MAX_PROMPT_TOKENS as i64)
+    )]
+    prompt_tokens: u16,
+
+    /// Runs to take the median of, after the one that warms up
+    #[arg(long, value_name = "COUNT", default_value_t = 3, value_parser = clap::value_parser!(u16).range(1..))]
+    runs: u16,
+
+    /// TFLOP/s that the device can reach, to say which share of it is
+    #[arg(long, value_name = "TFLOPS", value_parser = parse_peak)]
+    pub(super) peak_tflops: Option<f64>,
+
+    /// Print JSON, with every run's times
+    #[arg(long)]
+    pub(super) json: bool,
+
+    #[command(flatten)]
+    pub(super) backend: BackendArgs,
+
+    #[command(flatten)]
+    pub(super) loading: LoadArgs,
+}
+
+impl BenchArgs {
+    pub(super) fn model(&self) -> &str {
+        self.loading.model_or_default(self.model.as_deref())
+    }
+
+    pub(super) fn prompt_tokens(&self) -> usize {
+        self.prompt_tokens.into()
+    }
+
+    pub(super) fn runs(&self) -> usize {
+        self.runs.into()
+    }
+
+    /// With prompts of no words.
+    pub(super) fn params(&self) -> GenerationParams {
+        GenerationParams {
+            prompt: String::new(),
+            negative_prompt: Some(String::new()),
+            true_cfg_scale: Some(self.cfg),
+            height: self.size.map(|size| size.height),
+            width: self.size.map(|size| size.width),
+            num_inference_steps: Some(self.steps),
+            num_images: Some(self.batch),
+            seed: Some(0),
+        }
+    }
+}
+
+fn parse_peak(text: &str) -> Result<f64, String> {
+    let peak = text.parse().ok();
+    peak.filter(|peak: &f64| peak.is_finite() && *peak > 0.0)
+        .ok_or_else(|| "a peak is a number above 0".to_owned())
 }
 
 #[derive(Debug, clap::Args)]

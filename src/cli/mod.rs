@@ -2,6 +2,7 @@
 
 mod args;
 mod backends;
+mod bench;
 mod compare;
 mod dump;
 mod error;
@@ -51,6 +52,10 @@ pub fn main() -> ExitCode {
         Command::Backends(args) => {
             log_plain_lines();
             backends::run(&args)
+        }
+        Command::Bench(args) => {
+            log_plain_lines();
+            bench::run(&args)
         }
     };
     match outcome {

@@ -1,7 +1,8 @@
 use std::path::Path;
 use std::time::Instant;
 
-use kiln_models::painter::{ImageSizes, Painter};
+use kiln_models::operations::Operations;
+use kiln_models::painter::{ImageSizes, Job, Painter};
 
 use crate::backend::{self, LoadSettings};
 use crate::checkpoint::{Checkpoint, DEMO, QWEN_IMAGE, Shape};
@@ -47,6 +48,20 @@ impl Model {
     /// The sizes it draws.
     pub(super) fn image_sizes(&self) -> Result<ImageSizes, CliError> {
         Ok(backend::image_sizes(&self.checkpoint)?)
+    }
+
+    /// How messages name it.
+    pub(super) fn description(&self) -> String {
+        self.checkpoint.place().to_string()
+    }
+
+    /// How much there is to compute for a job.
+    pub(super) fn operations(
+        &self,
+        job: &Job,
+        settings: &LoadSettings,
+    ) -> Result<Operations, CliError> {
+        Ok(backend::operations(&self.checkpoint, job, settings)?)
     }
 
     /// Loads the weights.

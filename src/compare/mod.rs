@@ -20,7 +20,9 @@ use self::ssim::ssim;
 
 pub use self::cost::{Cost, CostMeter};
 pub use self::difference::Difference;
+pub(crate) use self::recording::measured;
 pub use self::recording::{Costs, Recording, record};
+pub(crate) use self::report::Table;
 pub use self::report::{Report, ReportError, ReportFormat, RunReport, Settings};
 pub use self::tolerance::{PictureBound, Tolerance};
 

@@ -88,7 +88,8 @@ pub fn record(
     Ok((recording, costs))
 }
 
-fn measured<T>(
+/// A call of a painter, and what it cost.
+pub(crate) fn measured<T>(
     painter: &mut dyn Painter,
     stage: impl FnOnce(&mut dyn Painter) -> Result<T, PaintError>,
 ) -> Result<(T, Cost), JobError> {

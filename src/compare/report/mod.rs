@@ -13,6 +13,7 @@ use serde::Serialize;
 use crate::image::EncodeError;
 use crate::request::GenerationRequest;
 
+pub(crate) use self::table::Table;
 use super::{Comparison, Costs, PictureBound, Tolerance};
 
 /// All runs of one request, each compared with the reference. Serialises to the JSON report.

@@ -2,10 +2,10 @@ use std::fmt;
 
 /// Text in rows and columns, under a caption.
 #[derive(Debug)]
-pub(super) struct Table {
-    pub(super) caption: String,
-    pub(super) head: Vec<String>,
-    pub(super) rows: Vec<Vec<String>>,
+pub(crate) struct Table {
+    pub(crate) caption: String,
+    pub(crate) head: Vec<String>,
+    pub(crate) rows: Vec<Vec<String>>,
 }
 
 /// As Markdown whose columns stand in line, so that it reads well on a terminal too.
