@@ -3,7 +3,7 @@
 //! A request goes down one way: [`request`] checks it, [`tokenizer`] turns its prompts into ids,
 //! [`engine`] runs it on the thread that owns the painter, [`image`] encodes what comes out.
 //! [`server`] and [`cli`] are the two doors. [`compare`] says how far apart two runs are,
-//! [`bench`] how long they take.
+//! [`mod@bench`] how long they take.
 
 pub mod backend;
 pub mod bench;
