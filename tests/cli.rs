@@ -132,6 +132,12 @@ fn arguments_that_clap_refuses_are_usage_errors() {
         &["serve", "m", "--model", "n"],
         &["serve", "m", "--port", "65536"],
         &["serve", "m", "--max-queue", "-1"],
+        &["serve", "m", "--max-steps", "0"],
+        &["serve", "m", "--max-num-images", "0"],
+        &["serve", "m", "--request-timeout", "0"],
+        &["serve", "m", "--drain-timeout", "-1"],
+        &["serve", "m", "--cors-origin", "example.org"],
+        &["serve", "m", "--log-format", "xml"],
     ] {
         let (code, line) = failure(args);
         assert_eq!(code, 2, "{args:?}: {line}");
@@ -206,6 +212,56 @@ fn values_out_of_bounds_are_usage_errors() {
         assert_eq!(code, 2, "{args:?}: {line}");
         assert!(line.contains(expected), "{args:?}: {line}");
     }
+}
+
+#[test]
+fn what_serve_cannot_do_is_refused_before_the_model_is_looked_for() {
+    for (args, expected) in [
+        (
+            ["--cfg-parallel-size", "2"],
+            "--cfg-parallel-size 2 is not available",
+        ),
+        (["--cfg-parallel-size", "0"], "--cfg-parallel-size 0"),
+        (["--api-key", "two words"], "an API key is made of visible"),
+    ] {
+        let (code, line) = failure(&[&["serve", "./none", "--port", "0"], &args[..]].concat());
+        assert_eq!(code, 2, "{args:?}: {line}");
+        assert!(line.contains(expected), "{args:?}: {line}");
+        assert!(!line.contains("two words"), "{line}");
+    }
+}
+
+#[test]
+fn a_default_negative_prompt_is_checked_before_the_weights_are_read() {
+    let long = "cat ".repeat(2000);
+    let args = ["serve", "demo", "--port", "0", "--default-negative-prompt"];
+    let (code, line) = failure(&[&args[..], &[&long]].concat());
+    assert_eq!(code, 2, "{line}");
+    assert!(
+        line.contains("--default-negative-prompt cannot be used"),
+        "{line}"
+    );
+}
+
+#[test]
+fn the_extension_chooses_the_format_and_a_png_says_how_it_was_made() {
+    let folder = tempfile::tempdir().unwrap();
+    let draw = |args: &[&str]| {
+        let fixed = ["generate", "a café", "--steps", "1", "--seed", "3"];
+        let output = kiln(folder.path(), &[&fixed, args].concat());
+        assert!(output.status.success(), "{}", stderr(&output));
+        let name = args[args.iter().position(|arg| *arg == "--output").unwrap() + 1];
+        std::fs::read(folder.path().join(name)).unwrap()
+    };
+    assert!(draw(&["--output", "a.jpg"]).starts_with(b"\xff\xd8\xff"));
+    assert!(draw(&["--output", "a.webp"]).starts_with(b"RIFF"));
+    let holds = |file: &[u8], text: &[u8]| file.windows(text.len()).any(|part| part == text);
+    // A café in Latin-1.
+    let text = b"tEXtparameters\0a caf\xe9\nSteps: 1, Sampler: Euler, CFG scale: 1, Seed: 3, \
+                 Size: 128x128, Model: demo, RNG: CPU, Version: kiln ";
+    assert!(holds(&draw(&["--output", "a.png"]), text));
+    let bare = draw(&["--output", "b.png", "--no-metadata"]);
+    assert!(bare.starts_with(b"\x89PNG") && !holds(&bare, b"parameters"));
 }
 
 #[test]

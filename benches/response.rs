@@ -1,0 +1,197 @@
+//! What a picture of 1024 x 1024 pixels costs after its last step: file, Base64, JSON, socket.
+//!
+//! `cargo bench --bench response`. The painter has its picture ready, so that the time from request
+//! to last byte is the server's alone.
+
+#![expect(clippy::print_stdout, reason = "its result is what it prints")]
+
+use std::error::Error;
+use std::io::{Read, Write};
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::time::{Duration, Instant};
+
+use kiln::checkpoint::Checkpoint;
+use kiln::engine::{Engine, EngineSettings};
+use kiln::request::Limits;
+use kiln::server::{App, Settings};
+use kiln_models::noise::NoiseGenerator;
+use kiln_models::painter::{
+    CacheUses, ImageSizes, Job, JobId, MemoryUse, ModelInfo, PaintError, Painter, Painting,
+    RgbImage,
+};
+
+const SIDE: usize = 1024;
+const ROUNDS: usize = 21;
+
+/// Soft shapes with a little noise, about as hard to compress as a photograph.
+fn picture() -> RgbImage {
+    let mut state = 1_u32;
+    let mut pixels = Vec::with_capacity(SIDE * SIDE * 3);
+    for y in 0..SIDE {
+        for x in 0..SIDE {
+            for channel in 0..3_u8 {
+                state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+                let noise = f64::from(state >> 24) / 32.0;
+                let (x, y) = (x as f64 / 90.0, y as f64 / 70.0);
+                let shape = (x + f64::from(channel)).sin() * (y - f64::from(channel)).cos();
+                pixels.push((124.0 + 100.0 * shape + noise) as u8);
+            }
+        }
+    }
+    RgbImage {
+        height: SIDE,
+        width: SIDE,
+        pixels,
+    }
+}
+
+struct ReadyPainter {
+    info: ModelInfo,
+    picture: RgbImage,
+}
+
+impl Painter for ReadyPainter {
+    fn info(&self) -> &ModelInfo {
+        &self.info
+    }
+
+    fn start(&mut self, _: JobId, _: Job) -> Result<(), PaintError> {
+        Ok(())
+    }
+
+    fn step(&mut self, ids: &[JobId]) -> Result<Vec<usize>, PaintError> {
+        Ok(vec![0; ids.len()])
+    }
+
+    fn preview(&mut self, id: JobId) -> Result<RgbImage, PaintError> {
+        Err(PaintError::NothingToShow(id))
+    }
+
+    fn finish(&mut self, _: JobId) -> Result<Painting, PaintError> {
+        Ok(Painting {
+            images: vec![self.picture.clone()],
+            trace: Vec::new(),
+        })
+    }
+
+    fn discard(&mut self, _: JobId) {}
+
+    fn memory(&self) -> MemoryUse {
+        MemoryUse::default()
+    }
+
+    fn caches(&self) -> CacheUses {
+        CacheUses::default()
+    }
+}
+
+/// Starts the server; it ends with the process.
+fn serve() -> Result<SocketAddr, Box<dyn Error>> {
+    let sizes = ImageSizes {
+        multiple: 16,
+        max_side: SIDE,
+        default_side: SIDE,
+    };
+    let painter = ReadyPainter {
+        info: ModelInfo {
+            sizes,
+            vocab_size: 200_000,
+            device: "none".to_owned(),
+            dtype: "f32",
+        },
+        picture: picture(),
+    };
+    let settings = EngineSettings {
+        max_queue: 0,
+        max_started: 1,
+        warm_up: None,
+    };
+    let engine = Engine::start(Box::new(painter), settings);
+    let tokenizer = Checkpoint::demo()?.tokenizer()?;
+    let noise = NoiseGenerator::Cpu;
+    let limits = Limits::for_sizes(sizes);
+    let app = App::new(engine, tokenizer, limits, noise, Settings::new("none"));
+    let listener = TcpListener::bind("127.0.0.1:0")?;
+    listener.set_nonblocking(true)?;
+    let address = listener.local_addr()?;
+    let runtime = tokio::runtime::Runtime::new()?;
+    std::thread::spawn(move || {
+        runtime.block_on(async {
+            let listener = tokio::net::TcpListener::from_std(listener)?;
+            kiln::server::serve(listener, app, std::future::pending()).await
+        })
+    });
+    Ok(address)
+}
+
+/// Time from the request to the last byte of the answer, and its bytes.
+fn ask(address: SocketAddr, path: &str, body: &str) -> Result<(Duration, usize), Box<dyn Error>> {
+    let mut stream = TcpStream::connect(address)?;
+    let started = Instant::now();
+    write!(
+        stream,
+        "POST {path} HTTP/1.1\r\nHost: bench\r\nConnection: close\r\n\
+         Content-Type: application/json\r\nContent-Length: {}\r\n\r\n{body}",
+        body.len()
+    )?;
+    let mut answer = Vec::new();
+    stream.read_to_end(&mut answer)?;
+    let took = started.elapsed();
+    if !answer.starts_with(b"HTTP/1.1 200") {
+        return Err(String::from_utf8_lossy(&answer[..answer.len().min(400)]).into());
+    }
+    Ok((took, answer.len()))
+}
+
+fn main() -> Result<(), Box<dyn Error>> {
+    let address = serve()?;
+    let images = "/v1/images/generations";
+    let chat = "/v1/chat/completions";
+    for (name, path, body) in [
+        (
+            "chat, PNG",
+            chat,
+            r#"{"messages":[{"role":"user","content":"x"}],"num_inference_steps":1}"#,
+        ),
+        (
+            "images, PNG",
+            images,
+            r#"{"prompt":"x","num_inference_steps":1}"#,
+        ),
+        (
+            "images, PNG as a file",
+            images,
+            r#"{"prompt":"x","num_inference_steps":1,"response_format":"file"}"#,
+        ),
+        (
+            "images, PNG, output_compression 50",
+            images,
+            r#"{"prompt":"x","num_inference_steps":1,"output_compression":50}"#,
+        ),
+        (
+            "images, JPEG, output_compression 90",
+            images,
+            r#"{"prompt":"x","num_inference_steps":1,"output_format":"jpeg","output_compression":90}"#,
+        ),
+        (
+            "images, WebP, output_compression 80",
+            images,
+            r#"{"prompt":"x","num_inference_steps":1,"output_format":"webp","output_compression":80}"#,
+        ),
+    ] {
+        let mut times = Vec::with_capacity(ROUNDS);
+        let mut bytes = 0;
+        for _ in 0..ROUNDS {
+            let (took, length) = ask(address, path, body)?;
+            times.push(took.as_secs_f64() * 1e3);
+            bytes = length;
+        }
+        times.sort_by(f64::total_cmp);
+        println!(
+            "{name}: median {:.1} ms, fastest {:.1} ms, {bytes} bytes",
+            times[ROUNDS / 2],
+            times[0],
+        );
+    }
+    Ok(())
+}
