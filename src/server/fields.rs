@@ -52,7 +52,7 @@ pub(super) struct GenerationFields {
     /// Kind of the image file, `png` if none is given.
     output_format: Option<OutputFormat>,
     /// Quality of a JPEG or WebP file from 0 to 100, which is also the default. PNG files always
-    /// keep every pixel; below 67 and 34 they take more time to be smaller.
+    /// keep every pixel; up to 66 they take more time to be a little smaller.
     #[schema(value_type = Option<u8>, maximum = 100)]
     output_compression: Option<Integer>,
     /// Whose noise the seed stands for: torch's on the CPU or on CUDA. Without one, what the
