@@ -28,8 +28,8 @@ fn ndarray_draws_what_diffusers_draws() {
     every_case("ndarray");
 }
 
-/// In bf16, weights are kept as they are, noise is the rounded f32 draw, and the encoder's results
-/// are exact: timesteps, which bf16 rounds, come after it.
+/// In bf16, weights are kept as they are, noise is the rounded f32 draw, and linear layers round
+/// what they multiply.
 #[cfg(feature = "flex")]
 #[test]
 fn bf16_rounds_only_what_the_reference_rounds() {
@@ -46,7 +46,9 @@ fn bf16_rounds_only_what_the_reference_rounds() {
     let reference = SafeTensors::deserialize(&reference).unwrap();
     let stage = |file: &SafeTensors<'_>, name: &str| floats(file.tensor(name).unwrap().data());
     let embeds = "prompt_embeds";
-    assert!(relative_difference(&stage(&dump, embeds), &stage(&reference, embeds)) < TOLERANCE);
+    let off = relative_difference(&stage(&dump, embeds), &stage(&reference, embeds));
+    println!("{embeds}: {off:.2e}");
+    assert!((1e-4..2e-2).contains(&off), "{off:e}");
     let noise = stage(&reference, "initial_noise").into_iter();
     // To the nearest, ties to even, as torch rounds.
     let rounded: Vec<f32> = noise

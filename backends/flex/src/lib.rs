@@ -14,8 +14,8 @@ pub fn devices() -> Result<Vec<DeviceInfo>, OpenError> {
 /// Loads a checkpoint.
 ///
 /// Weights stay in the model's type, without a copy if the checkpoint is in it. Activations are
-/// f32 always: CPUs have no faster arithmetic in narrower types, and the picture is closer to the
-/// exact one.
+/// f32 always, and linear layers round them to bf16 if their weights are in it: products are what
+/// CPUs have faster arithmetic for.
 pub fn open(
     info: &DeviceInfo,
     parts: &CheckpointParts,

@@ -1,5 +1,8 @@
 //! Flex kernels beside their default bodies: `cargo bench -p kiln-ops --features flex`.
 //! Shapes are those of a model of width 768 (6 heads of 128) and of the real VAE.
+//!
+//! With `-- --json` it prints a line of JSON for each kernel that `flex_against_torch.py` compares
+//! with torch, and `-- --json NAME` one kernel's.
 
 #![expect(clippy::print_stdout, reason = "a table is what a benchmark is for")]
 
@@ -38,6 +41,58 @@ fn report<R>(name: &str, kernel: &dyn Fn() -> R, default: &dyn Fn() -> R) {
 }
 
 fn main() {
+    // cargo adds `--bench`.
+    let mut arguments = std::env::args().skip(1).filter(|word| word != "--bench");
+    if arguments.next().is_some_and(|word| word == "--json") {
+        against_torch(arguments.next().as_deref());
+    } else {
+        against_defaults();
+    }
+}
+
+/// The kernels and shapes that are compared with torch.
+fn against_torch(only: Option<&str>) {
+    let report = |op: &str, shape: &[usize], run: &dyn Fn()| {
+        if only.is_none_or(|only| only == op) {
+            let milliseconds = time(run).as_secs_f64() * 1e3;
+            println!(r#"{{"op": "{op}", "shape": {shape:?}, "ms": {milliseconds:.3}}}"#);
+        }
+    };
+    let (tokens, wide) = (1024, 3072);
+    let (x, y) = (random([tokens, wide]), random([tokens, wide]));
+    report("silu_mul", &[tokens, wide], &|| {
+        Flex::silu_mul(x.clone(), y.clone());
+    });
+    report("gelu_tanh", &[tokens, wide], &|| {
+        Flex::gelu_tanh(x.clone());
+    });
+    for (name, dtype) in [("linear_f32", DType::F32), ("linear_bf16", DType::BF16)] {
+        for (d_in, d_out) in [(768, 3072), (3072, 3072)] {
+            let x = random([tokens, d_in]);
+            let weight = random([d_out, d_in]).cast(dtype);
+            let bias = random([d_out]).cast(dtype);
+            report(name, &[tokens, d_in, d_out], &|| {
+                Flex::torch_linear(x.clone(), weight.clone(), Some(bias.clone()));
+            });
+        }
+    }
+    for (channels, side) in [(96, 256), (384, 64)] {
+        let x = random([1, channels, side, side]);
+        let weight = random([channels, channels, 3, 3]);
+        let bias = random([channels]);
+        report("same_conv2d", &[channels, side], &|| {
+            Flex::same_conv2d(x.clone(), weight.clone(), bias.clone());
+        });
+    }
+    for (heads, tokens) in [(8, 1024), (24, 1100)] {
+        let [q, k, v] = [(); 3].map(|()| random([tokens, heads, 128]));
+        report("attention", &[heads, tokens, 128], &|| {
+            Flex::packed_attention(q.clone(), k.clone(), v.clone(), &[tokens], false);
+        });
+    }
+}
+
+fn against_defaults() {
     let (tokens, dim) = (1024, 768);
     let x = random([tokens, dim]);
     for dtype in [DType::F32, DType::BF16, DType::F16] {

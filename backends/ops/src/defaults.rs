@@ -36,6 +36,11 @@ pub fn torch_linear<B: Backend>(
     bias: Option<Tensor<B, 1>>,
 ) -> Tensor<B, 2> {
     let dtype = x.dtype();
+    let x = if weight.dtype() == DType::BF16 {
+        x.cast(DType::BF16).cast(dtype)
+    } else {
+        x
+    };
     let out = x.matmul(weight.cast(dtype).transpose());
     match bias {
         Some(bias) => out + bias.cast(dtype).unsqueeze(),

@@ -17,12 +17,18 @@ pub(crate) const F32: Precision = Precision {
     activations: DType::F32,
 };
 
-fn folder() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures")
+/// The root package's folder of fixtures, from whichever crate's tests these are.
+pub(crate) fn folder() -> PathBuf {
+    let parents = Path::new(env!("CARGO_MANIFEST_DIR")).ancestors();
+    let mut fixtures = parents.map(|parent| parent.join("tests/fixtures"));
+    fixtures.find(|folder| folder.is_dir()).unwrap()
 }
 
-fn checkpoint(name: &str) -> PathBuf {
-    folder().join("checkpoints").join(name)
+pub(crate) fn checkpoint(name: &str) -> PathBuf {
+    match name {
+        "demo" => folder().join("../../models/demo"),
+        name => folder().join("checkpoints").join(name),
+    }
 }
 
 pub(crate) fn config(checkpoint_name: &str, component: &str) -> ConfigText {

@@ -1,50 +1,46 @@
 //! Linear layers with weights in f32, bf16 or f16.
 
+use std::ops::Range;
+
 use burn_flex::FlexTensor;
 use burn_tensor::{DType, bf16, f16};
 use gemm::Parallelism;
 use rayon::prelude::*;
 
+#[cfg(target_arch = "x86_64")]
+use super::bf16::{Bf16Instructions, Panel, add_product, pairs_of_rows};
 use super::matrix::{Matrix, Output, product};
 use super::shared::SharedMut;
 use super::{Float, contiguous, from_values, simd};
 
-/// Output features whose weights are widened together: large enough for the product to run at
-/// full speed, small enough for the widened panel to stay in the second-level cache.
+/// Output features whose weights are worked on together: large enough for the product to run at
+/// full speed, small enough for the panel to stay in the second-level cache.
 const PANEL: usize = 64;
+/// Values per task of an elementwise loop.
+const CHUNK: usize = 1 << 14;
+/// Tokens below which a panel is not split: reading its weights would cost more than the product.
+const MIN_TOKENS: usize = 48;
 
-/// 1.4 times as fast as the default body with weights in f32, 1.1 times in bf16, 1.2 times in f16,
-/// and narrow weights are never widened as a whole.
+/// Narrow weights are never widened as a whole, and those in bf16 not at all on processors that
+/// multiply in it, which takes half of the time.
 pub(super) fn torch_linear(x: Float<2>, weight: Float<2>, bias: Option<Float<1>>) -> Float<2> {
     let [tokens, d_in] = x.dims();
     let [d_out, _] = weight.dims();
-    let x = contiguous(x);
-    let weight = contiguous(weight);
+    let (x, weight) = (contiguous(x), contiguous(weight));
     let bias = bias.map(|bias| contiguous(bias.cast(DType::F32)));
-    let x = Matrix::rows(x.storage::<f32>(), tokens, d_in, d_in);
+    let x = x.storage::<f32>();
     let bias = bias.as_ref().map(FlexTensor::storage::<f32>);
 
     let mut output = vec![0.0_f32; tokens * d_out];
     match weight.dtype() {
-        DType::BF16 => {
-            let weight = weight.storage::<bf16>();
-            let widen = |panel: &[bf16], wide: &mut [f32]| {
-                simd::vectorised(|| {
-                    for (wide, narrow) in wide.iter_mut().zip(panel) {
-                        *wide = f32::from_bits(u32::from(narrow.to_bits()) << 16);
-                    }
-                });
-            };
-            by_panels(&mut output, x, (weight, d_in), bias, widen);
-        }
+        DType::BF16 => bf16_linear(&mut output, (x, d_in), weight.storage(), bias),
         DType::F16 => {
-            let weight = weight.storage::<f16>();
-            let widen = |panel: &[f16], wide: &mut [f32]| {
+            let widen = |weights: &[f16], wide: &mut [f32]| {
                 wide.iter_mut()
-                    .zip(panel)
+                    .zip(weights)
                     .for_each(|(wide, narrow)| *wide = narrow.to_f32());
             };
-            by_panels(&mut output, x, (weight, d_in), bias, widen);
+            widening(&mut output, (x, d_in), weight.storage(), bias, widen);
         }
         _ => {
             let weight = Matrix::rows(weight.storage::<f32>(), d_out, d_in, d_in);
@@ -60,7 +56,7 @@ pub(super) fn torch_linear(x: Float<2>, weight: Float<2>, bias: Option<Float<1>>
             };
             product(
                 &mut output,
-                x,
+                Matrix::rows(x, tokens, d_in, d_in),
                 weight.transposed(),
                 mode,
                 Parallelism::Rayon(0),
@@ -70,48 +66,154 @@ pub(super) fn torch_linear(x: Float<2>, weight: Float<2>, bias: Option<Float<1>>
     from_values(output, [tokens, d_out])
 }
 
-/// A product with `weight` of `[out, d_in]`, widened to f32 a panel of rows at a time.
-fn by_panels<T: Sync>(
+/// With the processor's own products where it has them, else in f32 of the same rounded values.
+fn bf16_linear(
     output: &mut [f32],
-    x: Matrix<'_>,
-    (weight, d_in): (&[T], usize),
+    (x, d_in): (&[f32], usize),
+    weight: &[bf16],
+    bias: Option<&[f32]>,
+) {
+    #[cfg(target_arch = "x86_64")]
+    if let Some(instructions) = Bf16Instructions::detect() {
+        let pairs = d_in.div_ceil(2);
+        let x = pairs_of_rows(x, d_in);
+        return by_panels(
+            output,
+            (weight, d_in),
+            bias,
+            Panel::new,
+            |panel, sums, tokens, weights| {
+                let x = &x[tokens.start * pairs..tokens.end * pairs];
+                add_product(instructions, sums, x, (weights, d_in), panel);
+            },
+        );
+    }
+    bf16_linear_in_f32(output, (x, d_in), weight, bias);
+}
+
+fn bf16_linear_in_f32(
+    output: &mut [f32],
+    (x, d_in): (&[f32], usize),
+    weight: &[bf16],
+    bias: Option<&[f32]>,
+) {
+    let mut rounded = vec![0.0_f32; x.len()];
+    rounded
+        .par_chunks_mut(CHUNK)
+        .zip(x.par_chunks(CHUNK))
+        .for_each(|(rounded, x)| {
+            simd::vectorised(|| {
+                for (rounded, &x) in rounded.iter_mut().zip(x) {
+                    *rounded = f32::from_bits(simd::bf16_bits(x) << 16);
+                }
+            });
+        });
+    let widen = |weights: &[bf16], wide: &mut [f32]| {
+        simd::vectorised(|| {
+            for (wide, narrow) in wide.iter_mut().zip(weights) {
+                *wide = f32::from_bits(u32::from(narrow.to_bits()) << 16);
+            }
+        });
+    };
+    widening(output, (&rounded, d_in), weight, bias, widen);
+}
+
+/// A product with weights that are widened to f32 a panel at a time.
+fn widening<T: Sync>(
+    output: &mut [f32],
+    (x, d_in): (&[f32], usize),
+    weight: &[T],
     bias: Option<&[f32]>,
     widen: impl Fn(&[T], &mut [f32]) + Sync,
 ) {
-    let d_out = weight.len() / d_in;
-    let tokens = output.len() / d_out;
-    let shared = SharedMut::new(output);
-    let panels = weight.par_chunks(PANEL * d_in).enumerate();
-    panels.for_each_init(
-        || (vec![0.0_f32; PANEL * d_in], vec![0.0_f32; PANEL * tokens]),
-        |(wide, product_rows), (index, panel)| {
-            let features = panel.len() / d_in;
-            widen(panel, wide);
-            let wide = Matrix::rows(wide, features, d_in, d_in);
+    let panel = || vec![0.0_f32; PANEL * d_in];
+    by_panels(
+        output,
+        (weight, d_in),
+        bias,
+        panel,
+        |wide, sums, tokens, weights| {
+            let (used, unused) = wide.split_at_mut(weights.len());
+            widen(weights, used);
+            unused.fill(0.0);
+            let x = &x[tokens.start * d_in..tokens.end * d_in];
             product(
-                product_rows,
-                x,
-                wide.transposed(),
-                Output::Overwrite,
+                sums.as_flattened_mut(),
+                Matrix::rows(x, tokens.len(), d_in, d_in),
+                Matrix::rows(wide, PANEL, d_in, d_in).transposed(),
+                Output::Add,
                 Parallelism::None,
             );
-            let first = index * PANEL;
-            for (token, row) in product_rows
-                .chunks_exact_mut(features)
-                .take(tokens)
-                .enumerate()
-            {
-                if let Some(bias) = bias {
-                    row.iter_mut()
-                        .zip(&bias[first..])
-                        .for_each(|(y, bias)| *y += bias);
-                }
-                #[expect(unsafe_code, reason = "tasks write disjoint parts of the output")]
-                // SAFETY: each panel has features of its own.
-                unsafe {
-                    shared.write(token * d_out + first, row);
-                }
-            }
         },
     );
+}
+
+/// A product with `weight` of `[out, d_in]`, a panel of its rows and a run of tokens at a time.
+///
+/// `add` gets its thread's scratch, the sums of the run (`[tokens, PANEL]`, with the bias in them),
+/// the run, and the panel's weights.
+fn by_panels<T: Sync, S>(
+    output: &mut [f32],
+    (weight, d_in): (&[T], usize),
+    bias: Option<&[f32]>,
+    scratch: impl Fn() -> S + Sync + Send,
+    add: impl Fn(&mut S, &mut [[f32; PANEL]], Range<usize>, &[T]) + Sync,
+) {
+    let d_out = weight.len() / d_in;
+    let tokens = output.len() / d_out;
+    let panels = d_out.div_ceil(PANEL);
+    // A few tasks for each thread, so that none waits long for the others.
+    let runs = (4 * rayon::current_num_threads()).div_ceil(panels);
+    let run = tokens.div_ceil(runs).max(MIN_TOKENS);
+    let shared = SharedMut::new(output);
+    (0..panels * tokens.div_ceil(run))
+        .into_par_iter()
+        .for_each_init(
+            || (scratch(), Vec::new()),
+            |(scratch, sums), task| {
+                let (first, start) = (task % panels * PANEL, task / panels * run);
+                let features = PANEL.min(d_out - first);
+                let tokens = start..tokens.min(start + run);
+                let mut row = [0.0_f32; PANEL];
+                if let Some(bias) = bias {
+                    row[..features].copy_from_slice(&bias[first..][..features]);
+                }
+                sums.clear();
+                sums.resize(tokens.len(), row);
+                let weights = &weight[first * d_in..][..features * d_in];
+                add(scratch, sums, tokens.clone(), weights);
+                for (token, sums) in tokens.zip(sums) {
+                    #[expect(unsafe_code, reason = "tasks write disjoint parts of the output")]
+                    // SAFETY: each task has tokens and features of its own.
+                    unsafe {
+                        shared.write(token * d_out + first, &sums[..features]);
+                    }
+                }
+            },
+        );
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Machines with products in bf16 never take the other way, so both are compared here.
+    #[test]
+    fn bf16_weights_give_the_same_sums_either_way() {
+        let (tokens, d_in, d_out) = (101, 67, 130);
+        let value = |i: usize| ((i * 37 % 101) as f32 - 50.0) * 0.03;
+        let x: Vec<f32> = (0..tokens * d_in).map(value).collect();
+        let weight: Vec<bf16> = (0..d_out * d_in)
+            .map(|i| bf16::from_f32(value(i)))
+            .collect();
+        let bias: Vec<f32> = (0..d_out).map(value).collect();
+        let mut native = vec![0.0_f32; tokens * d_out];
+        let mut wide = native.clone();
+        bf16_linear(&mut native, (&x, d_in), &weight, Some(&bias));
+        bf16_linear_in_f32(&mut wide, (&x, d_in), &weight, Some(&bias));
+        assert!(wide.iter().any(|x| x.abs() > 1.0));
+        for (native, wide) in native.iter().zip(&wide) {
+            assert!((native - wide).abs() < 1e-5, "{native} {wide}");
+        }
+    }
 }

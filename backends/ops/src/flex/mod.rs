@@ -4,6 +4,8 @@
 //! `cargo bench -p kiln-ops --features flex` (measured on 2026-11-22).
 
 mod attention;
+#[cfg(target_arch = "x86_64")]
+mod bf16;
 mod conv;
 mod elementwise;
 mod linear;
@@ -11,6 +13,7 @@ mod matrix;
 mod norm;
 mod shared;
 mod simd;
+mod tile;
 
 use burn_flex::{Flex, FlexTensor};
 use burn_tensor::{DType, Tensor, TensorData, TensorPrimitive};

@@ -72,6 +72,15 @@ pub(super) fn exp(x: f32) -> f32 {
     (poly * r * r + r + 1.0) * f32::from_bits(power)
 }
 
+/// The bf16 nearest to a value, ties to even, in the lower half.
+#[inline(always)]
+pub(super) fn bf16_bits(x: f32) -> u32 {
+    const NAN: u32 = 0x7fc0;
+    let bits = x.to_bits();
+    let rounded = bits.wrapping_add(0x7fff + (bits >> 16 & 1)) >> 16;
+    if x.is_nan() { NAN } else { rounded }
+}
+
 #[inline(always)]
 pub(super) fn silu(x: f32) -> f32 {
     x / (1.0 + exp(-x))
@@ -103,6 +112,26 @@ mod tests {
         );
         assert_eq!(exp(0.0), 1.0);
         assert!(exp(-1e30) < 2e-38 && exp(1e30).is_finite());
+    }
+
+    #[test]
+    fn bf16_rounds_to_the_nearest() {
+        let ties = [
+            0x3f80_8000,
+            0x3f81_8000,
+            0x3f80_7fff,
+            0x3f80_8001,
+            0x7f7f_ffff,
+        ];
+        for bits in ties.into_iter().chain((0..=u32::MAX).step_by(65_521)) {
+            let x = f32::from_bits(bits);
+            let expected = burn_tensor::bf16::from_f32(x);
+            if x.is_nan() {
+                assert!(f32::from_bits(bf16_bits(x) << 16).is_nan());
+            } else {
+                assert_eq!(bf16_bits(x), u32::from(expected.to_bits()), "{x:e}");
+            }
+        }
     }
 
     #[test]

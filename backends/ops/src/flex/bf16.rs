@@ -1,0 +1,185 @@
+//! Products of bf16 matrices with the processor's own instruction for them.
+
+#![expect(
+    unsafe_code,
+    reason = "the processor's instructions are reached through intrinsics"
+)]
+
+use std::arch::x86_64::{
+    __m512, __m512bh, __m512i, _mm512_dpbf16_ps, _mm512_set1_epi32, _mm512_setzero_ps,
+};
+
+use burn_tensor::bf16;
+use rayon::prelude::*;
+
+use super::simd;
+
+/// Values that a task rounds.
+const CHUNK: usize = 1 << 14;
+/// Rows of the left matrix that a tile has.
+const ROWS: usize = 6;
+/// Columns of a tile, each a row of the right matrix: 6 rows of 4 registers, which leaves 8 of the
+/// 32 for the operands.
+pub(super) const COLUMNS: usize = 64;
+/// Pairs of values that are multiplied before the sums go back to memory: as many as leave a
+/// panel in the second-level cache.
+const PAIRS: usize = 1024;
+
+/// Two consecutive values of a row, the first in the lower half.
+pub(super) type Pair = u32;
+/// Pairs of up to [`COLUMNS`] rows, those of one place together.
+pub(super) type Panel = Vec<[Pair; COLUMNS]>;
+
+/// The sums of six rows and 64 columns.
+type Tile = [[f32; COLUMNS]; ROWS];
+
+/// Proof that the processor multiplies in bf16.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Bf16Instructions(());
+
+impl Bf16Instructions {
+    pub(super) fn detect() -> Option<Self> {
+        let available =
+            is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bf16");
+        available.then_some(Self(()))
+    }
+}
+
+/// Adds `left · rightᵀ` to `sums`.
+///
+/// # Shapes
+/// - left: `[rows, d_in]` as [`pairs_of_rows`] makes it
+/// - right: `[columns, d_in]`, at most [`COLUMNS`] rows
+/// - sums: `[rows, COLUMNS]`; columns past those of `right` stay
+/// - panel: for the function's own use
+pub(super) fn add_product(
+    _: Bf16Instructions,
+    sums: &mut [[f32; COLUMNS]],
+    left: &[Pair],
+    (right, d_in): (&[bf16], usize),
+    panel: &mut Panel,
+) {
+    let pairs = d_in.div_ceil(2);
+    assert_eq!(left.len(), sums.len() * pairs, "rows of the left matrix");
+    assert!(right.len() <= COLUMNS * d_in, "columns of the right matrix");
+    for first in (0..pairs).step_by(PAIRS) {
+        let count = PAIRS.min(pairs - first);
+        panel.resize(PAIRS.min(pairs), [0; COLUMNS]);
+        let panel = &mut panel[..count];
+        interleave(panel, (right, d_in), first);
+        for (index, sums) in sums.chunks_mut(ROWS).enumerate() {
+            // A tile with fewer rows works out its last row several times.
+            let row = |i: usize| {
+                let row = index * ROWS + i.min(sums.len() - 1);
+                &left[row * pairs + first..][..count]
+            };
+            let rows = std::array::from_fn(row);
+            // SAFETY: the caller has the proof that the instructions are there.
+            let tile = unsafe { tile(rows, panel) };
+            for (sums, tile) in sums.iter_mut().zip(tile) {
+                sums.iter_mut().zip(tile).for_each(|(sum, x)| *sum += x);
+            }
+        }
+    }
+}
+
+/// Rows of `d_in` values as pairs, rounded to bf16; an odd row ends with a zero.
+pub(super) fn pairs_of_rows(values: &[f32], d_in: usize) -> Vec<Pair> {
+    let length = d_in.div_ceil(2);
+    let mut pairs = vec![0; values.len() / d_in * length];
+    let rows = pairs.par_chunks_mut(length).zip(values.par_chunks(d_in));
+    rows.with_min_len(CHUNK.div_ceil(d_in))
+        .for_each(|(pairs, row)| {
+            simd::vectorised(|| {
+                let (whole, last) = row.as_chunks::<2>();
+                for (pair, &[first, second]) in pairs.iter_mut().zip(whole) {
+                    *pair = simd::bf16_bits(first) | simd::bf16_bits(second) << 16;
+                }
+                if let (&[last], Some(pair)) = (last, pairs.last_mut()) {
+                    *pair = simd::bf16_bits(last);
+                }
+            });
+        });
+    pairs
+}
+
+/// Turns rows into columns: the pairs from `first` on of every row, those of one place together.
+fn interleave(panel: &mut [[Pair; COLUMNS]], (rows, d_in): (&[bf16], usize), first: usize) {
+    /// Places that are written for all rows before the next: they stay in the first-level cache.
+    const PLACES: usize = 64;
+    for (block, panel) in panel.chunks_mut(PLACES).enumerate() {
+        let start = 2 * (first + block * PLACES);
+        for (column, row) in rows.chunks_exact(d_in).enumerate() {
+            let end = d_in.min(start + 2 * panel.len());
+            let (pairs, last) = row[start..end].as_chunks::<2>();
+            for (places, pair) in panel.iter_mut().zip(pairs) {
+                places[column] = join(pair[0], pair[1]);
+            }
+            if let ([last], Some(places)) = (last, panel.last_mut()) {
+                places[column] = join(*last, bf16::ZERO);
+            }
+        }
+    }
+}
+
+fn join(first: bf16, second: bf16) -> Pair {
+    Pair::from(first.to_bits()) | Pair::from(second.to_bits()) << 16
+}
+
+/// The products of some rows with all columns of a panel.
+#[target_feature(enable = "avx512f,avx512bf16")]
+fn tile(rows: [&[Pair]; ROWS], panel: &[[Pair; COLUMNS]]) -> Tile {
+    const REGISTERS: usize = COLUMNS / 16;
+    let mut sums = [[_mm512_setzero_ps(); REGISTERS]; ROWS];
+    let rows = rows.map(|row| &row[..panel.len()]);
+    for (place, columns) in panel.iter().enumerate() {
+        // SAFETY: 64 words are four registers of 16, and any bits are bf16 values.
+        let columns: [__m512bh; REGISTERS] = unsafe { std::mem::transmute(*columns) };
+        for (sums, row) in sums.iter_mut().zip(rows) {
+            let both: __m512i = _mm512_set1_epi32(row[place].cast_signed());
+            // SAFETY: any bits are bf16 values.
+            let both: __m512bh = unsafe { std::mem::transmute(both) };
+            for (sum, columns) in sums.iter_mut().zip(columns) {
+                *sum = _mm512_dpbf16_ps(*sum, both, columns);
+            }
+        }
+    }
+    // SAFETY: four registers are 64 values.
+    sums.map(|row| unsafe { std::mem::transmute::<[__m512; REGISTERS], [f32; COLUMNS]>(row) })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Small whole numbers, so that every sum is exact in any order.
+    #[test]
+    fn sums_of_products_are_exact() {
+        let Some(instructions) = Bf16Instructions::detect() else {
+            return;
+        };
+        let mut panel = Panel::new();
+        for (rows, columns, d_in) in [(1, 1, 1), (6, 64, 2), (13, 5, 7), (7, 63, 2051)] {
+            let left: Vec<f32> = (0..rows * d_in).map(|i| (i % 7) as f32 - 3.0).collect();
+            let right: Vec<f32> = (0..columns * d_in).map(|i| (i % 5) as f32 - 2.0).collect();
+            let narrow: Vec<bf16> = right.iter().map(|&x| bf16::from_f32(x)).collect();
+            let mut sums = vec![[0.5; COLUMNS]; rows];
+            let pairs = pairs_of_rows(&left, d_in);
+            add_product(instructions, &mut sums, &pairs, (&narrow, d_in), &mut panel);
+            for (row, sums) in left.chunks(d_in).zip(&sums) {
+                for (column, &sum) in right.chunks(d_in).zip(sums) {
+                    let exact: f32 = row.iter().zip(column).map(|(a, b)| a * b).sum();
+                    assert_eq!(sum, exact + 0.5, "{rows} {columns} {d_in}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn odd_rows_end_with_a_zero() {
+        assert_eq!(
+            pairs_of_rows(&[1.0, -2.0, 0.5, 1.0, 1.0, 1.0], 3),
+            [0xc000_3f80, 0x3f00, 0x3f80_3f80, 0x3f80]
+        );
+    }
+}

@@ -1,0 +1,33 @@
+//! The property suite of the fused ops on the CPU backends.
+
+#![cfg(feature = "flex")]
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on should stop")]
+
+mod suite;
+
+/// Both sides are in f32 and add in different orders.
+const EXTENT: suite::Extent = suite::Extent {
+    cases: 64,
+    tolerance: 3e-6,
+    product_cases: 64,
+    product_tolerance: 3e-6,
+    f16_product_tolerance: 2e-3,
+};
+
+mod flex {
+    use burn_flex::{Flex, FlexDevice};
+
+    use crate::suite::{suites, test_every_op};
+
+    test_every_op!(suites::<Flex>(&FlexDevice, crate::EXTENT));
+}
+
+/// Computes the default bodies too, in code of its own.
+#[cfg(feature = "ndarray")]
+mod ndarray {
+    use burn_ndarray::{NdArray, NdArrayDevice};
+
+    use crate::suite::{suites, test_every_op};
+
+    test_every_op!(suites::<NdArray>(&NdArrayDevice::Cpu, crate::EXTENT));
+}

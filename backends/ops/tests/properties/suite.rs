@@ -1,0 +1,470 @@
+//! Every op of [`FusedOps`] on random shapes and values, against its default body in f32.
+//!
+//! The default bodies run on flex, in plain burn ops: flex's own kernels override the ops, not
+//! these bodies. Whatever backend is tested gets the same values, rounded to the type under test.
+
+use burn_flex::{Flex, FlexDevice};
+use burn_tensor::{DType, Tensor, TensorData};
+use kiln_ops::{FusedOps, Rope, RowRun, defaults};
+use proptest::collection::vec;
+use proptest::prelude::{Strategy, any};
+use proptest::sample::select;
+use proptest::test_runner::{Config, RngSeed, TestCaseError, TestRunner};
+
+const EPS: f64 = 1e-6;
+const F16_MAX: f32 = 65504.0;
+
+/// A test for each op, on every [`Suite`] of an expression.
+macro_rules! test_every_op {
+    ($suites:expr) => {
+        $crate::suite::test_every_op! {
+            $suites;
+            torch_linear rms_norm layer_norm_modulate gated_residual qk_norm_rope gelu_tanh
+            silu_mul packed_attention same_conv2d channel_norm channel_norm_silu upsample_nearest
+        }
+    };
+    ($suites:expr; $($op:ident)*) => {
+        $(
+            #[test]
+            fn $op() {
+                for suite in $suites {
+                    suite.$op();
+                }
+            }
+        )*
+    };
+}
+pub(crate) use test_every_op;
+
+/// One backend, and the type its activations have.
+pub(crate) struct Suite<B: FusedOps> {
+    device: B::Device,
+    dtype: DType,
+    extent: Extent,
+}
+
+/// How many cases are tried, and how far they may be off: the largest difference relative to the
+/// largest magnitude. Linear layers, attention and convolutions are apart: some devices multiply
+/// in less than f32, and look for the fastest kernel at each new shape.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Extent {
+    pub(crate) cases: u32,
+    pub(crate) tolerance: f32,
+    pub(crate) product_cases: u32,
+    pub(crate) product_tolerance: f32,
+    /// For devices that add up f16 products in f16.
+    pub(crate) f16_product_tolerance: f32,
+}
+
+/// Suites in f32, bf16 and f16, as far as the device computes in them.
+///
+/// The tolerances are those of f32, where sums of up to a few thousand values are made in another
+/// order. The narrow types round each result, and some of what leads to it, to 8 or 11 bits.
+pub(crate) fn suites<B: FusedOps>(device: &B::Device, extent: Extent) -> Vec<Suite<B>> {
+    let within = |tolerance, product_tolerance| Extent {
+        tolerance,
+        product_tolerance,
+        ..extent
+    };
+    [
+        (DType::F32, extent),
+        (DType::BF16, within(1.6e-2, 1.6e-2)),
+        (DType::F16, within(2e-3, extent.f16_product_tolerance)),
+    ]
+    .into_iter()
+    .filter(|(dtype, _)| B::supports_dtype(device, *dtype))
+    .map(|(dtype, extent)| Suite {
+        device: device.clone(),
+        dtype,
+        extent,
+    })
+    .collect()
+}
+
+/// The same values on both sides.
+struct Input<B: FusedOps, const D: usize> {
+    tested: Tensor<B, D>,
+    /// In f32, with the values that the tested type can hold.
+    reference: Tensor<Flex, D>,
+}
+
+/// Sizes that fill no vector register, or several and a bit.
+fn size() -> impl Strategy<Value = usize> {
+    select(vec![1, 2, 3, 5, 7, 13, 16, 17, 31, 33, 64, 67, 97, 130])
+}
+
+/// Runs of packed tokens on four rows of a table, in any order; some are empty.
+fn row_runs() -> impl Strategy<Value = Vec<RowRun>> {
+    let run = (0..40_usize, 0..4_usize).prop_map(|(tokens, row)| RowRun { tokens, row });
+    vec(run, 1..5).prop_filter("no tokens", |runs| token_count(runs) > 0)
+}
+
+fn token_count(runs: &[RowRun]) -> usize {
+    runs.iter().map(|run| run.tokens).sum()
+}
+
+impl<B: FusedOps> Suite<B> {
+    pub(crate) fn torch_linear(&self) {
+        let weights: Vec<DType> = [DType::F32, DType::BF16, DType::F16]
+            .into_iter()
+            .filter(|dtype| B::supports_dtype(&self.device, *dtype))
+            .collect();
+        let case = (
+            size(),
+            size(),
+            size(),
+            any::<bool>(),
+            select(weights),
+            any::<u32>(),
+        );
+        self.check_products(
+            case,
+            |(tokens, d_in, d_out, has_bias, weight_dtype, seed)| {
+                let x = self.input(seed, [tokens, d_in]);
+                let weight = self.input_of(weight_dtype, seed ^ 1, [d_out, d_in]);
+                let bias = has_bias.then(|| self.input_of(weight_dtype, seed ^ 2, [d_out]));
+                let (bias, reference_bias) = bias.map(|b| (b.tested, b.reference)).unzip();
+                let reference_weight = weight.reference.cast(weight_dtype);
+                self.compare_products(
+                    B::torch_linear(x.tested, weight.tested, bias),
+                    defaults::torch_linear(x.reference, reference_weight, reference_bias),
+                    // What a dot product of these values can reach; random ones may cancel.
+                    (4.0 * d_in as f32).sqrt(),
+                )
+            },
+        );
+    }
+
+    pub(crate) fn rms_norm(&self) {
+        self.check((size(), size(), any::<u32>()), |(tokens, dim, seed)| {
+            let x = self.input(seed, [tokens, dim]);
+            let weight = self.input(seed ^ 1, [dim]);
+            self.compare(
+                B::rms_norm(x.tested, weight.tested, EPS),
+                defaults::rms_norm(x.reference, weight.reference, EPS),
+                0.0,
+            )
+        });
+    }
+
+    /// Where a few features happen to be nearly equal, normalising them magnifies the rounding of
+    /// their mean: there are one (whose result is the shift) or many.
+    pub(crate) fn layer_norm_modulate(&self) {
+        let dim = select(vec![1, 31, 33, 64, 96, 129]);
+        self.check((row_runs(), dim, any::<u32>()), |(runs, dim, seed)| {
+            let x = self.input(seed, [token_count(&runs), dim]);
+            let shift = self.input_of(DType::F32, seed ^ 1, [4, dim]);
+            let scale = self.input_of(DType::F32, seed ^ 2, [4, dim]);
+            self.compare(
+                B::layer_norm_modulate(x.tested, shift.tested, scale.tested, &runs, EPS),
+                defaults::layer_norm_modulate(
+                    x.reference,
+                    shift.reference,
+                    scale.reference,
+                    &runs,
+                    EPS,
+                ),
+                0.0,
+            )
+        });
+    }
+
+    /// With values near the end of f16, where the sum saturates.
+    pub(crate) fn gated_residual(&self) {
+        let magnitude = select(vec![1.0, 16384.0]);
+        let case = (row_runs(), size(), magnitude, any::<u32>());
+        self.check(case, |(runs, dim, magnitude, seed)| {
+            let shape = [token_count(&runs), dim];
+            let residual = self.scaled(self.dtype, magnitude, seed, shape);
+            let x = self.scaled(self.dtype, magnitude, seed ^ 1, shape);
+            let gate = self.input_of(DType::F32, seed ^ 2, [4, dim]);
+            let sum =
+                defaults::gated_residual(residual.reference, gate.reference, x.reference, &runs);
+            let sum = if self.dtype == DType::F16 {
+                sum.clamp(-F16_MAX, F16_MAX)
+            } else {
+                sum
+            };
+            self.compare(
+                B::gated_residual(residual.tested, gate.tested, x.tested, &runs),
+                sum,
+                0.0,
+            )
+        });
+    }
+
+    pub(crate) fn qk_norm_rope(&self) {
+        let case = (size(), 1..6_usize, size(), any::<u32>());
+        self.check(case, |(tokens, heads, half, seed)| {
+            let x = self.input(seed, [tokens, heads, 2 * half]);
+            let weight = self.input(seed ^ 1, [2 * half]);
+            let cos = self.input_of(DType::F32, seed ^ 2, [tokens, half]);
+            let sin = self.input_of(DType::F32, seed ^ 3, [tokens, half]);
+            let tested = Rope {
+                cos: cos.tested,
+                sin: sin.tested,
+            };
+            let reference = Rope {
+                cos: cos.reference,
+                sin: sin.reference,
+            };
+            self.compare(
+                B::qk_norm_rope(x.tested, weight.tested, &tested, EPS),
+                defaults::qk_norm_rope(x.reference, weight.reference, &reference, EPS),
+                0.0,
+            )
+        });
+    }
+
+    pub(crate) fn gelu_tanh(&self) {
+        self.check((size(), size(), any::<u32>()), |(tokens, dim, seed)| {
+            let x = self.scaled(self.dtype, 4.0, seed, [tokens, dim]);
+            self.compare(
+                B::gelu_tanh(x.tested),
+                defaults::gelu_tanh(x.reference),
+                1.0,
+            )
+        });
+    }
+
+    pub(crate) fn silu_mul(&self) {
+        self.check((size(), size(), any::<u32>()), |(tokens, dim, seed)| {
+            let gate = self.scaled(self.dtype, 4.0, seed, [tokens, dim]);
+            let up = self.input(seed ^ 1, [tokens, dim]);
+            self.compare(
+                B::silu_mul(gate.tested, up.tested),
+                defaults::silu_mul(gate.reference, up.reference),
+                1.0,
+            )
+        });
+    }
+
+    pub(crate) fn packed_attention(&self) {
+        let lengths = vec(select(vec![1, 2, 3, 17, 40, 67, 130]), 1..4);
+        let head_dim = select(vec![1, 2, 10, 16, 20, 34, 64]);
+        let heads = (1..4_usize, 1..4_usize);
+        let case = (lengths, heads, head_dim, any::<bool>(), any::<u32>());
+        self.check_products(
+            case,
+            |(lengths, (kv_heads, group), head_dim, causal, seed)| {
+                let tokens = lengths.iter().sum();
+                let query = self.input(seed, [tokens, kv_heads * group, head_dim]);
+                let key = self.input(seed ^ 1, [tokens, kv_heads, head_dim]);
+                let value = self.input(seed ^ 2, [tokens, kv_heads, head_dim]);
+                self.compare_products(
+                    B::packed_attention(query.tested, key.tested, value.tested, &lengths, causal),
+                    defaults::packed_attention(
+                        query.reference,
+                        key.reference,
+                        value.reference,
+                        &lengths,
+                        causal,
+                    ),
+                    1.0,
+                )
+            },
+        );
+    }
+
+    pub(crate) fn same_conv2d(&self) {
+        let side = || select(vec![1, 2, 3, 7, 16, 33]);
+        let channels = || select(vec![1, 2, 3, 5, 17, 33]);
+        let kernel = select(vec![1, 3, 5]);
+        let case = (
+            1..3_usize,
+            (channels(), channels()),
+            (side(), side()),
+            kernel,
+            any::<u32>(),
+        );
+        self.check_products(
+            case,
+            |(images, (d_in, d_out), (height, width), kernel, seed)| {
+                let x = self.input(seed, [images, d_in, height, width]);
+                let weight = self.input(seed ^ 1, [d_out, d_in, kernel, kernel]);
+                let bias = self.input(seed ^ 2, [d_out]);
+                self.compare_products(
+                    B::same_conv2d(x.tested, weight.tested, bias.tested),
+                    defaults::same_conv2d(x.reference, weight.reference, bias.reference),
+                    (4.0 * (d_in * kernel * kernel) as f32).sqrt(),
+                )
+            },
+        );
+    }
+
+    pub(crate) fn channel_norm(&self) {
+        self.check(image(), |(images, channels, (height, width), seed)| {
+            // One picture in eight is black.
+            let magnitude = if seed % 8 == 0 { 0.0 } else { 1.0 };
+            let shape = [images, channels, height, width];
+            let x = self.scaled(self.dtype, magnitude, seed, shape);
+            let gamma = self.input(seed ^ 1, [channels]);
+            self.compare(
+                B::channel_norm(x.tested, gamma.tested),
+                defaults::channel_norm(x.reference, gamma.reference),
+                0.0,
+            )
+        });
+    }
+
+    pub(crate) fn channel_norm_silu(&self) {
+        self.check(image(), |(images, channels, (height, width), seed)| {
+            // One picture in eight is black.
+            let magnitude = if seed % 8 == 0 { 0.0 } else { 1.0 };
+            let shape = [images, channels, height, width];
+            let x = self.scaled(self.dtype, magnitude, seed, shape);
+            let gamma = self.input(seed ^ 1, [channels]);
+            self.compare(
+                B::channel_norm_silu(x.tested, gamma.tested),
+                defaults::channel_norm_silu(x.reference, gamma.reference),
+                1.0,
+            )
+        });
+    }
+
+    pub(crate) fn upsample_nearest(&self) {
+        self.check(image(), |(images, channels, (height, width), seed)| {
+            let x = self.input(seed, [images, channels, height, width]);
+            self.compare(
+                B::upsample_nearest(x.tested),
+                defaults::upsample_nearest(x.reference),
+                0.0,
+            )
+        });
+    }
+
+    fn check<S: Strategy>(
+        &self,
+        cases: S,
+        property: impl Fn(S::Value) -> Result<(), TestCaseError>,
+    ) {
+        self.check_some(self.extent.cases, cases, property);
+    }
+
+    fn check_products<S: Strategy>(
+        &self,
+        cases: S,
+        property: impl Fn(S::Value) -> Result<(), TestCaseError>,
+    ) {
+        self.check_some(self.extent.product_cases, cases, property);
+    }
+
+    /// Runs a property on random cases, the same in every run, and shrinks one that fails.
+    fn check_some<S: Strategy>(
+        &self,
+        count: u32,
+        cases: S,
+        property: impl Fn(S::Value) -> Result<(), TestCaseError>,
+    ) {
+        let config = Config {
+            cases: count,
+            rng_seed: RngSeed::Fixed(0),
+            failure_persistence: None,
+            ..Config::default()
+        };
+        if let Err(error) = TestRunner::new(config).run(&cases, property) {
+            panic!("{} in {:?}: {error}", B::name(&self.device), self.dtype);
+        }
+    }
+
+    /// Values from -2 to 2 in the type of the activations.
+    fn input<const D: usize>(&self, seed: u32, shape: [usize; D]) -> Input<B, D> {
+        self.input_of(self.dtype, seed, shape)
+    }
+
+    fn input_of<const D: usize>(&self, dtype: DType, seed: u32, shape: [usize; D]) -> Input<B, D> {
+        self.scaled(dtype, 1.0, seed, shape)
+    }
+
+    /// Half of the inputs of two and more dimensions are views, whose values lie in another order.
+    fn scaled<const D: usize>(
+        &self,
+        dtype: DType,
+        magnitude: f32,
+        seed: u32,
+        mut shape: [usize; D],
+    ) -> Input<B, D> {
+        let swapped = D > 1 && seed.count_ones() % 2 == 1;
+        if swapped {
+            shape.swap(0, 1);
+        }
+        let data = TensorData::new(noise(magnitude, seed, shape.iter().product()), shape);
+        let tested = Tensor::<B, D>::from_data(data.clone(), (&self.device, DType::F32));
+        let tested = tested.cast(dtype);
+        let reference = Tensor::<Flex, D>::from_data(data, (&FlexDevice, DType::F32));
+        let reference = reference.cast(dtype).cast(DType::F32);
+        if swapped {
+            Input {
+                tested: tested.swap_dims(0, 1),
+                reference: reference.swap_dims(0, 1),
+            }
+        } else {
+            Input { tested, reference }
+        }
+    }
+
+    fn compare<const D: usize>(
+        &self,
+        tested: Tensor<B, D>,
+        reference: Tensor<Flex, D>,
+        scale: f32,
+    ) -> Result<(), TestCaseError> {
+        self.compare_within(self.extent.tolerance, tested, reference, scale)
+    }
+
+    fn compare_products<const D: usize>(
+        &self,
+        tested: Tensor<B, D>,
+        reference: Tensor<Flex, D>,
+        scale: f32,
+    ) -> Result<(), TestCaseError> {
+        self.compare_within(self.extent.product_tolerance, tested, reference, scale)
+    }
+
+    /// Fails unless the largest difference is within the tolerance of the largest magnitude, or of
+    /// `scale` if that is larger.
+    fn compare_within<const D: usize>(
+        &self,
+        tolerance: f32,
+        tested: Tensor<B, D>,
+        reference: Tensor<Flex, D>,
+        scale: f32,
+    ) -> Result<(), TestCaseError> {
+        let fail = |message: String| Err(TestCaseError::fail(message));
+        if tested.dims() != reference.dims() || tested.dtype() != self.dtype {
+            let (dims, dtype) = (tested.dims(), tested.dtype());
+            return fail(format!("{dims:?} {dtype:?} for {:?}", reference.dims()));
+        }
+        let tested: Vec<f32> = tested.cast(DType::F32).into_data().into_vec().unwrap();
+        let reference: Vec<f32> = reference.into_data().into_vec().unwrap();
+        let largest = reference.iter().fold(scale, |a, x| a.max(x.abs()));
+        for (index, (tested, reference)) in tested.iter().zip(&reference).enumerate() {
+            let difference = (tested - reference).abs();
+            // What is not a number is not close.
+            let close = difference <= tolerance * largest;
+            if !close {
+                return fail(format!(
+                    "value {index} is {tested:e} for {reference:e}, off by {:.1e} of {largest:e}",
+                    difference / largest
+                ));
+            }
+        }
+        Ok(())
+    }
+}
+
+fn image() -> impl Strategy<Value = (usize, usize, (usize, usize), u32)> {
+    let side = || select(vec![1, 2, 3, 7, 16, 27, 33]);
+    (1..4_usize, size(), (side(), side()), any::<u32>())
+}
+
+/// Values from `-2 magnitude` to `2 magnitude`, different for every seed. They have 17 significant
+/// bits: burn's cast to bf16 on flex forgets the last three bits of f32 before it rounds.
+fn noise(magnitude: f32, seed: u32, count: usize) -> Vec<f32> {
+    let mut state = seed.wrapping_mul(2_654_435_761).wrapping_add(12345);
+    let mut next = || {
+        state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        magnitude * ((state >> 16) as f32 / (1 << 14) as f32 - 2.0)
+    };
+    (0..count).map(|_| next()).collect()
+}
