@@ -15,9 +15,9 @@ macro_rules! config {
 pub(super) fn configs() -> CheckpointConfigs {
     CheckpointConfigs {
         model_index: config!("model_index.json"),
-        scheduler: config!("scheduler.json"),
-        text_encoder: config!("text_encoder.json"),
-        transformer: config!("transformer.json"),
-        vae: config!("vae.json"),
+        scheduler: config!("scheduler/scheduler_config.json"),
+        text_encoder: config!("text_encoder/config.json"),
+        transformer: config!("transformer/config.json"),
+        vae: config!("vae/config.json"),
     }
 }

@@ -1,0 +1,74 @@
+#!/usr/bin/env bash
+# Builds what scripts/gpu-check.sh runs, and packs it to be carried to a machine with an NVIDIA GPU:
+#
+#     scripts/gpu-build.sh [FOLDER]                 # target/gpu-check, and target/gpu-check.tar.xz
+#
+# Needs Rust, python3 and xz, but neither CUDA nor a GPU. KILN_BACKEND=flex packs the same for the
+# CPU, to rehearse; KILN_PROFILE=dev builds faster and runs slower.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+backend=${KILN_BACKEND:-cuda}
+profile=${KILN_PROFILE:-release}
+folder=$(realpath -m "${1:-target/gpu-check}")
+
+case $backend in
+    cuda) ops=(-p kiln-cuda --test ops) ;;
+    flex) ops=(-p kiln-ops --features kiln-ops/flex --test properties) ;;
+    *)
+        echo "KILN_BACKEND is cuda or flex, not $backend" >&2
+        exit 2
+        ;;
+esac
+
+# The path of the program that a cargo command builds.
+built() {
+    "$@" --locked --profile "$profile" --message-format json-render-diagnostics |
+        python3 -c '
+import json, sys
+paths = [json.loads(line).get("executable") for line in sys.stdin]
+print([path for path in paths if path][-1])'
+}
+
+rm -rf "$folder"
+mkdir -p "$folder"/{bin,scripts,benches,tests,src/checkpoint,models}
+kiln=$(built cargo build --bin kiln --features "$backend")
+cp "$kiln" "$folder/bin/kiln"
+tests=$(built cargo test --no-run "${ops[@]}")
+cp "$tests" "$folder/bin/ops-tests"
+strip "$folder"/bin/*
+
+cp scripts/gpu-check.sh scripts/noise_against_torch.py "$folder/scripts/"
+cp benches/diffusers_dummy.py "$folder/benches/"
+cp -r src/checkpoint/qwen_image "$folder/src/checkpoint/"
+cp -r tests/fixtures "$folder/tests/"
+(cd models && find demo -name '*.json' -exec cp --parents {} "$folder/models/" \;)
+{
+    git describe --always --dirty
+    rustc --version
+    echo "$backend, profile $profile"
+} > "$folder/VERSION"
+
+# The parity cases as calls of a shell function: name, then arguments. `kiln compare` draws one
+# image, so cases of several are not among them.
+python3 - > "$folder/tests/cases.sh" << 'PYTHON'
+import json, shlex
+
+for case in json.load(open("tests/fixtures/cases.json")):
+    if case["num_images"] != 1:
+        continue
+    model = case["checkpoint"]
+    arguments = [case["name"], "--model", model if model == "demo" else f"tests/fixtures/checkpoints/{model}"]
+    arguments += ["--prompt", case["prompt"]]
+    if case["negative_prompt"] is not None:
+        arguments += ["--negative-prompt", case["negative_prompt"]]
+    for option in ("true_cfg_scale", "height", "width", "num_inference_steps", "seed"):
+        arguments += ["--" + option.replace("_", "-"), str(case[option])]
+    if case["vae_tile"]:
+        size, stride = case["vae_tile"]
+        arguments += ["--vae-use-tiling", "--vae-tile-size", str(size), "--vae-tile-stride", str(stride)]
+    print("parity_case", shlex.join(arguments))
+PYTHON
+
+tar -cJf "$folder.tar.xz" -C "$(dirname "$folder")" "$(basename "$folder")"
+du -h "$folder"/bin/* "$folder.tar.xz"
