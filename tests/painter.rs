@@ -1,0 +1,179 @@
+//! The demo model's painter, called directly: what may differ between two runs of a job (what else
+//! is painted, what is kept of earlier jobs, previews) must not show in its picture.
+
+use kiln::backend::{self, DTypeChoice, LoadSettings};
+use kiln::checkpoint::Checkpoint;
+use kiln_models::noise::NoiseGenerator;
+use kiln_models::painter::{CacheUse, Job, JobId, PaintError, Painter, Painting, RgbImage};
+
+fn painter() -> Box<dyn Painter> {
+    let settings = LoadSettings {
+        backend: "flex".parse().unwrap(),
+        dtype: DTypeChoice::Auto,
+        vae_use_slicing: false,
+        vae_use_tiling: false,
+        vae_tile_size: 256,
+        vae_tile_stride: 192,
+    };
+    backend::load(&Checkpoint::demo().unwrap(), &settings).unwrap()
+}
+
+fn job(prompt: &str, side: usize, steps: usize) -> Job {
+    let tokenizer = Checkpoint::demo().unwrap().tokenizer().unwrap();
+    Job {
+        prompt: tokenizer.encode_prompt(prompt).unwrap(),
+        negative_prompt: Some(tokenizer.encode_prompt(" ").unwrap()),
+        true_cfg_scale: 4.0,
+        height: side,
+        width: side,
+        num_inference_steps: steps,
+        num_images: 1,
+        seed: 7,
+        noise_generator: NoiseGenerator::Cpu,
+        record: false,
+    }
+}
+
+fn paint(painter: &mut dyn Painter, id: JobId, job: Job) -> Painting {
+    painter.start(id, job).unwrap();
+    while painter.step(&[id]).unwrap() != [0] {}
+    painter.finish(id).unwrap()
+}
+
+/// Peak signal-to-noise ratio in dB.
+fn psnr(a: &[f64], b: &[f64]) -> f64 {
+    assert_eq!(a.len(), b.len());
+    let squares = a.iter().zip(b).map(|(a, b)| (a - b).powi(2));
+    let mean = squares.sum::<f64>() / a.len() as f64;
+    20.0 * 255_f64.log10() - 10.0 * mean.log10()
+}
+
+fn values(image: &RgbImage) -> Vec<f64> {
+    image.pixels.iter().map(|&value| value.into()).collect()
+}
+
+#[test]
+fn previews_come_close_to_the_picture_and_do_not_change_it() {
+    let mut painter = painter();
+    let job = || job("a large red circle on a blue background", 128, 8);
+    let plain = paint(&mut *painter, 1, job());
+    let picture = values(&plain.images[0]);
+
+    painter.start(2, job()).unwrap();
+    let too_early = painter.preview(2).unwrap_err();
+    assert!(matches!(too_early, PaintError::NothingToShow(2)));
+    let mut closeness = Vec::new();
+    loop {
+        let steps_left = painter.step(&[2]).unwrap();
+        let preview = painter.preview(2).unwrap();
+        assert_eq!((preview.height, preview.width), (128, 128));
+        if steps_left == [0] {
+            // No noise is left: it is the picture.
+            assert_eq!(preview, plain.images[0]);
+            break;
+        }
+        closeness.push(psnr(&values(&preview), &picture));
+    }
+    assert!(closeness.iter().all(|&close| close > 20.0), "{closeness:?}");
+    assert!(closeness[6] > 50.0, "{closeness:?}");
+    assert_eq!(painter.finish(2).unwrap(), plain);
+}
+
+/// Averages of squares of `factor` pixels a side.
+fn shrunk(image: &RgbImage, factor: usize) -> Vec<f64> {
+    let (height, width) = (image.height / factor, image.width / factor);
+    let mut shrunk = vec![0.0; height * width * 3];
+    for (index, &value) in image.pixels.iter().enumerate() {
+        let (pixel, channel) = (index / 3, index % 3);
+        let (row, column) = (pixel / image.width / factor, pixel % image.width / factor);
+        shrunk[(row * width + column) * 3 + channel] += f64::from(value);
+    }
+    let pixels = (factor * factor) as f64;
+    shrunk.iter().map(|sum| sum / pixels).collect()
+}
+
+#[test]
+fn previews_of_large_pictures_are_small_ones_of_the_first() {
+    let mut painter = painter();
+    let large = Job {
+        height: 512,
+        num_images: 2,
+        ..job("a big white triangle on a green background", 64, 4)
+    };
+    painter.start(1, large).unwrap();
+    while painter.step(&[1]).unwrap() != [0] {}
+    let preview = painter.preview(1).unwrap();
+    assert_eq!((preview.height, preview.width), (256, 32));
+    let painting = painter.finish(1).unwrap();
+    let closeness = [0, 1].map(|index| {
+        let image = shrunk(&painting.images[index], 2);
+        psnr(&values(&preview), &image)
+    });
+    assert!(closeness[0] > 20.0, "{closeness:?}");
+    assert!(closeness[0] > closeness[1] + 3.0, "{closeness:?}");
+}
+
+fn hits_and_misses(cache: CacheUse) -> (u64, u64) {
+    (cache.hits, cache.misses)
+}
+
+#[test]
+fn pictures_do_not_depend_on_what_is_kept_of_earlier_jobs() {
+    let (mut fresh, mut used) = (painter(), painter());
+    let circle = || job("a large red circle on a blue background", 64, 3);
+    let square = || job("a small yellow square on a purple background", 64, 3);
+    let expected = paint(&mut *fresh, 1, circle());
+    assert_eq!(hits_and_misses(fresh.caches().embeddings), (0, 2));
+    assert_eq!(hits_and_misses(fresh.caches().modulation), (0, 1));
+
+    // The negative prompt and the schedule are known from the square.
+    paint(&mut *used, 1, square());
+    let misses_only = paint(&mut *used, 2, circle());
+    assert_eq!(hits_and_misses(used.caches().embeddings), (1, 3));
+    assert_eq!(hits_and_misses(used.caches().modulation), (1, 1));
+    // Now everything is.
+    let hits_only = paint(&mut *used, 3, circle());
+    assert_eq!(hits_and_misses(used.caches().embeddings), (3, 3));
+    assert_eq!(hits_and_misses(used.caches().modulation), (2, 1));
+    assert_eq!(misses_only, expected);
+    assert_eq!(hits_only, expected);
+
+    // Another number of steps is another schedule.
+    paint(&mut *used, 4, job("", 64, 2));
+    assert_eq!(hits_and_misses(used.caches().modulation), (2, 2));
+    let caches = used.caches();
+    assert_eq!(
+        (caches.embeddings.entries, caches.modulation.entries),
+        (4, 2)
+    );
+    for cache in [caches.embeddings, caches.modulation] {
+        assert!(
+            cache.bytes > 0 && cache.bytes <= cache.max_bytes,
+            "{cache:?}"
+        );
+    }
+}
+
+#[test]
+fn pictures_do_not_depend_on_the_jobs_beside_them() {
+    let mut painter = painter();
+    let jobs = || {
+        [
+            job("a large red circle on a blue background", 64, 4),
+            Job {
+                negative_prompt: None,
+                ..job("a green square on a white background", 96, 3)
+            },
+        ]
+    };
+    let alone = jobs().map(|job| paint(&mut *painter, 0, job));
+    for (id, job) in (1..).zip(jobs()) {
+        painter.start(id, job).unwrap();
+    }
+    // Turn by turn, as the engine has it.
+    for id in [1, 2, 1, 1, 2, 2, 1] {
+        painter.step(&[id]).unwrap();
+    }
+    let beside = [1, 2].map(|id| painter.finish(id).unwrap());
+    assert_eq!(beside, alone);
+}
