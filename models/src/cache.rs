@@ -74,6 +74,12 @@ impl<K: Hash + Eq + Clone, V: Clone> Cache<K, V> {
         }
     }
 
+    /// Hits and misses stay counted.
+    pub(crate) fn clear(&mut self) {
+        self.kept.clear();
+        self.counts.bytes = 0;
+    }
+
     pub(crate) fn counts(&self) -> CacheUse {
         CacheUse {
             entries: self.kept.len(),
@@ -120,6 +126,17 @@ mod tests {
         assert_eq!(ask(&mut cache, "huge", 12), 12);
         assert_eq!(ask(&mut cache, "a", 1), 10);
         assert_eq!(cache.counts().bytes, 10);
+    }
+
+    #[test]
+    fn a_cleared_cache_has_all_its_room_again() {
+        let mut cache = Cache::new(10);
+        ask(&mut cache, "a", 6);
+        cache.clear();
+        assert_eq!(cache.counts().entries, 0);
+        ask(&mut cache, "b", 10);
+        assert_eq!(ask(&mut cache, "b", 1), 10);
+        assert_eq!((cache.counts().bytes, cache.counts().misses), (10, 2));
     }
 
     #[test]

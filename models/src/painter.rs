@@ -173,7 +173,7 @@ pub(crate) fn one_line(text: &impl std::fmt::Display) -> String {
 /// Every call returns when the device is done with it, so what it takes can be timed.
 /// A job is started, advanced until [`Painter::step`] reports no steps left, and finished; it can
 /// be dropped at any point in between. Several jobs, of any sizes, may be advanced together.
-/// A call that panics loses at most the jobs it was given.
+/// A call that panics or fails loses at most the jobs it was given.
 pub trait Painter: Send {
     fn info(&self) -> &ModelInfo;
 

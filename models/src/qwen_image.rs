@@ -110,6 +110,8 @@ pub struct QwenImage<B: FusedOps> {
     /// By the bits of a schedule's timesteps.
     tables: Cache<Vec<u32>, Arc<ModulationTable<B>>>,
     packing: Option<Packing<B>>,
+    /// Whether the device may have failed at what is kept.
+    is_in_doubt: bool,
     /// Dropped last, as fields are dropped in their order.
     _memory: DeviceMemory<B>,
 }
@@ -218,6 +220,7 @@ impl<B: FusedOps> QwenImage<B> {
             embeddings: Cache::new(KEPT_EMBEDDING_BYTES),
             tables: Cache::new(KEPT_TABLE_BYTES),
             packing: None,
+            is_in_doubt: false,
             _memory: memory,
         })
     }
@@ -350,8 +353,19 @@ impl<B: FusedOps> QwenImage<B> {
     }
 
     /// Until the device has computed all that it was given; memory that ran out shows here.
-    fn wait(&self) -> Result<(), PaintError> {
-        B::sync(&self.device).map_err(|error| PaintError::device(&error))
+    fn wait(&mut self) -> Result<(), PaintError> {
+        B::sync(&self.device).map_err(|error| {
+            self.is_in_doubt = true;
+            PaintError::device(&error)
+        })
+    }
+
+    /// Lets go of what can be made again; there is memory for other things then.
+    fn forget_kept(&mut self) {
+        self.embeddings.clear();
+        self.tables.clear();
+        self.packing = None;
+        B::memory_cleanup(&self.device);
     }
 
     fn running(&self, id: JobId) -> Result<&RunningJob<B>, PaintError> {
@@ -369,6 +383,10 @@ where
 
     fn start(&mut self, id: JobId, job: Job) -> Result<(), PaintError> {
         self.check(&job)?;
+        // True until it is done, as it may end in a panic.
+        if std::mem::replace(&mut self.is_in_doubt, true) {
+            self.forget_kept();
+        }
         let [height, width] = self.latent_size(&job).map(|side| side / PATCH);
         let schedule = self
             .scheduler
@@ -404,6 +422,7 @@ where
         let segments = prompts.iter().flat_map(each_image).map(segment).collect();
         let text = Tensor::cat(prompts.iter().flat_map(each_image).cloned().collect(), 0);
         self.wait()?;
+        self.is_in_doubt = false;
         let running = RunningJob {
             job,
             schedule,
@@ -454,9 +473,9 @@ where
             let image = Tensor::cat(image.collect(), 0);
             let text = Tensor::cat(jobs.iter().map(|running| running.text.clone()).collect(), 0);
             let predicted = self.transformer.forward(image, text, &modulation, &packing);
-            self.packing = Some(packing);
             self.advance(ids, predicted.cast(DType::F32))?;
             self.wait()?;
+            self.packing = Some(packing);
         }
         ids.iter()
             .map(|&id| {
@@ -500,7 +519,7 @@ where
         } = self.jobs.remove(&id).ok_or(PaintError::UnknownJob(id))?;
         let pixels = self.decode(self.unpack(&job, latents), self.settings.vae);
         let shape = pixels.dims();
-        let values = read(pixels)?;
+        let values = read(pixels).inspect_err(|_| self.is_in_doubt = true)?;
         let images = values
             .chunks_exact(job.height * job.width * 3)
             .map(|image| RgbImage::rounded(job.height, job.width, image))

@@ -32,9 +32,11 @@ pub(crate) fn checkpoint(name: &str) -> PathBuf {
 }
 
 pub(crate) fn config(checkpoint_name: &str, component: &str) -> ConfigText {
-    let file = checkpoint(checkpoint_name)
-        .join(component)
-        .join("config.json");
+    config_file(checkpoint_name, &format!("{component}/config.json"))
+}
+
+pub(crate) fn config_file(checkpoint_name: &str, path: &str) -> ConfigText {
+    let file = checkpoint(checkpoint_name).join(path);
     ConfigText {
         text: fs::read_to_string(&file).unwrap(),
         file: file.display().to_string(),

@@ -7,6 +7,7 @@
     reason = "--nocapture shows how close each stage is"
 )]
 
+mod failure;
 mod fixtures;
 mod packing;
 mod parity;
