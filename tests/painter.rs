@@ -92,25 +92,40 @@ fn shrunk(image: &RgbImage, factor: usize) -> Vec<f64> {
     shrunk.iter().map(|sum| sum / pixels).collect()
 }
 
+/// Far from the sizes that the demo model has learned, so all that can be asked of the picture is
+/// its background.
 #[test]
-fn previews_of_large_pictures_are_small_ones_of_the_first() {
+fn previews_of_large_pictures_are_small() {
     let mut painter = painter();
     let large = Job {
         height: 512,
-        num_images: 2,
-        ..job("a big white triangle on a green background", 64, 4)
+        ..job("a small white triangle on a green background", 64, 2)
     };
     painter.start(1, large).unwrap();
     while painter.step(&[1]).unwrap() != [0] {}
     let preview = painter.preview(1).unwrap();
     assert_eq!((preview.height, preview.width), (256, 32));
     let painting = painter.finish(1).unwrap();
-    let closeness = [0, 1].map(|index| {
-        let image = shrunk(&painting.images[index], 2);
-        psnr(&values(&preview), &image)
-    });
-    assert!(closeness[0] > 20.0, "{closeness:?}");
-    assert!(closeness[0] > closeness[1] + 3.0, "{closeness:?}");
+    let closeness = psnr(&values(&preview), &shrunk(&painting.images[0], 2));
+    assert!(closeness > 15.0, "{closeness}");
+}
+
+#[test]
+fn of_several_pictures_the_first_is_shown() {
+    let mut painter = painter();
+    let two = Job {
+        num_images: 2,
+        ..job("a large red circle on a blue background", 64, 3)
+    };
+    painter.start(1, two).unwrap();
+    while painter.step(&[1]).unwrap() != [0] {}
+    let preview = painter.preview(1).unwrap();
+    let [first, second] = painter.finish(1).unwrap().images.try_into().unwrap();
+    assert_ne!(first, second);
+    let closeness = [&first, &second].map(|image| psnr(&values(&preview), &values(image)));
+    // Decoded alone and not as one of two, so not to the bit.
+    assert!(closeness[0] > 50.0, "{closeness:?}");
+    assert!(closeness[1] < 40.0, "{closeness:?}");
 }
 
 fn hits_and_misses(cache: CacheUse) -> (u64, u64) {
