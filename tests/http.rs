@@ -15,6 +15,8 @@ mod painter;
 /// Requests that no one has written.
 mod random_bodies;
 mod real_model;
+/// The API of AUTOMATIC1111's web UI.
+mod sdapi;
 mod server;
 /// Server-sent events.
 mod streams;

@@ -267,6 +267,13 @@ pub(super) struct ServeArgs {
     #[arg(long)]
     no_metadata: bool,
 
+    /// Also answer the API of AUTOMATIC1111's web UI, below /sdapi/v1
+    ///
+    /// For clients that know that API, such as Open WebUI and SillyTavern. With --api-key they need
+    /// a key as the password of HTTP Basic authentication.
+    #[arg(long)]
+    enable_sdapi: bool,
+
     /// Take requests as ready before a picture has been drawn
     ///
     /// By default one step is made first, so that the first request does not pay for what is done
@@ -329,6 +336,7 @@ impl ServeArgs {
                 .map(|seconds| Duration::from_secs(seconds.get())),
             default_negative_prompt: self.default_negative_prompt.clone(),
             metadata: !self.no_metadata,
+            sdapi: self.enable_sdapi,
             ..settings
         })
     }

@@ -9,14 +9,17 @@ use axum::http::header::{AUTHORIZATION, RETRY_AFTER};
 use axum::http::{HeaderMap, HeaderValue, Method};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
-use subtle::{Choice, ConstantTimeEq};
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD as BASE64;
+use subtle::ConstantTimeEq;
 use tower_http::cors::{AllowHeaders, AllowOrigin, CorsLayer};
 
 use super::App;
 use super::error::ApiError;
 use super::images::SEED_HEADER;
+use super::sdapi::{self, SdapiError};
 
-/// Keys that open `/v1`; with none it is open to all.
+/// Keys that open the API; with none it is open to all.
 #[derive(Clone, Default)]
 pub struct ApiKeys(Vec<String>);
 
@@ -24,6 +27,14 @@ pub struct ApiKeys(Vec<String>);
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("an API key is made of visible ASCII characters, without spaces")]
 pub struct InvalidApiKey;
+
+/// Who asks: the one that has this key, or anyone where there are no keys.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Caller(Option<usize>);
+
+impl Caller {
+    pub(super) const ANYONE: Self = Self(None);
+}
 
 impl ApiKeys {
     /// The error does not repeat the key.
@@ -36,21 +47,43 @@ impl ApiKeys {
         Ok(Self(keys))
     }
 
-    /// Whether the request has one of the keys as a bearer token. The time this takes depends on
-    /// the length of the token, not on how much of it is right.
-    fn allow(&self, headers: &HeaderMap) -> bool {
+    /// Who sent the request, if it has one of the keys as a bearer token.
+    fn bearer(&self, headers: &HeaderMap) -> Option<Caller> {
         if self.0.is_empty() {
-            return true;
+            return Some(Caller::ANYONE);
         }
-        let Some(credentials) = headers.get(AUTHORIZATION).map(HeaderValue::as_bytes) else {
-            return false;
-        };
-        let (scheme, token) = credentials.split_at(credentials.len().min("Bearer ".len()));
-        let known = self.0.iter().fold(Choice::from(0), |known, key| {
-            known | key.as_bytes().ct_eq(token)
-        });
-        scheme.eq_ignore_ascii_case(b"Bearer ") && known.into()
+        self.find(credentials(headers, b"Bearer ")?)
     }
+
+    /// As [`ApiKeys::bearer`], or has one as the password of HTTP Basic authentication. Clients of
+    /// AUTOMATIC1111's web UI send in this way what their users typed in: `USER:KEY`, or the key.
+    fn basic_or_bearer(&self, headers: &HeaderMap) -> Option<Caller> {
+        let basic = || {
+            let typed = BASE64.decode(credentials(headers, b"Basic ")?).ok()?;
+            let colon = typed.iter().position(|byte| *byte == b':');
+            let password = colon.and_then(|colon| self.find(&typed[colon + 1..]));
+            password.or_else(|| self.find(&typed))
+        };
+        self.bearer(headers).or_else(basic)
+    }
+
+    /// The time this takes depends on the length of the token, not on how much of it is right.
+    fn find(&self, token: &[u8]) -> Option<Caller> {
+        let mut found = None;
+        for (index, key) in self.0.iter().enumerate() {
+            if key.as_bytes().ct_eq(token).into() {
+                found = Some(Caller(Some(index)));
+            }
+        }
+        found
+    }
+}
+
+/// What follows the scheme, a space after it included, in the header `Authorization`.
+fn credentials<'a>(headers: &'a HeaderMap, scheme: &[u8]) -> Option<&'a [u8]> {
+    let header = headers.get(AUTHORIZATION)?.as_bytes();
+    let (start, rest) = header.split_at_checked(scheme.len())?;
+    start.eq_ignore_ascii_case(scheme).then_some(rest)
 }
 
 impl fmt::Debug for ApiKeys {
@@ -82,18 +115,30 @@ impl FromStr for CorsOrigin {
     }
 }
 
-/// Lets requests below `/v1/` pass only with a key. The rest of the server, which tells health and
-/// what the API is, is open.
+/// Lets requests below `/v1/` and `/sdapi/` pass only with a key. The rest of the server, which
+/// tells health and what the API is, is open.
 pub(super) async fn require_key(
     State(app): State<Arc<App>>,
-    request: Request,
+    mut request: Request,
     next: Next,
 ) -> Response {
-    let open = !request.uri().path().starts_with("/v1/");
-    if open || app.settings.api_keys.allow(request.headers()) {
-        next.run(request).await
+    let (keys, headers) = (&app.settings.api_keys, request.headers());
+    let path = request.uri().path();
+    let caller = if path.starts_with("/v1/") {
+        keys.bearer(headers).ok_or(ApiError::Unauthorized)
+    } else if path.starts_with(sdapi::PREFIX) && app.settings.sdapi {
+        let caller = keys.basic_or_bearer(headers);
+        caller.ok_or(ApiError::UnauthorizedBasic)
     } else {
-        ApiError::Unauthorized.into_response()
+        Ok(Caller::ANYONE)
+    };
+    match caller {
+        Ok(caller) => {
+            request.extensions_mut().insert(caller);
+            next.run(request).await
+        }
+        Err(error @ ApiError::UnauthorizedBasic) => SdapiError::from(error).into_response(),
+        Err(error) => error.into_response(),
     }
 }
 
@@ -123,7 +168,36 @@ mod tests {
         if let Some(value) = authorization {
             headers.insert(AUTHORIZATION, value.parse().unwrap());
         }
-        keys.allow(&headers)
+        keys.bearer(&headers).is_some()
+    }
+
+    /// Which of the keys `one` and `two:2` is found in this header.
+    fn basic(authorization: &str) -> Option<usize> {
+        let keys = ApiKeys::new(vec!["one".to_owned(), "two:2".to_owned()]).unwrap();
+        let mut headers = HeaderMap::new();
+        headers.insert(AUTHORIZATION, authorization.parse().unwrap());
+        keys.basic_or_bearer(&headers)?.0
+    }
+
+    #[test]
+    fn a_key_is_the_password_or_all_that_was_typed_in() {
+        let typed = |text: &str| format!("Basic {}", BASE64.encode(text));
+        for (text, index) in [
+            ("one", 0),
+            ("me:one", 0),
+            (":one", 0),
+            ("two:2", 1),
+            ("a:two:2", 1),
+        ] {
+            assert_eq!(basic(&typed(text)), Some(index), "{text}");
+        }
+        for text in ["", ":", "one:", "me:on", "2", "me:me:one", "ones"] {
+            assert_eq!(basic(&typed(text)), None, "{text}");
+        }
+        assert_eq!(basic("Bearer two:2"), Some(1));
+        for wrong in ["Basic one", "Basic", "Basic ", "one", "Basic b25l!"] {
+            assert_eq!(basic(wrong), None, "{wrong}");
+        }
     }
 
     #[test]

@@ -20,12 +20,20 @@ use super::invalid::InvalidBody;
 pub(super) enum ApiError {
     #[error("there is nothing at {path}")]
     UnknownRoute { path: String },
+    #[error("there is nothing at {path}: the server was started without --enable-sdapi")]
+    SdapiOff { path: String },
     #[error("there is no model {name:?}; this server has {served}")]
     UnknownModel { name: String, served: String },
     #[error("{path} does not answer to {method}")]
     Method { method: Method, path: String },
     #[error("the request needs the header \"Authorization: Bearer KEY\" with a key of this server")]
     Unauthorized,
+    #[error(
+        "the request needs HTTP Basic authentication with a key of this server as the password"
+    )]
+    UnauthorizedBasic,
+    #[error("the request was interrupted")]
+    Interrupted,
     #[error("the request needs the header \"Content-Type: application/json\"")]
     ContentType,
     #[error("the body is larger than {max} bytes")]
@@ -69,9 +77,12 @@ pub(super) enum ApiError {
 impl ApiError {
     pub(super) fn status(&self) -> StatusCode {
         match self {
-            Self::UnknownRoute { .. } | Self::UnknownModel { .. } => StatusCode::NOT_FOUND,
+            Self::UnknownRoute { .. } | Self::SdapiOff { .. } | Self::UnknownModel { .. } => {
+                StatusCode::NOT_FOUND
+            }
             Self::Method { .. } => StatusCode::METHOD_NOT_ALLOWED,
-            Self::Unauthorized => StatusCode::UNAUTHORIZED,
+            Self::Unauthorized | Self::UnauthorizedBasic => StatusCode::UNAUTHORIZED,
+            Self::Interrupted => StatusCode::CONFLICT,
             Self::BodyTooLarge { .. } => StatusCode::PAYLOAD_TOO_LARGE,
             Self::SlowBody | Self::Job(JobError::DeadlinePassed) => StatusCode::REQUEST_TIMEOUT,
             // 400 also for the content type, as the reference has it.
@@ -149,6 +160,12 @@ pub(super) struct ErrorEnvelope {
     error: ErrorBody,
 }
 
+impl ErrorEnvelope {
+    pub(super) fn message(&self) -> &str {
+        &self.error.message
+    }
+}
+
 #[derive(Debug, Serialize, ToSchema)]
 struct ErrorBody {
     /// What is wrong, and what to do.
@@ -160,19 +177,31 @@ struct ErrorBody {
     code: u16,
 }
 
-impl IntoResponse for ApiError {
-    fn into_response(self) -> Response {
-        let body = serde_json::to_vec(&self.envelope()).unwrap_or_default();
+impl ApiError {
+    /// A response with this body, which says what [`ApiError::envelope`] does.
+    pub(super) fn respond(&self, body: &impl Serialize) -> Response {
+        let body = serde_json::to_vec(body).unwrap_or_default();
         let content_type = [(CONTENT_TYPE, "application/json")];
         let mut response = (self.status(), content_type, body).into_response();
         let headers = response.headers_mut();
         if let Some(seconds) = self.retry_after_seconds() {
             headers.insert(RETRY_AFTER, HeaderValue::from(seconds));
         }
-        if matches!(self, Self::Unauthorized) {
-            headers.insert(WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
+        let scheme = match self {
+            Self::Unauthorized => Some("Bearer"),
+            Self::UnauthorizedBasic => Some("Basic realm=\"kiln\", charset=\"UTF-8\""),
+            _ => None,
+        };
+        if let Some(scheme) = scheme {
+            headers.insert(WWW_AUTHENTICATE, HeaderValue::from_static(scheme));
         }
         response
+    }
+}
+
+impl IntoResponse for ApiError {
+    fn into_response(self) -> Response {
+        self.respond(&self.envelope())
     }
 }
 

@@ -82,16 +82,29 @@ enum GeneratorDevice {
 pub(super) struct WireNames {
     pub(super) prompt: &'static str,
     size_given: bool,
+    steps: &'static str,
     scale: &'static str,
     images: &'static str,
 }
 
 impl WireNames {
+    /// As the web UI of AUTOMATIC1111 has them; `images` is what the client gave their number as.
+    pub(super) fn of_web_ui(images: &'static str) -> Self {
+        Self {
+            prompt: "prompt",
+            size_given: false,
+            steps: "steps",
+            scale: "cfg_scale",
+            images,
+        }
+    }
+
     /// What the client called a field of [`GenerationParams`].
     pub(super) fn of(&self, field: &'static str) -> &'static str {
         match field {
             "prompt" => self.prompt,
             "height" | "width" if self.size_given => "size",
+            "num_inference_steps" => self.steps,
             "true_cfg_scale" => self.scale,
             "num_images" => self.images,
             name => name,
@@ -143,6 +156,7 @@ impl GenerationFields {
             names: WireNames {
                 prompt: prompt_name,
                 size_given,
+                steps: "num_inference_steps",
                 scale: scale.0,
                 images: images.0,
             },

@@ -13,6 +13,7 @@ mod messages;
 mod metrics;
 mod models;
 mod openapi;
+mod sdapi;
 mod signals;
 mod stream;
 
@@ -59,6 +60,7 @@ pub struct App {
     pub settings: Settings,
     /// Unix time in seconds.
     started: u64,
+    board: sdapi::Board,
 }
 
 /// How the server behaves, whatever it draws with.
@@ -76,6 +78,8 @@ pub struct Settings {
     pub default_negative_prompt: Option<String>,
     /// Whether PNG files say how they were made.
     pub metadata: bool,
+    /// Whether the API of AUTOMATIC1111's web UI is answered, too.
+    pub sdapi: bool,
 }
 
 impl Settings {
@@ -89,6 +93,7 @@ impl Settings {
             request_timeout: None,
             default_negative_prompt: None,
             metadata: true,
+            sdapi: false,
         }
     }
 }
@@ -109,6 +114,7 @@ impl App {
             noise_generator,
             settings,
             started: now.unwrap_or_default().as_secs(),
+            board: sdapi::Board::default(),
         }
     }
 
@@ -123,7 +129,7 @@ impl App {
 /// All routes. Every failure, of a route or of the routing, has the error body of `OpenAI`.
 pub fn router(app: App) -> Router {
     let app = Arc::new(app);
-    let document = Bytes::from(openapi::document(&app.limits));
+    let document = Bytes::from(openapi::document(&app.limits, app.settings.sdapi));
     let document = async move || ([(CONTENT_TYPE, "application/json")], document);
     let docs = [
         (CONTENT_TYPE, "text/html; charset=utf-8"),
@@ -132,6 +138,7 @@ pub fn router(app: App) -> Router {
             "default-src 'self'; script-src 'unsafe-inline'; style-src 'unsafe-inline'",
         ),
     ];
+    let sdapi = app.settings.sdapi;
     let mut router = Router::new()
         .route("/v1/chat/completions", post(chat::chat_completions))
         .route("/v1/images/generations", post(images::generations))
@@ -144,8 +151,18 @@ pub fn router(app: App) -> Router {
         .route("/metrics", get(metrics::metrics))
         .route("/openapi.json", get(document))
         .route("/docs", get(async move || (docs, openapi::DOCS_PAGE)))
-        .fallback(async |uri: Uri| ApiError::UnknownRoute {
-            path: uri.path().to_owned(),
+        .merge(if sdapi {
+            sdapi::routes()
+        } else {
+            Router::new()
+        })
+        .fallback(async move |uri: Uri| {
+            let path = uri.path().to_owned();
+            if path.starts_with(sdapi::PREFIX) && !sdapi {
+                ApiError::SdapiOff { path }
+            } else {
+                ApiError::UnknownRoute { path }
+            }
         })
         .method_not_allowed_fallback(async |method: Method, uri: Uri| ApiError::Method {
             method,

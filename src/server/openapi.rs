@@ -8,7 +8,7 @@ use utoipa::{Number, OpenApi};
 
 use crate::request::Limits;
 
-use super::{chat, health, images, metrics, models};
+use super::{chat, health, images, metrics, models, sdapi};
 
 /// The page shows the document beside it, and takes nothing from elsewhere.
 pub(super) const DOCS_PAGE: &str = include_str!("docs.html");
@@ -40,20 +40,32 @@ pub(super) const DOCS_PAGE: &str = include_str!("docs.html");
 )]
 struct Document;
 
-/// The document for a server with these limits.
+/// The document for a server with these limits, with or without the API of AUTOMATIC1111's web UI.
 ///
 /// # Panics
 ///
 /// If the types have no JSON form; the tests call this.
-pub(super) fn document(limits: &Limits) -> String {
+pub(super) fn document(limits: &Limits, sdapi: bool) -> String {
     let mut document = Document::openapi();
+    if sdapi {
+        document.merge(sdapi::Document::openapi());
+    }
     let components = document.components.get_or_insert_default();
     components.add_security_scheme(
         "bearer",
         SecurityScheme::Http(Http::new(HttpAuthScheme::Bearer)),
     );
+    if sdapi {
+        let basic = SecurityScheme::Http(Http::new(HttpAuthScheme::Basic));
+        components.add_security_scheme("basic", basic);
+    }
     let sides = (limits.sizes.multiple, limits.sizes.max_side);
-    for request in ["ChatRequest", "ExtraBody", "ImagesRequest"] {
+    for request in [
+        "ChatRequest",
+        "ExtraBody",
+        "ImagesRequest",
+        "Txt2ImgRequest",
+    ] {
         let Some(RefOr::T(Schema::Object(request))) = components.schemas.get_mut(request) else {
             continue;
         };
@@ -61,8 +73,11 @@ pub(super) fn document(limits: &Limits) -> String {
             ("height", sides),
             ("width", sides),
             ("num_inference_steps", (1, limits.max_steps)),
+            ("steps", (1, limits.max_steps)),
             ("num_outputs_per_prompt", (1, limits.max_num_images)),
             ("n", (1, limits.max_num_images)),
+            ("batch_size", (1, limits.max_num_images)),
+            ("n_iter", (1, limits.max_num_images)),
         ] {
             if let Some(RefOr::T(Schema::Object(field))) = request.properties.get_mut(name) {
                 field.minimum = Some(Number::UInt(minimum));
@@ -86,7 +101,7 @@ mod tests {
             max_steps: 77,
             ..Limits::for_any_model()
         };
-        serde_json::from_str(&document(&limits)).unwrap()
+        serde_json::from_str(&document(&limits, true)).unwrap()
     }
 
     #[test]

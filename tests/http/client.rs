@@ -51,6 +51,23 @@ pub(super) fn with_headers(address: SocketAddr, method: &str, path: &str, header
     receive(send_raw(connect(address), method, path, (headers, b"")))
 }
 
+/// As [`with_headers`], with a body in JSON.
+pub(super) fn json_with_headers(
+    address: SocketAddr,
+    path: &str,
+    headers: &str,
+    body: &Value,
+) -> Reply {
+    let headers = format!("Content-Type: application/json\r\n{headers}");
+    let content = (headers.as_str(), body.to_string().into_bytes());
+    receive(send_raw(
+        connect(address),
+        "POST",
+        path,
+        (content.0, &content.1),
+    ))
+}
+
 pub(super) fn send(stream: TcpStream, method: &str, path: &str, body: Option<&Value>) -> TcpStream {
     let body = body.map(Value::to_string).unwrap_or_default();
     send_raw(

@@ -1,0 +1,194 @@
+//! What there is to choose from: one model, and one way to draw with it.
+
+use std::sync::Arc;
+
+use axum::extract::State;
+use axum::response::Response;
+use serde::Serialize;
+use serde_json::{Value, json};
+use utoipa::ToSchema;
+
+use super::super::App;
+use super::super::body::JsonObject;
+use super::super::error::ApiError;
+use super::super::invalid::InvalidBody;
+use super::{PREVIEW_STEPS, SAMPLER, SCHEDULER, SdapiError, SdapiErrorBody, json as answer};
+
+/// Settings of the server. They cannot be changed.
+#[derive(Serialize, ToSchema)]
+pub(super) struct Options<'a> {
+    /// Name of the model.
+    sd_model_checkpoint: &'a str,
+    sd_vae: &'static str,
+    samples_format: &'static str,
+    /// Steps from one `current_image` of the progress to the next.
+    show_progress_every_n_steps: usize,
+}
+
+impl<'a> Options<'a> {
+    fn of(app: &'a App) -> Self {
+        Self {
+            sd_model_checkpoint: app.model_name(None),
+            sd_vae: "Automatic",
+            samples_format: "png",
+            show_progress_every_n_steps: PREVIEW_STEPS,
+        }
+    }
+}
+
+/// A name of the model.
+#[derive(Serialize, ToSchema)]
+pub(super) struct SdModel<'a> {
+    title: &'a str,
+    model_name: &'a str,
+    #[schema(value_type = Option<String>)]
+    hash: Option<()>,
+    #[schema(value_type = Option<String>)]
+    sha256: Option<()>,
+    filename: &'a str,
+    #[schema(value_type = Option<String>)]
+    config: Option<()>,
+}
+
+#[derive(Serialize, ToSchema)]
+pub(super) struct Sampler {
+    name: &'static str,
+    aliases: Vec<&'static str>,
+    #[schema(value_type = Object)]
+    options: Value,
+}
+
+#[derive(Serialize, ToSchema)]
+pub(super) struct Scheduler {
+    name: &'static str,
+    label: &'static str,
+}
+
+#[derive(Serialize, ToSchema)]
+pub(super) struct Upscaler {
+    name: &'static str,
+    scale: f64,
+}
+
+/// Tells the settings.
+#[utoipa::path(
+    get,
+    path = "/sdapi/v1/options",
+    responses((status = 200, body = Options), (status = "4XX", body = SdapiErrorBody)),
+    security((), ("basic" = []), ("bearer" = [])),
+)]
+pub(super) async fn options(State(app): State<Arc<App>>) -> Result<Response, SdapiError> {
+    answer(&Options::of(&app))
+}
+
+/// Takes the settings as they are, and any name for the model: this server has one. Other changes
+/// are refused.
+#[utoipa::path(
+    post,
+    path = "/sdapi/v1/options",
+    request_body = Object,
+    responses((status = 200, body = Option<Object>), (status = "4XX", body = SdapiErrorBody)),
+    security((), ("basic" = []), ("bearer" = [])),
+)]
+pub(super) async fn set_options(
+    State(app): State<Arc<App>>,
+    body: Result<JsonObject, ApiError>,
+) -> Result<Response, SdapiError> {
+    let JsonObject(asked) = body?;
+    let current = serde_json::to_value(Options::of(&app)).map_err(ApiError::Response)?;
+    for (key, value) in &asked {
+        let is_name = key == "sd_model_checkpoint" && (value.is_string() || value.is_null());
+        if !is_name && current.get(key) != Some(value) {
+            let param = key.clone();
+            let instead = "settings are given to kiln serve when it is started";
+            return Err(InvalidBody::Unavailable { param, instead }.into());
+        }
+    }
+    answer(&Value::Null)
+}
+
+/// Lists the names of the model.
+#[utoipa::path(
+    get,
+    path = "/sdapi/v1/sd-models",
+    responses((status = 200, body = Vec<SdModel>), (status = "4XX", body = SdapiErrorBody)),
+    security((), ("basic" = []), ("bearer" = [])),
+)]
+pub(super) async fn sd_models(State(app): State<Arc<App>>) -> Result<Response, SdapiError> {
+    let names = app.settings.served_model_names.iter();
+    let model = |name| SdModel {
+        title: name,
+        model_name: name,
+        hash: None,
+        sha256: None,
+        filename: name,
+        config: None,
+    };
+    let models: Vec<_> = names.map(String::as_str).map(model).collect();
+    answer(&models)
+}
+
+/// Lists the one sampler, whatever is asked for.
+#[utoipa::path(
+    get,
+    path = "/sdapi/v1/samplers",
+    responses((status = 200, body = Vec<Sampler>), (status = "4XX", body = SdapiErrorBody)),
+    security((), ("basic" = []), ("bearer" = [])),
+)]
+pub(super) async fn samplers() -> Result<Response, SdapiError> {
+    answer(&[Sampler {
+        name: SAMPLER,
+        aliases: vec!["euler"],
+        options: json!({}),
+    }])
+}
+
+/// Lists the one scheduler, whatever is asked for.
+#[utoipa::path(
+    get,
+    path = "/sdapi/v1/schedulers",
+    responses((status = 200, body = Vec<Scheduler>), (status = "4XX", body = SdapiErrorBody)),
+    security((), ("basic" = []), ("bearer" = [])),
+)]
+pub(super) async fn schedulers() -> Result<Response, SdapiError> {
+    answer(&[Scheduler {
+        name: "automatic",
+        label: SCHEDULER,
+    }])
+}
+
+/// Lists what enlarges pictures: nothing.
+#[utoipa::path(
+    get,
+    path = "/sdapi/v1/upscalers",
+    responses((status = 200, body = Vec<Upscaler>), (status = "4XX", body = SdapiErrorBody)),
+    security((), ("basic" = []), ("bearer" = [])),
+)]
+pub(super) async fn upscalers() -> Result<Response, SdapiError> {
+    answer(&[Upscaler {
+        name: "None",
+        scale: 1.0,
+    }])
+}
+
+/// Lists nothing: pictures are not enlarged.
+#[utoipa::path(
+    get,
+    path = "/sdapi/v1/latent-upscale-modes",
+    responses((status = 200, body = Vec<String>), (status = "4XX", body = SdapiErrorBody)),
+    security((), ("basic" = []), ("bearer" = [])),
+)]
+pub(super) async fn latent_upscale_modes() -> Result<Response, SdapiError> {
+    answer(&Vec::<Value>::new())
+}
+
+/// Lists nothing: the VAE is the model's.
+#[utoipa::path(
+    get,
+    path = "/sdapi/v1/sd-vae",
+    responses((status = 200, body = Vec<String>), (status = "4XX", body = SdapiErrorBody)),
+    security((), ("basic" = []), ("bearer" = [])),
+)]
+pub(super) async fn sd_vae() -> Result<Response, SdapiError> {
+    answer(&Vec::<Value>::new())
+}
