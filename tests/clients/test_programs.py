@@ -1,0 +1,205 @@
+"""The calls that Open WebUI and SillyTavern make to draw, against a running `kiln serve
+--enable-sdapi` with the demo model.
+
+Usage: python test_programs.py URL KEY
+
+Read in Open WebUI 0.12.4 (open_webui/routers/images.py of the package on PyPI) and SillyTavern 1.19.0
+(src/endpoints/stable-diffusion.js and public/scripts/extensions/stable-diffusion/index.js of the
+package on npm). Names in parentheses are the functions that make the calls.
+"""
+
+import base64
+import json
+import struct
+import sys
+import threading
+import time
+
+import requests
+
+SERVER, KEY = sys.argv[1:]
+PROMPT = 'a large red "circle"\non a blue background 红'
+
+
+def png_size(data: str) -> tuple[int, int]:
+    file = base64.b64decode(data, validate=True)
+    assert file.startswith(b"\x89PNG"), file[:16]
+    return struct.unpack(">II", file[16:24])
+
+
+def basic(typed: str) -> dict[str, str]:
+    return {"Authorization": f"Basic {base64.b64encode(typed.encode()).decode()}"}
+
+
+def open_webui_openai() -> None:
+    """The engine `openai` (image_generations): the models are built in, one of them is the default,
+    and models named gpt-image-… are not asked for a response_format."""
+    for model, size, settings in [
+        ("dall-e-2", "512x512", {}),
+        ("dall-e-3", "96x64", {"num_inference_steps": 2}),
+        ("gpt-image-1", "auto", {"num_inference_steps": 2, "quality": "low"}),
+        ("gpt-image-1.5", "96x64", {"num_inference_steps": 2}),
+    ]:
+        data = {"model": model, "prompt": PROMPT, "n": 2, "size": size}
+        if not model.startswith("gpt-image"):
+            data["response_format"] = "b64_json"
+        if not settings:
+            settings = {"num_inference_steps": 1}
+        answer = requests.post(
+            f"{SERVER}/v1/images/generations",
+            json={**data, **settings},
+            headers={"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"},
+        )
+        answer.raise_for_status()
+        images = answer.json()["data"]
+        # A url would be fetched; without one it is b64_json.
+        assert len(images) == 2 and not any(image.get("url") for image in images), answer.json()
+        expected = (128, 128) if size == "auto" else tuple(map(int, size.split("x")))
+        assert [png_size(image["b64_json"]) for image in images] == [expected] * 2
+
+
+def open_webui_automatic1111() -> None:
+    """The engine `automatic1111`, with the setting AUTOMATIC1111_API_AUTH as these texts."""
+    for typed in [f"kiln:{KEY}", KEY]:
+        headers = {"authorization": basic(typed)["Authorization"]}
+        options = f"{SERVER}/sdapi/v1/options"
+        # The button beside the address (verify_connection).
+        requests.get(options, headers=headers).raise_for_status()
+        # The list of models (get_models), and the one in use (get_image_model).
+        models = requests.get(f"{SERVER}/sdapi/v1/sd-models", headers=headers).json()
+        choices = [{"id": model["title"], "name": model["model_name"]} for model in models]
+        assert choices == [{"id": "demo", "name": "demo"}], choices
+        current = requests.get(options, headers=headers).json()
+        assert current["sd_model_checkpoint"] == "demo"
+        # A model is chosen (set_image_model): all options are sent back.
+        chosen = {**current, "sd_model_checkpoint": "left over from another engine"}
+        requests.post(options, json=chosen, headers=headers).raise_for_status()
+        # A chat asks for a picture (image_generations): as it does without any setting, but for
+        # the steps, and with what there is to set.
+        everything = {"steps": 2, "negative_prompt": "", "cfg_scale": 4, "sampler_name": "Euler a"}
+        for size, count, extra in [(512, 1, {"steps": 1}), (64, 2, everything)]:
+            data = {"prompt": PROMPT, "batch_size": count, "width": size, "height": size}
+            answer = requests.post(
+                f"{SERVER}/sdapi/v1/txt2img", json={**data, **extra}, headers=headers
+            ).json()
+            assert [png_size(image) for image in answer["images"]] == [(size, size)] * count
+            # Kept with the file.
+            assert json.loads(answer["info"])["prompt"] == PROMPT
+    # The version 0.6 shows what is under this key.
+    refused = requests.post(
+        f"{SERVER}/sdapi/v1/txt2img", json={"prompt": "", "width": 1}, headers=basic(KEY)
+    ).json()
+    assert "width" in refused["error"]["message"], refused
+    assert requests.get(options, headers=basic("")).status_code == 401
+
+
+class SillyTavern:
+    """The source "Stable Diffusion Web UI (AUTOMATIC1111)", called `auto`."""
+
+    def __init__(self, typed: str) -> None:
+        self.auth = typed
+        self.headers = basic(typed)
+
+    def get(self, path: str):
+        answer = requests.get(f"{SERVER}/sdapi/v1/{path}", headers=self.headers)
+        # fetch() is asked for `ok`, else there is an error.
+        assert answer.ok, answer.text
+        return answer.json()
+
+    def connect(self) -> None:
+        """validateAutoUrl, then loadSettingOptions."""
+        self.get("options")
+        assert [sampler["name"] for sampler in self.get("samplers")] == ["Euler"]
+        assert self.get("options")["sd_model_checkpoint"] == "demo"
+        assert [model["title"] for model in self.get("sd-models")] == ["demo"]
+        upscalers = [upscaler["name"] for upscaler in self.get("upscalers")]
+        upscalers[1:1] = [mode["name"] for mode in self.get("latent-upscale-modes")]
+        assert upscalers == ["None"]
+        assert [scheduler["name"] for scheduler in self.get("schedulers")] == ["automatic"]
+        assert [vae["model_name"] for vae in self.get("sd-vae")] == []
+        # Asked at the same time; only Forge has it.
+        assert requests.get(f"{SERVER}/sdapi/v1/sd-modules", headers=self.headers).status_code == 404
+
+    def choose_model(self) -> None:
+        """onModelChange."""
+        chosen = {"sd_model_checkpoint": "demo"}
+        answer = requests.post(f"{SERVER}/sdapi/v1/options", json=chosen, headers=self.headers)
+        assert answer.ok, answer.text
+        progress = self.get("progress")
+        assert progress["progress"] == 0.0 and progress["state"]["job_count"] == 0, progress
+
+    def draw(self, **settings) -> requests.Response:
+        """generateAutoImage with the settings that it has from the start, then /generate."""
+        assert "forge_preset" not in self.get("options")
+        body = {
+            "url": SERVER,
+            "auth": self.auth,
+            "prompt": PROMPT,
+            "negative_prompt": "lowres, bad anatomy",
+            "sampler_name": "DDIM",
+            "scheduler": "normal",
+            "steps": 20,
+            "cfg_scale": 7,
+            "width": 512,
+            "height": 512,
+            "restore_faces": False,
+            "enable_hr": False,
+            "hr_upscaler": "Latent",
+            "hr_scale": 1,
+            "hr_additional_modules": [],
+            "denoising_strength": 0.7,
+            "hr_second_pass_steps": 0,
+            "override_settings": {"CLIP_stop_at_last_layers": 1},
+            "override_settings_restore_afterwards": True,
+            "clip_skip": 1,
+            "save_images": True,
+            "send_images": True,
+            "do_not_save_grid": False,
+            "do_not_save_samples": False,
+            **settings,
+        }
+        return requests.post(f"{SERVER}/sdapi/v1/txt2img", json=body, headers=self.headers)
+
+    def draw_and_abort(self) -> None:
+        """The user aborts: its own server interrupts this one."""
+        answers = []
+        thread = threading.Thread(target=lambda: answers.append(self.draw(steps=1000)))
+        thread.start()
+        progress = self.get("progress")
+        while not progress["current_image"]:
+            assert thread.is_alive(), answers
+            time.sleep(0.02)
+            progress = self.get("progress")
+        assert 0 < progress["progress"] < 1 and progress["eta_relative"] > 0, progress
+        png_size(progress["current_image"])
+        requests.post(f"{SERVER}/sdapi/v1/interrupt", headers=self.headers).raise_for_status()
+        thread.join(timeout=60)
+        assert [answer.status_code for answer in answers] == [409], answers
+        assert self.get("progress")["state"]["job_count"] == 0
+
+
+def silly_tavern() -> None:
+    program = SillyTavern(f"kiln:{KEY}")
+    program.connect()
+    program.choose_model()
+    answer = program.draw(steps=2, seed=7)
+    assert answer.ok, answer.text
+    # It shows the first one, as PNG.
+    assert png_size(answer.json()["images"][0]) == (512, 512)
+    assert answer.json()["parameters"]["seed"] == 7
+    # ADetailer, an extension of the web UI, cannot be had.
+    scripts = {"ADetailer": {"args": [True, True, {"ad_model": "face_yolov8n.pt"}]}}
+    refused = program.draw(alwayson_scripts=scripts)
+    assert refused.status_code == 400 and "alwayson_scripts" in refused.json()["detail"]
+    program.draw_and_abort()
+
+
+def main() -> None:
+    for test in [open_webui_openai, open_webui_automatic1111, silly_tavern]:
+        started = time.monotonic()
+        test()
+        print(f"programs: {test.__name__} ok ({time.monotonic() - started:.1f} s)")
+
+
+if __name__ == "__main__":
+    main()
