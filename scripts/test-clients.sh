@@ -45,6 +45,7 @@ if [ -z "$server" ]; then
     exit 1
 fi
 
+"$KILN" health --port "${server##*:}"
 bash "$clients/test_curl.sh" "$server" test-key
 python "$clients/test_openai.py" "$server" test-key
 python "$clients/test_programs.py" "$server" test-key

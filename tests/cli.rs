@@ -1,5 +1,13 @@
 //! The program as a user runs it. Nothing here needs a model.
 
+/// Stdout for programs.
+mod json;
+/// What a terminal shows, on one that is made up.
+#[cfg(target_os = "linux")]
+mod terminal;
+/// Commands about kiln itself.
+mod tools;
+
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
 

@@ -1,5 +1,7 @@
 //! What the user typed. The doc comments are the help texts.
 
+mod tools;
+
 use std::fmt;
 use std::num::{NonZeroU64, NonZeroUsize};
 use std::path::PathBuf;
@@ -22,6 +24,8 @@ use crate::request::{
 use crate::server::{ApiKeys, CorsOrigin, DEFAULT_MAX_BODY_BYTES, Settings};
 
 use super::error::CliError;
+
+pub(super) use self::tools::{CompletionsArgs, HealthArgs, ManArgs};
 
 /// Text-to-image with Qwen-Image, from one binary.
 #[derive(Debug, Parser)]
@@ -48,12 +52,27 @@ pub(super) enum Command {
     Backends(BackendsArgs),
     Compare(Box<CompareArgs>),
     Bench(Box<BenchArgs>),
+    Health(HealthArgs),
+    Completions(CompletionsArgs),
+    Man(ManArgs),
+}
+
+impl Command {
+    /// Whether stdout is for a program.
+    pub(super) fn json(&self) -> bool {
+        match self {
+            Self::Generate(args) => args.json,
+            Self::Backends(args) => args.json,
+            Self::Bench(args) => args.json,
+            _ => false,
+        }
+    }
 }
 
 /// Paint one prompt and write the images to files.
 ///
 /// Writes one line to stdout for each image: its path, its real size and its seed. Progress goes
-/// to stderr.
+/// to stderr, and so does the picture on a terminal that can show it.
 #[derive(Debug, Parser)]
 #[command(group = ArgGroup::new("prompts").required(true).args(["prompt", "prompt_option"]))]
 pub(super) struct GenerateArgs {
@@ -101,6 +120,24 @@ pub(super) struct GenerateArgs {
     #[arg(long, value_name = "FILE")]
     pub(super) dump: Option<PathBuf>,
 
+    /// Print JSON: the files, what they were made of, and what each stage took
+    ///
+    /// Stdout then holds one object and nothing else. If the command fails, all that is in it is
+    /// `error`, with `message`, `tip` and `exit_code`; stderr has the message too.
+    #[arg(long)]
+    pub(super) json: bool,
+
+    /// Whether the terminal shows the images, and how
+    ///
+    /// auto asks the terminal what it can, and shows nothing where stdout or stderr is no terminal,
+    /// nor with --json or --quiet. The other ways are taken at your word. Images go to stderr.
+    #[arg(long, value_enum, default_value_t = Show::Auto, value_name = "HOW")]
+    pub(super) show: Show,
+
+    /// Say nothing but warnings and errors, and where the images are
+    #[arg(long, short)]
+    pub(super) quiet: bool,
+
     #[command(flatten)]
     pub(super) backend: BackendArgs,
 
@@ -120,6 +157,16 @@ impl GenerateArgs {
             ..self.request.params(prompt.cloned().unwrap_or_default())
         }
     }
+}
+
+/// How the terminal shows images.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(super) enum Show {
+    Auto,
+    Kitty,
+    Iterm2,
+    Sixel,
+    Never,
 }
 
 /// What is painted, apart from the prompt.

@@ -107,6 +107,7 @@ impl Runner<'_> {
         let dtype = DTypeChoice::This(self.args.dtype);
         let settings = self.args.vae.settings(backend, dtype)?;
         tracing::info!("{backend}:");
+        let mut progress = Progress::new(false);
         let meter = CostMeter::start();
         let mut painter = self.model.painter(&settings)?;
         let load = meter.stop(painter.memory());
@@ -114,12 +115,11 @@ impl Runner<'_> {
 
         let job = self.request.clone().into_job(self.tokens.clone(), true);
         let total = job.num_inference_steps;
-        let mut progress = Progress::new(total);
-        progress.started();
+        progress.started(total, self.model.decode_steps(&job, &settings)?);
         let outcome = record(backend.to_string(), &mut *painter, load, job, |done| {
             progress.step(done, total);
         });
-        progress.end();
+        drop(progress);
         let (recording, costs) = outcome.map_err(|source| CliError::Run { backend, source })?;
         let run = RunReport {
             name: recording.name.clone(),

@@ -80,6 +80,20 @@ pub(super) enum CliError {
     ReadDump(#[from] DumpError),
     #[error("an image cannot be encoded")]
     Encode(#[from] EncodeError),
+    #[error("an image cannot be written as sixels")]
+    Sixel(#[source] icy_sixel::SixelError),
+    #[error("what was done cannot be written as JSON")]
+    Json(#[source] serde_json::Error),
+    #[error("there is no manual page of {name:?}; there are those of {}", commands.join(", "))]
+    NoSuchPage { name: String, commands: Vec<String> },
+    #[error("{host}:{port} does not answer")]
+    Health {
+        host: String,
+        port: u16,
+        source: io::Error,
+    },
+    #[error("not ready: the answer is {status_line:?}")]
+    NotReady { status_line: String },
     #[error("cannot write the dump {}", path.display())]
     Dump {
         path: PathBuf,
@@ -113,6 +127,7 @@ impl CliError {
             | Self::Extension { .. }
             | Self::ReportExtension { .. }
             | Self::NothingToCompare { .. }
+            | Self::NoSuchPage { .. }
             | Self::OutputIsFolder { .. } => 2,
             _ => 1,
         }

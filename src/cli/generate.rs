@@ -1,6 +1,9 @@
+mod report;
+
 use std::fs;
 use std::io::{self, Write};
 use std::path::PathBuf;
+use std::time::Instant;
 
 use kiln_models::painter::Painting;
 
@@ -15,9 +18,13 @@ use super::error::CliError;
 use super::model::Model;
 use super::output;
 use super::progress::Progress;
+use super::show::Screen;
+
+use self::report::{Image, Report, Seconds};
 
 /// `kiln generate`. Everything that can be refused is refused before the weights are loaded.
 pub(super) fn run(args: &GenerateArgs) -> Result<(), CliError> {
+    let started = Instant::now();
     let settings = args.loading.settings(args.backend.choice()?)?;
     let noise = args.request.noise.generator();
     let params = args.params();
@@ -35,39 +42,59 @@ pub(super) fn run(args: &GenerateArgs) -> Result<(), CliError> {
     let limits = Limits::for_sizes(model.image_sizes()?);
     let request = GenerationRequest::new(params, &limits, noise)?;
     let tokens = request.tokenize(&model.tokenizer)?;
+    let job = request
+        .clone()
+        .into_job(tokens.clone(), args.dump.is_some());
+    let decode_steps = model.decode_steps(&job, &settings)?;
+    // Before there is progress, which would be in the way of the answer.
+    let screen = Screen::find(args.show, !args.quiet && !args.json);
+
     let one_job = EngineSettings {
         max_queue: 0,
         max_started: 1,
         warm_up: None,
     };
-    let engine = Engine::start(model.painter(&settings)?, one_job);
-    let job = request
-        .clone()
-        .into_job(tokens.clone(), args.dump.is_some());
+    let progress = Progress::new(args.quiet);
+    let loading = Instant::now();
+    let painter = model.painter(&settings)?;
+    let load_time = loading.elapsed();
+    let engine = Engine::start(painter, one_job);
     let handle = engine.submit(job, SubmitOptions::default())?;
-    let finished = paint(handle, request.num_inference_steps)?;
+    let finished = paint(handle, progress, request.num_inference_steps, decode_steps)?;
 
     say_timings(&finished.timings);
-    write_images(&finished.painting, &paths, &request, args)?;
+    let writing = Instant::now();
+    let images = write_images(&finished.painting, &paths, &request, args, screen)?;
     if let Some(path) = &args.dump {
         dump::write(path, &tokens, &finished.painting.trace)?;
+    }
+    if args.json {
+        let timings = &finished.timings;
+        let seconds = Seconds::new(load_time, timings, writing.elapsed(), started.elapsed());
+        let dump = args.dump.as_deref();
+        let report = Report::new(args.model(), engine.info(), &request, images, dump, seconds);
+        let text = serde_json::to_string_pretty(&report).map_err(CliError::Json)?;
+        writeln!(io::stdout().lock(), "{text}").map_err(CliError::Stdout)?;
     }
     Ok(())
 }
 
-fn paint(mut handle: JobHandle, steps: usize) -> Result<Finished, CliError> {
-    let mut progress = Progress::new(steps);
-    let outcome = loop {
+/// Takes the progress off the terminal when it is over.
+fn paint(
+    mut handle: JobHandle,
+    mut progress: Progress,
+    steps: usize,
+    decode_steps: f64,
+) -> Result<Finished, CliError> {
+    loop {
         match handle.blocking_next_event() {
             Event::Queued { .. } | Event::Preview { .. } => {}
-            Event::Started => progress.started(),
+            Event::Started => progress.started(steps, decode_steps),
             Event::Step { done, total } => progress.step(done, total),
-            Event::Finished(finished) => break Ok(finished),
-            Event::Failed(error) => break Err(error),
+            Event::Finished(finished) => return Ok(finished),
+            Event::Failed(error) => return Err(error.into()),
         }
-    };
-    progress.end();
-    Ok(outcome?)
+    }
 }
 
 fn say_timings(timings: &Timings) {
@@ -80,23 +107,40 @@ fn say_timings(timings: &Timings) {
     );
 }
 
+/// Shows each image, and says where it is; with `--json` that is for later.
 fn write_images(
     painting: &Painting,
     paths: &[PathBuf],
     request: &GenerationRequest,
     args: &GenerateArgs,
-) -> Result<(), CliError> {
+    screen: Option<Screen>,
+) -> Result<Vec<Image>, CliError> {
     let encoding = Encoding::new(output::image_format(&args.output)?);
     let mut stdout = io::stdout().lock();
+    let mut written = Vec::new();
     for (index, (image, path)) in painting.images.iter().zip(paths).enumerate() {
         let metadata = (!args.no_metadata).then(|| request.metadata_text(args.model(), index));
         let file = encode(image, encoding, metadata.as_deref())?;
-        fs::write(path, file).map_err(|source| CliError::Write {
+        fs::write(path, &file).map_err(|source| CliError::Write {
             path: path.clone(),
             source,
         })?;
-        let (path, width, height, seed) = (path.display(), image.width, image.height, request.seed);
-        writeln!(stdout, "{path} {width}x{height} seed {seed}").map_err(CliError::Stdout)?;
+        if let Some(screen) = screen {
+            screen.show(image)?;
+        }
+        if !args.json {
+            let (path, width, height, seed) =
+                (path.display(), image.width, image.height, request.seed);
+            writeln!(stdout, "{path} {width}x{height} seed {seed}").map_err(CliError::Stdout)?;
+        }
+        written.push(Image::new(
+            path,
+            encoding.format,
+            file.len(),
+            image,
+            request.seed,
+            index,
+        ));
     }
-    Ok(())
+    Ok(written)
 }

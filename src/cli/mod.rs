@@ -4,19 +4,25 @@ mod args;
 mod backends;
 mod bench;
 mod compare;
+mod completions;
 mod dump;
 mod error;
 mod generate;
+mod health;
+mod man;
 mod model;
 mod output;
 mod progress;
 mod serve;
+mod show;
+mod terminal;
 
 use std::io::{self, IsTerminal, Write};
 use std::panic;
 use std::process::ExitCode;
 
 use clap::Parser;
+use serde_json::json;
 use tracing::level_filters::LevelFilter;
 use tracing_subscriber::filter::Targets;
 use tracing_subscriber::layer::{Layer, SubscriberExt};
@@ -24,6 +30,7 @@ use tracing_subscriber::util::SubscriberInitExt;
 
 use self::args::{Args, Command, LogFormat};
 use self::error::CliError;
+use self::progress::LogLines;
 
 /// Runs the command that the arguments name. 0 is success, 2 a usage error, 1 any other failure.
 pub fn main() -> ExitCode {
@@ -32,17 +39,25 @@ pub fn main() -> ExitCode {
         Err(error) => {
             // Help and version come this way too, with code 0.
             drop(error.print());
+            if error.use_stderr() && std::env::args_os().any(|arg| arg == "--json") {
+                report_as_json(&first_paragraph(&error), None, error.exit_code());
+            }
             return ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(2));
         }
     };
     log_panics_on_one_line();
+    let json = args.command.json();
     let outcome = match args.command {
+        Command::Generate(args) if args.quiet => {
+            log_plain_lines(LevelFilter::WARN);
+            generate::run(&args)
+        }
         Command::Generate(args) => {
-            log_plain_lines();
+            log_plain_lines(LevelFilter::INFO);
             generate::run(&args)
         }
         Command::Compare(args) => {
-            log_plain_lines();
+            log_plain_lines(LevelFilter::INFO);
             compare::run(&args)
         }
         Command::Serve(args) => {
@@ -50,21 +65,36 @@ pub fn main() -> ExitCode {
             serve::run(&args)
         }
         Command::Backends(args) => {
-            log_plain_lines();
+            log_plain_lines(LevelFilter::INFO);
             backends::run(&args)
         }
         Command::Bench(args) => {
-            log_plain_lines();
+            log_plain_lines(LevelFilter::INFO);
             bench::run(&args)
         }
+        Command::Health(args) => health::run(&args),
+        Command::Completions(args) => completions::run(&args),
+        Command::Man(args) => man::run(&args),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             report(&error);
+            if json {
+                let message = crate::error_chain(&error);
+                report_as_json(&message, error.tip(), error.exit_code().into());
+            }
             ExitCode::from(error.exit_code())
         }
     }
+}
+
+/// What clap says without the usage and the tips, in one line.
+fn first_paragraph(error: &clap::Error) -> String {
+    let text = error.render().to_string();
+    let lines = text.lines().take_while(|line| !line.is_empty());
+    let words: Vec<&str> = lines.flat_map(str::split_whitespace).collect();
+    words.join(" ").trim_start_matches("error: ").to_owned()
 }
 
 fn report(error: &CliError) {
@@ -75,16 +105,26 @@ fn report(error: &CliError) {
     }
 }
 
+/// For the program that reads stdout.
+fn report_as_json(message: &str, tip: Option<String>, exit_code: i32) {
+    let error = json!({ "message": message, "tip": tip, "exit_code": exit_code });
+    drop(writeln!(
+        io::stdout().lock(),
+        "{:#}",
+        json!({ "error": error })
+    ));
+}
+
 /// For a person who waits: what is said, and nothing about who says it when.
-fn log_plain_lines() {
+fn log_plain_lines(level: LevelFilter) {
     let layer = tracing_subscriber::fmt::layer()
         .without_time()
         .with_level(false)
         .with_target(false)
         .with_ansi(io::stderr().is_terminal())
-        .with_writer(io::stderr);
+        .with_writer(LogLines::default);
     tracing_subscriber::registry()
-        .with(layer.with_filter(log_filter()))
+        .with(layer.with_filter(log_filter(level)))
         .init();
 }
 
@@ -95,16 +135,16 @@ fn log_with_times(format: LogFormat) {
         LogFormat::Json => layer.json().flatten_event(true).boxed(),
     };
     tracing_subscriber::registry()
-        .with(layer.with_filter(log_filter()))
+        .with(layer.with_filter(log_filter(LevelFilter::INFO)))
         .init();
 }
 
 /// What kiln says, and warnings of the libraries; but not the Hub client's, whose errors reach the
 /// user as ours.
-fn log_filter() -> Targets {
+fn log_filter(level: LevelFilter) -> Targets {
     Targets::new()
         .with_default(LevelFilter::WARN)
-        .with_target("kiln", LevelFilter::INFO)
+        .with_target("kiln", level)
         .with_target("hf_hub", LevelFilter::OFF)
 }
 

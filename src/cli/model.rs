@@ -64,6 +64,12 @@ impl Model {
         Ok(backend::operations(&self.checkpoint, job, settings)?)
     }
 
+    /// How many steps probably take as long as decoding the images does.
+    pub(super) fn decode_steps(&self, job: &Job, settings: &LoadSettings) -> Result<f64, CliError> {
+        let operations = self.operations(job, settings)?;
+        Ok(operations.decode as f64 / operations.step as f64)
+    }
+
     /// Loads the weights.
     pub(super) fn painter(&self, settings: &LoadSettings) -> Result<Box<dyn Painter>, CliError> {
         tracing::info!("loading {}", self.checkpoint.place());

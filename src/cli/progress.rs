@@ -1,62 +1,176 @@
 use std::fmt;
-use std::io::IsTerminal;
+use std::io::{self, IsTerminal, Write};
+use std::sync::{Arc, LazyLock, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use indicatif::{HumanDuration, ProgressBar, ProgressDrawTarget, ProgressState, ProgressStyle};
+use indicatif::{HumanDuration, MultiProgress, ProgressBar, ProgressState, ProgressStyle};
 
-/// Denoising steps on stderr: a bar with the time left on a terminal, a line a step elsewhere.
+/// What is on the terminal now, so that a line of the log does not run into it.
+static ON_TERMINAL: LazyLock<MultiProgress> = LazyLock::new(MultiProgress::new);
+
+/// How far a picture is, on stderr: on a terminal one line that is drawn again and again, with the
+/// time left; elsewhere a line a step.
 pub(super) struct Progress {
+    /// None where lines are written, and with `--quiet`.
     bar: Option<ProgressBar>,
-    started: Instant,
+    clock: Clock,
+    /// When the picture is probably done, once a step is over.
+    end: Arc<Mutex<Option<Instant>>>,
 }
 
 impl Progress {
-    pub(super) fn new(steps: usize) -> Self {
-        let bar = std::io::stderr().is_terminal().then(|| {
-            let bar =
-                ProgressBar::with_draw_target(Some(steps as u64), ProgressDrawTarget::stderr());
-            let template = "{bar:30} step {pos}/{len}, {elapsed} passed, {left} left";
-            let style = ProgressStyle::with_template(template);
-            let style = style.unwrap_or_else(|_| ProgressStyle::default_bar());
-            bar.with_style(style.with_key("left", write_time_left))
+    /// Begins with the loading of the model.
+    pub(super) fn new(quiet: bool) -> Self {
+        let bar = (!quiet && io::stderr().is_terminal()).then(|| {
+            let bar = ON_TERMINAL.add(ProgressBar::no_length());
+            bar.set_style(style("loading, {elapsed} passed"));
+            bar.enable_steady_tick(Duration::from_millis(250));
+            bar
         });
         Self {
-            bar,
-            started: Instant::now(),
+            // Where a terminal cannot go back in a line.
+            bar: bar.filter(|bar| !bar.is_hidden()),
+            clock: Clock::start(0, 0.0),
+            end: Arc::default(),
         }
     }
 
-    /// The prompts are encoded from now on, then the steps begin.
-    pub(super) fn started(&mut self) {
-        self.started = Instant::now();
+    /// The prompts are encoded from now on, then the steps begin. Decoding the picture takes as
+    /// much as `decode_steps` steps.
+    pub(super) fn started(&mut self, steps: usize, decode_steps: f64) {
+        self.clock = Clock::start(steps, decode_steps);
         if let Some(bar) = &self.bar {
             bar.reset();
-            bar.enable_steady_tick(Duration::from_millis(500));
+            bar.set_length(steps as u64);
+            let line = style("{stage} {bar:30} step {pos}/{len}, {elapsed} passed, {left} left");
+            let end = Arc::clone(&self.end);
+            let left = move |_: &ProgressState, text: &mut dyn fmt::Write| {
+                let end = *end.lock().unwrap_or_else(PoisonError::into_inner);
+                text.write_str(&time_left(end)).ok();
+            };
+            bar.set_style(line.with_key("stage", write_stage).with_key("left", left));
         }
     }
 
-    pub(super) fn step(&self, done: usize, total: usize) {
+    pub(super) fn step(&mut self, done: usize, total: usize) {
+        let end = self.clock.step(done, Instant::now());
+        *self.end.lock().unwrap_or_else(PoisonError::into_inner) = Some(end);
         if let Some(bar) = &self.bar {
             bar.set_position(done as u64);
         } else {
-            let passed = self.started.elapsed().as_secs_f64();
+            let passed = self.clock.started.elapsed().as_secs_f64();
             tracing::info!("step {done}/{total}, {passed:.1} s");
         }
     }
+}
 
-    /// Takes the bar away.
-    pub(super) fn end(&self) {
+impl Drop for Progress {
+    /// Takes the line away, whatever comes next.
+    fn drop(&mut self) {
         if let Some(bar) = &self.bar {
             bar.finish_and_clear();
         }
     }
 }
 
-/// Nothing is known before the first step is over.
-fn write_time_left(state: &ProgressState, text: &mut dyn fmt::Write) {
-    let left = match state.pos() {
-        0 => "?".to_owned(),
-        _ => format!("{:#}", HumanDuration(state.eta())),
+fn style(template: &str) -> ProgressStyle {
+    ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar())
+}
+
+fn write_stage(state: &ProgressState, text: &mut dyn fmt::Write) {
+    let stage = match (state.pos(), state.len()) {
+        (0, _) => "starting",
+        (done, Some(steps)) if done >= steps => "decoding",
+        _ => "painting",
     };
-    text.write_str(&left).ok();
+    text.write_str(stage).ok();
+}
+
+/// Nothing is known before the first step is over.
+fn time_left(end: Option<Instant>) -> String {
+    end.map_or("?".to_owned(), |end| {
+        let left = end.saturating_duration_since(Instant::now());
+        format!("{:#}", HumanDuration(left))
+    })
+}
+
+/// Foretells the end from the steps that are over.
+#[derive(Debug, Clone, Copy)]
+struct Clock {
+    started: Instant,
+    /// The first step is slower: it compiles, tunes and reads weights.
+    first_step: Option<Instant>,
+    steps: usize,
+    decode_steps: f64,
+}
+
+impl Clock {
+    fn start(steps: usize, decode_steps: f64) -> Self {
+        Self {
+            started: Instant::now(),
+            first_step: None,
+            steps,
+            decode_steps,
+        }
+    }
+
+    /// `done` steps are over `now`. Returns when all is.
+    fn step(&mut self, done: usize, now: Instant) -> Instant {
+        let (since, counted) = match self.first_step {
+            Some(first) if done > 1 => (first, done - 1),
+            _ => (self.started, done),
+        };
+        self.first_step.get_or_insert(now);
+        let seconds = (now - since).as_secs_f64() / counted.max(1) as f64;
+        let left = self.steps.saturating_sub(done) as f64 + self.decode_steps;
+        let left = Duration::try_from_secs_f64(seconds * left).unwrap_or_default();
+        now.checked_add(left).unwrap_or(now)
+    }
+}
+
+/// Stderr, with what is on the terminal out of the way while something is written.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct LogLines;
+
+impl Write for LogLines {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        ON_TERMINAL.suspend(|| io::stderr().write(bytes))
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        io::stderr().flush()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_end_follows_from_the_steps_after_the_first() {
+        let mut clock = Clock::start(10, 3.0);
+        let after = |seconds| clock.started + Duration::from_secs(seconds);
+        let times = [
+            (1, after(20), 12),
+            (2, after(22), 11),
+            (4, after(26), 9),
+            (10, after(38), 3),
+        ];
+        for (done, now, left) in times {
+            let a_step = if done == 1 { 20 } else { 2 };
+            assert_eq!(
+                clock.step(done, now) - now,
+                Duration::from_secs(a_step * left)
+            );
+        }
+    }
+
+    #[test]
+    fn nothing_is_foretold_of_no_steps() {
+        let mut clock = Clock::start(10, f64::NAN);
+        let now = clock.started + Duration::from_secs(1);
+        assert_eq!(clock.step(1, now), now);
+        assert_eq!(time_left(None), "?");
+        assert_eq!(time_left(Some(Instant::now())), "0s");
+    }
 }

@@ -1,0 +1,138 @@
+//! What `kiln generate --json` prints. Names and meanings stay as they are; new ones may come.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use kiln_models::noise::NoiseGenerator;
+use kiln_models::painter::{ModelInfo, RgbImage};
+use serde::Serialize;
+
+use crate::engine::Timings;
+use crate::image::ImageFormat;
+use crate::request::GenerationRequest;
+
+/// All that was made, and how.
+#[derive(Debug, Serialize)]
+pub(super) struct Report<'a> {
+    /// Version.
+    kiln: &'static str,
+    /// As it was named.
+    model: &'a str,
+    /// As `--backend` has it.
+    backend: &'a str,
+    /// As `kiln backends` lists it.
+    device: &'a str,
+    dtype: &'static str,
+    prompt: &'a str,
+    negative_prompt: Option<&'a str>,
+    true_cfg_scale: f64,
+    /// Whether each step ran the transformer on the negative prompt too.
+    guidance: bool,
+    num_inference_steps: usize,
+    rng: &'static str,
+    images: Vec<Image>,
+    dump: Option<&'a Path>,
+    seconds: Seconds,
+}
+
+/// One file.
+#[derive(Debug, Serialize)]
+pub(super) struct Image {
+    path: PathBuf,
+    format: &'static str,
+    /// Of the file.
+    bytes: usize,
+    /// In pixels, as the image has it.
+    width: usize,
+    /// In pixels, as the image has it.
+    height: usize,
+    seed: u64,
+    /// Place among the images of the seed, from 0.
+    index: usize,
+}
+
+/// Wall-clock time of each stage.
+#[derive(Debug, Clone, Copy, Serialize)]
+pub(super) struct Seconds {
+    /// Reading the weights.
+    load: f64,
+    /// Prompts, noise and schedule.
+    encode: f64,
+    /// All steps.
+    denoise: f64,
+    /// From latents to pixels.
+    decode: f64,
+    /// Image files, and the dump.
+    write: f64,
+    /// All of the above, and what lies between.
+    total: f64,
+}
+
+impl<'a> Report<'a> {
+    pub(super) fn new(
+        model: &'a str,
+        info: &'a ModelInfo,
+        request: &'a GenerationRequest,
+        images: Vec<Image>,
+        dump: Option<&'a Path>,
+        seconds: Seconds,
+    ) -> Self {
+        let backend = info
+            .device
+            .split_once(':')
+            .map_or(info.device.as_str(), |(backend, _)| backend);
+        Self {
+            kiln: env!("CARGO_PKG_VERSION"),
+            model,
+            backend,
+            device: &info.device,
+            dtype: info.dtype,
+            prompt: &request.prompt,
+            negative_prompt: request.negative_prompt.as_deref(),
+            true_cfg_scale: request.true_cfg_scale,
+            guidance: request.uses_cfg(),
+            num_inference_steps: request.num_inference_steps,
+            rng: match request.noise_generator {
+                NoiseGenerator::Cpu => "cpu",
+                NoiseGenerator::Cuda => "cuda",
+            },
+            images,
+            dump,
+            seconds,
+        }
+    }
+}
+
+impl Image {
+    pub(super) fn new(
+        path: &Path,
+        format: ImageFormat,
+        bytes: usize,
+        image: &RgbImage,
+        seed: u64,
+        index: usize,
+    ) -> Self {
+        Self {
+            path: path.to_owned(),
+            format: format.name(),
+            bytes,
+            width: image.width,
+            height: image.height,
+            seed,
+            index,
+        }
+    }
+}
+
+impl Seconds {
+    pub(super) fn new(load: Duration, timings: &Timings, write: Duration, total: Duration) -> Self {
+        Self {
+            load: load.as_secs_f64(),
+            encode: timings.encode.as_secs_f64(),
+            denoise: timings.denoise.as_secs_f64(),
+            decode: timings.decode.as_secs_f64(),
+            write: write.as_secs_f64(),
+            total: total.as_secs_f64(),
+        }
+    }
+}

@@ -1,0 +1,78 @@
+//! Manual pages, made from the help texts.
+
+use std::fs;
+use std::io::{self, Write};
+use std::path::Path;
+
+use clap::{Command, CommandFactory};
+use clap_mangen::Man;
+use clap_mangen::roff::{Roff, roman};
+
+use super::args::{Args, ManArgs};
+use super::error::CliError;
+
+/// `kiln man`.
+pub(super) fn run(args: &ManArgs) -> Result<(), CliError> {
+    let mut program = Args::command().disable_help_subcommand(true);
+    // Gives the commands their full names.
+    program.build();
+    let pages = program.get_subcommands().chain([&program]);
+    if let Some(folder) = &args.output_dir {
+        return pages
+            .into_iter()
+            .try_for_each(|command| write_page(command, folder));
+    }
+    let command = match &args.command {
+        None => &program,
+        Some(name) => program
+            .find_subcommand(name)
+            .ok_or_else(|| CliError::NoSuchPage {
+                name: name.clone(),
+                commands: program
+                    .get_subcommands()
+                    .map(|it| it.get_name().to_owned())
+                    .collect(),
+            })?,
+    };
+    let page = page(command).map_err(CliError::Stdout)?;
+    io::stdout()
+        .lock()
+        .write_all(&page)
+        .map_err(CliError::Stdout)
+}
+
+fn write_page(command: &Command, folder: &Path) -> Result<(), CliError> {
+    let path = folder.join(Man::new(command.clone()).get_filename());
+    page(command)
+        .and_then(|page| fs::write(&path, page))
+        .map_err(|source| CliError::Write { path, source })
+}
+
+/// As [`Man::render`] has it, but with a head that has no date, and the examples as they are typed.
+fn page(command: &Command) -> io::Result<Vec<u8>> {
+    let man = Man::new(command.clone());
+    let name = command.get_display_name().unwrap_or("kiln").to_uppercase();
+    let version = env!("CARGO_PKG_VERSION");
+    let mut page = format!(".TH {name} 1 \"\" \"kiln {version}\" \"User Commands\"\n").into_bytes();
+    man.render_name_section(&mut page)?;
+    man.render_synopsis_section(&mut page)?;
+    man.render_description_section(&mut page)?;
+    man.render_options_section(&mut page)?;
+    if command.has_subcommands() {
+        man.render_subcommands_section(&mut page)?;
+    }
+    if let Some(examples) = command.get_after_help() {
+        let mut roff = Roff::new();
+        roff.control("SH", ["EXAMPLES"]).control("nf", []);
+        for line in examples
+            .to_string()
+            .lines()
+            .filter(|line| *line != "Examples:")
+        {
+            roff.text([roman(line)]);
+        }
+        roff.control("fi", []);
+        roff.to_writer(&mut page)?;
+    }
+    Ok(page)
+}

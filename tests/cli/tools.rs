@@ -1,0 +1,157 @@
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::TcpListener;
+use std::process::Command;
+use std::thread;
+
+use super::{failure, kiln, stderr};
+
+const COMMANDS: [&str; 8] = [
+    "generate",
+    "serve",
+    "backends",
+    "compare",
+    "bench",
+    "health",
+    "completions",
+    "man",
+];
+
+fn stdout(args: &[&str]) -> String {
+    let folder = tempfile::tempdir().unwrap();
+    let output = kiln(folder.path(), args);
+    assert!(output.status.success(), "{args:?}: {}", stderr(&output));
+    String::from_utf8(output.stdout).unwrap()
+}
+
+#[test]
+fn bash_completes_commands_options_and_values() {
+    let script = stdout(&["completions", "bash"]);
+    // As readline calls it: program, word, word before it.
+    let complete = |words: &[&str]| {
+        let call = r#"
+            eval "$1"; shift
+            [[ "$(complete -p kiln)" =~ -F\ ([^ ]+) ]]
+            COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); COMP_LINE="$*"; COMP_POINT=${#COMP_LINE}
+            "${BASH_REMATCH[1]}" kiln "${COMP_WORDS[COMP_CWORD]}" "${COMP_WORDS[COMP_CWORD - 1]}"
+            printf '%s\n' "${COMPREPLY[@]}""#;
+        let output = Command::new("bash")
+            .args(["--norc", "-c", call, "bash", &script])
+            .args(words)
+            .output()
+            .unwrap();
+        let text = String::from_utf8(output.stdout).unwrap();
+        text.lines().map(str::to_owned).collect::<Vec<_>>()
+    };
+    assert_eq!(complete(&["kiln", "gen"]), ["generate"]);
+    let all = complete(&["kiln", ""]);
+    assert!(
+        COMMANDS.iter().all(|name| all.iter().any(|it| it == name)),
+        "{all:?}"
+    );
+    let options = complete(&["kiln", "generate", "--neg"]);
+    assert_eq!(options, ["--negative-prompt"]);
+    let values = complete(&["kiln", "serve", "--backend", ""]);
+    assert_eq!(values, ["flex", "ndarray", "wgpu", "cuda", "auto"]);
+}
+
+#[test]
+fn there_are_completions_for_five_shells() {
+    for (shell, expected) in [
+        ("bash", "complete -F _kiln"),
+        ("zsh", "#compdef kiln"),
+        ("fish", "complete -c kiln"),
+        ("powershell", "Register-ArgumentCompleter"),
+        ("elvish", "edit:completion:arg-completer[kiln]"),
+    ] {
+        assert!(
+            stdout(&["completions", shell]).contains(expected),
+            "{shell}"
+        );
+    }
+    assert_eq!(failure(&["completions", "csh"]).0, 2);
+}
+
+#[test]
+fn there_is_a_manual_page_of_every_command() {
+    let folder = tempfile::tempdir().unwrap();
+    let output = kiln(folder.path(), &["man", "--output-dir", "."]);
+    assert!(output.status.success(), "{}", stderr(&output));
+    let read = |name: &str| std::fs::read_to_string(folder.path().join(name)).unwrap();
+    let program = read("kiln.1");
+    assert_eq!(stdout(&["man"]), program);
+    for command in COMMANDS {
+        let page = read(&format!("kiln-{command}.1"));
+        assert_eq!(stdout(&["man", command]), page);
+        let title = format!(".TH KILN-{} 1 ", command.to_uppercase());
+        assert!(page.starts_with(&title), "{page}");
+        assert!(
+            program.contains(&format!("kiln\\-{command}(1)")),
+            "{command}"
+        );
+    }
+    assert!(read("kiln-generate.1").contains("negative\\-prompt"));
+    let count = std::fs::read_dir(folder.path()).unwrap().count();
+    assert_eq!(count, COMMANDS.len() + 1);
+}
+
+#[test]
+fn a_page_that_is_not_there_is_answered_with_those_that_are() {
+    let (code, line) = failure(&["man", "paint"]);
+    assert_eq!(code, 2);
+    assert!(
+        line.starts_with("there is no manual page of \"paint\"; there are those of generate, ")
+    );
+    let (code, _) = failure(&["man", "--output-dir", "no"]);
+    assert_eq!(code, 1);
+}
+
+/// Asks a server that answers with these bytes, and then hangs up.
+fn health(answer: &'static str) -> (i32, String, String) {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = listener.local_addr().unwrap().port().to_string();
+    let server = thread::spawn(move || {
+        let (mut stream, _) = listener.accept().unwrap();
+        let mut reader = BufReader::new(stream.try_clone().unwrap());
+        let lines = reader.by_ref().lines().map_while(Result::ok);
+        let request: Vec<String> = lines.take_while(|line| !line.is_empty()).collect();
+        stream.write_all(answer.as_bytes()).ok();
+        request
+    });
+    let folder = tempfile::tempdir().unwrap();
+    let output = kiln(folder.path(), &["health", "--port", &port]);
+    let request = server.join().unwrap();
+    assert_eq!(request[0], "GET /health/ready HTTP/1.1");
+    assert!(
+        request.contains(&"Host: 127.0.0.1".to_owned()),
+        "{request:?}"
+    );
+    let stdout = String::from_utf8(output.stdout.clone()).unwrap();
+    (output.status.code().unwrap(), stdout, stderr(&output))
+}
+
+#[test]
+fn health_is_the_server_s() {
+    let (code, stdout, _) = health("HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n");
+    assert_eq!((code, stdout.as_str()), (0, "ready\n"));
+    let (code, stdout, stderr) = health("HTTP/1.1 503 Service Unavailable\r\n\r\n");
+    assert_eq!((code, stdout.as_str()), (1, ""));
+    assert!(stderr.contains("not ready: the answer is \"HTTP/1.1 503 Service Unavailable\""));
+    for nonsense in ["", "200\r\n", "SSH-2.0-OpenSSH_9.2\r\n"] {
+        assert_eq!(health(nonsense).0, 1, "{nonsense:?}");
+    }
+}
+
+#[test]
+fn a_server_that_is_not_there_is_not_healthy() {
+    let taken = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = taken.local_addr().unwrap().port().to_string();
+    // It is connected to, and says nothing.
+    let (code, line) = failure(&["health", "--port", &port, "--timeout", "1"]);
+    assert_eq!(code, 1);
+    assert!(
+        line.starts_with(&format!("127.0.0.1:{port} does not answer: ")),
+        "{line}"
+    );
+    drop(taken);
+    assert_eq!(failure(&["health", "--port", &port]).0, 1);
+}
