@@ -35,6 +35,17 @@ pub const DEMO: &str = "demo";
 /// The published model whose configuration is in the binary.
 pub const QWEN_IMAGE: &str = "Qwen/Qwen-Image";
 
+/// What a model draws and how to word it, where that can be said.
+#[derive(Debug)]
+pub struct PromptGuide {
+    /// What it draws, in a sentence.
+    pub about: &'static str,
+    /// Prompts that it draws well.
+    pub examples: &'static [&'static str],
+    /// All the words that it knows, by what they have in common.
+    pub words: &'static [(&'static str, &'static [&'static str])],
+}
+
 /// An open model.
 #[derive(Debug, Clone)]
 pub struct Checkpoint {
@@ -272,6 +283,11 @@ impl Checkpoint {
 
     pub fn place(&self) -> &Place {
         &self.place
+    }
+
+    /// How to word a prompt, for a model that does not understand all words.
+    pub fn prompt_guide(&self) -> Option<&'static PromptGuide> {
+        matches!(self.place, Place::Demo).then_some(&demo::GUIDE)
     }
 
     /// Loads the tokenizer. Random weights make no use of what a prompt says: where their shape

@@ -11,6 +11,8 @@ mod images;
 mod information;
 /// Health, metrics, deadlines and the end.
 mod operation;
+/// The page at `/`, and the routes that it needs beside the API of `OpenAI`.
+mod page;
 mod painter;
 /// Requests that no one has written.
 mod random_bodies;

@@ -5,8 +5,42 @@ use std::sync::Arc;
 use kiln_models::config::ConfigText;
 use kiln_models::qwen_image::{CheckpointConfigs, CheckpointParts};
 
-use super::CheckpointError;
 use super::weights::Weights;
+use super::{CheckpointError, PromptGuide};
+
+pub(super) static GUIDE: PromptGuide = PromptGuide {
+    about: "One shape on a plain background.",
+    examples: &[
+        "a large red circle on a blue background",
+        "a small yellow square in the top left corner on a purple background",
+        "a big white triangle at the bottom on a green background",
+        "black background with a tiny orange circle on the right",
+    ],
+    words: &[
+        ("Shape", &["circle", "square", "triangle"]),
+        (
+            "Colour",
+            &[
+                "red", "orange", "yellow", "green", "blue", "purple", "white", "black",
+            ],
+        ),
+        ("Size", &["large", "big", "huge", "small", "little", "tiny"]),
+        (
+            "Place",
+            &[
+                "in the center",
+                "at the top",
+                "at the bottom",
+                "on the left",
+                "on the right",
+                "in the top left corner",
+                "in the top right corner",
+                "in the bottom left corner",
+                "in the bottom right corner",
+            ],
+        ),
+    ],
+};
 
 /// Weights are used where they lie if their address allows it. A safetensors header is padded to a
 /// multiple of 8 bytes.

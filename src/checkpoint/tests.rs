@@ -435,3 +435,24 @@ fn the_shape_of_qwen_image_is_in_the_binary() {
         "random weights in the shape of Qwen/Qwen-Image"
     );
 }
+
+#[test]
+fn the_demo_model_knows_each_word_of_its_guide() {
+    let demo = Checkpoint::demo().unwrap();
+    let tokenizer = demo.tokenizer().unwrap();
+    let guide = demo.prompt_guide().unwrap();
+    let words = guide.words.iter().flat_map(|(_, words)| *words);
+    for text in guide.examples.iter().chain(words) {
+        // Some words are one token only with the space before them.
+        let text = format!("a {text}");
+        let ids = tokenizer.encode_prompt(&text).unwrap();
+        let words = text.split(' ').count();
+        assert_eq!(tokenizer.prompt_tokens(&ids), words, "{text}");
+    }
+    assert!(
+        Checkpoint::dummy(Shape::Demo)
+            .unwrap()
+            .prompt_guide()
+            .is_none()
+    );
+}

@@ -5,7 +5,7 @@ use kiln_models::operations::Operations;
 use kiln_models::painter::{ImageSizes, Job, Painter};
 
 use crate::backend::{self, LoadSettings};
-use crate::checkpoint::{Checkpoint, DEMO, QWEN_IMAGE, Shape};
+use crate::checkpoint::{Checkpoint, DEMO, PromptGuide, QWEN_IMAGE, Shape};
 use crate::hub::{self, HubSettings};
 use crate::tokenizer::PromptTokenizer;
 
@@ -48,6 +48,11 @@ impl Model {
     /// The sizes it draws.
     pub(super) fn image_sizes(&self) -> Result<ImageSizes, CliError> {
         Ok(backend::image_sizes(&self.checkpoint)?)
+    }
+
+    /// How to word a prompt for it.
+    pub(super) fn prompt_guide(&self) -> Option<&'static PromptGuide> {
+        self.checkpoint.prompt_guide()
     }
 
     /// How messages name it.

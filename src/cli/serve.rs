@@ -22,7 +22,7 @@ pub(super) fn run(args: &ServeArgs) -> Result<(), CliError> {
         });
     }
     let loading = args.loading.settings(args.backend.choice()?)?;
-    let settings = args.settings()?;
+    let mut settings = args.settings()?;
     // Before the model is loaded: a port that is taken should not cost minutes. Clients that
     // connect meanwhile wait.
     let listener = listen(args)?;
@@ -33,6 +33,7 @@ pub(super) fn run(args: &ServeArgs) -> Result<(), CliError> {
         let tokens = model.tokenizer.encode_prompt(prompt);
         tokens.map_err(CliError::DefaultNegativePrompt)?;
     }
+    settings.prompt_guide = model.prompt_guide();
     let painter = model.painter(&loading)?;
     let noise = args.noise.generator();
     let sizes = painter.info().sizes;

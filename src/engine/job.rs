@@ -115,6 +115,20 @@ pub enum SubmitError {
     Stopped,
 }
 
+/// What would become of a job that came now.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Forecast {
+    /// Whether it would be taken: there is room, and the engine is not about to stop.
+    pub is_accepted: bool,
+    /// As in [`Event::Queued`].
+    pub position: usize,
+    /// As in [`Event::Queued`].
+    pub estimated_wait: Option<Duration>,
+    /// How long the device will probably work on it, without previews; `None` before a job has
+    /// been painted from its beginning to its end.
+    pub estimated_work: Option<Duration>,
+}
+
 /// Whether the engine does what it is for.
 #[derive(Debug, Clone)]
 pub enum State {

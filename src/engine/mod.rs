@@ -21,7 +21,7 @@ use kiln_models::painter::{Job, JobId, ModelInfo, Painter};
 use tokio::sync::mpsc::UnboundedReceiver;
 
 pub use self::job::{
-    Event, Finished, JobError, StartError, State, SubmitError, SubmitOptions, Timings,
+    Event, Finished, Forecast, JobError, StartError, State, SubmitError, SubmitOptions, Timings,
 };
 pub use self::stats::{BUCKET_BOUNDS, EngineStats, Histogram, Outcomes};
 
@@ -101,6 +101,11 @@ impl Engine {
     /// Accepts a job or refuses it, at once. The handle's first event is [`Event::Queued`].
     pub fn submit(&self, job: Job, options: SubmitOptions) -> Result<JobHandle, SubmitError> {
         self.thread.shared.submit(job, options)
+    }
+
+    /// What would become of a job. Others that come before it is submitted are not foreseen.
+    pub fn forecast(&self, job: &Job) -> Forecast {
+        self.thread.shared.forecast(job)
     }
 
     /// What the engine has done so far, and what it holds now.

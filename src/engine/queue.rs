@@ -11,8 +11,8 @@ use super::entry::Entry;
 use super::policy::{Candidate, expected_order, next_turn};
 use super::work::{Speed, Stage, Work};
 use super::{
-    EngineSettings, EngineStats, Event, Finished, JobError, JobHandle, State, SubmitError,
-    SubmitOptions, Timings,
+    EngineSettings, EngineStats, Event, Finished, Forecast, JobError, JobHandle, State,
+    SubmitError, SubmitOptions, Timings,
 };
 
 /// When to try again before anything has been measured.
@@ -127,6 +127,10 @@ impl Shared {
             events: receiver,
             shared: Arc::clone(self),
         })
+    }
+
+    pub(super) fn forecast(&self, job: &Job) -> Forecast {
+        self.lock().forecast(job)
     }
 
     /// The handle has gone. A job that the painter has is discarded at the thread's next turn.
@@ -307,9 +311,13 @@ impl Queue {
         Ok(id)
     }
 
+    /// The warm-up takes nobody's place.
+    fn unfinished(&self) -> usize {
+        self.entries.iter().filter(|e| !e.is_warm_up).count()
+    }
+
     fn refuse_if_full(&self) -> Result<(), SubmitError> {
-        // The warm-up takes nobody's place.
-        let unfinished = self.entries.iter().filter(|e| !e.is_warm_up).count();
+        let unfinished = self.unfinished();
         if unfinished < self.max_unfinished {
             return Ok(());
         }
@@ -320,6 +328,35 @@ impl Queue {
             waiting: unfinished - 1,
             retry_after: rest.unwrap_or(UNMEASURED_RETRY),
         })
+    }
+
+    fn forecast(&self, job: &Job) -> Forecast {
+        let work = Work::of(job, self.pixels_per_token);
+        let mut candidates = self.candidates();
+        candidates.push(Candidate {
+            size: work.total(),
+            started: false,
+            idle: Duration::ZERO,
+            turn: Duration::ZERO,
+        });
+        let order = expected_order(&candidates, self.max_started);
+        // The job itself is the one that has no entry yet.
+        let before: Vec<&Entry> = order
+            .iter()
+            .map_while(|&index| self.entries.get(index))
+            .collect();
+        let accepts = matches!(self.state(), State::Starting | State::Ready);
+        Forecast {
+            is_accepted: accepts && self.unfinished() < self.max_unfinished,
+            position: before.len(),
+            estimated_wait: before
+                .iter()
+                .map(|entry| entry.expected_rest(&self.speed))
+                .try_fold(Duration::ZERO, |wait, rest| {
+                    Some(wait.saturating_add(rest?))
+                }),
+            estimated_work: self.speed.rest(&work, false, job.num_inference_steps),
+        }
     }
 
     fn push(

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use kiln_models::noise::NoiseGenerator;
-use kiln_models::painter::RgbImage;
+use kiln_models::painter::{Job, RgbImage};
 use serde::Serialize;
 use tokio::task::spawn_blocking;
 use utoipa::ToSchema;
@@ -168,6 +168,40 @@ impl Order {
         previews: Previews,
     ) -> Result<Accepted, ApiError> {
         let received = Instant::now();
+        let (receipt, job) = self.prepare(app, id, model).await?;
+        let steps = receipt.request.num_inference_steps;
+        let options = SubmitOptions {
+            deadline: app
+                .settings
+                .request_timeout
+                .and_then(|timeout| received.checked_add(timeout)),
+            preview_every: previews.interval(steps),
+        };
+        let handle = app.engine.submit(job, options)?;
+        tracing::info!(
+            id = receipt.id,
+            size = receipt.size(),
+            steps,
+            images = receipt.request.num_images,
+            seed = receipt.request.seed,
+            "accepted"
+        );
+        Ok(Accepted {
+            app: Arc::clone(app),
+            receipt,
+            handle,
+            received,
+            previews: 0,
+        })
+    }
+
+    /// Checks the request as [`Order::submit`] does, and no more.
+    pub(super) async fn prepare(
+        self,
+        app: &Arc<App>,
+        id: String,
+        model: Option<&str>,
+    ) -> Result<(Receipt, Job), ApiError> {
         let created = SystemTime::now()
             .duration_since(UNIX_EPOCH)
             .unwrap_or_default()
@@ -198,30 +232,7 @@ impl Order {
             request,
         };
         let job = receipt.request.clone().into_job(tokens, false);
-        let steps = receipt.request.num_inference_steps;
-        let options = SubmitOptions {
-            deadline: app
-                .settings
-                .request_timeout
-                .and_then(|timeout| received.checked_add(timeout)),
-            preview_every: previews.interval(steps),
-        };
-        let handle = app.engine.submit(job, options)?;
-        tracing::info!(
-            id = receipt.id,
-            size = receipt.size(),
-            steps,
-            images = receipt.request.num_images,
-            seed = receipt.request.seed,
-            "accepted"
-        );
-        Ok(Accepted {
-            app,
-            receipt,
-            handle,
-            received,
-            previews: 0,
-        })
+        Ok((receipt, job))
     }
 
     fn check(self, app: &App) -> Result<(GenerationRequest, Encoding), ApiError> {

@@ -44,14 +44,19 @@ pub(super) async fn live(app: State<Arc<App>>) -> Response {
     responses((status = 200, description = "They are."), (status = 503, description = "They are not.")),
 )]
 pub(super) async fn ready(State(app): State<Arc<App>>) -> Response {
-    let (is_ready, name) = match app.engine.state() {
-        EngineState::Ready => (true, "ready"),
-        EngineState::Starting => (false, "starting"),
-        EngineState::Draining => (false, "draining"),
-        EngineState::Stopped => (false, "stopped"),
-        EngineState::Failed(_) => (false, "failed"),
-    };
-    status(is_ready, [name, name])
+    let state = app.engine.state();
+    let name = state_name(&state);
+    status(matches!(state, EngineState::Ready), [name, name])
+}
+
+pub(super) fn state_name(state: &EngineState) -> &'static str {
+    match state {
+        EngineState::Starting => "starting",
+        EngineState::Ready => "ready",
+        EngineState::Draining => "draining",
+        EngineState::Stopped => "stopped",
+        EngineState::Failed(_) => "failed",
+    }
 }
 
 fn status(is_good: bool, [good, bad]: [&str; 2]) -> Response {

@@ -197,13 +197,13 @@ pub(super) async fn generations(
 }
 
 #[derive(Debug)]
-struct Parsed {
+pub(super) struct Parsed {
     fields: ImagesFields,
-    order: Order,
+    pub(super) order: Order,
     previews: Previews,
 }
 
-fn parse(mut object: Map<String, Value>) -> Result<Parsed, InvalidBody> {
+pub(super) fn parse(mut object: Map<String, Value>) -> Result<Parsed, InvalidBody> {
     KEYS.check(&object, "")?;
     let generation: GenerationFields = body::read(body::take(&mut object, &GENERATION_KEYS.known))?;
     let mut fields: ImagesFields = body::read(object)?;

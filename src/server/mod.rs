@@ -4,6 +4,7 @@ mod access;
 mod body;
 mod chat;
 mod error;
+mod estimate;
 mod fields;
 mod generation;
 mod health;
@@ -13,8 +14,10 @@ mod messages;
 mod metrics;
 mod models;
 mod openapi;
+mod page;
 mod sdapi;
 mod signals;
+mod status;
 mod stream;
 
 use std::future::Future;
@@ -34,6 +37,7 @@ use tokio::net::TcpListener;
 use tokio::sync::oneshot;
 use tokio::time::sleep;
 
+use crate::checkpoint::PromptGuide;
 use crate::engine::Engine;
 use crate::request::Limits;
 use crate::tokenizer::PromptTokenizer;
@@ -80,6 +84,8 @@ pub struct Settings {
     pub metadata: bool,
     /// Whether the API of AUTOMATIC1111's web UI is answered, too.
     pub sdapi: bool,
+    /// How to word a prompt, for a model that does not understand all words.
+    pub prompt_guide: Option<&'static PromptGuide>,
 }
 
 impl Settings {
@@ -94,6 +100,7 @@ impl Settings {
             default_negative_prompt: None,
             metadata: true,
             sdapi: false,
+            prompt_guide: None,
         }
     }
 }
@@ -142,6 +149,8 @@ pub fn router(app: App) -> Router {
     let mut router = Router::new()
         .route("/v1/chat/completions", post(chat::chat_completions))
         .route("/v1/images/generations", post(images::generations))
+        .route("/v1/images/estimate", post(estimate::estimate))
+        .route("/v1/status", get(status::status))
         .route("/v1/models", get(models::list))
         .route("/v1/models/{*name}", get(models::retrieve))
         .route("/version", get(models::version))
@@ -151,6 +160,7 @@ pub fn router(app: App) -> Router {
         .route("/metrics", get(metrics::metrics))
         .route("/openapi.json", get(document))
         .route("/docs", get(async move || (docs, openapi::DOCS_PAGE)))
+        .merge(page::routes())
         .merge(if sdapi {
             sdapi::routes()
         } else {

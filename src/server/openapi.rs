@@ -8,7 +8,7 @@ use utoipa::{Number, OpenApi};
 
 use crate::request::Limits;
 
-use super::{chat, health, images, metrics, models, sdapi};
+use super::{chat, estimate, health, images, metrics, models, sdapi, status};
 
 /// The page shows the document beside it, and takes nothing from elsewhere.
 pub(super) const DOCS_PAGE: &str = include_str!("docs.html");
@@ -23,6 +23,8 @@ pub(super) const DOCS_PAGE: &str = include_str!("docs.html");
     paths(
         chat::chat_completions,
         images::generations,
+        estimate::estimate,
+        status::status,
         models::list,
         models::retrieve,
         models::version,

@@ -49,7 +49,7 @@ fn with_keys_the_api_needs_one_of_them() {
 #[test]
 fn what_is_no_secret_needs_no_key() {
     let server = with_keys();
-    for path in ["/health", "/version", "/openapi.json", "/docs"] {
+    for path in ["/health", "/version", "/openapi.json", "/docs", "/"] {
         assert_eq!(get(server.address, path).status, 200, "{path}");
     }
 }

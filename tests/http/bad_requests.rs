@@ -406,7 +406,9 @@ fn bodies_that_are_not_a_json_object() {
 fn routes_and_methods_that_do_not_exist() {
     let server = TestServer::start(Pace::Fast, 4);
     for path in [
-        "/",
+        "/page",
+        "/page/",
+        "/index.html",
         "/v1",
         "/v1/chat/completions/",
         "/v1/chat/completion",

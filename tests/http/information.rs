@@ -59,9 +59,11 @@ fn the_document_has_every_route_and_the_servers_limits() {
         "/health/ready",
         "/metrics",
         "/v1/chat/completions",
+        "/v1/images/estimate",
         "/v1/images/generations",
         "/v1/models",
         "/v1/models/{name}",
+        "/v1/status",
         "/version",
     ];
     assert_eq!(paths, expected);

@@ -60,6 +60,42 @@ fn the_estimated_wait_is_the_wait() {
 }
 
 #[test]
+fn a_forecast_is_what_the_job_hears_and_takes() {
+    let bench = measured(4);
+    let _others = [1, 2].map(|seed| bench.submit(job(seed, 16, 30)));
+    // A small job goes first, one of the same size last.
+    for (steps, position) in [(10, 0), (30, 2)] {
+        let asked = job(3, 16, steps);
+        let forecast = bench.shared.forecast(&asked);
+        let mut handle = bench.submit(asked.clone());
+        let heard = [(forecast.position, forecast.estimated_wait)];
+        assert_eq!(queued(&mut handle), heard);
+        assert_eq!(forecast.position, position);
+        assert!(forecast.is_accepted);
+        assert_close(forecast.estimated_work.unwrap(), whole_cost(&asked));
+    }
+}
+
+#[test]
+fn a_forecast_says_that_a_job_would_be_refused() {
+    let bench = Bench::new(settings(1, 8));
+    let asked = job(3, 8, 10);
+    let _others = [1, 2].map(|seed| bench.submit(job(seed, 8, 10)));
+    let forecast = bench.shared.forecast(&asked);
+    assert!(!forecast.is_accepted);
+    assert_eq!(forecast.position, 2);
+    assert_eq!(
+        (forecast.estimated_wait, forecast.estimated_work),
+        (None, None)
+    );
+
+    let bench = Bench::new(settings(1, 8));
+    assert!(bench.shared.forecast(&asked).is_accepted);
+    bench.shared.drain(ms(10));
+    assert!(!bench.shared.forecast(&asked).is_accepted);
+}
+
+#[test]
 fn there_is_no_estimate_before_a_measurement() {
     let bench = Bench::new(settings(1, 8));
     let mut first = bench.submit(job(1, 8, 10));

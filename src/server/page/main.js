@@ -1,0 +1,266 @@
+// Joins the form, the stage, the history and the server.
+
+import { ConnectionError, get, key, post } from './api.js';
+import { draw } from './drawing.js';
+import { showGuide } from './guide.js';
+import { History } from './history.js';
+import { Settings } from './settings.js';
+import { Stage } from './stage.js';
+import { Store } from './store.js';
+import { about, count } from './wording.js';
+
+const POLL = 4000;
+const SETTLE = 250;
+
+const byId = (id) => document.getElementById(id);
+
+const settings = new Settings();
+const stage = new Stage();
+const history = new History();
+const store = new Store();
+
+let status = null;
+/** What ends the drawing that is under way. */
+let drawing = null;
+let chosen = null;
+let timer = null;
+
+const STATES = {
+  starting: 'is starting',
+  ready: 'is ready',
+  draining: 'is about to end',
+  stopped: 'has stopped',
+  failed: 'has failed',
+};
+
+/** Learns what the server is, and then how long a picture would take; again and again. */
+async function poll() {
+  clearTimeout(timer);
+  try {
+    if (!document.hidden && !drawing) {
+      showStatus(await get('v1/status'));
+      await foresee();
+    }
+  } catch (error) {
+    showTrouble(error);
+  }
+  clearTimeout(timer);
+  timer = setTimeout(poll, POLL);
+}
+
+function showStatus(now) {
+  const isNew = !status || status.model !== now.model || status.version !== now.version;
+  status = now;
+  byId('server').dataset.state = now.state;
+  byId('model').textContent = now.model;
+  byId('state').textContent = STATES[now.state] ?? now.state;
+  byId('about-server').textContent = `kiln ${now.version}, ${now.device}, ${now.dtype}`;
+  byId('key-card').hidden = true;
+  byId('forget-key').hidden = !key.get();
+  settings.offer(now);
+  if (isNew) {
+    showGuide(now.prompt_guide, {
+      onexample: (text) => {
+        settings.write(text);
+        stage.say(`The prompt is: ${text}.`);
+      },
+      onword: (word) => {
+        settings.insert(word);
+        stage.say(`${word} put into the prompt.`);
+      },
+    });
+  }
+}
+
+function showTrouble(error) {
+  byId('forecast').textContent = '';
+  if (error.status === 401) {
+    askForKey(error);
+    return;
+  }
+  byId('server').dataset.state = 'gone';
+  byId('state').textContent = error instanceof ConnectionError ? 'does not answer' : 'has a problem';
+  byId('forecast').textContent = error.message;
+}
+
+function askForKey(error) {
+  byId('server').dataset.state = 'unknown';
+  byId('state').textContent = 'needs a key';
+  byId('key-card').hidden = false;
+  byId('forget-key').hidden = true;
+  if (key.get()) {
+    key.forget();
+    byId('key').setAttribute('aria-invalid', 'true');
+    byId('key-error').textContent = `That key was refused: ${error.message}.`;
+  }
+}
+
+/** How long it would take to draw what is in the form. The prompt stays here until it is to be drawn. */
+async function foresee() {
+  const place = byId('forecast');
+  if (!settings.looksRight()) {
+    place.textContent = '';
+    return;
+  }
+  const request = { ...settings.request(), prompt: '', seed: undefined };
+  const response = await post('v1/images/estimate', JSON.stringify(request));
+  place.textContent = forecast(await response.json());
+}
+
+function forecast({ accepted, position, estimated_wait: wait, estimated_time: time }) {
+  if (!accepted && status.state === 'ready') return 'The queue is full. Draw waits for a place.';
+  const takes = time === null ? '' : `takes ${about(time)}`;
+  if (position === 0) return time === null ? 'Starts at once.' : `Starts at once, ${takes}.`;
+  const before = `${count(position, 'picture comes', 'pictures come')} before yours`;
+  const starts = wait === null ? '' : `; it starts in ${about(wait)}`;
+  return `${before}${starts}${takes && ` and ${takes}`}.`;
+}
+
+async function start() {
+  if (drawing) return;
+  settings.clearErrors();
+  const mistake = settings.mistake();
+  if (mistake) {
+    settings.showError(mistake.name, mistake.message);
+    return;
+  }
+  drawing = new AbortController();
+  const asked = settings.values();
+  const button = byId('draw');
+  button.setAttribute('aria-disabled', 'true');
+  button.textContent = 'Drawing';
+  byId('forecast').textContent = '';
+  stage.begin(asked);
+  try {
+    const tell = (update) => stage.tell(update);
+    await keep(asked, await draw(settings.request(), drawing.signal, tell));
+  } catch (error) {
+    showFailure(error, asked);
+  }
+  // Nobody is left on a button that has gone.
+  const active = document.activeElement;
+  if (active === document.body || active.closest('[hidden]')) button.focus({ preventScroll: true });
+  drawing = null;
+  button.removeAttribute('aria-disabled');
+  button.textContent = 'Draw';
+  poll();
+}
+
+async function keep(asked, { files, facts }) {
+  const [width, height] = facts.size.split('x').map(Number);
+  const used = {
+    ...asked,
+    width,
+    height,
+    steps: facts.num_inference_steps,
+    scale: asked.scale ?? status.defaults.true_cfg_scale,
+    images: files.length,
+    // Numbers this large are not exact here; the person's own is.
+    seed: asked.seed || String(facts.seed),
+  };
+  const seconds = Object.values(facts.timings).reduce((sum, time) => sum + time, 0);
+  const pictures = files.map((file, index) => ({
+    settings: used,
+    file,
+    index,
+    images: files.length,
+    model: facts.model,
+    seconds,
+    created: Date.now(),
+  }));
+  const [first] = await store.add(pictures);
+  choose(first);
+  stage.say(`${count(files.length, 'picture is', 'pictures are')} drawn.`);
+}
+
+function showFailure(error, asked) {
+  if (drawing.signal.aborted) {
+    stage.say('Cancelled.');
+    if (chosen) choose(chosen);
+    else stage.showEmpty(asked);
+    return;
+  }
+  const name = settings.blamed(error.param);
+  const title = error.status ? 'The server refused this:' : '';
+  const text = `${error.message[0]?.toUpperCase() ?? ''}${error.message.slice(1)}`;
+  stage.showError({ title: error.status < 500 ? title : '', text, canRetry: !name && error.status !== 401 });
+  if (name) settings.showError(name, error.message);
+  if (error.status === 401) {
+    askForKey(error);
+    byId('key').focus();
+  }
+  if (!(error.status || error instanceof ConnectionError)) console.error(error);
+}
+
+function choose(picture) {
+  chosen = picture;
+  if (picture) stage.showPicture(picture);
+  else stage.showEmpty(settings.values());
+  history.show(store.pictures, chosen);
+}
+
+byId('form').addEventListener('submit', (event) => {
+  event.preventDefault();
+  start();
+});
+byId('prompt').addEventListener('keydown', (event) => {
+  if (event.key !== 'Enter' || event.shiftKey || event.isComposing) return;
+  event.preventDefault();
+  start();
+});
+byId('again').addEventListener('click', start);
+byId('cancel').addEventListener('click', () => drawing?.abort());
+
+settings.onchange = () => {
+  if (byId('stage').dataset.state === 'empty') stage.showEmpty(settings.values());
+  clearTimeout(timer);
+  timer = setTimeout(poll, SETTLE);
+};
+history.onchoose = (picture) => {
+  if (!drawing) choose(picture);
+};
+byId('reuse').addEventListener('click', () => {
+  settings.restore(chosen.settings);
+  byId('draw').focus();
+  stage.say('The settings of this picture are in the form.');
+});
+byId('remove').addEventListener('click', async () => {
+  const index = store.pictures.indexOf(chosen);
+  await store.remove([chosen]);
+  choose(store.pictures[Math.min(index, store.pictures.length - 1)] ?? null);
+  byId('stage').focus({ preventScroll: true });
+  stage.say('Removed.');
+});
+byId('clear').addEventListener('click', async () => {
+  if (drawing || !confirm('Remove all pictures of this session?')) return;
+  await store.remove(store.pictures);
+  choose(null);
+  byId('stage').focus({ preventScroll: true });
+});
+
+const useKey = () => {
+  const value = byId('key').value.trim();
+  if (!value) return;
+  key.set(value);
+  byId('key').value = '';
+  byId('key').removeAttribute('aria-invalid');
+  byId('key-error').textContent = '';
+  poll();
+};
+byId('use-key').addEventListener('click', useKey);
+byId('key').addEventListener('keydown', (event) => {
+  if (event.key !== 'Enter') return;
+  event.preventDefault();
+  useKey();
+});
+byId('forget-key').addEventListener('click', () => {
+  key.forget();
+  location.reload();
+});
+document.addEventListener('visibilitychange', () => {
+  if (!document.hidden) poll();
+});
+
+await store.load();
+choose(store.pictures[0] ?? null);
+poll();

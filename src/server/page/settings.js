@@ -1,0 +1,257 @@
+// The form: what may be asked for comes from the server, what is asked for from the person.
+
+import { size as sizeText, count } from './wording.js';
+
+const RATIOS = [
+  { across: 1, down: 1, name: 'square' },
+  { across: 4, down: 3, name: 'landscape' },
+  { across: 3, down: 4, name: 'portrait' },
+  { across: 16, down: 9, name: 'wide' },
+  { across: 9, down: 16, name: 'tall' },
+];
+
+/** Field of the form for each key that the server can blame. */
+const BLAMED = {
+  messages: 'prompt',
+  size: 'width',
+  width: 'width',
+  height: 'height',
+  num_inference_steps: 'steps',
+  true_cfg_scale: 'scale',
+  n: 'images',
+  seed: 'seed',
+  negative_prompt: 'negative',
+};
+
+const NUMBERS = ['width', 'height', 'steps', 'scale', 'images'];
+
+const byId = (id) => document.getElementById(id);
+
+export class Settings {
+  #form = byId('form');
+  #limits = null;
+  #defaults = null;
+  #sizes = [];
+
+  /** Called when anything but the prompts has been changed. */
+  onchange = () => {};
+
+  constructor() {
+    this.#form.addEventListener('input', ({ target }) => {
+      this.clearError(target.name);
+      if (target.name === 'ratio') this.#choose(target.value);
+      this.#show();
+      if (!['prompt', 'negative'].includes(target.name)) this.onchange();
+    });
+    byId('random-seed').addEventListener('click', () => {
+      this.#field('seed').value = '';
+      this.clearError('seed');
+      this.#show();
+      this.#field('seed').focus();
+    });
+  }
+
+  /** Offers what this server draws. What has been chosen is kept if the same model was there before. */
+  offer({ limits, defaults }) {
+    const isKnown = JSON.stringify([limits, defaults]) === JSON.stringify([this.#limits, this.#defaults]);
+    if (isKnown) return;
+    [this.#limits, this.#defaults] = [limits, defaults];
+    this.#sizes = RATIOS.map((ratio) => ({ ...ratio, ...sizeOf(ratio, limits, defaults) }));
+    byId('tiles').replaceChildren(...this.#sizes.map(tile), tile(null));
+    for (const name of ['width', 'height']) {
+      Object.assign(this.#field(name), {
+        min: limits.side_multiple,
+        max: limits.max_side,
+        step: limits.side_multiple,
+      });
+    }
+    byId('sides-hint').textContent =
+      `${limits.side_multiple} to ${limits.max_side}, in steps of ${limits.side_multiple}`;
+    this.#field('steps').max = limits.max_steps;
+    this.#field('images').max = limits.max_num_images;
+    this.#field('negative').placeholder = (defaults.negative_prompt ?? '').trim();
+    this.restore({
+      prompt: this.#field('prompt').value,
+      negative: '',
+      width: defaults.width,
+      height: defaults.height,
+      steps: defaults.num_inference_steps,
+      scale: defaults.true_cfg_scale,
+      images: 1,
+      seed: '',
+    });
+  }
+
+  restore(values) {
+    for (const [name, value] of Object.entries(values)) {
+      this.#field(name).value = value;
+      this.clearError(name);
+    }
+    const known = this.#sizes.findIndex(({ width, height }) => width === values.width && height === values.height);
+    this.#choose(known < 0 ? 'other' : String(known));
+    this.#show();
+    this.onchange();
+  }
+
+  /** What is in the form, as [`Settings.restore`] takes it. */
+  values() {
+    const text = (name) => this.#field(name).value;
+    const numbers = NUMBERS.map((name) => [name, text(name) === '' ? undefined : Number(text(name))]);
+    return {
+      prompt: text('prompt'),
+      negative: text('negative'),
+      seed: text('seed').trim(),
+      ...Object.fromEntries(numbers),
+    };
+  }
+
+  /** A request for the server, which judges it. */
+  request() {
+    const { prompt, negative, seed, width, height, steps, scale, images } = this.values();
+    const request = {
+      prompt,
+      seed,
+      width,
+      height,
+      num_inference_steps: steps,
+      true_cfg_scale: scale,
+      n: images,
+    };
+    // Guidance needs something to steer away from, be it nothing.
+    const usual = scale > 1 && this.#defaults?.negative_prompt == null ? ' ' : undefined;
+    return { ...request, negative_prompt: negative === '' ? usual : negative };
+  }
+
+  /** Whether the server will probably take the numbers. */
+  looksRight() {
+    const { width, height, images } = this.values();
+    const isWithin = NUMBERS.every((name) => {
+      const { valid, stepMismatch, badInput, rangeOverflow, rangeUnderflow } = this.#field(name).validity;
+      return valid || (stepMismatch && !badInput && !rangeOverflow && !rangeUnderflow);
+    });
+    return isWithin && width * height * images <= this.#limits?.max_image_pixels;
+  }
+
+  /** What no server need be asked: the name of a field, and what is wrong with it. */
+  mistake() {
+    if (this.#field('prompt').value.trim() === '') {
+      const instead = byId('guide').hidden ? '' : ', or choose an example';
+      return { name: 'prompt', message: `Say what to draw${instead}.` };
+    }
+    const name = NUMBERS.find((number) => this.#field(number).validity.badInput);
+    return name && { name, message: 'This is not a number.' };
+  }
+
+  /** The field for a key that the server blames. */
+  blamed(param) {
+    return BLAMED[String(param).split('.')[0]];
+  }
+
+  showError(name, message) {
+    const field = this.#field(name);
+    field.setAttribute('aria-invalid', 'true');
+    errorOf(name).textContent = message;
+    if (['width', 'height'].includes(name)) this.#choose('other');
+    for (let parent = field.parentElement; parent; parent = parent.parentElement) {
+      if (parent.localName === 'details') parent.open = true;
+    }
+    field.focus();
+  }
+
+  clearError(name) {
+    const field = this.#form.elements.namedItem(name);
+    if (!field?.id) return;
+    field.removeAttribute('aria-invalid');
+    const error = errorOf(name);
+    if (error) error.textContent = '';
+  }
+
+  clearErrors() {
+    [...NUMBERS, 'prompt', 'negative', 'seed'].forEach((name) => this.clearError(name));
+  }
+
+  /** Puts text where the cursor is in the prompt. */
+  insert(text) {
+    const prompt = this.#field('prompt');
+    const before = prompt.value.slice(0, prompt.selectionStart).trimEnd();
+    const after = prompt.value.slice(prompt.selectionEnd).trimStart();
+    const start = before ? `${before} ${text}` : text;
+    this.write(after ? `${start} ${after}` : `${start} `);
+    const end = start.length + 1;
+    prompt.setSelectionRange(end, end);
+  }
+
+  /** Replaces the prompt. */
+  write(text) {
+    this.#field('prompt').value = text;
+    this.clearError('prompt');
+  }
+
+  #field(name) {
+    return byId(name);
+  }
+
+  /** A ratio by its index, or `other` for the sides as they are written. */
+  #choose(value) {
+    const size = this.#sizes[value];
+    if (size) {
+      this.#field('width').value = size.width;
+      this.#field('height').value = size.height;
+      this.clearError('width');
+    }
+    for (const radio of this.#form.querySelectorAll('[name=ratio]')) radio.checked = radio.value === value;
+    byId('sides').hidden = value !== 'other';
+  }
+
+  /** What is chosen, where it can be seen without opening anything. */
+  #show() {
+    const values = this.values();
+    byId('size-text').textContent = sizeText({ width: values.width ?? '?', height: values.height ?? '?' });
+    const parts = [
+      values.images > 1 && count(values.images, 'picture', 'pictures'),
+      values.steps && count(values.steps, 'step', 'steps'),
+      values.scale > 1 ? `guidance ${values.scale}` : 'no guidance',
+      values.seed && `seed ${values.seed}`,
+    ];
+    byId('more-text').textContent = parts.filter(Boolean).join(', ');
+  }
+}
+
+function errorOf(name) {
+  return byId(`${['width', 'height'].includes(name) ? 'size' : name}-error`);
+}
+
+/** About as many pixels as the model draws by itself, in another shape. */
+function sizeOf({ across, down }, { side_multiple: multiple, max_side: max }, defaults) {
+  const area = defaults.width * defaults.height;
+  const side = (a, b) => {
+    const exact = Math.sqrt((area * a) / b);
+    return Math.min(Math.max(Math.round(exact / multiple), 1) * multiple, max);
+  };
+  return { width: side(across, down), height: side(down, across) };
+}
+
+/** A radio button that shows its shape; the last one has none. */
+function tile(ratio, index) {
+  const label = document.createElement('label');
+  const radio = document.createElement('input');
+  const shape = document.createElement('span');
+  const name = document.createElement('span');
+  Object.assign(radio, { type: 'radio', name: 'ratio', value: ratio ? String(index) : 'other' });
+  shape.className = 'shape';
+  if (ratio) {
+    const scale = 22 / Math.max(ratio.across, ratio.down);
+    shape.style.width = `${ratio.across * scale}px`;
+    shape.style.height = `${ratio.down * scale}px`;
+  } else {
+    shape.classList.add('open');
+  }
+  name.textContent = ratio ? `${ratio.across}:${ratio.down}` : 'Other';
+  if (ratio) {
+    radio.setAttribute('aria-label', `${name.textContent}, ${ratio.name}, ${sizeText(ratio)}`);
+    label.title = sizeText(ratio);
+  }
+  label.append(radio, shape, name);
+  label.className = 'tile';
+  return label;
+}

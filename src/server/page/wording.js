@@ -1,0 +1,25 @@
+// How numbers are said.
+
+export function count(number, one, many) {
+  return `${number} ${number === 1 ? one : many}`;
+}
+
+/** Seconds that were estimated. */
+export function about(seconds) {
+  return seconds < 1 ? 'less than a second' : `about ${duration(seconds)}`;
+}
+
+function duration(seconds) {
+  if (seconds < 90) return `${Math.round(seconds)} s`;
+  if (seconds < 90 * 60) return `${Math.round(seconds / 60)} min`;
+  return `${Math.round(seconds / 3600)} h`;
+}
+
+/** Seconds as they were measured. */
+export function measured(seconds) {
+  return seconds < 90 ? `${seconds.toFixed(seconds < 10 ? 1 : 0)} s` : duration(seconds);
+}
+
+export function size({ width, height }) {
+  return `${width} × ${height}`;
+}

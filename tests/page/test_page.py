@@ -1,0 +1,602 @@
+"""The page of a running `kiln serve` with the demo model, used by headless Chromium.
+
+Usage: python test_page.py path/to/kiln [name of a test ...]
+
+CHROMIUM names the browser if it is not /usr/bin/chromium. With KILN_SCREENSHOTS=FOLDER, pictures of the
+page for the README are made there instead.
+"""
+
+import contextlib
+import json
+import os
+import pathlib
+import re
+import struct
+import sys
+import time
+import urllib.parse
+
+from axe_playwright_python.sync_playwright import Axe
+from playwright.sync_api import Browser, Page, expect, sync_playwright
+
+from servers import OtherClient, Server
+
+ROOT = pathlib.Path(__file__).parents[2]
+FLAGS = [
+    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+    "--disable-background-networking", "--disable-component-update", "--disable-sync",
+]
+# A picture in a development build may take its time on a busy machine.
+PATIENCE = 30_000
+RED, BLUE, YELLOW, PURPLE = (214, 40, 44), (38, 84, 204), (252, 222, 64), (136, 52, 164)
+A_STEP = re.compile(r"Step \d+ of 1000")
+CIRCLE = "a large red circle on a blue background"
+SQUARE = "a small yellow square in the top left corner on a purple background"
+# Controls that cannot be touched: out of sight, too small, or under something else.
+OUT_OF_REACH = """[...document.querySelectorAll('button, a:not(.skip), input, textarea, summary')]
+    .filter((control) => control.checkVisibility())
+    .filter((control) => {
+        control.scrollIntoView({ block: 'center', behavior: 'instant' });
+        const { left, right, top, bottom } = control.getBoundingClientRect();
+        const there = document.elementFromPoint((left + right) / 2, (top + bottom) / 2);
+        return left < 0 || right > innerWidth || bottom - top < 24 || !(control.contains(there));
+    })
+    .map((control) => control.outerHTML)"""
+SHOWN = [
+    CIRCLE,
+    "black background with a tiny orange circle on the right",
+    SQUARE,
+    "a big white triangle at the bottom on a green background",
+]
+
+expect.set_options(timeout=PATIENCE)
+
+
+@contextlib.contextmanager
+def opened(browser: Browser, server: Server, trouble: tuple[str, ...] = (), **options):
+    """The page in a window of its own. Nothing may be wrong in it but the `trouble` that its
+    console is expected to tell of, and it may ask nobody but the server."""
+    options = {"viewport": {"width": 1280, "height": 800}, **options}
+    context = browser.new_context(**options)
+    context.set_default_timeout(PATIENCE)
+    page = context.new_page()
+    told, hosts = [], set()
+    page.on("console", lambda message: told.append(f"{message.type}: {message.text}"))
+    page.on("pageerror", lambda error: told.append(f"exception: {error}"))
+    page.on("request", lambda request: hosts.add(urllib.parse.urlsplit(request.url)[:2]))
+    page.goto(server.url)
+    yield page
+    unexpected = [line for line in told if not any(text in line for text in trouble)]
+    assert not unexpected, unexpected
+    hosts = {host for host in hosts if host[0] != "blob"}
+    assert hosts == {("http", f"127.0.0.1:{server.port}")}, hosts
+    context.close()
+
+
+def set_numbers(page: Page, **values: object) -> None:
+    """Writes into the fields under "More settings"."""
+    page.locator("#more").evaluate("details => details.open = true")
+    for name, value in values.items():
+        page.fill(f"#{name}", str(value))
+
+
+def draw(page: Page, prompt: str | None = None) -> None:
+    """Presses Draw and waits for the picture."""
+    if prompt is not None:
+        page.fill("#prompt", prompt)
+    page.click("#draw")
+    wait_for_picture(page)
+
+
+def wait_for_picture(page: Page) -> None:
+    """Until a picture that was being drawn is on the stage."""
+    expect(page.locator("#draw")).not_to_have_attribute("aria-disabled", "true")
+    expect(page.locator("#stage")).to_have_attribute("data-state", "done")
+    page.wait_for_function("document.querySelector('#picture').complete")
+
+
+def colour(page: Page, x: float, y: float) -> tuple[int, int, int]:
+    """Of a pixel of the picture on the stage; x and y are from 0 to 1."""
+    return tuple(page.evaluate(
+        """([x, y]) => {
+            const image = document.querySelector('#picture');
+            const canvas = document.createElement('canvas');
+            [canvas.width, canvas.height] = [image.naturalWidth, image.naturalHeight];
+            const context = canvas.getContext('2d');
+            context.drawImage(image, 0, 0);
+            return [...context.getImageData(x * canvas.width, y * canvas.height, 1, 1).data].slice(0, 3);
+        }""",
+        [x, y],
+    ))
+
+
+def assert_colour(page: Page, x: float, y: float, expected: tuple[int, int, int]) -> None:
+    seen = colour(page, x, y)
+    off = max(abs(a - b) for a, b in zip(seen, expected))
+    assert off < 48, f"{seen} at {x}, {y} instead of {expected}"
+
+
+def pictures(page: Page) -> int:
+    return page.locator("#pictures li").count()
+
+
+def assert_fits(page: Page) -> None:
+    """Nothing lies beyond the right edge."""
+    width, room = page.evaluate("[document.documentElement.scrollWidth, innerWidth]")
+    assert width <= room, f"the page is {width} pixels wide, the window {room}"
+
+
+def assert_accessible(page: Page, state: str) -> None:
+    found = Axe().run(page).response["violations"]
+    found = [(v["id"], v["impact"], [node["html"] for node in v["nodes"]]) for v in found]
+    assert not found, f"{state}: {json.dumps(found, indent=1)}"
+
+
+def test_a_picture_is_drawn_and_can_be_downloaded(browser: Browser, server: Server) -> None:
+    with opened(browser, server) as page:
+        expect(page.locator("#server")).to_have_text("demo is ready")
+        expect(page.locator("#forecast")).to_contain_text("Starts at once")
+        page.evaluate(
+            """() => {
+                window.seen = { texts: [], values: [], previews: 0, said: [] };
+                const text = document.querySelector('#progress-text');
+                const bar = document.querySelector('#bar');
+                const image = document.querySelector('#picture');
+                const live = document.querySelector('#live');
+                new MutationObserver(() => {
+                    seen.texts.push(text.textContent);
+                    if (bar.hasAttribute('value')) seen.values.push(bar.value);
+                }).observe(text, { childList: true });
+                image.addEventListener('load', () => {
+                    seen.previews += image.classList.contains('preview') ? 1 : 0;
+                });
+                new MutationObserver(() => seen.said.push(live.textContent)).observe(live, { childList: true });
+            }"""
+        )
+        set_numbers(page, steps=20, seed=42)
+        draw(page, CIRCLE)
+
+        seen = page.evaluate("seen")
+        assert seen["values"] == sorted(seen["values"]) and seen["values"][-1] == 1, seen
+        assert "Step 1 of 20" in seen["texts"], seen
+        assert seen["previews"] >= 1, seen
+        assert seen["said"][0] == "Drawing." and seen["said"][-1] == "1 picture is drawn.", seen
+        assert_colour(page, 0.5, 0.5, RED)
+        for corner in [(0.05, 0.05), (0.95, 0.05), (0.05, 0.95), (0.95, 0.95)]:
+            assert_colour(page, *corner, BLUE)
+        assert page.get_attribute("#picture", "alt") == CIRCLE
+        for fact in ["128 × 128", "20 steps", "guidance 4", "seed 42", "demo"]:
+            expect(page.locator("#facts")).to_contain_text(fact)
+
+        with page.expect_download() as download:
+            page.click("#download")
+        assert download.value.suggested_filename == "a-large-red-circle-on-a-blue-background-42.png"
+        file = pathlib.Path(download.value.path()).read_bytes()
+        assert struct.unpack(">II", file[16:24]) == (128, 128)
+        body = {
+            "prompt": CIRCLE, "num_inference_steps": 20, "seed": 42, "negative_prompt": " ",
+            "response_format": "file",
+        }
+        assert file == server.ask("/v1/images/generations", body)
+
+
+def test_several_pictures_of_another_shape(browser: Browser, server: Server) -> None:
+    with opened(browser, server) as page:
+        page.get_by_role("radio", name="16:9").check()
+        shape = page.text_content("#size-text")
+        set_numbers(page, steps=4, images=3)
+        draw(page, CIRCLE)
+        assert pictures(page) == 3
+        expect(page.locator("#facts")).to_contain_text("1 of 3")
+        expect(page.locator("#facts")).to_contain_text(shape)
+        width, height = (int(side) for side in shape.split(" × "))
+        size = page.evaluate("(({ naturalWidth: w, naturalHeight: h }) => [w, h])(picture)")
+        assert size == [width, height] and abs(width / height - 16 / 9) < 0.2, size
+        first = page.evaluate("picture.src")
+        page.get_by_role("button", name="2 of 3").click()
+        expect(page.locator("#facts")).to_contain_text("2 of 3")
+        assert page.evaluate("picture.src") != first
+        with page.expect_download() as download:
+            page.click("#download")
+        assert download.value.suggested_filename.endswith("-2.png")
+
+
+def test_a_long_drawing_can_be_cancelled(browser: Browser, server: Server) -> None:
+    with opened(browser, server) as page:
+        set_numbers(page, steps=1000)
+        page.fill("#prompt", CIRCLE)
+        page.click("#draw")
+        expect(page.locator("#progress-text")).to_contain_text(A_STEP)
+        assert server.metric("kiln_requests_running") == 1
+        # There is one drawing at a time.
+        page.click("#draw", force=True)
+        page.click("#cancel")
+        server.wait_until("kiln_requests_running", 0)
+        assert server.metric('kiln_requests_total{outcome="cancelled"}') == 1
+        expect(page.locator("#stage")).to_have_attribute("data-state", "empty")
+        expect(page.locator("#draw")).to_be_focused()
+        expect(page.locator("#live")).to_have_text("Cancelled.")
+        set_numbers(page, steps=2)
+        draw(page)
+
+
+def test_the_servers_own_words_for_a_refusal(browser: Browser, server: Server) -> None:
+    with opened(browser, server, trouble=("status of 400",)) as page:
+        page.fill("#prompt", CIRCLE)
+        for name, value, body in [
+            ("width", "1", {"width": 1, "height": 128}),
+            ("height", "100000", {"width": 128, "height": 100000}),
+            ("steps", "0", {"num_inference_steps": 0}),
+            ("images", "99", {"n": 99}),
+            ("scale", "-1", {"true_cfg_scale": -1}),
+            ("seed", "many", {"seed": "many"}),
+            ("seed", "18446744073709551616", {"seed": 18446744073709551616}),
+        ]:
+            if name in ("width", "height"):
+                page.get_by_role("radio", name="Other").check()
+            else:
+                page.locator("#more").evaluate("details => details.open = true")
+            before = page.input_value(f"#{name}")
+            page.fill(f"#{name}", value)
+            page.click("#draw")
+            answer = json.loads(server.ask("/v1/images/generations", {"prompt": CIRCLE, **body}))
+            message = answer["error"]["message"]
+            expect(page.locator("#error-text")).to_have_text(message[0].upper() + message[1:])
+            field = page.locator(f"#{name}")
+            expect(field).to_have_attribute("aria-invalid", "true")
+            expect(field).to_be_focused()
+            described = field.get_attribute("aria-describedby").split()
+            assert any(page.text_content(f"#{id}") == message for id in described), described
+            field.fill(before)
+            expect(field).not_to_have_attribute("aria-invalid", "true")
+        # The largest seed is more than a number in JavaScript holds.
+        set_numbers(page, steps=1, seed=2**64 - 1)
+        draw(page)
+        expect(page.locator("#facts")).to_contain_text("seed 18446744073709551615")
+        page.fill("#prompt", "  ")
+        page.click("#draw")
+        expect(page.locator("#prompt-error")).to_contain_text("Say what to draw")
+        expect(page.locator("#prompt")).to_be_focused()
+
+
+def test_settings_come_back_from_the_history(browser: Browser, server: Server) -> None:
+    with opened(browser, server) as page:
+        page.get_by_role("radio", name="3:4").check()
+        set_numbers(page, steps=12, seed=7, scale=3.5, negative="circle")
+        draw(page, SQUARE)
+        assert_colour(page, 0.27, 0.27, YELLOW)
+        tall = page.text_content("#size-text")
+        page.get_by_role("radio", name="1:1").check()
+        set_numbers(page, steps=3, scale=1, negative="")
+        page.click("#random-seed")
+        draw(page, CIRCLE)
+        expect(page.locator("#facts")).to_contain_text("no guidance")
+
+        page.reload()
+        page.get_by_role("button", name=SQUARE).filter(has=page.locator("img")).click()
+        assert_colour(page, 0.95, 0.95, PURPLE)
+        page.click("#reuse")
+        values = {name: page.input_value(f"#{name}") for name in ["prompt", "steps", "seed", "scale", "negative", "images"]}
+        assert values == {
+            "prompt": SQUARE, "steps": "12", "seed": "7", "scale": "3.5", "negative": "circle", "images": "1",
+        }, values
+        assert page.text_content("#size-text") == tall
+        expect(page.get_by_role("radio", name="3:4")).to_be_checked()
+        page.click("#remove")
+        assert pictures(page) == 1
+        page.once("dialog", lambda dialog: dialog.accept())
+        page.click("#clear")
+        expect(page.locator("#history")).to_be_hidden()
+        page.reload()
+        expect(page.locator("#server")).to_have_text("demo is ready")
+        assert pictures(page) == 0
+
+    # Another session has its own.
+    with opened(browser, server) as page:
+        expect(page.locator("#server")).to_have_text("demo is ready")
+        assert pictures(page) == 0
+
+
+def test_the_words_of_the_demo_model(browser: Browser, server: Server) -> None:
+    with opened(browser, server) as page:
+        guide = json.loads(server.ask("/v1/status"))["prompt_guide"]
+        for example in guide["examples"]:
+            page.get_by_role("button", name=example, exact=True).click()
+            assert page.input_value("#prompt") == example
+        page.fill("#prompt", "a  on a red background")
+        page.locator("#prompt").evaluate("prompt => prompt.setSelectionRange(2, 2)")
+        page.get_by_text("All the words it knows").click()
+        for word in ["big", "white", "triangle"]:
+            page.get_by_role("button", name=word, exact=True).click()
+        assert page.input_value("#prompt") == "a big white triangle on a red background"
+        shown = page.locator("#words button").all_text_contents()
+        assert shown == [word for group in guide["words"] for word in group["words"]]
+
+
+def test_sizes_and_bounds_are_the_servers(browser: Browser, binary: str) -> None:
+    folder = ROOT / "tests/fixtures/checkpoints/base"
+    arguments = [str(folder), "--max-steps", "30", "--max-num-images", "2"]
+    with Server(binary, *arguments) as server, opened(browser, server) as page:
+        status = json.loads(server.ask("/v1/status"))
+        defaults, limits = status["defaults"], status["limits"]
+        assert (limits["max_steps"], limits["max_num_images"]) == (30, 2)
+        expect(page.locator("#size-text")).to_have_text(f"{defaults['width']} × {defaults['height']}")
+        expect(page.locator("#guide")).to_be_hidden()
+        assert page.get_attribute("#steps", "max") == "30"
+        assert page.get_attribute("#images", "max") == "2"
+        for name in ["4:3", "3:4", "16:9", "9:16"]:
+            page.get_by_role("radio", name=name).check()
+            for side in ["width", "height"]:
+                value = int(page.input_value(f"#{side}"))
+                assert value % limits["side_multiple"] == 0
+                assert limits["side_multiple"] <= value <= limits["max_side"]
+
+
+def test_the_keyboard_is_enough(browser: Browser, server: Server) -> None:
+    with opened(browser, server) as page:
+        expect(page.locator("#server")).to_have_text("demo is ready")
+
+        def tab_to(id: str, key: str = "Tab") -> None:
+            for _ in range(60):
+                page.keyboard.press(key)
+                if page.evaluate("document.activeElement.id") == id:
+                    outline = page.evaluate("getComputedStyle(document.activeElement).outlineStyle")
+                    assert outline != "none", f"#{id} does not show that it has the focus"
+                    return
+            raise AssertionError(f"#{id} cannot be reached")
+
+        page.keyboard.press("Tab")
+        assert page.evaluate("document.activeElement.className") == "skip"
+        tab_to("prompt")
+        page.keyboard.type(CIRCLE)
+        page.keyboard.press("Tab")
+        while page.evaluate("document.activeElement.name") != "ratio":
+            page.keyboard.press("Tab")
+        page.keyboard.press("ArrowRight")
+        expect(page.get_by_role("radio", name="4:3")).to_be_checked()
+        page.keyboard.press("ArrowLeft")
+        page.keyboard.press("Tab")
+        page.keyboard.press("Enter")
+        tab_to("steps")
+        page.keyboard.press("Control+A")
+        page.keyboard.type("1000")
+        tab_to("draw")
+        page.keyboard.press("Enter")
+        expect(page.locator("#progress-text")).to_contain_text(A_STEP)
+        tab_to("cancel")
+        page.keyboard.press("Enter")
+        expect(page.locator("#draw")).to_be_focused()
+        tab_to("steps", "Shift+Tab")
+        page.keyboard.press("Control+A")
+        page.keyboard.type("20")
+        tab_to("prompt", "Shift+Tab")
+        page.keyboard.press("Enter")
+        wait_for_picture(page)
+        assert page.input_value("#prompt") == CIRCLE
+        assert_colour(page, 0.5, 0.5, RED)
+        expect(page.locator("#prompt")).to_be_focused()
+        tab_to("download")
+        with page.expect_download():
+            page.keyboard.press("Enter")
+        tab_to("reuse")
+        page.keyboard.press("Enter")
+        expect(page.locator("#draw")).to_be_focused()
+
+
+def test_a_phone_has_all_of_it(browser: Browser, server: Server) -> None:
+    phone = {"viewport": {"width": 360, "height": 640}, "has_touch": True, "is_mobile": True}
+    with opened(browser, server, **phone) as page:
+        expect(page.locator("#forecast")).to_contain_text("Starts at once")
+        assert_fits(page)
+        page.get_by_text("All the words it knows").tap()
+        page.get_by_role("radio", name="Other").check()
+        set_numbers(page, steps=1000)
+        assert_fits(page)
+        page.fill("#prompt", SQUARE)
+        page.tap("#draw")
+        expect(page.locator("#progress-text")).to_contain_text(A_STEP)
+        expect(page.locator("#progress-text")).to_be_in_viewport()
+        expect(page.locator("#cancel")).to_be_in_viewport()
+        assert_fits(page)
+        page.tap("#cancel")
+        expect(page.locator("#draw")).to_be_enabled()
+        set_numbers(page, steps=8)
+        page.tap("#draw")
+        wait_for_picture(page)
+        assert_fits(page)
+        expect(page.locator("#picture")).to_be_in_viewport()
+        shown = page.locator("#picture").bounding_box()
+        assert shown["width"] > 300, shown
+        # Everything that can be used can be touched, and is large enough for it.
+        assert page.evaluate(OUT_OF_REACH) == []
+
+
+def test_accessible_in_every_state_and_both_schemes(browser: Browser, server: Server) -> None:
+    grounds = {}
+    for scheme in ["light", "dark"]:
+        with opened(browser, server, trouble=("status of 400",), color_scheme=scheme) as page:
+            expect(page.locator("#server")).to_have_text("demo is ready")
+            grounds[scheme] = page.evaluate("getComputedStyle(document.body).backgroundColor")
+            assert_accessible(page, f"{scheme}, empty")
+            page.get_by_text("All the words it knows").click()
+            page.get_by_role("radio", name="Other").check()
+            set_numbers(page, steps=1000)
+            assert_accessible(page, f"{scheme}, all open")
+            page.fill("#prompt", CIRCLE)
+            page.click("#draw")
+            expect(page.locator("#progress-text")).to_contain_text(A_STEP)
+            assert_accessible(page, f"{scheme}, drawing")
+            expect(page.locator("#stage")).to_have_attribute("data-state", "drawing")
+            page.click("#cancel")
+            set_numbers(page, steps=2)
+            draw(page)
+            assert_accessible(page, f"{scheme}, done")
+            page.fill("#width", "1")
+            page.click("#draw")
+            expect(page.locator("#error")).to_be_visible()
+            assert_accessible(page, f"{scheme}, error")
+    light, dark = (sum(map(int, grounds[scheme][4:-1].split(","))) for scheme in ["light", "dark"])
+    assert light > 600 and dark < 120, grounds
+
+
+def test_motion_is_left_out_on_request(browser: Browser, server: Server) -> None:
+    moving = """[...document.querySelectorAll('*')].filter((element) => {
+        const { transitionDuration, animationName, scrollBehavior } = getComputedStyle(element);
+        return transitionDuration !== '0s' || animationName !== 'none' || scrollBehavior !== 'auto';
+    }).length"""
+    for motion, expected in [("reduce", False), ("no-preference", True)]:
+        with opened(browser, server, reduced_motion=motion) as page:
+            expect(page.locator("#server")).to_have_text("demo is ready")
+            assert (page.evaluate(moving) > 0) == expected, motion
+
+
+def test_a_key_is_asked_for_and_kept_in_the_tab(browser: Browser, binary: str) -> None:
+    with Server(binary, key="right-key") as server:
+        with opened(browser, server, trouble=("status of 401",)) as page:
+            expect(page.locator("#key-card")).to_be_visible()
+            expect(page.locator("#server")).to_contain_text("needs a key")
+            assert_accessible(page, "key")
+            page.fill("#key", "wrong-key")
+            page.click("#use-key")
+            expect(page.locator("#key-error")).to_contain_text("Authorization: Bearer KEY")
+            page.fill("#key", "right-key")
+            page.keyboard.press("Enter")
+            expect(page.locator("#server")).to_have_text("demo is ready")
+            expect(page.locator("#key-card")).to_be_hidden()
+            set_numbers(page, steps=2)
+            draw(page, CIRCLE)
+            page.reload()
+            expect(page.locator("#server")).to_have_text("demo is ready")
+            assert page.evaluate("Object.values(sessionStorage).includes('right-key')")
+            assert page.evaluate("[localStorage.length, document.cookie]") == [0, ""]
+            assert "right-key" not in page.content()
+            page.click("#forget-key")
+            expect(page.locator("#key-card")).to_be_visible()
+            assert not page.evaluate("Object.values(sessionStorage).includes('right-key')")
+
+
+def test_the_wait_is_told_before_and_while(browser: Browser, server: Server) -> None:
+    with opened(browser, server) as page, OtherClient(server) as other, OtherClient(server) as another:
+        server.wait_until("kiln_requests_running", 1)
+        server.wait_until("kiln_requests_waiting", 1)
+        page.fill("#prompt", CIRCLE)
+        set_numbers(page, steps=1000)
+        forecast = page.locator("#forecast")
+        expect(forecast).to_contain_text("2 pictures come before yours; it starts in")
+        expect(forecast).to_contain_text("and takes about")
+        # A small one would not wait.
+        set_numbers(page, steps=10)
+        expect(forecast).to_contain_text("Starts at once")
+        set_numbers(page, steps=1000)
+        page.click("#draw")
+        expect(page.locator("#progress-text")).to_contain_text("2 pictures come before yours")
+        other.hang_up()
+        expect(page.locator("#progress-text")).to_contain_text("1 picture comes before yours")
+        another.hang_up()
+        expect(page.locator("#progress-text")).to_contain_text(A_STEP)
+        page.click("#cancel")
+        server.wait_until("kiln_requests_running", 0)
+
+
+def test_a_full_queue_is_waited_for(browser: Browser, binary: str) -> None:
+    with Server(binary, "--max-queue", "0") as server, OtherClient(server, steps=120):
+        server.wait_until("kiln_requests_running", 1)
+        with opened(browser, server, trouble=("status of 429",)) as page:
+            set_numbers(page, steps=2)
+            expect(page.locator("#forecast")).to_contain_text("The queue is full")
+            page.fill("#prompt", CIRCLE)
+            page.click("#draw")
+            expect(page.locator("#progress-text")).to_contain_text("no more are taken")
+            expect(page.locator("#progress-text")).to_contain_text("Asking again in")
+            page.click("#cancel")
+            expect(page.locator("#stage")).to_have_attribute("data-state", "empty")
+            draw(page)
+
+
+def test_a_server_that_goes_and_comes_back(browser: Browser, binary: str) -> None:
+    trouble = ("ERR_CONNECTION_REFUSED", "ERR_INCOMPLETE_CHUNKED_ENCODING", "ERR_CONNECTION_RESET")
+    with Server(binary) as server, opened(browser, server, trouble=trouble) as page:
+        set_numbers(page, steps=1000)
+        page.fill("#prompt", CIRCLE)
+        page.click("#draw")
+        expect(page.locator("#progress-text")).to_contain_text(A_STEP)
+        server.kill()
+        expect(page.locator("#error-text")).to_contain_text("ended before the picture was finished")
+        expect(page.locator("#server")).to_contain_text("does not answer")
+        page.click("#again")
+        expect(page.locator("#error-text")).to_contain_text("The server does not answer")
+        server.start()
+        expect(page.locator("#server")).to_have_text("demo is ready")
+        set_numbers(page, steps=2)
+        page.click("#again")
+        wait_for_picture(page)
+
+
+def test_a_failure_half_way_is_told(browser: Browser, server: Server) -> None:
+    begin = 'data: {"choices":[{"index":0,"delta":{"role":"assistant"}}]}\n\n'
+    step = 'data: {"choices":[],"progress":{"stage":"step","step":1,"steps":4}}\n\n'
+    error = 'data: {"error":{"message":"the log says why","type":"server_error","param":null,"code":500}}\n\n'
+    with opened(browser, server) as page:
+        for body, expected in [
+            (begin + step + error + "data: [DONE]\n\n", "The log says why"),
+            (begin + step, "The connection ended before the picture was finished."),
+            (begin + step + "data: {", "The connection ended before the picture was finished."),
+        ]:
+            answer = {"body": body, "content_type": "text/event-stream"}
+            page.route("**/v1/chat/completions", lambda route: route.fulfill(**answer))
+            page.fill("#prompt", CIRCLE)
+            page.click("#draw")
+            expect(page.locator("#error-text")).to_have_text(expected)
+            expect(page.locator("#again")).to_be_visible()
+            page.unroute("**/v1/chat/completions")
+
+
+def make_pictures_of_the_page(browser: Browser, server: Server) -> None:
+    folder = pathlib.Path(os.environ["KILN_SCREENSHOTS"])
+    with opened(browser, server, viewport={"width": 1280, "height": 900}, color_scheme="light") as page:
+        for seed, prompt in enumerate(SHOWN, 1):
+            set_numbers(page, seed=seed)
+            draw(page, prompt)
+        page.click("#random-seed")
+        page.locator("#more").evaluate("details => details.open = false")
+        expect(page.locator("#forecast")).to_contain_text("Starts at once")
+        page.mouse.move(0, 0)
+        page.evaluate("document.activeElement.blur(), scrollTo(0, 0)")
+        page.screenshot(path=folder / "page-desktop.png")
+    phone = {"viewport": {"width": 390, "height": 844}, "has_touch": True, "is_mobile": True}
+    with opened(browser, server, color_scheme="dark", **phone) as page:
+        set_numbers(page, steps=400, seed=1)
+        page.locator("#more").evaluate("details => details.open = false")
+        page.fill("#prompt", SQUARE)
+        page.tap("#draw")
+        expect(page.locator("#progress-text")).to_contain_text(re.compile(r"Step (2[5-9]|3\d)\d of 400"))
+        page.locator("#picture.preview").wait_for()
+        page.screenshot(path=folder / "page-phone.png")
+        page.tap("#cancel")
+
+
+def main() -> None:
+    binary, *names = sys.argv[1:]
+    tests = {name[5:]: test for name, test in globals().items() if name.startswith("test_")}
+    if "KILN_SCREENSHOTS" in os.environ:
+        tests = {"pictures_of_the_page": make_pictures_of_the_page}
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(
+            executable_path=os.environ.get("CHROMIUM", "/usr/bin/chromium"), args=FLAGS
+        )
+        print(f"Chromium {browser.version}")
+        for name, test in tests.items():
+            if names and name not in names:
+                continue
+            started = time.monotonic()
+            if "server" in test.__annotations__:
+                with Server(binary) as server:
+                    test(browser, server)
+            else:
+                test(browser, binary)
+            print(f"page: {name.replace('_', ' ')} ok ({time.monotonic() - started:.1f} s)", flush=True)
+        browser.close()
+
+
+if __name__ == "__main__":
+    main()
