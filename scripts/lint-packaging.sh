@@ -1,0 +1,51 @@
+#!/usr/bin/env bash
+# Checks what kiln is installed with: shell scripts, Dockerfiles, the systemd unit, the Kubernetes
+# manifest, manual pages and completions. Needs shellcheck, systemd-analyze, man, mandoc, zsh, fish
+# and Python 3 with venv; the Python packages are installed into target/lint at the first run.
+# KILN names the binary; without it the development build is used.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+target="${CARGO_TARGET_DIR:-target}"
+if [ -z "${KILN:-}" ]; then
+    cargo build --locked --workspace --exclude kiln-cuda --exclude kiln-wgpu --features ndarray
+    KILN="$target/debug/kiln"
+fi
+environment="$target/lint"
+if ! "$environment/bin/python" -c 'import kubernetes_validate' 2> /dev/null; then
+    python3 -m venv "$environment"
+    "$environment/bin/pip" install --quiet --disable-pip-version-check -r packaging/requirements.txt
+fi
+folder="$(mktemp -d)"
+trap 'rm -rf "$folder"' EXIT
+
+git ls-files -z '*.sh' .ci/run | xargs -0 shellcheck
+echo "shell scripts: ok"
+"$environment/bin/hadolint" packaging/Dockerfile packaging/Dockerfile.cuda
+echo "Dockerfiles: ok"
+"$environment/bin/kubernetes-validate" --strict --quiet packaging/kubernetes.yaml
+echo "Kubernetes: ok"
+
+# The program it starts must be there.
+sed "s|/usr/local/bin/kiln|$(realpath "$KILN")|" packaging/kiln.service > "$folder/kiln.service"
+systemd-analyze verify "$folder/kiln.service"
+# From 0, shut off altogether, to 10, free to do anything.
+systemd-analyze security --offline=true --threshold=15 "$folder/kiln.service" | tail -n 1
+
+mkdir "$folder/man"
+"$KILN" man --output-dir "$folder/man"
+for page in "$folder"/man/*.1; do
+    warnings="$(MANWIDTH=80 man --warnings -l "$page" 2>&1 > /dev/null)"
+    if [ -n "$warnings" ]; then
+        echo "$page: $warnings" >&2
+        exit 1
+    fi
+    mandoc -T lint -W error "$page"
+done
+echo "manual pages: ok"
+for shell in bash zsh fish; do
+    "$KILN" completions "$shell" > "$folder/completions"
+    "$shell" -n "$folder/completions"
+done
+fish -c "source $folder/completions; complete -C 'kiln gen'" | grep -q '^generate'
+echo "completions: ok"
