@@ -19,7 +19,7 @@ fi
 log="$(mktemp)"
 # Small limits, so that the time goes into requests and not into pictures.
 "$KILN" serve --port 0 --max-steps 2 --max-image-pixels 20000 --max-num-images 2 \
-    --api-key fuzz 2> "$log" &
+    --api-key fuzz --enable-sdapi 2> "$log" &
 process=$!
 trap 'kill "$process" 2> /dev/null || true; rm -f "$log"' EXIT
 server=

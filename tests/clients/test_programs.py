@@ -1,5 +1,5 @@
-"""The calls that Open WebUI and SillyTavern make to draw, against a running `kiln serve
---enable-sdapi` with the demo model.
+"""The calls that Open WebUI and SillyTavern make to draw, and the package webuiapi, against a running
+`kiln serve --enable-sdapi` with the demo model.
 
 Usage: python test_programs.py URL KEY
 
@@ -14,8 +14,10 @@ import struct
 import sys
 import threading
 import time
+import urllib.parse
 
 import requests
+import webuiapi
 
 SERVER, KEY = sys.argv[1:]
 PROMPT = 'a large red "circle"\non a blue background 红'
@@ -194,8 +196,29 @@ def silly_tavern() -> None:
     program.draw_and_abort()
 
 
+def webuiapi_package() -> None:
+    """A client that sends every field that the web UI has."""
+    url = urllib.parse.urlsplit(SERVER)
+    api = webuiapi.WebUIApi(host=url.hostname, port=url.port, username="kiln", password=KEY)
+    drawn = api.txt2img(
+        prompt=PROMPT, negative_prompt="blurry", steps=2, width=96, height=64, seed=5, batch_size=2
+    )
+    assert [image.size for image in drawn.images] == [(96, 64)] * 2
+    assert drawn.info["all_seeds"] == [5, 5], drawn.info
+    assert api.util_get_model_names() == ["demo"]
+    api.util_set_model("demo")
+    assert api.util_get_current_model() == "demo"
+    assert api.get_progress()["state"]["job_count"] == 0
+    try:
+        api.txt2img(prompt=PROMPT, steps=0)
+    except RuntimeError as error:
+        assert "num_inference_steps must be" in str(error), error
+    else:
+        raise AssertionError("no error")
+
+
 def main() -> None:
-    for test in [open_webui_openai, open_webui_automatic1111, silly_tavern]:
+    for test in [open_webui_openai, open_webui_automatic1111, silly_tavern, webuiapi_package]:
         started = time.monotonic()
         test()
         print(f"programs: {test.__name__} ok ({time.monotonic() - started:.1f} s)")

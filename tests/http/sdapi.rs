@@ -354,6 +354,20 @@ fn progress_is_told_while_a_picture_is_drawn() {
     );
     assert_eq!(skipped.body["state"]["job_count"], 1);
     assert_eq!(skipped.body["current_image"], Value::Null);
+    let shown = get(
+        server.address,
+        &format!("{PROGRESS}?skip_current_image=false&other=1"),
+    );
+    assert!(shown.body["current_image"].is_string());
+    for query in [
+        "skip_current_image=",
+        "skip_current_image=2",
+        "skip_current_image=true&skip_current_image=false",
+    ] {
+        let reply = get(server.address, &format!("{PROGRESS}?{query}"));
+        assert_eq!(reply.status, 400, "{query}");
+        assert_eq!(reply.body["error"]["param"], "skip_current_image");
+    }
 
     assert_eq!(post_to(server.address, INTERRUPT, &json!({})).status, 200);
     assert_eq!(receive(drawing).status, 409);
@@ -522,6 +536,7 @@ fn the_document_has_the_routes_and_every_key() {
     }
     let request = &document["components"]["schemas"]["Txt2ImgRequest"];
     assert_eq!(request["additionalProperties"], false);
+    assert_eq!(request["required"], json!(["prompt"]));
     assert_eq!(request["properties"]["width"]["maximum"], 4096);
     assert_eq!(request["properties"]["steps"]["maximum"], 1000);
     let sent = silly_tavern();

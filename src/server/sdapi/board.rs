@@ -16,6 +16,7 @@ use utoipa::ToSchema;
 use super::super::App;
 use super::super::access::Caller;
 use super::super::generation::Update;
+use super::super::invalid::InvalidBody;
 use super::{SdapiError, SdapiErrorBody, json};
 
 /// Unfinished requests in the order in which they came. One key's requests are no business of
@@ -172,10 +173,7 @@ pub(super) async fn progress(
     Extension(caller): Extension<Caller>,
     uri: Uri,
 ) -> Result<Response, SdapiError> {
-    let skip_image = uri.query().unwrap_or_default().split('&').any(|part| {
-        let value = part.strip_prefix("skip_current_image=");
-        value.is_some_and(|value| value.eq_ignore_ascii_case("true") || value == "1")
-    });
+    let skip_image = skip_current_image(uri.query().unwrap_or_default())?;
     let (answer, preview) = {
         let notes = app.board.lock();
         let note = current(&notes, caller);
@@ -202,6 +200,21 @@ pub(super) async fn progress(
         current_image: preview.map(|file| BASE64.encode(file)),
         ..answer
     })
+}
+
+fn skip_current_image(query: &str) -> Result<bool, InvalidBody> {
+    let param = "skip_current_image";
+    let pairs = query.split('&').filter_map(|part| part.split_once('='));
+    let mut values = pairs.filter(|(name, _)| *name == param);
+    match (values.next().map(|(_, value)| value), values.next()) {
+        // Python's clients write True.
+        (Some("true" | "True" | "1"), None) => Ok(true),
+        (None, _) | (Some("false" | "False" | "0"), None) => Ok(false),
+        _ => Err(InvalidBody::value(
+            param.to_owned(),
+            "must be true or false",
+        )),
+    }
 }
 
 /// Ends the request that the progress tells of. It is answered with an error, and the device is

@@ -115,7 +115,7 @@ struct Txt2ImgFields {
     #[schema(value_type = Option<i64>, minimum = 1)]
     height: Option<Integer>,
     /// Seed of the noise; one is chosen for -1, which is also the default. The answer says which.
-    #[schema(value_type = Option<i64>, minimum = -1)]
+    #[schema(value_type = Option<i128>, minimum = -1)]
     seed: Option<Integer>,
     /// Images to draw, 1 if nothing is given. They share the seed and differ in their noise.
     #[schema(value_type = Option<i64>, minimum = 1)]
@@ -136,6 +136,10 @@ struct Txt2ImgFields {
     send_images: Option<bool>,
 }
 
+/// All that is read is in one type.
+#[derive(ToSchema)]
+struct NoMoreFields {}
+
 /// A request to draw, in the terms of AUTOMATIC1111's web UI.
 pub(super) struct Txt2ImgRequest;
 
@@ -148,7 +152,7 @@ impl ToSchema for Txt2ImgRequest {
 impl PartialSchema for Txt2ImgRequest {
     fn schema() -> RefOr<Schema> {
         let mut schema =
-            body::merged_schema::<Txt2ImgFields, Txt2ImgFields>(IGNORED, "Images to draw.");
+            body::merged_schema::<Txt2ImgFields, NoMoreFields>(IGNORED, "Images to draw.");
         if let RefOr::T(Schema::Object(object)) = &mut schema {
             for (key, instead) in OFF {
                 let nothing = ObjectBuilder::new()
