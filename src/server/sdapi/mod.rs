@@ -4,6 +4,7 @@
 //! What these clients send, whatever their users set, is taken; what asks for a thing that cannot
 //! be done here is refused.
 
+mod answer;
 mod board;
 mod options;
 mod txt2img;

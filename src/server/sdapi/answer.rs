@@ -1,0 +1,110 @@
+//! What is answered to `txt2img`.
+
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD as BASE64;
+use serde::Serialize;
+use utoipa::ToSchema;
+
+use super::super::error::ApiError;
+use super::super::generation::Drawn;
+use super::{SAMPLER, SCHEDULER};
+
+/// Images, and what it takes to make them again.
+#[derive(Serialize, ToSchema)]
+pub(super) struct Txt2ImgResponse {
+    /// PNG files in Base64.
+    images: Vec<String>,
+    /// The request as it was understood.
+    parameters: Parameters,
+    /// What was drawn, as JSON: seeds, size, steps, and the text of each image's file that says how
+    /// it was made.
+    info: String,
+}
+
+#[derive(Serialize, ToSchema)]
+struct Parameters {
+    prompt: String,
+    negative_prompt: Option<String>,
+    steps: usize,
+    cfg_scale: f64,
+    width: usize,
+    height: usize,
+    seed: u64,
+    batch_size: usize,
+    n_iter: usize,
+    sampler_name: &'static str,
+    scheduler: &'static str,
+}
+
+#[derive(Serialize)]
+struct Info<'a> {
+    prompt: &'a str,
+    all_prompts: Vec<&'a str>,
+    negative_prompt: &'a str,
+    all_negative_prompts: Vec<&'a str>,
+    /// That of all images: they differ in their place in one draw of noise.
+    seed: u64,
+    all_seeds: Vec<u64>,
+    width: usize,
+    height: usize,
+    sampler_name: &'static str,
+    /// 1 if there was no guidance.
+    cfg_scale: f64,
+    steps: usize,
+    batch_size: usize,
+    sd_model_name: &'a str,
+    /// Of `images`; the web UI may have a grid of all of them before it.
+    index_of_first_image: usize,
+    infotexts: Vec<String>,
+    version: &'static str,
+}
+
+impl Txt2ImgResponse {
+    /// `batch_size` and `n_iter` are as the client gave them.
+    pub(super) fn new(drawn: &Drawn, batch_size: i128, n_iter: i128) -> Result<Self, ApiError> {
+        let receipt = &drawn.receipt;
+        let request = &receipt.request;
+        let count = request.num_images;
+        let negative = request.negative_prompt.as_deref().unwrap_or_default();
+        let infotext = |index| request.metadata_text(&receipt.model, index);
+        let info = Info {
+            prompt: &request.prompt,
+            all_prompts: vec![&request.prompt; count],
+            negative_prompt: negative,
+            all_negative_prompts: vec![negative; count],
+            seed: request.seed,
+            all_seeds: vec![request.seed; count],
+            width: request.width,
+            height: request.height,
+            sampler_name: SAMPLER,
+            cfg_scale: if request.uses_cfg() {
+                request.true_cfg_scale
+            } else {
+                1.0
+            },
+            steps: request.num_inference_steps,
+            batch_size: batch_size as usize,
+            sd_model_name: &receipt.model,
+            index_of_first_image: 0,
+            infotexts: (0..count).map(infotext).collect(),
+            version: concat!("kiln ", env!("CARGO_PKG_VERSION")),
+        };
+        Ok(Self {
+            images: drawn.files.iter().map(|file| BASE64.encode(file)).collect(),
+            info: serde_json::to_string(&info).map_err(ApiError::Response)?,
+            parameters: Parameters {
+                prompt: request.prompt.clone(),
+                negative_prompt: request.negative_prompt.clone(),
+                steps: request.num_inference_steps,
+                cfg_scale: request.true_cfg_scale,
+                width: request.width,
+                height: request.height,
+                seed: request.seed,
+                batch_size: batch_size as usize,
+                n_iter: n_iter as usize,
+                sampler_name: SAMPLER,
+                scheduler: SCHEDULER,
+            },
+        })
+    }
+}
