@@ -218,6 +218,12 @@ def test_a_long_drawing_can_be_cancelled(browser: Browser, server: Server) -> No
         expect(page.locator("#live")).to_have_text("Cancelled.")
         set_numbers(page, steps=2)
         draw(page)
+        set_numbers(page, steps=1000)
+        page.click("#draw")
+        expect(page.locator("#progress-text")).to_contain_text(A_STEP)
+    # Who closes the window has cancelled, too.
+    server.wait_until("kiln_requests_running", 0)
+    assert server.metric('kiln_requests_total{outcome="cancelled"}') == 2
 
 
 def test_the_servers_own_words_for_a_refusal(browser: Browser, server: Server) -> None:
@@ -241,7 +247,7 @@ def test_the_servers_own_words_for_a_refusal(browser: Browser, server: Server) -
             page.click("#draw")
             answer = json.loads(server.ask("/v1/images/generations", {"prompt": CIRCLE, **body}))
             message = answer["error"]["message"]
-            expect(page.locator("#error-text")).to_have_text(message[0].upper() + message[1:])
+            expect(page.locator("#error-text")).to_have_text(message)
             field = page.locator(f"#{name}")
             expect(field).to_have_attribute("aria-invalid", "true")
             expect(field).to_be_focused()
@@ -295,6 +301,23 @@ def test_settings_come_back_from_the_history(browser: Browser, server: Server) -
     with opened(browser, server) as page:
         expect(page.locator("#server")).to_have_text("demo is ready")
         assert pictures(page) == 0
+
+
+def test_the_history_does_not_grow_for_ever(browser: Browser, server: Server) -> None:
+    with opened(browser, server) as page:
+        page.get_by_role("radio", name="Other").check()
+        page.fill("#width", "16")
+        page.fill("#height", "16")
+        set_numbers(page, steps=1, images=10)
+        for seed in range(11):
+            set_numbers(page, seed=seed)
+            draw(page, CIRCLE)
+        assert pictures(page) == 100
+        page.reload()
+        expect(page.locator("#facts")).to_contain_text("seed 10")
+        assert pictures(page) == 100
+        assert page.locator("#pictures img[alt$='seed 1']").count() == 10
+        assert page.locator("#pictures img[alt$='seed 0']").count() == 0
 
 
 def test_the_words_of_the_demo_model(browser: Browser, server: Server) -> None:
@@ -420,17 +443,19 @@ def test_accessible_in_every_state_and_both_schemes(browser: Browser, server: Se
             assert_accessible(page, f"{scheme}, empty")
             page.get_by_text("All the words it knows").click()
             page.get_by_role("radio", name="Other").check()
-            set_numbers(page, steps=1000)
+            page.get_by_text("More settings").click()
             assert_accessible(page, f"{scheme}, all open")
-            page.fill("#prompt", CIRCLE)
+            set_numbers(page, steps=2)
+            draw(page, CIRCLE)
+            assert_accessible(page, f"{scheme}, done")
+            set_numbers(page, steps=1000)
             page.click("#draw")
             expect(page.locator("#progress-text")).to_contain_text(A_STEP)
             assert_accessible(page, f"{scheme}, drawing")
             expect(page.locator("#stage")).to_have_attribute("data-state", "drawing")
             page.click("#cancel")
-            set_numbers(page, steps=2)
-            draw(page)
-            assert_accessible(page, f"{scheme}, done")
+            # What was there before is there again.
+            expect(page.locator("#stage")).to_have_attribute("data-state", "done")
             page.fill("#width", "1")
             page.click("#draw")
             expect(page.locator("#error")).to_be_visible()
@@ -455,6 +480,7 @@ def test_a_key_is_asked_for_and_kept_in_the_tab(browser: Browser, binary: str) -
         with opened(browser, server, trouble=("status of 401",)) as page:
             expect(page.locator("#key-card")).to_be_visible()
             expect(page.locator("#server")).to_contain_text("needs a key")
+            expect(page.locator("#fields")).to_be_hidden()
             assert_accessible(page, "key")
             page.fill("#key", "wrong-key")
             page.click("#use-key")
@@ -538,7 +564,7 @@ def test_a_failure_half_way_is_told(browser: Browser, server: Server) -> None:
     error = 'data: {"error":{"message":"the log says why","type":"server_error","param":null,"code":500}}\n\n'
     with opened(browser, server) as page:
         for body, expected in [
-            (begin + step + error + "data: [DONE]\n\n", "The log says why"),
+            (begin + step + error + "data: [DONE]\n\n", "the log says why"),
             (begin + step, "The connection ended before the picture was finished."),
             (begin + step + "data: {", "The connection ended before the picture was finished."),
         ]:

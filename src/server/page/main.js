@@ -181,9 +181,12 @@ function showFailure(error, asked) {
     return;
   }
   const name = settings.blamed(error.param);
-  const title = error.status ? 'The server refused this:' : '';
-  const text = `${error.message[0]?.toUpperCase() ?? ''}${error.message.slice(1)}`;
-  stage.showError({ title: error.status < 500 ? title : '', text, canRetry: !name && error.status !== 401 });
+  const who = error.status < 500 ? 'The server refused this:' : 'The server failed:';
+  stage.showError({
+    title: error.status ? who : '',
+    text: error.message,
+    canRetry: !name && error.status !== 401,
+  });
   if (name) settings.showError(name, error.message);
   if (error.status === 401) {
     askForKey(error);

@@ -56,6 +56,7 @@ export class Settings {
     const isKnown = JSON.stringify([limits, defaults]) === JSON.stringify([this.#limits, this.#defaults]);
     if (isKnown) return;
     [this.#limits, this.#defaults] = [limits, defaults];
+    byId('fields').hidden = false;
     this.#sizes = RATIOS.map((ratio) => ({ ...ratio, ...sizeOf(ratio, limits, defaults) }));
     byId('tiles').replaceChildren(...this.#sizes.map(tile), tile(null));
     for (const name of ['width', 'height']) {
@@ -65,8 +66,9 @@ export class Settings {
         step: limits.side_multiple,
       });
     }
+    const megapixels = (limits.max_image_pixels / 1e6).toFixed(1);
     byId('sides-hint').textContent =
-      `${limits.side_multiple} to ${limits.max_side}, in steps of ${limits.side_multiple}`;
+      `Multiples of ${limits.side_multiple}; at most ${megapixels} megapixels in all pictures together.`;
     this.#field('steps').max = limits.max_steps;
     this.#field('images').max = limits.max_num_images;
     this.#field('negative').placeholder = (defaults.negative_prompt ?? '').trim();
@@ -118,7 +120,7 @@ export class Settings {
       n: images,
     };
     // Guidance needs something to steer away from, be it nothing.
-    const usual = scale > 1 && this.#defaults?.negative_prompt == null ? ' ' : undefined;
+    const usual = this.#isGuided() && this.#defaults?.negative_prompt == null ? ' ' : undefined;
     return { ...request, negative_prompt: negative === '' ? usual : negative };
   }
 
@@ -191,6 +193,14 @@ export class Settings {
     return byId(name);
   }
 
+  #scale() {
+    return this.values().scale ?? this.#defaults?.true_cfg_scale;
+  }
+
+  #isGuided() {
+    return this.#scale() > 1;
+  }
+
   /** A ratio by its index, or `other` for the sides as they are written. */
   #choose(value) {
     const size = this.#sizes[value];
@@ -210,7 +220,7 @@ export class Settings {
     const parts = [
       values.images > 1 && count(values.images, 'picture', 'pictures'),
       values.steps && count(values.steps, 'step', 'steps'),
-      values.scale > 1 ? `guidance ${values.scale}` : 'no guidance',
+      this.#isGuided() ? `guidance ${this.#scale()}` : 'no guidance',
       values.seed && `seed ${values.seed}`,
     ];
     byId('more-text').textContent = parts.filter(Boolean).join(', ');

@@ -94,7 +94,8 @@ export class Stage {
 
   #state(name) {
     byId('stage').dataset.state = name;
-    byId('stage').setAttribute('aria-busy', String(name === 'drawing'));
+    // What is clicked there could not be shown.
+    byId('history').inert = name === 'drawing';
     byId('empty').hidden = name !== 'empty';
     byId('progress').hidden = name !== 'drawing';
     byId('error').hidden = name !== 'error';
@@ -112,8 +113,8 @@ export class Stage {
   #frame({ width, height }) {
     const { style } = byId('frame');
     const isShape = width > 0 && height > 0;
-    style.setProperty('--width', isShape ? width : 1);
-    style.setProperty('--height', isShape ? height : 1);
+    style.setProperty('--width', isShape ? width : 128);
+    style.setProperty('--height', isShape ? height : 128);
   }
 
   #picture(file, alt) {
