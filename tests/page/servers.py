@@ -75,8 +75,8 @@ class Server:
 class OtherClient:
     """Someone else's long request, until they hang up."""
 
-    def __init__(self, server: Server, steps: int = 1000):
-        body = json.dumps({"prompt": "a red circle", "num_inference_steps": steps, "seed": 1})
+    def __init__(self, server: Server):
+        body = json.dumps({"prompt": "a red circle", "num_inference_steps": 1000})
         self.connection = socket.create_connection(("127.0.0.1", server.port))
         self.connection.sendall(
             f"POST /v1/images/generations HTTP/1.1\r\nHost: kiln\r\nContent-Type: application/json\r\n"

@@ -525,7 +525,7 @@ def test_the_wait_is_told_before_and_while(browser: Browser, server: Server) -> 
 
 
 def test_a_full_queue_is_waited_for(browser: Browser, binary: str) -> None:
-    with Server(binary, "--max-queue", "0") as server, OtherClient(server, steps=120):
+    with Server(binary, "--max-queue", "0") as server, OtherClient(server) as other:
         server.wait_until("kiln_requests_running", 1)
         with opened(browser, server, trouble=("status of 429",)) as page:
             set_numbers(page, steps=2)
@@ -533,10 +533,13 @@ def test_a_full_queue_is_waited_for(browser: Browser, binary: str) -> None:
             page.fill("#prompt", CIRCLE)
             page.click("#draw")
             expect(page.locator("#progress-text")).to_contain_text("no more are taken")
-            expect(page.locator("#progress-text")).to_contain_text("Asking again in")
+            expect(page.locator("#progress-text")).to_contain_text("Asking again within")
             page.click("#cancel")
             expect(page.locator("#stage")).to_have_attribute("data-state", "empty")
-            draw(page)
+            page.click("#draw")
+            expect(page.locator("#progress-text")).to_contain_text("Asking again within")
+            other.hang_up()
+            wait_for_picture(page)
 
 
 def test_a_server_that_goes_and_comes_back(browser: Browser, binary: str) -> None:

@@ -4,10 +4,19 @@ import { ConnectionError, ServerError, events, post } from './api.js';
 
 /** Each costs device time. */
 const PREVIEWS = 6;
+/** Seconds between looks at a full queue. */
+const LOOK = 3;
+
+/** How long it would take, as the server judges. The prompt stays here until it is to be drawn. */
+export async function estimate(settings, signal) {
+  const request = { ...settings, prompt: '', seed: undefined };
+  const response = await post('v1/images/estimate', JSON.stringify(request), signal);
+  return response.json();
+}
 
 /**
  * Draws, and tells what happens on the way: `{ stage: 'full' | 'queued' | 'step' | 'preview', … }`.
- * While the queue is full it waits as long as the server says and asks again.
+ * While the queue is full it waits for a place, at most as long as the server says, and asks again.
  *
  * Returns the files as blobs, and the facts that the server gives with them.
  */
@@ -20,6 +29,7 @@ export async function draw(settings, signal, tell) {
       for (let seconds = error.retryAfter; seconds > 0; seconds -= 1) {
         tell({ stage: 'full', message: error.message, seconds });
         await second(signal);
+        if (seconds % LOOK === 0 && (await estimate(settings, signal)).accepted) break;
       }
     }
   }

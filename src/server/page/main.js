@@ -1,7 +1,7 @@
 // Joins the form, the stage, the history and the server.
 
-import { ConnectionError, get, key, post } from './api.js';
-import { draw } from './drawing.js';
+import { ConnectionError, get, key } from './api.js';
+import { draw, estimate } from './drawing.js';
 import { showGuide } from './guide.js';
 import { History } from './history.js';
 import { Settings } from './settings.js';
@@ -95,16 +95,9 @@ function askForKey(error) {
   }
 }
 
-/** How long it would take to draw what is in the form. The prompt stays here until it is to be drawn. */
+/** How long it would take to draw what is in the form. */
 async function foresee() {
-  const place = byId('forecast');
-  if (!settings.looksRight()) {
-    place.textContent = '';
-    return;
-  }
-  const request = { ...settings.request(), prompt: '', seed: undefined };
-  const response = await post('v1/images/estimate', JSON.stringify(request));
-  place.textContent = forecast(await response.json());
+  byId('forecast').textContent = settings.looksRight() ? forecast(await estimate(settings.request())) : '';
 }
 
 function forecast({ accepted, position, estimated_wait: wait, estimated_time: time }) {

@@ -31,7 +31,7 @@ export class Stage {
   /** What `draw` tells. */
   tell(update) {
     if (update.stage === 'full') {
-      this.#progress(`${update.message}. Asking again in ${update.seconds} s`, null);
+      this.#progress(`${update.message}. Asking again within ${update.seconds} s`, null);
       if (this.#quarter === 0) this.say('The server is busy. Asking again soon.');
       this.#quarter = 1;
     } else if (update.stage === 'queued') {
