@@ -33,7 +33,7 @@ const CHARACTER: (usize, usize) = (8, 16);
 
 impl Terminal {
     /// Asks the terminal that this process runs on. There is none if it shows no pictures, does
-    /// not answer within a second, or belongs to another job of the shell at the moment.
+    /// not answer within two seconds, or belongs to another job of the shell at the moment.
     pub(super) fn ask() -> Option<Self> {
         let is_set = |name| env::var_os(name).is_some();
         let term = env::var("TERM").unwrap_or_default();
@@ -94,7 +94,7 @@ fn exchange(question: &str) -> Option<(String, Option<(usize, usize)>)> {
         tcsetattr,
     };
 
-    const TIMEOUT: Duration = Duration::from_secs(1);
+    const TIMEOUT: Duration = Duration::from_secs(2);
 
     /// Puts the terminal's settings back.
     struct Restore<'a>(&'a File, Termios);
