@@ -17,6 +17,7 @@ mod serve;
 mod show;
 mod terminal;
 
+use std::env;
 use std::io::{self, IsTerminal, Write};
 use std::panic;
 use std::process::ExitCode;
@@ -39,7 +40,7 @@ pub fn main() -> ExitCode {
         Err(error) => {
             // Help and version come this way too, with code 0.
             drop(error.print());
-            if error.use_stderr() && std::env::args_os().any(|arg| arg == "--json") {
+            if error.use_stderr() && env::args_os().any(|arg| arg == "--json") {
                 report_as_json(&first_paragraph(&error), None, error.exit_code());
             }
             return ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(2));
@@ -121,7 +122,7 @@ fn log_plain_lines(level: LevelFilter) {
         .without_time()
         .with_level(false)
         .with_target(false)
-        .with_ansi(io::stderr().is_terminal())
+        .with_ansi(has_colours())
         .with_writer(LogLines::default);
     tracing_subscriber::registry()
         .with(layer.with_filter(log_filter(level)))
@@ -131,12 +132,17 @@ fn log_plain_lines(level: LevelFilter) {
 fn log_with_times(format: LogFormat) {
     let layer = tracing_subscriber::fmt::layer().with_writer(io::stderr);
     let layer = match format {
-        LogFormat::Text => layer.with_ansi(io::stderr().is_terminal()).boxed(),
+        LogFormat::Text => layer.with_ansi(has_colours()).boxed(),
         LogFormat::Json => layer.json().flatten_event(true).boxed(),
     };
     tracing_subscriber::registry()
         .with(layer.with_filter(log_filter(LevelFilter::INFO)))
         .init();
+}
+
+/// As <https://no-color.org> asks.
+fn has_colours() -> bool {
+    io::stderr().is_terminal() && env::var_os("NO_COLOR").is_none_or(|value| value.is_empty())
 }
 
 /// What kiln says, and warnings of the libraries; but not the Hub client's, whose errors reach the

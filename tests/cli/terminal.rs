@@ -197,6 +197,18 @@ fn a_dumb_terminal_sees_a_line_a_step() {
 }
 
 #[test]
+fn who_wants_no_colour_gets_none() {
+    let program = env!("CARGO_BIN_EXE_kiln");
+    let line = format!("timeout 2 '{program}' serve --port 0 || true");
+    assert!(draw(&line, "").contains("\x1b[32m INFO"));
+    let sent = draw(&format!("export NO_COLOR=1; {line}"), "");
+    assert!(
+        sent.contains(" INFO ") && !sent.contains('\x1b'),
+        "{sent:?}"
+    );
+}
+
+#[test]
 fn a_job_in_the_background_is_not_stopped() {
     let line = "set -m; kiln generate cat --steps 1 & wait $!";
     let sent = draw(line, KITTY);
