@@ -16,6 +16,8 @@ const TOP: f64 = 24.0;
 const BOTTOM: f64 = HEIGHT - 44.0;
 /// Lines differ in more than their colour.
 const DASHES: [&str; 4] = ["none", "8 4", "2 3", "10 3 2 3"];
+/// The style sheet has as many classes `series-0`, `series-1`, ...
+const COLOURS: usize = 4;
 /// Numbers along the axis of steps, about.
 const STEP_LABELS: usize = 10;
 /// Lines across, at most.
@@ -91,11 +93,11 @@ pub(super) fn errors_per_step(report: &Report) -> Markup {
             @for (index, comparison) in comparisons.iter().enumerate() {
                 @let points: Vec<(f64, f64)> =
                     errors(comparison).map(|(step, error)| (x(step), decades.y(error))).collect();
-                polyline class={ "line series-" (index % DASHES.len()) }
-                    stroke-dasharray=(DASHES[index % DASHES.len()])
+                polyline class={ "line series-" (index % COLOURS) }
+                    stroke-dasharray=(dashes(index))
                     points=(points_attribute(&points)) {}
                 @for (x, y) in points {
-                    circle class={ "dot series-" (index % DASHES.len()) }
+                    circle class={ "dot series-" (index % COLOURS) }
                         cx=(pixels(x)) cy=(pixels(y)) r="2.5" {}
                 }
             }
@@ -104,14 +106,19 @@ pub(super) fn errors_per_step(report: &Report) -> Markup {
             @for (index, comparison) in comparisons.iter().enumerate() {
                 li {
                     svg viewBox="0 0 40 10" width="40" height="10" aria-hidden="true" {
-                        line class={ "line series-" (index % DASHES.len()) } x1="0" x2="40" y1="5"
-                            y2="5" stroke-dasharray=(DASHES[index % DASHES.len()]) {}
+                        line class={ "line series-" (index % COLOURS) } x1="0" x2="40" y1="5"
+                            y2="5" stroke-dasharray=(dashes(index)) {}
                     }
                     " " (comparison.name)
                 }
             }
         }
     }
+}
+
+/// Lines of one colour have other dashes.
+fn dashes(index: usize) -> &'static str {
+    DASHES[(index + index / COLOURS) % DASHES.len()]
 }
 
 /// The largest relative difference after every step.
@@ -155,6 +162,8 @@ fn pixels(value: f64) -> String {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::HashSet;
+
     use super::*;
 
     #[test]
@@ -164,6 +173,14 @@ mod tests {
         assert_eq!(around(&[3e-7, 0.0, 2e-3]), decades(-7, -2));
         assert_eq!(around(&[1e-3, f64::INFINITY, f64::NAN]), decades(-3, -2));
         assert_eq!(around(&[0.0]), decades(-8, 0));
+    }
+
+    #[test]
+    fn no_two_of_sixteen_lines_look_alike() {
+        let looks: HashSet<_> = (0..16)
+            .map(|index| (index % COLOURS, dashes(index)))
+            .collect();
+        assert_eq!(looks.len(), 16);
     }
 
     #[test]
