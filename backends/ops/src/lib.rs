@@ -3,6 +3,8 @@
 //! Every op of [`FusedOps`] has a default body in plain burn ops, which is its definition. A
 //! backend overrides it only with a kernel that is tested against that body and measured faster.
 
+#[cfg(feature = "cubecl")]
+mod cubecl;
 pub mod defaults;
 #[cfg(feature = "flex")]
 mod flex;
@@ -164,4 +166,12 @@ where
 }
 
 #[cfg(feature = "cubecl")]
-impl<B: burn_fusion::FusionBackend + MemoryReport> FusedOps for burn_fusion::Fusion<B> {}
+impl<B: burn_fusion::FusionBackend + MemoryReport> FusedOps for burn_fusion::Fusion<B> {
+    fn torch_linear(
+        x: Tensor<Self, 2>,
+        weight: Tensor<Self, 2>,
+        bias: Option<Tensor<Self, 1>>,
+    ) -> Tensor<Self, 2> {
+        cubecl::torch_linear(x, weight, bias)
+    }
+}

@@ -8,11 +8,11 @@ use burn_flex::{Flex, FlexDevice};
 use bytes::Bytes;
 use kiln_models::noise::NoiseGenerator;
 use kiln_models::painter::{Job, JobId, Painter, Painting};
-use kiln_models::qwen_image::{CheckpointConfigs, CheckpointParts, PainterSettings, QwenImage};
+use kiln_models::qwen_image::{CheckpointParts, PainterSettings, QwenImage};
 use kiln_models::vae::VaeSettings;
 use kiln_models::{TensorInfo, TensorSource};
 
-use crate::fixtures::{Component, F32, config, config_file};
+use crate::fixtures::{F32, parts};
 
 /// Weights that cannot be read while it says so.
 #[derive(Debug)]
@@ -43,20 +43,13 @@ impl TensorSource for Unreliable {
 /// A painter of the smallest checkpoint, whose transformer's weights can be made unreadable.
 fn painter() -> (QwenImage<Flex>, Arc<AtomicBool>) {
     let is_broken = Arc::new(AtomicBool::new(false));
+    let whole = parts("base");
     let parts = CheckpointParts {
-        configs: CheckpointConfigs {
-            model_index: config_file("base", "model_index.json"),
-            scheduler: config_file("base", "scheduler/scheduler_config.json"),
-            text_encoder: config("base", "text_encoder"),
-            transformer: config("base", "transformer"),
-            vae: config("base", "vae"),
-        },
-        text_encoder: Component::open("base", "text_encoder"),
         transformer: Arc::new(Unreliable {
-            source: Component::open("base", "transformer"),
+            source: Arc::clone(&whole.transformer),
             is_broken: Arc::clone(&is_broken),
         }),
-        vae: Component::open("base", "vae"),
+        ..whole
     };
     let settings = PainterSettings {
         precision: F32,

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use burn_tensor::{DType, Tensor, TensorData};
 use bytes::Bytes;
 use kiln_models::config::ConfigText;
+use kiln_models::qwen_image::{CheckpointConfigs, CheckpointParts};
 use kiln_models::{Precision, StoredDType, TensorInfo, TensorSource};
 use kiln_ops::FusedOps;
 use safetensors::{Dtype, SafeTensors};
@@ -40,6 +41,22 @@ pub(crate) fn config_file(checkpoint_name: &str, path: &str) -> ConfigText {
     ConfigText {
         text: fs::read_to_string(&file).unwrap(),
         file: file.display().to_string(),
+    }
+}
+
+/// A whole checkpoint.
+pub(crate) fn parts(checkpoint_name: &str) -> CheckpointParts {
+    CheckpointParts {
+        configs: CheckpointConfigs {
+            model_index: config_file(checkpoint_name, "model_index.json"),
+            scheduler: config_file(checkpoint_name, "scheduler/scheduler_config.json"),
+            text_encoder: config(checkpoint_name, "text_encoder"),
+            transformer: config(checkpoint_name, "transformer"),
+            vae: config(checkpoint_name, "vae"),
+        },
+        text_encoder: Component::open(checkpoint_name, "text_encoder"),
+        transformer: Component::open(checkpoint_name, "transformer"),
+        vae: Component::open(checkpoint_name, "vae"),
     }
 }
 
@@ -86,7 +103,7 @@ impl TensorSource for Component {
 }
 
 /// The recorded stages of a case.
-pub(crate) struct Stages(BTreeMap<String, (TensorInfo, Bytes)>);
+pub(crate) struct Stages(pub(crate) BTreeMap<String, (TensorInfo, Bytes)>);
 
 impl Stages {
     pub(crate) fn open(case: &str) -> Self {

@@ -4,7 +4,7 @@
 //! these bodies. Whatever backend is tested gets the same values, rounded to the type under test.
 
 use burn_flex::{Flex, FlexDevice};
-use burn_tensor::{DType, Tensor, TensorData};
+use burn_tensor::{DType, Tensor, TensorData, activation};
 use kiln_ops::{FusedOps, Rope, RowRun, defaults};
 use proptest::collection::vec;
 use proptest::prelude::{Strategy, any};
@@ -19,7 +19,7 @@ macro_rules! test_every_op {
     ($suites:expr) => {
         $crate::suite::test_every_op! {
             $suites;
-            torch_linear rms_norm layer_norm_modulate gated_residual qk_norm_rope gelu_tanh
+            torch_linear thin_products rms_norm layer_norm_modulate gated_residual qk_norm_rope gelu_tanh
             silu_mul packed_attention same_conv2d channel_norm channel_norm_silu upsample_nearest
         }
     };
@@ -133,6 +133,26 @@ impl<B: FusedOps> Suite<B> {
                 )
             },
         );
+    }
+
+    /// Products of one row or one column, with an op after them: backends that fuse the two have
+    /// kernels of their own for these.
+    pub(crate) fn thin_products(&self) {
+        for (tokens, d_in, d_out) in [(1, 64, 36), (67, 33, 1)] {
+            // Of seeds that make no views, so that the weights lie as checkpoints have them.
+            let x = self.input(3, [tokens, d_in]);
+            let weight = self.input(5, [d_out, d_in]);
+            let bias = self.input(6, [d_out]);
+            let tested = B::torch_linear(x.tested, weight.tested, Some(bias.tested));
+            let reference =
+                defaults::torch_linear(x.reference, weight.reference, Some(bias.reference));
+            self.compare_products(
+                activation::silu(tested),
+                activation::silu(reference),
+                (4.0 * d_in as f32).sqrt(),
+            )
+            .unwrap_or_else(|error| panic!("{tokens}x{d_in}x{d_out}: {error}"));
+        }
     }
 
     pub(crate) fn rms_norm(&self) {

@@ -1,0 +1,108 @@
+//! The painter against what diffusers drew, in f32.
+
+use std::fs;
+
+use kiln_models::loading::{LoadOptions, ModelDType};
+use kiln_models::noise::NoiseGenerator;
+use kiln_models::painter::Job;
+use kiln_models::vae::{Tiling, VaeSettings};
+use serde_json::Value;
+
+use crate::fixtures::{Stages, assert_close, folder, parts};
+
+/// Of a stage's largest magnitude: the bound of the CPU backends, where the same sums are made in
+/// another order too.
+const TOLERANCE: f32 = 2e-5;
+/// Share of the 8-bit values that must be equal; no other may be off by more than 1.
+const EQUAL_PIXELS: f64 = 0.999;
+
+/// Guidance, and sizes that are powers of two.
+#[test]
+fn base() {
+    draws_what_diffusers_draws("base");
+}
+
+/// One step, odd sizes, and a VAE in tiles.
+#[test]
+fn tiled_odd() {
+    draws_what_diffusers_draws("tiled_odd");
+}
+
+/// bf16 weights, which WGSL has no type for, and what a user sees first.
+#[test]
+fn demo() {
+    draws_what_diffusers_draws("demo");
+}
+
+fn draws_what_diffusers_draws(name: &str) {
+    let cases = fs::read(folder().join("cases.json")).unwrap();
+    let cases: Vec<Value> = serde_json::from_slice(&cases).unwrap();
+    let case = cases.iter().find(|case| case["name"] == name).unwrap();
+    let reference = Stages::open(name);
+
+    let device = kiln_wgpu::devices().unwrap().remove(0);
+    println!("on {}", device.name);
+    let tiling = case["vae_tile"].as_array().map(|tile| Tiling {
+        size: tile[0].as_u64().unwrap() as usize,
+        stride: tile[1].as_u64().unwrap() as usize,
+    });
+    let options = LoadOptions {
+        dtype: Some(ModelDType::F32),
+        vae: VaeSettings {
+            tiling,
+            ..VaeSettings::default()
+        },
+    };
+    let parts = parts(case["checkpoint"].as_str().unwrap());
+    let mut painter = kiln_wgpu::open(&device, &parts, options).unwrap();
+    painter.start(0, job(case, &reference)).unwrap();
+    while painter.step(&[0]).unwrap() != [0] {}
+    let painting = painter.finish(0).unwrap();
+
+    let mut compared = 0;
+    for stage in &painting.trace {
+        if !reference.0.contains_key(&stage.name) {
+            continue;
+        }
+        assert_eq!(stage.shape, reference.shape(&stage.name), "{}", stage.name);
+        let expected = reference.values(&stage.name);
+        if stage.name == "initial_noise" {
+            assert_eq!(stage.values, expected);
+        } else {
+            assert_close(&stage.name, &stage.values, &expected, TOLERANCE);
+        }
+        compared += 1;
+    }
+    assert!(compared >= 4, "only {compared} stages were compared");
+
+    let drawn = painting.images.iter().flat_map(|image| &image.pixels);
+    let expected = &reference.0["image_u8"].1;
+    assert_eq!(drawn.clone().count(), expected.len());
+    assert!(
+        drawn
+            .clone()
+            .zip(expected)
+            .all(|(a, b)| a.abs_diff(*b) <= 1)
+    );
+    let equal = drawn.zip(expected).filter(|(a, b)| a == b).count();
+    let share = equal as f64 / expected.len() as f64;
+    println!("8-bit values equal: {share:.5}");
+    assert!(share >= EQUAL_PIXELS, "{share}");
+}
+
+fn job(case: &Value, reference: &Stages) -> Job {
+    let size = reference.shape("image_u8");
+    Job {
+        prompt: reference.ids("token_ids"),
+        negative_prompt: (!case["negative_prompt"].is_null())
+            .then(|| reference.ids("negative_token_ids")),
+        true_cfg_scale: case["true_cfg_scale"].as_f64().unwrap(),
+        height: size[1],
+        width: size[2],
+        num_inference_steps: case["num_inference_steps"].as_u64().unwrap() as usize,
+        num_images: size[0],
+        seed: case["seed"].as_u64().unwrap(),
+        noise_generator: NoiseGenerator::Cpu,
+        record: true,
+    }
+}
