@@ -58,16 +58,17 @@ has() {
     python3 -c "import $1" > /dev/null 2>&1
 }
 
-# torch's wheels bring NVRTC and the headers along: they serve where CUDA itself is not installed.
+# torch's wheels bring NVRTC along, and triton's the headers: they serve where CUDA itself is not
+# installed.
 find_cuda() {
-    local headers compiler wheels
-    wheels=$(python3 -c 'import nvidia; print(list(nvidia.__path__)[0])' 2> /dev/null) || return 0
-    if [ -z "${CUDA_PATH:-}" ] && [ ! -e /usr/local/cuda/include/cuda_fp16.h ]; then
-        headers=$(find "$wheels" -name cuda_fp16.h | head -n 1)
+    local packages headers compiler
+    packages=$(python3 -c 'import torch; print(torch.__path__[0] + "/..")' 2> /dev/null) || return 0
+    if [ -z "${CUDA_PATH:-}" ] && [ ! -e /usr/local/cuda/include/crt/mma.h ]; then
+        headers=$(find "$packages"/nvidia "$packages"/triton -path '*/include/crt/mma.h' 2> /dev/null | head -n 1)
         [ -z "$headers" ] || export CUDA_PATH="${headers%/include/*}"
     fi
     if ! ldconfig -p 2> /dev/null | grep -q libnvrtc.so; then
-        compiler=$(find "$wheels" -name 'libnvrtc.so*' | head -n 1)
+        compiler=$(find "$packages"/nvidia -name 'libnvrtc.so*' | head -n 1)
         [ -z "$compiler" ] ||
             export LD_LIBRARY_PATH="${compiler%/*}${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}"
     fi

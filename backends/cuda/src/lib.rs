@@ -76,14 +76,23 @@ fn missing_software() -> Option<&'static str> {
         Some("NVIDIA's driver library libcuda.so.1 was not found; install the driver")
     } else if !compiler {
         Some("CUDA's compiler library libnvrtc.so was not found; install CUDA's NVRTC")
-    } else if cuda_folder().is_none_or(|folder| !folder.join("include/cuda_fp16.h").exists()) {
+    } else if !cuda_folder().is_some_and(|folder| has_headers(&folder)) {
         Some(
-            "CUDA's headers (include/cuda_fp16.h) were not found; install them, or set CUDA_PATH \
-             to the folder of CUDA",
+            "CUDA's headers (include/cuda_fp16.h, include/crt/mma.h) were not found; install \
+             them, or set CUDA_PATH to the folder of CUDA",
         )
     } else {
         None
     }
+}
+
+/// Whether kernels of either kind can be compiled: those that multiply on tensor cores include
+/// headers that NVIDIA packs apart from the rest.
+fn has_headers(cuda: &Path) -> bool {
+    let headers = ["cuda_fp16.h", "crt/mma.h"];
+    headers
+        .iter()
+        .all(|header| cuda.join("include").join(header).exists())
 }
 
 /// Where burn's cuda looks for CUDA's headers.
