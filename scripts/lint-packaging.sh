@@ -6,24 +6,16 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-target="${CARGO_TARGET_DIR:-target}"
-if [ -z "${KILN:-}" ]; then
-    cargo build --locked --workspace --exclude kiln-cuda --exclude kiln-wgpu --features ndarray
-    KILN="$target/debug/kiln"
-fi
-environment="$target/lint"
-if ! "$environment/bin/python" -c 'import kubernetes_validate' 2> /dev/null; then
-    python3 -m venv "$environment"
-    "$environment/bin/pip" install --quiet --disable-pip-version-check -r packaging/requirements.txt
-fi
+. scripts/common.sh
+python_packages lint packaging/requirements.txt
 folder="$(mktemp -d)"
 trap 'rm -rf "$folder"' EXIT
 
-git ls-files -z '*.sh' .ci/run | xargs -0 shellcheck
+git ls-files -z '*.sh' .ci/run | xargs -0 shellcheck -x
 echo "shell scripts: ok"
-"$environment/bin/hadolint" packaging/Dockerfile packaging/Dockerfile.cuda
+hadolint packaging/Dockerfile packaging/Dockerfile.cuda
 echo "Dockerfiles: ok"
-"$environment/bin/kubernetes-validate" --strict --quiet packaging/kubernetes.yaml
+kubernetes-validate --strict --quiet packaging/kubernetes.yaml
 echo "Kubernetes: ok"
 
 # The program it starts must be there.

@@ -6,21 +6,10 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-target="${CARGO_TARGET_DIR:-target}"
-if [ -z "${KILN:-}" ]; then
-    cargo build --locked --workspace --exclude kiln-cuda --exclude kiln-wgpu --features ndarray
-    KILN="$target/debug/kiln"
-fi
-environment="$target/clients"
+. scripts/common.sh
 clients="$(pwd)/tests/clients"
-if ! cmp --silent "$clients/requirements.txt" "$environment/requirements.txt"; then
-    python3 -m venv "$environment"
-    "$environment/bin/python" -m pip install --quiet --disable-pip-version-check \
-        -r "$clients/requirements.txt"
-    cp "$clients/requirements.txt" "$environment"
-fi
-node="$environment/node_project"
-PATH="$(cd "$environment/bin" && pwd):$PATH"
+python_packages clients "$clients/requirements.txt"
+node="$target/clients/node_project"
 if ! cmp --silent "$clients/package.json" "$node/package.json"; then
     rm -rf "$node" && mkdir "$node" && cp "$clients/package.json" "$node"
     npm install --prefix "$node" --no-audit --no-fund --silent ||
@@ -28,23 +17,7 @@ if ! cmp --silent "$clients/package.json" "$node/package.json"; then
 fi
 echo "clients are installed (after $SECONDS s)"
 
-log="$(mktemp)"
-KILN_API_KEY=other-key,test-key "$KILN" serve --port 0 --enable-sdapi 2> "$log" &
-process=$!
-trap 'kill "$process" 2> /dev/null || true; rm -f "$log"' EXIT
-server=
-for _ in $(seq 300); do
-    server="$(sed -n 's/.*listening on \(http:[^ ]*\).*/\1/p' "$log")"
-    if [ -n "$server" ] && curl --silent --fail --output /dev/null "$server/health/ready"; then
-        break
-    fi
-    sleep 0.1
-done
-if [ -z "$server" ]; then
-    cat "$log" >&2
-    exit 1
-fi
-
+KILN_API_KEY=other-key,test-key start_server --enable-sdapi
 "$KILN" health --port "${server##*:}"
 bash "$clients/test_curl.sh" "$server" test-key
 python "$clients/test_openai.py" "$server" test-key
