@@ -286,7 +286,12 @@ fn a_client_that_hangs_up_frees_the_painter() {
     assert_eq!(post(server.address, &one_step).status, 200);
     // 1000 steps each, had the painter not been freed.
     assert!(server.steps() < 500, "{} steps were made", server.steps());
-    assert_eq!(server.discards(), 1);
+    // The second is begun, too, if the first is known to be gone before it.
+    let discards = server.discards();
+    assert!(
+        (1..=2).contains(&discards),
+        "{discards} jobs were discarded"
+    );
 }
 
 #[test]
