@@ -85,14 +85,13 @@ impl TestServer {
     }
 
     pub(super) fn wait_for_steps(&self, steps: usize) {
-        let started = Instant::now();
-        while self.steps() < steps {
-            assert!(
-                started.elapsed() < Duration::from_mins(1),
-                "the painter does not paint"
-            );
-            std::thread::sleep(Duration::from_millis(2));
-        }
+        wait_until("the painter does not paint", || self.steps() >= steps);
+    }
+
+    /// Until so many requests wait for the painter.
+    pub(super) fn wait_for_waiting(&self, requests: usize) {
+        let message = "the number of waiting requests is another";
+        wait_until(message, || self.engine.stats().waiting == requests);
     }
 
     pub(super) fn begin_shutdown(&mut self) {
@@ -101,6 +100,14 @@ impl TestServer {
 
     pub(super) fn join(&mut self) {
         self.thread.take().unwrap().join().unwrap();
+    }
+}
+
+fn wait_until(message: &str, is_so: impl Fn() -> bool) {
+    let started = Instant::now();
+    while !is_so() {
+        assert!(started.elapsed() < Duration::from_mins(1), "{message}");
+        std::thread::sleep(Duration::from_millis(2));
     }
 }
 
