@@ -49,12 +49,13 @@ pub fn main() -> ExitCode {
     log_panics_on_one_line();
     let json = args.command.json();
     let outcome = match args.command {
-        Command::Generate(args) if args.quiet => {
-            log_plain_lines(LevelFilter::WARN);
-            generate::run(&args)
-        }
         Command::Generate(args) => {
-            log_plain_lines(LevelFilter::INFO);
+            let quiet = args.quiet;
+            log_plain_lines(if quiet {
+                LevelFilter::WARN
+            } else {
+                LevelFilter::INFO
+            });
             generate::run(&args)
         }
         Command::Compare(args) => {

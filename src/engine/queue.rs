@@ -299,25 +299,26 @@ impl Queue {
         events: UnboundedSender<Event>,
         now: Instant,
     ) -> Result<JobId, SubmitError> {
-        let refused = match self.state() {
-            State::Starting | State::Ready => self.refuse_if_full(),
-            State::Draining => Err(SubmitError::Draining),
-            State::Stopped | State::Failed(_) => Err(SubmitError::Stopped),
-        };
-        self.stats.outcomes.rejected += u64::from(refused.is_err());
-        refused?;
+        let admitted = self.admit();
+        self.stats.outcomes.rejected += u64::from(admitted.is_err());
+        admitted?;
         let id = self.push(job, options, events, now);
         self.tell_positions();
         Ok(id)
     }
 
-    /// The warm-up takes nobody's place.
-    fn unfinished(&self) -> usize {
-        self.entries.iter().filter(|e| !e.is_warm_up).count()
+    /// Whether one more job is taken.
+    fn admit(&self) -> Result<(), SubmitError> {
+        match self.state() {
+            State::Starting | State::Ready => self.refuse_if_full(),
+            State::Draining => Err(SubmitError::Draining),
+            State::Stopped | State::Failed(_) => Err(SubmitError::Stopped),
+        }
     }
 
     fn refuse_if_full(&self) -> Result<(), SubmitError> {
-        let unfinished = self.unfinished();
+        // The warm-up takes nobody's place.
+        let unfinished = self.entries.iter().filter(|e| !e.is_warm_up).count();
         if unfinished < self.max_unfinished {
             return Ok(());
         }
@@ -345,9 +346,8 @@ impl Queue {
             .iter()
             .map_while(|&index| self.entries.get(index))
             .collect();
-        let accepts = matches!(self.state(), State::Starting | State::Ready);
         Forecast {
-            is_accepted: accepts && self.unfinished() < self.max_unfinished,
+            is_accepted: self.admit().is_ok(),
             position: before.len(),
             estimated_wait: before
                 .iter()

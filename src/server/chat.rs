@@ -4,9 +4,8 @@ use std::num::NonZeroUsize;
 use std::sync::{Arc, LazyLock};
 
 use axum::extract::State;
-use axum::http::header::CONTENT_TYPE;
+use axum::response::Response;
 use axum::response::sse::Event;
-use axum::response::{IntoResponse, Response};
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
 use serde::{Deserialize, Serialize};
@@ -24,6 +23,7 @@ use super::error::{ApiError, ErrorEnvelope};
 use super::fields::{GenerationFields, Integer};
 use super::generation::{Drawn, Order, PictureFacts, Previews, Receipt, Update};
 use super::invalid::InvalidBody;
+use super::json::json;
 use super::messages;
 use super::stream::{self, Narrator, error_event, event};
 
@@ -198,10 +198,7 @@ pub(super) async fn chat_completions(
     if let Some(narrator) = request.stream {
         return Ok(stream::respond(accepted, narrator));
     }
-    let body = accepted
-        .finish(|drawn| serde_json::to_vec(&completion(drawn)).map_err(ApiError::Response))
-        .await?;
-    Ok(([(CONTENT_TYPE, "application/json")], body).into_response())
+    accepted.finish(|drawn| json(&completion(drawn))).await
 }
 
 #[derive(Debug)]

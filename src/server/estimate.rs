@@ -4,8 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::extract::State;
-use axum::http::header::CONTENT_TYPE;
-use axum::response::{IntoResponse, Response};
+use axum::response::Response;
 use serde::Serialize;
 use utoipa::ToSchema;
 
@@ -13,6 +12,7 @@ use super::App;
 use super::body::JsonObject;
 use super::error::{ApiError, ErrorEnvelope};
 use super::images::{self, ImagesRequest};
+use super::json::json;
 
 /// What would become of a request that came now.
 #[derive(Debug, Serialize, ToSchema)]
@@ -51,14 +51,12 @@ pub(super) async fn estimate(
     let (receipt, job) = order.prepare(&app, String::new(), None).await?;
     let forecast = app.engine.forecast(&job);
     let seconds = |time: Option<Duration>| time.as_ref().map(Duration::as_secs_f64);
-    let body = serde_json::to_vec(&Estimate {
+    json(&Estimate {
         accepted: forecast.is_accepted,
         position: forecast.position,
         estimated_wait: seconds(forecast.estimated_wait),
         estimated_time: seconds(forecast.estimated_work),
         size: receipt.size(),
         num_inference_steps: job.num_inference_steps,
-    });
-    let body = body.map_err(ApiError::Response)?;
-    Ok(([(CONTENT_TYPE, "application/json")], body).into_response())
+    })
 }

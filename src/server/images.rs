@@ -27,6 +27,7 @@ use super::error::{ApiError, ErrorEnvelope};
 use super::fields::{GenerationFields, Integer};
 use super::generation::{Drawn, Order, PictureFacts, Previews, Receipt, Update};
 use super::invalid::InvalidBody;
+use super::json::json;
 use super::stream::{self, Narrator, error_event, event};
 
 static GENERATION_KEYS: LazyLock<Keys> = LazyLock::new(|| Keys {
@@ -319,8 +320,7 @@ fn json_response(drawn: Drawn) -> Result<Response, ApiError> {
         facts: PictureFacts::new(&receipt, drawn.timings),
         model: receipt.model,
     };
-    let body = serde_json::to_vec(&response).map_err(ApiError::Response)?;
-    Ok(([(CONTENT_TYPE, "application/json")], body).into_response())
+    json(&response)
 }
 
 fn file_response(drawn: Drawn) -> Result<Response, ApiError> {

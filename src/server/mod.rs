@@ -10,6 +10,7 @@ mod generation;
 mod health;
 mod images;
 mod invalid;
+mod json;
 mod messages;
 mod metrics;
 mod models;

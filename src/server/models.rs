@@ -3,13 +3,13 @@
 use std::sync::Arc;
 
 use axum::extract::{Path, State};
-use axum::http::header::CONTENT_TYPE;
-use axum::response::{IntoResponse, Response};
+use axum::response::Response;
 use serde::Serialize;
 use utoipa::ToSchema;
 
 use super::App;
 use super::error::{ApiError, ErrorEnvelope};
+use super::json::json;
 
 /// Names of the model; each is as good as the others.
 #[derive(Serialize, ToSchema)]
@@ -83,9 +83,4 @@ pub(super) async fn version() -> Result<Response, ApiError> {
     json(&Version {
         version: env!("CARGO_PKG_VERSION"),
     })
-}
-
-fn json(body: &impl Serialize) -> Result<Response, ApiError> {
-    let body = serde_json::to_vec(body).map_err(ApiError::Response)?;
-    Ok(([(CONTENT_TYPE, "application/json")], body).into_response())
 }

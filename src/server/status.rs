@@ -3,8 +3,7 @@
 use std::sync::Arc;
 
 use axum::extract::State;
-use axum::http::header::CONTENT_TYPE;
-use axum::response::{IntoResponse, Response};
+use axum::response::Response;
 use serde::Serialize;
 use utoipa::ToSchema;
 
@@ -14,6 +13,7 @@ use crate::request::{DEFAULT_NUM_INFERENCE_STEPS, DEFAULT_TRUE_CFG_SCALE};
 use super::App;
 use super::error::{ApiError, ErrorEnvelope};
 use super::health;
+use super::json::json;
 
 /// The model, what may be asked of it, and what the server does now.
 #[derive(Debug, Serialize, ToSchema)]
@@ -101,7 +101,7 @@ impl Guide {
 )]
 pub(super) async fn status(State(app): State<Arc<App>>) -> Result<Response, ApiError> {
     let (info, stats, limits) = (app.engine.info(), app.engine.stats(), &app.limits);
-    let body = serde_json::to_vec(&Status {
+    json(&Status {
         state: health::state_name(&app.engine.state()),
         model: app.model_name(None).to_owned(),
         version: env!("CARGO_PKG_VERSION"),
@@ -126,7 +126,5 @@ pub(super) async fn status(State(app): State<Arc<App>>) -> Result<Response, ApiE
             negative_prompt: app.settings.default_negative_prompt.clone(),
         },
         prompt_guide: app.settings.prompt_guide.map(Guide::new),
-    });
-    let body = body.map_err(ApiError::Response)?;
-    Ok(([(CONTENT_TYPE, "application/json")], body).into_response())
+    })
 }

@@ -6,6 +6,8 @@ use std::time::{Duration, Instant};
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 
+use crate::http::decode_png;
+
 /// Where the question to the terminal ends.
 const QUESTION_END: &str = "\x1b[c";
 const KITTY: &str = "\x1b_Gi=31;OK\x1b\\\x1b[?62;52;c";
@@ -62,16 +64,6 @@ fn draw(line: &str, answer: &str) -> String {
     on_terminal(folder.path(), "", line, answer)
 }
 
-/// Width, height and pixels of a PNG file.
-fn pixels(file: &[u8]) -> (u32, u32, Vec<u8>) {
-    let mut reader = png::Decoder::new(std::io::Cursor::new(file))
-        .read_info()
-        .unwrap();
-    let mut pixels = vec![0; reader.output_buffer_size().unwrap()];
-    let info = reader.next_frame(&mut pixels).unwrap();
-    (info.width, info.height, pixels)
-}
-
 #[test]
 fn kitty_shows_every_picture() {
     let folder = tempfile::tempdir().unwrap();
@@ -85,7 +77,10 @@ fn kitty_shows_every_picture() {
             .filter_map(|chunk| Some(chunk.split_once(';')?.1))
             .collect();
         let file = std::fs::read(folder.path().join(format!("out-{index}.png"))).unwrap();
-        assert_eq!(pixels(&STANDARD.decode(data).unwrap()), pixels(&file));
+        assert_eq!(
+            decode_png(&STANDARD.decode(data).unwrap()),
+            decode_png(&file)
+        );
         assert!(
             shown.contains(&format!("out-{index}.png 128x96 seed ")),
             "{shown:?}"
@@ -106,7 +101,7 @@ fn a_picture_larger_than_the_terminal_is_reduced() {
         .filter(|data| *data != "AAAA")
         .collect();
     // Three quarters of 40 lines of 16 pixels are 480.
-    let (width, height, _) = pixels(&STANDARD.decode(data).unwrap());
+    let (width, height, _) = decode_png(&STANDARD.decode(data).unwrap());
     assert_eq!((width, height), (42, 341));
 }
 

@@ -7,7 +7,7 @@ import { History } from './history.js';
 import { Settings } from './settings.js';
 import { Stage } from './stage.js';
 import { Store } from './store.js';
-import { about, count } from './wording.js';
+import { about, before, count } from './wording.js';
 
 const POLL = 4000;
 const SETTLE = 250;
@@ -104,9 +104,8 @@ function forecast({ accepted, position, estimated_wait: wait, estimated_time: ti
   if (!accepted && status.state === 'ready') return 'The queue is full. Draw waits for a place.';
   const takes = time === null ? '' : `takes ${about(time)}`;
   if (position === 0) return time === null ? 'Starts at once.' : `Starts at once, ${takes}.`;
-  const before = `${count(position, 'picture comes', 'pictures come')} before yours`;
   const starts = wait === null ? '' : `; it starts in ${about(wait)}`;
-  return `${before}${starts}${takes && ` and ${takes}`}.`;
+  return `${before(position)}${starts}${takes && ` and ${takes}`}.`;
 }
 
 async function start() {

@@ -1,6 +1,6 @@
 // The place of the picture: empty, being drawn, drawn, or why there is none.
 
-import { about, count, measured, size as sizeText } from './wording.js';
+import { about, before, count, measured, size as sizeText } from './wording.js';
 
 const byId = (id) => document.getElementById(id);
 
@@ -132,8 +132,7 @@ export class Stage {
 
 function queued({ position, estimated_wait: wait }) {
   if (position === 0) return 'Starting';
-  const before = `${count(position, 'picture comes', 'pictures come')} before yours`;
-  return wait ? `${before}, starting in ${about(wait)}` : before;
+  return wait ? `${before(position)}, starting in ${about(wait)}` : before(position);
 }
 
 /** Says what is in the picture, as far as file systems let it. */

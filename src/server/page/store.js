@@ -21,8 +21,10 @@ function open() {
   return done(request);
 }
 
+const newId = () => crypto.getRandomValues(new Uint32Array(2)).join('-');
+
 function session() {
-  const id = sessionStorage.getItem(SESSION) ?? crypto.getRandomValues(new Uint32Array(2)).join('-');
+  const id = sessionStorage.getItem(SESSION) ?? newId();
   sessionStorage.setItem(SESSION, id);
   return id;
 }
@@ -50,7 +52,7 @@ export class Store {
 
   /** Adds the pictures of one request; the oldest of the others may have to go. */
   async add(pictures) {
-    const added = pictures.map((picture) => ({ ...picture, id: crypto.getRandomValues(new Uint32Array(2)).join('-'), session: this.#session }));
+    const added = pictures.map((picture) => ({ ...picture, id: newId(), session: this.#session }));
     this.pictures.unshift(...added);
     await this.#try(() => Promise.all(added.map((picture) => done(this.#table().put(picture)))));
     let bytes = 0;

@@ -20,6 +20,10 @@ export function measured(seconds) {
   return seconds < 90 ? `${seconds.toFixed(seconds < 10 ? 1 : 0)} s` : duration(seconds);
 }
 
+export function before(position) {
+  return `${count(position, 'picture comes', 'pictures come')} before yours`;
+}
+
 export function size({ width, height }) {
   return `${width} × ${height}`;
 }

@@ -9,10 +9,10 @@ mod board;
 mod options;
 mod txt2img;
 
+use std::num::NonZeroUsize;
 use std::sync::Arc;
 
 use axum::Router;
-use axum::http::header::CONTENT_TYPE;
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use serde::Serialize;
@@ -31,7 +31,7 @@ const SAMPLER: &str = "Euler";
 const SCHEDULER: &str = "Automatic";
 
 /// Steps from one preview to the next.
-const PREVIEW_STEPS: usize = 5;
+const PREVIEW_STEPS: NonZeroUsize = NonZeroUsize::new(5).expect("5 is not 0");
 
 pub(super) fn routes() -> Router<Arc<App>> {
     Router::new()
@@ -98,6 +98,5 @@ impl IntoResponse for SdapiError {
 }
 
 fn json(body: &impl Serialize) -> Result<Response, SdapiError> {
-    let body = serde_json::to_vec(body).map_err(ApiError::Response)?;
-    Ok(([(CONTENT_TYPE, "application/json")], body).into_response())
+    Ok(super::json::json(body)?)
 }

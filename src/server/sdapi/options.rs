@@ -31,7 +31,7 @@ impl<'a> Options<'a> {
             sd_model_checkpoint: app.model_name(None),
             sd_vae: "Automatic",
             samples_format: "png",
-            show_progress_every_n_steps: PREVIEW_STEPS,
+            show_progress_every_n_steps: PREVIEW_STEPS.get(),
         }
     }
 }

@@ -1,7 +1,6 @@
 //! `POST /sdapi/v1/txt2img`: a prompt in, pictures out.
 
 use std::collections::BTreeSet;
-use std::num::NonZeroUsize;
 use std::sync::{Arc, LazyLock};
 
 use axum::Extension;
@@ -196,7 +195,7 @@ pub(super) async fn txt2img(
         n_iter,
     } = parse(object)?;
     let id = format!("txt2img-{:016x}", random_u64());
-    let previews = NonZeroUsize::new(PREVIEW_STEPS).map_or(Previews::Never, Previews::Every);
+    let previews = Previews::Every(PREVIEW_STEPS);
     let mut accepted = order.submit(&app, id, None, previews).await?;
     let receipt = accepted.receipt();
     let steps = receipt.request.num_inference_steps;
