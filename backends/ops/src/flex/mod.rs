@@ -1,12 +1,13 @@
 //! Kernels for the CPU backend flex, on f32 activations. Anything else takes the default body.
 //!
 //! Gains are over the default body, on two cores of an AVX-512 machine, at the shapes of
-//! `cargo bench -p kiln-ops --features flex` (measured on 2026-11-22).
+//! `cargo bench -p kiln-ops --features flex` (measured on 2026-11-25).
 
 mod attention;
 #[cfg(target_arch = "x86_64")]
 mod bf16;
 mod conv;
+mod direct;
 mod elementwise;
 mod linear;
 mod matrix;
@@ -14,6 +15,7 @@ mod norm;
 mod shared;
 mod simd;
 mod tile;
+mod winograd;
 
 use burn_flex::{Flex, FlexTensor};
 use burn_tensor::{DType, Tensor, TensorData, TensorPrimitive};

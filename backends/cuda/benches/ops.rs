@@ -1,0 +1,10 @@
+//! The fused ops on cuda beside their default bodies: `cargo bench -p kiln-cuda`.
+
+#[path = "../../ops/benches/cases/mod.rs"]
+mod cases;
+
+use burn_cuda::{Cuda, CudaDevice};
+
+fn main() {
+    cases::run::<Cuda<f32, i32>>(&CudaDevice::default());
+}

@@ -1,0 +1,253 @@
+//! Times every fused op beside its default body, on any backend.
+//!
+//! Arguments, after `--`:
+//!
+//! - `--shapes small` (the default): those of a model of width 768 and of the real VAE at low
+//!   resolutions; `--shapes qwen-image`: those of Qwen-Image at 1024²
+//! - `--dtype f32|bf16|f16`: of activations and weights; `f32` is the default
+//! - `--only OP`: one op
+//! - `--json`: a line of JSON for each, as `benches/ops_against_torch.py` reads them: also the first
+//!   call's time, in which GPU backends compile and choose kernels
+
+#![expect(clippy::print_stdout, reason = "a table is what a benchmark is for")]
+
+use std::any::Any;
+use std::time::Instant;
+
+use burn_tensor::{DType, Distribution, Tensor};
+use kiln_ops::{FusedOps, Rope, RowRun, defaults};
+
+/// Calls whose median is reported, after a first one.
+const RUNS: usize = 5;
+const EPS: f64 = 1e-6;
+
+/// Runs what the command line asks for.
+pub(crate) fn run<B: FusedOps>(device: &B::Device) {
+    let mut bench = Bench::<B> {
+        device: device.clone(),
+        dtype: DType::F32,
+        json: false,
+    };
+    let (mut shapes, mut only) = (SMALL, None);
+    let mut arguments = std::env::args().skip(1);
+    while let Some(argument) = arguments.next() {
+        let mut value = || arguments.next().unwrap_or_default();
+        match argument.as_str() {
+            "--json" => bench.json = true,
+            // cargo adds it.
+            "--bench" => {}
+            "--only" => only = Some(value()),
+            "--dtype" => {
+                bench.dtype = match value().as_str() {
+                    "f32" => DType::F32,
+                    "bf16" => DType::BF16,
+                    "f16" => DType::F16,
+                    other => panic!("--dtype is f32, bf16 or f16, not {other:?}"),
+                }
+            }
+            "--shapes" => {
+                shapes = match value().as_str() {
+                    "small" => SMALL,
+                    "qwen-image" => QWEN_IMAGE,
+                    other => panic!("--shapes is small or qwen-image, not {other:?}"),
+                }
+            }
+            other => panic!("unknown argument {other:?}"),
+        }
+    }
+    for &(op, shape) in shapes {
+        if only.as_ref().is_none_or(|only| only == op) {
+            bench.case(op, shape);
+        }
+    }
+}
+
+/// An op's name; tokens and widths, heads, tokens and head dimension, channels and side.
+type Shapes = &'static [(&'static str, &'static [usize])];
+
+const SMALL: Shapes = &[
+    ("linear", &[1024, 768, 3072]),
+    ("linear", &[1024, 3072, 3072]),
+    ("linear_bf16", &[1024, 768, 3072]),
+    ("linear_bf16", &[1024, 3072, 3072]),
+    ("rms_norm", &[1024, 768]),
+    ("layer_norm_modulate", &[1024, 768]),
+    ("gated_residual", &[1024, 768]),
+    ("qk_norm_rope", &[6, 1024, 128]),
+    ("gelu_tanh", &[1024, 3072]),
+    ("silu_mul", &[1024, 3072]),
+    ("attention", &[8, 1024, 128]),
+    ("attention", &[24, 1100, 128]),
+    ("causal_attention", &[8, 1024, 128]),
+    ("same_conv2d", &[96, 256]),
+    ("same_conv2d", &[384, 64]),
+    ("channel_norm_silu", &[96, 256]),
+    ("channel_norm_silu", &[384, 64]),
+    ("upsample_nearest", &[96, 256]),
+];
+
+const QWEN_IMAGE: Shapes = &[
+    ("linear", &[4096, 3072, 3072]),
+    ("linear", &[4096, 3072, 12288]),
+    ("linear", &[4096, 12288, 3072]),
+    ("rms_norm", &[512, 3584]),
+    ("layer_norm_modulate", &[4096, 3072]),
+    ("gated_residual", &[4096, 3072]),
+    ("qk_norm_rope", &[24, 4096, 128]),
+    ("gelu_tanh", &[4096, 12288]),
+    ("silu_mul", &[512, 18944]),
+    ("attention", &[24, 4200, 128]),
+    ("causal_attention", &[28, 512, 128]),
+    ("same_conv2d", &[384, 128]),
+    ("same_conv2d", &[384, 256]),
+    ("same_conv2d", &[192, 512]),
+    ("same_conv2d", &[96, 1024]),
+    ("channel_norm_silu", &[384, 128]),
+    ("channel_norm_silu", &[96, 1024]),
+    ("upsample_nearest", &[192, 512]),
+];
+
+struct Bench<B: FusedOps> {
+    device: B::Device,
+    /// Of activations and weights.
+    dtype: DType,
+    json: bool,
+}
+
+impl<B: FusedOps> Bench<B> {
+    fn case(&self, op: &str, shape: &[usize]) {
+        macro_rules! measure {
+            ($name:ident($($argument:expr),*)) => {
+                self.report(
+                    (op, shape),
+                    &|| Box::new(B::$name($($argument),*)),
+                    &|| Box::new(defaults::$name($($argument),*)),
+                )
+            };
+        }
+        match (op, shape) {
+            ("linear" | "linear_bf16", &[tokens, d_in, d_out]) => {
+                let narrow = op == "linear_bf16";
+                let dtype = if narrow { DType::BF16 } else { self.dtype };
+                let x = self.random([tokens, d_in]);
+                let weight = self.random([d_out, d_in]).cast(dtype);
+                let bias = self.random([d_out]).cast(dtype);
+                measure!(torch_linear(x.clone(), weight.clone(), Some(bias.clone())));
+            }
+            ("rms_norm", &[tokens, dim]) => {
+                let (x, weight) = (self.random([tokens, dim]), self.random([dim]));
+                measure!(rms_norm(x.clone(), weight.clone(), EPS));
+            }
+            ("layer_norm_modulate" | "gated_residual", &[tokens, dim]) => {
+                let (x, y) = (self.random([tokens, dim]), self.random([tokens, dim]));
+                let row = || self.random([1, dim]).cast(DType::F32);
+                let (shift, scale, runs) = (row(), row(), [RowRun { tokens, row: 0 }]);
+                if op == "gated_residual" {
+                    measure!(gated_residual(x.clone(), scale.clone(), y.clone(), &runs));
+                } else {
+                    measure!(layer_norm_modulate(
+                        x.clone(),
+                        shift.clone(),
+                        scale.clone(),
+                        &runs,
+                        EPS
+                    ));
+                }
+            }
+            ("qk_norm_rope", &[heads, tokens, head_dim]) => {
+                let (x, weight) = (
+                    self.random([tokens, heads, head_dim]),
+                    self.random([head_dim]),
+                );
+                let angles = self.random([tokens, head_dim / 2]).cast(DType::F32);
+                let rope = Rope {
+                    cos: angles.clone().cos(),
+                    sin: angles.sin(),
+                };
+                measure!(qk_norm_rope(x.clone(), weight.clone(), &rope, EPS));
+            }
+            ("gelu_tanh", &[tokens, dim]) => {
+                let x = self.random([tokens, dim]);
+                measure!(gelu_tanh(x.clone()));
+            }
+            ("silu_mul", &[tokens, dim]) => {
+                let (gate, up) = (self.random([tokens, dim]), self.random([tokens, dim]));
+                measure!(silu_mul(gate.clone(), up.clone()));
+            }
+            ("attention" | "causal_attention", &[heads, tokens, head_dim]) => {
+                let causal = op == "causal_attention";
+                let [q, k, v] = [(); 3].map(|()| self.random([tokens, heads, head_dim]));
+                measure!(packed_attention(
+                    q.clone(),
+                    k.clone(),
+                    v.clone(),
+                    &[tokens],
+                    causal
+                ));
+            }
+            ("same_conv2d", &[channels, side]) => {
+                let x = self.random([1, channels, side, side]);
+                let weight = self.random([channels, channels, 3, 3]);
+                let bias = self.random([channels]);
+                measure!(same_conv2d(x.clone(), weight.clone(), bias.clone()));
+            }
+            ("channel_norm_silu", &[channels, side]) => {
+                let x = self.random([1, channels, side, side]);
+                let gamma = self.random([channels]);
+                measure!(channel_norm_silu(x.clone(), gamma.clone()));
+            }
+            ("upsample_nearest", &[channels, side]) => {
+                let x = self.random([1, channels, side, side]);
+                measure!(upsample_nearest(x.clone()));
+            }
+            _ => panic!("no case for {op} of {shape:?}"),
+        }
+    }
+
+    fn random<const D: usize>(&self, shape: [usize; D]) -> Tensor<B, D> {
+        let normal = Distribution::Normal(0.0, 1.0);
+        Tensor::<B, D>::random(shape, normal, &self.device).cast(self.dtype)
+    }
+
+    fn report(
+        &self,
+        (op, shape): (&str, &[usize]),
+        kernel: &dyn Fn() -> Box<dyn Any>,
+        default: &dyn Fn() -> Box<dyn Any>,
+    ) {
+        let first = self.time(kernel);
+        let kernel = self.median(kernel);
+        self.time(default);
+        let default = self.median(default);
+        if self.json {
+            println!(
+                r#"{{"op": "{op}", "shape": {shape:?}, "first_ms": {first:.3}, "ms": {kernel:.3}, "default_ms": {default:.3}}}"#
+            );
+        } else {
+            let shape: Vec<String> = shape.iter().map(usize::to_string).collect();
+            println!(
+                "{op:20} {:15} {kernel:9.3} ms   default {default:9.3} ms   {:6.2} times   first call {first:9.1} ms",
+                shape.join("x"),
+                default / kernel,
+            );
+        }
+    }
+
+    /// Median of the calls after the first, in milliseconds.
+    fn median(&self, work: &dyn Fn() -> Box<dyn Any>) -> f64 {
+        let mut times = [(); RUNS].map(|()| self.time(work));
+        times.sort_by(f64::total_cmp);
+        times[RUNS / 2]
+    }
+
+    /// Until the device is idle, with the result still held: one that nobody waits for is not
+    /// written.
+    fn time(&self, work: &dyn Fn() -> Box<dyn Any>) -> f64 {
+        let start = Instant::now();
+        let result = work();
+        B::sync(&self.device).expect("the device computes");
+        let time = start.elapsed().as_secs_f64() * 1e3;
+        drop(result);
+        time
+    }
+}

@@ -1,0 +1,206 @@
+//! Convolutions of 3×3 by Winograd's F(2×2, 3×3), which multiplies 16 times for four pixels where a
+//! sum over the places of the kernel multiplies 36 times.
+//!
+//! A patch `d` of 4×4 padded pixels and a kernel `g` give the 2×2 pixels
+//! `Aᵀ [(G g Gᵀ) ⊙ (Bᵀ d B)] A` (Lavin and Gray, arXiv 1509.09308), so the sums over the channels
+//! are 16 products of matrices.
+//!
+//! Patches are two pixels apart. Pixels are sorted by whether their row and their column are even,
+//! and in what comes of that, the pixels that one place of all patches sees are consecutive, as in
+//! [`super::conv`]: each row of patches has one too many, which is not copied out.
+
+use pulp::{Arch, Simd, WithSimd};
+use rayon::prelude::*;
+
+use super::conv::{Grid, Task};
+use super::tile::{self, COLUMNS, Lane, ROWS, Tile};
+
+/// Of a patch, and of a transformed kernel.
+const PLACES: usize = 16;
+
+/// Convolution of `[images, channels_in, height, width]` with `weight`, `[out, in, 3, 3]`.
+pub(super) fn convolve(
+    x: &[f32],
+    channels_in: usize,
+    weight: &[f32],
+    bias: &[f32],
+    shape: [usize; 4],
+) -> Vec<f32> {
+    let [_, _, height, width] = shape;
+    let weight = transformed(weight, channels_in);
+    // Patches of a row, with one too many.
+    let row = width.div_ceil(2) + 1;
+    // The last place of a tile's last patch lies this far behind the last pixel.
+    let plane = (height.div_ceil(2) + 1) * row + COLUMNS;
+    let sorted = sorted(x, [height, width], row, plane);
+    let grid = Grid {
+        shape,
+        side: 2,
+        row,
+    };
+    grid.fill(|seen, task, write| {
+        seen.resize(PLACES * channels_in, Lane::default());
+        Arch::new().dispatch(Patches {
+            sorted: &sorted[task.image * channels_in * 4 * plane..][..channels_in * 4 * plane],
+            plane,
+            row,
+            weight: &weight,
+            bias,
+            seen,
+            task,
+            write,
+        });
+    })
+}
+
+/// `G g Gᵀ` of every kernel, as `[out, PLACES, in]`.
+fn transformed(weight: &[f32], channels_in: usize) -> Vec<f32> {
+    let mut output = vec![0.0_f32; weight.len() / 9 * PLACES];
+    let channels = output.par_chunks_mut(PLACES * channels_in);
+    channels
+        .zip(weight.par_chunks(9 * channels_in))
+        .for_each(|(output, weight)| {
+            let column = |[a, b, c]: [f32; 3]| [a, (a + b + c) * 0.5, (a - b + c) * 0.5, c];
+            for (channel, kernel) in weight.as_chunks::<9>().0.iter().enumerate() {
+                let [a, b, c] =
+                    [0, 1, 2].map(|x| column([kernel[x], kernel[3 + x], kernel[6 + x]]));
+                for y in 0..4 {
+                    for (x, value) in column([a[y], b[y], c[y]]).into_iter().enumerate() {
+                        output[(4 * y + x) * channels_in + channel] = value;
+                    }
+                }
+            }
+        });
+    output
+}
+
+/// The pixels of every plane, with zeros around, as `[planes, row odd, column odd, plane]`.
+fn sorted(x: &[f32], [height, width]: [usize; 2], row: usize, plane: usize) -> Vec<f32> {
+    let mut sorted = vec![0.0_f32; x.len() / (height * width) * 4 * plane];
+    let planes = sorted
+        .par_chunks_mut(4 * plane)
+        .zip(x.par_chunks(height * width));
+    planes.for_each(|(sorted, values)| {
+        for (y, values) in values.chunks_exact(width).enumerate() {
+            let y = y + 1;
+            let lines = &mut sorted[y % 2 * 2 * plane..][..2 * plane];
+            let (even, odd) = lines.split_at_mut(plane);
+            let (even, odd) = (
+                &mut even[y / 2 * row..][..row],
+                &mut odd[y / 2 * row..][..row],
+            );
+            let (pairs, last) = values.as_chunks::<2>();
+            for ((pair, odd), even) in pairs.iter().zip(odd.iter_mut()).zip(&mut even[1..]) {
+                (*odd, *even) = (pair[0], pair[1]);
+            }
+            if let [last] = last {
+                odd[width / 2] = *last;
+            }
+        }
+    });
+    sorted
+}
+
+/// A tile of patches, in some output channels.
+struct Patches<'a> {
+    /// Of the image.
+    sorted: &'a [f32],
+    plane: usize,
+    row: usize,
+    /// `[out, PLACES, in]`
+    weight: &'a [f32],
+    bias: &'a [f32],
+    /// Scratch: the transformed patches, `[PLACES, in]`.
+    seen: &'a mut [Lane],
+    task: Task,
+    /// Takes a channel, and the upper and the lower pixels of its patches.
+    write: &'a dyn Fn(usize, &[&[f32]]),
+}
+
+impl WithSimd for Patches<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        let channels_in = self.seen.len() / PLACES;
+        let Task {
+            first, channels, ..
+        } = self.task;
+        for channel in 0..channels_in {
+            let pixels = &self.sorted[channel * 4 * self.plane..][..4 * self.plane];
+            let transformed = patches(|y, x| {
+                let place = first + y / 2 * self.row + x / 2;
+                &pixels[(y % 2 * 2 + x % 2) * self.plane + place..]
+            });
+            let places = self.seen.chunks_exact_mut(channels_in);
+            for (seen, lane) in places.zip(&transformed) {
+                seen[channel] = *lane;
+            }
+        }
+        for top in channels.clone().step_by(ROWS) {
+            // A tile with fewer channels works out the last one several times.
+            let channel = |i: usize| (top + i).min(channels.end - 1);
+            let mut tiles = [Tile::default(); PLACES];
+            let places = self.seen.chunks_exact(channels_in);
+            for (place, (tile, seen)) in tiles.iter_mut().zip(places).enumerate() {
+                let left = std::array::from_fn(|i| {
+                    &self.weight[(channel(i) * PLACES + place) * channels_in..][..channels_in]
+                });
+                tile::add(simd, tile, left, seen);
+            }
+            for (i, channel) in (top..channels.end).take(ROWS).enumerate() {
+                let [upper, lower] = pixels(|place| &tiles[place][i], self.bias[channel]);
+                (self.write)(channel, &[&upper, &lower]);
+            }
+        }
+    }
+}
+
+/// `Bᵀ d B` of all patches of a tile; `pixel` has what a place of the patch sees.
+#[expect(
+    clippy::needless_range_loop,
+    reason = "indices that are known to fit keep lanes in registers"
+)]
+#[inline(always)]
+fn patches<'a>(pixel: impl Fn(usize, usize) -> &'a [f32]) -> [Lane; PLACES] {
+    let mut d: [Lane; PLACES] = std::array::from_fn(|i| {
+        let mut lane = Lane::default();
+        lane.copy_from_slice(&pixel(i / 4, i % 4)[..COLUMNS]);
+        lane
+    });
+    let steps = [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11], [12, 13, 14, 15]]
+        .into_iter()
+        .chain([[0, 4, 8, 12], [1, 5, 9, 13], [2, 6, 10, 14], [3, 7, 11, 15]]);
+    for [a, b, c, e] in steps {
+        for i in 0..COLUMNS {
+            let (va, vb, vc, ve) = (d[a][i], d[b][i], d[c][i], d[e][i]);
+            d[a][i] = va - vc;
+            d[b][i] = vb + vc;
+            d[c][i] = vc - vb;
+            d[e][i] = vb - ve;
+        }
+    }
+    d
+}
+
+/// `Aᵀ m A` of all patches of a tile, plus a bias: the upper and the lower pixels of each.
+#[inline(always)]
+fn pixels<'a>(product: impl Fn(usize) -> &'a Lane, bias: f32) -> [[f32; 2 * COLUMNS]; 2] {
+    let mut lines = [[0.0; 2 * COLUMNS]; 2];
+    let m: [&Lane; PLACES] = std::array::from_fn(product);
+    let (mut upper, mut lower) = ([Lane::default(); 4], [Lane::default(); 4]);
+    for x in 0..4 {
+        for i in 0..COLUMNS {
+            let (a, b, c, d) = (m[x][i], m[4 + x][i], m[8 + x][i], m[12 + x][i]);
+            upper[x][i] = a + b + c;
+            lower[x][i] = b - c - d;
+        }
+    }
+    for (line, [a, b, c, d]) in lines.iter_mut().zip([upper, lower]) {
+        for i in 0..COLUMNS {
+            line[2 * i] = a[i] + b[i] + c[i] + bias;
+            line[2 * i + 1] = b[i] - c[i] - d[i] + bias;
+        }
+    }
+    lines
+}
