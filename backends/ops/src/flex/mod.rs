@@ -32,6 +32,13 @@ impl FusedOps for Flex {
         linear::torch_linear(x, weight, bias)
     }
 
+    fn rms_norm(x: Float<2>, weight: Float<1>, eps: f64) -> Float<2> {
+        if !is_f32(&x) {
+            return defaults::rms_norm(x, weight, eps);
+        }
+        norm::rms_norm(x, weight, eps)
+    }
+
     fn layer_norm_modulate(
         x: Float<2>,
         shift: Float<2>,
