@@ -13,8 +13,14 @@ profile=${KILN_PROFILE:-release}
 folder=$(realpath -m "${1:-target/gpu-check}")
 
 case $backend in
-    cuda) ops=(-p kiln-cuda --test ops) ;;
-    flex) ops=(-p kiln-ops --features kiln-ops/flex --test properties) ;;
+    cuda)
+        tests=(-p kiln-cuda --test ops)
+        bench=(-p kiln-cuda --bench ops)
+        ;;
+    flex)
+        tests=(-p kiln-ops --features kiln-ops/flex --test properties)
+        bench=(-p kiln-ops --features kiln-ops/flex --bench flex)
+        ;;
     *)
         echo "KILN_BACKEND is cuda or flex, not $backend" >&2
         exit 2
@@ -32,14 +38,13 @@ print([path for path in paths if path][-1])'
 
 rm -rf "$folder"
 mkdir -p "$folder"/{bin,scripts,benches,tests,src/checkpoint,models}
-kiln=$(built cargo build --bin kiln --features "$backend")
-cp "$kiln" "$folder/bin/kiln"
-tests=$(built cargo test --no-run "${ops[@]}")
-cp "$tests" "$folder/bin/ops-tests"
+cp "$(built cargo build --bin kiln --features "$backend")" "$folder/bin/kiln"
+cp "$(built cargo test --no-run "${tests[@]}")" "$folder/bin/ops-tests"
+cp "$(built cargo bench --no-run "${bench[@]}")" "$folder/bin/ops-bench"
 strip "$folder"/bin/*
 
 cp scripts/gpu-check.sh scripts/noise_against_torch.py "$folder/scripts/"
-cp benches/diffusers_dummy.py "$folder/benches/"
+cp benches/diffusers_dummy.py benches/ops_against_torch.py "$folder/benches/"
 cp -r src/checkpoint/qwen_image "$folder/src/checkpoint/"
 cp -r tests/fixtures "$folder/tests/"
 (cd models && find demo -name '*.json' -exec cp --parents {} "$folder/models/" \;)

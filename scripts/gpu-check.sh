@@ -13,6 +13,7 @@
 #     KILN_BENCH_SIZES   "512x512 1024x1024"
 #     KILN_BENCH_STEPS   20
 #     KILN_BENCH_RUNS    3
+#     KILN_OPS_SHAPES    of the fused ops that are timed: qwen-image, or small
 #     KILN_PEAK_TFLOPS   the GPU's dense bf16 TFLOP/s, where the script does not know it
 #     KILN_PART_SECONDS  time limit of each part, 3600
 set -uo pipefail
@@ -27,6 +28,7 @@ device=(--backend "$backend" --device "${KILN_DEVICE:-0}")
 bench_model=${KILN_BENCH_MODEL:-Qwen/Qwen-Image}
 steps=${KILN_BENCH_STEPS:-20}
 runs=${KILN_BENCH_RUNS:-3}
+shapes=${KILN_OPS_SHAPES:-qwen-image}
 limit=${KILN_PART_SECONDS:-3600}
 failed=()
 
@@ -151,6 +153,35 @@ kept() {
     "$@" > "$file" && cat "$file"
 }
 
+# The first process finds no kernel compiled or chosen but those that the parts before it needed; what
+# later processes find, the cache has kept.
+ops() {
+    local dtype=$1 torch_device=cuda
+    [ "$backend" = cuda ] || torch_device=cpu
+    if has torch; then
+        function_part "Fused ops beside torch, $dtype" python3 benches/ops_against_torch.py \
+            bin/ops-bench --device "$torch_device" --shapes "$shapes" --dtype "$dtype" --rounds 3
+    else
+        function_part "Fused ops, $dtype" bin/ops-bench --shapes "$shapes" --dtype "$dtype"
+    fi
+}
+
+# How long a process takes for every op, which is mostly looking for kernels: with nothing kept from
+# another, with its choices kept, and with compiled kernels kept as well (there are some the second time).
+start_up() {
+    local folder=$scratch/start-up kept began program=$PWD/bin/ops-bench
+    mkdir "$folder"
+    for kept in nothing choices "choices and kernels" "choices and kernels"; do
+        printf '[autotune]\ncache = { file = "%s/cache" }\n' "$folder" > "$folder/cubecl.toml"
+        [ "$kept" != "choices and kernels" ] ||
+            printf '[compilation]\ncache = { file = "%s/cache" }\n' "$folder" >> "$folder/cubecl.toml"
+        began=$EPOCHREALTIME
+        (cd "$folder" && "$program" --shapes small --dtype f32 > /dev/null) || return
+        awk -v began="$began" -v now="$EPOCHREALTIME" -v kept="$kept" \
+            'BEGIN { printf "%6.1f s, kept: %s\n", now - began, kept }'
+    done
+}
+
 bench() {
     local size=$1 ours="$scratch/kiln-$1.json" theirs="$scratch/diffusers-$1.json" shape torch_device
     local options=(--size "$size" --steps "$steps" --runs "$runs")
@@ -180,7 +211,8 @@ if [ "${1:-}" = --part ]; then
 fi
 
 scratch=$(mktemp -d)
-export scratch
+# So that nothing is kept from before.
+export scratch XDG_CACHE_HOME=$scratch/cache
 trap 'rm -rf "$scratch"' EXIT
 [ "$backend" != cuda ] || find_cuda
 echo "# kiln on $backend" > "$results"
@@ -192,6 +224,10 @@ peak=()
 
 part "Backends" "$kiln" backends
 part "Fused ops against their definitions" bin/ops-tests --test-threads 1
+for dtype in bf16 f32; do
+    ops "$dtype"
+done
+[ "$backend" = flex ] || function_part "Start-up" start_up
 function_part "Parity with diffusers, f32" parity
 
 demo=(--prompt "a large red circle on a blue background" --negative-prompt " " --steps 8 --seed 1)

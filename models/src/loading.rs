@@ -110,6 +110,11 @@ pub enum OpenError {
         backend: &'static str,
         reason: String,
     },
+    #[error("the {backend} backend was not started: {reason}")]
+    Settings {
+        backend: &'static str,
+        reason: String,
+    },
     #[error("{device} failed while the model was loaded: {reason}")]
     Device { device: String, reason: String },
     #[error(transparent)]

@@ -38,6 +38,10 @@ pub fn open(
     parts: &CheckpointParts,
     options: LoadOptions,
 ) -> Result<Box<dyn Painter>, OpenError> {
+    kiln_ops::read_settings().map_err(|reason| OpenError::Settings {
+        backend: NAME,
+        reason,
+    })?;
     let device = CudaDevice::new(info.index);
     // burn panics where a device does not open.
     catch_unwind(AssertUnwindSafe(|| Cuda::<f32, i32>::sync(&device)))

@@ -14,6 +14,8 @@ mod memory;
 use burn_tensor::Tensor;
 use burn_tensor::backend::Backend;
 
+#[cfg(feature = "cubecl")]
+pub use cubecl::read_settings;
 pub use memory::{MemoryReport, MemoryUse};
 
 /// A run of consecutive packed tokens that share one row of a modulation table.
@@ -154,24 +156,3 @@ pub trait FusedOps: MemoryReport {
 
 #[cfg(feature = "ndarray")]
 impl FusedOps for burn_ndarray::NdArray {}
-
-#[cfg(feature = "cubecl")]
-impl<R, F, I, BT> FusedOps for burn_cubecl::CubeBackend<R, F, I, BT>
-where
-    R: burn_cubecl::CubeRuntime,
-    F: burn_cubecl::FloatElement,
-    I: burn_cubecl::IntElement,
-    BT: burn_cubecl::element::BoolElement,
-{
-}
-
-#[cfg(feature = "cubecl")]
-impl<B: burn_fusion::FusionBackend + MemoryReport> FusedOps for burn_fusion::Fusion<B> {
-    fn torch_linear(
-        x: Tensor<Self, 2>,
-        weight: Tensor<Self, 2>,
-        bias: Option<Tensor<Self, 1>>,
-    ) -> Tensor<Self, 2> {
-        cubecl::torch_linear(x, weight, bias)
-    }
-}

@@ -31,6 +31,10 @@ pub fn open(
     parts: &CheckpointParts,
     options: LoadOptions,
 ) -> Result<Box<dyn Painter>, OpenError> {
+    kiln_ops::read_settings().map_err(|reason| OpenError::Settings {
+        backend: NAME,
+        reason,
+    })?;
     let device = adapters()?
         .into_iter()
         .find(|(_, found)| found == info)

@@ -66,8 +66,10 @@ pub(crate) fn run<B: FusedOps>(device: &B::Device) {
 type Shapes = &'static [(&'static str, &'static [usize])];
 
 const SMALL: Shapes = &[
+    ("linear", &[64, 3072, 3072]),
     ("linear", &[1024, 768, 3072]),
     ("linear", &[1024, 3072, 3072]),
+    ("linear_bf16", &[64, 3072, 3072]),
     ("linear_bf16", &[1024, 768, 3072]),
     ("linear_bf16", &[1024, 3072, 3072]),
     ("rms_norm", &[1024, 768]),

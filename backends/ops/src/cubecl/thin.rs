@@ -1,4 +1,4 @@
-//! What burn's GPU backends (cuda, wgpu) must not be asked for.
+//! Linear layers of one row or one column, which burn's GPU backends must not be asked for.
 
 use burn_tensor::Tensor;
 use burn_tensor::backend::Backend;
@@ -8,7 +8,7 @@ use crate::defaults;
 /// burn 0.21 fuses a product with the ops after it, and for products of one row or one column it
 /// then tries kernels that take the other matrix to lie row by row, without looking. So every
 /// product has two of each. (burn issue 5122, cubek pull request 262.)
-pub(crate) fn torch_linear<B: Backend>(
+pub(super) fn torch_linear<B: Backend>(
     x: Tensor<B, 2>,
     weight: Tensor<B, 2>,
     bias: Option<Tensor<B, 1>>,

@@ -1,0 +1,139 @@
+//! burn's fusion in front of a GPU backend: it joins plain ops into kernels, and runs those that
+//! have a kernel already as they are.
+
+use std::fmt;
+use std::marker::PhantomData;
+
+use burn_fusion::stream::{Operation, OperationStreams};
+use burn_fusion::{Fusion, FusionBackend, FusionHandle, FusionTensor};
+use burn_ir::{CustomOpIr, HandleContainer, OperationIr, TensorIr};
+use burn_tensor::ops::FloatTensor;
+use burn_tensor::{Tensor, TensorPrimitive};
+
+use super::thin;
+use crate::{FusedOps, Rope, RowRun};
+
+impl<B: FusionBackend + FusedOps> FusedOps for Fusion<B> {
+    fn torch_linear(
+        x: Tensor<Self, 2>,
+        weight: Tensor<Self, 2>,
+        bias: Option<Tensor<Self, 1>>,
+    ) -> Tensor<Self, 2> {
+        thin::torch_linear(x, weight, bias)
+    }
+
+    fn rms_norm(x: Tensor<Self, 2>, weight: Tensor<Self, 1>, eps: f64) -> Tensor<Self, 2> {
+        unfused("rms_norm", [float(x), float(weight)], move |[x, weight]| {
+            float(B::rms_norm(tensor(x), tensor(weight), eps))
+        })
+    }
+
+    fn layer_norm_modulate(
+        x: Tensor<Self, 2>,
+        shift: Tensor<Self, 2>,
+        scale: Tensor<Self, 2>,
+        runs: &[RowRun],
+        eps: f64,
+    ) -> Tensor<Self, 2> {
+        let runs = runs.to_vec();
+        let inputs = [float(x), float(shift), float(scale)];
+        unfused("layer_norm_modulate", inputs, move |[x, shift, scale]| {
+            let (x, shift, scale) = (tensor(x), tensor(shift), tensor(scale));
+            float(B::layer_norm_modulate(x, shift, scale, &runs, eps))
+        })
+    }
+
+    fn qk_norm_rope(
+        x: Tensor<Self, 3>,
+        weight: Tensor<Self, 1>,
+        rope: &Rope<Self>,
+        eps: f64,
+    ) -> Tensor<Self, 3> {
+        let (cos, sin) = (rope.cos.clone(), rope.sin.clone());
+        let inputs = [float(x), float(weight), float(cos), float(sin)];
+        unfused("qk_norm_rope", inputs, move |[x, weight, cos, sin]| {
+            let rope = Rope {
+                cos: tensor(cos),
+                sin: tensor(sin),
+            };
+            float(B::qk_norm_rope(tensor(x), tensor(weight), &rope, eps))
+        })
+    }
+
+    fn channel_norm(x: Tensor<Self, 4>, gamma: Tensor<Self, 1>) -> Tensor<Self, 4> {
+        unfused("channel_norm", [float(x), float(gamma)], |[x, gamma]| {
+            float(B::channel_norm(tensor(x), tensor(gamma)))
+        })
+    }
+
+    fn channel_norm_silu(x: Tensor<Self, 4>, gamma: Tensor<Self, 1>) -> Tensor<Self, 4> {
+        unfused(
+            "channel_norm_silu",
+            [float(x), float(gamma)],
+            |[x, gamma]| float(B::channel_norm_silu(tensor(x), tensor(gamma))),
+        )
+    }
+}
+
+fn float<B: FusedOps, const D: usize>(x: Tensor<B, D>) -> FloatTensor<B> {
+    x.into_primitive().tensor()
+}
+
+fn tensor<B: FusedOps, const D: usize>(x: FloatTensor<B>) -> Tensor<B, D> {
+    Tensor::from_primitive(TensorPrimitive::Float(x))
+}
+
+/// Has fusion call `run` on the tensors of its backend, in the order of all ops. The result has the
+/// shape and type of the first input.
+fn unfused<B, const INPUTS: usize, const D: usize>(
+    name: &'static str,
+    inputs: [FusionTensor<B::FusionRuntime>; INPUTS],
+    run: impl Fn([FloatTensor<B>; INPUTS]) -> FloatTensor<B> + Send + Sync + 'static,
+) -> Tensor<Fusion<B>, D>
+where
+    B: FusionBackend + FusedOps,
+{
+    let client = inputs[0].client.clone();
+    let streams = OperationStreams::with_inputs(&inputs);
+    let output = TensorIr::uninit(
+        client.create_empty_handle(),
+        inputs[0].shape.clone(),
+        inputs[0].dtype,
+    );
+    let inputs = inputs.map(FusionTensor::into_ir);
+    let ir = CustomOpIr::new(name, &inputs, &[output]);
+    let operation = Unfused::<B, _, INPUTS> {
+        ir: ir.clone(),
+        run,
+        backend: PhantomData,
+    };
+    let mut outputs = client.register(streams, OperationIr::Custom(ir), operation);
+    tensor(outputs.remove(0))
+}
+
+/// What fusion calls when it is an op's turn.
+struct Unfused<B, F, const INPUTS: usize> {
+    ir: CustomOpIr,
+    run: F,
+    backend: PhantomData<fn() -> B>,
+}
+
+impl<B, F, const INPUTS: usize> Operation<B::FusionRuntime> for Unfused<B, F, INPUTS>
+where
+    B: FusionBackend,
+    F: Fn([FloatTensor<B>; INPUTS]) -> FloatTensor<B> + Send + Sync,
+{
+    fn execute(&self, handles: &mut HandleContainer<FusionHandle<B::FusionRuntime>>) {
+        let (inputs, [output]) = self.ir.as_fixed::<INPUTS, 1>();
+        let inputs = inputs
+            .each_ref()
+            .map(|input| handles.get_float_tensor::<B>(input));
+        handles.register_float_tensor::<B>(&output.id, (self.run)(inputs));
+    }
+}
+
+impl<B, F, const INPUTS: usize> fmt::Debug for Unfused<B, F, INPUTS> {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(formatter, "{:?}", self.ir)
+    }
+}

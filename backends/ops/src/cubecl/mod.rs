@@ -1,0 +1,224 @@
+//! Kernels for burn's GPU backends, cuda and wgpu, where burn's fusion makes several passes.
+//!
+//! Gains are over the default bodies behind fusion, in f32 on Mesa's lavapipe, which computes on
+//! the CPU, at the small shapes of `cargo bench -p kiln-wgpu` (measured on 2026-11-25). No GPU has
+//! run them yet.
+
+#![expect(
+    unsafe_code,
+    reason = "launches without bounds checks: each kernel says which units work on what"
+)]
+
+mod fusion;
+mod kernels;
+mod settings;
+mod thin;
+
+use burn_cubecl::cubecl::calculate_cube_count_elemwise;
+use burn_cubecl::cubecl::prelude::*;
+use burn_cubecl::element::BoolElement;
+use burn_cubecl::kernel::into_contiguous;
+use burn_cubecl::ops::numeric::empty_device_contiguous_dtype;
+use burn_cubecl::tensor::CubeTensor;
+use burn_cubecl::{CubeBackend, CubeRuntime, FloatElement, IntElement};
+use burn_tensor::{Tensor, TensorMetadata, TensorPrimitive};
+
+pub use settings::read_settings;
+
+use crate::{FusedOps, Rope, RowRun};
+
+/// Units that share a token's values.
+const UNITS: u32 = 128;
+/// Units that share a head's values.
+const HEAD_UNITS: u32 = 32;
+/// Heads that a cube has at a time.
+const HEADS: u32 = 4;
+/// Units of a cube in which each works for itself.
+const PIXELS: u32 = 128;
+
+impl<R, F, I, BT> FusedOps for CubeBackend<R, F, I, BT>
+where
+    R: CubeRuntime,
+    F: FloatElement,
+    I: IntElement,
+    BT: BoolElement,
+{
+    /// 2.3 times as fast as the default body.
+    fn rms_norm(x: Tensor<Self, 2>, weight: Tensor<Self, 1>, eps: f64) -> Tensor<Self, 2> {
+        let (x, weight) = (contiguous(x), contiguous(weight));
+        let [tokens, dim] = x.shape().dims();
+        let output = like(&x);
+        // SAFETY: a cube reads and writes the values of its token; there are none past the last.
+        unsafe {
+            kernels::rms_norm::launch_unchecked::<R>(
+                &output.client,
+                cubes(&output, tokens),
+                CubeDim::new_1d(UNITS),
+                output.required_address_type(),
+                lanes(&output, dim),
+                x.into_tensor_arg(),
+                weight.clone().into_tensor_arg(),
+                output.clone().into_tensor_arg(),
+                eps as f32,
+                UNITS,
+                [output.dtype.into(), weight.dtype.into()],
+            );
+        }
+        from_cube(output)
+    }
+
+    /// Twice as fast as the default body.
+    fn layer_norm_modulate(
+        x: Tensor<Self, 2>,
+        shift: Tensor<Self, 2>,
+        scale: Tensor<Self, 2>,
+        runs: &[RowRun],
+        eps: f64,
+    ) -> Tensor<Self, 2> {
+        let (x, shift, scale) = (contiguous(x), contiguous(shift), contiguous(scale));
+        let dim = x.shape()[1];
+        let output = like(&x);
+        let mut first = 0;
+        for run in runs.iter().filter(|run| run.tokens > 0) {
+            // SAFETY: a cube reads and writes the values of its token; there are none past the last
+            // of the run.
+            unsafe {
+                kernels::layer_norm_modulate::launch_unchecked::<R>(
+                    &output.client,
+                    cubes(&output, run.tokens),
+                    CubeDim::new_1d(UNITS),
+                    output.required_address_type(),
+                    lanes(&output, dim),
+                    x.clone().into_tensor_arg(),
+                    shift.clone().into_tensor_arg(),
+                    scale.clone().into_tensor_arg(),
+                    output.clone().into_tensor_arg(),
+                    first,
+                    run.tokens,
+                    run.row,
+                    eps as f32,
+                    UNITS,
+                    output.dtype.into(),
+                );
+            }
+            first += run.tokens;
+        }
+        from_cube(output)
+    }
+
+    /// 4.5 times as fast as the default body.
+    fn qk_norm_rope(
+        x: Tensor<Self, 3>,
+        weight: Tensor<Self, 1>,
+        rope: &Rope<Self>,
+        eps: f64,
+    ) -> Tensor<Self, 3> {
+        let (x, weight) = (contiguous(x), contiguous(weight));
+        let (cos, sin) = (contiguous(rope.cos.clone()), contiguous(rope.sin.clone()));
+        let [tokens, _, head_dim] = x.shape().dims();
+        let output = like(&x);
+        // SAFETY: a cube reads and writes the values of its token; there are none past the last.
+        unsafe {
+            kernels::qk_norm_rope::launch_unchecked::<R>(
+                &output.client,
+                cubes(&output, tokens),
+                CubeDim::new_2d(HEAD_UNITS, HEADS),
+                output.required_address_type(),
+                lanes(&output, head_dim),
+                x.into_tensor_arg(),
+                weight.clone().into_tensor_arg(),
+                cos.into_tensor_arg(),
+                sin.into_tensor_arg(),
+                output.clone().into_tensor_arg(),
+                eps as f32,
+                HEAD_UNITS,
+                HEADS,
+                [output.dtype.into(), weight.dtype.into()],
+            );
+        }
+        from_cube(output)
+    }
+
+    /// 3 to 4.5 times as fast as the default body.
+    fn channel_norm(x: Tensor<Self, 4>, gamma: Tensor<Self, 1>) -> Tensor<Self, 4> {
+        channel_norm(x, gamma, false)
+    }
+
+    /// 3 to 4.5 times as fast as the default body.
+    fn channel_norm_silu(x: Tensor<Self, 4>, gamma: Tensor<Self, 1>) -> Tensor<Self, 4> {
+        channel_norm(x, gamma, true)
+    }
+}
+
+fn channel_norm<R, F, I, BT>(
+    x: Tensor<CubeBackend<R, F, I, BT>, 4>,
+    gamma: Tensor<CubeBackend<R, F, I, BT>, 1>,
+    activate: bool,
+) -> Tensor<CubeBackend<R, F, I, BT>, 4>
+where
+    R: CubeRuntime,
+    F: FloatElement,
+    I: IntElement,
+    BT: BoolElement,
+{
+    let (x, gamma) = (contiguous(x), contiguous(gamma));
+    let [images, _, height, width] = x.shape().dims();
+    let output = like(&x);
+    let lanes = lanes(&output, height * width);
+    let units = images * height * width / lanes;
+    // SAFETY: a unit reads and writes the values of its pixels; there are none past the last.
+    unsafe {
+        kernels::channel_norm::launch_unchecked::<R>(
+            &output.client,
+            cubes(&output, units.div_ceil(PIXELS as usize)),
+            CubeDim::new_1d(PIXELS),
+            output.required_address_type(),
+            lanes,
+            x.into_tensor_arg(),
+            gamma.clone().into_tensor_arg(),
+            output.clone().into_tensor_arg(),
+            activate,
+            [output.dtype.into(), gamma.dtype.into()],
+        );
+    }
+    from_cube(output)
+}
+
+fn contiguous<R, F, I, BT, const D: usize>(x: Tensor<CubeBackend<R, F, I, BT>, D>) -> CubeTensor<R>
+where
+    R: CubeRuntime,
+    F: FloatElement,
+    I: IntElement,
+    BT: BoolElement,
+{
+    into_contiguous(x.into_primitive().tensor())
+}
+
+fn from_cube<R, F, I, BT, const D: usize>(x: CubeTensor<R>) -> Tensor<CubeBackend<R, F, I, BT>, D>
+where
+    R: CubeRuntime,
+    F: FloatElement,
+    I: IntElement,
+    BT: BoolElement,
+{
+    Tensor::from_primitive(TensorPrimitive::Float(x))
+}
+
+/// An output of the same shape and type.
+fn like<R: CubeRuntime>(x: &CubeTensor<R>) -> CubeTensor<R> {
+    empty_device_contiguous_dtype(x.client.clone(), x.device.clone(), x.shape(), x.dtype)
+}
+
+/// At least so many cubes: kernels end those that are too many.
+fn cubes<R: CubeRuntime>(x: &CubeTensor<R>, count: usize) -> CubeCount {
+    calculate_cube_count_elemwise(&x.client, count, CubeDim::new_single())
+}
+
+/// Values that a unit reads at once, of `consecutive` ones: f32, which has the fewest, is among
+/// them.
+fn lanes<R: CubeRuntime>(x: &CubeTensor<R>, consecutive: usize) -> usize {
+    let mut sizes = x.client.io_optimized_vector_sizes(size_of::<f32>());
+    sizes
+        .find(|size| consecutive.is_multiple_of(*size))
+        .unwrap_or(1)
+}
