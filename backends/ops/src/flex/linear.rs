@@ -5,17 +5,21 @@ use std::ops::Range;
 use burn_flex::FlexTensor;
 use burn_tensor::{DType, bf16, f16};
 use gemm::Parallelism;
+use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
 #[cfg(target_arch = "x86_64")]
 use super::bf16::{Bf16Instructions, Panel, add_product, pairs_of_rows};
 use super::matrix::{Matrix, Output, product};
 use super::shared::SharedMut;
+use super::tile::{self, COLUMNS, Lane, ROWS, Tile};
 use super::{Float, contiguous, from_values, simd};
 
 /// Output features whose weights are worked on together: large enough for the product to run at
 /// full speed, small enough for the panel to stay in the second-level cache.
 const PANEL: usize = 64;
+/// Tokens up to which weights stay as they lie.
+const FEW_TOKENS: usize = 96;
 /// Values per task of an elementwise loop.
 const CHUNK: usize = 1 << 14;
 /// Tokens below which a panel is not split: reading its weights would cost more than the product.
@@ -42,6 +46,7 @@ pub(super) fn torch_linear(x: Float<2>, weight: Float<2>, bias: Option<Float<1>>
             };
             widening(&mut output, (x, d_in), weight.storage(), bias, widen);
         }
+        _ if tokens <= FEW_TOKENS => few_tokens(&mut output, (x, d_in), weight.storage(), bias),
         _ => {
             let weight = Matrix::rows(weight.storage::<f32>(), d_out, d_in, d_in);
             if let Some(bias) = bias {
@@ -64,6 +69,66 @@ pub(super) fn torch_linear(x: Float<2>, weight: Float<2>, bias: Option<Float<1>>
         }
     }
     from_values(output, [tokens, d_out])
+}
+
+/// A product in which weights are read as they lie: with few tokens, bringing them into another
+/// order takes longer than the product. Half of the time for 64 tokens.
+fn few_tokens(
+    output: &mut [f32],
+    (x, d_in): (&[f32], usize),
+    weight: &[f32],
+    bias: Option<&[f32]>,
+) {
+    let d_out = weight.len() / d_in;
+    let tokens = output.len() / d_out;
+    // [tokens / COLUMNS, d_in]
+    let mut lanes = vec![Lane::default(); tokens.div_ceil(COLUMNS) * d_in];
+    let blocks = lanes.par_chunks_mut(d_in).zip(x.par_chunks(COLUMNS * d_in));
+    blocks.for_each(|(lanes, tokens)| {
+        for (i, token) in tokens.chunks_exact(d_in).enumerate() {
+            lanes
+                .iter_mut()
+                .zip(token)
+                .for_each(|(lane, x)| lane[i] = *x);
+        }
+    });
+    let shared = SharedMut::new(output);
+    (0..d_out.div_ceil(ROWS)).into_par_iter().for_each(|group| {
+        let first = group * ROWS;
+        let features = ROWS.min(d_out - first);
+        let left = std::array::from_fn(|i| &weight[(first + i.min(features - 1)) * d_in..][..d_in]);
+        let bias =
+            std::array::from_fn(|i| bias.map_or(0.0, |bias| bias[first + i.min(features - 1)]));
+        for (block, lanes) in lanes.chunks_exact(d_in).enumerate() {
+            let tile = Arch::new().dispatch(Rows { left, bias, lanes });
+            for (token, i) in (block * COLUMNS..tokens).zip(0..COLUMNS) {
+                let sums = tile.map(|row| row[i]);
+                #[expect(unsafe_code, reason = "tasks write disjoint parts of the output")]
+                // SAFETY: each task has features of its own.
+                unsafe {
+                    shared.write(token * d_out + first, &sums[..features]);
+                }
+            }
+        }
+    });
+}
+
+/// The products of six rows with all columns of `lanes`.
+struct Rows<'a> {
+    left: [&'a [f32]; ROWS],
+    bias: [f32; ROWS],
+    lanes: &'a [Lane],
+}
+
+impl WithSimd for Rows<'_> {
+    type Output = Tile;
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) -> Tile {
+        let mut tile = self.bias.map(|bias| Lane([bias; COLUMNS]));
+        tile::add(simd, &mut tile, self.left, self.lanes);
+        tile
+    }
 }
 
 /// With the processor's own products where it has them, else in f32 of the same rounded values.

@@ -13,6 +13,7 @@ use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
 use super::conv::{Grid, Task};
+use super::simd;
 use super::tile::{self, COLUMNS, Lane, ROWS, Tile};
 
 /// Of a patch, and of a transformed kernel.
@@ -60,18 +61,50 @@ fn transformed(weight: &[f32], channels_in: usize) -> Vec<f32> {
     channels
         .zip(weight.par_chunks(9 * channels_in))
         .for_each(|(output, weight)| {
-            let column = |[a, b, c]: [f32; 3]| [a, (a + b + c) * 0.5, (a - b + c) * 0.5, c];
-            for (channel, kernel) in weight.as_chunks::<9>().0.iter().enumerate() {
-                let [a, b, c] =
-                    [0, 1, 2].map(|x| column([kernel[x], kernel[3 + x], kernel[6 + x]]));
-                for y in 0..4 {
-                    for (x, value) in column([a[y], b[y], c[y]]).into_iter().enumerate() {
-                        output[(4 * y + x) * channels_in + channel] = value;
-                    }
+            let kernels = weight.as_chunks::<9>().0;
+            for (block, kernels) in kernels.chunks(COLUMNS).enumerate() {
+                let transformed = simd::vectorised(|| transform_kernels(kernels));
+                let places = output.chunks_exact_mut(channels_in);
+                for (place, lane) in places.zip(&transformed) {
+                    place[block * COLUMNS..][..kernels.len()]
+                        .copy_from_slice(&lane[..kernels.len()]);
                 }
             }
         });
     output
+}
+
+/// `G g Gᵀ` of up to [`COLUMNS`] kernels.
+#[inline(always)]
+fn transform_kernels(kernels: &[[f32; 9]]) -> [Lane; PLACES] {
+    let mut g = [Lane::default(); 9];
+    for (i, kernel) in kernels.iter().enumerate() {
+        g.iter_mut().zip(kernel).for_each(|(lane, x)| lane[i] = *x);
+    }
+    let (mut columns, mut places) = ([Lane::default(); 12], [Lane::default(); PLACES]);
+    for x in 0..3 {
+        for i in 0..COLUMNS {
+            let (a, b, c) = (g[x][i], g[3 + x][i], g[6 + x][i]);
+            columns[x][i] = a;
+            columns[3 + x][i] = (a + b + c) * 0.5;
+            columns[6 + x][i] = (a - b + c) * 0.5;
+            columns[9 + x][i] = c;
+        }
+    }
+    for y in 0..4 {
+        for i in 0..COLUMNS {
+            let (a, b, c) = (
+                columns[3 * y][i],
+                columns[3 * y + 1][i],
+                columns[3 * y + 2][i],
+            );
+            places[4 * y][i] = a;
+            places[4 * y + 1][i] = (a + b + c) * 0.5;
+            places[4 * y + 2][i] = (a - b + c) * 0.5;
+            places[4 * y + 3][i] = c;
+        }
+    }
+    places
 }
 
 /// The pixels of every plane, with zeros around, as `[planes, row odd, column odd, plane]`.
