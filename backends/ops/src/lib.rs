@@ -1,7 +1,8 @@
 //! The ops that kiln's models are written in, beyond burn's own.
 //!
 //! Every op of [`FusedOps`] has a default body in plain burn ops, which is its definition. A
-//! backend overrides it only with a kernel that is tested against that body and measured faster.
+//! backend overrides it only with a kernel that is tested against that body and measured faster, or
+//! where burn's own ops give it wrong results.
 
 #[cfg(feature = "cubecl")]
 mod cubecl;
