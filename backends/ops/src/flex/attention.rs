@@ -160,12 +160,8 @@ impl Scratch {
     fn take_queries(&mut self, values: &[f32], stride: usize, [count, head_dim]: [usize; 2]) {
         self.queries.clear();
         self.queries.resize(head_dim, Lane::default());
-        for query in 0..count {
-            let values = &values[query * stride..][..head_dim];
-            for (lane, value) in self.queries.iter_mut().zip(values) {
-                lane[query] = *value;
-            }
-        }
+        let queries = values.chunks(stride).take(count);
+        tile::interleave(&mut self.queries, queries.map(|query| &query[..head_dim]));
     }
 }
 
@@ -206,7 +202,12 @@ impl WithSimd for Attend<'_> {
             for top in (start..start + count).step_by(ROWS) {
                 let key = |key: usize| &self.packed.keys[key * head_dim..][..head_dim];
                 let mut tile = Tile::default();
-                tile::add(simd, &mut tile, rows(top, start + count, key), queries);
+                tile::add(
+                    simd,
+                    &mut tile,
+                    tile::rows(top, start + count, key),
+                    queries,
+                );
                 scores.extend_from_slice(&tile[..ROWS.min(start + count - top)]);
             }
             if let Some(first) = self.first {
@@ -241,7 +242,7 @@ impl WithSimd for Attend<'_> {
                         tile[i] = lane[i] * rescale[i];
                     }
                 }
-                tile::add(simd, &mut tile, rows(top, head_dim, value), scores);
+                tile::add(simd, &mut tile, tile::rows(top, head_dim, value), scores);
                 lanes.copy_from_slice(&tile[..lanes.len()]);
             }
         }
@@ -249,10 +250,4 @@ impl WithSimd for Attend<'_> {
             lane.iter_mut().zip(sums).for_each(|(x, sum)| *x /= sum);
         }
     }
-}
-
-/// The rows of a tile; one that is not full works out its last row several times.
-#[inline(always)]
-fn rows<'a>(top: usize, end: usize, row: impl Fn(usize) -> &'a [f32]) -> [&'a [f32]; ROWS] {
-    std::array::from_fn(|i| row((top + i).min(end - 1)))
 }

@@ -49,7 +49,7 @@ pub(super) struct Task {
 
 impl Grid {
     /// Patches of an image.
-    pub(super) fn patches(&self) -> usize {
+    fn patches(&self) -> usize {
         self.shape[2].div_ceil(self.side) * self.row
     }
 
@@ -82,8 +82,9 @@ impl Grid {
         (0..images * tiles * shares)
             .into_par_iter()
             .for_each_init(Vec::new, |scratch, index| {
-                let (image, first) = (task(index).image, task(index).first);
-                work(scratch, task(index), &|channel, lines| {
+                let task = task(index);
+                let (image, first) = (task.image, task.first);
+                work(scratch, task, &|channel, lines| {
                     let plane = (image * channels + channel) * height * width;
                     self.each_run(first, |y, x, pixels| {
                         for (y, line) in (y..height).zip(lines) {

@@ -82,10 +82,9 @@ impl WithSimd for Pixels<'_> {
         let depth = self.seen.len();
         let end = self.task.channels.end;
         for top in self.task.channels.step_by(ROWS) {
-            // A tile with fewer channels works out the last one several times.
             let channel = |i: usize| (top + i).min(end - 1);
             let mut tile: Tile = std::array::from_fn(|i| Lane([self.bias[channel(i)]; COLUMNS]));
-            let left = std::array::from_fn(|i| &self.weight[channel(i) * depth..][..depth]);
+            let left = tile::rows(top, end, |channel| &self.weight[channel * depth..][..depth]);
             tile::add(simd, &mut tile, left, self.seen);
             for (channel, pixels) in (top..end).zip(&tile) {
                 (self.write)(channel, &[&pixels[..]]);

@@ -85,18 +85,13 @@ fn few_tokens(
     let mut lanes = vec![Lane::default(); tokens.div_ceil(COLUMNS) * d_in];
     let blocks = lanes.par_chunks_mut(d_in).zip(x.par_chunks(COLUMNS * d_in));
     blocks.for_each(|(lanes, tokens)| {
-        for (i, token) in tokens.chunks_exact(d_in).enumerate() {
-            lanes
-                .iter_mut()
-                .zip(token)
-                .for_each(|(lane, x)| lane[i] = *x);
-        }
+        tile::interleave(lanes, tokens.chunks_exact(d_in));
     });
     let shared = SharedMut::new(output);
     (0..d_out.div_ceil(ROWS)).into_par_iter().for_each(|group| {
         let first = group * ROWS;
         let features = ROWS.min(d_out - first);
-        let left = std::array::from_fn(|i| &weight[(first + i.min(features - 1)) * d_in..][..d_in]);
+        let left = tile::rows(first, d_out, |feature| &weight[feature * d_in..][..d_in]);
         let bias =
             std::array::from_fn(|i| bias.map_or(0.0, |bias| bias[first + i.min(features - 1)]));
         for (block, lanes) in lanes.chunks_exact(d_in).enumerate() {

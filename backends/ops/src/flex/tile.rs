@@ -32,6 +32,27 @@ impl DerefMut for Lane {
 /// The sums of six rows and 32 columns.
 pub(super) type Tile = [Lane; ROWS];
 
+/// The six rows from `top` on. Where fewer are left before `end`, the last one stands for the others,
+/// and is worked out several times.
+#[inline(always)]
+pub(super) fn rows<'a>(
+    top: usize,
+    end: usize,
+    row: impl Fn(usize) -> &'a [f32],
+) -> [&'a [f32]; ROWS] {
+    std::array::from_fn(|i| row((top + i).min(end - 1)))
+}
+
+/// Puts the values of up to 32 rows next to each other: those of one place into one lane.
+#[inline(always)]
+pub(super) fn interleave<'a>(lanes: &mut [Lane], rows: impl Iterator<Item = &'a [f32]>) {
+    for (column, row) in rows.enumerate() {
+        for (lane, value) in lanes.iter_mut().zip(row) {
+            lane[column] = *value;
+        }
+    }
+}
+
 /// Adds `left · right` to a tile. All rows of `left` are as long as `right`.
 ///
 /// Six rows of two registers are in use at once, which 16 registers hold, and which are enough to

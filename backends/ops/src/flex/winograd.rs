@@ -78,9 +78,7 @@ fn transformed(weight: &[f32], channels_in: usize) -> Vec<f32> {
 #[inline(always)]
 fn transform_kernels(kernels: &[[f32; 9]]) -> [Lane; PLACES] {
     let mut g = [Lane::default(); 9];
-    for (i, kernel) in kernels.iter().enumerate() {
-        g.iter_mut().zip(kernel).for_each(|(lane, x)| lane[i] = *x);
-    }
+    tile::interleave(&mut g, kernels.iter().map(<[f32; 9]>::as_slice));
     let (mut columns, mut places) = ([Lane::default(); 12], [Lane::default(); PLACES]);
     for x in 0..3 {
         for i in 0..COLUMNS {
@@ -171,13 +169,11 @@ impl WithSimd for Patches<'_> {
             }
         }
         for top in channels.clone().step_by(ROWS) {
-            // A tile with fewer channels works out the last one several times.
-            let channel = |i: usize| (top + i).min(channels.end - 1);
             let mut tiles = [Tile::default(); PLACES];
             let places = self.seen.chunks_exact(channels_in);
             for (place, (tile, seen)) in tiles.iter_mut().zip(places).enumerate() {
-                let left = std::array::from_fn(|i| {
-                    &self.weight[(channel(i) * PLACES + place) * channels_in..][..channels_in]
+                let left = tile::rows(top, channels.end, |channel| {
+                    &self.weight[(channel * PLACES + place) * channels_in..][..channels_in]
                 });
                 tile::add(simd, tile, left, seen);
             }
