@@ -8,7 +8,7 @@ use burn_fusion::stream::{Operation, OperationStreams};
 use burn_fusion::{Fusion, FusionBackend, FusionHandle, FusionTensor};
 use burn_ir::{CustomOpIr, HandleContainer, OperationIr, TensorIr};
 use burn_tensor::ops::FloatTensor;
-use burn_tensor::{Tensor, TensorPrimitive};
+use burn_tensor::{Shape, Tensor, TensorPrimitive};
 
 use super::thin;
 use crate::{FusedOps, Rope, RowRun};
@@ -23,9 +23,13 @@ impl<B: FusionBackend + FusedOps> FusedOps for Fusion<B> {
     }
 
     fn rms_norm(x: Tensor<Self, 2>, weight: Tensor<Self, 1>, eps: f64) -> Tensor<Self, 2> {
-        unfused("rms_norm", [float(x), float(weight)], move |[x, weight]| {
-            float(B::rms_norm(tensor(x), tensor(weight), eps))
-        })
+        let shape = x.dims();
+        unfused(
+            "rms_norm",
+            shape,
+            [float(x), float(weight)],
+            move |[x, weight]| float(B::rms_norm(tensor(x), tensor(weight), eps)),
+        )
     }
 
     fn layer_norm_modulate(
@@ -36,11 +40,17 @@ impl<B: FusionBackend + FusedOps> FusedOps for Fusion<B> {
         eps: f64,
     ) -> Tensor<Self, 2> {
         let runs = runs.to_vec();
+        let shape = x.dims();
         let inputs = [float(x), float(shift), float(scale)];
-        unfused("layer_norm_modulate", inputs, move |[x, shift, scale]| {
-            let (x, shift, scale) = (tensor(x), tensor(shift), tensor(scale));
-            float(B::layer_norm_modulate(x, shift, scale, &runs, eps))
-        })
+        unfused(
+            "layer_norm_modulate",
+            shape,
+            inputs,
+            move |[x, shift, scale]| {
+                let (x, shift, scale) = (tensor(x), tensor(shift), tensor(scale));
+                float(B::layer_norm_modulate(x, shift, scale, &runs, eps))
+            },
+        )
     }
 
     fn qk_norm_rope(
@@ -50,28 +60,58 @@ impl<B: FusionBackend + FusedOps> FusedOps for Fusion<B> {
         eps: f64,
     ) -> Tensor<Self, 3> {
         let (cos, sin) = (rope.cos.clone(), rope.sin.clone());
+        let shape = x.dims();
         let inputs = [float(x), float(weight), float(cos), float(sin)];
-        unfused("qk_norm_rope", inputs, move |[x, weight, cos, sin]| {
-            let rope = Rope {
-                cos: tensor(cos),
-                sin: tensor(sin),
-            };
-            float(B::qk_norm_rope(tensor(x), tensor(weight), &rope, eps))
-        })
+        unfused(
+            "qk_norm_rope",
+            shape,
+            inputs,
+            move |[x, weight, cos, sin]| {
+                let rope = Rope {
+                    cos: tensor(cos),
+                    sin: tensor(sin),
+                };
+                float(B::qk_norm_rope(tensor(x), tensor(weight), &rope, eps))
+            },
+        )
+    }
+
+    fn packed_attention(
+        query: Tensor<Self, 3>,
+        key: Tensor<Self, 3>,
+        value: Tensor<Self, 3>,
+        lengths: &[usize],
+        causal: bool,
+    ) -> Tensor<Self, 2> {
+        let [tokens, heads, head_dim] = query.dims();
+        let shape = [tokens, heads * head_dim];
+        let inputs = [float(query), float(key), float(value)];
+        let lengths = lengths.to_vec();
+        unfused(
+            "packed_attention",
+            shape,
+            inputs,
+            move |[query, key, value]| {
+                let (query, key, value) = (tensor(query), tensor(key), tensor(value));
+                float(B::packed_attention(query, key, value, &lengths, causal))
+            },
+        )
     }
 
     fn channel_norm(x: Tensor<Self, 4>, gamma: Tensor<Self, 1>) -> Tensor<Self, 4> {
-        unfused("channel_norm", [float(x), float(gamma)], |[x, gamma]| {
+        let shape = x.dims();
+        let inputs = [float(x), float(gamma)];
+        unfused("channel_norm", shape, inputs, |[x, gamma]| {
             float(B::channel_norm(tensor(x), tensor(gamma)))
         })
     }
 
     fn channel_norm_silu(x: Tensor<Self, 4>, gamma: Tensor<Self, 1>) -> Tensor<Self, 4> {
-        unfused(
-            "channel_norm_silu",
-            [float(x), float(gamma)],
-            |[x, gamma]| float(B::channel_norm_silu(tensor(x), tensor(gamma))),
-        )
+        let shape = x.dims();
+        let inputs = [float(x), float(gamma)];
+        unfused("channel_norm_silu", shape, inputs, |[x, gamma]| {
+            float(B::channel_norm_silu(tensor(x), tensor(gamma)))
+        })
     }
 }
 
@@ -83,10 +123,11 @@ fn tensor<B: FusedOps, const D: usize>(x: FloatTensor<B>) -> Tensor<B, D> {
     Tensor::from_primitive(TensorPrimitive::Float(x))
 }
 
-/// Has fusion call `run` on the tensors of its backend, in the order of all ops. The result has the
-/// shape and type of the first input.
+/// Registers an op that fusion runs by itself, in the order of all ops: it calls `run` with the
+/// tensors of its backend. The result has this shape, and the type of the first input.
 fn unfused<B, const INPUTS: usize, const D: usize>(
     name: &'static str,
+    shape: [usize; D],
     inputs: [FusionTensor<B::FusionRuntime>; INPUTS],
     run: impl Fn([FloatTensor<B>; INPUTS]) -> FloatTensor<B> + Send + Sync + 'static,
 ) -> Tensor<Fusion<B>, D>
@@ -97,7 +138,7 @@ where
     let streams = OperationStreams::with_inputs(&inputs);
     let output = TensorIr::uninit(
         client.create_empty_handle(),
-        inputs[0].shape.clone(),
+        Shape::from(shape),
         inputs[0].dtype,
     );
     let inputs = inputs.map(FusionTensor::into_ir);

@@ -219,7 +219,9 @@ pub(super) fn channel_norm<F: Float, W: Float, N: Size>(
         let mut value = Vector::<f32, N>::cast_from(x[place]) * factor * gamma;
         if comptime!(activate) {
             let one = Vector::<f32, N>::new(1.0);
-            value = value / (one + (-value).exp());
+            // CUDA C++ has no unary minus for vectors.
+            let negated = Vector::<f32, N>::new(0.0) - value;
+            value = value / (one + negated.exp());
         }
         output[place] = Vector::cast_from(value);
     }
