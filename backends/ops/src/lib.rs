@@ -6,6 +6,8 @@
 
 #[cfg(feature = "cubecl")]
 mod cubecl;
+#[cfg(feature = "cuda")]
+pub mod cuda;
 pub mod defaults;
 #[cfg(feature = "flex")]
 mod flex;
@@ -16,7 +18,7 @@ use burn_tensor::Tensor;
 use burn_tensor::backend::Backend;
 
 #[cfg(feature = "cubecl")]
-pub use cubecl::read_settings;
+pub use cubecl::{Gate, Kernel, KernelChoice, KernelRuntime, read_settings};
 pub use memory::{MemoryReport, MemoryUse};
 
 /// A run of consecutive packed tokens that share one row of a modulation table.

@@ -10,16 +10,33 @@ use burn_ir::{CustomOpIr, HandleContainer, OperationIr, TensorIr};
 use burn_tensor::ops::FloatTensor;
 use burn_tensor::{Shape, Tensor, TensorPrimitive};
 
-use super::thin;
-use crate::{FusedOps, Rope, RowRun};
+use super::{Kernel, KernelChoice, thin};
+use crate::{FusedOps, Rope, RowRun, defaults};
 
-impl<B: FusionBackend + FusedOps> FusedOps for Fusion<B> {
+impl<B: FusionBackend + FusedOps + KernelChoice> FusedOps for Fusion<B> {
     fn torch_linear(
         x: Tensor<Self, 2>,
         weight: Tensor<Self, 2>,
         bias: Option<Tensor<Self, 1>>,
     ) -> Tensor<Self, 2> {
-        thin::torch_linear(x, weight, bias)
+        if !B::uses(Kernel::Linear) {
+            return thin::torch_linear(x, weight, bias);
+        }
+        let shape = [x.dims()[0], weight.dims()[0]];
+        let (x, weight) = (float(x), float(weight));
+        match bias.map(float) {
+            Some(bias) => unfused("torch_linear", shape, [x, weight, bias], |inputs| {
+                let [x, weight, bias] = inputs;
+                float(B::torch_linear(
+                    tensor(x),
+                    tensor(weight),
+                    Some(tensor(bias)),
+                ))
+            }),
+            None => unfused("torch_linear", shape, [x, weight], |[x, weight]| {
+                float(B::torch_linear(tensor(x), tensor(weight), None))
+            }),
+        }
     }
 
     fn rms_norm(x: Tensor<Self, 2>, weight: Tensor<Self, 1>, eps: f64) -> Tensor<Self, 2> {
@@ -39,6 +56,9 @@ impl<B: FusionBackend + FusedOps> FusedOps for Fusion<B> {
         runs: &[RowRun],
         eps: f64,
     ) -> Tensor<Self, 2> {
+        if !B::uses(Kernel::LayerNormModulate) {
+            return defaults::layer_norm_modulate(x, shift, scale, runs, eps);
+        }
         let runs = runs.to_vec();
         let shape = x.dims();
         let inputs = [float(x), float(shift), float(scale)];
@@ -59,6 +79,9 @@ impl<B: FusionBackend + FusedOps> FusedOps for Fusion<B> {
         rope: &Rope<Self>,
         eps: f64,
     ) -> Tensor<Self, 3> {
+        if !B::uses(Kernel::QkNormRope) {
+            return defaults::qk_norm_rope(x, weight, rope, eps);
+        }
         let (cos, sin) = (rope.cos.clone(), rope.sin.clone());
         let shape = x.dims();
         let inputs = [float(x), float(weight), float(cos), float(sin)];
@@ -83,6 +106,9 @@ impl<B: FusionBackend + FusedOps> FusedOps for Fusion<B> {
         lengths: &[usize],
         causal: bool,
     ) -> Tensor<Self, 2> {
+        if !B::uses(Kernel::Attention) {
+            return defaults::packed_attention(query, key, value, lengths, causal);
+        }
         let [tokens, heads, head_dim] = query.dims();
         let shape = [tokens, heads * head_dim];
         let inputs = [float(query), float(key), float(value)];
@@ -98,7 +124,26 @@ impl<B: FusionBackend + FusedOps> FusedOps for Fusion<B> {
         )
     }
 
+    fn same_conv2d(
+        x: Tensor<Self, 4>,
+        weight: Tensor<Self, 4>,
+        bias: Tensor<Self, 1>,
+    ) -> Tensor<Self, 4> {
+        if !B::uses(Kernel::Convolution) {
+            return defaults::same_conv2d(x, weight, bias);
+        }
+        let ([images, _, height, width], [channels, ..]) = (x.dims(), weight.dims());
+        let shape = [images, channels, height, width];
+        let inputs = [float(x), float(weight), float(bias)];
+        unfused("same_conv2d", shape, inputs, |[x, weight, bias]| {
+            float(B::same_conv2d(tensor(x), tensor(weight), tensor(bias)))
+        })
+    }
+
     fn channel_norm(x: Tensor<Self, 4>, gamma: Tensor<Self, 1>) -> Tensor<Self, 4> {
+        if !B::uses(Kernel::ChannelNorm) {
+            return defaults::channel_norm(x, gamma);
+        }
         let shape = x.dims();
         let inputs = [float(x), float(gamma)];
         unfused("channel_norm", shape, inputs, |[x, gamma]| {
@@ -107,6 +152,9 @@ impl<B: FusionBackend + FusedOps> FusedOps for Fusion<B> {
     }
 
     fn channel_norm_silu(x: Tensor<Self, 4>, gamma: Tensor<Self, 1>) -> Tensor<Self, 4> {
+        if !B::uses(Kernel::ChannelNorm) {
+            return defaults::channel_norm_silu(x, gamma);
+        }
         let shape = x.dims();
         let inputs = [float(x), float(gamma)];
         unfused("channel_norm_silu", shape, inputs, |[x, gamma]| {
@@ -132,7 +180,7 @@ fn unfused<B, const INPUTS: usize, const D: usize>(
     run: impl Fn([FloatTensor<B>; INPUTS]) -> FloatTensor<B> + Send + Sync + 'static,
 ) -> Tensor<Fusion<B>, D>
 where
-    B: FusionBackend + FusedOps,
+    B: FusionBackend + FusedOps + KernelChoice,
 {
     let client = inputs[0].client.clone();
     let streams = OperationStreams::with_inputs(&inputs);

@@ -10,7 +10,9 @@
 )]
 
 mod fusion;
+mod gate;
 mod kernels;
+mod runtime;
 mod settings;
 mod thin;
 
@@ -23,9 +25,11 @@ use burn_cubecl::tensor::CubeTensor;
 use burn_cubecl::{CubeBackend, CubeRuntime, FloatElement, IntElement};
 use burn_tensor::{Tensor, TensorMetadata, TensorPrimitive};
 
+pub use gate::{Gate, Kernel};
+pub use runtime::KernelRuntime;
 pub use settings::read_settings;
 
-use crate::{FusedOps, Rope, RowRun};
+use crate::{FusedOps, Rope, RowRun, defaults};
 
 /// Units that share a token's values.
 const UNITS: u32 = 128;
@@ -36,13 +40,70 @@ const HEADS: u32 = 4;
 /// Units of a cube in which each works for itself.
 const PIXELS: u32 = 128;
 
-impl<R, F, I, BT> FusedOps for CubeBackend<R, F, I, BT>
+/// A backend that says which ops have a kernel in use. For the others [`fusion`] takes the default
+/// body.
+pub trait KernelChoice {
+    fn uses(kernel: Kernel) -> bool;
+}
+
+impl<R, F, I, BT> KernelChoice for CubeBackend<R, F, I, BT>
 where
-    R: CubeRuntime,
+    R: KernelRuntime,
     F: FloatElement,
     I: IntElement,
     BT: BoolElement,
 {
+    fn uses(kernel: Kernel) -> bool {
+        let has = match kernel {
+            Kernel::Linear | Kernel::Convolution => R::HAS_PRODUCTS,
+            _ => true,
+        };
+        has && R::gate().uses(kernel)
+    }
+}
+
+impl<R, F, I, BT> FusedOps for CubeBackend<R, F, I, BT>
+where
+    R: KernelRuntime,
+    F: FloatElement,
+    I: IntElement,
+    BT: BoolElement,
+{
+    fn torch_linear(
+        x: Tensor<Self, 2>,
+        weight: Tensor<Self, 2>,
+        bias: Option<Tensor<Self, 1>>,
+    ) -> Tensor<Self, 2> {
+        let (cube_x, cube_weight) = (to_cube(x.clone()), to_cube(weight.clone()));
+        let cube_bias = bias.clone().map(to_cube);
+        R::linear(&cube_x, &cube_weight, cube_bias.as_ref())
+            .map_or_else(|| defaults::torch_linear(x, weight, bias), from_cube)
+    }
+
+    fn packed_attention(
+        query: Tensor<Self, 3>,
+        key: Tensor<Self, 3>,
+        value: Tensor<Self, 3>,
+        lengths: &[usize],
+        causal: bool,
+    ) -> Tensor<Self, 2> {
+        let cube = [&query, &key, &value].map(|x| to_cube(x.clone()));
+        R::packed_attention(&cube[0], &cube[1], &cube[2], lengths, causal).map_or_else(
+            || defaults::packed_attention(query, key, value, lengths, causal),
+            from_cube,
+        )
+    }
+
+    fn same_conv2d(
+        x: Tensor<Self, 4>,
+        weight: Tensor<Self, 4>,
+        bias: Tensor<Self, 1>,
+    ) -> Tensor<Self, 4> {
+        let (cube_x, cube_weight) = (to_cube(x.clone()), to_cube(weight.clone()));
+        R::same_conv2d(&cube_x, &cube_weight, &to_cube(bias.clone()))
+            .map_or_else(|| defaults::same_conv2d(x, weight, bias), from_cube)
+    }
+
     /// 2.3 times as fast as the default body.
     fn rms_norm(x: Tensor<Self, 2>, weight: Tensor<Self, 1>, eps: f64) -> Tensor<Self, 2> {
         let (x, weight) = (contiguous(x), contiguous(weight));
@@ -191,7 +252,17 @@ where
     I: IntElement,
     BT: BoolElement,
 {
-    into_contiguous(x.into_primitive().tensor())
+    into_contiguous(to_cube(x))
+}
+
+fn to_cube<R, F, I, BT, const D: usize>(x: Tensor<CubeBackend<R, F, I, BT>, D>) -> CubeTensor<R>
+where
+    R: CubeRuntime,
+    F: FloatElement,
+    I: IntElement,
+    BT: BoolElement,
+{
+    x.into_primitive().tensor()
 }
 
 fn from_cube<R, F, I, BT, const D: usize>(x: CubeTensor<R>) -> Tensor<CubeBackend<R, F, I, BT>, D>

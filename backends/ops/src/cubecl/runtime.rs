@@ -1,0 +1,56 @@
+//! What a runtime of `CubeCL` adds to the kernels that run on all of them.
+
+use burn_cubecl::CubeRuntime;
+use burn_cubecl::tensor::CubeTensor;
+
+use super::gate::Gate;
+
+/// A runtime of `CubeCL`, and the kernels that kiln has for it alone. A function returns `None` where
+/// it has no kernel for tensors like these.
+pub trait KernelRuntime: CubeRuntime {
+    /// Whether [`KernelRuntime::linear`] and [`KernelRuntime::same_conv2d`] take all tensors.
+    const HAS_PRODUCTS: bool = false;
+
+    /// Which kernels are in use on this runtime's devices.
+    fn gate() -> &'static Gate;
+
+    /// [`crate::FusedOps::torch_linear`].
+    fn linear(
+        x: &CubeTensor<Self>,
+        weight: &CubeTensor<Self>,
+        bias: Option<&CubeTensor<Self>>,
+    ) -> Option<CubeTensor<Self>> {
+        let _ = (x, weight, bias);
+        None
+    }
+
+    /// [`crate::FusedOps::same_conv2d`].
+    fn same_conv2d(
+        x: &CubeTensor<Self>,
+        weight: &CubeTensor<Self>,
+        bias: &CubeTensor<Self>,
+    ) -> Option<CubeTensor<Self>> {
+        let _ = (x, weight, bias);
+        None
+    }
+
+    /// [`crate::FusedOps::packed_attention`].
+    fn packed_attention(
+        query: &CubeTensor<Self>,
+        key: &CubeTensor<Self>,
+        value: &CubeTensor<Self>,
+        lengths: &[usize],
+        causal: bool,
+    ) -> Option<CubeTensor<Self>> {
+        let _ = (query, key, value, lengths, causal);
+        None
+    }
+}
+
+#[cfg(feature = "wgpu")]
+impl KernelRuntime for burn_cubecl::cubecl::wgpu::WgpuRuntime {
+    fn gate() -> &'static Gate {
+        static GATE: Gate = Gate::open();
+        &GATE
+    }
+}

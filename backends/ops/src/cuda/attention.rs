@@ -1,0 +1,167 @@
+//! Attention on tensor cores.
+
+use burn_cubecl::cubecl::cuda::CudaRuntime;
+use burn_cubecl::tensor::CubeTensor;
+use burn_tensor::{DType, Shape, TensorMetadata};
+
+use super::source::{CudaKernel, Launch, element};
+use super::{allocate, has_tensor_cores, is_aligned, rows};
+
+/// `attention_mma.cu`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct AttentionMma {
+    pub element: &'static str,
+    pub head_dim: usize,
+    pub causal: bool,
+}
+
+/// Sizes of packed sequences of attention.
+#[derive(Debug, Clone)]
+pub struct Attention {
+    pub heads: usize,
+    pub kv_heads: usize,
+    pub head_dim: usize,
+    /// From token to token and from head to head, of query, key and value, in values.
+    pub strides: [[usize; 2]; 3],
+}
+
+impl AttentionMma {
+    /// Queries of a block.
+    const QUERIES: usize = 64;
+    /// The most sequences of a launch.
+    pub const SEQUENCES: usize = 32;
+
+    /// Whether the kernel has heads of this width.
+    pub fn has_width(head_dim: usize) -> bool {
+        head_dim.is_multiple_of(8) && (8..=384).contains(&head_dim)
+    }
+
+    fn depth(self) -> usize {
+        self.head_dim.next_multiple_of(16)
+    }
+
+    /// Blocks that share the columns of a head.
+    fn parts(self) -> usize {
+        self.head_dim.div_ceil(128)
+    }
+
+    /// Columns of a block.
+    fn columns(self) -> usize {
+        self.head_dim.div_ceil(self.parts()).next_multiple_of(16)
+    }
+
+    /// Keys of a tile.
+    fn keys(self) -> usize {
+        if self.depth() <= 128 { 64 } else { 32 }
+    }
+
+    /// The launch for sequences that begin at these tokens; the last of `starts` is where they end.
+    pub fn launch(self, sizes: &Attention, starts: &[usize]) -> Launch<Self> {
+        let lengths = starts.windows(2).map(|pair| pair[1] - pair[0]);
+        let tiles: usize = lengths.map(|length| length.div_ceil(Self::QUERIES)).sum();
+        let mut info = vec![sizes.heads / sizes.kv_heads, sizes.heads * sizes.head_dim];
+        info.extend(sizes.strides.as_flattened());
+        let last = starts.last().copied();
+        let padding = last.into_iter().cycle();
+        info.extend(
+            starts
+                .iter()
+                .copied()
+                .chain(padding)
+                .take(Self::SEQUENCES + 1),
+        );
+        Launch {
+            kernel: self,
+            grid: [tiles as u32, (sizes.heads * self.parts()) as u32, 1],
+            info: info.into_iter().map(|size| size as u64).collect(),
+        }
+    }
+}
+
+impl CudaKernel for AttentionMma {
+    const NAME: &'static str = "attention_mma";
+    const TEXT: &'static str = include_str!("kernels/attention_mma.cu");
+
+    fn defines(&self) -> Vec<(&'static str, String)> {
+        vec![
+            ("T", self.element.to_owned()),
+            ("D", self.head_dim.to_string()),
+            ("DP", self.depth().to_string()),
+            ("PARTS", self.parts().to_string()),
+            ("DV", self.columns().to_string()),
+            ("KEYS", self.keys().to_string()),
+            ("CAUSAL", u8::from(self.causal).to_string()),
+            ("SEQUENCES", Self::SEQUENCES.to_string()),
+        ]
+    }
+
+    fn threads(&self) -> u32 {
+        128
+    }
+
+    fn shared_bytes(&self) -> usize {
+        let (row, value_row) = (self.depth() + 8, self.columns() + 8);
+        let query_and_key_rows = if self.depth() <= 128 {
+            Self::QUERIES.max(self.keys())
+        } else {
+            Self::QUERIES + self.keys()
+        };
+        2 * (query_and_key_rows * row + self.keys() * value_row)
+    }
+}
+
+/// Attention as [`crate::FusedOps::packed_attention`] defines it, where tensor cores have the type and
+/// the width of the heads.
+pub(super) fn packed_attention(
+    query: &CubeTensor<CudaRuntime>,
+    key: &CubeTensor<CudaRuntime>,
+    value: &CubeTensor<CudaRuntime>,
+    lengths: &[usize],
+    causal: bool,
+) -> Option<CubeTensor<CudaRuntime>> {
+    let [tokens, heads, head_dim] = query.shape().dims();
+    let [_, kv_heads, _] = key.shape().dims();
+    let fits = has_tensor_cores(query)
+        && matches!(query.dtype, DType::BF16 | DType::F16)
+        && query.dtype == key.dtype
+        && query.dtype == value.dtype
+        && AttentionMma::has_width(head_dim);
+    if !fits {
+        return None;
+    }
+    let [query, key, value] = [query, key, value].map(rows);
+    if ![&query, &key, &value].into_iter().all(is_aligned) {
+        return None;
+    }
+    let strides = [&query, &key, &value].map(|x| [x.meta.strides()[0], x.meta.strides()[1]]);
+    let sizes = Attention {
+        heads,
+        kv_heads,
+        head_dim,
+        strides,
+    };
+    let kernel = AttentionMma {
+        element: element(query.dtype)?,
+        head_dim,
+        causal,
+    };
+    let out = allocate(&query, Shape::from([tokens, heads * head_dim]), query.dtype);
+    let mut starts = vec![0];
+    let mut end = 0;
+    for length in lengths.iter().copied().filter(|length| *length > 0) {
+        if starts.len() > AttentionMma::SEQUENCES {
+            kernel
+                .launch(&sizes, &starts)
+                .run(&[&query, &key, &value, &out]);
+            starts = vec![end];
+        }
+        end += length;
+        starts.push(end);
+    }
+    if starts.len() > 1 {
+        kernel
+            .launch(&sizes, &starts)
+            .run(&[&query, &key, &value, &out]);
+    }
+    Some(out)
+}

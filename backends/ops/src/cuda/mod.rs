@@ -1,0 +1,86 @@
+//! Kernels in CUDA C++ for NVIDIA's GPUs: products of matrices, convolutions and attention.
+//!
+//! The texts lie in `kernels/`; NVRTC compiles them at run time for the GPU at hand. Products in bf16
+//! and f16 run on tensor cores where there are any (compute capability 8.0 and above), with f32 sums;
+//! all others in f32 arithmetic, never in TF32.
+
+mod attention;
+mod product;
+mod source;
+
+use burn_cubecl::cubecl::cuda::CudaRuntime;
+use burn_cubecl::kernel::into_contiguous;
+use burn_cubecl::ops::numeric::empty_device_contiguous_dtype;
+use burn_cubecl::tensor::CubeTensor;
+use burn_tensor::{DType, Shape};
+
+pub use attention::{Attention, AttentionMma};
+pub use product::{ChannelsLast, Elements, Image, Product, ProductFma, ProductMma};
+pub use source::{CudaKernel, Launch};
+
+use crate::cubecl::{Gate, KernelRuntime};
+
+impl KernelRuntime for CudaRuntime {
+    const HAS_PRODUCTS: bool = true;
+
+    fn gate() -> &'static Gate {
+        static GATE: Gate = Gate::open();
+        &GATE
+    }
+
+    fn linear(
+        x: &CubeTensor<Self>,
+        weight: &CubeTensor<Self>,
+        bias: Option<&CubeTensor<Self>>,
+    ) -> Option<CubeTensor<Self>> {
+        Some(product::linear(x, weight, bias))
+    }
+
+    fn same_conv2d(
+        x: &CubeTensor<Self>,
+        weight: &CubeTensor<Self>,
+        bias: &CubeTensor<Self>,
+    ) -> Option<CubeTensor<Self>> {
+        Some(product::same_conv2d(x, weight, bias))
+    }
+
+    fn packed_attention(
+        query: &CubeTensor<Self>,
+        key: &CubeTensor<Self>,
+        value: &CubeTensor<Self>,
+        lengths: &[usize],
+        causal: bool,
+    ) -> Option<CubeTensor<Self>> {
+        attention::packed_attention(query, key, value, lengths, causal)
+    }
+}
+
+/// Whether the GPU has what `*_mma.cu` are written with: `cp.async` came with the instructions for
+/// bf16, in compute capability 8.0.
+fn has_tensor_cores(x: &CubeTensor<CudaRuntime>) -> bool {
+    x.client.properties().features.copy_async
+}
+
+/// Values of the last dimension beside each other, whatever the other strides.
+fn rows(x: &CubeTensor<CudaRuntime>) -> CubeTensor<CudaRuntime> {
+    if x.meta.strides().last() == Some(&1) {
+        x.clone()
+    } else {
+        into_contiguous(x.clone())
+    }
+}
+
+/// Whether every row of a tensor of a 16-bit type begins at a multiple of 16 bytes.
+fn is_aligned(x: &CubeTensor<CudaRuntime>) -> bool {
+    let (_, outer) = x
+        .meta
+        .strides()
+        .split_last()
+        .expect("tensors have dimensions");
+    x.handle.offset_start.unwrap_or(0).is_multiple_of(16)
+        && outer.iter().all(|stride| stride.is_multiple_of(8))
+}
+
+fn allocate(like: &CubeTensor<CudaRuntime>, shape: Shape, dtype: DType) -> CubeTensor<CudaRuntime> {
+    empty_device_contiguous_dtype(like.client.clone(), like.device.clone(), shape, dtype)
+}

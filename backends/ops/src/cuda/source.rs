@@ -1,0 +1,148 @@
+//! Kernels written in CUDA C++, launched through `CubeCL` on its buffers and its stream.
+
+use std::fmt::Debug;
+use std::hash::Hash;
+
+use burn_cubecl::cubecl::cuda::{CudaCompiler, CudaRuntime};
+use burn_cubecl::cubecl::ir::{Scope, StorageType};
+use burn_cubecl::cubecl::prelude::*;
+use burn_cubecl::tensor::CubeTensor;
+use burn_tensor::DType;
+use cubecl_cpp::shared::{Elem, Item, SharedMemory};
+use cubecl_runtime::compiler::{CompilationError, Compiler, CubeTask};
+use cubecl_runtime::id::KernelId;
+use cubecl_runtime::kernel::{CompiledKernel, KernelDefinition, KernelMetadata, KernelOptions};
+use cubecl_runtime::server::{ExecutionMode, KernelArguments, MetadataBindingInfo};
+
+/// What every source begins with.
+const DEVICE: &str = include_str!("kernels/device.cuh");
+
+/// A kernel in CUDA C++. Its value is one way of compiling it, and the key under which the compiled
+/// kernel is kept.
+pub trait CudaKernel: Clone + Debug + Eq + Hash + Send + Sync + 'static {
+    /// The function to launch.
+    const NAME: &'static str;
+    /// The text that defines it, after what [`CudaKernel::defines`] says.
+    const TEXT: &'static str;
+
+    /// The macros that the text is compiled with.
+    fn defines(&self) -> Vec<(&'static str, String)>;
+    /// Threads of a block.
+    fn threads(&self) -> u32;
+    /// Bytes of dynamic shared memory of a block.
+    fn shared_bytes(&self) -> usize;
+
+    /// The whole program.
+    fn source(&self) -> String {
+        let defines = self.defines().into_iter();
+        let defines = defines.map(|(name, value)| format!("#define {name} {value}\n"));
+        format!("{DEVICE}\n{}\n{}", defines.collect::<String>(), Self::TEXT)
+    }
+}
+
+/// A launch of a kernel: everything but its buffers. They come first among the kernel's arguments, in
+/// the order that its text says, then `info` as one struct by value.
+#[derive(Debug, Clone)]
+pub struct Launch<K> {
+    pub kernel: K,
+    /// Blocks in x, y and z.
+    pub grid: [u32; 3],
+    pub info: Vec<u64>,
+}
+
+impl<K: CudaKernel> Launch<K> {
+    /// Queues the launch.
+    pub(super) fn run(self, buffers: &[&CubeTensor<CudaRuntime>]) {
+        let [x, y, z] = self.grid;
+        let fixed = self.info.len();
+        let arguments = KernelArguments::new()
+            .with_buffers(buffers.iter().map(|x| x.handle.clone().binding()).collect())
+            .with_info(MetadataBindingInfo::new(self.info, fixed));
+        let task = Box::new(Task(self.kernel));
+        buffers[0]
+            .client
+            .launch(task, CubeCount::Static(x, y, z), arguments);
+    }
+}
+
+/// The C++ name of an element type, if the kernels know it.
+pub(super) fn element(dtype: DType) -> Option<&'static str> {
+    match dtype {
+        DType::F32 => Some("float"),
+        DType::F16 => Some("__half"),
+        DType::BF16 => Some("__nv_bfloat16"),
+        _ => None,
+    }
+}
+
+#[derive(Clone)]
+struct Task<K>(K);
+
+impl<K: CudaKernel> KernelMetadata for Task<K> {
+    fn name(&self) -> &'static str {
+        K::NAME
+    }
+
+    /// Compiled kernels are kept by this id: a changed text is another kernel.
+    fn id(&self) -> KernelId {
+        let text = const { fnv(DEVICE.as_bytes()) ^ fnv(K::TEXT.as_bytes()).rotate_left(1) };
+        KernelId::new::<Self>()
+            .info((text, self.0.clone()))
+            .cube_dim(CubeDim::new_1d(self.0.threads()))
+    }
+
+    fn address_type(&self) -> StorageType {
+        u64::as_type_native_unchecked().storage_type()
+    }
+}
+
+impl<K: CudaKernel> CubeTask<CudaCompiler> for Task<K> {
+    fn compile(
+        &self,
+        compiler: &mut CudaCompiler,
+        options: &<CudaCompiler as Compiler>::CompilationOptions,
+        mode: ExecutionMode,
+        address_type: StorageType,
+    ) -> Result<CompiledKernel<CudaCompiler>, CompilationError> {
+        let cube_dim = CubeDim::new_1d(self.0.threads());
+        // CubeCL asks the kernel's representation for nothing but the size of its shared memory.
+        let empty = KernelDefinition {
+            buffers: Vec::new(),
+            tensor_maps: Vec::new(),
+            scalars: Vec::new(),
+            cube_dim,
+            body: Scope::root(false),
+            options: KernelOptions {
+                kernel_name: K::NAME.to_owned(),
+                ..KernelOptions::default()
+            },
+        };
+        let mut repr = compiler.compile(empty, options, mode, address_type)?;
+        repr.body.shared_memories = vec![SharedMemory::Array {
+            index: 0,
+            item: Item::scalar(Elem::U8, true),
+            length: self.0.shared_bytes(),
+            align: 128,
+            offset: 0,
+        }];
+        Ok(CompiledKernel {
+            entrypoint_name: K::NAME.to_owned(),
+            debug_name: Some(K::NAME),
+            source: self.0.source(),
+            repr: Some(repr),
+            cube_dim,
+            debug_info: None,
+        })
+    }
+}
+
+/// The FNV-1a hash of a text.
+const fn fnv(text: &[u8]) -> u64 {
+    let mut hash = 0xcbf2_9ce4_8422_2325;
+    let mut index = 0;
+    while index < text.len() {
+        hash = (hash ^ text[index] as u64).wrapping_mul(0x100_0000_01b3);
+        index += 1;
+    }
+    hash
+}
