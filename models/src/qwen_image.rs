@@ -179,6 +179,13 @@ impl<B: FusedOps> QwenImage<B> {
         }
 
         let precision = settings.precision;
+        let shapes = [
+            text_config.kernel_shapes(),
+            transformer_config.kernel_shapes(),
+            vae_config.kernel_shapes(),
+        ];
+        B::check_kernels(&device, precision.activations, &shapes.concat());
+
         let text_encoder = TextEncoder::load(
             &text_config,
             Arc::clone(&parts.text_encoder),

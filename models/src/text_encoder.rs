@@ -5,7 +5,7 @@
 use std::sync::Arc;
 
 use burn_tensor::{DType, Int, Tensor, TensorData};
-use kiln_ops::FusedOps;
+use kiln_ops::{FusedOps, KernelShape};
 
 use crate::config::{ConfigError, ConfigReader, ConfigText};
 use crate::source::TensorSource;
@@ -93,6 +93,34 @@ impl TextEncoderConfig {
             )));
         }
         Ok(config)
+    }
+}
+
+impl TextEncoderConfig {
+    /// The sizes of the ops that the text encoder is made of.
+    pub(crate) fn kernel_shapes(&self) -> Vec<KernelShape> {
+        let (heads, kv_heads) = (self.num_attention_heads, self.num_key_value_heads);
+        let linears = [
+            (self.hidden_size, self.hidden_size),
+            (self.hidden_size, kv_heads * self.head_dim),
+            (self.hidden_size, self.intermediate_size),
+            (self.intermediate_size, self.hidden_size),
+        ];
+        let mut shapes = linears
+            .map(|(d_in, d_out)| KernelShape::Linear { d_in, d_out })
+            .to_vec();
+        shapes.extend([
+            KernelShape::RmsNorm {
+                dim: self.hidden_size,
+            },
+            KernelShape::Attention {
+                heads,
+                kv_heads,
+                head_dim: self.head_dim,
+                causal: true,
+            },
+        ]);
+        shapes
     }
 }
 

@@ -42,6 +42,12 @@ pub fn open(
         backend: NAME,
         reason,
     })?;
+    if info.dtypes.is_empty() {
+        return Err(no_device(&format!(
+            "{} is too old: kiln's kernels need compute capability 7.0 or above",
+            info.name
+        )));
+    }
     let device = CudaDevice::new(info.index);
     // burn panics where a device does not open.
     catch_unwind(AssertUnwindSafe(|| Cuda::<f32, i32>::sync(&device)))
@@ -168,12 +174,11 @@ fn list() -> Result<Vec<DeviceInfo>, DriverError> {
         .collect()
 }
 
-/// The types a GPU of this compute capability has instructions for; CUDA's headers emulate the
-/// others in f32.
+/// The types a GPU of this compute capability has instructions for. CUDA's headers emulate the others
+/// in f32; below 7.0 kernels cannot take their arguments as kiln's do.
 fn dtypes(major: i32, minor: i32) -> Vec<ModelDType> {
     let since = |dtype| match dtype {
-        ModelDType::F32 => (0, 0),
-        ModelDType::F16 => (5, 3),
+        ModelDType::F32 | ModelDType::F16 => (7, 0),
         ModelDType::Bf16 => (8, 0),
     };
     ModelDType::ALL
@@ -192,6 +197,6 @@ mod tests {
         assert_eq!(dtypes(9, 0), [F32, Bf16, F16]);
         assert_eq!(dtypes(8, 0), [F32, Bf16, F16]);
         assert_eq!(dtypes(7, 5), [F32, F16]);
-        assert_eq!(dtypes(5, 2), [F32]);
+        assert_eq!(dtypes(6, 1), []);
     }
 }

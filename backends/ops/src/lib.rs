@@ -13,13 +13,15 @@ pub mod defaults;
 mod flex;
 pub mod host;
 mod memory;
+mod shapes;
 
-use burn_tensor::Tensor;
 use burn_tensor::backend::Backend;
+use burn_tensor::{DType, Tensor};
 
 #[cfg(feature = "cubecl")]
 pub use cubecl::{Gate, Kernel, KernelChoice, KernelRuntime, read_settings};
 pub use memory::{MemoryReport, MemoryUse};
+pub use shapes::KernelShape;
 
 /// A run of consecutive packed tokens that share one row of a modulation table.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -40,6 +42,13 @@ pub struct Rope<B: Backend> {
 /// Norms, softmax and rotations are computed in f32 whatever the type of the activations, and the
 /// result has the activations' type again.
 pub trait FusedOps: MemoryReport {
+    /// Compares the backend's kernels with the default bodies on a device, with activations of a type,
+    /// at the sizes of a model. A kernel that differs or fails is not used again in this process, and a
+    /// warning says why.
+    fn check_kernels(device: &Self::Device, dtype: DType, shapes: &[KernelShape]) {
+        let _ = (device, dtype, shapes);
+    }
+
     /// `x · weightᵀ + bias`, in the type of `x`.
     ///
     /// With a weight in bf16, `x` is rounded to bf16 first, as it is in a model that computes in

@@ -1,5 +1,7 @@
 //! config.json of the transformer.
 
+use kiln_ops::KernelShape;
+
 use crate::config::{ConfigError, ConfigReader, ConfigText};
 
 /// The largest default: 512 latents are 4,096 pixels a side, half of the pixels that a request may
@@ -104,6 +106,40 @@ impl TransformerConfig {
     /// Width of both streams.
     pub fn dim(&self) -> usize {
         self.num_attention_heads * self.attention_head_dim
+    }
+
+    /// The sizes of the ops that the transformer is made of.
+    pub(crate) fn kernel_shapes(&self) -> Vec<KernelShape> {
+        let (dim, heads, head_dim) = (
+            self.dim(),
+            self.num_attention_heads,
+            self.attention_head_dim,
+        );
+        let linears = [
+            (self.in_channels, dim),
+            (self.joint_attention_dim, dim),
+            (dim, dim),
+            (dim, 4 * dim),
+            (4 * dim, dim),
+            (dim, self.patch_channels()),
+        ];
+        let mut shapes = linears
+            .map(|(d_in, d_out)| KernelShape::Linear { d_in, d_out })
+            .to_vec();
+        shapes.extend([
+            KernelShape::RmsNorm {
+                dim: self.joint_attention_dim,
+            },
+            KernelShape::LayerNormModulate { dim },
+            KernelShape::QkNormRope { heads, head_dim },
+            KernelShape::Attention {
+                heads,
+                kv_heads: heads,
+                head_dim,
+                causal: false,
+            },
+        ]);
+        shapes
     }
 
     /// Channels of a predicted token.

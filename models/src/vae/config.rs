@@ -1,5 +1,7 @@
 //! config.json of the VAE.
 
+use kiln_ops::KernelShape;
+
 use crate::config::{ConfigError, ConfigReader, ConfigText};
 
 /// config.json of `AutoencoderKLQwenImage`: the decoder's part.
@@ -15,6 +17,38 @@ pub struct VaeConfig {
 }
 
 impl VaeConfig {
+    /// The sizes of the ops that the decoder is made of.
+    pub(crate) fn kernel_shapes(&self) -> Vec<KernelShape> {
+        let widths: Vec<usize> = self
+            .dim_mult
+            .iter()
+            .map(|mult| self.base_dim * mult)
+            .collect();
+        let (highest, lowest) = (widths[0], widths[widths.len() - 1]);
+        let convolution = |channels_in, channels_out, kernel| KernelShape::Convolution {
+            channels_in,
+            channels_out,
+            kernel,
+        };
+        let mut shapes = vec![
+            convolution(self.z_dim, self.z_dim, 1),
+            convolution(self.z_dim, lowest, 3),
+            convolution(lowest, 3 * lowest, 1),
+            convolution(highest, 3, 3),
+            KernelShape::Attention {
+                heads: 1,
+                kv_heads: 1,
+                head_dim: lowest,
+                causal: false,
+            },
+        ];
+        for width in widths {
+            shapes.push(convolution(width, width, 3));
+            shapes.push(KernelShape::ChannelNorm { channels: width });
+        }
+        shapes
+    }
+
     pub fn from_json(config: &ConfigText) -> Result<Self, ConfigError> {
         let reader = ConfigReader::parse(config)?;
         reader.require_class("AutoencoderKLQwenImage")?;

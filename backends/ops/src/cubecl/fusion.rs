@@ -8,12 +8,20 @@ use burn_fusion::stream::{Operation, OperationStreams};
 use burn_fusion::{Fusion, FusionBackend, FusionHandle, FusionTensor};
 use burn_ir::{CustomOpIr, HandleContainer, OperationIr, TensorIr};
 use burn_tensor::ops::FloatTensor;
-use burn_tensor::{Shape, Tensor, TensorPrimitive};
+use burn_tensor::{DType, Shape, Tensor, TensorPrimitive};
+use tracing::warn;
 
-use super::{Kernel, KernelChoice, thin};
-use crate::{FusedOps, Rope, RowRun, defaults};
+use super::{Kernel, KernelChoice, check, thin};
+use crate::{FusedOps, KernelShape, Rope, RowRun, defaults};
 
 impl<B: FusionBackend + FusedOps + KernelChoice> FusedOps for Fusion<B> {
+    fn check_kernels(device: &Self::Device, dtype: DType, shapes: &[KernelShape]) {
+        for (kernel, reason) in check::faults::<Self, B>(device, dtype, shapes) {
+            B::close(kernel);
+            warn!("a kernel of kiln's does not work on this device and is not used: {reason}");
+        }
+    }
+
     fn torch_linear(
         x: Tensor<Self, 2>,
         weight: Tensor<Self, 2>,

@@ -4,6 +4,8 @@ use std::env;
 use std::sync::LazyLock;
 use std::sync::atomic::{AtomicU32, Ordering};
 
+use crate::KernelShape;
+
 /// The environment variable that turns all kernels off.
 const SWITCH: &str = "KILN_KERNELS";
 
@@ -17,6 +19,20 @@ pub enum Kernel {
     Attention,
     Convolution,
     ChannelNorm,
+}
+
+impl Kernel {
+    pub(super) fn of(shape: &KernelShape) -> Self {
+        match shape {
+            KernelShape::Linear { .. } => Self::Linear,
+            KernelShape::RmsNorm { .. } => Self::RmsNorm,
+            KernelShape::LayerNormModulate { .. } => Self::LayerNormModulate,
+            KernelShape::QkNormRope { .. } => Self::QkNormRope,
+            KernelShape::Attention { .. } => Self::Attention,
+            KernelShape::Convolution { .. } => Self::Convolution,
+            KernelShape::ChannelNorm { .. } => Self::ChannelNorm,
+        }
+    }
 }
 
 /// The kernels that a runtime was found to compute wrong with, if any.

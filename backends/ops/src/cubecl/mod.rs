@@ -9,6 +9,7 @@
     reason = "launches without bounds checks: each kernel says which units work on what"
 )]
 
+mod check;
 mod fusion;
 mod gate;
 mod kernels;
@@ -44,6 +45,8 @@ const PIXELS: u32 = 128;
 /// body.
 pub trait KernelChoice {
     fn uses(kernel: Kernel) -> bool;
+    /// Does not use the kernel again in this process.
+    fn close(kernel: Kernel);
 }
 
 impl<R, F, I, BT> KernelChoice for CubeBackend<R, F, I, BT>
@@ -59,6 +62,10 @@ where
             _ => true,
         };
         has && R::gate().uses(kernel)
+    }
+
+    fn close(kernel: Kernel) {
+        R::gate().close(kernel);
     }
 }
 

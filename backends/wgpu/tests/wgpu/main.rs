@@ -7,15 +7,20 @@
     reason = "--nocapture shows how close each stage is"
 )]
 
+#[path = "../../../../models/tests/stages/backend_parity.rs"]
+mod backend_parity;
 #[path = "../../../../models/tests/stages/fixtures.rs"]
 #[expect(dead_code, reason = "the models' own tests compare more stages")]
 mod fixtures;
-mod parity;
 #[path = "../../../ops/tests/properties/suite.rs"]
 mod suite;
 
 use burn_wgpu::{Wgpu, WgpuDevice};
 
+use backend_parity::draws_what_diffusers_draws;
+use kiln_models::loading::LoadOptions;
+use kiln_models::painter::Painter;
+use kiln_models::qwen_image::CheckpointParts;
 use suite::{Extent, suites, test_every_op};
 
 /// Few cases: every shape is compiled anew, and lavapipe is slow at that.
@@ -26,5 +31,29 @@ const EXTENT: Extent = Extent {
     product_tolerance: 1e-5,
     f16_product_tolerance: 1e-2,
 };
+
+/// Guidance, and sizes that are powers of two.
+#[test]
+fn base() {
+    draws_what_diffusers_draws("base", open);
+}
+
+/// One step, odd sizes, and a VAE in tiles.
+#[test]
+fn tiled_odd() {
+    draws_what_diffusers_draws("tiled_odd", open);
+}
+
+/// bf16 weights, which WGSL has no type for, and what a user sees first.
+#[test]
+fn demo() {
+    draws_what_diffusers_draws("demo", open);
+}
+
+fn open(parts: &CheckpointParts, options: LoadOptions) -> Box<dyn Painter> {
+    let device = kiln_wgpu::devices().unwrap().remove(0);
+    println!("on {}", device.name);
+    kiln_wgpu::open(&device, parts, options).unwrap()
+}
 
 test_every_op!(suites::<Wgpu<f32, i32>>(&WgpuDevice::default(), EXTENT));

@@ -1,10 +1,12 @@
-//! The painter against what diffusers drew, in f32.
+//! A backend's painter against what diffusers drew, in f32. The tests of GPU backends include this
+//! file beside `fixtures.rs`.
 
 use std::fs;
 
 use kiln_models::loading::{LoadOptions, ModelDType};
 use kiln_models::noise::NoiseGenerator;
-use kiln_models::painter::Job;
+use kiln_models::painter::{Job, Painter};
+use kiln_models::qwen_image::CheckpointParts;
 use kiln_models::vae::{Tiling, VaeSettings};
 use serde_json::Value;
 
@@ -16,32 +18,16 @@ const TOLERANCE: f32 = 2e-5;
 /// Share of the 8-bit values that must be equal; no other may be off by more than 1.
 const EQUAL_PIXELS: f64 = 0.999;
 
-/// Guidance, and sizes that are powers of two.
-#[test]
-fn base() {
-    draws_what_diffusers_draws("base");
-}
-
-/// One step, odd sizes, and a VAE in tiles.
-#[test]
-fn tiled_odd() {
-    draws_what_diffusers_draws("tiled_odd");
-}
-
-/// bf16 weights, which WGSL has no type for, and what a user sees first.
-#[test]
-fn demo() {
-    draws_what_diffusers_draws("demo");
-}
-
-fn draws_what_diffusers_draws(name: &str) {
+/// Draws the case of this name with a painter that `open` makes, and compares every stage.
+pub(crate) fn draws_what_diffusers_draws(
+    name: &str,
+    open: impl FnOnce(&CheckpointParts, LoadOptions) -> Box<dyn Painter>,
+) {
     let cases = fs::read(folder().join("cases.json")).unwrap();
     let cases: Vec<Value> = serde_json::from_slice(&cases).unwrap();
     let case = cases.iter().find(|case| case["name"] == name).unwrap();
     let reference = Stages::open(name);
 
-    let device = kiln_wgpu::devices().unwrap().remove(0);
-    println!("on {}", device.name);
     let tiling = case["vae_tile"].as_array().map(|tile| Tiling {
         size: tile[0].as_u64().unwrap() as usize,
         stride: tile[1].as_u64().unwrap() as usize,
@@ -54,7 +40,7 @@ fn draws_what_diffusers_draws(name: &str) {
         },
     };
     let parts = parts(case["checkpoint"].as_str().unwrap());
-    let mut painter = kiln_wgpu::open(&device, &parts, options).unwrap();
+    let mut painter = open(&parts, options);
     painter.start(0, job(case, &reference)).unwrap();
     while painter.step(&[0]).unwrap() != [0] {}
     let painting = painter.finish(0).unwrap();

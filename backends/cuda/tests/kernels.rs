@@ -1,0 +1,555 @@
+//! Each kernel of `kiln_ops::cuda` by itself, launched through NVIDIA's driver with every buffer an
+//! allocation of its own, against sums in f64. `scripts/test-cuda.sh` runs it without a GPU, where
+//! accesses out of bounds, races and values that nobody wrote are found too.
+//!
+//! `KILN_SEEDS` is the number of orders that blocks and warps are tried in there; one without it.
+
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on should stop")]
+#![expect(unsafe_code, reason = "the driver is called directly")]
+
+use std::env;
+use std::ffi::{CString, c_void};
+use std::iter;
+
+use cudarc::driver::result::{self, ctx, device, function, module, primary_ctx, stream};
+use cudarc::driver::sys::{CUdevice_attribute, CUdeviceptr, CUfunction_attribute, CUstream};
+use cudarc::nvrtc::result as nvrtc;
+use half::{bf16, f16};
+use kiln_ops::cuda::{
+    Attention, AttentionMma, ChannelsLast, CudaKernel, Elements, Image, Launch, Product,
+};
+
+/// A type of the kernels' elements.
+trait Element: Copy {
+    const NAME: &'static str;
+    /// Of the largest magnitude, for a sum of products that is rounded to the type.
+    const TOLERANCE: f64;
+    fn from_f32(value: f32) -> Self;
+    fn to_f64(self) -> f64;
+}
+
+impl Element for f32 {
+    const NAME: &'static str = "float";
+    const TOLERANCE: f64 = 1e-5;
+    fn from_f32(value: f32) -> Self {
+        value
+    }
+    fn to_f64(self) -> f64 {
+        self.into()
+    }
+}
+
+impl Element for bf16 {
+    const NAME: &'static str = "__nv_bfloat16";
+    const TOLERANCE: f64 = 1e-2;
+    fn from_f32(value: f32) -> Self {
+        Self::from_f32(value)
+    }
+    fn to_f64(self) -> f64 {
+        self.to_f64()
+    }
+}
+
+impl Element for f16 {
+    const NAME: &'static str = "__half";
+    const TOLERANCE: f64 = 2e-3;
+    fn from_f32(value: f32) -> Self {
+        Self::from_f32(value)
+    }
+    fn to_f64(self) -> f64 {
+        self.to_f64()
+    }
+}
+
+/// The first GPU.
+struct Gpu {
+    stream: CUstream,
+    architecture: i32,
+}
+
+impl Gpu {
+    fn open() -> Self {
+        result::init().unwrap();
+        let device = device::get(0).unwrap();
+        // SAFETY: `get` returned the device; its context stays retained until the process ends.
+        unsafe {
+            ctx::set_current(primary_ctx::retain(device).unwrap()).unwrap();
+            let attribute = |name| device::get_attribute(device, name).unwrap();
+            let major = CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR;
+            let minor = CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR;
+            Self {
+                stream: stream::create(stream::StreamKind::NonBlocking).unwrap(),
+                architecture: attribute(major) * 10 + attribute(minor),
+            }
+        }
+    }
+
+    fn has_tensor_cores(&self) -> bool {
+        self.architecture >= 80
+    }
+
+    /// The output of a kernel whose first buffers are `inputs`, and then the output of `len` values.
+    /// It is computed once for each seed, and must be the same to the bit.
+    fn run<K: CudaKernel, T: Element>(
+        &self,
+        launch: &Launch<K>,
+        inputs: &[Vec<u8>],
+        len: usize,
+    ) -> Vec<T> {
+        let seeds = env::var("KILN_SEEDS").map_or(1, |seeds| seeds.parse().unwrap());
+        let ptx = self.compile(&launch.kernel.source());
+        let mut first: Option<Vec<u8>> = None;
+        for seed in 0..seeds {
+            // SAFETY: the tests of this program run on one thread.
+            unsafe { env::set_var("SIM_SEED", format!("{seed}")) };
+            let output = self.launch(launch, &ptx, inputs, len * size_of::<T>());
+            let first = first.get_or_insert_with(|| output.clone());
+            assert!(
+                *first == output,
+                "{:?}, seed {seed}: another result",
+                launch.kernel
+            );
+        }
+        let bytes = first.unwrap();
+        let values = bytes.chunks_exact(size_of::<T>());
+        // SAFETY: a chunk has the bytes of a value, of which every pattern is one.
+        values
+            .map(|value| unsafe { value.as_ptr().cast::<T>().read_unaligned() })
+            .collect()
+    }
+
+    fn compile(&self, source: &str) -> Vec<std::ffi::c_char> {
+        let suffix = if self.architecture >= 90 { "a" } else { "" };
+        let options = [
+            format!("--gpu-architecture=sm_{}{suffix}", self.architecture),
+            format!("--include-path={}/include", env::var("CUDA_PATH").unwrap()),
+        ];
+        let program = nvrtc::create_program(&CString::new(source).unwrap(), None).unwrap();
+        // SAFETY: the program was just made.
+        unsafe {
+            nvrtc::compile_program(program, &options).unwrap_or_else(|error| {
+                let log = nvrtc::get_program_log(program).unwrap();
+                let log: String = log.iter().map(|byte| *byte as u8 as char).collect();
+                panic!("{error:?}: {log}");
+            });
+            nvrtc::get_ptx(program).unwrap()
+        }
+    }
+
+    fn launch<K: CudaKernel>(
+        &self,
+        launch: &Launch<K>,
+        ptx: &[std::ffi::c_char],
+        inputs: &[Vec<u8>],
+        output_bytes: usize,
+    ) -> Vec<u8> {
+        // SAFETY: buffers have the sizes that the launch is for, and live until it is over.
+        unsafe {
+            let module = module::load_data(ptx.as_ptr().cast()).unwrap();
+            let name = CString::new(K::NAME).unwrap();
+            let function = module::get_function(module, name).unwrap();
+            let shared = launch.kernel.shared_bytes();
+            let attribute = CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+            function::set_function_attribute(function, attribute, shared as i32).unwrap();
+
+            let mut buffers: Vec<CUdeviceptr> = Vec::new();
+            for input in inputs {
+                let buffer = result::malloc_async(self.stream, input.len()).unwrap();
+                result::memcpy_htod_async(buffer, input, self.stream).unwrap();
+                buffers.push(buffer);
+            }
+            let output = result::malloc_async(self.stream, output_bytes).unwrap();
+            buffers.push(output);
+            let info = launch.info.as_ptr().cast_mut().cast::<c_void>();
+            let pointers = buffers
+                .iter_mut()
+                .map(|buffer| (&raw mut *buffer).cast::<c_void>());
+            let mut arguments: Vec<*mut c_void> = pointers.chain(iter::once(info)).collect();
+            let [x, y, z] = launch.grid;
+            let block = (launch.kernel.threads(), 1, 1);
+            result::launch_kernel(
+                function,
+                (x, y, z),
+                block,
+                shared as u32,
+                self.stream,
+                &mut arguments,
+            )
+            .unwrap_or_else(|error| panic!("{:?}: {error:?}", launch.kernel));
+            let mut bytes = vec![0_u8; output_bytes];
+            result::memcpy_dtoh_async(&mut bytes, output, self.stream).unwrap();
+            stream::synchronize(self.stream).unwrap();
+            for buffer in buffers {
+                result::free_async(buffer, self.stream).unwrap();
+            }
+            result::module::unload(module).unwrap();
+            bytes
+        }
+    }
+}
+
+/// Values from -2 to 2 that a type holds, and their bytes.
+fn input<T: Element>(seed: u32, len: usize, scale: f32) -> (Vec<f64>, Vec<u8>) {
+    let mut state = seed.wrapping_mul(2_654_435_761).wrapping_add(12345);
+    let mut values = Vec::with_capacity(len);
+    let mut bytes = Vec::with_capacity(len * size_of::<T>());
+    for _ in 0..len {
+        state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        let value = T::from_f32(scale * ((state >> 16) as f32 / 16384.0 - 2.0));
+        values.push(value.to_f64());
+        // SAFETY: elements are plain numbers.
+        bytes.extend(unsafe {
+            std::slice::from_raw_parts((&raw const value).cast::<u8>(), size_of::<T>())
+        });
+    }
+    (values, bytes)
+}
+
+fn assert_close<T: Element>(what: &str, tested: &[T], expected: &[f64]) {
+    assert_eq!(tested.len(), expected.len(), "{what}");
+    let largest = expected.iter().fold(0.0_f64, |a, x| a.max(x.abs()));
+    for (index, (tested, expected)) in tested.iter().zip(expected).enumerate() {
+        let difference = (tested.to_f64() - expected).abs();
+        // What is not a number is not close.
+        let is_close = difference <= T::TOLERANCE * largest;
+        assert!(
+            is_close,
+            "{what}: value {index} is {} for {expected}, off by {:.1e} of {largest}",
+            tested.to_f64(),
+            difference / largest
+        );
+    }
+}
+
+/// Shapes with rows, columns and depths that fill no tile.
+const PRODUCTS: [[usize; 3]; 5] = [
+    [1, 3, 8],
+    [65, 70, 40],
+    [130, 33, 136],
+    [16, 257, 64],
+    [129, 130, 200],
+];
+
+fn product(rows: usize, columns: usize, depth: usize) -> Product {
+    Product {
+        rows,
+        columns,
+        depth,
+        a_stride: depth,
+        b_stride: depth,
+        out_stride: columns,
+        image: None,
+    }
+}
+
+fn expected_product(
+    a: &[f64],
+    b: &[f64],
+    bias: &[f64],
+    [rows, columns, depth]: [usize; 3],
+) -> Vec<f64> {
+    (0..rows * columns)
+        .map(|index| {
+            let (row, column) = (index / columns, index % columns);
+            let (a, b) = (&a[row * depth..][..depth], &b[column * depth..][..depth]);
+            bias[column] + a.iter().zip(b).map(|(a, b)| a * b).sum::<f64>()
+        })
+        .collect()
+}
+
+fn linear_on_tensor_cores<T: Element>(gpu: &Gpu) {
+    for shape in PRODUCTS {
+        let [rows, columns, depth] = shape;
+        let (a, a_bytes) = input::<T>(1, rows * depth, 1.0);
+        let (b, b_bytes) = input::<T>(2, columns * depth, 1.0);
+        let (bias, bias_bytes) = input::<T>(3, columns, 1.0);
+        let expected = expected_product(&a, &b, &bias, shape);
+        // As if the GPU had few processors, or many: tiles of both sizes.
+        for processors in [1, 1000] {
+            let launch = product(rows, columns, depth).mma(T::NAME, T::NAME, true, processors);
+            let inputs = [a_bytes.clone(), b_bytes.clone(), bias_bytes.clone()];
+            let tested = gpu.run::<_, T>(&launch, &inputs, rows * columns);
+            assert_close(&format!("{shape:?} {processors}"), &tested, &expected);
+        }
+    }
+}
+
+#[test]
+fn linear_bf16() {
+    let gpu = Gpu::open();
+    if gpu.has_tensor_cores() {
+        linear_on_tensor_cores::<bf16>(&gpu);
+    }
+}
+
+#[test]
+fn linear_f16() {
+    let gpu = Gpu::open();
+    if gpu.has_tensor_cores() {
+        linear_on_tensor_cores::<f16>(&gpu);
+    }
+}
+
+#[test]
+fn linear_f32() {
+    let gpu = Gpu::open();
+    for shape in PRODUCTS.into_iter().chain([[67, 5, 33]]) {
+        let [rows, columns, depth] = shape;
+        let (a, a_bytes) = input::<f32>(1, rows * depth, 1.0);
+        let (b, b_bytes) = input::<bf16>(2, columns * depth, 1.0);
+        let (bias, bias_bytes) = input::<f16>(3, columns, 1.0);
+        let rounded: Vec<f64> = a.iter().map(|x| bf16::from_f64(*x).to_f64()).collect();
+        for processors in [1, 1000] {
+            let elements = Elements {
+                a: f32::NAME,
+                b: bf16::NAME,
+                bias: Some(f16::NAME),
+                out: f32::NAME,
+                round_a: true,
+            };
+            let launch = product(rows, columns, depth).fma(elements, processors);
+            let inputs = [a_bytes.clone(), b_bytes.clone(), bias_bytes.clone()];
+            let tested = gpu.run::<_, f32>(&launch, &inputs, rows * columns);
+            let expected = expected_product(&rounded, &b, &bias, shape);
+            assert_close(&format!("{shape:?} {processors}"), &tested, &expected);
+        }
+    }
+}
+
+/// Images, input channels, output channels, height, width and side of the kernel.
+const CONVOLUTIONS: [[usize; 6]; 4] = [
+    [1, 16, 33, 5, 7, 3],
+    [2, 3, 70, 9, 8, 1],
+    [1, 40, 3, 16, 17, 3],
+    [1, 8, 8, 1, 1, 5],
+];
+
+fn expected_convolution(x: &[f64], weight: &[f64], bias: &[f64], shape: [usize; 6]) -> Vec<f64> {
+    let [images, d_in, d_out, height, width, kernel] = shape;
+    let mut out = Vec::with_capacity(images * d_out * height * width);
+    for image in 0..images {
+        for o in 0..d_out {
+            for index in 0..height * width {
+                let mut sum = bias[o];
+                for tap in 0..kernel * kernel {
+                    let y = (index / width + tap / kernel).wrapping_sub(kernel / 2);
+                    let x_place = (index % width + tap % kernel).wrapping_sub(kernel / 2);
+                    if y >= height || x_place >= width {
+                        continue;
+                    }
+                    for i in 0..d_in {
+                        sum += weight[(o * d_in + i) * kernel * kernel + tap]
+                            * x[((image * d_in + i) * height + y) * width + x_place];
+                    }
+                }
+                out.push(sum);
+            }
+        }
+    }
+    out
+}
+
+#[test]
+fn convolution_f32() {
+    let gpu = Gpu::open();
+    for shape in CONVOLUTIONS {
+        let [images, d_in, d_out, height, width, kernel] = shape;
+        let (x, x_bytes) = input::<f32>(1, images * d_in * height * width, 1.0);
+        let (weight, weight_bytes) = input::<f32>(2, d_out * d_in * kernel * kernel, 1.0);
+        let (bias, bias_bytes) = input::<f32>(3, d_out, 1.0);
+        let depth = d_in * kernel * kernel;
+        let convolution = Product {
+            rows: d_out,
+            columns: height * width,
+            depth,
+            a_stride: depth,
+            b_stride: height * width,
+            out_stride: height * width,
+            image: Some(Image {
+                images,
+                height,
+                width,
+                kernel,
+                channels: d_in,
+            }),
+        };
+        let elements = Elements {
+            a: f32::NAME,
+            b: f32::NAME,
+            bias: Some(f32::NAME),
+            out: f32::NAME,
+            round_a: false,
+        };
+        let expected = expected_convolution(&x, &weight, &bias, shape);
+        for processors in [1, 1000] {
+            let launch = convolution.fma(elements, processors);
+            let inputs = [weight_bytes.clone(), x_bytes.clone(), bias_bytes.clone()];
+            let tested = gpu.run::<_, f32>(&launch, &inputs, expected.len());
+            assert_close(&format!("{shape:?} {processors}"), &tested, &expected);
+        }
+    }
+}
+
+#[test]
+fn convolution_bf16() {
+    let gpu = Gpu::open();
+    if !gpu.has_tensor_cores() {
+        return;
+    }
+    for shape in CONVOLUTIONS {
+        let [images, d_in, d_out, height, width, kernel] = shape;
+        let (pixels, taps) = (height * width, kernel * kernel);
+        let (x, x_bytes) = input::<bf16>(1, images * d_in * pixels, 1.0);
+        let (weight, weight_bytes) = input::<bf16>(2, d_out * d_in * taps, 1.0);
+        let (bias, bias_bytes) = input::<bf16>(3, d_out, 1.0);
+        let to_last = |outer, inner, bytes: Vec<u8>| {
+            let kernel = ChannelsLast {
+                element: bf16::NAME,
+            };
+            let (launch, padded) = kernel.launch(outer, d_in, inner);
+            let last = gpu.run::<_, bf16>(&launch, &[bytes], outer * inner * padded);
+            let bytes: Vec<u8> = last.iter().flat_map(|value| value.to_le_bytes()).collect();
+            (bytes, padded)
+        };
+        let (x_bytes, padded) = to_last(images, pixels, x_bytes);
+        let (weight_bytes, _) = to_last(d_out, taps, weight_bytes);
+        let depth = taps * padded;
+        let convolution = Product {
+            rows: d_out,
+            columns: pixels,
+            depth,
+            a_stride: depth,
+            b_stride: padded,
+            out_stride: pixels,
+            image: Some(Image {
+                images,
+                height,
+                width,
+                kernel,
+                channels: padded,
+            }),
+        };
+        let expected = expected_convolution(&x, &weight, &bias, shape);
+        for processors in [1, 1000] {
+            let launch = convolution.mma(bf16::NAME, bf16::NAME, true, processors);
+            let inputs = [weight_bytes.clone(), x_bytes.clone(), bias_bytes.clone()];
+            let tested = gpu.run::<_, bf16>(&launch, &inputs, expected.len());
+            assert_close(&format!("{shape:?} {processors}"), &tested, &expected);
+        }
+    }
+}
+
+/// One case of attention: sequences, query heads, key/value heads, width, and whether it is causal.
+type AttentionCase<'a> = (&'a [usize], usize, usize, usize, bool);
+
+const ATTENTIONS: [AttentionCase<'static>; 9] = [
+    (&[1], 1, 1, 32, false),
+    (&[15, 16, 17, 64], 3, 1, 32, false),
+    (&[100], 1, 1, 80, true),
+    (&[65, 1, 130], 4, 2, 128, true),
+    (&[70], 2, 2, 40, false),
+    (&[33], 1, 1, 192, false),
+    (&[67, 3], 1, 1, 384, false),
+    (&[130], 24, 24, 16, false),
+    (&[5, 70], 1, 1, 8, true),
+];
+
+fn expected_attention(
+    qkv: [&[f64]; 3],
+    (lengths, heads, kv_heads, width, causal): AttentionCase,
+) -> Vec<f64> {
+    let [query, key, value] = qkv;
+    let tokens: usize = lengths.iter().sum();
+    let mut out = vec![0.0; tokens * heads * width];
+    let mut start = 0;
+    for length in lengths {
+        for token in start..start + length {
+            for head in 0..heads {
+                let kv_head = head * kv_heads / heads;
+                let end = if causal { token + 1 } else { start + length };
+                let query = &query[(token * heads + head) * width..][..width];
+                let place = |other: usize| (other * kv_heads + kv_head) * width;
+                let scores: Vec<f64> = (start..end)
+                    .map(|other| {
+                        let key = &key[place(other)..][..width];
+                        let product: f64 = query.iter().zip(key).map(|(a, b)| a * b).sum();
+                        product / (width as f64).sqrt()
+                    })
+                    .collect();
+                let top = scores.iter().fold(f64::NEG_INFINITY, |a, x| a.max(*x));
+                let weights: Vec<f64> = scores.iter().map(|score| (score - top).exp()).collect();
+                let total: f64 = weights.iter().sum();
+                for column in 0..width {
+                    let sum: f64 = (start..end)
+                        .zip(&weights)
+                        .map(|(other, weight)| weight * value[place(other) + column])
+                        .sum();
+                    out[(token * heads + head) * width + column] = sum / total;
+                }
+            }
+        }
+        start += length;
+    }
+    out
+}
+
+fn attention<T: Element>(gpu: &Gpu, case: AttentionCase, scale: f32) {
+    let (lengths, heads, kv_heads, width, causal) = case;
+    let tokens: usize = lengths.iter().sum();
+    let (query, query_bytes) = input::<T>(1, tokens * heads * width, scale);
+    let (key, key_bytes) = input::<T>(2, tokens * kv_heads * width, scale);
+    let (value, value_bytes) = input::<T>(3, tokens * kv_heads * width, scale);
+    let kernel = AttentionMma {
+        element: T::NAME,
+        head_dim: width,
+        causal,
+    };
+    let sizes = Attention {
+        heads,
+        kv_heads,
+        head_dim: width,
+        strides: [
+            [heads * width, width],
+            [kv_heads * width, width],
+            [kv_heads * width, width],
+        ],
+    };
+    let mut starts = vec![0];
+    for length in lengths {
+        starts.push(starts[starts.len() - 1] + length);
+    }
+    let launch = kernel.launch(&sizes, &starts);
+    let inputs = [query_bytes, key_bytes, value_bytes];
+    let tested = gpu.run::<_, T>(&launch, &inputs, tokens * heads * width);
+    let expected = expected_attention([&query, &key, &value], case);
+    assert_close(&format!("{case:?} up to {scale}"), &tested, &expected);
+}
+
+#[test]
+fn attention_bf16() {
+    let gpu = Gpu::open();
+    if gpu.has_tensor_cores() {
+        for case in ATTENTIONS {
+            attention::<bf16>(&gpu, case, 1.0);
+        }
+    }
+}
+
+#[test]
+fn attention_f16() {
+    let gpu = Gpu::open();
+    if gpu.has_tensor_cores() {
+        for case in ATTENTIONS {
+            attention::<f16>(&gpu, case, 1.0);
+        }
+    }
+}
+
+/// Far beyond what f16 holds: nothing may become infinite on the way.
+#[test]
+fn attention_of_large_values() {
+    let gpu = Gpu::open();
+    if gpu.has_tensor_cores() {
+        attention::<bf16>(&gpu, (&[100, 17], 3, 3, 80, false), 5e4);
+    }
+}
