@@ -1,0 +1,96 @@
+#!/usr/bin/env bash
+# Tests the cuda backend without a GPU, on the stand-in devices of tests/cuda-sim: one that runs kernels
+# on the CPU, and one that computes nothing, behind NVIDIA's own compiler. Needs what scripts/cuda-sim.sh
+# installs, jq and curl. KILN_SEEDS is the number of orders that blocks and warps are tried in.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+part() {
+    echo "== cuda: $* (after $SECONDS s)"
+}
+
+# shellcheck source=scripts/cuda-sim.sh
+. scripts/cuda-sim.sh
+part "stand-in devices"
+cuda_sim_build
+bash tests/cuda-sim/test.sh
+
+part "build"
+programs=$(cargo build --locked -p kiln -p kiln-cuda --features ndarray,cuda --bin kiln --test kernels --test ops \
+    --message-format json-render-diagnostics | jq -r 'select(.executable) | "\(.target.name) \(.executable)"')
+program() {
+    awk -v name="$1" '$1 == name { print $2 }' <<< "$programs"
+}
+KILN=$(program kiln)
+kernels=$(program kernels)
+ops=$(program ops)
+
+folder=$(realpath -m "${CARGO_TARGET_DIR:-target}")/cuda-test
+rm -rf "$folder"
+mkdir -p "$folder"
+# What the stand-in compiled stays from run to run; what CubeCL and kiln keep does not.
+export XDG_CACHE_HOME="$folder/cache"
+
+# on DEVICE CAPABILITY COMMAND...: runs a command in the test folder with that device.
+on() {
+    (
+        cuda_sim "$1" "$2"
+        cd "$folder"
+        "${@:3}"
+    )
+}
+
+part "every kernel by itself, with the hazard detector"
+export KILN_SEEDS=${KILN_SEEDS:-2}
+for capability in 75 80; do
+    SIM_CHECK=1 on cpu $capability "$kernels" --test-threads 1
+done
+part "kernels of CubeCL, with the hazard detector"
+SIM_CHECK=1 SIM_CHECK_ONLY='^(rms_norm|layer_norm_modulate|qk_norm_rope|channel_norm|attention)' \
+    on cpu 80 "$ops" --test-threads 1 norm attention rope
+
+part "fused ops, and parity with diffusers"
+on cpu 80 "$ops" --test-threads 1
+
+part "flex and cuda side by side"
+# compare DTYPE CAPABILITY
+compare() {
+    local report="$folder/$1-$2.json"
+    on cpu "$2" "$KILN" compare --backends flex,cuda --dtype "$1" --steps 20 --seed 7 --negative-prompt "a blue square" \
+        --report "$report"
+    if [ "$1" = f32 ]; then
+        jq --exit-status '[.runs[].stages[].max_relative] | max <= 2e-5' "$report"
+    fi
+}
+for capability in 75 80 90; do
+    compare f32 $capability
+    compare f16 $capability
+done
+for capability in 80 90; do
+    compare bf16 $capability
+done
+
+part "generate and serve"
+on cpu 80 "$KILN" generate "a small green circle" --backend cuda --steps 4 --seed 1 --output "$folder/generated.png"
+(
+    cuda_sim cpu 80
+    # shellcheck source=scripts/common.sh
+    . scripts/common.sh
+    start_server --backend cuda
+    curl --silent --show-error --fail "$server/v1/images/generations" -H 'content-type: application/json' \
+        -d '{"prompt": "a small green circle", "num_inference_steps": 4, "seed": 1, "size": "128x128"}' \
+        | jq -r '.data[0].b64_json' | base64 --decode > "$folder/served.png"
+)
+cmp "$folder/generated.png" "$folder/served.png"
+
+part "NVRTC and ptxas for every architecture"
+for capability in 80 89 90 120; do
+    for dtype in bf16 f16 f32; do
+        SIM_CACHE="$cuda_sim_home/ptx-$capability" on null $capability "$KILN" generate "a small green circle" \
+            --backend cuda --dtype $dtype --steps 1 --seed 1 --negative-prompt "a square" \
+            --output "$folder/nothing.png"
+    done
+    python3 tests/cuda-sim/ptxas.py "$cuda_sim_home/cuda/bin/ptxas" $capability "$cuda_sim_home/ptx-$capability" \
+        '^(product_mma|product_fma|attention|channels_last|rms_norm|layer_norm_modulate|qk_norm_rope|channel_norm)'
+done
+part "done"
