@@ -9,6 +9,7 @@
     reason = "launches without bounds checks: each kernel says which units work on what"
 )]
 
+mod attention;
 mod fusion;
 mod kernels;
 mod settings;
@@ -137,6 +138,19 @@ where
             );
         }
         from_cube(output)
+    }
+
+    fn packed_attention(
+        query: Tensor<Self, 3>,
+        key: Tensor<Self, 3>,
+        value: Tensor<Self, 3>,
+        lengths: &[usize],
+        causal: bool,
+    ) -> Tensor<Self, 2> {
+        let [query, key, value] = [query, key, value].map(|x| x.into_primitive().tensor());
+        from_cube(attention::packed_attention(
+            query, key, value, lengths, causal,
+        ))
     }
 
     /// 3 to 4.5 times as fast as the default body.
