@@ -3,7 +3,7 @@
 use burn_tensor::backend::Backend;
 use burn_tensor::module;
 use burn_tensor::ops::{AttentionModuleOptions, ConvOptions};
-use burn_tensor::{DType, Tensor, activation};
+use burn_tensor::{Bool, DType, Tensor, activation};
 
 use crate::{Rope, RowRun};
 
@@ -143,7 +143,7 @@ pub fn packed_attention<B: Backend>(
     };
     let mut start = 0;
     let mut outputs = Vec::with_capacity(lengths.len());
-    for &length in lengths {
+    for &length in lengths.iter().filter(|length| **length > 0) {
         let range = start..start + length;
         // [tokens, heads, head_dim] -> [1, heads, tokens, head_dim]
         let head_major = |x: &Tensor<B, 3>| {
@@ -169,6 +169,72 @@ pub fn packed_attention<B: Backend>(
             options,
         );
         outputs.push(output.swap_dims(1, 2).reshape([length, heads * head_dim]));
+        start += length;
+    }
+    if outputs.len() == 1 {
+        outputs.remove(0)
+    } else {
+        Tensor::cat(outputs, 0)
+    }
+}
+
+/// Scores that [`attention_by_ops`] makes at a time: 64 MiB of f32.
+const MOST_SCORES: usize = 1 << 24;
+
+/// [`packed_attention`] without burn's `module::attention`, whose kernels for GPUs hold keys,
+/// values and weights in f16: products and softmax are ops of their own, in f32, for some query
+/// rows at a time.
+pub fn attention_by_ops<B: Backend>(
+    query: Tensor<B, 3>,
+    key: Tensor<B, 3>,
+    value: Tensor<B, 3>,
+    lengths: &[usize],
+    causal: bool,
+) -> Tensor<B, 2> {
+    let (device, dtype) = (query.device(), query.dtype());
+    let [_, heads, head_dim] = query.dims();
+    let [_, kv_heads, _] = key.dims();
+    let scale = 1.0 / (head_dim as f64).sqrt();
+    let mut start = 0;
+    let mut outputs = Vec::new();
+    for &length in lengths.iter().filter(|length| **length > 0) {
+        // [tokens, heads, head_dim] -> [heads, tokens, head_dim]
+        let head_major = |x: &Tensor<B, 3>| {
+            x.clone()
+                .slice([start..start + length])
+                .cast(DType::F32)
+                .swap_dims(0, 1)
+        };
+        let per_query_head = |x: Tensor<B, 3>| -> Tensor<B, 3> {
+            x.reshape([kv_heads, 1, length, head_dim])
+                .repeat_dim(1, heads / kv_heads)
+                .reshape([heads, length, head_dim])
+        };
+        let query = head_major(&query) * scale;
+        let key = per_query_head(head_major(&key)).swap_dims(1, 2);
+        let value = per_query_head(head_major(&value));
+        // Of equal size, so that the last has no single row.
+        let blocks = (heads * length * length).div_ceil(MOST_SCORES).min(length);
+        for block in 0..blocks {
+            let (first, end) = (block * length / blocks, (block + 1) * length / blocks);
+            let seen = if causal { end } else { length };
+            let key = key.clone().slice([0..heads, 0..head_dim, 0..seen]);
+            let value = value.clone().slice([0..heads, 0..seen]);
+            let mut scores = query.clone().slice([0..heads, first..end]).matmul(key);
+            if causal {
+                let shape = [end - first, seen];
+                let unseen = Tensor::<B, 2, Bool>::tril_mask(shape, first as i64, &device);
+                scores = scores.mask_fill(
+                    unseen.unsqueeze::<3>().expand([heads, shape[0], seen]),
+                    -1e30,
+                );
+            }
+            let output = activation::softmax(scores, 2).matmul(value);
+            let output = output
+                .swap_dims(0, 1)
+                .reshape([end - first, heads * head_dim]);
+            outputs.push(output.cast(dtype));
+        }
         start += length;
     }
     if outputs.len() == 1 {

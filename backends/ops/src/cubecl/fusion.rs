@@ -115,7 +115,7 @@ impl<B: FusionBackend + FusedOps + KernelChoice> FusedOps for Fusion<B> {
         causal: bool,
     ) -> Tensor<Self, 2> {
         if !B::uses(Kernel::Attention) {
-            return defaults::packed_attention(query, key, value, lengths, causal);
+            return defaults::attention_by_ops(query, key, value, lengths, causal);
         }
         let [tokens, heads, head_dim] = query.dims();
         let shape = [tokens, heads * head_dim];

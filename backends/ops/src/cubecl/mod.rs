@@ -9,6 +9,7 @@
     reason = "launches without bounds checks: each kernel says which units work on what"
 )]
 
+mod attention;
 mod check;
 mod fusion;
 mod gate;
@@ -94,10 +95,11 @@ where
         lengths: &[usize],
         causal: bool,
     ) -> Tensor<Self, 2> {
-        let cube = [&query, &key, &value].map(|x| to_cube(x.clone()));
-        R::packed_attention(&cube[0], &cube[1], &cube[2], lengths, causal).map_or_else(
-            || defaults::packed_attention(query, key, value, lengths, causal),
-            from_cube,
+        let [query, key, value] = [query, key, value].map(to_cube);
+        let output = R::packed_attention(&query, &key, &value, lengths, causal);
+        from_cube(
+            output
+                .unwrap_or_else(|| attention::packed_attention(query, key, value, lengths, causal)),
         )
     }
 

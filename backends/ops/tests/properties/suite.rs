@@ -20,7 +20,8 @@ macro_rules! test_every_op {
         $crate::suite::test_every_op! {
             $suites;
             torch_linear thin_products rms_norm layer_norm_modulate gated_residual qk_norm_rope gelu_tanh
-            silu_mul packed_attention same_conv2d channel_norm channel_norm_silu upsample_nearest
+            silu_mul packed_attention attention_lengths long_attention attention_of_large_values
+            attention_by_ops same_conv2d channel_norm channel_norm_silu upsample_nearest
         }
     };
     ($suites:expr; $($op:ident)*) => {
@@ -260,30 +261,82 @@ impl<B: FusedOps> Suite<B> {
     }
 
     pub(crate) fn packed_attention(&self) {
-        let lengths = vec(select(vec![1, 2, 3, 17, 40, 67, 130]), 1..4);
-        let head_dim = select(vec![1, 2, 10, 16, 20, 34, 64]);
-        let heads = (1..4_usize, 1..4_usize);
-        let case = (lengths, heads, head_dim, any::<bool>(), any::<u32>());
-        self.check_products(
-            case,
-            |(lengths, (kv_heads, group), head_dim, causal, seed)| {
-                let tokens = lengths.iter().sum();
-                let query = self.input(seed, [tokens, kv_heads * group, head_dim]);
-                let key = self.input(seed ^ 1, [tokens, kv_heads, head_dim]);
-                let value = self.input(seed ^ 2, [tokens, kv_heads, head_dim]);
-                self.compare_products(
-                    B::packed_attention(query.tested, key.tested, value.tested, &lengths, causal),
-                    defaults::packed_attention(
-                        query.reference,
-                        key.reference,
-                        value.reference,
-                        &lengths,
-                        causal,
-                    ),
-                    1.0,
-                )
-            },
-        );
+        self.check(packed_sequences(), |case| {
+            self.compare_attention(&case, 1.0, B::packed_attention, 1.0)
+        });
+    }
+
+    /// Around the sizes of tiles, and several sequences of which some are empty.
+    pub(crate) fn attention_lengths(&self) {
+        let lone = [1, 15, 16, 17, 64, 100, 1030].map(|length| vec![length]);
+        let several = [vec![0, 33, 1, 0, 100], vec![64, 64], vec![17, 0]];
+        for lengths in lone.into_iter().chain(several) {
+            for causal in [false, true] {
+                let case = PackedSequences {
+                    lengths: lengths.clone(),
+                    kv_heads: 1,
+                    group: 2,
+                    head_dim: 64,
+                    causal,
+                    seed: 0,
+                };
+                self.compare_attention(&case, 1.0, B::packed_attention, 0.0)
+                    .unwrap_or_else(|error| panic!("{case:?} in {:?}: {error}", self.dtype));
+            }
+        }
+    }
+
+    /// As many tokens as a picture of 1024² has, and a prompt's.
+    pub(crate) fn long_attention(&self) {
+        let case = PackedSequences {
+            lengths: vec![4160],
+            kv_heads: 1,
+            group: 1,
+            head_dim: 32,
+            causal: false,
+            seed: 0,
+        };
+        self.compare_attention(&case, 1.0, B::packed_attention, 0.0)
+            .unwrap_or_else(|error| panic!("{:?}: {error}", self.dtype));
+    }
+
+    /// Values that f16 cannot hold, where the type can; then every query has one key.
+    pub(crate) fn attention_of_large_values(&self) {
+        let magnitude = if self.dtype == DType::F16 { 3e4 } else { 5e4 };
+        for causal in [false, true] {
+            let case = PackedSequences {
+                lengths: vec![100, 33],
+                kv_heads: 1,
+                group: 2,
+                head_dim: 128,
+                causal,
+                seed: 0,
+            };
+            self.compare_attention(&case, magnitude, B::packed_attention, 0.0)
+                .unwrap_or_else(|error| panic!("{case:?} in {:?}: {error}", self.dtype));
+        }
+    }
+
+    /// What backends have instead of a kernel of their own.
+    pub(crate) fn attention_by_ops(&self) {
+        let case = PackedSequences {
+            // More scores than are made at a time.
+            lengths: vec![3, 0, 1030],
+            kv_heads: 2,
+            group: 8,
+            head_dim: 20,
+            causal: true,
+            seed: 0,
+        };
+        for causal in [false, true] {
+            let case = PackedSequences {
+                causal,
+                ..case.clone()
+            };
+            let (tested, reference) = self.attention(&case, 1.0, defaults::attention_by_ops::<B>);
+            self.compare_products(tested, reference, 1.0)
+                .unwrap_or_else(|error| panic!("{case:?} in {:?}: {error}", self.dtype));
+        }
     }
 
     pub(crate) fn same_conv2d(&self) {
@@ -351,6 +404,43 @@ impl<B: FusedOps> Suite<B> {
                 0.0,
             )
         });
+    }
+
+    fn compare_attention(
+        &self,
+        case: &PackedSequences,
+        magnitude: f32,
+        attention: Attention<B>,
+        scale: f32,
+    ) -> Result<(), TestCaseError> {
+        let (tested, reference) = self.attention(case, magnitude, attention);
+        self.compare(tested, reference, scale)
+    }
+
+    /// Of values up to twice the magnitude: what is tested, and the definition.
+    fn attention(
+        &self,
+        case: &PackedSequences,
+        magnitude: f32,
+        attention: Attention<B>,
+    ) -> (Tensor<B, 2>, Tensor<Flex, 2>) {
+        let tokens = case.lengths.iter().sum();
+        let input =
+            |seed, heads| self.scaled(self.dtype, magnitude, seed, [tokens, heads, case.head_dim]);
+        let query = input(case.seed, case.kv_heads * case.group);
+        let key = input(case.seed ^ 1, case.kv_heads);
+        let value = input(case.seed ^ 2, case.kv_heads);
+        let (lengths, causal) = (&case.lengths, case.causal);
+        (
+            attention(query.tested, key.tested, value.tested, lengths, causal),
+            defaults::packed_attention(
+                query.reference,
+                key.reference,
+                value.reference,
+                lengths,
+                causal,
+            ),
+        )
     }
 
     fn check<S: Strategy>(
@@ -471,6 +561,44 @@ impl<B: FusedOps> Suite<B> {
         }
         Ok(())
     }
+}
+
+type Attention<B> = fn(Tensor<B, 3>, Tensor<B, 3>, Tensor<B, 3>, &[usize], bool) -> Tensor<B, 2>;
+
+/// What attention is tried on.
+#[derive(Debug, Clone)]
+struct PackedSequences {
+    lengths: Vec<usize>,
+    kv_heads: usize,
+    /// Query heads of a key/value head.
+    group: usize,
+    head_dim: usize,
+    causal: bool,
+    seed: u32,
+}
+
+fn packed_sequences() -> impl Strategy<Value = PackedSequences> {
+    let lengths = vec(select(vec![1, 2, 3, 17, 40, 67, 130]), 1..4);
+    let heads = select(vec![
+        (1, 1),
+        (1, 3),
+        (3, 1),
+        (2, 2),
+        (3, 2),
+        (24, 1),
+        (4, 6),
+    ]);
+    let head_dim = select(vec![1, 2, 10, 16, 20, 32, 34, 64, 80, 128, 384]);
+    (lengths, heads, head_dim, any::<bool>(), any::<u32>()).prop_map(
+        |(lengths, (kv_heads, group), head_dim, causal, seed)| PackedSequences {
+            lengths,
+            kv_heads,
+            group,
+            head_dim,
+            causal,
+            seed,
+        },
+    )
 }
 
 fn image() -> impl Strategy<Value = (usize, usize, (usize, usize), u32)> {
