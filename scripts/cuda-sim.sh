@@ -34,20 +34,21 @@ cuda_sim_install() {
     echo "$wanted" > "$cuda/packages.txt"
 }
 
-# cuda_sim_library OUTPUT SOURCES OPTIONS...: builds it if a source or header is newer.
+# cuda_sim_library OUTPUT SOURCES OPTIONS...: builds it if a source or header has changed.
 cuda_sim_library() {
-    local output="$cuda_sim_home/lib/$1" sources=() name
+    local output="$cuda_sim_home/lib/$1" sources=() name hash
     for name in $2; do
         sources+=("$cuda_sim_sources/$name")
     done
     shift 2
-    if [ -e "$output" ] && [ -z "$(find "${sources[@]}" "$cuda_sim_sources"/*.h "$cuda_sim_sources/shim/sim/block.h" -newer "$output")" ]; then
+    hash=$(cat "${sources[@]}" "$cuda_sim_sources"/*.h "$cuda_sim_sources/shim/sim/block.h" /proc/cpuinfo | grep -v -i mhz | sha256sum)
+    if [ -e "$output" ] && [ "$(cat "$output.hash" 2> /dev/null)" = "$hash" ]; then
         return 0
     fi
     mkdir -p "$cuda_sim_home/lib" || return
     # Renamed when it is complete: another program may have the old one open.
     g++ -O2 -march=native -std=c++17 -Wall -Wextra -fPIC -shared -fvisibility=hidden "${sources[@]}" "$@" -o "$output.new" \
-        && mv "$output.new" "$output"
+        && mv "$output.new" "$output" && echo "$hash" > "$output.hash"
 }
 
 cuda_sim_build() {
@@ -71,6 +72,7 @@ cuda_sim() {
             ;;
     esac
     export SIM_CC="${2:-90}"
+    export SIM_SOURCES="$cuda_sim_sources"
     export SIM_LIBRARIES="$cuda_sim_home/lib"
     export SIM_CACHE="${SIM_CACHE:-$cuda_sim_home/compiled}"
     export SIM_REAL_NVRTC="$cuda_sim_home/cuda/lib/libnvrtc.so.12"

@@ -201,6 +201,18 @@ bool comes_after(Check *c, unsigned thread, const Access &a) {
     return a.thread / 32 == thread / 32 && a.time <= c->seen_lane[thread][a.thread & 31];
 }
 
+// Bytes of shared memory by name, as far as they have one.
+std::string shared_text(const Check *c, const Block *b, size_t offset) {
+    size_t statics = (size_t)(b->statics - b->shared);
+    const Kernel &k = *c->launch->kernel;
+    for (size_t i = 0; i < k.variable_count; i++) {
+        size_t begin = statics + k.variables[i].offset;
+        if (offset >= begin && offset < begin + k.variables[i].size)
+            return " at byte " + std::to_string(offset - begin) + " of a shared variable of " + std::to_string(k.variables[i].size);
+    }
+    return " at byte " + std::to_string(offset) + " of dynamic shared memory";
+}
+
 struct Conflict {
     Check *check;
     Block *block;
@@ -214,7 +226,7 @@ struct Conflict {
         if ((a.flags & ATOMIC) && (flags & ATOMIC)) return;
         found = true;
         bool same_warp = a.thread / 32 == thread / 32;
-        std::string text = std::string(flags & WRITE ? "writes " : "reads ") + size_text(size) + " at shared+" + std::to_string(offset) + ", which ";
+        std::string text = std::string(flags & WRITE ? "writes " : "reads ") + size_text(size) + shared_text(check, block, offset) + ", which ";
         if (a.flags & PENDING) {
             text += "thread " + thread_text(*check->launch, a.thread) + " copies there (" + place_text(check, a.place) + ") and has not waited for";
         } else {
@@ -236,8 +248,8 @@ void shared_access(Check *c, Block *b, unsigned thread, size_t offset, size_t si
             inside = offset >= begin && offset + size <= begin + variables[i].size;
         }
     if (!inside) {
-        std::string text = std::string(flags & WRITE ? "writes " : "reads ") + size_text(size) + " at shared+" + std::to_string(offset) + ", beyond the " +
-                           std::to_string(c->dynamic) + " bytes of dynamic shared memory";
+        std::string text = std::string(flags & WRITE ? "writes " : "reads ") + size_text(size) + " at byte " + std::to_string(offset) + " of dynamic shared memory, of which there are " +
+                           std::to_string(c->dynamic);
         if (offset >= statics) {
             text = std::string(flags & WRITE ? "writes " : "reads ") + size_text(size) + " of shared memory outside of the shared variables";
             for (size_t i = 0; i < c->launch->kernel->variable_count; i++) {
@@ -255,7 +267,7 @@ void shared_access(Check *c, Block *b, unsigned thread, size_t offset, size_t si
         unsigned n = (unsigned)std::min<size_t>(16, size - i);
         if ((!(flags & WRITE) || (flags & ATOMIC)) && bits_at(c->written.data(), offset + i, n) != (1u << n) - 1)
             report(c, b, "uninitialised-shared", thread, place, 0,
-                   "reads " + size_text(size) + " at shared+" + std::to_string(offset) + ", not all of which were written in this block");
+                   "reads " + size_text(size) + shared_text(c, b, offset) + ", not all of which were written in this block");
         if (flags & WRITE) set_bits(c->written.data(), offset + i, n);
     }
     // Races.

@@ -297,7 +297,8 @@ def main():
              "-fno-math-errno", "-fno-threadsafe-statics", "-fvisibility=hidden", "-fPIC", "-w", "-DKILN_HOST_SIM=1",
              *os.environ.get("SIM_FLAGS", "").split()]  # fmt: skip
     if checked:
-        flags += ["-DSIM_CHECKED=1", "-g", "-fsanitize=thread", "--param=tsan-distinguish-volatile=1", "--param=tsan-instrument-func-entry-exit=0"]
+        flags += ["-DSIM_CHECKED=1", "-g", "-fsanitize=thread", "-fsanitize=alignment", "--param=tsan-distinguish-volatile=1",
+                  "--param=tsan-instrument-func-entry-exit=0"]  # fmt: skip
     with open(source) as f:
         text = f.read()
     try:

@@ -78,6 +78,9 @@ double now() {
     return (double)t.tv_sec + (double)t.tv_nsec * 1e-9;
 }
 
+// Where host_kernel.py and the shim are.
+std::string sources() { return env("SIM_SOURCES") ? env("SIM_SOURCES") : SIM_SOURCES; }
+
 std::string folder() {
     static const std::string path = [] {
         std::string p = env("SIM_CACHE") ? env("SIM_CACHE") : ".";
@@ -94,7 +97,7 @@ std::string folder() {
 uint64_t hash_of_tools() {
     static const uint64_t result = [] {
         uint64_t h = hash("tools");
-        std::vector<std::string> files = {SIM_SOURCES "/host_kernel.py"}, folders = {SIM_SOURCES "/shim"};
+        std::vector<std::string> files = {sources() + "/host_kernel.py"}, folders = {sources() + "/shim"};
         while (!folders.empty()) {
             std::string at = folders.back();
             folders.pop_back();
@@ -173,7 +176,7 @@ bool checked(const std::string &source) {
 }
 
 int compile_for_host(Handle p, const std::string &base, const std::vector<std::string> &defines, bool check) {
-    std::string command = "python3 " + quoted(SIM_SOURCES "/host_kernel.py") + " " + quoted(base + ".cu") + " " + quoted(base + ".so");
+    std::string command = "python3 " + quoted(sources() + "/host_kernel.py") + " " + quoted(base + ".cu") + " " + quoted(base + ".so");
     if (check) command += " --checked";
     for (auto &d : defines) command += " " + quoted(d);
     // The log has a name of this process: another may compile the same program at the same time.

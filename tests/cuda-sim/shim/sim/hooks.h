@@ -42,4 +42,17 @@ __attribute__((no_sanitize_thread, used)) inline void __tsan_init() {}
 __attribute__((no_sanitize_thread, used)) inline void __tsan_func_entry(void *) {}
 __attribute__((no_sanitize_thread, used)) inline void __tsan_func_exit() {}
 __attribute__((no_sanitize_thread, used)) inline void __tsan_vptr_update(void **, void *) {}
+
+// -fsanitize=alignment calls this where a pointer is no multiple of what its type asks for, before the access
+// is taken apart into smaller ones. The data is laid out as g++ does.
+struct sim_mismatch {
+    const char *file;
+    uint32_t line, column;
+    const void *type;
+    unsigned char alignment_bits, access;
+};
+__attribute__((no_sanitize_thread, used, noinline)) inline void __ubsan_handle_type_mismatch_v1(sim_mismatch *what, void *address) {
+    sim::Block *b = sim::bound;
+    if (b) b->runtime->access(b, address, (size_t)1 << what->alignment_bits, sim::NATURAL, {0, (int)what->line});
+}
 }
