@@ -63,7 +63,7 @@ cuda_sim_build() {
 # cuda_sim null|cpu [CAPABILITY]: sets the environment for programs that are started from here.
 cuda_sim() {
     cuda_sim_build || return
-    case "$1" in
+    case "${1:-}" in
         null) unset SIM_HOST ;;
         cpu) export SIM_HOST=1 ;;
         *)

@@ -125,16 +125,24 @@ uint64_t hash_of_tools() {
     return result;
 }
 
-// CubeCL writes type definitions in an order that differs between processes. They stand before the first
-// function, and none of them depends on its place among the others, so they are sorted for the hash, each
-// as a whole.
+// Lines next to each other that declare variables of CubeCL's, which may stand in any order.
+bool free_declaration(const std::string &line) {
+    static const std::regex local(R"(\w+ l_mut_\d+;\n)");
+    static const std::regex shared(R"([\w:<>]+ \*shared_memory_\d+ = reinterpret_cast<[\w:<> ]+\*>\(&dynamic_shared_mem\[\d+\]\);\n)");
+    return line.size() < 300 && (line.find("l_mut_") != std::string::npos || line.find("shared_memory_") != std::string::npos) &&
+           (std::regex_match(line, local) || std::regex_match(line, shared));
+}
+
+// CubeCL writes type definitions and variables in an order that differs between processes. For the hash
+// they are sorted: definitions that stand before the first function, each as a whole, and declarations.
+// None of them depends on its place among the others.
 std::string normalised(const std::string &source) {
     size_t end = std::min(source.find("__device__"), source.find("__global__"));
     if (end == std::string::npos) return source;
     end = source.rfind('\n', end);
     if (end == std::string::npos) return source;
     std::vector<std::string> pieces;
-    std::string piece;
+    std::string all, piece;
     int depth = 0;
     for (size_t i = 0; i <= end; i++) {
         char c = source[i];
@@ -148,10 +156,28 @@ std::string normalised(const std::string &source) {
         }
     }
     if (depth != 0) return source;
-    std::sort(pieces.begin(), pieces.end());
-    std::string all;
-    for (auto &p : pieces) all += p;
-    return all + piece + source.substr(end + 1);
+    auto flush = [&] {
+        std::sort(pieces.begin(), pieces.end());
+        for (auto &p : pieces) all += p;
+        pieces.clear();
+    };
+    flush();
+    all += piece;
+    for (size_t at = end + 1; at < source.size();) {
+        size_t next = source.find('\n', at);
+        next = next == std::string::npos ? source.size() : next + 1;
+        std::string line = source.substr(at, next - at);
+        at = next;
+        if (line.compare(0, 2, "//") == 0) continue;
+        if (free_declaration(line)) {
+            pieces.push_back(line);
+        } else {
+            flush();
+            all += line;
+        }
+    }
+    flush();
+    return all;
 }
 
 std::string quoted(const std::string &text) {

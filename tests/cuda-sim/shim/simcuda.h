@@ -1,8 +1,10 @@
 // What kernels include instead of CUDA's headers when they are compiled for the host.
 #pragma once
+#include <assert.h>
 #include <math.h>
 #include <stddef.h>
 #include <stdint.h>
+#include <stdio.h>
 #include <string.h>
 
 #include <type_traits>
