@@ -1,0 +1,489 @@
+// The hazard detector.
+//
+// Shared memory. Time is counted in events that order something. Each thread has the time up to which
+// it has seen all of its block (a block barrier, a barrier's phase), and the time up to which it has
+// seen each lane of its warp (__syncwarp). For every two bytes the last write and the last reads are
+// kept, with their time and thread; an access that conflicts with one that its thread has not seen is a
+// race, in whatever order the two ran. Barriers of phases (cuda::barrier) order all that ran before the
+// phase was complete, which is more than they promise: a race across one can be missed.
+//
+// Global memory. Bounds are those of allocations. Which bytes were written is kept for the life of an
+// allocation, and for every two bytes the last block that wrote and read them. Two blocks that have both
+// done a __threadfence and then an atomic operation are taken to have an order.
+#include "check.h"
+
+#include <dlfcn.h>
+#include <link.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <array>
+#include <map>
+#include <mutex>
+#include <set>
+#include <unordered_map>
+#include <vector>
+
+namespace sim {
+
+unsigned long allocation_changes = 1;
+
+// ---- shadows of allocations ----------------------------------------------------------------------
+
+namespace {
+size_t written_bytes(size_t size) { return size / 8 + 8; }
+size_t cell_bytes(size_t size) { return (size / 2 + 1) * sizeof(Shadow::Cell); }
+void *lazy(size_t size) { return mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0); }
+
+uint32_t bits_at(const uint8_t *bits, size_t at, unsigned count) {
+    uint32_t word;
+    memcpy(&word, bits + at / 8, 4);
+    return word >> (at & 7) & ((1u << count) - 1);
+}
+void set_bits(uint8_t *bits, size_t at, unsigned count) {
+    uint32_t word;
+    memcpy(&word, bits + at / 8, 4);
+    word |= ((1u << count) - 1) << (at & 7);
+    memcpy(bits + at / 8, &word, 4);
+}
+void set_range(uint8_t *bits, size_t at, size_t size) {
+    while (size && (at & 7)) set_bits(bits, at++, 1), size--;
+    memset(bits + at / 8, 0xff, size / 8);
+    at += size / 8 * 8;
+    if (size % 8) set_bits(bits, at, size % 8);
+}
+}  // namespace
+
+void make_shadow(Allocation &a) {
+    a.shadow.written = (uint8_t *)lazy(written_bytes(a.size));
+    a.shadow.cells = (Shadow::Cell *)lazy(cell_bytes(a.size));
+}
+void drop_shadow(Allocation &a) {
+    if (!a.shadow.written) return;
+    munmap(a.shadow.written, written_bytes(a.size));
+    munmap(a.shadow.cells, cell_bytes(a.size));
+    a.shadow = {};
+}
+void mark_written(const Allocation &a, size_t offset, size_t size) {
+    if (a.shadow.written && offset < a.size) set_range(a.shadow.written, offset, std::min(size, a.size - offset));
+}
+void copy_written(const Allocation &to, size_t to_offset, const Allocation &from, size_t from_offset, size_t size) {
+    if (!to.shadow.written || !from.shadow.written) return;
+    for (size_t i = 0; i < size; i++)
+        if (bits_at(from.shadow.written, from_offset + i, 1)) set_bits(to.shadow.written, to_offset + i, 1);
+}
+
+// ---- reports -------------------------------------------------------------------------------------
+
+namespace {
+
+struct Totals {
+    std::mutex lock;
+    unsigned long launches = 0, hazards = 0;
+    std::set<std::string> reported;
+    unsigned long not_shown = 0;
+    std::map<std::pair<std::string, uintptr_t>, std::string> lines;
+};
+Totals &totals() {
+    static Totals &t = *new Totals;
+    return t;
+}
+constexpr unsigned MOST_REPORTS = 200;
+
+// What an access was, in 32 bits: a line, or an offset in the kernel's code.
+constexpr uint32_t LINE = 1u << 31;
+
+struct Access {
+    uint32_t time = 0;
+    uint16_t thread = 0;
+    uint8_t flags = 0, bytes = 0;
+    uint32_t place = 0;
+};
+constexpr uint8_t PENDING = 128;  // a flag: an asynchronous copy that has not been waited for
+struct Cell {
+    Access write, read, read_same_warp, read_other_warp;
+};
+
+constexpr uint32_t SEVERAL = 0x3fffffff, ATOMIC_WRITER = 0x80000000;
+
+}  // namespace
+
+struct Check {
+    Launch *launch;
+    unsigned hazards = 0;
+    int error = 0;
+
+    // The library of the kernel.
+    std::string library;
+    uintptr_t code = 0, code_end = 0;
+
+    // The block that runs.
+    std::vector<Cell> cells;
+    std::vector<uint8_t> written;
+    size_t dynamic = 0;
+    uint32_t clock = 1, began = 1;
+    std::vector<uint32_t> seen;
+    std::vector<std::array<uint32_t, 32>> seen_lane;
+    std::unordered_map<const void *, uint32_t> phases;
+    bool fenced = false;
+    uint32_t block_number = 0;
+
+    std::vector<bool> ordered_blocks;
+    Allocation recent[4];
+    unsigned recent_next = 0;
+    unsigned long looked_up = 0;
+};
+
+namespace {
+
+std::string place_text(Check *c, uint32_t place) {
+    if (place & LINE) return "line " + std::to_string(place & ~LINE);
+    std::string &text = totals().lines[{c->library, place}];
+    if (!text.empty()) return text;
+    char command[4096];
+    snprintf(command, sizeof command, "addr2line -i -e '%s' %#x 2>/dev/null", c->library.c_str(), place);
+    text = "code+" + std::to_string(place);
+    if (FILE *f = popen(command, "r")) {
+        char line[4096];
+        // Functions of the shim are inlined into the kernel: the first frame that is not theirs.
+        while (fgets(line, sizeof line, f)) {
+            const char *colon = strrchr(line, ':');
+            if (!colon || strstr(line, "/shim/") || atoi(colon + 1) <= 0) continue;
+            text = "line " + std::to_string(atoi(colon + 1));
+            break;
+        }
+        pclose(f);
+    }
+    return text;
+}
+uint32_t pack(Check *c, Place p) { return p.code ? (uint32_t)(p.code - c->code) & ~LINE : (uint32_t)p.line | LINE; }
+
+std::string thread_text(const Launch &l, unsigned i) {
+    char text[64];
+    snprintf(text, sizeof text, "(%u,%u,%u)", i % l.dim.x, i / l.dim.x % l.dim.y, i / l.dim.x / l.dim.y);
+    return text;
+}
+
+void report(Check *c, Block *b, const char *kind, unsigned thread, uint32_t place, uint32_t other, const std::string &text) {
+    Totals &t = totals();
+    std::lock_guard<std::mutex> guard(t.lock);
+    c->hazards++;
+    std::string where = place_text(c, place);
+    std::string key = std::string(c->launch->kernel->name) + "|" + kind + "|" + where + (other ? "|" + place_text(c, other) : "");
+    if (!t.reported.insert(key).second) return;
+    t.hazards++;
+    if (t.hazards > MOST_REPORTS) {
+        t.not_shown++;
+        return;
+    }
+    char head[400];
+    snprintf(head, sizeof head, "cuda-sim: hazard %s in %s at %s: block (%u,%u,%u) thread %s: ", kind, c->launch->kernel->name, where.c_str(), b->block.x,
+             b->block.y, b->block.z, thread_text(*c->launch, thread).c_str());
+    std::string line = head + text + "\n";
+    fputs(line.c_str(), stderr);
+    if (const char *path = getenv("SIM_REPORT")) {
+        if (FILE *f = fopen(path, "a")) {
+            fputs(line.c_str(), f);
+            fclose(f);
+        }
+    }
+}
+
+std::string size_text(size_t size) { return size == 1 ? "1 byte" : std::to_string(size) + " bytes"; }
+
+// Whether `thread` comes after that access by what the kernel says.
+bool comes_after(Check *c, unsigned thread, const Access &a) {
+    if (a.flags & PENDING) return false;
+    if (a.thread == thread || a.time <= c->seen[thread]) return true;
+    return a.thread / 32 == thread / 32 && a.time <= c->seen_lane[thread][a.thread & 31];
+}
+
+// Bytes of shared memory by name, as far as they have one.
+std::string shared_text(const Check *c, const Block *b, size_t offset) {
+    size_t statics = (size_t)(b->statics - b->shared);
+    const Kernel &k = *c->launch->kernel;
+    for (size_t i = 0; i < k.variable_count; i++) {
+        size_t begin = statics + k.variables[i].offset;
+        if (offset >= begin && offset < begin + k.variables[i].size)
+            return " at byte " + std::to_string(offset - begin) + " of a shared variable of " + std::to_string(k.variables[i].size);
+    }
+    return " at byte " + std::to_string(offset) + " of dynamic shared memory";
+}
+
+struct Conflict {
+    Check *check;
+    Block *block;
+    unsigned thread, flags;
+    size_t offset, size;
+    uint32_t place;
+    bool found = false;
+
+    void with(const Access &a, uint8_t bytes, bool wrote) {
+        if (found || a.time <= check->began || !(a.bytes & bytes) || comes_after(check, thread, a)) return;
+        if ((a.flags & ATOMIC) && (flags & ATOMIC)) return;
+        found = true;
+        bool same_warp = a.thread / 32 == thread / 32;
+        std::string text = std::string(flags & WRITE ? "writes " : "reads ") + size_text(size) + shared_text(check, block, offset) + ", which ";
+        if (a.flags & PENDING) {
+            text += "thread " + thread_text(*check->launch, a.thread) + " copies there (" + place_text(check, a.place) + ") and has not waited for";
+        } else {
+            text += "thread " + thread_text(*check->launch, a.thread) + (wrote ? " wrote" : " read") + " (" + place_text(check, a.place) + ")";
+            text += same_warp ? ", a lane of the same warp, with no __syncwarp or __syncthreads between" : " with no barrier between";
+        }
+        report(check, block, a.flags & PENDING ? "async-copy" : same_warp ? "warp-race" : "shared-race", thread, place, a.place, text);
+    }
+};
+
+void shared_access(Check *c, Block *b, unsigned thread, size_t offset, size_t size, unsigned flags, uint32_t place) {
+    // Bounds.
+    bool inside = offset + size <= c->dynamic;
+    size_t statics = (size_t)(b->statics - b->shared);
+    const SharedVariable *variables = c->launch->kernel->variables;
+    if (!inside)
+        for (size_t i = 0; i < c->launch->kernel->variable_count && !inside; i++) {
+            size_t begin = statics + variables[i].offset;
+            inside = offset >= begin && offset + size <= begin + variables[i].size;
+        }
+    if (!inside) {
+        std::string text = std::string(flags & WRITE ? "writes " : "reads ") + size_text(size) + " at byte " + std::to_string(offset) + " of dynamic shared memory, of which there are " +
+                           std::to_string(c->dynamic);
+        if (offset >= statics) {
+            text = std::string(flags & WRITE ? "writes " : "reads ") + size_text(size) + " of shared memory outside of the shared variables";
+            for (size_t i = 0; i < c->launch->kernel->variable_count; i++) {
+                size_t end = statics + variables[i].offset + variables[i].size;
+                if (offset + size > end && offset < end + 4096)
+                    text = std::string(flags & WRITE ? "writes " : "reads ") + size_text(size) + ", " + size_text(offset - std::min(offset, end)) +
+                           " beyond the end of a shared variable of " + size_text(variables[i].size);
+            }
+        }
+        report(c, b, "out-of-bounds-shared", thread, place, 0, text);
+        abandon(b, 700);
+    }
+    // Bytes that nothing wrote.
+    for (size_t i = 0; i < size; i += 16) {
+        unsigned n = (unsigned)std::min<size_t>(16, size - i);
+        if ((!(flags & WRITE) || (flags & ATOMIC)) && bits_at(c->written.data(), offset + i, n) != (1u << n) - 1)
+            report(c, b, "uninitialised-shared", thread, place, 0,
+                   "reads " + size_text(size) + shared_text(c, b, offset) + ", not all of which were written in this block");
+        if (flags & WRITE) set_bits(c->written.data(), offset + i, n);
+    }
+    // Races.
+    Conflict conflict{c, b, thread, flags, offset, size, place};
+    Access mine{c->clock, (uint16_t)thread, (uint8_t)(flags & (WRITE | ATOMIC | PENDING)), 3, place};
+    for (size_t at = offset & ~(size_t)1; at < offset + size; at += 2) {
+        Cell &cell = c->cells[at / 2];
+        mine.bytes = (uint8_t)((at >= offset ? 1 : 0) | (at + 1 < offset + size ? 2 : 0));
+        conflict.with(cell.write, mine.bytes, true);
+        if (flags & WRITE) {
+            conflict.with(cell.read, mine.bytes, false);
+            conflict.with(cell.read_same_warp, mine.bytes, false);
+            conflict.with(cell.read_other_warp, mine.bytes, false);
+            if (mine.bytes == 3) cell.read.time = cell.read_same_warp.time = cell.read_other_warp.time = 0;
+            cell.write = mine;
+        } else {
+            if (cell.read.time && cell.read.thread != thread) {
+                if (cell.read.thread / 32 == thread / 32) {
+                    cell.read_same_warp = cell.read;
+                } else {
+                    cell.read_other_warp = cell.read;
+                    cell.read_same_warp.time = 0;
+                }
+            }
+            if (cell.read.time == c->clock && cell.read.thread == thread) cell.read.bytes |= mine.bytes;
+            else cell.read = mine;
+        }
+    }
+}
+
+const Allocation *look_up(Check *c, unsigned long address, size_t size) {
+    if (c->looked_up != allocation_changes) {
+        for (auto &a : c->recent) a = {};
+        c->looked_up = allocation_changes;
+    }
+    for (auto &a : c->recent)
+        if (address >= a.base && address + size <= a.base + a.size) return &a;
+    Allocation found;
+    if (!allocation_below(address, found) || address + size > found.base + found.size) return nullptr;
+    c->recent_next = (c->recent_next + 1) % 4;
+    c->recent[c->recent_next] = found;
+    return &c->recent[c->recent_next];
+}
+
+void global_access(Check *c, Block *b, unsigned thread, unsigned long address, size_t size, unsigned flags, uint32_t place) {
+    const char *verb = flags & WRITE ? "writes " : "reads ";
+    const Allocation *a = look_up(c, address, size);
+    if (!a) {
+        if (address >= c->code && address < c->code_end) return;  // the kernel's constants
+        if (address >= (unsigned long)b && address < (unsigned long)(b + 1)) return;
+        Allocation below;
+        std::string text = verb + size_text(size);
+        char at[64];
+        snprintf(at, sizeof at, " at %#lx", address);
+        if (address < 4096) text += " at a null pointer";
+        else if (allocation_below(address, below) && address - below.base < below.size + (64 << 20))
+            text += address >= below.base + below.size ? ", " + size_text(address - below.base - below.size) + " beyond the end of an allocation of " + size_text(below.size)
+                                                       : " across the end of an allocation of " + size_text(below.size);
+        else text += std::string(at) + ", which is no memory of the device";
+        report(c, b, "out-of-bounds-global", thread, place, 0, text);
+        abandon(b, 700);
+    }
+    if (!a->shadow.written) return;
+    size_t offset = address - a->base;
+    for (size_t i = 0; i < size; i += 16) {
+        unsigned n = (unsigned)std::min<size_t>(16, size - i);
+        if ((!(flags & WRITE) || (flags & ATOMIC)) && bits_at(a->shadow.written, offset + i, n) != (1u << n) - 1)
+            report(c, b, "uninitialised-global", thread, place, 0,
+                   "reads " + size_text(size) + " at byte " + std::to_string(offset) + " of an allocation of " + size_text(a->size) + ", not all of which were ever written");
+        if (flags & WRITE) set_bits(a->shadow.written, offset + i, n);
+    }
+    // Other blocks of this launch.
+    if (flags & VOLATILE) flags |= ATOMIC;
+    if ((flags & ATOMIC) && c->fenced) c->ordered_blocks[c->block_number] = true;
+    uint64_t serial = (uint64_t)c->launch->serial << 32, me = serial | c->block_number;
+    bool found = false;
+    auto other = [&](uint64_t cell, bool wrote) {
+        if (found || (cell >> 32) != c->launch->serial) return;
+        uint32_t number = (uint32_t)cell & 0x3fffffff;
+        if (number == c->block_number || ((cell & ATOMIC_WRITER) && (flags & ATOMIC))) return;
+        if (number != SEVERAL && c->ordered_blocks[number] && c->ordered_blocks[c->block_number]) return;
+        found = true;
+        const Launch &l = *c->launch;
+        std::string text = verb + size_text(size) + " at byte " + std::to_string(offset) + " of an allocation of " + size_text(a->size) + ", which ";
+        if (number == SEVERAL) text += "other blocks";
+        else {
+            char name[64];
+            snprintf(name, sizeof name, "block (%u,%u,%u)", number % l.grid.x, number / l.grid.x % l.grid.y, number / l.grid.x / l.grid.y);
+            text += name;
+        }
+        report(c, b, "block-race", thread, place, 0, text + (wrote ? " wrote" : " read") + " in the same launch");
+    };
+    for (size_t at = offset / 2; at <= (offset + size - 1) / 2; at++) {
+        Shadow::Cell &cell = a->shadow.cells[at];
+        other(cell.writer, true);
+        if (flags & WRITE) {
+            other(cell.reader, false);
+            cell.writer = me | (flags & ATOMIC ? ATOMIC_WRITER : 0);
+        } else if ((cell.reader >> 32) != c->launch->serial) {
+            cell.reader = me | (flags & ATOMIC ? ATOMIC_WRITER : 0);
+        } else if (((uint32_t)cell.reader & 0x3fffffff) != c->block_number) {
+            cell.reader = serial | SEVERAL | (flags & ATOMIC ? (uint32_t)cell.reader & ATOMIC_WRITER : 0);
+        }
+    }
+}
+
+}  // namespace
+
+// ---- launches ------------------------------------------------------------------------------------
+
+Check *begin_launch(Launch &l) {
+    auto *c = new Check;
+    c->launch = &l;
+    c->ordered_blocks.resize((size_t)l.grid.x * l.grid.y * l.grid.z);
+    Dl_info info;
+    link_map *map = nullptr;
+    if (dladdr1((const void *)l.kernel->bind, &info, (void **)&map, RTLD_DL_LINKMAP)) {
+        c->library = info.dli_fname;
+        c->code = (uintptr_t)info.dli_fbase;
+        // The segments of a library lie one after another.
+        struct Find {
+            uintptr_t base, end;
+        } find{c->code, c->code};
+        dl_iterate_phdr(
+            [](dl_phdr_info *i, size_t, void *data) {
+                auto *f = (Find *)data;
+                if (i->dlpi_addr != f->base) return 0;
+                for (int s = 0; s < i->dlpi_phnum; s++)
+                    if (i->dlpi_phdr[s].p_type == PT_LOAD) f->end = std::max<uintptr_t>(f->end, i->dlpi_addr + i->dlpi_phdr[s].p_vaddr + i->dlpi_phdr[s].p_memsz);
+                return 1;
+            },
+            &find);
+        c->code_end = find.end;
+    }
+    return c;
+}
+unsigned end_launch(Check *c) {
+    unsigned hazards = c->hazards;
+    totals().launches++;
+    delete c;
+    return hazards;
+}
+unsigned long launches_checked() { return totals().launches; }
+unsigned long hazards_found() { return totals().hazards; }
+
+void check_begin_block(Check *c, Block *b, size_t shared_bytes) {
+    size_t span = (size_t)(b->statics - b->shared) + c->launch->kernel->shared_span + 256;
+    c->dynamic = shared_bytes;
+    if (c->cells.size() < span / 2 + 1) c->cells.resize(span / 2 + 1);
+    c->written.assign(span / 8 + 8, 0);
+    size_t threads = (size_t)b->dim.x * b->dim.y * b->dim.z;
+    c->began = c->clock++;
+    c->seen.assign(threads, c->began);
+    std::array<uint32_t, 32> none;
+    none.fill(c->began);
+    c->seen_lane.assign(threads, none);
+    c->phases.clear();
+    c->fenced = false;
+    c->block_number = b->block.x + b->grid.x * (b->block.y + b->grid.y * b->block.z);
+}
+
+void check_access(Check *c, Block *b, unsigned thread, const void *address, size_t size, unsigned flags, Place where) {
+    const char *p = (const char *)address;
+    if (p >= b->stacks && p < b->stacks_end) return;
+    uint32_t place = pack(c, where);
+    if ((flags & NATURAL) && (unsigned long)p % size) {
+        report(c, b, "misaligned", thread, place, 0, std::string(flags & WRITE ? "writes " : "reads ") + size_text(size) + " at an address that is no multiple of that");
+        abandon(b, 716);
+    }
+    size_t span = (size_t)(b->statics - b->shared) + c->launch->kernel->shared_span + 256;
+    if (p >= b->shared && p < b->shared + span) shared_access(c, b, thread, (size_t)(p - b->shared), size, flags, place);
+    else global_access(c, b, thread, (unsigned long)p, size, flags, place);
+}
+
+void check_block_barrier(Check *c) {
+    uint32_t now = c->clock++;
+    std::fill(c->seen.begin(), c->seen.end(), now);
+}
+void check_warp_barrier(Check *c, unsigned warp, uint32_t lanes) {
+    uint32_t now = c->clock++, seen = 0;
+    std::array<uint32_t, 32> all{};
+    for (unsigned i = 0; i < 32; i++) {
+        if (!(lanes >> i & 1)) continue;
+        seen = std::max(seen, c->seen[warp * 32 + i]);
+        for (unsigned j = 0; j < 32; j++) all[j] = std::max(all[j], c->seen_lane[warp * 32 + i][j]);
+    }
+    for (unsigned i = 0; i < 32; i++)
+        if (lanes >> i & 1) all[i] = now;
+    for (unsigned i = 0; i < 32; i++)
+        if (lanes >> i & 1) {
+            c->seen[warp * 32 + i] = seen;
+            c->seen_lane[warp * 32 + i] = all;
+        }
+}
+void check_phase_completed(Check *c, const void *barrier) { c->phases[barrier] = c->clock++; }
+void check_phase_seen(Check *c, unsigned thread, const void *barrier) {
+    auto it = c->phases.find(barrier);
+    if (it != c->phases.end()) c->seen[thread] = std::max(c->seen[thread], it->second);
+}
+void check_fence(Check *c, Block *) { c->fenced = true; }
+
+void check_copy_issued(Check *c, Block *b, void *to, const void *from, unsigned size, unsigned given, int line) {
+    if (given) check_access(c, b, b->index, from, given, given == size ? NATURAL : READ, {0, line});
+    check_access(c, b, b->index, to, size, WRITE | PENDING | NATURAL, {0, line});
+}
+void check_copy_arrived(Check *c, Block *b, void *to, unsigned size) {
+    size_t offset = (size_t)((char *)to - b->shared);
+    for (size_t at = offset / 2; at < (offset + size + 1) / 2; at++) {
+        Access &a = c->cells[at].write;
+        if (a.thread != b->index || !(a.flags & PENDING)) continue;
+        a.flags &= (uint8_t)~PENDING;
+        a.time = c->clock;
+    }
+}
+void check_report(Check *c, Block *b, const char *kind, unsigned thread, Place place, const std::string &text) {
+    report(c, b, kind, thread, pack(c, place), 0, text);
+}
+
+}  // namespace sim

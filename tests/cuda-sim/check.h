@@ -1,0 +1,52 @@
+// The hazard detector: sees every access of a checked kernel to memory, and what orders accesses.
+#pragma once
+#include <stddef.h>
+#include <stdint.h>
+
+#include <string>
+
+#include "blocks.h"
+
+namespace sim {
+
+// Which bytes of an allocation have been written, and by which block of which launch. Lies beside the
+// allocation and is backed by memory only where it is used.
+struct Shadow {
+    struct Cell {
+        uint64_t writer, reader;  // launch << 32 | block, of two bytes
+    };
+    uint8_t *written = nullptr;  // one bit a byte
+    Cell *cells = nullptr;
+};
+struct Allocation {
+    unsigned long base = 0;
+    size_t size = 0;
+    Shadow shadow;
+};
+void make_shadow(Allocation &);
+void drop_shadow(Allocation &);
+void mark_written(const Allocation &, size_t offset, size_t size);
+void copy_written(const Allocation &to, size_t to_offset, const Allocation &from, size_t from_offset, size_t size);
+
+// Supplied by the driver: the allocation with the highest address that is not above this one.
+bool allocation_below(unsigned long address, Allocation &found);
+// Raised by the driver at every allocation and free, so that what was looked up is looked up again.
+extern unsigned long allocation_changes;
+
+Check *begin_launch(Launch &);
+// Returns the number of hazards found in it.
+unsigned end_launch(Check *);
+unsigned long launches_checked(), hazards_found();
+
+void check_begin_block(Check *, Block *, size_t shared_bytes);
+void check_access(Check *, Block *, unsigned thread, const void *address, size_t size, unsigned flags, Place);
+void check_block_barrier(Check *);
+void check_warp_barrier(Check *, unsigned warp, uint32_t lanes);
+void check_phase_completed(Check *, const void *barrier);
+void check_phase_seen(Check *, unsigned thread, const void *barrier);
+void check_fence(Check *, Block *);
+void check_copy_issued(Check *, Block *, void *to, const void *from, unsigned size, unsigned given, int line);
+void check_copy_arrived(Check *, Block *, void *to, unsigned size);
+void check_report(Check *, Block *, const char *kind, unsigned thread, Place, const std::string &text);
+
+}  // namespace sim

@@ -1,0 +1,64 @@
+#!/usr/bin/env python3
+"""What ptxas says of compiled kernels: registers, spills, and how many of which instructions.
+
+    ptxas.py FOLDER [PATTERN] [--arch sm_90a] [--ptxas PATH]
+
+FOLDER holds .ptx files, as SIM_CACHE or SIM_DUMP does; PATTERN is searched in the names of kernels. ptxas is looked
+for in $CUDA_PATH/bin.
+"""
+import argparse
+import glob
+import os
+import re
+import subprocess
+
+INSTRUCTIONS = {
+    "mma": r"\bmma\.sync",
+    "wmma": r"wmma\.mma",
+    "wgmma": r"wgmma\.mma",
+    "ldmatrix": r"\bldmatrix",
+    "cp.async": r"cp\.async\.c[ag]",
+    "tma": r"cp\.async\.bulk",
+    "ld.global": r"ld\.global",
+    "st.global": r"st\.global",
+    "ld.shared": r"ld\.shared",
+    "st.shared": r"st\.shared",
+    "barrier": r"bar(?:rier)?\.sync",
+    "mbarrier": r"mbarrier",
+    "shuffle": r"shfl\.sync",
+    "fma": r"fma\.rn",
+    "exp2": r"ex2\.",
+}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder")
+    parser.add_argument("pattern", nargs="?", default="")
+    parser.add_argument("--arch", default="sm_90a")
+    parser.add_argument("--ptxas", default=os.path.join(os.environ.get("CUDA_PATH", "/usr/local/cuda"), "bin", "ptxas"))
+    options = parser.parse_args()
+    for path in sorted(glob.glob(os.path.join(options.folder, "*.ptx")), key=os.path.getsize):
+        with open(path) as f:
+            text = f.read()
+        names = [n for n in re.findall(r"\.entry\s+([\w$]+)", text) if re.search(options.pattern, n)]
+        if not names:
+            continue
+        result = subprocess.run([options.ptxas, "-arch=" + options.arch, "-v", "-o", os.devnull, path], capture_output=True, text=True)
+        if result.returncode:
+            print(os.path.basename(path), " ".join(names), "does not assemble:", result.stderr.strip().splitlines()[0])
+            continue
+        counts = {name: n for name, pattern in INSTRUCTIONS.items() if (n := len(re.findall(pattern, text)))}
+        for name in names:
+            # "Compiling entry function 'NAME' ...", its stack and spills, "Used N registers".
+            part = result.stderr.partition(f"entry function '{name}'")[2]
+            registers = re.search(r"Used (\d+) registers", part)
+            stack = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores", part)
+            shared = re.search(r"(\d+) bytes smem", part.partition("Compiling entry")[0])
+            print(f"{os.path.basename(path)} {name}: {registers.group(1)} registers, {stack.group(1)} bytes of stack, "
+                  f"{stack.group(2)} of spills, {shared.group(1) if shared else 0} of shared variables; "
+                  + ", ".join(f"{n} {i}" for i, n in counts.items()), flush=True)  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,361 @@
+#!/usr/bin/env python3
+"""Tests of the stand-in CUDA devices, run by test.sh: each case in a process of its own, one line each.
+
+    test.py              all cases
+    test.py WORD         those whose name contains it
+"""
+import concurrent.futures
+import ctypes
+import os
+import random
+import re
+import shutil
+import struct
+import subprocess
+import sys
+import tempfile
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+BLOCK = 64
+
+
+def planted(name):
+    text = open(os.path.join(HERE, "planted", name + ".cu")).read()
+    ptx = open(os.path.join(HERE, "planted", "ptx.cuh")).read()
+    return text.replace('#include "ptx.cuh"', re.sub(r"\n\s*", "\n", ptx) if "ptx.cuh" in text else "")
+
+
+def floats(values):
+    return struct.pack(f"{len(values)}f", *values)
+
+
+# ---- kernels with a fault, and without -----------------------------------------------------------
+
+# File, kernel, kind of hazard that has to be found, what else may be, bytes of dynamic shared memory.
+FAULTS = [
+    ("race_between_warps", "faulty", "shared-race", {"uninitialised-shared", "warp-race"}, 0),
+    ("race_between_lanes", "faulty", "warp-race", {"uninitialised-shared"}, 256),
+    ("divergent_barrier", "faulty", "divergent-barrier", set(), 0),
+    ("divergent_barrier", "faulty_in_warp", "divergent-barrier", set(), 0),
+    ("divergent_barrier", "faulty_deadlock", "divergent-barrier", {"divergent-warp"}, 0),
+    ("divergent_warp", "faulty", "divergent-warp", set(), 0),
+    ("divergent_warp", "faulty_branches", "divergent-warp", set(), 0),
+    ("out_of_bounds_global", "faulty", "out-of-bounds-global", set(), 0),
+    ("out_of_bounds_global", "faulty_write", "out-of-bounds-global", {"block-race"}, 0),
+    ("out_of_bounds_global", "faulty_null", "out-of-bounds-global", set(), 0),
+    ("out_of_bounds_shared", "faulty", "out-of-bounds-shared", set(), 0),
+    ("out_of_bounds_shared", "faulty_dynamic", "out-of-bounds-shared", set(), 256),
+    ("uninitialised_shared", "faulty", "uninitialised-shared", set(), 0),
+    ("uninitialised_global", "faulty", "uninitialised-global", set(), 0),
+    ("blocks", "faulty", "block-race", set(), 0),
+    ("blocks", "faulty_read", "block-race", {"uninitialised-global"}, 0),
+    ("async_copy", "faulty", "async-copy", set(), 1024),
+    ("async_copy", "faulty_group", "async-copy", set(), 1024),
+    ("async_copy", "faulty_barrier", "shared-race", {"async-copy", "warp-race", "uninitialised-shared"}, 1024),
+    ("misaligned", "faulty", "misaligned", set(), 0),
+    ("barriers_and_atomics", "faulty", "shared-race", {"warp-race", "uninitialised-shared"}, 0),
+]
+CORRECT = [
+    ("race_between_warps", "correct", 0),
+    ("race_between_lanes", "correct", 256),
+    ("divergent_barrier", "correct", 0),
+    ("divergent_warp", "correct", 0),
+    ("out_of_bounds_global", "correct", 0),
+    ("out_of_bounds_shared", "correct", 256),
+    ("uninitialised_shared", "correct", 0),
+    ("uninitialised_global", "correct", 0),
+    ("blocks", "correct", 0),
+    ("async_copy", "correct", 2048),
+    ("misaligned", "correct", 0),
+    ("barriers_and_atomics", "correct", 0),
+]
+GRID = 4
+
+
+def run_planted(file, kernel, seeds, shared, initialised):
+    """Output of each seed; hazards go to SIM_REPORT."""
+    import device
+
+    device.start()
+    function = device.Module(planted(file)).function(kernel)
+    numbers = [float(i % 50) for i in range(GRID * BLOCK)]
+    results = []
+    for seed in seeds:
+        os.environ["SIM_SEED"] = str(seed)
+        given = device.Buffer(floats(numbers))
+        out_size = 4 * (GRID * BLOCK + (1 + BLOCK if file == "blocks" else 0))
+        out = device.Buffer(bytes(out_size) if initialised else out_size)
+        try:
+            device.launch(function, GRID, BLOCK, [given, out, 3], shared)
+            results.append(out.read())
+        except device.CudaError as e:
+            results.append(e)
+        given.free()
+        out.free()
+    return results
+
+
+def found():
+    if not os.path.exists(os.environ["SIM_REPORT"]):
+        return []
+    return [(m.group(1), line.strip()) for line in open(os.environ["SIM_REPORT"]) if (m := re.match(r"cuda-sim: hazard ([\w-]+) in ", line))]
+
+
+def fault(file, kernel, kind, others, shared):
+    results = run_planted(file, kernel, range(1, 9), shared, file == "blocks" and kernel == "correct")
+    assert not all(isinstance(r, bytes) for r in results), "no launch failed"
+    kinds = {k for k, _ in found()}
+    assert kind in kinds, f"{kind} was not found, but {kinds or 'nothing'}"
+    assert kinds <= others | {kind}, f"also found {kinds - others - {kind}}"
+    line = next(text for k, text in found() if k == kind)
+    assert f" in {kernel} at line " in line, line
+
+
+def correct(file, kernel, shared):
+    results = run_planted(file, kernel, range(1, 101), shared, file == "blocks")
+    assert not found(), found()[0][1]
+    for r in results:
+        assert isinstance(r, bytes), r
+        assert r == results[0], "another result with another seed"
+
+
+# ---- numbers -------------------------------------------------------------------------------------
+
+
+def bfloat(x):
+    bits = struct.unpack("I", struct.pack("f", x))[0]
+    return (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
+
+
+def product(kind, seeds):
+    import device
+
+    device.start()
+    module = device.Module(planted("product"))
+    m, n, k = 50, 72, 96
+    random.seed(7)
+    # Whole numbers, so that sums are exact whatever their order.
+    a = [random.randint(-8, 8) for _ in range(m * k)]
+    b = [random.randint(-8, 8) for _ in range(k * n)]
+    if kind == "bf16":
+        pack = lambda values: struct.pack(f"{len(values)}H", *[bfloat(float(x)) for x in values])
+        stored = [b[i * n + j] for j in range(n) for i in range(k)]
+    else:
+        pack = lambda values: struct.pack(f"{len(values)}e", *values)
+        stored = b
+    columns = [b[j::n] for j in range(n)]
+    wanted = [float(sum(x * y for x, y in zip(a[i * k : i * k + k], column))) for i in range(m) for column in columns]
+    left, right = device.Buffer(pack(a)), device.Buffer(pack(stored))
+    # Every lane of a row that is copied has to be inside of the memory: columns are padded to 32.
+    if kind == "f16":
+        right = device.Buffer(pack(stored) + bytes(64))
+    for seed in seeds:
+        if seed is not None:
+            os.environ["SIM_SEED"] = str(seed)
+        out = device.Buffer(4 * m * n)
+        shape = (ctypes.c_int * 3)(m, n, k)
+        device.launch(module.function("product_" + kind), (-(-n // 32), -(-m // 32)), 128, [left, right, out, shape], 4 * 32 * 40 * 2)
+        got = struct.unpack(f"{m * n}f", out.read())
+        wrong = [i for i in range(m * n) if got[i] != wanted[i]]
+        assert not wrong, f"{len(wrong)} of {m * n} wrong, first {divmod(wrong[0], n)}: {got[wrong[0]]}, not {wanted[wrong[0]]}"
+        out.free()
+    assert not found(), found()[0][1]
+
+
+def generated():
+    """What CubeCL writes: wrappers of PTX, one lane of a warp, shared memory by offsets, steps of lanes."""
+    import device
+
+    device.start()
+    module = device.Module(open(os.path.join(HERE, "planted", "generated.cu")).read())
+    out = device.Buffer(4 * 32 * 5)
+    device.launch(module.function("generated_kernel"), 1, 32, [out], 4096)
+    got = struct.unpack("160f", out.read())
+    for lane in range(32):
+        assert got[lane] == float((lane + 1) % 32), ("neighbour", lane, got[lane])
+        # Two of each row of 16 ones times two.
+        assert got[32 + 4 * lane : 36 + 4 * lane] == (32.0,) * 4, ("product", lane, got[32 + 4 * lane])
+    other = device.compile_source(open(os.path.join(HERE, "planted", "generated.cu")).read().replace("TYPES\n", "").replace(
+        "typedef unsigned int uint32;\n", "").replace("typedef unsigned char uint8;\n", "typedef unsigned char uint8;\ntypedef unsigned int uint32;\n"))
+    assert other.value, "compiles"
+    uses = open(os.path.join(os.environ["SIM_CACHE"], "use.csv")).read()
+    assert "again" in uses, "the order of types made another program"
+
+
+# ---- failures on request -------------------------------------------------------------------------
+
+
+def fails(make):
+    import device
+
+    try:
+        make()
+    except device.CudaError as e:
+        return e.name
+    return None
+
+
+def failing_allocation():
+    import device
+
+    device.start()
+    names = [fails(lambda: device.Buffer(64)) for _ in range(4)]
+    assert names == [None, None, "CUDA_ERROR_OUT_OF_MEMORY", None], names
+
+
+def failing_code():
+    import device
+
+    device.start()
+    names = [fails(lambda: device.call("cuStreamSynchronize", None)) for _ in range(4)]
+    assert names == [None, "CUDA_ERROR_ECC_UNCORRECTABLE", "CUDA_ERROR_ECC_UNCORRECTABLE", "CUDA_ERROR_ECC_UNCORRECTABLE"], names
+
+
+def lost_device():
+    import device
+
+    device.start()
+    sync = lambda: device.call("cuStreamSynchronize", None)
+    names = [fails(lambda: device.Buffer(64)), fails(sync), fails(sync), fails(sync), fails(lambda: device.Buffer(64))]
+    lost = "CUDA_ERROR_DEVICE_UNAVAILABLE"
+    assert names == [None, None, lost, lost, lost], names
+
+
+def failing_file():
+    import device
+
+    device.start()
+    path = os.environ["SIM_FAIL_FILE"]
+    assert fails(lambda: device.Buffer(64)) is None
+    open(path, "w").write("cuMemAllocAsync:1+")
+    assert [fails(lambda: device.Buffer(64)) for _ in range(2)] == ["CUDA_ERROR_OUT_OF_MEMORY"] * 2
+    os.remove(path)
+    assert fails(lambda: device.Buffer(64)) is None
+
+
+def failing_launch():
+    import device
+
+    device.start()
+    module = device.Module("extern \"C\" __global__ void one(float *out) { out[threadIdx.x] = 1; }")
+    out = device.Buffer(256)
+    launch = lambda: device.launch(module.function("one"), 1, 64, [out])
+    assert [fails(launch) for _ in range(3)] == [None, "CUDA_ERROR_LAUNCH_FAILED", None]
+    # Limits that hold without being asked for.
+    assert fails(lambda: device.launch(module.function("one"), 1, 2048, [out])) == "CUDA_ERROR_INVALID_VALUE"
+    assert fails(lambda: device.launch(module.function("one"), (1, 70000), 64, [out])) == "CUDA_ERROR_INVALID_VALUE"
+    assert fails(lambda: module.function("two")) == "CUDA_ERROR_NOT_FOUND"
+
+
+def failing_compiler():
+    import device
+
+    device.compile_source('extern "C" __global__ void good(float *out) { out[0] = 1; }')
+    for source, message in [
+        ('extern "C" __global__ void bad_kernel(float *out) { out[0] = 1; }', "on request"),
+        ('extern "C" __global__ void wrong(float *out) { out[0] = nothing; }', "nothing"),
+        ('extern "C" __global__ void asks(float *out) { asm("wgmma.fence.sync.aligned;"); }', "does not support wgmma"),
+        ('extern "C" __global__ void asks(float *out) { asm("bar.sync 0;"); }', "inline PTX"),
+        ('extern "C" __global__ void __cluster_dims__(2, 1, 1) asks(float *out) { }', "clusters"),
+        ('#include <cuda_fp8.h>\nextern "C" __global__ void asks(float *out) { }', "8, 6 and 4 bit floats"),
+    ]:
+        try:
+            device.compile_source(source)
+        except RuntimeError as e:
+            assert str(e).startswith("NVRTC_ERROR_COMPILATION") and message in str(e), e
+        else:
+            raise AssertionError("compiled: " + source)
+
+
+def only_some_checked():
+    import device
+
+    device.start()
+    module = device.Module(planted("race_between_warps"))
+    numbers = device.Buffer(floats([1.0] * (GRID * BLOCK)))
+    out = device.Buffer(4 * GRID * BLOCK)
+    device.launch(module.function("faulty"), GRID, BLOCK, [numbers, out, 3])
+    assert not found(), found()
+
+
+def two_processes():
+    """Compile the same at the same time, with nothing in the cache."""
+    code = f"import sys; sys.path.insert(0, {HERE!r}); import device; print(len(device.compile_source({planted('race_between_lanes')!r})))"
+    both = [subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE) for _ in range(2)]
+    for p in both:
+        _, errors = p.communicate()
+        assert p.returncode == 0, errors.decode()
+
+
+def real_compiler():
+    """The kernels of these tests pass NVIDIA's compiler, and the null device takes its PTX."""
+    import device
+
+    device.start()
+    options = ["--gpu-architecture=sm_80", "--include-path=" + os.path.join(os.environ["CUDA_PATH"], "include")]
+    ptx = device.compile_source(planted("product"), *options).value.decode()
+    assert "mma.sync" in ptx and "cp.async" in ptx and "ldmatrix" in ptx
+    module = device.Module(planted("product"), *options)
+    out = device.Buffer(1024)
+    shape = (ctypes.c_int * 3)(1, 1, 1)
+    device.launch(module.function("product_bf16"), 1, 128, [out, out, out, shape], 20480)
+    # Bounds of the kernel are read from the PTX.
+    assert fails(lambda: device.launch(module.function("product_bf16"), 1, 256, [out, out, out, shape], 20480)) == "CUDA_ERROR_INVALID_VALUE"
+    for name in sorted(os.listdir(os.path.join(HERE, "planted"))):
+        if name.endswith(".cu") and name not in ("barriers_and_atomics.cu", "generated.cu"):
+            device.compile_source(planted(name[:-3]), *options)
+
+
+CASES = {}
+for file, kernel, kind, others, shared in FAULTS:
+    CASES[f"found: {kind} in {file}, {kernel}"] = (fault, (file, kernel, kind, others, shared), {"SIM_CHECK": "1"})
+for file, kernel, shared in CORRECT:
+    CASES[f"nothing found, 100 seeds: {file}"] = (correct, (file, kernel, shared), {"SIM_CHECK": "1"})
+for kind in ("bf16", "f16"):
+    CASES[f"numbers of mma, ldmatrix and cp.async, {kind}"] = (product, (kind, [None]), {})
+    CASES[f"numbers of mma, ldmatrix and cp.async, {kind}, checked, 3 seeds"] = (product, (kind, [1, 2, 3]), {"SIM_CHECK": "1"})
+CASES |= {
+    "numbers of a generated source": (generated, (), {}),
+    "SIM_CHECK_ONLY leaves other kernels alone": (only_some_checked, (), {"SIM_CHECK": "1", "SIM_CHECK_ONLY": "^other"}),
+    "SIM_FAIL: an allocation": (failing_allocation, (), {"SIM_FAIL": "cuMemAllocAsync:3"}),
+    "SIM_FAIL: from a call on, with a code": (failing_code, (), {"SIM_FAIL": "cuStreamSynchronize:2+:214"}),
+    "SIM_FAIL: a launch; limits of launches": (failing_launch, (), {"SIM_FAIL": "cuLaunchKernel:2"}),
+    "SIM_FAIL: a lost device": (lost_device, (), {"SIM_FAIL": "lost:2"}),
+    "SIM_FAIL_FILE": (failing_file, (), {}),
+    "SIM_NVRTC_FAIL, and messages of what does not compile": (failing_compiler, (), {"SIM_NVRTC_FAIL": "bad_kernel"}),
+    "two processes compile the same": (two_processes, (), {"fresh": "1"}),
+    "the null device behind the real NVRTC": (real_compiler, (), {"SIM_HOST": "0"}),
+}
+
+
+def run_case(name):
+    with tempfile.TemporaryDirectory() as folder:
+        extra = dict(CASES[name][2])
+        environment = {k: v for k, v in os.environ.items() if k not in ("SIM_CHECK", "SIM_SEED", "SIM_FAIL", "SIM_CHECK_ONLY", "SIM_LOG", "SIM_NVRTC_FAIL")}
+        environment |= {"SIM_REPORT": folder + "/report", "SIM_FAIL_FILE": folder + "/fail"}
+        if extra.pop("fresh", None):
+            environment["SIM_CACHE"] = folder + "/cache"
+        result = subprocess.run([sys.executable, __file__, "--case", name], env=environment | extra, capture_output=True, text=True, timeout=300)
+        return result.returncode == 0, result.stdout + result.stderr
+
+
+def main():
+    if sys.argv[1:2] == ["--case"]:
+        sys.path.insert(0, HERE)
+        function, arguments, _ = CASES[sys.argv[2]]
+        function(*arguments)
+        return 0
+    names = [n for n in CASES if not sys.argv[1:] or sys.argv[1] in n]
+    failed = 0
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        for name, (passed, output) in zip(names, pool.map(run_case, names)):
+            print(("ok      " if passed else "FAILED  ") + name, flush=True)
+            if not passed:
+                failed += 1
+                print("        " + "\n        ".join(output.strip().splitlines()[-12:]))
+    print(f"{len(names) - failed} passed, {failed} failed")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
