@@ -182,7 +182,9 @@ void report(Check *c, Block *b, const char *kind, unsigned thread, uint32_t plac
     char head[400];
     snprintf(head, sizeof head, "cuda-sim: hazard %s in %s at %s: block (%u,%u,%u) thread %s: ", kind, c->launch->kernel->name, where.c_str(), b->block.x,
              b->block.y, b->block.z, thread_text(*c->launch, thread).c_str());
-    std::string line = head + text + "\n";
+    // The source is beside the library, under the same name.
+    std::string source = c->library.substr(c->library.rfind('/') + 1);
+    std::string line = head + text + " [" + source.substr(0, source.find('.')) + ".cu]\n";
     fputs(line.c_str(), stderr);
     if (const char *path = getenv("SIM_REPORT")) {
         if (FILE *f = fopen(path, "a")) {

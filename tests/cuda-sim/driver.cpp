@@ -79,6 +79,8 @@ size_t live_bytes = 0, live_peak = 0, pinned_bytes = 0, pinned_peak = 0;
 unsigned long launches = 0, complaints = 0, copies_in = 0, copies_out = 0, syncs = 0, allocations = 0;
 size_t bytes_in = 0, bytes_out = 0;
 
+constexpr int HAZARDS_EXIT_CODE = 99;
+
 long now() {
     timespec t;
     clock_gettime(CLOCK_MONOTONIC, &t);
@@ -114,6 +116,11 @@ void report() {
     }
     if (tasks) closedir(tasks);
     if (logfile) fflush(logfile);
+    // A program may have overlooked that a launch failed.
+    if (settings().check && sim::hazards_found()) {
+        fflush(nullptr);
+        _exit(HAZARDS_EXIT_CODE);
+    }
 }
 
 void started() {
@@ -219,6 +226,8 @@ struct Failures {
     }
 };
 CUresult failure(const char *call, CUresult natural, bool device_work) {
+    static const bool wanted = env("SIM_FAIL") || env("SIM_FAIL_FILE");
+    if (!wanted) return CUDA_SUCCESS;
     static Failures &failures = *new Failures;
     return failures.of(call, natural, device_work);
 }

@@ -250,7 +250,9 @@ def translate(text):
     plain = for_the_host(without_comments(replace_ptx_functions(text)))
     generated = re.search(r"\bshared_memory_\d+\b", plain) is not None
     refuse_unsupported(plain)
-    synchronises = re.search(r"__sync|_sync\s*\(|barrier|mma|matrix|elect|cooperative|_async|__shared__|atomic", plain) is not None
+    # Threads that never wait for each other need no fibers.
+    waits = r"__sync|_sync\s*\(|\bbarrier\b|mma_|__mma|ldmatrix|stmatrix|\bsim_elect\b|cooperative_groups|_async|__shared__"
+    synchronises = re.search(waits, plain) is not None
     if generated and re.search(r"__mma_m16|wmma::|__shfl", plain):
         plain = add_steps(plain)
     found, plain = entries(replace_shared(plain))
