@@ -1,11 +1,14 @@
 //! Opening a painter: what every backend crate offers the rest of the program.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
 use burn_tensor::DType;
 use cubecl_common::stream_id::StreamId;
-use kiln_ops::{FusedOps, MemoryUse, host};
+use kiln_ops::{FaultWatch, FusedOps, MemoryUse, host};
 
+use crate::device::{caught, checkpoint, fault, panic_message};
 use crate::painter::{
-    CacheUses, Job, JobId, ModelInfo, PaintError, Painter, Painting, RgbImage, one_line,
+    CacheUses, Job, JobId, ModelInfo, PaintError, Painter, Painting, RgbImage,
 };
 use crate::qwen_image::{CheckpointParts, PainterSettings, QwenImage};
 use crate::source::StoredDType;
@@ -131,6 +134,19 @@ pub struct Target<'a, D> {
     pub activations: Option<DType>,
 }
 
+/// Opens a device, which burn does when it is first used. The error says why it does not open.
+pub fn try_device<B: FusedOps>(device: &B::Device) -> Result<(), String> {
+    kiln_ops::faults::watch_device_threads();
+    let watch = FaultWatch::start();
+    // burn panics where a device does not open.
+    let opened = catch_unwind(AssertUnwindSafe(|| checkpoint::<B>(device)));
+    match (fault(&watch), opened) {
+        (Some(error), _) | (None, Ok(Err(error))) => Err(report(error)),
+        (None, Err(payload)) => Err(panic_message(payload.as_ref())),
+        (None, Ok(Ok(_))) => Ok(()),
+    }
+}
+
 /// Loads a checkpoint onto a device.
 ///
 /// Without a choice of type the checkpoint's own is kept, or f32 where the device has no such
@@ -176,12 +192,26 @@ pub fn open<B: FusedOps>(
     };
     let stream = StreamId::current();
     let device = target.device;
-    let painter = QwenImage::<B>::load(parts, device.clone(), device_name.clone(), settings)?;
-    B::sync(&device).map_err(|error| OpenError::Device {
-        device: device_name,
-        reason: one_line(&error),
-    })?;
+    let watch = FaultWatch::start();
+    let load = || {
+        let painter = QwenImage::<B>::load(parts, device.clone(), device_name.clone(), settings);
+        // Uploads are queued.
+        checkpoint::<B>(&device)?;
+        Ok(painter)
+    };
+    let loaded = caught(&watch, load).and_then(|painter| fault(&watch).map_or(Ok(painter), Err));
+    let painter = loaded.map_err(|error| OpenError::Device {
+        device: device_name.clone(),
+        reason: report(error),
+    })??;
     Ok(Box::new(OneStream { painter, stream }))
+}
+
+fn report(error: PaintError) -> String {
+    match error {
+        PaintError::Device(report) => report,
+        other => other.to_string(),
+    }
 }
 
 /// A painter whose work goes to the queue of the device that its weights were loaded through,
@@ -214,6 +244,10 @@ impl<P: Painter> Painter for OneStream<P> {
 
     fn discard(&mut self, id: JobId) {
         self.stream.executes(|| self.painter.discard(id));
+    }
+
+    fn probe(&mut self) -> Result<(), PaintError> {
+        self.stream.executes(|| self.painter.probe())
     }
 
     fn memory(&self) -> MemoryUse {

@@ -153,13 +153,15 @@ fn log_filter(level: LevelFilter) -> Targets {
         .with_default(LevelFilter::WARN)
         .with_target("kiln", level)
         .with_target("hf_hub", LevelFilter::OFF)
+        // A panic on a device's thread is reported by the job that it ends.
+        .with_target("cubecl_common::device", LevelFilter::OFF)
 }
 
 /// The painter's panics are caught and end one job; a backtrace on stderr would say otherwise.
 fn log_panics_on_one_line() {
     panic::set_hook(Box::new(|info| {
         let location = info.location().map(ToString::to_string).unwrap_or_default();
-        let message = info.payload_as_str().unwrap_or("no message");
+        let message = kiln_models::panic_message(info.payload());
         tracing::error!("panic at {location}: {message}");
     }));
 }

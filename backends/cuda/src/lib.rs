@@ -2,11 +2,10 @@
 
 use std::env;
 use std::ffi::c_int;
-use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::panic::catch_unwind;
 use std::path::{Path, PathBuf};
 
 use burn_cuda::{Cuda, CudaDevice};
-use burn_tensor::backend::Backend;
 use cudarc::driver::result::{self, DriverError};
 use cudarc::driver::sys::CUdevice_attribute as Attribute;
 use cudarc::driver::sys::CUresult;
@@ -43,10 +42,8 @@ pub fn open(
         reason,
     })?;
     let device = CudaDevice::new(info.index);
-    // burn panics where a device does not open.
-    catch_unwind(AssertUnwindSafe(|| Cuda::<f32, i32>::sync(&device)))
-        .map_err(|_| no_device(&format!("{} does not open", info.name)))?
-        .map_err(|error| no_device(&format!("{}: {error:?}", info.name)))?;
+    loading::try_device::<Cuda<f32, i32>>(&device)
+        .map_err(|report| no_device(&format!("{} does not open: {report}", info.name)))?;
     let target = Target {
         backend: NAME,
         device,

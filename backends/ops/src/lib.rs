@@ -7,6 +7,7 @@
 #[cfg(feature = "cubecl")]
 mod cubecl;
 pub mod defaults;
+pub mod faults;
 #[cfg(feature = "flex")]
 mod flex;
 pub mod host;
@@ -17,6 +18,7 @@ use burn_tensor::backend::Backend;
 
 #[cfg(feature = "cubecl")]
 pub use cubecl::read_settings;
+pub use faults::{DeviceCheck, FaultWatch};
 pub use memory::{MemoryReport, MemoryUse};
 
 /// A run of consecutive packed tokens that share one row of a modulation table.
@@ -37,7 +39,7 @@ pub struct Rope<B: Backend> {
 ///
 /// Norms, softmax and rotations are computed in f32 whatever the type of the activations, and the
 /// result has the activations' type again.
-pub trait FusedOps: MemoryReport {
+pub trait FusedOps: MemoryReport + DeviceCheck {
     /// `x · weightᵀ + bias`, in the type of `x`.
     ///
     /// With a weight in bf16, `x` is rounded to bf16 first, as it is in a model that computes in

@@ -1,8 +1,7 @@
 //! kiln's painter on burn's wgpu backend.
 
-use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::panic::catch_unwind;
 
-use burn_tensor::backend::Backend;
 use burn_wgpu::graphics::{AutoGraphicsApi, GraphicsApi};
 use burn_wgpu::{Wgpu, WgpuDevice};
 use kiln_models::loading::{self, DeviceInfo, LoadOptions, ModelDType, OpenError, Target};
@@ -40,10 +39,8 @@ pub fn open(
         .find(|(_, found)| found == info)
         .ok_or_else(|| no_device(&format!("{} no longer answers", info.name)))?
         .0;
-    // burn panics where an adapter does not open.
-    catch_unwind(AssertUnwindSafe(|| Wgpu::<f32, i32>::sync(&device)))
-        .map_err(|_| no_device(&format!("{} does not open", info.name)))?
-        .map_err(|error| no_device(&format!("{}: {error:?}", info.name)))?;
+    loading::try_device::<Wgpu<f32, i32>>(&device)
+        .map_err(|report| no_device(&format!("{} does not open: {report}", info.name)))?;
     let target = Target {
         backend: NAME,
         device,
