@@ -38,7 +38,7 @@ pub(crate) fn reliably<B: FusedOps, T>(
 
 /// Waits until the device has done all that it was given. What failed of that is not told here: it
 /// was for work that has ended with an error already.
-fn idle<B: FusedOps>(device: &B::Device) -> Result<Checkpoint, PaintError> {
+pub(crate) fn idle<B: FusedOps>(device: &B::Device) -> Result<Checkpoint, PaintError> {
     let wait = || caught(&FaultWatch::start(), || checkpoint::<B>(device));
     wait().or_else(|_| wait())
 }
@@ -79,8 +79,8 @@ pub fn panic_message(payload: &(dyn Any + Send)) -> String {
 /// and what to do about it.
 pub(crate) fn summary(report: &str) -> String {
     if let Some(bytes) = number_after(report, "can't allocate buffer of size: ") {
-        let mebibytes = bytes as f64 / f64::from(1 << 20);
-        return format!("no memory is left for {mebibytes:.1} MiB; {SAVE_MEMORY}");
+        let mebibytes = bytes.div_ceil(1 << 20);
+        return format!("no memory is left for {mebibytes} MiB; {SAVE_MEMORY}");
     }
     if ["OUT_OF_MEMORY", "out of memory", "out-of-memory"]
         .iter()
@@ -88,26 +88,61 @@ pub(crate) fn summary(report: &str) -> String {
     {
         return format!("no memory is left; {SAVE_MEMORY}");
     }
-    if report.contains("[Compilation Error]") {
-        let errors = report.lines().filter(|line| line.contains("error"));
-        let first = errors.map(str::trim).find(|line| !is_frame(line));
-        let first = cut(first.unwrap_or("the compiler does not say why"));
+    if let Some((_, log)) = report.split_once("[Compilation Error]") {
+        let (log, source) = log.split_once("[Source]").unwrap_or((log, ""));
+        let error = log.lines().find(|line| line.contains("error"));
         return format!(
-            "a kernel does not compile: {first}; try another --dtype, and please report this line"
+            "kernel {} does not compile: {}; try another --dtype, and please report this line",
+            kernel_name(source),
+            cut(error.unwrap_or(log))
         );
     }
-    let what = cut(report);
-    if report.contains("CUDA_ERROR_") {
+    if let Some(answer) = driver_answer(report) {
+        let what = if report.contains("Unable to ") {
+            "while a kernel was loaded (`kiln cache clear` removes those that are kept)"
+        } else if report.contains("Launch(") || report.contains("during launch") {
+            "while a kernel was launched"
+        } else {
+            "while it was waited for"
+        };
         return format!(
-            "the driver answers with an error: {what}; if it comes again, restart kiln and see \
-             the system's log for messages of the driver"
+            "the driver answered {answer} {what}; try again, restart kiln if it stays so, and look \
+             for messages of the driver in the system's log"
         );
     }
-    what
+    if report.contains("Unknown error happened during execution") {
+        return "a copy, or memory for it, was refused by the driver, and burn does not say why; try \
+                again, and restart kiln if it stays so"
+            .to_owned();
+    }
+    cut(report)
 }
 
-const SAVE_MEMORY: &str = "ask for smaller or fewer images, use --vae-use-tiling, choose --dtype \
-                           bf16, or end what else uses the device";
+const SAVE_MEMORY: &str = "use smaller or fewer images, --vae-use-tiling or a smaller --dtype, or \
+                           end what else is on the device";
+
+/// What stands between the attributes and the arguments of a CUDA kernel.
+fn kernel_name(source: &str) -> &str {
+    let head = source.split_once("__global__").map_or("", |(_, head)| head);
+    head.split(['(', ')'])
+        .filter_map(|part| part.split_whitespace().last())
+        .find(|word| *word != "__launch_bounds__" && word.parse::<u32>().is_err())
+        .filter(|word| word.len() <= MAX_NAME)
+        .unwrap_or("of no name")
+}
+
+/// Longest name of a kernel that is told.
+const MAX_NAME: usize = 80;
+
+/// The code and the words of the driver's first error: `DriverError(CUDA_ERROR_..., "...")`.
+fn driver_answer(report: &str) -> Option<String> {
+    let (_, answer) = report.split_once("DriverError(")?;
+    let (answer, _) = answer.split_once(')')?;
+    Some(match answer.split_once(", ") {
+        Some((code, words)) => format!("{code} ({})", cut(words.trim_matches('"'))),
+        None => cut(answer),
+    })
+}
 
 /// The lines of a report that say something, in one line of at most [`MAX_REPORT`] characters.
 fn cut(report: &str) -> String {
@@ -163,25 +198,28 @@ mod tests {
                       20971520\n   0: std::backtrace\n             at /rustc/lib.rs:1\n";
         let summary = summary(report);
         assert!(
-            summary.starts_with("no memory is left for 20.0 MiB; ask for smaller"),
+            summary.starts_with("no memory is left for 20 MiB; use smaller"),
             "{summary}"
         );
     }
 
     #[test]
     fn a_kernel_that_does_not_compile_is_told_by_the_compilers_first_error() {
-        let source = "__global__ void kernel() { error_prone(); }\n".repeat(3000);
+        let source =
+            "extern \"C\" __global__ void __launch_bounds__(\n  128)rms_norm_f_32(\n  float \
+                      error[4]) {}\n"
+                .repeat(3000);
         let report = format!(
             "An error happened during execution\nCaused by:\n  The server is in an invalid state\n\
-             Caused by:\n  [A launch error happened during profiling\nCaused by:\n  A compilation \
-             error happened during launch\nCaused by:\n  An unknown error: [Compilation Error] \n    \
-             default_program(1): warning #1: unused\n    default_program(42): error: no operator \
-             \"-\" matches\n\n    1 error detected\n[Source]  \n{source}\nBacktrace:\n"
+             Caused by:\n  [Launch(A compilation error happened during launch\nCaused by:\n  An \
+             error: [Compilation Error] \n    default_program(1): warning #1: unused\n    \
+             default_program(42): error: no operator \"-\" matches\n\n    1 error detected\n\
+             [Source]  \n{source}\nBacktrace:\n"
         );
         assert_eq!(
             summary(&report),
-            "a kernel does not compile: default_program(42): error: no operator \"-\" matches; try \
-             another --dtype, and please report this line"
+            "kernel rms_norm_f_32 does not compile: default_program(42): error: no operator \"-\" \
+             matches; try another --dtype, and please report this line"
         );
     }
 
@@ -190,8 +228,8 @@ mod tests {
         let words = "é lost ".repeat(10_000);
         for report in [
             words.clone(),
-            format!("[Compilation Error] error {words}"),
-            format!("DriverError(CUDA_ERROR_UNKNOWN, {words})"),
+            format!("[Compilation Error] error {words}[Source] __global__ {words}("),
+            format!("DriverError(CUDA_ERROR_UNKNOWN, \"{words}\")"),
         ] {
             let summary = summary(&report);
             assert!(summary.chars().count() < 450, "{summary}");
@@ -200,16 +238,39 @@ mod tests {
     }
 
     #[test]
+    fn the_drivers_answer_is_all_that_is_told_of_its_errors() {
+        let answer = "DriverError(CUDA_ERROR_ILLEGAL_ADDRESS, \"illegal\")";
+        for (report, what) in [
+            (
+                format!("called `unwrap()`: {answer}"),
+                "while it was waited for",
+            ),
+            (
+                format!(
+                    "[Launch(An unknown error happened during launch\nCaused by:\n  {answer})]"
+                ),
+                "while a kernel was launched",
+            ),
+            (
+                format!("[Launch(A compilation error\n Unable to load the PTX: {answer})]"),
+                "while a kernel was loaded (`kiln cache clear` removes those that are kept)",
+            ),
+        ] {
+            let summary = summary(&report);
+            let expected =
+                format!("the driver answered CUDA_ERROR_ILLEGAL_ADDRESS (illegal) {what}; try");
+            assert!(summary.starts_with(&expected), "{summary}");
+        }
+    }
+
+    #[test]
     fn what_stands_around_every_error_is_left_out() {
         let report = "An error happened during execution\nCaused by:\n  The server is in an \
-                      invalid state\nCaused by:\n  DriverError(CUDA_ERROR_ILLEGAL_ADDRESS, \
-                      \"illegal\")\nBacktrace:\n   0: cubecl\n      at /src/lib.rs:7:1\n";
+                      invalid state\nCaused by:\n  one\n  two\nBacktrace:\n   0: cubecl\n";
+        assert_eq!(summary(report), "one two");
         assert_eq!(
-            summary(report),
-            "the driver answers with an error: DriverError(CUDA_ERROR_ILLEGAL_ADDRESS, \
-             \"illegal\"); if it comes again, restart kiln and see the system's log for messages \
-             of the driver"
+            summary("one\n   7: cubecl\n      at /src/lib.rs:7:1\n"),
+            "one"
         );
-        assert_eq!(summary("one\n  two\n"), "one two");
     }
 }

@@ -1,15 +1,14 @@
 //! Opening a painter: what every backend crate offers the rest of the program.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::PathBuf;
 
 use burn_tensor::DType;
 use cubecl_common::stream_id::StreamId;
 use kiln_ops::{FaultWatch, FusedOps, MemoryUse, host};
 
 use crate::device::{caught, checkpoint, fault, panic_message};
-use crate::painter::{
-    CacheUses, Job, JobId, ModelInfo, PaintError, Painter, Painting, RgbImage,
-};
+use crate::painter::{CacheUses, Job, JobId, ModelInfo, PaintError, Painter, Painting, RgbImage};
 use crate::qwen_image::{CheckpointParts, PainterSettings, QwenImage};
 use crate::source::StoredDType;
 use crate::vae::VaeSettings;
@@ -58,11 +57,14 @@ impl ModelDType {
 }
 
 /// What a user may choose about loading.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct LoadOptions {
     /// `None` keeps the checkpoint's own type where the backend can.
     pub dtype: Option<ModelDType>,
     pub vae: VaeSettings,
+    /// Where kernels for GPUs, and the choice among them, are kept, or nowhere if it is no folder;
+    /// `None` leaves it to the backend.
+    pub kernel_cache: Option<PathBuf>,
 }
 
 /// A device that a backend can open.
@@ -80,6 +82,9 @@ pub struct DeviceInfo {
     pub dtypes: Vec<ModelDType>,
     /// Computes on the CPU, although it answers as a GPU.
     pub software: bool,
+    /// What compiled kernels depend on besides the program: driver, compiler, GPU. `None` where
+    /// none are compiled.
+    pub kernels: Option<String>,
 }
 
 impl DeviceInfo {
@@ -92,6 +97,7 @@ impl DeviceInfo {
             memory: host::memory(),
             dtypes: dtypes.to_vec(),
             software: false,
+            kernels: None,
         }
     }
 }

@@ -3,6 +3,7 @@
 mod args;
 mod backends;
 mod bench;
+mod cache;
 mod compare;
 mod completions;
 mod dump;
@@ -74,6 +75,7 @@ pub fn main() -> ExitCode {
             log_plain_lines(LevelFilter::INFO);
             bench::run(&args)
         }
+        Command::Cache(args) => cache::run(&args),
         Command::Health(args) => health::run(&args),
         Command::Completions(args) => completions::run(&args),
         Command::Man(args) => man::run(&args),
@@ -153,8 +155,9 @@ fn log_filter(level: LevelFilter) -> Targets {
         .with_default(LevelFilter::WARN)
         .with_target("kiln", level)
         .with_target("hf_hub", LevelFilter::OFF)
-        // A panic on a device's thread is reported by the job that it ends.
-        .with_target("cubecl_common::device", LevelFilter::OFF)
+        // A panic on a device's thread is reported by the job that it ends, and a cache that does
+        // not work by who looked at it first.
+        .with_target("cubecl_common", LevelFilter::OFF)
 }
 
 /// The painter's panics are caught and end one job; a backtrace on stderr would say otherwise.

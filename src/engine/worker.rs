@@ -80,7 +80,6 @@ impl Worker {
         let device_failed = matches!(&error, JobError::Panicked(_))
             || matches!(&error, JobError::Paint(error) if matches!(**error, PaintError::Device(_)));
         if device_failed && let Err(error) = self.probe() {
-            tracing::error!(%error, "the device is lost, no more jobs are taken");
             self.shared.lost(error);
         }
         self.shared.failed(id, error, took);

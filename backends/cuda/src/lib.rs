@@ -37,9 +37,11 @@ pub fn open(
     parts: &CheckpointParts,
     options: LoadOptions,
 ) -> Result<Box<dyn Painter>, OpenError> {
-    kiln_ops::read_settings().map_err(|reason| OpenError::Settings {
-        backend: NAME,
-        reason,
+    kiln_ops::read_settings(options.kernel_cache.as_deref()).map_err(|reason| {
+        OpenError::Settings {
+            backend: NAME,
+            reason,
+        }
     })?;
     let device = CudaDevice::new(info.index);
     loading::try_device::<Cuda<f32, i32>>(&device)
@@ -125,12 +127,25 @@ fn driver_message(error: DriverError) -> String {
     }
 }
 
+/// NVRTC's, as 12.8.
+#[expect(unsafe_code, reason = "the compiler is called directly")]
+fn compiler_version() -> String {
+    let (mut major, mut minor): (c_int, c_int) = (0, 0);
+    // SAFETY: the pointers are valid for the call.
+    let answer = unsafe { cudarc::nvrtc::sys::nvrtcVersion(&raw mut major, &raw mut minor) };
+    match answer.result() {
+        Ok(()) => format!("{major}.{minor}"),
+        Err(_) => "unknown".to_owned(),
+    }
+}
+
 #[expect(unsafe_code, reason = "the driver is called directly")]
 fn list() -> Result<Vec<DeviceInfo>, DriverError> {
     result::init()?;
     let mut version: c_int = 0;
     // SAFETY: the pointer is valid for the call.
     unsafe { cudarc::driver::sys::cuDriverGetVersion(&raw mut version).result()? };
+    let nvrtc = compiler_version();
     let count = result::device::get_count()?;
     (0..count)
         .map(|ordinal| {
@@ -149,9 +164,13 @@ fn list() -> Result<Vec<DeviceInfo>, DriverError> {
                     )?,
                 )
             };
+            let name = result::device::get_name(device)?;
             Ok(DeviceInfo {
                 index: ordinal as usize,
-                name: result::device::get_name(device)?,
+                kernels: Some(format!(
+                    "cuda {version} nvrtc {nvrtc} sm_{major}{minor} {name}"
+                )),
+                name,
                 detail: Some(format!(
                     "compute capability {major}.{minor}, driver for CUDA {}.{}",
                     version / 1000,

@@ -7,6 +7,7 @@
 //! the second.
 
 use std::panic::{self, PanicHookInfo};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, Once, OnceLock, PoisonError};
 use std::thread;
 
@@ -104,6 +105,9 @@ pub struct FaultWatch {
 /// The message of a panic.
 type Slot = Arc<OnceLock<String>>;
 
+/// Whether a watch has ever seen a panic.
+static HAS_FAILED: AtomicBool = AtomicBool::new(false);
+
 /// Those of all watches.
 static WATCHES: Mutex<Vec<Slot>> = Mutex::new(Vec::new());
 
@@ -154,7 +158,10 @@ fn noted(info: &PanicHookInfo<'_>) -> bool {
             // The first one stays.
             watch.set(message.to_owned()).ok();
         }
-        !watches.is_empty()
+        let is_first = !HAS_FAILED.load(Ordering::Relaxed);
+        HAS_FAILED.fetch_or(!watches.is_empty(), Ordering::Relaxed);
+        // What a device that failed once does while nobody watches, follows from that.
+        !watches.is_empty() || !is_first
     } else {
         watches.iter().any(|watch| watch.get().is_some())
     }

@@ -30,9 +30,11 @@ pub fn open(
     parts: &CheckpointParts,
     options: LoadOptions,
 ) -> Result<Box<dyn Painter>, OpenError> {
-    kiln_ops::read_settings().map_err(|reason| OpenError::Settings {
-        backend: NAME,
-        reason,
+    kiln_ops::read_settings(options.kernel_cache.as_deref()).map_err(|reason| {
+        OpenError::Settings {
+            backend: NAME,
+            reason,
+        }
     })?;
     let device = adapters()?
         .into_iter()
@@ -102,6 +104,7 @@ fn describe(index: usize, adapter: &wgpu::Adapter) -> DeviceInfo {
     let detail = format!("{} {} {}", info.backend, info.driver, info.driver_info);
     DeviceInfo {
         index,
+        kernels: Some(format!("wgpu {} {detail}", info.name)),
         name: info.name,
         detail: Some(detail.trim_end().to_owned()),
         memory: memory(adapter),

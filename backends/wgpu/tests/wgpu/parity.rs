@@ -52,6 +52,7 @@ fn draws_what_diffusers_draws(name: &str) {
             tiling,
             ..VaeSettings::default()
         },
+        kernel_cache: None,
     };
     let parts = parts(case["checkpoint"].as_str().unwrap());
     let mut painter = kiln_wgpu::open(&device, &parts, options).unwrap();
