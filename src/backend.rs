@@ -12,6 +12,7 @@ use kiln_models::qwen_image::CheckpointParts;
 use kiln_models::vae::{Tiling, VaeSettings};
 
 use crate::checkpoint::Checkpoint;
+use crate::kernel_cache;
 
 /// What computes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -357,9 +358,10 @@ pub fn load(
     checkpoint: &Checkpoint,
     settings: &LoadSettings,
 ) -> Result<Box<dyn Painter>, BackendError> {
-    let options = LoadOptions {
+    let options = |device: &DeviceInfo| LoadOptions {
         dtype: settings.dtype.model_dtype(),
         vae: settings.vae(),
+        kernel_cache: device.kernels.as_deref().map(kernel_cache::folder_for),
     };
     let parts = checkpoint.parts();
     if settings.backend.kind != BackendKind::Auto {
@@ -370,12 +372,12 @@ pub fn load(
                 listed(entry.kind, slice::from_ref(&device))
             );
         }
-        return Ok((entry.open)(&device, parts, options)?);
+        return Ok((entry.open)(&device, parts, options(&device))?);
     }
     let mut reasons = Vec::new();
     for entry in KINDS.into_iter().filter_map(BackendKind::entry) {
         let opened = first_real(entry.kind, (entry.devices)())
-            .and_then(|device| (entry.open)(&device, parts, options));
+            .and_then(|device| (entry.open)(&device, parts, options(&device)));
         match opened {
             Err(reason @ OpenError::NoDevice { .. }) => {
                 tracing::info!("{reason}");
@@ -399,6 +401,7 @@ mod tests {
             memory: None,
             dtypes: vec![ModelDType::F32],
             software,
+            kernels: None,
         }
     }
 

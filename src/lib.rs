@@ -13,6 +13,7 @@ pub mod compare;
 pub mod engine;
 pub mod hub;
 pub mod image;
+pub mod kernel_cache;
 pub mod request;
 pub mod server;
 pub mod tokenizer;

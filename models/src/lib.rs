@@ -8,6 +8,7 @@
 
 mod cache;
 pub mod config;
+mod device;
 pub mod guidance;
 pub mod loading;
 pub mod noise;
@@ -21,5 +22,6 @@ pub mod transformer;
 pub mod vae;
 mod weights;
 
+pub use device::panic_message;
 pub use source::{StoredDType, TensorInfo, TensorSource};
 pub use weights::{LoadError, Precision};

@@ -1,12 +1,14 @@
 //! Opening a painter: what every backend crate offers the rest of the program.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::PathBuf;
+
 use burn_tensor::DType;
 use cubecl_common::stream_id::StreamId;
-use kiln_ops::{FusedOps, MemoryUse, host};
+use kiln_ops::{FaultWatch, FusedOps, MemoryUse, host};
 
-use crate::painter::{
-    CacheUses, Job, JobId, ModelInfo, PaintError, Painter, Painting, RgbImage, one_line,
-};
+use crate::device::{caught, checkpoint, fault, panic_message};
+use crate::painter::{CacheUses, Job, JobId, ModelInfo, PaintError, Painter, Painting, RgbImage};
 use crate::qwen_image::{CheckpointParts, PainterSettings, QwenImage};
 use crate::source::StoredDType;
 use crate::vae::VaeSettings;
@@ -55,11 +57,14 @@ impl ModelDType {
 }
 
 /// What a user may choose about loading.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct LoadOptions {
     /// `None` keeps the checkpoint's own type where the backend can.
     pub dtype: Option<ModelDType>,
     pub vae: VaeSettings,
+    /// Where kernels for GPUs, and the choice among them, are kept, or nowhere if it is no folder;
+    /// `None` leaves it to the backend.
+    pub kernel_cache: Option<PathBuf>,
 }
 
 /// A device that a backend can open.
@@ -77,6 +82,9 @@ pub struct DeviceInfo {
     pub dtypes: Vec<ModelDType>,
     /// Computes on the CPU, although it answers as a GPU.
     pub software: bool,
+    /// What compiled kernels depend on besides the program: driver, compiler, GPU. `None` where
+    /// none are compiled.
+    pub kernels: Option<String>,
 }
 
 impl DeviceInfo {
@@ -89,6 +97,7 @@ impl DeviceInfo {
             memory: host::memory(),
             dtypes: dtypes.to_vec(),
             software: false,
+            kernels: None,
         }
     }
 }
@@ -129,6 +138,19 @@ pub struct Target<'a, D> {
     pub info: &'a DeviceInfo,
     /// Type of the activations; `None` for the model's.
     pub activations: Option<DType>,
+}
+
+/// Opens a device, which burn does when it is first used. The error says why it does not open.
+pub fn try_device<B: FusedOps>(device: &B::Device) -> Result<(), String> {
+    kiln_ops::faults::watch_device_threads();
+    let watch = FaultWatch::start();
+    // burn panics where a device does not open.
+    let opened = catch_unwind(AssertUnwindSafe(|| checkpoint::<B>(device)));
+    match (fault(&watch), opened) {
+        (Some(error), _) | (None, Ok(Err(error))) => Err(report(error)),
+        (None, Err(payload)) => Err(panic_message(payload.as_ref())),
+        (None, Ok(Ok(_))) => Ok(()),
+    }
 }
 
 /// Loads a checkpoint onto a device.
@@ -176,12 +198,26 @@ pub fn open<B: FusedOps>(
     };
     let stream = StreamId::current();
     let device = target.device;
-    let painter = QwenImage::<B>::load(parts, device.clone(), device_name.clone(), settings)?;
-    B::sync(&device).map_err(|error| OpenError::Device {
-        device: device_name,
-        reason: one_line(&error),
-    })?;
+    let watch = FaultWatch::start();
+    let load = || {
+        let painter = QwenImage::<B>::load(parts, device.clone(), device_name.clone(), settings);
+        // Uploads are queued.
+        checkpoint::<B>(&device)?;
+        Ok(painter)
+    };
+    let loaded = caught(&watch, load).and_then(|painter| fault(&watch).map_or(Ok(painter), Err));
+    let painter = loaded.map_err(|error| OpenError::Device {
+        device: device_name.clone(),
+        reason: report(error),
+    })??;
     Ok(Box::new(OneStream { painter, stream }))
+}
+
+fn report(error: PaintError) -> String {
+    match error {
+        PaintError::Device(report) => report,
+        other => other.to_string(),
+    }
 }
 
 /// A painter whose work goes to the queue of the device that its weights were loaded through,
@@ -214,6 +250,10 @@ impl<P: Painter> Painter for OneStream<P> {
 
     fn discard(&mut self, id: JobId) {
         self.stream.executes(|| self.painter.discard(id));
+    }
+
+    fn probe(&mut self) -> Result<(), PaintError> {
+        self.stream.executes(|| self.painter.probe())
     }
 
     fn memory(&self) -> MemoryUse {

@@ -155,19 +155,6 @@ pub enum PaintError {
     Device(String),
 }
 
-impl PaintError {
-    /// The device's own report, which may have many lines, in one.
-    pub(crate) fn device(report: &impl std::fmt::Display) -> Self {
-        Self::Device(one_line(report))
-    }
-}
-
-pub(crate) fn one_line(text: &impl std::fmt::Display) -> String {
-    let text = text.to_string();
-    let words: Vec<&str> = text.split_whitespace().collect();
-    words.join(" ")
-}
-
 /// Draws pictures, job by job and step by step, on one device.
 ///
 /// Every call returns when the device is done with it, so what it takes can be timed.
@@ -194,6 +181,12 @@ pub trait Painter: Send {
 
     /// Forgets a job, whatever its state.
     fn discard(&mut self, id: JobId);
+
+    /// Whether the device still computes, found out by a small sum: after an error it tells if
+    /// another job is worth a try.
+    fn probe(&mut self) -> Result<(), PaintError> {
+        Ok(())
+    }
 
     /// What the device holds now, for this painter and all else that this program runs on it.
     fn memory(&self) -> MemoryUse;

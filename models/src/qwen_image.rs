@@ -6,10 +6,11 @@ use std::sync::Arc;
 use burn_tensor::module::adaptive_avg_pool2d;
 use burn_tensor::{DType, Tensor, TensorData};
 use cubecl_common::stream_id::StreamId;
-use kiln_ops::FusedOps;
+use kiln_ops::{FaultWatch, FusedOps};
 
 use crate::cache::Cache;
 use crate::config::{ConfigError, ConfigReader, ConfigText};
+use crate::device::{caught, idle, reliably, summary};
 use crate::guidance::true_cfg;
 use crate::noise::randn;
 use crate::painter::{
@@ -127,12 +128,27 @@ struct DeviceMemory<B: FusedOps> {
 
 impl<B: FusedOps> Drop for DeviceMemory<B> {
     fn drop(&mut self) {
-        self.stream.executes(|| {
+        let watch = FaultWatch::start();
+        let clean_up = || {
             // Until then the device may be at work with it.
             B::sync(&self.device).ok();
             B::memory_cleanup(&self.device);
-        });
+            // The watch sees this done.
+            B::sync(&self.device).ok();
+        };
+        // burn panics where a device is lost, and nobody wants to know any more.
+        let cleaned_up = || caught(&watch, || Ok(clean_up()));
+        self.stream.executes(|| cleaned_up().ok());
     }
+}
+
+/// What a step gives to one job.
+#[derive(Debug)]
+struct Advance<B: FusedOps> {
+    id: JobId,
+    latents: Tensor<B, 2>,
+    velocity: Tensor<B, 2>,
+    trace: Option<TraceTensor>,
 }
 
 /// A job between start and finish.
@@ -359,11 +375,19 @@ impl<B: FusedOps> QwenImage<B> {
         (decoded * 0.5 + 0.5).clamp(0.0, 1.0).permute([0, 2, 3, 1])
     }
 
-    /// Until the device has computed all that it was given; memory that ran out shows here.
-    fn wait(&mut self) -> Result<(), PaintError> {
-        B::sync(&self.device).map_err(|error| {
-            self.is_in_doubt = true;
-            PaintError::device(&error)
+    /// Does some work and waits for it: see [`reliably`]. What is kept is in doubt if it fails.
+    fn reliably<T>(
+        &mut self,
+        mut work: impl FnMut(&mut Self, usize) -> Result<T, PaintError>,
+    ) -> Result<T, PaintError> {
+        let device = self.device.clone();
+        let done = reliably::<B, T>(&device, |run| work(self, run));
+        done.map_err(|error| match error {
+            PaintError::Device(report) => {
+                self.is_in_doubt = true;
+                PaintError::Device(format!("{}: {report}", self.info.device))
+            }
+            other => other,
         })
     }
 
@@ -375,32 +399,15 @@ impl<B: FusedOps> QwenImage<B> {
         B::memory_cleanup(&self.device);
     }
 
-    fn running(&self, id: JobId) -> Result<&RunningJob<B>, PaintError> {
-        self.jobs.get(&id).ok_or(PaintError::UnknownJob(id))
-    }
-}
-
-impl<B: FusedOps> Painter for QwenImage<B>
-where
-    B::Device: Send,
-{
-    fn info(&self) -> &ModelInfo {
-        &self.info
-    }
-
-    fn start(&mut self, id: JobId, job: Job) -> Result<(), PaintError> {
-        self.check(&job)?;
-        // True until it is done, as it may end in a panic.
-        if std::mem::replace(&mut self.is_in_doubt, true) {
-            self.forget_kept();
-        }
-        let [height, width] = self.latent_size(&job).map(|side| side / PATCH);
+    /// Everything before the first step.
+    fn prepare(&mut self, job: &Job) -> Result<RunningJob<B>, PaintError> {
+        let [height, width] = self.latent_size(job).map(|side| side / PATCH);
         let schedule = self
             .scheduler
             .schedule(job.num_inference_steps, height * width);
         let modulation = self.modulation(&schedule.model_timesteps(self.settings.precision.model));
-        let prompts = self.encode(&job);
-        let (latents, drawn) = self.noise(&job);
+        let prompts = self.encode(job);
+        let (latents, drawn) = self.noise(job);
 
         let mut trace = Vec::new();
         if job.record {
@@ -411,7 +418,7 @@ where
                 let [tokens, dim] = embeds.dims();
                 trace.push(record(name, vec![1, tokens, dim], embeds.clone())?);
             }
-            let [h, w] = self.latent_size(&job);
+            let [h, w] = self.latent_size(job);
             trace.push(TraceTensor {
                 name: "initial_noise".to_owned(),
                 shape: vec![job.num_images, 1, self.latent_channels, h, w],
@@ -428,10 +435,8 @@ where
         let each_image = |prompt| std::iter::repeat_n(prompt, job.num_images);
         let segments = prompts.iter().flat_map(each_image).map(segment).collect();
         let text = Tensor::cat(prompts.iter().flat_map(each_image).cloned().collect(), 0);
-        self.wait()?;
-        self.is_in_doubt = false;
-        let running = RunningJob {
-            job,
+        Ok(RunningJob {
+            job: job.clone(),
             schedule,
             modulation,
             steps_done: 0,
@@ -440,59 +445,58 @@ where
             text,
             segments,
             trace,
-        };
-        self.jobs.insert(id, running);
-        Ok(())
+        })
     }
 
-    fn step(&mut self, ids: &[JobId]) -> Result<Vec<usize>, PaintError> {
+    /// What one step gives to those of these jobs that have steps left; `None` if no job has.
+    #[expect(clippy::type_complexity, reason = "of one caller")]
+    fn predict(&self, ids: &[JobId]) -> Result<Option<(Packing<B>, Vec<Advance<B>>)>, PaintError> {
         let mut jobs = Vec::with_capacity(ids.len());
         for &id in ids {
             let running = self.running(id)?;
             if running.steps_done < running.schedule.steps() {
-                jobs.push(running);
+                jobs.push((id, running));
             }
         }
-        if !jobs.is_empty() {
-            let segments: Vec<Segment> = jobs
-                .iter()
-                .enumerate()
-                .flat_map(|(row, running)| {
-                    running
-                        .segments
-                        .iter()
-                        .map(move |segment| Segment { row, ..*segment })
-                })
-                .collect();
-            let packing = match &self.packing {
-                Some(packing) if packing.segments() == segments => packing.clone(),
-                _ => self.transformer.pack(&segments),
-            };
-            let modulation = jobs
-                .iter()
-                .map(|running| running.modulation.step(running.steps_done));
-            let modulation = StepModulation::cat(modulation.collect());
-            let activations = self.settings.precision.activations;
-            let image = jobs.iter().flat_map(|running| {
-                let forwards = if running.job.uses_cfg() { 2 } else { 1 };
-                std::iter::repeat_n(running.latents.clone().cast(activations), forwards)
-            });
-            let image = Tensor::cat(image.collect(), 0);
-            let text = Tensor::cat(jobs.iter().map(|running| running.text.clone()).collect(), 0);
-            let predicted = self.transformer.forward(image, text, &modulation, &packing);
-            self.advance(ids, predicted.cast(DType::F32))?;
-            self.wait()?;
-            self.packing = Some(packing);
+        if jobs.is_empty() {
+            return Ok(None);
         }
-        ids.iter()
-            .map(|&id| {
-                self.running(id)
-                    .map(|running| running.schedule.steps() - running.steps_done)
+        let segments: Vec<Segment> = jobs
+            .iter()
+            .enumerate()
+            .flat_map(|(row, (_, running))| {
+                running
+                    .segments
+                    .iter()
+                    .map(move |segment| Segment { row, ..*segment })
             })
-            .collect()
+            .collect();
+        let packing = match &self.packing {
+            Some(packing) if packing.segments() == segments => packing.clone(),
+            _ => self.transformer.pack(&segments),
+        };
+        let modulation = jobs
+            .iter()
+            .map(|(_, running)| running.modulation.step(running.steps_done));
+        let modulation = StepModulation::cat(modulation.collect());
+        let activations = self.settings.precision.activations;
+        let image = jobs.iter().flat_map(|(_, running)| {
+            let forwards = if running.job.uses_cfg() { 2 } else { 1 };
+            std::iter::repeat_n(running.latents.clone().cast(activations), forwards)
+        });
+        let image = Tensor::cat(image.collect(), 0);
+        let text = Tensor::cat(
+            jobs.iter()
+                .map(|(_, running)| running.text.clone())
+                .collect(),
+            0,
+        );
+        let predicted = self.transformer.forward(image, text, &modulation, &packing);
+        let advances = advance(&jobs, predicted.cast(DType::F32))?;
+        Ok(Some((packing, advances)))
     }
 
-    fn preview(&mut self, id: JobId) -> Result<RgbImage, PaintError> {
+    fn draw_preview(&self, id: JobId) -> Result<RgbImage, PaintError> {
         let running = self.running(id)?;
         let velocity = running.velocity.clone();
         let velocity = velocity.ok_or(PaintError::NothingToShow(id))?;
@@ -513,6 +517,59 @@ where
         Ok(RgbImage::rounded(height, width, &read(pixels)?))
     }
 
+    fn running(&self, id: JobId) -> Result<&RunningJob<B>, PaintError> {
+        self.jobs.get(&id).ok_or(PaintError::UnknownJob(id))
+    }
+}
+
+impl<B: FusedOps> Painter for QwenImage<B>
+where
+    B::Device: Send,
+{
+    fn info(&self) -> &ModelInfo {
+        &self.info
+    }
+
+    fn start(&mut self, id: JobId, job: Job) -> Result<(), PaintError> {
+        self.check(&job)?;
+        // True until it is done, as it may end in a panic.
+        let was_in_doubt = std::mem::replace(&mut self.is_in_doubt, true);
+        let running = self.reliably(|painter, run| {
+            if was_in_doubt || run > 0 {
+                painter.forget_kept();
+            }
+            painter.prepare(&job)
+        })?;
+        self.is_in_doubt = false;
+        self.jobs.insert(id, running);
+        Ok(())
+    }
+
+    fn step(&mut self, ids: &[JobId]) -> Result<Vec<usize>, PaintError> {
+        let predicted = self.reliably(|painter, _| painter.predict(ids))?;
+        if let Some((packing, advances)) = predicted {
+            self.packing = Some(packing);
+            for advance in advances {
+                let id = advance.id;
+                let running = self.jobs.get_mut(&id).ok_or(PaintError::UnknownJob(id))?;
+                running.latents = advance.latents;
+                running.velocity = Some(advance.velocity);
+                running.steps_done += 1;
+                running.trace.extend(advance.trace);
+            }
+        }
+        ids.iter()
+            .map(|&id| {
+                self.running(id)
+                    .map(|running| running.schedule.steps() - running.steps_done)
+            })
+            .collect()
+    }
+
+    fn preview(&mut self, id: JobId) -> Result<RgbImage, PaintError> {
+        self.reliably(|painter, _| painter.draw_preview(id))
+    }
+
     fn finish(&mut self, id: JobId) -> Result<Painting, PaintError> {
         let running = self.running(id)?;
         if running.steps_done < running.schedule.steps() {
@@ -524,9 +581,11 @@ where
             mut trace,
             ..
         } = self.jobs.remove(&id).ok_or(PaintError::UnknownJob(id))?;
-        let pixels = self.decode(self.unpack(&job, latents), self.settings.vae);
-        let shape = pixels.dims();
-        let values = read(pixels).inspect_err(|_| self.is_in_doubt = true)?;
+        let (shape, values) = self.reliably(|painter, _| {
+            let latents = painter.unpack(&job, latents.clone());
+            let pixels = painter.decode(latents, painter.settings.vae);
+            Ok((pixels.dims(), read(pixels)?))
+        })?;
         let images = values
             .chunks_exact(job.height * job.width * 3)
             .map(|image| RgbImage::rounded(job.height, job.width, image))
@@ -542,11 +601,24 @@ where
     }
 
     fn discard(&mut self, id: JobId) {
-        self.jobs.remove(&id);
+        if self.jobs.remove(&id).is_some() {
+            // burn may panic at tensors of a job that failed.
+            idle::<B>(&self.device).ok();
+        }
+    }
+
+    fn probe(&mut self) -> Result<(), PaintError> {
+        self.reliably(|painter, _| {
+            let ones = Tensor::<B, 1>::ones([2], (&painter.device, DType::F32));
+            read(ones.clone() + ones).map(|_| ())
+        })
     }
 
     fn memory(&self) -> MemoryUse {
-        B::memory_use(&self.device)
+        // A device that failed has nothing to tell; what failed says so by itself.
+        let watch = FaultWatch::start();
+        let memory = caught(&watch, || Ok(B::memory_use(&self.device)));
+        memory.unwrap_or_default()
     }
 
     fn caches(&self) -> CacheUses {
@@ -557,43 +629,45 @@ where
     }
 }
 
-impl<B: FusedOps> QwenImage<B> {
-    /// Guidance and the Euler step, for each job's share of a prediction.
-    fn advance(&mut self, ids: &[JobId], predicted: Tensor<B, 2>) -> Result<(), PaintError> {
-        let mut first = 0;
-        for &id in ids {
-            let running = self.jobs.get_mut(&id).ok_or(PaintError::UnknownJob(id))?;
-            let step = running.steps_done;
-            if step == running.schedule.steps() {
-                continue;
-            }
-            let tokens = running.latents.dims()[0];
-            let positive = predicted.clone().narrow(0, first, tokens);
+/// Guidance and the Euler step, for each job's share of a prediction.
+fn advance<B: FusedOps>(
+    jobs: &[(JobId, &RunningJob<B>)],
+    predicted: Tensor<B, 2>,
+) -> Result<Vec<Advance<B>>, PaintError> {
+    let mut first = 0;
+    let mut advances = Vec::with_capacity(jobs.len());
+    for &(id, running) in jobs {
+        let step = running.steps_done;
+        let tokens = running.latents.dims()[0];
+        let positive = predicted.clone().narrow(0, first, tokens);
+        first += tokens;
+        let velocity = if running.job.uses_cfg() {
+            let negative = predicted.clone().narrow(0, first, tokens);
             first += tokens;
-            let velocity = if running.job.uses_cfg() {
-                let negative = predicted.clone().narrow(0, first, tokens);
-                first += tokens;
-                true_cfg(positive, negative, running.job.true_cfg_scale)
-            } else {
-                positive
-            };
-            let sigmas = &running.schedule.sigmas;
-            let delta = sigmas[step + 1] - sigmas[step];
-            running.latents = running.latents.clone() + velocity.clone() * delta;
-            running.velocity = Some(velocity);
-            running.steps_done += 1;
-            if running.job.record {
-                let [rows, channels] = running.latents.dims();
-                let images = running.job.num_images;
-                let shape = vec![images, rows / images, channels];
-                let name = format!("latents_step{step}");
-                running
-                    .trace
-                    .push(record(&name, shape, running.latents.clone())?);
-            }
-        }
-        Ok(())
+            true_cfg(positive, negative, running.job.true_cfg_scale)
+        } else {
+            positive
+        };
+        let sigmas = &running.schedule.sigmas;
+        let delta = sigmas[step + 1] - sigmas[step];
+        let latents = running.latents.clone() + velocity.clone() * delta;
+        let trace = if running.job.record {
+            let [rows, channels] = latents.dims();
+            let images = running.job.num_images;
+            let shape = vec![images, rows / images, channels];
+            let name = format!("latents_step{step}");
+            Some(record(&name, shape, latents.clone())?)
+        } else {
+            None
+        };
+        advances.push(Advance {
+            id,
+            latents,
+            velocity,
+            trace,
+        });
     }
+    Ok(advances)
 }
 
 fn record<B: FusedOps, const D: usize>(
@@ -612,9 +686,9 @@ fn record<B: FusedOps, const D: usize>(
 fn read<B: FusedOps, const D: usize>(tensor: Tensor<B, D>) -> Result<Vec<f32>, PaintError> {
     let data = tensor
         .try_into_data()
-        .map_err(|error| PaintError::device(&error))?;
+        .map_err(|error| PaintError::Device(summary(&error.to_string())))?;
     data.into_vec::<f32>()
-        .map_err(|error| PaintError::Device(format!("{error:?}")))
+        .map_err(|error| PaintError::Device(summary(&format!("{error:?}"))))
 }
 
 /// Height and width of a preview in latents: those of the image, shrunk to `max` if they are larger.

@@ -25,7 +25,7 @@ use crate::server::{ApiKeys, CorsOrigin, DEFAULT_MAX_BODY_BYTES, Settings};
 
 use super::error::CliError;
 
-pub(super) use self::tools::{CompletionsArgs, HealthArgs, ManArgs};
+pub(super) use self::tools::{CacheAction, CacheArgs, CompletionsArgs, HealthArgs, ManArgs};
 
 /// Text-to-image with Qwen-Image, from one binary.
 #[derive(Debug, Parser)]
@@ -52,6 +52,7 @@ pub(super) enum Command {
     Backends(BackendsArgs),
     Compare(Box<CompareArgs>),
     Bench(Box<BenchArgs>),
+    Cache(CacheArgs),
     Health(HealthArgs),
     Completions(CompletionsArgs),
     Man(ManArgs),

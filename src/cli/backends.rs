@@ -107,6 +107,7 @@ mod tests {
             memory: Some(3 << 29),
             dtypes: vec![ModelDType::F32, ModelDType::F16],
             software: true,
+            kernels: None,
         };
         vec![
             BackendReport {

@@ -92,6 +92,10 @@ pub(super) enum CliError {
         port: u16,
         source: io::Error,
     },
+    #[error("there is no folder to keep kernels in: neither XDG_CACHE_HOME nor HOME is set")]
+    NoCacheFolder,
+    #[error("the kernels in {} cannot be read or removed", folder.display())]
+    Cache { folder: PathBuf, source: io::Error },
     #[error("not ready: the answer is {status_line:?}")]
     NotReady { status_line: String },
     #[error("cannot write the dump {}", path.display())]

@@ -3,6 +3,7 @@
 mod args;
 mod backends;
 mod bench;
+mod cache;
 mod compare;
 mod completions;
 mod dump;
@@ -74,6 +75,7 @@ pub fn main() -> ExitCode {
             log_plain_lines(LevelFilter::INFO);
             bench::run(&args)
         }
+        Command::Cache(args) => cache::run(&args),
         Command::Health(args) => health::run(&args),
         Command::Completions(args) => completions::run(&args),
         Command::Man(args) => man::run(&args),
@@ -153,13 +155,16 @@ fn log_filter(level: LevelFilter) -> Targets {
         .with_default(LevelFilter::WARN)
         .with_target("kiln", level)
         .with_target("hf_hub", LevelFilter::OFF)
+        // A panic on a device's thread is reported by the job that it ends, and a cache that does
+        // not work by who looked at it first.
+        .with_target("cubecl_common", LevelFilter::OFF)
 }
 
 /// The painter's panics are caught and end one job; a backtrace on stderr would say otherwise.
 fn log_panics_on_one_line() {
     panic::set_hook(Box::new(|info| {
         let location = info.location().map(ToString::to_string).unwrap_or_default();
-        let message = info.payload_as_str().unwrap_or("no message");
+        let message = kiln_models::panic_message(info.payload());
         tracing::error!("panic at {location}: {message}");
     }));
 }

@@ -5,7 +5,7 @@ use kiln_models::painter::{ImageSizes, Job};
 use tokio::runtime::Runtime;
 
 use crate::backend;
-use crate::engine::{DEFAULT_MAX_STARTED, Engine, EngineSettings, StartError};
+use crate::engine::{DEFAULT_MAX_STARTED, Engine, EngineSettings, StartError, State};
 use crate::request::{GenerationParams, GenerationRequest, Limits};
 use crate::server::{self, App};
 use crate::tokenizer::PromptTokenizer;
@@ -91,6 +91,11 @@ async fn failed_start(engine: &Engine) -> StartError {
         // Told to stop before it was ready.
         Err(StartError::Stopped) => {}
         Ok(()) => tracing::info!("ready"),
+    }
+    engine.stopped().await;
+    if let State::Failed(error) = engine.state() {
+        // Those who watch the server's health hear of it too.
+        tracing::error!(%error, "the device is lost: no more requests are taken; restart kiln");
     }
     std::future::pending().await
 }

@@ -140,7 +140,7 @@ pub enum State {
     Draining,
     /// All jobs have ended, or end after the step they are at. Nothing is accepted.
     Stopped,
-    /// The warm-up failed, so the engine stopped.
+    /// The warm-up failed, or the device was lost later on, so the engine stopped.
     Failed(JobError),
 }
 

@@ -274,6 +274,12 @@ impl Shared {
         }
     }
 
+    /// The device is gone: no job can be painted any more. All that there are end with `error`,
+    /// those that the painter has at the thread's next turn.
+    pub(super) fn lost(&self, error: JobError) {
+        self.lock().lose(error, self.clock.now());
+    }
+
     pub(super) fn painter_holds(&self, memory: MemoryUse, caches: CacheUses) {
         let mut queue = self.lock();
         queue.stats.memory = memory;
@@ -436,15 +442,19 @@ impl Queue {
 
     /// A job that nothing more should be done for, and why.
     fn first_to_end(&self, now: Instant) -> Option<(usize, Outcome)> {
-        let (stopped, starting) = match self.state() {
-            State::Stopped | State::Failed(_) => (true, false),
-            State::Starting => (false, true),
-            State::Ready | State::Draining => (false, false),
+        // What ends all jobs.
+        let (over, starting) = match self.state() {
+            State::Stopped => (Some(JobError::Stopped), false),
+            State::Failed(error) => (Some(error), false),
+            State::Starting => (None, true),
+            State::Ready | State::Draining => (None, false),
         };
         let outcome = |entry: &Entry| {
             if entry.is_abandoned {
                 Some(Outcome::Cancelled)
-            } else if stopped || (entry.is_warm_up && !starting) {
+            } else if let Some(error) = &over {
+                Some(Outcome::Failed(error.clone()))
+            } else if entry.is_warm_up && !starting {
                 Some(Outcome::Failed(JobError::Stopped))
             } else if entry.options.deadline.is_some_and(|at| at <= now) {
                 Some(Outcome::Failed(JobError::DeadlinePassed))
@@ -545,6 +555,16 @@ impl Queue {
         });
         while let Some(index) = self.entries.iter().position(|entry| !entry.is_started()) {
             self.end(index, Outcome::Failed(JobError::Stopped), now);
+        }
+    }
+
+    fn lose(&mut self, error: JobError, now: Instant) {
+        // A warm-up that failed says so by itself.
+        if matches!(self.state(), State::Ready | State::Draining) {
+            self.state.send_replace(State::Failed(error.clone()));
+            while let Some(index) = self.entries.iter().position(|entry| !entry.is_started()) {
+                self.end(index, Outcome::Failed(error.clone()), now);
+            }
         }
     }
 

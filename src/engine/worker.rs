@@ -1,11 +1,11 @@
 //! The thread's side: it does what the queue says, one call of the painter at a time.
 
-use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::time::Duration;
 
 use kiln_models::painter::{Job, JobId, PaintError, Painter};
+use kiln_models::panic_message;
 
 use super::JobError;
 use super::queue::{Next, Shared};
@@ -77,7 +77,18 @@ impl Worker {
 
     fn fail(&mut self, id: JobId, error: JobError, took: Duration) {
         self.discard(id);
+        let device_failed = matches!(&error, JobError::Panicked(_))
+            || matches!(&error, JobError::Paint(error) if matches!(**error, PaintError::Device(_)));
+        if device_failed && let Err(error) = self.probe() {
+            self.shared.lost(error);
+        }
         self.shared.failed(id, error, took);
+    }
+
+    /// Whether the device still computes; it is asked twice.
+    fn probe(&mut self) -> Result<(), JobError> {
+        let (first, _) = self.paint(|painter| painter.probe());
+        first.or_else(|_| self.paint(|painter| painter.probe()).0)
     }
 
     fn discard(&mut self, id: JobId) {
@@ -121,10 +132,4 @@ impl Drop for Worker {
     fn drop(&mut self) {
         self.shared.abandon();
     }
-}
-
-fn panic_message(payload: &(dyn Any + Send)) -> String {
-    let text = payload.downcast_ref::<&str>().copied();
-    let text = text.or_else(|| payload.downcast_ref::<String>().map(String::as_str));
-    text.unwrap_or("no message").to_owned()
 }

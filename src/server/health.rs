@@ -6,6 +6,7 @@ use axum::extract::State;
 use axum::http::StatusCode;
 use axum::http::header::CONTENT_TYPE;
 use axum::response::{IntoResponse, Response};
+use serde_json::json;
 
 use crate::engine::State as EngineState;
 
@@ -46,7 +47,13 @@ pub(super) async fn live(app: State<Arc<App>>) -> Response {
 pub(super) async fn ready(State(app): State<Arc<App>>) -> Response {
     let state = app.engine.state();
     let name = state_name(&state);
-    status(matches!(state, EngineState::Ready), [name, name])
+    match &state {
+        EngineState::Failed(error) => {
+            let body = json!({ "status": name, "reason": error.to_string() });
+            answer(StatusCode::SERVICE_UNAVAILABLE, body.to_string())
+        }
+        _ => status(matches!(state, EngineState::Ready), [name, name]),
+    }
 }
 
 pub(super) fn state_name(state: &EngineState) -> &'static str {
@@ -65,6 +72,9 @@ fn status(is_good: bool, [good, bad]: [&str; 2]) -> Response {
     } else {
         (StatusCode::SERVICE_UNAVAILABLE, bad)
     };
-    let body = format!("{{\"status\":\"{name}\"}}");
+    answer(status, format!("{{\"status\":\"{name}\"}}"))
+}
+
+fn answer(status: StatusCode, body: String) -> Response {
     (status, [(CONTENT_TYPE, "application/json")], body).into_response()
 }

@@ -5,12 +5,13 @@ use std::thread;
 
 use super::{failure, kiln, stderr};
 
-const COMMANDS: [&str; 8] = [
+const COMMANDS: [&str; 9] = [
     "generate",
     "serve",
     "backends",
     "compare",
     "bench",
+    "cache",
     "health",
     "completions",
     "man",

@@ -2,11 +2,10 @@
 
 use std::env;
 use std::ffi::c_int;
-use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::panic::catch_unwind;
 use std::path::{Path, PathBuf};
 
 use burn_cuda::{Cuda, CudaDevice};
-use burn_tensor::backend::Backend;
 use cudarc::driver::result::{self, DriverError};
 use cudarc::driver::sys::CUdevice_attribute as Attribute;
 use cudarc::driver::sys::CUresult;
@@ -38,9 +37,11 @@ pub fn open(
     parts: &CheckpointParts,
     options: LoadOptions,
 ) -> Result<Box<dyn Painter>, OpenError> {
-    kiln_ops::read_settings().map_err(|reason| OpenError::Settings {
-        backend: NAME,
-        reason,
+    kiln_ops::read_settings(options.kernel_cache.as_deref()).map_err(|reason| {
+        OpenError::Settings {
+            backend: NAME,
+            reason,
+        }
     })?;
     if info.dtypes.is_empty() {
         return Err(no_device(&format!(
@@ -49,10 +50,8 @@ pub fn open(
         )));
     }
     let device = CudaDevice::new(info.index);
-    // burn panics where a device does not open.
-    catch_unwind(AssertUnwindSafe(|| Cuda::<f32, i32>::sync(&device)))
-        .map_err(|_| no_device(&format!("{} does not open", info.name)))?
-        .map_err(|error| no_device(&format!("{}: {error:?}", info.name)))?;
+    loading::try_device::<Cuda<f32, i32>>(&device)
+        .map_err(|report| no_device(&format!("{} does not open: {report}", info.name)))?;
     let target = Target {
         backend: NAME,
         device,
@@ -134,12 +133,25 @@ fn driver_message(error: DriverError) -> String {
     }
 }
 
+/// NVRTC's, as 12.8.
+#[expect(unsafe_code, reason = "the compiler is called directly")]
+fn compiler_version() -> String {
+    let (mut major, mut minor): (c_int, c_int) = (0, 0);
+    // SAFETY: the pointers are valid for the call.
+    let answer = unsafe { cudarc::nvrtc::sys::nvrtcVersion(&raw mut major, &raw mut minor) };
+    match answer.result() {
+        Ok(()) => format!("{major}.{minor}"),
+        Err(_) => "unknown".to_owned(),
+    }
+}
+
 #[expect(unsafe_code, reason = "the driver is called directly")]
 fn list() -> Result<Vec<DeviceInfo>, DriverError> {
     result::init()?;
     let mut version: c_int = 0;
     // SAFETY: the pointer is valid for the call.
     unsafe { cudarc::driver::sys::cuDriverGetVersion(&raw mut version).result()? };
+    let nvrtc = compiler_version();
     let count = result::device::get_count()?;
     (0..count)
         .map(|ordinal| {
@@ -158,9 +170,13 @@ fn list() -> Result<Vec<DeviceInfo>, DriverError> {
                     )?,
                 )
             };
+            let name = result::device::get_name(device)?;
             Ok(DeviceInfo {
                 index: ordinal as usize,
-                name: result::device::get_name(device)?,
+                kernels: Some(format!(
+                    "cuda {version} nvrtc {nvrtc} sm_{major}{minor} {name}"
+                )),
+                name,
                 detail: Some(format!(
                     "compute capability {major}.{minor}, driver for CUDA {}.{}",
                     version / 1000,

@@ -9,6 +9,7 @@ mod cubecl;
 #[cfg(feature = "cuda")]
 pub mod cuda;
 pub mod defaults;
+pub mod faults;
 #[cfg(feature = "flex")]
 mod flex;
 pub mod host;
@@ -20,6 +21,7 @@ use burn_tensor::{DType, Tensor};
 
 #[cfg(feature = "cubecl")]
 pub use cubecl::{Gate, Kernel, KernelChoice, KernelRuntime, read_settings};
+pub use faults::{DeviceCheck, FaultWatch};
 pub use memory::{MemoryReport, MemoryUse};
 pub use shapes::KernelShape;
 
@@ -41,7 +43,7 @@ pub struct Rope<B: Backend> {
 ///
 /// Norms, softmax and rotations are computed in f32 whatever the type of the activations, and the
 /// result has the activations' type again.
-pub trait FusedOps: MemoryReport {
+pub trait FusedOps: MemoryReport + DeviceCheck {
     /// Compares the backend's kernels with the default bodies on a device, with activations of a type,
     /// at the sizes of a model. A kernel that differs or fails is not used again in this process, and a
     /// warning says why.

@@ -1,8 +1,7 @@
 //! kiln's painter on burn's wgpu backend.
 
-use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::panic::catch_unwind;
 
-use burn_tensor::backend::Backend;
 use burn_wgpu::graphics::{AutoGraphicsApi, GraphicsApi};
 use burn_wgpu::{Wgpu, WgpuDevice};
 use kiln_models::loading::{self, DeviceInfo, LoadOptions, ModelDType, OpenError, Target};
@@ -31,19 +30,19 @@ pub fn open(
     parts: &CheckpointParts,
     options: LoadOptions,
 ) -> Result<Box<dyn Painter>, OpenError> {
-    kiln_ops::read_settings().map_err(|reason| OpenError::Settings {
-        backend: NAME,
-        reason,
+    kiln_ops::read_settings(options.kernel_cache.as_deref()).map_err(|reason| {
+        OpenError::Settings {
+            backend: NAME,
+            reason,
+        }
     })?;
     let device = adapters()?
         .into_iter()
         .find(|(_, found)| found == info)
         .ok_or_else(|| no_device(&format!("{} no longer answers", info.name)))?
         .0;
-    // burn panics where an adapter does not open.
-    catch_unwind(AssertUnwindSafe(|| Wgpu::<f32, i32>::sync(&device)))
-        .map_err(|_| no_device(&format!("{} does not open", info.name)))?
-        .map_err(|error| no_device(&format!("{}: {error:?}", info.name)))?;
+    loading::try_device::<Wgpu<f32, i32>>(&device)
+        .map_err(|report| no_device(&format!("{} does not open: {report}", info.name)))?;
     let target = Target {
         backend: NAME,
         device,
@@ -105,6 +104,7 @@ fn describe(index: usize, adapter: &wgpu::Adapter) -> DeviceInfo {
     let detail = format!("{} {} {}", info.backend, info.driver, info.driver_info);
     DeviceInfo {
         index,
+        kernels: Some(format!("wgpu {} {detail}", info.name)),
         name: info.name,
         detail: Some(detail.trim_end().to_owned()),
         memory: memory(adapter),

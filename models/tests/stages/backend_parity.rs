@@ -38,6 +38,7 @@ pub(crate) fn draws_what_diffusers_draws(
             tiling,
             ..VaeSettings::default()
         },
+        kernel_cache: None,
     };
     let parts = parts(case["checkpoint"].as_str().unwrap());
     let mut painter = open(&parts, options);

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use clap::Parser;
+use clap::{Parser, ValueEnum};
 use clap_complete::Shell;
 
 /// Ask a server whether it is ready for requests.
@@ -29,6 +29,24 @@ impl HealthArgs {
     pub(in crate::cli) fn timeout(&self) -> Duration {
         Duration::from_secs(self.timeout)
     }
+}
+
+/// Show or remove the kernels that are kept for GPUs.
+///
+/// Kernels that were compiled, and the choice among them, are kept in $XDG_CACHE_HOME/kiln/kernels
+/// (~/.cache/kiln/kernels), in a folder for each build of kiln, driver, compiler and GPU: the four
+/// that were used last, and 1 GiB at most. A cubecl.toml that names other places is heeded.
+#[derive(Debug, Parser)]
+pub(in crate::cli) struct CacheArgs {
+    /// What to do: clear leaves what a running kiln uses
+    #[arg(value_enum, default_value_t = CacheAction::Show)]
+    pub(in crate::cli) action: CacheAction,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(in crate::cli) enum CacheAction {
+    Show,
+    Clear,
 }
 
 /// Write a script to stdout that lets a shell complete kiln's commands and options.

@@ -1,0 +1,276 @@
+//! Work on a device that either was done or ends with an error, and what the error says.
+
+use std::any::Any;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+
+use kiln_ops::faults::Checkpoint;
+use kiln_ops::{FaultWatch, FusedOps};
+
+use crate::painter::PaintError;
+
+/// How often work is done at most because kernels were measured meanwhile.
+const MAX_RUNS: usize = 3;
+
+/// Longest report of a failure, in characters.
+const MAX_REPORT: usize = 240;
+
+/// Does some work and waits for the device. It is an error if anything failed that the device was
+/// given, wherever that came to light.
+///
+/// burn drops the errors of earlier ops when it begins to measure kernels. If it did, the work is
+/// done once more, now that kernels are chosen; `work` is told which time it is, from 0.
+pub(crate) fn reliably<B: FusedOps, T>(
+    device: &B::Device,
+    mut work: impl FnMut(usize) -> Result<T, PaintError>,
+) -> Result<T, PaintError> {
+    let mut run = 0;
+    loop {
+        let before = idle::<B>(device)?;
+        let watch = FaultWatch::start();
+        let (value, after) = caught(&watch, || Ok((work(run)?, checkpoint::<B>(device)?)))?;
+        run += 1;
+        // There is no end of measuring if a settings file asks for the time of each kernel.
+        if !after.measured_since(before) || run == MAX_RUNS {
+            return fault(&watch).map_or(Ok(value), Err);
+        }
+    }
+}
+
+/// Waits until the device has done all that it was given. What failed of that is not told here: it
+/// was for work that has ended with an error already.
+pub(crate) fn idle<B: FusedOps>(device: &B::Device) -> Result<Checkpoint, PaintError> {
+    let wait = || caught(&FaultWatch::start(), || checkpoint::<B>(device));
+    wait().or_else(|_| wait())
+}
+
+pub(crate) fn checkpoint<B: FusedOps>(device: &B::Device) -> Result<Checkpoint, PaintError> {
+    B::checkpoint(device).map_err(|report| PaintError::Device(summary(&report)))
+}
+
+/// What a call gives; a panic that follows from one on a device's thread is an error.
+pub(crate) fn caught<T>(
+    watch: &FaultWatch,
+    call: impl FnOnce() -> Result<T, PaintError>,
+) -> Result<T, PaintError> {
+    match catch_unwind(AssertUnwindSafe(call)) {
+        Ok(outcome) => outcome,
+        Err(panic) => match fault(watch) {
+            Some(error) => Err(error),
+            None => resume_unwind(panic),
+        },
+    }
+}
+
+/// What a watch has seen.
+pub(crate) fn fault(watch: &FaultWatch) -> Option<PaintError> {
+    watch
+        .fault()
+        .map(|report| PaintError::Device(summary(report)))
+}
+
+/// The message of a caught panic.
+pub fn panic_message(payload: &(dyn Any + Send)) -> String {
+    let text = payload.downcast_ref::<&str>().copied();
+    let text = text.or_else(|| payload.downcast_ref::<String>().map(String::as_str));
+    cut(text.unwrap_or("no message"))
+}
+
+/// A device's own report, which may hold whole programs and backtraces, in one line: what failed,
+/// and what to do about it.
+pub(crate) fn summary(report: &str) -> String {
+    if let Some(bytes) = number_after(report, "can't allocate buffer of size: ") {
+        let mebibytes = bytes.div_ceil(1 << 20);
+        return format!("no memory is left for {mebibytes} MiB; {SAVE_MEMORY}");
+    }
+    if ["OUT_OF_MEMORY", "out of memory", "out-of-memory"]
+        .iter()
+        .any(|words| report.contains(words))
+    {
+        return format!("no memory is left; {SAVE_MEMORY}");
+    }
+    if let Some((_, log)) = report.split_once("[Compilation Error]") {
+        let (log, source) = log.split_once("[Source]").unwrap_or((log, ""));
+        let error = log.lines().find(|line| line.contains("error"));
+        return format!(
+            "kernel {} does not compile: {}; try another --dtype, and please report this line",
+            kernel_name(source),
+            cut(error.unwrap_or(log))
+        );
+    }
+    if let Some(answer) = driver_answer(report) {
+        let what = if report.contains("Unable to ") {
+            "while a kernel was loaded (`kiln cache clear` removes those that are kept)"
+        } else if report.contains("Launch(") || report.contains("during launch") {
+            "while a kernel was launched"
+        } else {
+            "while it was waited for"
+        };
+        return format!(
+            "the driver answered {answer} {what}; try again, restart kiln if it stays so, and look \
+             for messages of the driver in the system's log"
+        );
+    }
+    if report.contains("Unknown error happened during execution") {
+        return "a copy, or memory for it, was refused by the driver, and burn does not say why; try \
+                again, and restart kiln if it stays so"
+            .to_owned();
+    }
+    cut(report)
+}
+
+const SAVE_MEMORY: &str = "use smaller or fewer images, --vae-use-tiling or a smaller --dtype, or \
+                           end what else is on the device";
+
+/// What stands between the attributes and the arguments of a CUDA kernel.
+fn kernel_name(source: &str) -> &str {
+    let head = source.split_once("__global__").map_or("", |(_, head)| head);
+    head.split(['(', ')'])
+        .filter_map(|part| part.split_whitespace().last())
+        .find(|word| *word != "__launch_bounds__" && word.parse::<u32>().is_err())
+        .filter(|word| word.len() <= MAX_NAME)
+        .unwrap_or("of no name")
+}
+
+/// Longest name of a kernel that is told.
+const MAX_NAME: usize = 80;
+
+/// The code and the words of the driver's first error: `DriverError(CUDA_ERROR_..., "...")`.
+fn driver_answer(report: &str) -> Option<String> {
+    let (_, answer) = report.split_once("DriverError(")?;
+    let (answer, _) = answer.split_once(')')?;
+    Some(match answer.split_once(", ") {
+        Some((code, words)) => format!("{code} ({})", cut(words.trim_matches('"'))),
+        None => cut(answer),
+    })
+}
+
+/// The lines of a report that say something, in one line of at most [`MAX_REPORT`] characters.
+fn cut(report: &str) -> String {
+    // Programs and backtraces follow.
+    let end = ["[Source]", "Backtrace"]
+        .iter()
+        .filter_map(|mark| report.find(mark))
+        .min();
+    let lines = report[..end.unwrap_or(report.len())].lines().map(str::trim);
+    let words: Vec<&str> = lines
+        .filter(|line| !is_frame(line))
+        .flat_map(str::split_whitespace)
+        .collect();
+    let line = words.join(" ");
+    match line.char_indices().nth(MAX_REPORT) {
+        None => line,
+        Some((end, _)) => format!("{}...", line[..end].trim_end()),
+    }
+}
+
+/// Whether a line is of a backtrace, or of those that stand around every error of `CubeCL`.
+fn is_frame(line: &str) -> bool {
+    const EMPTY: [&str; 6] = [
+        "Caused by:",
+        "No backtrace available",
+        "An error happened during execution",
+        "A launch error happened during profiling",
+        "An execution error happened during profiling",
+        "The server is in an invalid state",
+    ];
+    EMPTY.iter().any(|words| line.ends_with(words))
+        || line.starts_with("at ")
+        || line
+            .split_once(": ")
+            .is_some_and(|(number, _)| number.parse::<u32>().is_ok())
+}
+
+fn number_after(text: &str, words: &str) -> Option<u64> {
+    let rest = &text[text.find(words)? + words.len()..];
+    let end = rest
+        .find(|letter: char| !letter.is_ascii_digit())
+        .unwrap_or(rest.len());
+    rest[..end].parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memory_that_ran_out_says_how_much_was_asked_for() {
+        let report = "called `Result::unwrap()` on an `Err` value: can't allocate buffer of size: \
+                      20971520\n   0: std::backtrace\n             at /rustc/lib.rs:1\n";
+        let summary = summary(report);
+        assert!(
+            summary.starts_with("no memory is left for 20 MiB; use smaller"),
+            "{summary}"
+        );
+    }
+
+    #[test]
+    fn a_kernel_that_does_not_compile_is_told_by_the_compilers_first_error() {
+        let source =
+            "extern \"C\" __global__ void __launch_bounds__(\n  128)rms_norm_f_32(\n  float \
+                      error[4]) {}\n"
+                .repeat(3000);
+        let report = format!(
+            "An error happened during execution\nCaused by:\n  The server is in an invalid state\n\
+             Caused by:\n  [Launch(A compilation error happened during launch\nCaused by:\n  An \
+             error: [Compilation Error] \n    default_program(1): warning #1: unused\n    \
+             default_program(42): error: no operator \"-\" matches\n\n    1 error detected\n\
+             [Source]  \n{source}\nBacktrace:\n"
+        );
+        assert_eq!(
+            summary(&report),
+            "kernel rms_norm_f_32 does not compile: default_program(42): error: no operator \"-\" \
+             matches; try another --dtype, and please report this line"
+        );
+    }
+
+    #[test]
+    fn no_report_is_longer_than_some_lines() {
+        let words = "é lost ".repeat(10_000);
+        for report in [
+            words.clone(),
+            format!("[Compilation Error] error {words}[Source] __global__ {words}("),
+            format!("DriverError(CUDA_ERROR_UNKNOWN, \"{words}\")"),
+        ] {
+            let summary = summary(&report);
+            assert!(summary.chars().count() < 450, "{summary}");
+            assert!(summary.contains("lost..."), "{summary}");
+        }
+    }
+
+    #[test]
+    fn the_drivers_answer_is_all_that_is_told_of_its_errors() {
+        let answer = "DriverError(CUDA_ERROR_ILLEGAL_ADDRESS, \"illegal\")";
+        for (report, what) in [
+            (
+                format!("called `unwrap()`: {answer}"),
+                "while it was waited for",
+            ),
+            (
+                format!(
+                    "[Launch(An unknown error happened during launch\nCaused by:\n  {answer})]"
+                ),
+                "while a kernel was launched",
+            ),
+            (
+                format!("[Launch(A compilation error\n Unable to load the PTX: {answer})]"),
+                "while a kernel was loaded (`kiln cache clear` removes those that are kept)",
+            ),
+        ] {
+            let summary = summary(&report);
+            let expected =
+                format!("the driver answered CUDA_ERROR_ILLEGAL_ADDRESS (illegal) {what}; try");
+            assert!(summary.starts_with(&expected), "{summary}");
+        }
+    }
+
+    #[test]
+    fn what_stands_around_every_error_is_left_out() {
+        let report = "An error happened during execution\nCaused by:\n  The server is in an \
+                      invalid state\nCaused by:\n  one\n  two\nBacktrace:\n   0: cubecl\n";
+        assert_eq!(summary(report), "one two");
+        assert_eq!(
+            summary("one\n   7: cubecl\n      at /src/lib.rs:7:1\n"),
+            "one"
+        );
+    }
+}

@@ -1,0 +1,90 @@
+use std::io::{self, Write};
+use std::time::SystemTime;
+
+use crate::kernel_cache::{KernelCache, KernelFolder};
+
+use super::args::{CacheAction, CacheArgs};
+use super::error::CliError;
+
+/// `kiln cache`.
+pub(super) fn run(args: &CacheArgs) -> Result<(), CliError> {
+    let cache = KernelCache::from_env().ok_or(CliError::NoCacheFolder)?;
+    let failed = |source| CliError::Cache {
+        folder: cache.root().to_owned(),
+        source,
+    };
+    let text = match args.action {
+        CacheAction::Show => {
+            let folders = cache.folders().map_err(failed)?;
+            format!("{}\n{}", cache.root().display(), to_table(&folders))
+        }
+        CacheAction::Clear => {
+            let cleared = cache.clear().map_err(failed)?;
+            let in_use = cleared
+                .in_use
+                .iter()
+                .map(|name| format!("left, as a process uses it: {name}\n"));
+            let removed = mebibytes(cleared.bytes);
+            format!("{removed} removed\n{}", in_use.collect::<String>())
+        }
+    };
+    io::stdout()
+        .lock()
+        .write_all(text.as_bytes())
+        .map_err(CliError::Stdout)
+}
+
+/// A line for each folder, and one for all of them.
+fn to_table(folders: &[KernelFolder]) -> String {
+    let line = |folder: &KernelFolder| {
+        format!(
+            "{:>10}  {:>4} kernels  {:>4} choices  {:>9}  {}\n",
+            mebibytes(folder.bytes),
+            folder.kernels,
+            folder.choices,
+            age(folder.last_used),
+            folder.name
+        )
+    };
+    let bytes = folders.iter().map(|folder| folder.bytes).sum();
+    let lines: String = folders.iter().map(line).collect();
+    format!("{lines}{:>10}  in all\n", mebibytes(bytes))
+}
+
+fn mebibytes(bytes: u64) -> String {
+    format!("{:.1} MiB", bytes as f64 / f64::from(1 << 20))
+}
+
+fn age(last_used: Option<SystemTime>) -> String {
+    let Some(age) = last_used.and_then(|time| time.elapsed().ok()) else {
+        return "unused".to_owned();
+    };
+    match age.as_secs() / 86_400 {
+        0 => "today".to_owned(),
+        1 => "yesterday".to_owned(),
+        days => format!("{days} days"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    #[test]
+    fn a_line_tells_all_of_a_folder() {
+        let folder = KernelFolder {
+            name: "0.1.0-cuda".to_owned(),
+            bytes: 3 << 19,
+            kernels: 115,
+            choices: 8,
+            last_used: Some(SystemTime::now() - Duration::from_hours(75)),
+        };
+        assert_eq!(
+            to_table(&[folder]),
+            "   1.5 MiB   115 kernels     8 choices     3 days  0.1.0-cuda\n   1.5 MiB  in all\n"
+        );
+        assert_eq!(to_table(&[]), "   0.0 MiB  in all\n");
+    }
+}
