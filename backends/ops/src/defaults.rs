@@ -191,6 +191,19 @@ pub fn attention_by_ops<B: Backend>(
     lengths: &[usize],
     causal: bool,
 ) -> Tensor<B, 2> {
+    attention_by_products(query, key, value, lengths, causal, Tensor::matmul)
+}
+
+/// [`attention_by_ops`] with another product of matrices than burn's, `[heads, m, k]` with
+/// `[heads, k, n]`.
+pub(crate) fn attention_by_products<B: Backend>(
+    query: Tensor<B, 3>,
+    key: Tensor<B, 3>,
+    value: Tensor<B, 3>,
+    lengths: &[usize],
+    causal: bool,
+    product: impl Fn(Tensor<B, 3>, Tensor<B, 3>) -> Tensor<B, 3>,
+) -> Tensor<B, 2> {
     let (device, dtype) = (query.device(), query.dtype());
     let [_, heads, head_dim] = query.dims();
     let [_, kv_heads, _] = key.dims();
@@ -220,7 +233,7 @@ pub fn attention_by_ops<B: Backend>(
             let seen = if causal { end } else { length };
             let key = key.clone().slice([0..heads, 0..head_dim, 0..seen]);
             let value = value.clone().slice([0..heads, 0..seen]);
-            let mut scores = query.clone().slice([0..heads, first..end]).matmul(key);
+            let mut scores = product(query.clone().slice([0..heads, first..end]), key);
             if causal {
                 let shape = [end - first, seen];
                 let unseen = Tensor::<B, 2, Bool>::tril_mask(shape, first as i64, &device);
@@ -229,7 +242,7 @@ pub fn attention_by_ops<B: Backend>(
                     -1e30,
                 );
             }
-            let output = activation::softmax(scores, 2).matmul(value);
+            let output = product(activation::softmax(scores, 2), value);
             let output = output
                 .swap_dims(0, 1)
                 .reshape([end - first, heads * head_dim]);

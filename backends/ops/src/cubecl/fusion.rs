@@ -11,7 +11,7 @@ use burn_tensor::ops::FloatTensor;
 use burn_tensor::{DType, Shape, Tensor, TensorPrimitive};
 use tracing::warn;
 
-use super::{Kernel, KernelChoice, check, thin};
+use super::{Kernel, KernelChoice, check, exact, thin};
 use crate::{FusedOps, KernelShape, Rope, RowRun, defaults};
 
 impl<B: FusionBackend + FusedOps + KernelChoice> FusedOps for Fusion<B> {
@@ -28,7 +28,22 @@ impl<B: FusionBackend + FusedOps + KernelChoice> FusedOps for Fusion<B> {
         bias: Option<Tensor<Self, 1>>,
     ) -> Tensor<Self, 2> {
         if !B::uses(Kernel::Linear) {
-            return thin::torch_linear(x, weight, bias);
+            if !B::ROUNDS_TO_TF32 || x.dtype() != DType::F32 {
+                return thin::torch_linear(x, weight, bias);
+            }
+            // The definition rounds `x` where the weight is bf16.
+            let x = if weight.dtype() == DType::BF16 {
+                x.cast(DType::BF16).cast(DType::F32)
+            } else {
+                x
+            };
+            let out = exact::product(x, weight.cast(DType::F32), |x, weight| {
+                thin::torch_linear(x, weight, None)
+            });
+            return match bias {
+                Some(bias) => out + bias.cast(DType::F32).unsqueeze(),
+                None => out,
+            };
         }
         let shape = [x.dims()[0], weight.dims()[0]];
         let (x, weight) = (float(x), float(weight));
@@ -115,7 +130,12 @@ impl<B: FusionBackend + FusedOps + KernelChoice> FusedOps for Fusion<B> {
         causal: bool,
     ) -> Tensor<Self, 2> {
         if !B::uses(Kernel::Attention) {
-            return defaults::attention_by_ops(query, key, value, lengths, causal);
+            return if B::ROUNDS_TO_TF32 {
+                let product = |a, b| exact::product(a, b, Tensor::matmul);
+                defaults::attention_by_products(query, key, value, lengths, causal, product)
+            } else {
+                defaults::attention_by_ops(query, key, value, lengths, causal)
+            };
         }
         let [tokens, heads, head_dim] = query.dims();
         let shape = [tokens, heads * head_dim];
@@ -138,7 +158,15 @@ impl<B: FusionBackend + FusedOps + KernelChoice> FusedOps for Fusion<B> {
         bias: Tensor<Self, 1>,
     ) -> Tensor<Self, 4> {
         if !B::uses(Kernel::Convolution) {
-            return defaults::same_conv2d(x, weight, bias);
+            if !B::ROUNDS_TO_TF32 || x.dtype() != DType::F32 {
+                return defaults::same_conv2d(x, weight, bias);
+            }
+            let channels = bias.dims()[0];
+            let none = Tensor::zeros([channels], (&bias.device(), DType::F32));
+            let out = exact::product(x, weight.cast(DType::F32), |x, weight| {
+                defaults::same_conv2d(x, weight, none.clone())
+            });
+            return out + bias.cast(DType::F32).reshape([1, channels, 1, 1]);
         }
         let ([images, _, height, width], [channels, ..]) = (x.dims(), weight.dims());
         let shape = [images, channels, height, width];

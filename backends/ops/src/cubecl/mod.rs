@@ -11,6 +11,7 @@
 
 mod attention;
 mod check;
+mod exact;
 mod fusion;
 mod gate;
 mod kernels;
@@ -45,6 +46,9 @@ const PIXELS: u32 = 128;
 /// A backend that says which ops have a kernel in use. For the others [`fusion`] takes the default
 /// body.
 pub trait KernelChoice {
+    /// Whether burn's own products of f32 may round what they multiply to TF32.
+    const ROUNDS_TO_TF32: bool;
+
     fn uses(kernel: Kernel) -> bool;
     /// Does not use the kernel again in this process.
     fn close(kernel: Kernel);
@@ -57,6 +61,8 @@ where
     I: IntElement,
     BT: BoolElement,
 {
+    const ROUNDS_TO_TF32: bool = R::ROUNDS_TO_TF32;
+
     fn uses(kernel: Kernel) -> bool {
         let has = match kernel {
             Kernel::Linear | Kernel::Convolution => R::HAS_PRODUCTS,

@@ -11,6 +11,9 @@ pub trait KernelRuntime: CubeRuntime {
     /// Whether [`KernelRuntime::linear`] and [`KernelRuntime::same_conv2d`] take all tensors.
     const HAS_PRODUCTS: bool = false;
 
+    /// Whether burn's own products of f32 may round what they multiply to TF32.
+    const ROUNDS_TO_TF32: bool = false;
+
     /// Which kernels are in use on this runtime's devices.
     fn gate() -> &'static Gate;
 

@@ -22,6 +22,7 @@ use crate::cubecl::{Gate, KernelRuntime};
 
 impl KernelRuntime for CudaRuntime {
     const HAS_PRODUCTS: bool = true;
+    const ROUNDS_TO_TF32: bool = true;
 
     fn gate() -> &'static Gate {
         static GATE: Gate = Gate::open();
