@@ -84,7 +84,7 @@ def run_planted(file, kernel, seeds, shared, initialised):
     for seed in seeds:
         os.environ["SIM_SEED"] = str(seed)
         given = device.Buffer(floats(numbers))
-        out_size = 4 * (GRID * BLOCK + (1 + BLOCK if file == "blocks" else 0))
+        out_size = 4 * (GRID * BLOCK + (2 + BLOCK if file == "blocks" else 0))
         out = device.Buffer(bytes(out_size) if initialised else out_size)
         try:
             device.launch(function, GRID, BLOCK, [given, out, 3], shared)
