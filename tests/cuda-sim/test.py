@@ -9,12 +9,12 @@ import ctypes
 import os
 import random
 import re
-import shutil
 import struct
 import subprocess
 import sys
 import tempfile
 
+sys.dont_write_bytecode = True
 HERE = os.path.dirname(os.path.abspath(__file__))
 BLOCK = 64
 
