@@ -25,7 +25,8 @@ cuda_sim_install() {
     fi
     rm -rf "$cuda" "$cuda_sim_home/packages"
     mkdir -p "$cuda/lib" "$cuda/include" "$cuda/bin" || return
-    python3 -m pip install --quiet --disable-pip-version-check --no-deps --target "$cuda_sim_home/packages" "${cuda_sim_packages[@]}" || return
+    PIP_ROOT_USER_ACTION=ignore python3 -m pip install --quiet --disable-pip-version-check --no-deps \
+        --target "$cuda_sim_home/packages" "${cuda_sim_packages[@]}" || return
     for part in cuda_nvrtc cuda_runtime cuda_nvcc; do
         cp -r "$cuda_sim_home/packages/nvidia/$part/." "$cuda/" || return
     done

@@ -559,6 +559,7 @@ void run_block(Runner *r, unsigned long number) {
     if (fibers && l.random) r->index = pick(r);
     r->thread = r->fibers[r->index].thread;
     change(&r->main_stack, r->fibers[r->index].stack_pointer);
+    if (l.check) check_end_block(l.check, r);
 }
 
 void work(Runner *r, Launch *l) {

@@ -107,6 +107,17 @@ struct Cell {
     Access write, read, read_same_warp, read_other_warp;
 };
 
+// A write where another one was: no hazard if it turns out to write the same.
+struct SecondWrite {
+    const char *kind;
+    unsigned thread;
+    uint32_t place, other;
+    std::string text;
+    const char *address;
+    size_t size;
+    char before[16];
+};
+
 constexpr uint32_t SEVERAL = 0x3fffffff, ATOMIC_WRITER = 0x80000000;
 
 }  // namespace
@@ -130,6 +141,9 @@ struct Check {
     std::unordered_map<const void *, uint32_t> phases;
     bool fenced = false;
     uint32_t block_number = 0;
+
+    // Of the access that comes next: g++ calls before it.
+    std::vector<SecondWrite> second_writes;
 
     std::vector<bool> ordered_blocks;
     Allocation recent[4];
@@ -194,6 +208,25 @@ void report(Check *c, Block *b, const char *kind, unsigned thread, uint32_t plac
     }
 }
 
+void settle(Check *c, Block *b) {
+    if (c->second_writes.empty()) return;
+    for (SecondWrite &w : c->second_writes)
+        if (memcmp(w.before, w.address, w.size)) report(c, b, w.kind, w.thread, w.place, w.other, w.text);
+    c->second_writes.clear();
+}
+// Reports it, unless both accesses are writes of the same. What the second one writes is known only where
+// it is an access of the kernel's own code.
+void report_conflict(Check *c, Block *b, const char *kind, unsigned thread, uint32_t place, uint32_t other, const std::string &text, bool both_write,
+                     const void *address, size_t size) {
+    if (!both_write || (place & LINE) || size > sizeof(SecondWrite::before)) {
+        report(c, b, kind, thread, place, other, text);
+        return;
+    }
+    SecondWrite w{kind, thread, place, other, text, (const char *)address, size, {}};
+    memcpy(w.before, address, size);
+    c->second_writes.push_back(w);
+}
+
 std::string size_text(size_t size) { return size == 1 ? "1 byte" : std::to_string(size) + " bytes"; }
 
 // Whether `thread` comes after that access by what the kernel says.
@@ -235,7 +268,8 @@ struct Conflict {
             text += "thread " + thread_text(*check->launch, a.thread) + (wrote ? " wrote" : " read") + " (" + place_text(check, a.place) + ")";
             text += same_warp ? ", a lane of the same warp, with no __syncwarp or __syncthreads between" : " with no barrier between";
         }
-        report(check, block, a.flags & PENDING ? "async-copy" : same_warp ? "warp-race" : "shared-race", thread, place, a.place, text);
+        report_conflict(check, block, a.flags & PENDING ? "async-copy" : same_warp ? "warp-race" : "shared-race", thread, place, a.place, text,
+                        (flags & WRITE) && wrote && !(a.flags & PENDING), block->shared + offset, size);
     }
 };
 
@@ -360,7 +394,8 @@ void global_access(Check *c, Block *b, unsigned thread, unsigned long address, s
             snprintf(name, sizeof name, "block (%u,%u,%u)", number % l.grid.x, number / l.grid.x % l.grid.y, number / l.grid.x / l.grid.y);
             text += name;
         }
-        report(c, b, "block-race", thread, place, 0, text + (wrote ? " wrote" : " read") + " in the same launch");
+        report_conflict(c, b, "block-race", thread, place, 0, text + (wrote ? " wrote" : " read") + " in the same launch", (flags & WRITE) && wrote,
+                        (const void *)address, size);
     };
     for (size_t at = offset / 2; at <= (offset + size - 1) / 2; at++) {
         Shadow::Cell &cell = a->shadow.cells[at];
@@ -415,6 +450,7 @@ unsigned end_launch(Check *c) {
 unsigned long launches_checked() { return totals().launches; }
 unsigned long hazards_found() { return totals().hazards; }
 
+void check_end_block(Check *c, Block *b) { settle(c, b); }
 void check_begin_block(Check *c, Block *b, size_t shared_bytes) {
     size_t span = (size_t)(b->statics - b->shared) + c->launch->kernel->shared_span + 256;
     c->dynamic = shared_bytes;
@@ -432,6 +468,7 @@ void check_begin_block(Check *c, Block *b, size_t shared_bytes) {
 }
 
 void check_access(Check *c, Block *b, unsigned thread, const void *address, size_t size, unsigned flags, Place where) {
+    settle(c, b);
     const char *p = (const char *)address;
     if (p >= b->stacks && p < b->stacks_end) return;
     uint32_t place = pack(c, where);

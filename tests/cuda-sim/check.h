@@ -39,6 +39,7 @@ unsigned end_launch(Check *);
 unsigned long launches_checked(), hazards_found();
 
 void check_begin_block(Check *, Block *, size_t shared_bytes);
+void check_end_block(Check *, Block *);
 void check_access(Check *, Block *, unsigned thread, const void *address, size_t size, unsigned flags, Place);
 void check_block_barrier(Check *);
 void check_warp_barrier(Check *, unsigned warp, uint32_t lanes);

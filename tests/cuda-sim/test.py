@@ -9,12 +9,12 @@ import ctypes
 import os
 import random
 import re
-import shutil
 import struct
 import subprocess
 import sys
 import tempfile
 
+sys.dont_write_bytecode = True
 HERE = os.path.dirname(os.path.abspath(__file__))
 BLOCK = 64
 
@@ -84,7 +84,7 @@ def run_planted(file, kernel, seeds, shared, initialised):
     for seed in seeds:
         os.environ["SIM_SEED"] = str(seed)
         given = device.Buffer(floats(numbers))
-        out_size = 4 * (GRID * BLOCK + (1 + BLOCK if file == "blocks" else 0))
+        out_size = 4 * (GRID * BLOCK + (2 + BLOCK if file == "blocks" else 0))
         out = device.Buffer(bytes(out_size) if initialised else out_size)
         try:
             device.launch(function, GRID, BLOCK, [given, out, 3], shared)
@@ -99,7 +99,8 @@ def run_planted(file, kernel, seeds, shared, initialised):
 def found():
     if not os.path.exists(os.environ["SIM_REPORT"]):
         return []
-    return [(m.group(1), line.strip()) for line in open(os.environ["SIM_REPORT"]) if (m := re.match(r"cuda-sim: hazard ([\w-]+) in ", line))]
+    kind = re.compile(r"cuda-sim: hazard ([\w-]+) in ")
+    return [(m.group(1), line.strip()) for line in open(os.environ["SIM_REPORT"]) if (m := kind.match(line))]
 
 
 def fault(file, kernel, kind, others, shared):
@@ -169,7 +170,8 @@ def generated():
     import device
 
     device.start()
-    module = device.Module(open(os.path.join(HERE, "planted", "generated.cu")).read())
+    source = planted("generated")
+    module = device.Module(source)
     out = device.Buffer(4 * 32 * 5)
     device.launch(module.function("generated_kernel"), 1, 32, [out], 4096)
     got = struct.unpack("160f", out.read())
@@ -177,9 +179,9 @@ def generated():
         assert got[lane] == float((lane + 1) % 32), ("neighbour", lane, got[lane])
         # Two of each row of 16 ones times two.
         assert got[32 + 4 * lane : 36 + 4 * lane] == (32.0,) * 4, ("product", lane, got[32 + 4 * lane])
-    other = device.compile_source(open(os.path.join(HERE, "planted", "generated.cu")).read().replace("TYPES\n", "").replace(
-        "typedef unsigned int uint32;\n", "").replace("typedef unsigned char uint8;\n", "typedef unsigned char uint8;\ntypedef unsigned int uint32;\n"))
-    assert other.value, "compiles"
+    # The same with its types in another order, as the next process may write them.
+    types = ["typedef unsigned int uint32;\n", "typedef unsigned char uint8;\n"]
+    device.compile_source(source.replace("".join(types), "".join(reversed(types))))
     uses = open(os.path.join(os.environ["SIM_CACHE"], "use.csv")).read()
     assert "again" in uses, "the order of types made another program"
 
@@ -278,7 +280,11 @@ def attributes():
     import device
 
     device.start()
-    source = 'extern "C" __global__ void __launch_bounds__(64) one(float *out) { __shared__ float a[100], b[28]; a[threadIdx.x] = b[0] = 1; *out = a[0]; }'
+    source = """extern "C" __global__ void __launch_bounds__(64) one(float *out) {
+        __shared__ float a[100], b[28];
+        a[threadIdx.x] = b[0] = 1;
+        *out = a[0];
+    }"""
     function = device.Module(source).function("one")
     value = ctypes.c_int()
     for attribute, wanted in ((0, 64), (1, 512), (8, 48 << 10)):
@@ -342,7 +348,8 @@ def real_compiler():
     shape = (ctypes.c_int * 3)(1, 1, 1)
     device.launch(module.function("product_bf16"), 1, 128, [out, out, out, shape], 20480)
     # Bounds of the kernel are read from the PTX.
-    assert fails(lambda: device.launch(module.function("product_bf16"), 1, 256, [out, out, out, shape], 20480)) == "CUDA_ERROR_INVALID_VALUE"
+    too_many = fails(lambda: device.launch(module.function("product_bf16"), 1, 256, [out, out, out, shape], 20480))
+    assert too_many == "CUDA_ERROR_INVALID_VALUE", too_many
     for name in sorted(os.listdir(os.path.join(HERE, "planted"))):
         # cuda/barrier is in none of the packages that are installed.
         if name.endswith(".cu") and "cuda/barrier" not in planted(name[:-3]):
@@ -378,11 +385,13 @@ CASES |= {
 def run_case(name):
     with tempfile.TemporaryDirectory() as folder:
         extra = dict(CASES[name][2])
-        environment = {k: v for k, v in os.environ.items() if k not in ("SIM_CHECK", "SIM_SEED", "SIM_FAIL", "SIM_CHECK_ONLY", "SIM_LOG", "SIM_NVRTC_FAIL")}
+        ours = ("SIM_CHECK", "SIM_CHECK_ONLY", "SIM_SEED", "SIM_LOG", "SIM_FAIL", "SIM_NVRTC_FAIL")
+        environment = {k: v for k, v in os.environ.items() if k not in ours}
         environment |= {"SIM_REPORT": folder + "/report", "SIM_FAIL_FILE": folder + "/fail"}
         if extra.pop("fresh", None):
             environment["SIM_CACHE"] = folder + "/cache"
-        result = subprocess.run([sys.executable, __file__, "--case", name], env=environment | extra, capture_output=True, text=True, timeout=300)
+        command = [sys.executable, __file__, "--case", name]
+        result = subprocess.run(command, env=environment | extra, capture_output=True, text=True, timeout=300)
         # Hazards end a process with this code, whatever it made of its launches; `fault` says on stdout that all went well.
         wanted = 99 if name.startswith("found: ") else 0
         passed = result.returncode == wanted and (wanted == 0 or "as planted" in result.stdout)

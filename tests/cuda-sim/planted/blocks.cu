@@ -10,10 +10,11 @@ extern "C" __global__ void __launch_bounds__(64) faulty_read(const float *in, fl
     if (blockIdx.x + 1 < gridDim.x && out[i + 64] > 1e30f) out[i] = 0;
 }
 
-// Atomic sums, and a last block that reads what the others wrote, after a fence.
+// All write the same number to one place, which is no fault. Atomic sums, and a last block that reads what the others wrote, after a fence.
 extern "C" __global__ void __launch_bounds__(64) correct(const float *in, float *out, int n) {
     __shared__ bool last;
     int *counter = (int *)(out + 64 * gridDim.x);
+    counter[1] = n;
     out[blockIdx.x * 64 + threadIdx.x] = in[blockIdx.x * 64 + threadIdx.x];
     __threadfence();
     __syncthreads();
@@ -22,6 +23,6 @@ extern "C" __global__ void __launch_bounds__(64) correct(const float *in, float 
     if (last) {
         float sum = 0;
         for (int block = 0; block < (int)gridDim.x; block++) sum += out[block * 64 + threadIdx.x];
-        out[64 * gridDim.x + 1 + threadIdx.x] = sum;
+        out[64 * gridDim.x + 2 + threadIdx.x] = sum;
     }
 }
