@@ -221,7 +221,7 @@ pub(super) fn channel_norm<F: Float, W: Float, N: Size>(
             let one = Vector::<f32, N>::new(1.0);
             // CUDA C++ has no unary minus for vectors.
             let negated = Vector::<f32, N>::new(0.0) - value;
-            value = value / (one + negated.exp());
+            value /= one + negated.exp();
         }
         output[place] = Vector::cast_from(value);
     }
