@@ -20,8 +20,8 @@ macro_rules! test_every_op {
         $crate::suite::test_every_op! {
             $suites;
             torch_linear thin_products rms_norm layer_norm_modulate gated_residual qk_norm_rope gelu_tanh
-            silu_mul packed_attention attention_lengths long_attention attention_of_large_values
-            attention_by_ops same_conv2d channel_norm channel_norm_silu upsample_nearest
+            silu_mul packed_attention attention_widths attention_lengths long_attention
+            attention_of_large_values attention_by_ops same_conv2d channel_norm channel_norm_silu upsample_nearest
         }
     };
     ($suites:expr; $($op:ident)*) => {
@@ -261,9 +261,25 @@ impl<B: FusedOps> Suite<B> {
     }
 
     pub(crate) fn packed_attention(&self) {
-        self.check(packed_sequences(), |case| {
+        self.check_products(packed_sequences(), |case| {
             self.compare_attention(&case, 1.0, B::packed_attention, 1.0)
         });
+    }
+
+    /// Those of models, and what fills no tile.
+    pub(crate) fn attention_widths(&self) {
+        for (kv_heads, group, head_dim) in [(1, 3, 32), (3, 1, 80), (4, 6, 128), (1, 1, 384)] {
+            let case = PackedSequences {
+                lengths: vec![40, 130],
+                kv_heads,
+                group,
+                head_dim,
+                causal: kv_heads > 1,
+                seed: 0,
+            };
+            self.compare_attention(&case, 1.0, B::packed_attention, 0.0)
+                .unwrap_or_else(|error| panic!("{case:?} in {:?}: {error}", self.dtype));
+        }
     }
 
     /// Around the sizes of tiles, and several sequences of which some are empty.
@@ -317,21 +333,17 @@ impl<B: FusedOps> Suite<B> {
         }
     }
 
-    /// What backends have instead of a kernel of their own.
+    /// What backends have instead of a kernel of their own, with more scores than are made at a
+    /// time.
     pub(crate) fn attention_by_ops(&self) {
-        let case = PackedSequences {
-            // More scores than are made at a time.
-            lengths: vec![3, 0, 1030],
-            kv_heads: 2,
-            group: 8,
-            head_dim: 20,
-            causal: true,
-            seed: 0,
-        };
         for causal in [false, true] {
             let case = PackedSequences {
+                lengths: vec![0, 1030],
+                kv_heads: 2,
+                group: 8,
+                head_dim: 20,
                 causal,
-                ..case.clone()
+                seed: 0,
             };
             let (tested, reference) = self.attention(&case, 1.0, defaults::attention_by_ops::<B>);
             self.compare_products(tested, reference, 1.0)
