@@ -206,10 +206,15 @@ pub fn open<B: FusedOps>(
         Ok(painter)
     };
     let loaded = caught(&watch, load).and_then(|painter| fault(&watch).map_or(Ok(painter), Err));
-    let painter = loaded.map_err(|error| OpenError::Device {
+    let failed = |reason| OpenError::Device {
         device: device_name.clone(),
-        reason: report(error),
-    })??;
+        reason,
+    };
+    let painter = match loaded {
+        Err(error) => return Err(failed(report(error))),
+        Ok(Err(LoadError::Device(reason))) => return Err(failed(reason)),
+        Ok(painter) => painter?,
+    };
     Ok(Box::new(OneStream { painter, stream }))
 }
 

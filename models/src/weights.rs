@@ -3,13 +3,14 @@
 
 use std::collections::HashSet;
 use std::fmt;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use burn_tensor::{Bytes, DType, Shape, Tensor, TensorData, bf16, f16};
 use cubecl_common::bytes::AllocationProperty;
 use kiln_ops::FusedOps;
 
 use crate::config::ConfigError;
+use crate::device::summary;
 use crate::source::{StoredDType, TensorSource};
 
 /// Why a component could not be loaded.
@@ -45,6 +46,8 @@ pub enum LoadError {
         count: usize,
         first: String,
     },
+    #[error("the device failed: {0}")]
+    Device(String),
 }
 
 fn similar(like: Option<&str>) -> String {
@@ -68,6 +71,18 @@ pub(crate) struct Weights<B: FusedOps> {
     device: B::Device,
     precision: Precision,
     wanted: Mutex<HashSet<String>>,
+    uploads: Mutex<Uploads>,
+}
+
+/// What has been uploaded while a component is loaded.
+#[derive(Debug, Default)]
+struct Uploads {
+    /// Since the host's copies were released.
+    bytes: usize,
+    /// The device's first report of a failure.
+    failure: Option<String>,
+    /// What comes after loading is released by the kernels that use it.
+    is_over: bool,
 }
 
 impl<B: FusedOps> fmt::Debug for Weights<B> {
@@ -91,6 +106,7 @@ impl<B: FusedOps> Weights<B> {
             device: device.clone(),
             precision,
             wanted,
+            uploads: Mutex::default(),
         })
     }
 
@@ -110,12 +126,27 @@ impl<B: FusedOps> Weights<B> {
         }
     }
 
-    /// Refuses tensors that were neither wanted nor start with, nor contain, a listed text.
+    /// Has the host's copies of uploads released, now and then.
+    fn uploaded(&self, bytes: usize) {
+        let mut uploads = lock(&self.uploads);
+        uploads.bytes += bytes;
+        if uploads.is_over || B::UPLOAD_BYTES.is_none_or(|most| uploads.bytes < most) {
+            return;
+        }
+        uploads.bytes = 0;
+        if let Err(report) = B::release_uploads(&self.device) {
+            uploads.failure.get_or_insert(report);
+        }
+    }
+
+    /// To be called when a component is loaded. Refuses tensors that were neither wanted nor start with, nor contain, a listed text.
     pub(crate) fn refuse_unknown(&self, expected: &[&str]) -> Result<(), LoadError> {
-        let wanted = self
-            .wanted
-            .lock()
-            .expect("no load panics while it holds this");
+        let mut uploads = lock(&self.uploads);
+        uploads.is_over = true;
+        if let Some(report) = uploads.failure.take() {
+            return Err(LoadError::Device(summary(&report)));
+        }
+        let wanted = lock(&self.wanted);
         let mut unknown: Vec<String> = self
             .source
             .names()
@@ -158,10 +189,7 @@ impl<B: FusedOps> Weights<B> {
                 dtype,
             });
         }
-        self.wanted
-            .lock()
-            .expect("no load panics while it holds this")
-            .insert(name.to_owned());
+        lock(&self.wanted).insert(name.to_owned());
         Ok(info.dtype)
     }
 
@@ -174,6 +202,11 @@ impl<B: FusedOps> Weights<B> {
             .filter(|stored| stored.ends_with(ending))
             .min()
     }
+}
+
+/// Nothing panics while it holds one of these; a device's threads are others.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// `prefix.` matches from the start of a name, `.part` anywhere in it.
@@ -337,12 +370,43 @@ impl<B: FusedOps> Scope<B> {
         shape: [usize; D],
         dtype: DType,
     ) -> Tensor<B, D> {
+        let rows = shape[0];
+        let size = shape.iter().product::<usize>() * dtype.size();
+        match B::UPLOAD_BYTES {
+            Some(most) if size > most => {
+                let rows_at_once = (most / (size / rows)).max(1);
+                let bytes_of_row = bytes.len() / rows;
+                let mut whole = Tensor::empty(shape, (&self.weights.device, dtype));
+                for first in (0..rows).step_by(rows_at_once) {
+                    let end = rows.min(first + rows_at_once);
+                    let part = bytes.slice(first * bytes_of_row..end * bytes_of_row);
+                    let mut shape = shape;
+                    shape[0] = end - first;
+                    let part = self.upload_whole(part, stored, shape, dtype);
+                    whole = whole.slice_assign([first..end], part);
+                }
+                whole
+            }
+            _ => self.upload_whole(bytes, stored, shape, dtype),
+        }
+    }
+
+    fn upload_whole<const D: usize>(
+        &self,
+        bytes: bytes::Bytes,
+        stored: &StoredDType,
+        shape: [usize; D],
+        dtype: DType,
+    ) -> Tensor<B, D> {
         let data = TensorData {
             bytes: convert(bytes, stored, dtype),
             shape: Shape::from(shape),
             dtype,
         };
-        Tensor::from_data(data, (&self.weights.device, dtype))
+        let size = data.bytes.len();
+        let tensor = Tensor::from_data(data, (&self.weights.device, dtype));
+        self.weights.uploaded(size);
+        tensor
     }
 }
 
@@ -355,7 +419,9 @@ fn convert(bytes: bytes::Bytes, stored: &StoredDType, dtype: DType) -> Bytes {
             | (StoredDType::Bf16, DType::BF16)
     );
     if same && bytes.as_ptr().align_offset(align_of::<f32>()) == 0 {
-        return Bytes::from_shared(bytes, AllocationProperty::File);
+        // Not as a file: CubeCL would copy it into pinned memory first, and from there to where it
+        // copies all else from, and keep the pinned memory for good.
+        return Bytes::from_shared(bytes, AllocationProperty::Other);
     }
     match stored {
         StoredDType::F32 => convert_from(&bytes, f32::from_le_bytes, dtype),

@@ -158,6 +158,8 @@ fn log_filter(level: LevelFilter) -> Targets {
         // A panic on a device's thread is reported by the job that it ends, and a cache that does
         // not work by who looked at it first.
         .with_target("cubecl_common", LevelFilter::OFF)
+        // Tells all that was measured when two processes measured the same.
+        .with_target("cubecl_runtime::tune", LevelFilter::ERROR)
 }
 
 /// The painter's panics are caught and end one job; a backtrace on stderr would say otherwise.

@@ -43,6 +43,16 @@ pub trait DeviceCheck: Backend {
         Self::sync(device).map_err(|error| error.to_string())?;
         Ok(Checkpoint { measurement: None })
     }
+
+    /// The most bytes that should be uploaded at a time, and before
+    /// [`DeviceCheck::release_uploads`]; `None` if tensors stay where their bytes lie.
+    const UPLOAD_BYTES: Option<usize> = None;
+
+    /// Lets go of the copies in the host's memory that uploads of this thread have left behind. An
+    /// error is as in [`DeviceCheck::checkpoint`].
+    fn release_uploads(_device: &Self::Device) -> Result<(), String> {
+        Ok(())
+    }
 }
 
 #[cfg(feature = "flex")]
@@ -78,9 +88,21 @@ where
                 .map(|_| token.id)
                 .map_err(|error| format!("{error:?}"))
         });
+        // What went wrong on that thread is for a watch to tell.
         number
             .map_err(|_| "the device's thread failed".to_owned())?
             .map(Checkpoint::numbered)
+    }
+
+    const UPLOAD_BYTES: Option<usize> = Some(128 << 20);
+
+    /// `CubeCL` keeps what it was given for the device until kernels are launched.
+    fn release_uploads(device: &Self::Device) -> Result<(), String> {
+        let client = R::client(device);
+        // The first one marks where the device must have come to, the second one waits for it.
+        (0..2)
+            .try_for_each(|_| client.flush())
+            .map_err(|error| error.to_string())
     }
 }
 
@@ -90,6 +112,14 @@ impl<B: burn_fusion::FusionBackend + DeviceCheck> DeviceCheck for burn_fusion::F
         // What is queued becomes work of the device.
         Self::sync(device).map_err(|error| error.to_string())?;
         B::checkpoint(device)
+    }
+
+    const UPLOAD_BYTES: Option<usize> = B::UPLOAD_BYTES;
+
+    fn release_uploads(device: &Self::Device) -> Result<(), String> {
+        // Slices are put in place by ops.
+        Self::sync(device).map_err(|error| error.to_string())?;
+        B::release_uploads(device)
     }
 }
 
