@@ -83,6 +83,9 @@ on cpu 80 "$KILN" generate "a small green circle" --backend cuda --steps 4 --see
 )
 cmp "$folder/generated.png" "$folder/served.png"
 
+part "failing calls of the driver"
+bash tests/cuda-sim/faults.sh "$KILN"
+
 part "NVRTC and ptxas for every architecture"
 for capability in 80 89 90 120; do
     compiled="$cuda_sim_home/ptx-$capability"

@@ -135,10 +135,10 @@ impl<B: FusedOps> Drop for DeviceMemory<B> {
             B::memory_cleanup(&self.device);
             // The watch sees this done.
             B::sync(&self.device).ok();
+            Ok(())
         };
         // burn panics where a device is lost, and nobody wants to know any more.
-        let cleaned_up = || caught(&watch, || Ok(clean_up()));
-        self.stream.executes(|| cleaned_up().ok());
+        self.stream.executes(|| caught(&watch, clean_up).ok());
     }
 }
 

@@ -156,3 +156,47 @@ fn a_server_that_is_not_there_is_not_healthy() {
     drop(taken);
     assert_eq!(failure(&["health", "--port", &port]).0, 1);
 }
+
+/// `kiln cache` with the caches in this folder.
+fn cache(folder: &std::path::Path, args: &[&str]) -> String {
+    let output = Command::new(env!("CARGO_BIN_EXE_kiln"))
+        .args([&["cache"], args].concat())
+        .env("XDG_CACHE_HOME", folder)
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "{}", stderr(&output));
+    String::from_utf8(output.stdout).unwrap()
+}
+
+#[test]
+fn kept_kernels_are_shown_and_cleared() {
+    let folder = tempfile::tempdir().unwrap();
+    let root = folder.path().join("kiln/kernels");
+    let empty = format!("{}\n   0.0 MiB  in all\n", root.display());
+    assert_eq!(cache(folder.path(), &[]), empty);
+    assert_eq!(cache(folder.path(), &["clear"]), "0.0 MiB removed\n");
+
+    let ptx = root.join("some-gpu/cuda/0.10.0/ptx");
+    std::fs::create_dir_all(&ptx).unwrap();
+    std::fs::write(ptx.join("toc.json.log"), "{}\n{}\n").unwrap();
+    std::fs::write(ptx.join("chunk0.cbor"), vec![0; 3 << 20]).unwrap();
+    let shown = cache(folder.path(), &["show"]);
+    let line = "   3.0 MiB     2 kernels     0 choices     unused  some-gpu\n";
+    assert!(shown.contains(line), "{shown}");
+    assert_eq!(cache(folder.path(), &["clear"]), "3.0 MiB removed\n");
+    assert_eq!(cache(folder.path(), &[]), empty);
+}
+
+#[test]
+fn kept_kernels_that_cannot_be_read_are_an_error() {
+    let folder = tempfile::tempdir().unwrap();
+    std::fs::create_dir(folder.path().join("kiln")).unwrap();
+    std::fs::write(folder.path().join("kiln/kernels"), "").unwrap();
+    let output = Command::new(env!("CARGO_BIN_EXE_kiln"))
+        .arg("cache")
+        .env("XDG_CACHE_HOME", folder.path())
+        .output()
+        .unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    assert!(stderr(&output).contains("cannot be read or removed"));
+}

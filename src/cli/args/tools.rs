@@ -33,9 +33,9 @@ impl HealthArgs {
 
 /// Show or remove the kernels that are kept for GPUs.
 ///
-/// Kernels that were compiled, and the choice among them, are kept in $XDG_CACHE_HOME/kiln/kernels
-/// (~/.cache/kiln/kernels), in a folder for each build of kiln, driver, compiler and GPU: the four
-/// that were used last, and 1 GiB at most. A cubecl.toml that names other places is heeded.
+/// Kernels that were compiled, and the choice among them, are kept below kiln/kernels in
+/// `$XDG_CACHE_HOME` or ~/.cache, in a folder for each build of kiln, driver, compiler and GPU: the
+/// four that were used last, and 1 GiB at most. A cubecl.toml that names other places is heeded.
 #[derive(Debug, Parser)]
 pub(in crate::cli) struct CacheArgs {
     /// What to do: clear leaves what a running kiln uses

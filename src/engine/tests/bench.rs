@@ -22,6 +22,7 @@ pub(super) const PANIC_IN_STEP: u32 = 2;
 pub(super) const PANIC_IN_FINISH: u32 = 3;
 pub(super) const FAIL_IN_STEP: u32 = 4;
 pub(super) const PANIC_IN_PREVIEW: u32 = 5;
+pub(super) const LOSE_DEVICE_IN_STEP: u32 = 6;
 
 pub(super) fn ms(milliseconds: u64) -> Duration {
     Duration::from_millis(milliseconds)
@@ -110,6 +111,7 @@ pub(super) struct Fake {
     jobs: HashMap<JobId, (Job, usize)>,
     clock: Arc<SimulatedClock>,
     log: Arc<Mutex<Vec<Logged>>>,
+    is_lost: bool,
 }
 
 /// A pixel is a token.
@@ -142,6 +144,7 @@ impl Fake {
             jobs: HashMap::new(),
             clock,
             log,
+            is_lost: false,
         }
     }
 
@@ -180,7 +183,8 @@ impl Painter for Fake {
             let (job, left) = self.jobs.get(id).ok_or(PaintError::UnknownJob(*id))?;
             self.work(Call::Step(job.seed), cost(job, Stage::Step));
             assert!(job.prompt[0] != PANIC_IN_STEP, "step {left} went wrong");
-            if job.prompt[0] == FAIL_IN_STEP {
+            self.is_lost |= job.prompt[0] == LOSE_DEVICE_IN_STEP;
+            if job.prompt[0] == FAIL_IN_STEP || self.is_lost {
                 return Err(PaintError::Device("out of memory".into()));
             }
             let left = left - 1;
@@ -212,6 +216,13 @@ impl Painter for Fake {
         if let Some((job, _)) = self.jobs.remove(&id) {
             self.work(Call::Discard(job.seed), Duration::ZERO);
         }
+    }
+
+    fn probe(&mut self) -> Result<(), PaintError> {
+        if self.is_lost {
+            return Err(PaintError::Device("gone".into()));
+        }
+        Ok(())
     }
 
     /// As many bytes as jobs.

@@ -1,7 +1,8 @@
 use std::time::Duration;
 
 use super::bench::{
-    Bench, Call, PANIC_IN_STEP, behaving, cost, job, ms, outcome, settings, whole_cost,
+    Bench, Call, FAIL_IN_STEP, LOSE_DEVICE_IN_STEP, PANIC_IN_STEP, behaving, cost, job, ms,
+    outcome, settings, whole_cost,
 };
 use crate::engine::queue::Next;
 use crate::engine::work::Stage;
@@ -58,6 +59,42 @@ fn the_warm_up_takes_nobodys_place_and_measures_the_speed() {
     for handle in handles {
         outcome(handle).unwrap();
     }
+}
+
+#[test]
+fn a_device_that_is_lost_fails_the_engine_and_every_job() {
+    let mut bench = Bench::new(settings(8, 2));
+    let waiting = [2, 3, 4].map(|seed| bench.submit(job(seed, 4, 3)));
+    let fatal = bench.submit(behaving(LOSE_DEVICE_IN_STEP, job(1, 1, 1)));
+    bench.run();
+    for handle in waiting.into_iter().chain([fatal]) {
+        let error = outcome(handle).unwrap_err();
+        assert!(matches!(error, JobError::Paint(_)), "{error}");
+    }
+    let State::Failed(error) = state(&bench) else {
+        panic!("{:?}", state(&bench));
+    };
+    assert_eq!(error.to_string(), "the device failed: gone");
+    assert!(matches!(
+        bench.try_submit(job(5, 1, 1)),
+        Err(SubmitError::Stopped)
+    ));
+    assert!(matches!(bench.shared.poll(), Next::End));
+}
+
+#[test]
+fn a_device_that_fails_once_goes_on() {
+    let mut bench = Bench::new(EngineSettings {
+        warm_up: None,
+        ..settings(8, 2)
+    });
+    let failed = bench.submit(behaving(FAIL_IN_STEP, job(1, 1, 1)));
+    bench.run();
+    outcome(failed).unwrap_err();
+    let next = bench.submit(job(2, 1, 1));
+    bench.run();
+    outcome(next).unwrap();
+    assert!(matches!(state(&bench), State::Ready));
 }
 
 #[test]
