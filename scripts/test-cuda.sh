@@ -47,7 +47,7 @@ for capability in 75 80; do
 done
 part "kernels of CubeCL, with the hazard detector"
 SIM_CHECK=1 SIM_CHECK_ONLY='^(rms_norm|layer_norm_modulate|qk_norm_rope|channel_norm|attention)' \
-    on cpu 80 "$ops" --test-threads 1 norm attention rope
+    on cpu 80 "$ops" --test-threads 1 rms_norm layer_norm_modulate qk_norm_rope channel_norm attention_lengths
 
 part "fused ops, and parity with diffusers"
 on cpu 80 "$ops" --test-threads 1
@@ -87,6 +87,8 @@ part "failing calls of the driver"
 bash tests/cuda-sim/faults.sh "$KILN"
 
 part "NVRTC and ptxas for every architecture"
+# On a device that computes nothing, no kernel computes what it should.
+export KILN_KERNELS=unchecked
 for capability in 80 89 90 120; do
     compiled="$cuda_sim_home/ptx-$capability"
     rm -rf "$compiled"

@@ -11,11 +11,15 @@ use burn_tensor::ops::FloatTensor;
 use burn_tensor::{DType, Shape, Tensor, TensorPrimitive};
 use tracing::warn;
 
+use super::gate::{Switch, switch};
 use super::{Kernel, KernelChoice, check, exact, thin};
 use crate::{FusedOps, KernelShape, Rope, RowRun, defaults};
 
 impl<B: FusionBackend + FusedOps + KernelChoice> FusedOps for Fusion<B> {
     fn check_kernels(device: &Self::Device, dtype: DType, shapes: &[KernelShape]) {
+        if switch() == Ok(Switch::Unchecked) {
+            return;
+        }
         for (kernel, reason) in check::faults::<Self, B>(device, dtype, shapes) {
             B::close(kernel);
             warn!("a kernel of kiln's does not work on this device and is not used: {reason}");

@@ -8,7 +8,7 @@ use burn_cubecl::cubecl::config::cache::CacheConfig;
 use burn_cubecl::cubecl::config::{CubeClRuntimeConfig, RuntimeConfig};
 use burn_std::config::BurnConfig;
 
-use super::gate::kernels_are_off;
+use super::gate::switch;
 
 /// Has `CubeCL` and burn read their settings, which they would do later in a place where a file
 /// that does not parse ends a thread; `KILN_KERNELS` is read too. The error is for people.
@@ -17,7 +17,7 @@ use super::gate::kernels_are_off;
 /// `None` leaves that to `CubeCL`, and so do settings that name a place. What counts is the first
 /// call in a process, as there is one set of settings for all devices.
 pub fn read_settings(cache: Option<&Path>) -> Result<(), String> {
-    kernels_are_off()?;
+    switch()?;
     let read = || {
         BurnConfig::get();
         CubeClRuntimeConfig::from_current_dir().override_from_env()
