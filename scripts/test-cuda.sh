@@ -59,7 +59,7 @@ compare() {
     on cpu "$2" "$KILN" compare --backends flex,cuda --dtype "$1" --steps 20 --seed 7 --negative-prompt "a blue square" \
         --report "$report"
     if [ "$1" = f32 ]; then
-        jq --exit-status '[.runs[].stages[].max_relative] | max <= 2e-5' "$report"
+        jq --exit-status '[.comparisons[].stages[].max_relative] | max <= 2e-5' "$report"
     fi
 }
 for capability in 75 80 90; do
@@ -88,12 +88,14 @@ bash tests/cuda-sim/faults.sh "$KILN"
 
 part "NVRTC and ptxas for every architecture"
 for capability in 80 89 90 120; do
+    compiled="$cuda_sim_home/ptx-$capability"
+    rm -rf "$compiled"
     for dtype in bf16 f16 f32; do
-        SIM_CACHE="$cuda_sim_home/ptx-$capability" on null $capability "$KILN" generate "a small green circle" \
-            --backend cuda --dtype $dtype --steps 1 --seed 1 --negative-prompt "a square" \
-            --output "$folder/nothing.png"
+        SIM_CACHE="$compiled" on null $capability "$KILN" generate "a small green circle" --backend cuda --dtype $dtype \
+            --steps 1 --seed 1 --negative-prompt "a square" --output "$folder/nothing.png"
     done
-    python3 tests/cuda-sim/ptxas.py "$cuda_sim_home/cuda/bin/ptxas" $capability "$cuda_sim_home/ptx-$capability" \
-        '^(product_mma|product_fma|attention|channels_last|rms_norm|layer_norm_modulate|qk_norm_rope|channel_norm)'
+    suffix=$([ $capability -ge 90 ] && echo a || true)
+    python3 tests/cuda-sim/ptxas.py "$compiled" --arch "sm_$capability$suffix" --ptxas "$cuda_sim_home/cuda/bin/ptxas" \
+        --no-spills '^(product_|attention|channels_last|rms_norm|layer_norm_modulate|qk_norm_rope|channel_norm)'
 done
 part "done"

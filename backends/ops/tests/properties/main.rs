@@ -20,6 +20,7 @@ mod flex {
     use crate::suite::{suites, test_every_op};
 
     test_every_op!(suites::<Flex>(&FlexDevice, crate::EXTENT));
+    test_every_op!(suites::<Flex>(&FlexDevice, crate::EXTENT); attention_by_ops);
 }
 
 /// Computes the default bodies too, in code of its own.
@@ -30,4 +31,5 @@ mod ndarray {
     use crate::suite::{suites, test_every_op};
 
     test_every_op!(suites::<NdArray>(&NdArrayDevice::Cpu, crate::EXTENT));
+    test_every_op!(suites::<NdArray>(&NdArrayDevice::Cpu, crate::EXTENT); attention_by_ops);
 }

@@ -14,14 +14,14 @@ use proptest::test_runner::{Config, RngSeed, TestCaseError, TestRunner};
 const EPS: f64 = 1e-6;
 const F16_MAX: f32 = 65504.0;
 
-/// A test for each op, on every [`Suite`] of an expression.
+/// A test for each op, or for those that are listed, on every [`Suite`] of an expression.
 macro_rules! test_every_op {
     ($suites:expr) => {
         $crate::suite::test_every_op! {
             $suites;
             torch_linear thin_products rms_norm layer_norm_modulate gated_residual qk_norm_rope gelu_tanh
             silu_mul packed_attention attention_widths attention_lengths long_attention
-            attention_of_large_values attention_by_ops same_conv2d channel_norm channel_norm_silu upsample_nearest
+            attention_of_large_values same_conv2d channel_norm channel_norm_silu upsample_nearest
         }
     };
     ($suites:expr; $($op:ident)*) => {

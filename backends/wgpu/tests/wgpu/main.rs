@@ -57,3 +57,4 @@ fn open(parts: &CheckpointParts, options: LoadOptions) -> Box<dyn Painter> {
 }
 
 test_every_op!(suites::<Wgpu<f32, i32>>(&WgpuDevice::default(), EXTENT));
+test_every_op!(suites::<Wgpu<f32, i32>>(&WgpuDevice::default(), EXTENT); attention_by_ops);
