@@ -454,9 +454,7 @@ impl Queue {
                 Some(Outcome::Cancelled)
             } else if let Some(error) = over.as_ref().filter(|_| entry.is_started()) {
                 Some(Outcome::Failed(error.clone()))
-            } else if over.is_some() {
-                Some(Outcome::Failed(JobError::Stopped))
-            } else if entry.is_warm_up && !starting {
+            } else if over.is_some() || (entry.is_warm_up && !starting) {
                 Some(Outcome::Failed(JobError::Stopped))
             } else if entry.options.deadline.is_some_and(|at| at <= now) {
                 Some(Outcome::Failed(JobError::DeadlinePassed))
