@@ -452,9 +452,9 @@ impl Queue {
         let outcome = |entry: &Entry| {
             if entry.is_abandoned {
                 Some(Outcome::Cancelled)
-            } else if let Some(error) = &over {
+            } else if let Some(error) = over.as_ref().filter(|_| entry.is_started()) {
                 Some(Outcome::Failed(error.clone()))
-            } else if entry.is_warm_up && !starting {
+            } else if over.is_some() || (entry.is_warm_up && !starting) {
                 Some(Outcome::Failed(JobError::Stopped))
             } else if entry.options.deadline.is_some_and(|at| at <= now) {
                 Some(Outcome::Failed(JobError::DeadlinePassed))

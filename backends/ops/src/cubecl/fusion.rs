@@ -67,6 +67,9 @@ impl<B: FusionBackend + FusedOps + KernelChoice> FusedOps for Fusion<B> {
     }
 
     fn rms_norm(x: Tensor<Self, 2>, weight: Tensor<Self, 1>, eps: f64) -> Tensor<Self, 2> {
+        if !B::uses(Kernel::RmsNorm) {
+            return defaults::rms_norm(x, weight, eps);
+        }
         let shape = x.dims();
         unfused(
             "rms_norm",
