@@ -15,8 +15,10 @@ use cudarc::driver::result::{self, ctx, device, function, module, primary_ctx, s
 use cudarc::driver::sys::{CUdevice_attribute, CUdeviceptr, CUfunction_attribute, CUstream};
 use cudarc::nvrtc::result as nvrtc;
 use half::{bf16, f16};
+use kiln_ops::RowRun;
 use kiln_ops::cuda::{
-    Attention, AttentionMma, ChannelsLast, CudaKernel, Elements, Image, Launch, Product,
+    Attention, AttentionMma, ChannelsLast, CudaKernel, Elements, Elementwise, ElementwiseOp, Image,
+    Launch, Product,
 };
 
 /// A type of the kernels' elements.
@@ -551,5 +553,58 @@ fn attention_of_large_values() {
     let gpu = Gpu::open();
     if gpu.has_tensor_cores() {
         attention::<bf16>(&gpu, (&[100, 17], 3, 3, 80, false), 5e4);
+    }
+}
+
+fn elementwise<T: Element>(gpu: &Gpu) {
+    // Rows of whole vectors, and others.
+    for (tokens, dim) in [(5, 64), (3, 1), (70, 37), (1, 4099)] {
+        let count = tokens * dim;
+        let (a, a_bytes) = input::<T>(1, count, 2.0);
+        let (b, b_bytes) = input::<T>(2, count, 2.0);
+        let (gate, gate_bytes) = input::<f32>(3, 2 * dim, 1.0);
+        let of = |op| Elementwise {
+            element: T::NAME,
+            op,
+        };
+
+        let launch = of(ElementwiseOp::GeluTanh).launch(count);
+        let tested = gpu.run::<_, T>(&launch, &[a_bytes.clone()], count);
+        let gelu = |x: &f64| {
+            0.5 * x * (1.0 + (0.797_884_560_802_865_4 * (x + 0.044_715 * x.powi(3))).tanh())
+        };
+        assert_close("gelu", &tested, &a.iter().map(gelu).collect::<Vec<f64>>());
+
+        let launch = of(ElementwiseOp::SiluMul).launch(count);
+        let tested = gpu.run::<_, T>(&launch, &[a_bytes.clone(), b_bytes.clone()], count);
+        let silu = |(a, b): (&f64, &f64)| a / (1.0 + (-a).exp()) * b;
+        assert_close(
+            "silu",
+            &tested,
+            &a.iter().zip(&b).map(silu).collect::<Vec<f64>>(),
+        );
+
+        // The first token has the second row.
+        let runs = [(1, 1), (tokens - 1, 0)].map(|(tokens, row)| RowRun { tokens, row });
+        let launches = of(ElementwiseOp::GatedResidual).launches(dim, &runs);
+        let inputs = [a_bytes, b_bytes, gate_bytes];
+        let tested = gpu.run::<_, T>(&launches[0], &inputs, count);
+        let expected: Vec<f64> = (0..count)
+            .map(|index| {
+                let row = usize::from(index < dim);
+                a[index] + gate[row * dim + index % dim] * b[index]
+            })
+            .collect();
+        assert_close("gated residual", &tested, &expected);
+    }
+}
+
+#[test]
+fn elementwise_ops() {
+    let gpu = Gpu::open();
+    elementwise::<f32>(&gpu);
+    elementwise::<f16>(&gpu);
+    if gpu.has_tensor_cores() {
+        elementwise::<bf16>(&gpu);
     }
 }

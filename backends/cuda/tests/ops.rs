@@ -13,6 +13,7 @@ mod backend_parity;
 #[expect(dead_code, reason = "the models' own tests compare more stages")]
 mod fixtures;
 #[path = "../../ops/tests/properties/suite.rs"]
+#[expect(dead_code, reason = "what burn's own products compute is not tested")]
 mod suite;
 
 use burn_cuda::{Cuda, CudaDevice};

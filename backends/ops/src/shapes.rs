@@ -31,4 +31,8 @@ pub enum KernelShape {
     ChannelNorm {
         channels: usize,
     },
+    /// GELU, `silu(gate) * up`, and a gated residual.
+    Elementwise {
+        dim: usize,
+    },
 }

@@ -131,6 +131,7 @@ impl TransformerConfig {
                 dim: self.joint_attention_dim,
             },
             KernelShape::LayerNormModulate { dim },
+            KernelShape::Elementwise { dim },
             KernelShape::QkNormRope { heads, head_dim },
             KernelShape::Attention {
                 heads,

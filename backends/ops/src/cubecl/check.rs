@@ -14,6 +14,17 @@ use crate::{FusedOps, KernelShape, Rope, RowRun, defaults};
 /// Tokens of the two sequences that are tried: neither fills a tile of any kernel.
 const LENGTHS: [usize; 2] = [130, 67];
 const TOKENS: usize = LENGTHS[0] + LENGTHS[1];
+/// Their rows of a table, in another order.
+const RUNS: [RowRun; 2] = [
+    RowRun {
+        tokens: LENGTHS[0],
+        row: 1,
+    },
+    RowRun {
+        tokens: LENGTHS[1],
+        row: 0,
+    },
+];
 /// Pixels of the image that is tried.
 const SIDES: [usize; 2] = [19, 27];
 /// Wider layers are tried at this width and what is left over of their own, so that a check takes
@@ -82,18 +93,13 @@ impl<B: FusedOps> Check<'_, B> {
                 let x = self.input(1, [TOKENS, dim]);
                 let shift = self.input_of(DType::F32, 2, [2, dim]);
                 let scale = self.input_of(DType::F32, 3, [2, dim]);
-                let runs = [1, 0].map(|row| RowRun {
-                    tokens: LENGTHS[row],
-                    row,
-                });
-                let runs = &[runs[1], runs[0]];
                 self.compare(
-                    B::layer_norm_modulate(x.tested, shift.tested, scale.tested, runs, EPS),
+                    B::layer_norm_modulate(x.tested, shift.tested, scale.tested, &RUNS, EPS),
                     defaults::layer_norm_modulate(
                         x.reference,
                         shift.reference,
                         scale.reference,
-                        runs,
+                        &RUNS,
                         EPS,
                     ),
                 )
@@ -149,6 +155,7 @@ impl<B: FusedOps> Check<'_, B> {
                     defaults::same_conv2d(x.reference, weight.reference, bias.reference),
                 )
             }
+            KernelShape::Elementwise { dim } => self.run_elementwise(dim),
             KernelShape::ChannelNorm { channels } => {
                 let x = self.input(1, [1, channels, SIDES[0], SIDES[1]]);
                 let gamma = self.input_of(DType::F32, 2, [channels]);
@@ -158,6 +165,23 @@ impl<B: FusedOps> Check<'_, B> {
                 )
             }
         }
+    }
+
+    fn run_elementwise(&self, dim: usize) -> Result<(), String> {
+        let (a, b) = (self.input(1, [TOKENS, dim]), self.input(2, [TOKENS, dim]));
+        self.compare(
+            B::gelu_tanh(a.tested.clone()),
+            defaults::gelu_tanh(a.reference.clone()),
+        )?;
+        self.compare(
+            B::silu_mul(a.tested.clone(), b.tested.clone()),
+            defaults::silu_mul(a.reference.clone(), b.reference.clone()),
+        )?;
+        let gate = self.input_of(DType::F32, 3, [2, dim]);
+        self.compare(
+            B::gated_residual(a.tested, gate.tested, b.tested, &RUNS),
+            defaults::gated_residual(a.reference, gate.reference, b.reference, &RUNS),
+        )
     }
 
     fn input<const D: usize>(&self, seed: u32, shape: [usize; D]) -> Input<B, D> {

@@ -129,6 +129,49 @@ impl<B: FusionBackend + FusedOps + KernelChoice> FusedOps for Fusion<B> {
         )
     }
 
+    fn gelu_tanh(x: Tensor<Self, 2>) -> Tensor<Self, 2> {
+        if !B::uses(Kernel::Elementwise) {
+            return defaults::gelu_tanh(x);
+        }
+        let shape = x.dims();
+        unfused("gelu_tanh", shape, [float(x)], |[x]| {
+            float(B::gelu_tanh(tensor(x)))
+        })
+    }
+
+    fn silu_mul(gate: Tensor<Self, 2>, up: Tensor<Self, 2>) -> Tensor<Self, 2> {
+        if !B::uses(Kernel::Elementwise) {
+            return defaults::silu_mul(gate, up);
+        }
+        let shape = gate.dims();
+        unfused("silu_mul", shape, [float(gate), float(up)], |[gate, up]| {
+            float(B::silu_mul(tensor(gate), tensor(up)))
+        })
+    }
+
+    fn gated_residual(
+        residual: Tensor<Self, 2>,
+        gate: Tensor<Self, 2>,
+        x: Tensor<Self, 2>,
+        runs: &[RowRun],
+    ) -> Tensor<Self, 2> {
+        if !B::uses(Kernel::Elementwise) {
+            return defaults::gated_residual(residual, gate, x, runs);
+        }
+        let shape = residual.dims();
+        let runs = runs.to_vec();
+        let inputs = [float(residual), float(gate), float(x)];
+        unfused(
+            "gated_residual",
+            shape,
+            inputs,
+            move |[residual, gate, x]| {
+                let (residual, gate, x) = (tensor(residual), tensor(gate), tensor(x));
+                float(B::gated_residual(residual, gate, x, &runs))
+            },
+        )
+    }
+
     fn packed_attention(
         query: Tensor<Self, 3>,
         key: Tensor<Self, 3>,

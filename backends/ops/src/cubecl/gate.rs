@@ -19,6 +19,7 @@ pub enum Kernel {
     Attention,
     Convolution,
     ChannelNorm,
+    Elementwise,
 }
 
 impl Kernel {
@@ -31,6 +32,7 @@ impl Kernel {
             KernelShape::Attention { .. } => Self::Attention,
             KernelShape::Convolution { .. } => Self::Convolution,
             KernelShape::ChannelNorm { .. } => Self::ChannelNorm,
+            KernelShape::Elementwise { .. } => Self::Elementwise,
         }
     }
 }

@@ -65,7 +65,7 @@ where
 
     fn uses(kernel: Kernel) -> bool {
         let has = match kernel {
-            Kernel::Linear | Kernel::Convolution => R::HAS_PRODUCTS,
+            Kernel::Linear | Kernel::Convolution | Kernel::Elementwise => R::HAS_PRODUCTS,
             _ => true,
         };
         has && R::gate().uses(kernel)
@@ -109,6 +109,28 @@ where
         from_cube(
             output
                 .unwrap_or_else(|| attention::packed_attention(query, key, value, lengths, causal)),
+        )
+    }
+
+    fn gelu_tanh(x: Tensor<Self, 2>) -> Tensor<Self, 2> {
+        R::gelu_tanh(&to_cube(x.clone())).map_or_else(|| defaults::gelu_tanh(x), from_cube)
+    }
+
+    fn silu_mul(gate: Tensor<Self, 2>, up: Tensor<Self, 2>) -> Tensor<Self, 2> {
+        R::silu_mul(&to_cube(gate.clone()), &to_cube(up.clone()))
+            .map_or_else(|| defaults::silu_mul(gate, up), from_cube)
+    }
+
+    fn gated_residual(
+        residual: Tensor<Self, 2>,
+        gate: Tensor<Self, 2>,
+        x: Tensor<Self, 2>,
+        runs: &[RowRun],
+    ) -> Tensor<Self, 2> {
+        let (cube_residual, cube_gate) = (to_cube(residual.clone()), to_cube(gate.clone()));
+        R::gated_residual(&cube_residual, &cube_gate, &to_cube(x.clone()), runs).map_or_else(
+            || defaults::gated_residual(residual, gate, x, runs),
+            from_cube,
         )
     }
 

@@ -4,11 +4,13 @@ use burn_cubecl::CubeRuntime;
 use burn_cubecl::tensor::CubeTensor;
 
 use super::gate::Gate;
+use crate::RowRun;
 
 /// A runtime of `CubeCL`, and the kernels that kiln has for it alone. A function returns `None` where
 /// it has no kernel for tensors like these.
 pub trait KernelRuntime: CubeRuntime {
-    /// Whether [`KernelRuntime::linear`] and [`KernelRuntime::same_conv2d`] take all tensors.
+    /// Whether [`KernelRuntime::linear`] and [`KernelRuntime::same_conv2d`] take all tensors. burn's
+    /// fusion joins nothing to them then, so that the elementwise ops have kernels too.
     const HAS_PRODUCTS: bool = false;
 
     /// Whether burn's own products of f32 may round what they multiply to TF32.
@@ -34,6 +36,29 @@ pub trait KernelRuntime: CubeRuntime {
         bias: &CubeTensor<Self>,
     ) -> Option<CubeTensor<Self>> {
         let _ = (x, weight, bias);
+        None
+    }
+
+    /// [`crate::FusedOps::gelu_tanh`].
+    fn gelu_tanh(x: &CubeTensor<Self>) -> Option<CubeTensor<Self>> {
+        let _ = x;
+        None
+    }
+
+    /// [`crate::FusedOps::silu_mul`].
+    fn silu_mul(gate: &CubeTensor<Self>, up: &CubeTensor<Self>) -> Option<CubeTensor<Self>> {
+        let _ = (gate, up);
+        None
+    }
+
+    /// [`crate::FusedOps::gated_residual`].
+    fn gated_residual(
+        residual: &CubeTensor<Self>,
+        gate: &CubeTensor<Self>,
+        x: &CubeTensor<Self>,
+        runs: &[RowRun],
+    ) -> Option<CubeTensor<Self>> {
+        let _ = (residual, gate, x, runs);
         None
     }
 

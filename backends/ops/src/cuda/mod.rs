@@ -5,6 +5,7 @@
 //! all others in f32 arithmetic, never in TF32.
 
 mod attention;
+mod elementwise;
 mod product;
 mod source;
 
@@ -15,9 +16,11 @@ use burn_cubecl::tensor::CubeTensor;
 use burn_tensor::{DType, Shape};
 
 pub use attention::{Attention, AttentionMma};
+pub use elementwise::{Elementwise, ElementwiseOp};
 pub use product::{ChannelsLast, Elements, Image, Product, ProductFma, ProductMma};
 pub use source::{CudaKernel, Launch};
 
+use crate::RowRun;
 use crate::cubecl::{Gate, KernelRuntime};
 
 impl KernelRuntime for CudaRuntime {
@@ -43,6 +46,23 @@ impl KernelRuntime for CudaRuntime {
         bias: &CubeTensor<Self>,
     ) -> Option<CubeTensor<Self>> {
         Some(product::same_conv2d(x, weight, bias))
+    }
+
+    fn gelu_tanh(x: &CubeTensor<Self>) -> Option<CubeTensor<Self>> {
+        elementwise::activation(x, None)
+    }
+
+    fn silu_mul(gate: &CubeTensor<Self>, up: &CubeTensor<Self>) -> Option<CubeTensor<Self>> {
+        elementwise::activation(gate, Some(up))
+    }
+
+    fn gated_residual(
+        residual: &CubeTensor<Self>,
+        gate: &CubeTensor<Self>,
+        x: &CubeTensor<Self>,
+        runs: &[RowRun],
+    ) -> Option<CubeTensor<Self>> {
+        elementwise::gated_residual(residual, gate, x, runs)
     }
 
     fn packed_attention(
