@@ -21,7 +21,7 @@ programs=$(cargo build --locked -p kiln -p kiln-cuda --features ndarray,cuda --b
 program() {
     awk -v name="$1" '$1 == name { print $2 }' <<< "$programs"
 }
-KILN=$(program kiln)
+kiln=$(program kiln)
 kernels=$(program kernels)
 ops=$(program ops)
 
@@ -56,7 +56,7 @@ part "flex and cuda side by side"
 # compare DTYPE CAPABILITY
 compare() {
     local report="$folder/$1-$2.json"
-    on cpu "$2" "$KILN" compare --backends flex,cuda --dtype "$1" --steps 20 --seed 7 --negative-prompt "a blue square" \
+    on cpu "$2" "$kiln" compare --backends flex,cuda --dtype "$1" --steps 20 --seed 1 --negative-prompt "a blue square" \
         --report "$report"
     if [ "$1" = f32 ]; then
         jq --exit-status '[.comparisons[].stages[].max_relative] | max <= 2e-5' "$report"
@@ -71,9 +71,10 @@ for capability in 80 90; do
 done
 
 part "generate and serve"
-on cpu 80 "$KILN" generate "a small green circle" --backend cuda --steps 4 --seed 1 --output "$folder/generated.png"
+on cpu 80 "$kiln" generate "a small green circle" --backend cuda --steps 4 --seed 1 --output "$folder/generated.png"
 (
     cuda_sim cpu 80
+    KILN=$kiln
     # shellcheck source=scripts/common.sh
     . scripts/common.sh
     start_server --backend cuda
@@ -84,7 +85,7 @@ on cpu 80 "$KILN" generate "a small green circle" --backend cuda --steps 4 --see
 cmp "$folder/generated.png" "$folder/served.png"
 
 part "failing calls of the driver"
-bash tests/cuda-sim/faults.sh "$KILN"
+bash tests/cuda-sim/faults.sh "$kiln"
 
 part "NVRTC and ptxas for every architecture"
 # On a device that computes nothing, no kernel computes what it should.
@@ -93,10 +94,13 @@ for capability in 80 89 90 120; do
     compiled="$cuda_sim_home/ptx-$capability"
     rm -rf "$compiled"
     for dtype in bf16 f16 f32; do
-        SIM_CACHE="$compiled" on null $capability "$KILN" generate "a small green circle" --backend cuda --dtype $dtype \
+        SIM_CACHE="$compiled" on null $capability "$kiln" generate "a small green circle" --backend cuda --dtype $dtype \
             --steps 1 --seed 1 --negative-prompt "a square" --output "$folder/nothing.png"
     done
-    suffix=$([ $capability -ge 90 ] && echo a || true)
+    suffix=
+    if [ $capability -ge 90 ]; then
+        suffix=a
+    fi
     python3 tests/cuda-sim/ptxas.py "$compiled" --arch "sm_$capability$suffix" --ptxas "$cuda_sim_home/cuda/bin/ptxas" \
         --no-spills '^(product_|attention|channels_last|rms_norm|layer_norm_modulate|qk_norm_rope|channel_norm)'
 done
