@@ -70,6 +70,11 @@ for capability in 80 90; do
     compare bf16 $capability
 done
 
+part "a kernel that does not work is not used"
+SIM_NVRTC_FAIL=channel_norm on cpu 80 "$kiln" compare --backends flex,cuda --dtype f32 --steps 2 --seed 1 \
+    2>&1 | tee "$folder/not-used.txt"
+grep --quiet "is not used: ChannelNorm" "$folder/not-used.txt"
+
 part "generate and serve"
 on cpu 80 "$kiln" generate "a small green circle" --backend cuda --steps 4 --seed 1 --output "$folder/generated.png"
 (

@@ -244,13 +244,10 @@ fn shortened(width: usize) -> usize {
     }
 }
 
-/// The first line of what a device says.
-fn one_line(error: &impl Display) -> String {
-    let text = error.to_string();
-    text.lines()
-        .next()
-        .unwrap_or_default()
-        .chars()
-        .take(200)
-        .collect()
+/// The first line of a device's report that speaks of an error, or its first.
+fn one_line(report: &impl Display) -> String {
+    let text = report.to_string();
+    let says_why = |line: &&str| line.contains("error:") || line.contains("CUDA_ERROR");
+    let line = text.lines().find(says_why).or_else(|| text.lines().next());
+    line.unwrap_or_default().trim().chars().take(200).collect()
 }
