@@ -569,7 +569,7 @@ fn elementwise<T: Element>(gpu: &Gpu) {
         };
 
         let launch = of(ElementwiseOp::GeluTanh).launch(count);
-        let tested = gpu.run::<_, T>(&launch, &[a_bytes.clone()], count);
+        let tested = gpu.run::<_, T>(&launch, std::slice::from_ref(&a_bytes), count);
         let gelu = |x: &f64| {
             0.5 * x * (1.0 + (0.797_884_560_802_865_4 * (x + 0.044_715 * x.powi(3))).tanh())
         };
