@@ -59,7 +59,8 @@ compare() {
     on cpu "$2" "$kiln" compare --backends flex,cuda --dtype "$1" --steps 20 --seed 1 --negative-prompt "a blue square" \
         --report "$report"
     if [ "$1" = f32 ]; then
-        jq --exit-status '[.comparisons[].stages[].max_relative] | max <= 2e-5' "$report"
+        # 8-bit values that round to a neighbour are counted by compare itself.
+        jq --exit-status '[.comparisons[].stages[] | select(.name != "image_u8").max_relative] | max <= 2e-5' "$report"
     fi
 }
 for capability in 75 80 90; do
