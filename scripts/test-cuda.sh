@@ -97,18 +97,19 @@ bash tests/cuda-sim/faults.sh "$kiln"
 part "NVRTC and ptxas for every architecture"
 # On a device that computes nothing, no kernel computes what it should.
 export KILN_KERNELS=unchecked
+own='^(product_|attention|channels_last|elementwise|rms_norm|layer_norm_modulate|qk_norm_rope|channel_norm)'
 for capability in 80 89 90 120; do
     compiled="$cuda_sim_home/ptx-$capability"
     rm -rf "$compiled"
     for dtype in bf16 f16 f32; do
-        SIM_CACHE="$compiled" on null $capability "$kiln" generate "a small green circle" --backend cuda --dtype $dtype \
+        XDG_CACHE_HOME="$folder/null-$capability" SIM_CACHE="$compiled" on null $capability "$kiln" generate "a small green circle" --backend cuda --dtype $dtype \
             --steps 1 --seed 1 --negative-prompt "a square" --output "$folder/nothing.png"
     done
     suffix=
     if [ $capability -ge 90 ]; then
         suffix=a
     fi
-    python3 tests/cuda-sim/ptxas.py "$compiled" --arch "sm_$capability$suffix" --ptxas "$cuda_sim_home/cuda/bin/ptxas" \
-        --no-spills '^(product_|attention|channels_last|rms_norm|layer_norm_modulate|qk_norm_rope|channel_norm)'
+    python3 tests/cuda-sim/ptxas.py "$compiled" "$own" --no-spills --arch "sm_$capability$suffix" \
+        --ptxas "$cuda_sim_home/cuda/bin/ptxas"
 done
 part "done"
