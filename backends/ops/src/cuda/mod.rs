@@ -1,4 +1,4 @@
-//! Kernels in CUDA C++ for NVIDIA's GPUs: products of matrices, convolutions and attention.
+//! Kernels in CUDA C++ for NVIDIA's GPUs: products of matrices, convolutions, attention, elementwise ops.
 //!
 //! The texts lie in `kernels/`; NVRTC compiles them at run time for the GPU at hand. Products in bf16
 //! and f16 run on tensor cores where there are any (compute capability 8.0 and above), with f32 sums;
