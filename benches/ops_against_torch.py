@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
 import statistics
@@ -30,7 +31,9 @@ import torch
 import torch.nn.functional as F
 
 RUNS = 5
-"""As many as the binary makes, after a first one."""
+BATCH_SECONDS = 0.02
+MAX_CALLS = 16
+"""As in the binary: batches of calls after a first one, and how many calls make a batch."""
 EPS = 1e-6
 
 
@@ -96,15 +99,18 @@ def time_torch(op: str, shape: list[int], device: str, dtype: torch.dtype) -> fl
     """Median in milliseconds."""
     run = torch_op(op, shape, device, dtype)
     wait = torch.cuda.synchronize if device == "cuda" else lambda: None
-    run()
-    wait()
-    times = []
-    for _ in range(RUNS):
+
+    def seconds(calls: int) -> float:
         start = time.perf_counter()
-        run()
+        results = [run() for _ in range(calls)]
         wait()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times) * 1e3
+        taken = time.perf_counter() - start
+        del results
+        return taken / calls
+
+    seconds(1)
+    calls = min(max(math.ceil(BATCH_SECONDS / seconds(1)), 1), MAX_CALLS)
+    return statistics.median(seconds(calls) for _ in range(RUNS)) * 1e3
 
 
 def time_kiln(command: list[str], threads: int) -> list[dict]:
@@ -132,6 +138,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["f32", "bf16", "f16"], default="f32")
     parser.add_argument("--shapes", choices=["small", "qwen-image"], default="small")
     parser.add_argument("--only", help="one op")
+    parser.add_argument("--no-default", action="store_true", help="do not time burn's plain ops")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
@@ -142,6 +149,8 @@ def main() -> None:
     command += ["--dtype", arguments.dtype]
     if arguments.only:
         command += ["--only", arguments.only]
+    if arguments.no_default:
+        command.append("--no-default")
 
     ours: dict[tuple, list[dict]] = {}
     theirs: dict[tuple, list[float]] = {}
@@ -158,13 +167,16 @@ def main() -> None:
     print("\n| op | shape | kiln ms | torch ms | ratio | default ms | first call ms |")
     print("|---|---|---|---|---|---|---|")
     for (op, *shape), rows in ours.items():
-        median = {key: statistics.median(row[key] for row in rows) for key in ("ms", "default_ms")}
+        ms = statistics.median(row["ms"] for row in rows)
+        default_ms = "-"
+        if not arguments.no_default:
+            default_ms = f"{statistics.median(row['default_ms'] for row in rows):.3f}"
         torch_ms = statistics.median(theirs[op, *shape])
         size = "x".join(map(str, shape))
         first = f"{rows[0]['first_ms']:.1f}, {rows[-1]['first_ms']:.1f}"
         print(
-            f"| {op} | {size} | {median['ms']:.2f} | {torch_ms:.2f} | {median['ms'] / torch_ms:.2f} "
-            f"| {median['default_ms']:.2f} | {first} |"
+            f"| {op} | {size} | {ms:.3f} | {torch_ms:.3f} | {ms / torch_ms:.2f} "
+            f"| {default_ms} | {first} |"
         )
 
 

@@ -212,7 +212,6 @@ pub fn open<B: FusedOps>(
     };
     let painter = match loaded {
         Err(error) => return Err(failed(report(error))),
-        Ok(Err(LoadError::Device(reason))) => return Err(failed(reason)),
         Ok(painter) => painter?,
     };
     Ok(Box::new(OneStream { painter, stream }))

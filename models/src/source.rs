@@ -1,5 +1,6 @@
 //! How weights reach the models: by name, from whoever can read the files.
 
+use burn_tensor::DType;
 use bytes::Bytes;
 
 /// Element type of a stored tensor.
@@ -21,6 +22,14 @@ impl StoredDType {
             Self::F16 | Self::Bf16 => Some(2),
             Self::Other(_) => None,
         }
+    }
+
+    /// Whether elements are stored as a device has them in this type.
+    pub(crate) fn is(&self, dtype: DType) -> bool {
+        matches!(
+            (self, dtype),
+            (Self::F32, DType::F32) | (Self::F16, DType::F16) | (Self::Bf16, DType::BF16)
+        )
     }
 }
 

@@ -8,9 +8,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use burn_tensor::{Bytes, DType, Shape, Tensor, TensorData, bf16, f16};
 use cubecl_common::bytes::AllocationProperty;
 use kiln_ops::FusedOps;
+use rayon::prelude::*;
 
 use crate::config::ConfigError;
-use crate::device::summary;
 use crate::source::{StoredDType, TensorSource};
 
 /// Why a component could not be loaded.
@@ -46,8 +46,6 @@ pub enum LoadError {
         count: usize,
         first: String,
     },
-    #[error("the device failed: {0}")]
-    Device(String),
 }
 
 fn similar(like: Option<&str>) -> String {
@@ -71,18 +69,6 @@ pub(crate) struct Weights<B: FusedOps> {
     device: B::Device,
     precision: Precision,
     wanted: Mutex<HashSet<String>>,
-    uploads: Mutex<Uploads>,
-}
-
-/// What has been uploaded while a component is loaded.
-#[derive(Debug, Default)]
-struct Uploads {
-    /// Since the host's copies were released.
-    bytes: usize,
-    /// The device's first report of a failure.
-    failure: Option<String>,
-    /// What comes after loading is released by the kernels that use it.
-    is_over: bool,
 }
 
 impl<B: FusedOps> fmt::Debug for Weights<B> {
@@ -106,7 +92,6 @@ impl<B: FusedOps> Weights<B> {
             device: device.clone(),
             precision,
             wanted,
-            uploads: Mutex::default(),
         })
     }
 
@@ -126,26 +111,8 @@ impl<B: FusedOps> Weights<B> {
         }
     }
 
-    /// Has the host's copies of uploads released, now and then.
-    fn uploaded(&self, bytes: usize) {
-        let mut uploads = lock(&self.uploads);
-        uploads.bytes += bytes;
-        if uploads.is_over || B::UPLOAD_BYTES.is_none_or(|most| uploads.bytes < most) {
-            return;
-        }
-        uploads.bytes = 0;
-        if let Err(report) = B::release_uploads(&self.device) {
-            uploads.failure.get_or_insert(report);
-        }
-    }
-
     /// To be called when a component is loaded. Refuses tensors that were neither wanted nor start with, nor contain, a listed text.
     pub(crate) fn refuse_unknown(&self, expected: &[&str]) -> Result<(), LoadError> {
-        let mut uploads = lock(&self.uploads);
-        uploads.is_over = true;
-        if let Some(report) = uploads.failure.take() {
-            return Err(LoadError::Device(summary(&report)));
-        }
         let wanted = lock(&self.wanted);
         let mut unknown: Vec<String> = self
             .source
@@ -370,63 +337,40 @@ impl<B: FusedOps> Scope<B> {
         shape: [usize; D],
         dtype: DType,
     ) -> Tensor<B, D> {
-        let rows = shape[0];
-        let size = shape.iter().product::<usize>() * dtype.size();
-        match B::UPLOAD_BYTES {
-            Some(most) if size > most => {
-                let rows_at_once = (most / (size / rows)).max(1);
-                let bytes_of_row = bytes.len() / rows;
-                let mut whole = Tensor::empty(shape, (&self.weights.device, dtype));
-                for first in (0..rows).step_by(rows_at_once) {
-                    let end = rows.min(first + rows_at_once);
-                    let part = bytes.slice(first * bytes_of_row..end * bytes_of_row);
-                    let mut shape = shape;
-                    shape[0] = end - first;
-                    let part = self.upload_whole(part, stored, shape, dtype);
-                    whole = whole.slice_assign([first..end], part);
-                }
-                whole
-            }
-            _ => self.upload_whole(bytes, stored, shape, dtype),
+        if B::IS_IN_PLACE
+            && stored.is(dtype)
+            && bytes.as_ptr().align_offset(align_of::<f32>()) == 0
+        {
+            let data = TensorData {
+                bytes: Bytes::from_shared(bytes, AllocationProperty::Other),
+                shape: Shape::from(shape),
+                dtype,
+            };
+            return Tensor::from_data(data, (&self.weights.device, dtype));
         }
-    }
-
-    fn upload_whole<const D: usize>(
-        &self,
-        bytes: bytes::Bytes,
-        stored: &StoredDType,
-        shape: [usize; D],
-        dtype: DType,
-    ) -> Tensor<B, D> {
-        let data = TensorData {
-            bytes: convert(bytes, stored, dtype),
-            shape: Shape::from(shape),
-            dtype,
-        };
-        let size = data.bytes.len();
-        let tensor = Tensor::from_data(data, (&self.weights.device, dtype));
-        self.weights.uploaded(size);
-        tensor
+        let element = bytes.len() / shape.iter().product::<usize>().max(1);
+        B::upload(&self.weights.device, shape, dtype, |first, part| {
+            let first = first / dtype.size() * element;
+            let length = part.len() / dtype.size() * element;
+            convert(&bytes[first..first + length], stored, dtype, part);
+        })
     }
 }
 
-/// Stored elements as elements of `dtype`, without a copy if they are that already.
-fn convert(bytes: bytes::Bytes, stored: &StoredDType, dtype: DType) -> Bytes {
-    let same = matches!(
-        (stored, dtype),
-        (StoredDType::F32, DType::F32)
-            | (StoredDType::F16, DType::F16)
-            | (StoredDType::Bf16, DType::BF16)
-    );
-    if same && bytes.as_ptr().align_offset(align_of::<f32>()) == 0 {
-        // Not as a file: CubeCL would copy it into pinned memory first, and from there to where it
-        // copies all else from, and keep the pinned memory for good.
-        return Bytes::from_shared(bytes, AllocationProperty::Other);
-    }
+/// Elements that a thread converts at a time.
+const ELEMENTS_AT_ONCE: usize = 1 << 17;
+
+/// Writes stored elements as elements of `dtype`, on all cores.
+fn convert(bytes: &[u8], stored: &StoredDType, dtype: DType, to: &mut [u8]) {
     match stored {
-        StoredDType::F32 => convert_from(&bytes, f32::from_le_bytes, dtype),
-        StoredDType::F16 => convert_from(&bytes, |x| f16::from_le_bytes(x).to_f32(), dtype),
-        StoredDType::Bf16 => convert_from(&bytes, |x| bf16::from_le_bytes(x).to_f32(), dtype),
+        _ if stored.is(dtype) => {
+            let size = ELEMENTS_AT_ONCE * dtype.size();
+            let parts = to.par_chunks_mut(size).zip(bytes.par_chunks(size));
+            parts.for_each(|(to, bytes)| to.copy_from_slice(bytes));
+        }
+        StoredDType::F32 => convert_from(bytes, f32::from_le_bytes, dtype, to),
+        StoredDType::F16 => convert_from(bytes, |x| f16::from_le_bytes(x).to_f32(), dtype, to),
+        StoredDType::Bf16 => convert_from(bytes, |x| bf16::from_le_bytes(x).to_f32(), dtype, to),
         StoredDType::Other(_) => unreachable!("checked to be a readable type"),
     }
 }
@@ -434,20 +378,30 @@ fn convert(bytes: bytes::Bytes, stored: &StoredDType, dtype: DType) -> Bytes {
 /// From elements of `N` bytes, whatever their alignment.
 fn convert_from<const N: usize>(
     bytes: &[u8],
-    widen: impl Fn([u8; N]) -> f32,
+    widen: impl Fn([u8; N]) -> f32 + Sync,
     dtype: DType,
-) -> Bytes {
-    let values = bytes
-        .as_chunks::<N>()
-        .0
-        .iter()
-        .map(|element| widen(*element));
+    to: &mut [u8],
+) {
     match dtype {
-        DType::F32 => Bytes::from_elems(values.collect::<Vec<f32>>()),
-        DType::F16 => Bytes::from_elems(values.map(f16::from_f32).collect::<Vec<f16>>()),
-        DType::BF16 => Bytes::from_elems(values.map(bf16::from_f32).collect::<Vec<bf16>>()),
+        DType::F32 => write(bytes, to, |x| widen(x).to_ne_bytes()),
+        DType::F16 => write(bytes, to, |x| f16::from_f32(widen(x)).to_ne_bytes()),
+        DType::BF16 => write(bytes, to, |x| bf16::from_f32(widen(x)).to_ne_bytes()),
         other => unreachable!("models load f32, f16 and bf16, not {other:?}"),
     }
+}
+
+fn write<const N: usize, const M: usize>(
+    bytes: &[u8],
+    to: &mut [u8],
+    converted: impl Fn([u8; N]) -> [u8; M] + Sync,
+) {
+    let parts = to
+        .par_chunks_mut(ELEMENTS_AT_ONCE * M)
+        .zip(bytes.par_chunks(ELEMENTS_AT_ONCE * N));
+    parts.for_each(|(to, bytes)| {
+        let elements = to.as_chunks_mut().0.iter_mut().zip(bytes.as_chunks().0);
+        elements.for_each(|(to, element)| *to = converted(*element));
+    });
 }
 
 /// `x · weightᵀ + bias`.
@@ -531,12 +485,8 @@ mod tests {
                 shifted.extend(&bytes);
                 let shifted = bytes::Bytes::from(shifted).slice(1..);
                 for bytes in [bytes::Bytes::from(bytes.clone()), shifted] {
-                    let bytes = convert(bytes, &stored, dtype);
-                    let data = TensorData {
-                        bytes,
-                        shape: Shape::from([3]),
-                        dtype,
-                    };
+                    let mut data = TensorData::new(vec![0_f32; 3], [3]).convert_dtype(dtype);
+                    convert(&bytes, &stored, dtype, &mut data.bytes);
                     let loaded: Vec<f32> = data.iter::<f32>().collect();
                     assert_eq!(loaded, values, "{stored:?} to {dtype:?}");
                 }

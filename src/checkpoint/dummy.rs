@@ -7,6 +7,7 @@ use bytes::Bytes;
 use half::bf16;
 use kiln_models::noise::{NoiseGenerator, randn};
 use kiln_models::{StoredDType, TensorInfo, TensorSource};
+use rayon::prelude::*;
 
 /// Values in the block that all weights repeat. A prime, so that the rows of no matrix are equal.
 const BLOCK: usize = 1_048_573;
@@ -91,16 +92,14 @@ impl TensorSource for DummyWeights {
         let offset = self.offset(name);
         let [end, start] = [&self.block[offset..], &self.block[..offset]];
         let values = end.iter().chain(start).take(count);
-        let mut bytes = Vec::with_capacity(count * size_of::<bf16>());
-        bytes.extend(
-            values.flat_map(|value| bf16::from_f32(mean + deviation * value).to_le_bytes()),
-        );
-        // The rest repeats what there is, by the block.
-        let block = bytes.len();
-        while bytes.len() < count * size_of::<bf16>() {
-            let missing = count * size_of::<bf16>() - bytes.len();
-            bytes.extend_from_within(..block.min(missing));
-        }
+        let block: Vec<u8> = values
+            .flat_map(|value| bf16::from_f32(mean + deviation * value).to_le_bytes())
+            .collect();
+        // The rest repeats what there is.
+        let mut bytes = vec![0; count * size_of::<bf16>()];
+        bytes
+            .par_chunks_mut(block.len().max(1))
+            .for_each(|part| part.copy_from_slice(&block[..part.len()]));
         bytes.into()
     }
 }

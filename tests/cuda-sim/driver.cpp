@@ -522,6 +522,11 @@ API cuDriverGetVersion(int *version) {
     *version = settings().driver_version;
     return CUDA_SUCCESS;
 }
+// NVRTC 13 looks for a table of its own, and does without it; it does not check that there is the function.
+API cuGetExportTable(const void **table, const CUuuid *) {
+    *table = nullptr;
+    return CUDA_ERROR_NOT_FOUND;
+}
 API cuDeviceGetCount(int *count) {
     CALL("cuDeviceGetCount", CUDA_ERROR_NO_DEVICE);
     *count = settings().devices;

@@ -17,7 +17,7 @@ use cudarc::nvrtc::result as nvrtc;
 use half::{bf16, f16};
 use kiln_ops::RowRun;
 use kiln_ops::cuda::{
-    Attention, AttentionMma, ChannelsLast, CudaKernel, Elements, Elementwise, ElementwiseOp, Image,
+    Attention, AttentionMma, AttentionWgmma, ChannelsLast, CudaKernel, Elements, Elementwise, ElementwiseOp, Image,
     Launch, Product,
 };
 
@@ -88,6 +88,10 @@ impl Gpu {
 
     fn has_tensor_cores(&self) -> bool {
         self.architecture >= 80
+    }
+
+    fn has_wgmma(&self) -> bool {
+        self.architecture == 90
     }
 
     /// The output of a kernel whose first buffers are `inputs`, and then the output of `len` values.
@@ -224,12 +228,13 @@ fn assert_close<T: Element>(what: &str, tested: &[T], expected: &[f64]) {
 }
 
 /// Shapes with rows, columns and depths that fill no tile.
-const PRODUCTS: [[usize; 3]; 5] = [
+const PRODUCTS: [[usize; 3]; 6] = [
     [1, 3, 8],
     [65, 70, 40],
     [130, 33, 136],
     [16, 257, 64],
     [129, 130, 200],
+    [140, 264, 520],
 ];
 
 fn product(rows: usize, columns: usize, depth: usize) -> Product {
@@ -272,6 +277,19 @@ fn linear_on_tensor_cores<T: Element>(gpu: &Gpu) {
             let inputs = [a_bytes.clone(), b_bytes.clone(), bias_bytes.clone()];
             let tested = gpu.run::<_, T>(&launch, &inputs, rows * columns);
             assert_close(&format!("{shape:?} {processors}"), &tested, &expected);
+        }
+        if gpu.has_wgmma() {
+            let product = product(rows, columns, depth);
+            let inputs = [a_bytes, b_bytes, bias_bytes];
+            let launch = product.wgmma(T::NAME, T::NAME, true, 1).unwrap();
+            let tested = gpu.run::<_, T>(&launch, &inputs, rows * columns);
+            assert_close(&format!("{shape:?} wgmma"), &tested, &expected);
+            // Without a bias, and with another type of the result.
+            let none = vec![0.0; columns];
+            let expected = expected_product(&a, &b, &none, shape);
+            let launch = product.wgmma(T::NAME, f32::NAME, false, 1).unwrap();
+            let tested = gpu.run::<_, f32>(&launch, &inputs[..2], rows * columns);
+            assert_close(&format!("{shape:?} wgmma to f32"), &tested, &expected);
         }
     }
 }
@@ -438,13 +456,19 @@ fn convolution_bf16() {
             let tested = gpu.run::<_, bf16>(&launch, &inputs, expected.len());
             assert_close(&format!("{shape:?} {processors}"), &tested, &expected);
         }
+        if gpu.has_wgmma() {
+            let launch = convolution.wgmma(bf16::NAME, bf16::NAME, true, 1).unwrap();
+            let inputs = [weight_bytes, x_bytes, bias_bytes];
+            let tested = gpu.run::<_, bf16>(&launch, &inputs, expected.len());
+            assert_close(&format!("{shape:?} wgmma"), &tested, &expected);
+        }
     }
 }
 
 /// One case of attention: sequences, query heads, key/value heads, width, and whether it is causal.
 type AttentionCase<'a> = (&'a [usize], usize, usize, usize, bool);
 
-const ATTENTIONS: [AttentionCase<'static>; 9] = [
+const ATTENTIONS: [AttentionCase<'static>; 11] = [
     (&[1], 1, 1, 32, false),
     (&[15, 16, 17, 64], 3, 1, 32, false),
     (&[100], 1, 1, 80, true),
@@ -454,6 +478,8 @@ const ATTENTIONS: [AttentionCase<'static>; 9] = [
     (&[67, 3], 1, 1, 384, false),
     (&[130], 24, 24, 16, false),
     (&[5, 70], 1, 1, 8, true),
+    (&[300, 129], 2, 1, 64, true),
+    (&[257, 40], 3, 3, 128, false),
 ];
 
 fn expected_attention(
@@ -501,11 +527,6 @@ fn attention<T: Element>(gpu: &Gpu, case: AttentionCase, scale: f32) {
     let (query, query_bytes) = input::<T>(1, tokens * heads * width, scale);
     let (key, key_bytes) = input::<T>(2, tokens * kv_heads * width, scale);
     let (value, value_bytes) = input::<T>(3, tokens * kv_heads * width, scale);
-    let kernel = AttentionMma {
-        element: T::NAME,
-        head_dim: width,
-        causal,
-    };
     let sizes = Attention {
         heads,
         kv_heads,
@@ -520,11 +541,24 @@ fn attention<T: Element>(gpu: &Gpu, case: AttentionCase, scale: f32) {
     for length in lengths {
         starts.push(starts[starts.len() - 1] + length);
     }
-    let launch = kernel.launch(&sizes, &starts);
     let inputs = [query_bytes, key_bytes, value_bytes];
-    let tested = gpu.run::<_, T>(&launch, &inputs, tokens * heads * width);
     let expected = expected_attention([&query, &key, &value], case);
+    let mma = AttentionMma {
+        element: T::NAME,
+        head_dim: width,
+        causal,
+    };
+    let tested = gpu.run::<_, T>(&mma.launch(&sizes, &starts), &inputs, expected.len());
     assert_close(&format!("{case:?} up to {scale}"), &tested, &expected);
+    if gpu.has_wgmma() && AttentionWgmma::has_width(width) {
+        let wgmma = AttentionWgmma {
+            element: T::NAME,
+            head_dim: width,
+            causal,
+        };
+        let tested = gpu.run::<_, T>(&wgmma.launch(&sizes, &starts), &inputs, expected.len());
+        assert_close(&format!("{case:?} up to {scale}, wgmma"), &tested, &expected);
+    }
 }
 
 #[test]
@@ -553,6 +587,7 @@ fn attention_of_large_values() {
     let gpu = Gpu::open();
     if gpu.has_tensor_cores() {
         attention::<bf16>(&gpu, (&[100, 17], 3, 3, 80, false), 5e4);
+        attention::<bf16>(&gpu, (&[150], 1, 1, 128, false), 5e4);
     }
 }
 

@@ -43,16 +43,6 @@ pub trait DeviceCheck: Backend {
         Self::sync(device).map_err(|error| error.to_string())?;
         Ok(Checkpoint { measurement: None })
     }
-
-    /// The most bytes that should be uploaded at a time, and before
-    /// [`DeviceCheck::release_uploads`]; `None` if tensors stay where their bytes lie.
-    const UPLOAD_BYTES: Option<usize> = None;
-
-    /// Lets go of the copies in the host's memory that uploads of this thread have left behind. An
-    /// error is as in [`DeviceCheck::checkpoint`].
-    fn release_uploads(_device: &Self::Device) -> Result<(), String> {
-        Ok(())
-    }
 }
 
 #[cfg(feature = "flex")]
@@ -93,17 +83,6 @@ where
             .map_err(|_| "the device's thread failed".to_owned())?
             .map(Checkpoint::numbered)
     }
-
-    const UPLOAD_BYTES: Option<usize> = Some(128 << 20);
-
-    /// `CubeCL` keeps what it was given for the device until kernels are launched.
-    fn release_uploads(device: &Self::Device) -> Result<(), String> {
-        let client = R::client(device);
-        // The first one marks where the device must have come to, the second one waits for it.
-        (0..2)
-            .try_for_each(|_| client.flush())
-            .map_err(|error| error.to_string())
-    }
 }
 
 #[cfg(feature = "cubecl")]
@@ -112,14 +91,6 @@ impl<B: burn_fusion::FusionBackend + DeviceCheck> DeviceCheck for burn_fusion::F
         // What is queued becomes work of the device.
         Self::sync(device).map_err(|error| error.to_string())?;
         B::checkpoint(device)
-    }
-
-    const UPLOAD_BYTES: Option<usize> = B::UPLOAD_BYTES;
-
-    fn release_uploads(device: &Self::Device) -> Result<(), String> {
-        // Slices are put in place by ops.
-        Self::sync(device).map_err(|error| error.to_string())?;
-        B::release_uploads(device)
     }
 }
 
@@ -162,6 +133,15 @@ impl Drop for FaultWatch {
 
 fn lock_watches() -> std::sync::MutexGuard<'static, Vec<Slot>> {
     WATCHES.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Tells every watch of a failure that is no panic.
+#[cfg(feature = "cubecl")]
+pub(crate) fn note(report: &str) {
+    for watch in lock_watches().iter() {
+        // The first one stays.
+        watch.set(report.to_owned()).ok();
+    }
 }
 
 /// Lets every [`FaultWatch`] see the panics of devices' threads from now on. Panics that no watch

@@ -15,6 +15,7 @@ mod flex;
 pub mod host;
 mod memory;
 mod shapes;
+mod upload;
 
 use burn_tensor::backend::Backend;
 use burn_tensor::{DType, Tensor};
@@ -24,6 +25,7 @@ pub use cubecl::{Gate, Kernel, KernelChoice, KernelRuntime, read_settings};
 pub use faults::{DeviceCheck, FaultWatch};
 pub use memory::{MemoryReport, MemoryUse};
 pub use shapes::KernelShape;
+pub use upload::Upload;
 
 /// A run of consecutive packed tokens that share one row of a modulation table.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -43,7 +45,7 @@ pub struct Rope<B: Backend> {
 ///
 /// Norms, softmax and rotations are computed in f32 whatever the type of the activations, and the
 /// result has the activations' type again.
-pub trait FusedOps: MemoryReport + DeviceCheck {
+pub trait FusedOps: MemoryReport + DeviceCheck + Upload {
     /// Compares the backend's kernels with the default bodies on a device, with activations of a type,
     /// at the sizes of a model. A kernel that differs or fails is not used again in this process, and a
     /// warning says why.

@@ -6,6 +6,7 @@
 //!   resolutions; `--shapes qwen-image`: those of Qwen-Image at 1024²
 //! - `--dtype f32|bf16|f16`: of activations and weights; `f32` is the default
 //! - `--only OP`: one op
+//! - `--no-default`: not the default bodies, whose kernels a GPU backend compiles for minutes
 //! - `--json`: a line of JSON for each, as `benches/ops_against_torch.py` reads them: also the first
 //!   call's time, in which GPU backends compile and choose kernels
 
@@ -17,8 +18,13 @@ use std::time::Instant;
 use burn_tensor::{DType, Distribution, Tensor};
 use kiln_ops::{FusedOps, Rope, RowRun, defaults};
 
-/// Calls whose median is reported, after a first one.
+/// Batches of calls whose median is reported, after a first call.
 const RUNS: usize = 5;
+/// Seconds that a batch of calls takes at least, if [`MAX_CALLS`] are enough: that the host waits for
+/// the device once in that time does not show.
+const BATCH_SECONDS: f64 = 0.02;
+/// The most calls in a batch. Their results are held until all are computed.
+const MAX_CALLS: usize = 16;
 const EPS: f64 = 1e-6;
 
 /// Runs what the command line asks for.
@@ -27,6 +33,7 @@ pub(crate) fn run<B: FusedOps>(device: &B::Device) {
         device: device.clone(),
         dtype: DType::F32,
         json: false,
+        defaults: true,
     };
     let (mut shapes, mut only) = (SMALL, None);
     let mut arguments = std::env::args().skip(1);
@@ -34,6 +41,7 @@ pub(crate) fn run<B: FusedOps>(device: &B::Device) {
         let mut value = || arguments.next().unwrap_or_default();
         match argument.as_str() {
             "--json" => bench.json = true,
+            "--no-default" => bench.defaults = false,
             // cargo adds it.
             "--bench" => {}
             "--only" => only = Some(value()),
@@ -114,6 +122,8 @@ struct Bench<B: FusedOps> {
     /// Of activations and weights.
     dtype: DType,
     json: bool,
+    /// Whether the default bodies are timed as well.
+    defaults: bool,
 }
 
 impl<B: FusedOps> Bench<B> {
@@ -217,39 +227,46 @@ impl<B: FusedOps> Bench<B> {
         kernel: &dyn Fn() -> Box<dyn Any>,
         default: &dyn Fn() -> Box<dyn Any>,
     ) {
-        let first = self.time(kernel);
+        let first = self.time(kernel, 1);
         let kernel = self.median(kernel);
-        self.time(default);
-        let default = self.median(default);
+        let default = self.defaults.then(|| {
+            self.time(default, 1);
+            self.median(default)
+        });
         if self.json {
+            let default = default.map_or_else(|| "null".into(), |default| format!("{default:.4}"));
             println!(
-                r#"{{"op": "{op}", "shape": {shape:?}, "first_ms": {first:.3}, "ms": {kernel:.3}, "default_ms": {default:.3}}}"#
+                r#"{{"op": "{op}", "shape": {shape:?}, "first_ms": {first:.3}, "ms": {kernel:.4}, "default_ms": {default}}}"#
             );
         } else {
             let shape: Vec<String> = shape.iter().map(usize::to_string).collect();
+            let default = default.map_or_else(String::new, |default| {
+                format!("default {default:9.4} ms   {:6.2} times   ", default / kernel)
+            });
             println!(
-                "{op:20} {:15} {kernel:9.3} ms   default {default:9.3} ms   {:6.2} times   first call {first:9.1} ms",
+                "{op:20} {:15} {kernel:9.4} ms   {default}first call {first:9.1} ms",
                 shape.join("x"),
-                default / kernel,
             );
         }
     }
 
-    /// Median of the calls after the first, in milliseconds.
+    /// Milliseconds of a call: the median of some batches.
     fn median(&self, work: &dyn Fn() -> Box<dyn Any>) -> f64 {
-        let mut times = [(); RUNS].map(|()| self.time(work));
+        let one = self.time(work, 1) / 1e3;
+        let calls = (BATCH_SECONDS / one).ceil().clamp(1.0, MAX_CALLS as f64) as usize;
+        let mut times = [(); RUNS].map(|()| self.time(work, calls));
         times.sort_by(f64::total_cmp);
         times[RUNS / 2]
     }
 
-    /// Until the device is idle, with the result still held: one that nobody waits for is not
-    /// written.
-    fn time(&self, work: &dyn Fn() -> Box<dyn Any>) -> f64 {
+    /// Milliseconds of each of so many calls, until the device is idle, with the results still held:
+    /// one that nobody waits for is not written.
+    fn time(&self, work: &dyn Fn() -> Box<dyn Any>, calls: usize) -> f64 {
         let start = Instant::now();
-        let result = work();
+        let results: Vec<_> = (0..calls).map(|_| work()).collect();
         B::sync(&self.device).expect("the device computes");
         let time = start.elapsed().as_secs_f64() * 1e3;
-        drop(result);
-        time
+        drop(results);
+        time / calls as f64
     }
 }

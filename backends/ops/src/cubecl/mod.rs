@@ -18,6 +18,7 @@ mod kernels;
 mod runtime;
 mod settings;
 mod thin;
+mod upload;
 
 use burn_cubecl::cubecl::calculate_cube_count_elemwise;
 use burn_cubecl::cubecl::prelude::*;

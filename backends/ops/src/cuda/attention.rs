@@ -5,7 +5,10 @@ use burn_cubecl::tensor::CubeTensor;
 use burn_tensor::{DType, Shape, TensorMetadata};
 
 use super::source::{CudaKernel, Launch, element};
-use super::{allocate, has_tensor_cores, is_aligned, rows};
+use super::{allocate, has_tensor_cores, has_wgmma, is_aligned, rows};
+
+/// The most sequences of a launch.
+const SEQUENCES: usize = 32;
 
 /// `attention_mma.cu`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -25,11 +28,27 @@ pub struct Attention {
     pub strides: [[usize; 2]; 3],
 }
 
+impl Attention {
+    /// The launch of a kernel whose blocks have so many queries and 1 / `parts` of a head, for sequences
+    /// that begin at these tokens; the last of `starts` is where they end.
+    fn launch<K>(&self, kernel: K, queries: usize, parts: usize, starts: &[usize]) -> Launch<K> {
+        let lengths = starts.windows(2).map(|pair| pair[1] - pair[0]);
+        let tiles: usize = lengths.map(|length| length.div_ceil(queries)).sum();
+        let mut info = vec![self.heads / self.kv_heads, self.heads * self.head_dim];
+        info.extend(self.strides.as_flattened());
+        let padding = starts.last().copied().into_iter().cycle();
+        info.extend(starts.iter().copied().chain(padding).take(SEQUENCES + 1));
+        Launch {
+            kernel,
+            grid: [tiles as u32, (self.heads * parts) as u32, 1],
+            info: info.into_iter().map(|size| size as u64).collect(),
+        }
+    }
+}
+
 impl AttentionMma {
     /// Queries of a block.
     const QUERIES: usize = 64;
-    /// The most sequences of a launch.
-    pub const SEQUENCES: usize = 32;
 
     /// Whether the kernel has heads of this width.
     pub fn has_width(head_dim: usize) -> bool {
@@ -57,30 +76,13 @@ impl AttentionMma {
 
     /// The launch for sequences that begin at these tokens; the last of `starts` is where they end.
     pub fn launch(self, sizes: &Attention, starts: &[usize]) -> Launch<Self> {
-        let lengths = starts.windows(2).map(|pair| pair[1] - pair[0]);
-        let tiles: usize = lengths.map(|length| length.div_ceil(Self::QUERIES)).sum();
-        let mut info = vec![sizes.heads / sizes.kv_heads, sizes.heads * sizes.head_dim];
-        info.extend(sizes.strides.as_flattened());
-        let last = starts.last().copied();
-        let padding = last.into_iter().cycle();
-        info.extend(
-            starts
-                .iter()
-                .copied()
-                .chain(padding)
-                .take(Self::SEQUENCES + 1),
-        );
-        Launch {
-            kernel: self,
-            grid: [tiles as u32, (sizes.heads * self.parts()) as u32, 1],
-            info: info.into_iter().map(|size| size as u64).collect(),
-        }
+        sizes.launch(self, Self::QUERIES, self.parts(), starts)
     }
 }
 
 impl CudaKernel for AttentionMma {
     const NAME: &'static str = "attention_mma";
-    const TEXT: &'static str = include_str!("kernels/attention_mma.cu");
+    const TEXTS: &'static [&'static str] = &[include_str!("kernels/attention_mma.cu")];
 
     fn defines(&self) -> Vec<(&'static str, String)> {
         vec![
@@ -91,7 +93,7 @@ impl CudaKernel for AttentionMma {
             ("DV", self.columns().to_string()),
             ("KEYS", self.keys().to_string()),
             ("CAUSAL", u8::from(self.causal).to_string()),
-            ("SEQUENCES", Self::SEQUENCES.to_string()),
+            ("SEQUENCES", SEQUENCES.to_string()),
         ]
     }
 
@@ -107,6 +109,55 @@ impl CudaKernel for AttentionMma {
             Self::QUERIES + self.keys()
         };
         2 * (query_and_key_rows * row + self.keys() * value_row)
+    }
+}
+
+/// `attention_wgmma.cu`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct AttentionWgmma {
+    pub element: &'static str,
+    pub head_dim: usize,
+    pub causal: bool,
+}
+
+impl AttentionWgmma {
+    /// Queries of a block, and keys of a tile.
+    const ROWS: usize = 128;
+
+    /// Whether the kernel has heads of this width.
+    pub fn has_width(head_dim: usize) -> bool {
+        matches!(head_dim, 64 | 128)
+    }
+
+    /// The launch for sequences that begin at these tokens; the last of `starts` is where they end.
+    pub fn launch(self, sizes: &Attention, starts: &[usize]) -> Launch<Self> {
+        sizes.launch(self, Self::ROWS, 1, starts)
+    }
+}
+
+impl CudaKernel for AttentionWgmma {
+    const NAME: &'static str = "attention_wgmma";
+    const TEXTS: &'static [&'static str] = &[
+        include_str!("kernels/wgmma.cuh"),
+        include_str!("kernels/attention_wgmma.cu"),
+    ];
+
+    fn defines(&self) -> Vec<(&'static str, String)> {
+        vec![
+            ("T", self.element.to_owned()),
+            ("D", self.head_dim.to_string()),
+            ("CAUSAL", u8::from(self.causal).to_string()),
+            ("SEQUENCES", SEQUENCES.to_string()),
+        ]
+    }
+
+    fn threads(&self) -> u32 {
+        256
+    }
+
+    /// One tile of queries, two of keys and two of values.
+    fn shared_bytes(&self) -> usize {
+        5 * Self::ROWS * self.head_dim * 2
     }
 }
 
@@ -140,28 +191,40 @@ pub(super) fn packed_attention(
         head_dim,
         strides,
     };
-    let kernel = AttentionMma {
-        element: element(query.dtype)?,
-        head_dim,
-        causal,
-    };
+    let element = element(query.dtype)?;
     let out = allocate(&query, Shape::from([tokens, heads * head_dim]), query.dtype);
-    let mut starts = vec![0];
-    let mut end = 0;
-    for length in lengths.iter().copied().filter(|length| *length > 0) {
-        if starts.len() > AttentionMma::SEQUENCES {
-            kernel
-                .launch(&sizes, &starts)
-                .run(&[&query, &key, &value, &out]);
-            starts = vec![end];
+    let buffers = [&query, &key, &value, &out];
+    for starts in starts(lengths) {
+        if has_wgmma(&query) && AttentionWgmma::has_width(head_dim) {
+            let kernel = AttentionWgmma {
+                element,
+                head_dim,
+                causal,
+            };
+            kernel.launch(&sizes, &starts).run(&buffers);
+        } else {
+            let kernel = AttentionMma {
+                element,
+                head_dim,
+                causal,
+            };
+            kernel.launch(&sizes, &starts).run(&buffers);
         }
-        end += length;
-        starts.push(end);
-    }
-    if starts.len() > 1 {
-        kernel
-            .launch(&sizes, &starts)
-            .run(&[&query, &key, &value, &out]);
     }
     Some(out)
+}
+
+/// Where the sequences of each launch begin, and where the last one ends.
+fn starts(lengths: &[usize]) -> Vec<Vec<usize>> {
+    let mut end = 0;
+    let lengths: Vec<usize> = lengths.iter().copied().filter(|length| *length > 0).collect();
+    let launches = lengths.chunks(SEQUENCES).map(|lengths| {
+        let mut starts = vec![end];
+        for length in lengths {
+            end += length;
+            starts.push(end);
+        }
+        starts
+    });
+    launches.collect()
 }

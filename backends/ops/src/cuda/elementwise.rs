@@ -77,7 +77,7 @@ impl Elementwise {
 
 impl CudaKernel for Elementwise {
     const NAME: &'static str = "elementwise";
-    const TEXT: &'static str = include_str!("kernels/elementwise.cu");
+    const TEXTS: &'static [&'static str] = &[include_str!("kernels/elementwise.cu")];
 
     fn defines(&self) -> Vec<(&'static str, String)> {
         let is_f16 = self.element == "__half";

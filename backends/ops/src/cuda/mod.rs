@@ -10,14 +10,15 @@ mod product;
 mod source;
 
 use burn_cubecl::cubecl::cuda::CudaRuntime;
+use burn_cubecl::cubecl::ir::features::Tma;
 use burn_cubecl::kernel::into_contiguous;
 use burn_cubecl::ops::numeric::empty_device_contiguous_dtype;
 use burn_cubecl::tensor::CubeTensor;
 use burn_tensor::{DType, Shape};
 
-pub use attention::{Attention, AttentionMma};
+pub use attention::{Attention, AttentionMma, AttentionWgmma};
 pub use elementwise::{Elementwise, ElementwiseOp};
-pub use product::{ChannelsLast, Elements, Image, Product, ProductFma, ProductMma};
+pub use product::{ChannelsLast, Elements, Image, Product, ProductFma, ProductMma, ProductWgmma};
 pub use source::{CudaKernel, Launch};
 
 use crate::RowRun;
@@ -80,6 +81,13 @@ impl KernelRuntime for CudaRuntime {
 /// bf16, in compute capability 8.0.
 fn has_tensor_cores(x: &CubeTensor<CudaRuntime>) -> bool {
     x.client.properties().features.copy_async
+}
+
+/// Whether the GPU has what `*_wgmma.cu` are written with: compute capability 9.0 and no other, which is
+/// told by the copies of tensors that came with it, and those that came with the next.
+fn has_wgmma(x: &CubeTensor<CudaRuntime>) -> bool {
+    let tma = x.client.properties().features.tma;
+    tma.contains(Tma::Base) && !tma.contains(Tma::Im2colWide)
 }
 
 /// Values of the last dimension beside each other, whatever the other strides.

@@ -6,7 +6,10 @@ use burn_cubecl::tensor::CubeTensor;
 use burn_tensor::{DType, Shape, TensorMetadata};
 
 use super::source::{CudaKernel, Launch, element};
-use super::{allocate, has_tensor_cores, is_aligned, rows};
+use super::{allocate, has_tensor_cores, has_wgmma, is_aligned, rows};
+
+/// What the kernels of products share.
+const SIZES: &str = include_str!("kernels/product.cuh");
 
 /// Sizes of a product, as the kernels take them.
 #[derive(Debug, Clone, Copy)]
@@ -62,13 +65,31 @@ impl Product {
         .to_vec()
     }
 
-    fn launch<K>(&self, kernel: K, tile: usize) -> Launch<K> {
-        let tiles = self.rows.div_ceil(tile) * self.columns.div_ceil(tile);
+    fn launch<K>(&self, kernel: K, tile: [usize; 2]) -> Launch<K> {
+        let tiles = self.rows.div_ceil(tile[0]) * self.columns.div_ceil(tile[1]);
         let images = self.image.map_or(1, |image| image.images);
         Launch {
             kernel,
             grid: [tiles as u32, images as u32, 1],
             info: self.info(),
+        }
+    }
+
+    fn run_on_tensor_cores(
+        &self,
+        a: &CubeTensor<CudaRuntime>,
+        b: &CubeTensor<CudaRuntime>,
+        bias: Option<&CubeTensor<CudaRuntime>>,
+        out: &CubeTensor<CudaRuntime>,
+    ) {
+        let (element, to, has_bias) = (name(a), name(out), bias.is_some());
+        let buffers = buffers(a, b, bias, out);
+        let wgmma = has_wgmma(a)
+            .then(|| self.wgmma(element, to, has_bias, processors(a)))
+            .flatten();
+        match wgmma {
+            Some(launch) => launch.run(&buffers),
+            None => self.mma(element, to, has_bias, processors(a)).run(&buffers),
         }
     }
 
@@ -94,7 +115,26 @@ impl Product {
             is_convolution: self.image.is_some(),
             wide,
         };
-        self.launch(kernel, kernel.tile())
+        self.launch(kernel, [kernel.tile(); 2])
+    }
+
+    /// The launch on tensor cores by Hopper's instructions, for matrices whose rows are 16-byte aligned.
+    /// `None` where it would leave most of the processors idle.
+    pub fn wgmma(
+        &self,
+        element: &'static str,
+        out: &'static str,
+        has_bias: bool,
+        processors: usize,
+    ) -> Option<Launch<ProductWgmma>> {
+        let kernel = ProductWgmma {
+            element,
+            out,
+            has_bias,
+            is_convolution: self.image.is_some(),
+        };
+        let launch = self.launch(kernel, kernel.tile());
+        (2 * launch.grid[0] as usize * launch.grid[1] as usize >= processors).then_some(launch)
     }
 
     /// The launch in f32 arithmetic.
@@ -104,7 +144,7 @@ impl Product {
             is_convolution: self.image.is_some(),
             wide: self.fills(processors),
         };
-        self.launch(kernel, kernel.tile())
+        self.launch(kernel, [kernel.tile(); 2])
     }
 }
 
@@ -127,17 +167,15 @@ impl ProductMma {
         if self.wide { 128 } else { 64 }
     }
 
-    fn warps(self) -> [u32; 2] {
-        if self.wide { [2, 4] } else { [2, 2] }
-    }
+    const WARPS: [u32; 2] = [2, 2];
 }
 
 impl CudaKernel for ProductMma {
     const NAME: &'static str = "product_mma";
-    const TEXT: &'static str = include_str!("kernels/product_mma.cu");
+    const TEXTS: &'static [&'static str] = &[SIZES, include_str!("kernels/product_mma.cu")];
 
     fn defines(&self) -> Vec<(&'static str, String)> {
-        let [rows, columns] = self.warps();
+        let [rows, columns] = Self::WARPS;
         vec![
             ("T", self.element.to_owned()),
             ("OUT", self.out.to_owned()),
@@ -152,11 +190,58 @@ impl CudaKernel for ProductMma {
     }
 
     fn threads(&self) -> u32 {
-        32 * self.warps().iter().product::<u32>()
+        32 * Self::WARPS.iter().product::<u32>()
     }
 
     fn shared_bytes(&self) -> usize {
         Self::STAGES * 2 * self.tile() * Self::DEPTH * 2
+    }
+}
+
+/// `product_wgmma.cu`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct ProductWgmma {
+    pub element: &'static str,
+    pub out: &'static str,
+    pub has_bias: bool,
+    pub is_convolution: bool,
+}
+
+impl ProductWgmma {
+    const STAGES: usize = 4;
+    const DEPTH: usize = 64;
+
+    /// Rows and columns. Convolutions have few channels, and 192 columns leave fewer processors idle in
+    /// the last round.
+    fn tile(self) -> [usize; 2] {
+        [128, if self.is_convolution { 192 } else { 256 }]
+    }
+}
+
+impl CudaKernel for ProductWgmma {
+    const NAME: &'static str = "product_wgmma";
+    const TEXTS: &'static [&'static str] = &[
+        SIZES,
+        include_str!("kernels/wgmma.cuh"),
+        include_str!("kernels/product_wgmma.cu"),
+    ];
+
+    fn defines(&self) -> Vec<(&'static str, String)> {
+        vec![
+            ("T", self.element.to_owned()),
+            ("OUT", self.out.to_owned()),
+            ("HAS_BIAS", u8::from(self.has_bias).to_string()),
+            ("CONV", u8::from(self.is_convolution).to_string()),
+            ("BN", self.tile()[1].to_string()),
+        ]
+    }
+
+    fn threads(&self) -> u32 {
+        256
+    }
+
+    fn shared_bytes(&self) -> usize {
+        Self::STAGES * self.tile().iter().sum::<usize>() * Self::DEPTH * 2
     }
 }
 
@@ -190,7 +275,7 @@ impl ProductFma {
 
 impl CudaKernel for ProductFma {
     const NAME: &'static str = "product_fma";
-    const TEXT: &'static str = include_str!("kernels/product_fma.cu");
+    const TEXTS: &'static [&'static str] = &[SIZES, include_str!("kernels/product_fma.cu")];
 
     fn defines(&self) -> Vec<(&'static str, String)> {
         let elements = self.elements;
@@ -242,7 +327,7 @@ impl ChannelsLast {
 
 impl CudaKernel for ChannelsLast {
     const NAME: &'static str = "channels_last";
-    const TEXT: &'static str = include_str!("kernels/rearrange.cu");
+    const TEXTS: &'static [&'static str] = &[include_str!("kernels/rearrange.cu")];
 
     fn defines(&self) -> Vec<(&'static str, String)> {
         vec![("T", self.element.to_owned())]
@@ -295,8 +380,7 @@ pub(super) fn linear(
         && [&x, &weight].into_iter().all(is_aligned);
     if tensor_cores {
         let bias = bias.map(|bias| cast(bias, x.dtype));
-        let launch = product.mma(name(&x), name(&out), bias.is_some(), processors(&x));
-        launch.run(&buffers(&x, &weight, bias.as_ref(), &out));
+        product.run_on_tensor_cores(&x, &weight, bias.as_ref(), &out);
     } else {
         let elements = Elements {
             a: name(&x),
@@ -349,8 +433,7 @@ pub(super) fn same_conv2d(
             out_stride: pixels,
             image: Some(image(padded)),
         };
-        let launch = product.mma(name(&x), name(&out), true, processors(&x));
-        launch.run(&buffers(&weight, &x, Some(&bias), &out));
+        product.run_on_tensor_cores(&weight, &x, Some(&bias), &out);
     } else {
         let depth = channels * taps;
         let product = Product {

@@ -22,8 +22,8 @@ const DEVICE: &str = include_str!("kernels/device.cuh");
 pub trait CudaKernel: Clone + Debug + Eq + Hash + Send + Sync + 'static {
     /// The function to launch.
     const NAME: &'static str;
-    /// The text that defines it, after what [`CudaKernel::defines`] says.
-    const TEXT: &'static str;
+    /// The texts that define it, in order, after what [`CudaKernel::defines`] says.
+    const TEXTS: &'static [&'static str];
 
     /// The macros that the text is compiled with.
     fn defines(&self) -> Vec<(&'static str, String)>;
@@ -36,7 +36,8 @@ pub trait CudaKernel: Clone + Debug + Eq + Hash + Send + Sync + 'static {
     fn source(&self) -> String {
         let defines = self.defines().into_iter();
         let defines = defines.map(|(name, value)| format!("#define {name} {value}\n"));
-        format!("{DEVICE}\n{}\n{}", defines.collect::<String>(), Self::TEXT)
+        let defines: String = defines.collect();
+        [&[DEVICE, &defines], Self::TEXTS].concat().join("\n")
     }
 }
 
@@ -85,7 +86,15 @@ impl<K: CudaKernel> KernelMetadata for Task<K> {
 
     /// Compiled kernels are kept by this id: a changed text is another kernel.
     fn id(&self) -> KernelId {
-        let text = const { fnv(DEVICE.as_bytes()) ^ fnv(K::TEXT.as_bytes()).rotate_left(1) };
+        let text = const {
+            let mut hash = fnv(FNV, DEVICE.as_bytes());
+            let mut index = 0;
+            while index < K::TEXTS.len() {
+                hash = fnv(hash, K::TEXTS[index].as_bytes());
+                index += 1;
+            }
+            hash
+        };
         KernelId::new::<Self>()
             .info((text, self.0.clone()))
             .cube_dim(CubeDim::new_1d(self.0.threads()))
@@ -136,9 +145,11 @@ impl<K: CudaKernel> CubeTask<CudaCompiler> for Task<K> {
     }
 }
 
-/// The FNV-1a hash of a text.
-const fn fnv(text: &[u8]) -> u64 {
-    let mut hash = 0xcbf2_9ce4_8422_2325;
+/// The 64-bit FNV-1a hash of nothing.
+const FNV: u64 = 0xcbf2_9ce4_8422_2325;
+
+/// The FNV-1a hash of what has this hash, and of a text after it.
+const fn fnv(mut hash: u64, text: &[u8]) -> u64 {
     let mut index = 0;
     while index < text.len() {
         hash = (hash ^ text[index] as u64).wrapping_mul(0x100_0000_01b3);

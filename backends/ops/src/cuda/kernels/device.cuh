@@ -48,6 +48,20 @@ __device__ inline void store_pair<float>(float *to, float first, float second, b
     if (both) to[1] = second;
 }
 
+// Writes 8 values to a place that is a multiple of 8.
+template <typename T> __device__ inline void store_8(T *to, const float (&values)[8]) {
+    uint4 packed;
+    packed.x = pack<T>(values[0], values[1]);
+    packed.y = pack<T>(values[2], values[3]);
+    packed.z = pack<T>(values[4], values[5]);
+    packed.w = pack<T>(values[6], values[7]);
+    *(uint4 *)to = packed;
+}
+template <> __device__ inline void store_8<float>(float *to, const float (&values)[8]) {
+    *(float4 *)to = make_float4(values[0], values[1], values[2], values[3]);
+    *(float4 *)(to + 4) = make_float4(values[4], values[5], values[6], values[7]);
+}
+
 #ifndef KILN_HOST_SIM
 
 __device__ inline void mma_m16n8k16_bf16(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {

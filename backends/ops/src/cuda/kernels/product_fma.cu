@@ -14,12 +14,6 @@ constexpr int LOADS = TILE * BK / THREADS;
 // Rows of shared memory are 4 values apart from a multiple of 32 banks.
 constexpr int STRIDE = TILE + 4;
 
-struct Info {
-    u64 rows, columns, depth;
-    u64 a_stride, b_stride, out_stride;
-    u64 height, width, kernel, channels, b_image, out_image;
-};
-
 extern "C" __global__ void __launch_bounds__(THREADS)
 product_fma(
     const A *__restrict__ a,
@@ -34,8 +28,8 @@ product_fma(
     float *a_tile = (float *)shared_memory, *b_tile = a_tile + BK * STRIDE;
     const int thread = threadIdx.x, own_row = thread / 16, own_column = thread % 16;
     const int rows = (int)info.rows, columns = (int)info.columns, depth = (int)info.depth;
-    const int column_tiles = (columns + TILE - 1) / TILE;
-    const int first_row = blockIdx.x / column_tiles * TILE, first_column = blockIdx.x % column_tiles * TILE;
+    const Tile tile = tile_of_block(rows, columns, TILE, TILE);
+    const int first_row = tile.first_row, first_column = tile.first_column;
 #if CONV
     b += blockIdx.y * info.b_image;
     out += blockIdx.y * info.out_image;

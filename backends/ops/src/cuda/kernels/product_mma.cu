@@ -15,14 +15,6 @@ constexpr int WARP_ROWS = BM / WARPS_M, WARP_COLUMNS = BN / WARPS_N;
 constexpr int ROW_TILES = WARP_ROWS / 16, COLUMN_TILES = WARP_COLUMNS / 8;
 constexpr int A_LOADS = BM * CHUNKS / THREADS, B_LOADS = BN * CHUNKS / THREADS;
 constexpr int STAGE = (BM + BN) * BK;
-constexpr int GROUP = 8;  // row tiles that are worked on together, for the sake of the L2 cache
-
-struct Info {
-    u64 rows, columns, depth;
-    u64 a_stride, b_stride, out_stride;
-    // Of convolutions: pixels, side of the kernel, channels (a multiple of 8), and from image to image.
-    u64 height, width, kernel, channels, b_image, out_image;
-};
 
 // Where 8 values of a row lie in a tile, so that 8 rows at the same depth lie in different banks.
 __device__ inline int place(int row, int chunk) {
@@ -44,12 +36,8 @@ product_mma(
     const int thread = threadIdx.x, lane = thread & 31, warp = thread >> 5;
     const int rows = (int)info.rows, columns = (int)info.columns, depth = (int)info.depth;
 
-    const int row_tiles = (rows + BM - 1) / BM, column_tiles = (columns + BN - 1) / BN;
-    const int per_group = GROUP * column_tiles;
-    const int group = blockIdx.x / per_group, within = blockIdx.x % per_group;
-    const int group_rows = min(GROUP, row_tiles - group * GROUP);
-    const int first_row = (group * GROUP + within % group_rows) * BM;
-    const int first_column = within / group_rows * BN;
+    const Tile tile = tile_of_block(rows, columns, BM, BN);
+    const int first_row = tile.first_row, first_column = tile.first_column;
 
 #if CONV
     b += blockIdx.y * info.b_image;
