@@ -2,7 +2,7 @@
 
 use std::env;
 use std::sync::LazyLock;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
 use crate::KernelShape;
 
@@ -39,22 +39,37 @@ impl Kernel {
 
 /// The kernels that a runtime was found to compute wrong with, if any.
 #[derive(Debug)]
-pub struct Gate(AtomicU32);
+pub struct Gate {
+    closed: AtomicU32,
+    tries_large: AtomicBool,
+}
 
 impl Gate {
     /// All kernels are in use.
     pub const fn open() -> Self {
-        Self(AtomicU32::new(0))
+        Self {
+            closed: AtomicU32::new(0),
+            tries_large: AtomicBool::new(false),
+        }
     }
 
     /// Whether the kernel is to be used, rather than the default body of its op.
     pub fn uses(&self, kernel: Kernel) -> bool {
-        switch() != Ok(Switch::Off) && self.0.load(Ordering::Relaxed) & 1 << kernel as u32 == 0
+        switch() != Ok(Switch::Off) && self.closed.load(Ordering::Relaxed) & 1 << kernel as u32 == 0
     }
 
     /// Does not use the kernel again in this process.
     pub fn close(&self, kernel: Kernel) {
-        self.0.fetch_or(1 << kernel as u32, Ordering::Relaxed);
+        self.closed.fetch_or(1 << kernel as u32, Ordering::Relaxed);
+    }
+
+    /// Whether small sizes have the kernels of large ones, so that these can be tried fast.
+    pub fn tries_large(&self) -> bool {
+        self.tries_large.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn try_large(&self, on: bool) {
+        self.tries_large.store(on, Ordering::Relaxed);
     }
 }
 

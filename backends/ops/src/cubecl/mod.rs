@@ -53,6 +53,8 @@ pub trait KernelChoice {
     fn uses(kernel: Kernel) -> bool;
     /// Does not use the kernel again in this process.
     fn close(kernel: Kernel);
+    /// Uses the kernels of large sizes for small ones as well, from now on or no longer.
+    fn try_large(on: bool);
 }
 
 impl<R, F, I, BT> KernelChoice for CubeBackend<R, F, I, BT>
@@ -74,6 +76,10 @@ where
 
     fn close(kernel: Kernel) {
         R::gate().close(kernel);
+    }
+
+    fn try_large(on: bool) {
+        R::gate().try_large(on);
     }
 }
 

@@ -7,6 +7,7 @@ use burn_tensor::{DType, Shape, TensorMetadata};
 
 use super::source::{CudaKernel, Launch, element};
 use super::{allocate, has_tensor_cores, has_wgmma, is_aligned, rows};
+use crate::cubecl::KernelRuntime;
 
 /// What the kernels of products share.
 const SIZES: &str = include_str!("kernels/product.cuh");
@@ -486,8 +487,11 @@ fn name(x: &CubeTensor<CudaRuntime>) -> &'static str {
     element(x.dtype).expect("models compute in f32, bf16 and f16")
 }
 
-/// Streaming multiprocessors of the device.
+/// Streaming multiprocessors of the device, or 1 while kernels are tried that keep all of them busy.
 fn processors(x: &CubeTensor<CudaRuntime>) -> usize {
+    if CudaRuntime::gate().tries_large() {
+        return 1;
+    }
     let count = x.client.properties().hardware.num_streaming_multiprocessors;
     count.map_or(1, |count| count as usize)
 }
