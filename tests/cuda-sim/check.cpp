@@ -7,6 +7,10 @@
 // race, in whatever order the two ran. Barriers of phases (cuda::barrier) order all that ran before the
 // phase was complete, which is more than they promise: a race across one can be missed.
 //
+// Products of warpgroups read shared memory from when all threads have issued them to when they have been
+// waited for. For every 16 bytes the last product of each warpgroup is kept. What they read has to be seen by
+// all threads of the warpgroup, as has a fence_async_proxy that the writer did after it.
+//
 // Global memory. Bounds are those of allocations. Which bytes were written is kept for the life of an
 // allocation, and for every two bytes the last block that wrote and read them. Two blocks that have both
 // done a __threadfence and then an atomic operation are taken to have an order.
@@ -139,6 +143,14 @@ struct Check {
     std::vector<uint32_t> seen;
     std::vector<std::array<uint32_t, 32>> seen_lane;
     std::unordered_map<const void *, uint32_t> phases;
+    struct Product {
+        int line;
+        bool done;
+        uint32_t time;  // when it had been waited for
+    };
+    std::vector<Product> products;                        // of the block, from 1
+    std::vector<std::array<uint32_t, 8>> product_reads;   // of each 16 bytes, the last product of each warpgroup
+    std::vector<std::vector<uint32_t>> async_fences;      // of each thread, their times
     bool fenced = false;
     uint32_t block_number = 0;
 
@@ -273,8 +285,7 @@ struct Conflict {
     }
 };
 
-void shared_access(Check *c, Block *b, unsigned thread, size_t offset, size_t size, unsigned flags, uint32_t place) {
-    // Bounds.
+void shared_bounds(Check *c, Block *b, unsigned thread, size_t offset, size_t size, unsigned flags, uint32_t place) {
     bool inside = offset + size <= c->dynamic;
     size_t statics = (size_t)(b->statics - b->shared);
     const SharedVariable *variables = c->launch->kernel->variables;
@@ -298,6 +309,25 @@ void shared_access(Check *c, Block *b, unsigned thread, size_t offset, size_t si
         report(c, b, "out-of-bounds-shared", thread, place, 0, text);
         abandon(b, 700);
     }
+}
+
+// Products of warpgroups that read what is now overwritten.
+void overwrites_products(Check *c, Block *b, unsigned thread, size_t offset, size_t size, uint32_t place) {
+    for (size_t at = offset / 16; at <= (offset + size - 1) / 16; at++)
+        for (uint32_t number : c->product_reads[at]) {
+            if (!number) continue;
+            const Check::Product &p = c->products[number];
+            if (p.done && p.time <= c->seen[thread]) continue;
+            std::string text = "writes " + size_text(size) + shared_text(c, b, offset) + ", which the product of line " + std::to_string(p.line) + " reads";
+            report(c, b, p.done ? "shared-race" : "async-product", thread, place, (uint32_t)p.line | LINE,
+                   text + (p.done ? " and has been waited for, with no barrier between" : " and has not been waited for"));
+            return;
+        }
+}
+
+void shared_access(Check *c, Block *b, unsigned thread, size_t offset, size_t size, unsigned flags, uint32_t place) {
+    shared_bounds(c, b, thread, offset, size, flags, place);
+    if ((flags & WRITE) && c->products.size() > 1) overwrites_products(c, b, thread, offset, size, place);
     // Bytes that nothing wrote.
     for (size_t i = 0; i < size; i += 16) {
         unsigned n = (unsigned)std::min<size_t>(16, size - i);
@@ -308,7 +338,7 @@ void shared_access(Check *c, Block *b, unsigned thread, size_t offset, size_t si
     }
     // Races.
     Conflict conflict{c, b, thread, flags, offset, size, place};
-    Access mine{c->clock, (uint16_t)thread, (uint8_t)(flags & (WRITE | ATOMIC | PENDING)), 3, place};
+    Access mine{c->clock, (uint16_t)thread, (uint8_t)(flags & (WRITE | ATOMIC | ASYNC_PROXY | PENDING)), 3, place};
     for (size_t at = offset & ~(size_t)1; at < offset + size; at += 2) {
         Cell &cell = c->cells[at / 2];
         mine.bytes = (uint8_t)((at >= offset ? 1 : 0) | (at + 1 < offset + size ? 2 : 0));
@@ -463,6 +493,12 @@ void check_begin_block(Check *c, Block *b, size_t shared_bytes) {
     none.fill(c->began);
     c->seen_lane.assign(threads, none);
     c->phases.clear();
+    if (c->products.size() != 1) {
+        c->products.assign(1, {});
+        c->product_reads.assign(span / 16 + 1, {});
+    }
+    c->async_fences.resize(threads);
+    for (auto &times : c->async_fences) times.clear();
     c->fenced = false;
     c->block_number = b->block.x + b->grid.x * (b->block.y + b->grid.y * b->block.z);
 }
@@ -506,6 +542,65 @@ void check_phase_seen(Check *c, unsigned thread, const void *barrier) {
     auto it = c->phases.find(barrier);
     if (it != c->phases.end()) c->seen[thread] = std::max(c->seen[thread], it->second);
 }
+void check_async_fence(Check *c, unsigned thread) { c->async_fences[thread].push_back(c->clock++); }
+
+uint32_t check_product_issued(Check *c) { return c->clock++; }
+void check_product_done(Check *c, unsigned product) {
+    c->products[product].done = true;
+    c->products[product].time = c->clock;
+}
+unsigned check_product_reads(Check *c, Block *b, unsigned group, const std::vector<uint32_t> &offsets, const uint32_t *issued, int line) {
+    settle(c, b);
+    unsigned first = group * 128;
+    uint32_t place = (uint32_t)line | LINE, seen = *std::min_element(c->seen.begin() + first, c->seen.begin() + first + 128);
+    auto number = (uint32_t)c->products.size();
+    c->products.push_back({line, false, 0});
+    bool found = false;
+    // The last write that was found to be in order: the next one is mostly by the same thread.
+    uint32_t right_time = 0;
+    unsigned right_thread = 0;
+    for (uint32_t offset : offsets) {
+        shared_bounds(c, b, first, offset, 16, READ, place);
+        if (!found && bits_at(c->written.data(), offset, 16) != 0xffff) {
+            report(c, b, "uninitialised-shared", first, place, 0,
+                   "a product reads 16 bytes" + shared_text(c, b, offset) + ", not all of which were written in this block");
+            found = true;
+        }
+        c->product_reads[offset / 16][group] = number;
+        for (size_t at = offset / 2; at < offset / 2 + 8 && !found; at++) {
+            const Access &w = c->cells[at].write;
+            if (w.time <= c->began || (w.thread == right_thread && w.time == right_time && !(w.flags & PENDING))) continue;
+            std::string text;
+            const char *kind = "shared-race";
+            if (w.thread / 128 == group && w.time > issued[w.thread % 128]) {
+                kind = "async-product";
+                text = "wrote after it had issued the product, which has not been waited for";
+            } else if (w.flags & PENDING) {
+                kind = "async-copy";
+                text = "copies there and has not waited for";
+            } else if (w.time > seen) {
+                text = "wrote, with no barrier between";
+            } else if (!(w.flags & ASYNC_PROXY)) {
+                const auto &times = c->async_fences[w.thread];
+                auto fence = std::lower_bound(times.begin(), times.end(), w.time);
+                if (fence == times.end() || *fence > seen) {
+                    kind = "async-proxy";
+                    text = "wrote, with no fence_async_proxy of that thread before the barrier";
+                }
+            }
+            if (text.empty()) {
+                right_time = w.time;
+                right_thread = w.thread;
+                continue;
+            }
+            found = true;
+            report(c, b, kind, first, place, w.place,
+                   "a product reads 16 bytes" + shared_text(c, b, offset) + ", which thread " + thread_text(*c->launch, w.thread) + " (" + place_text(c, w.place) + ") " + text);
+        }
+    }
+    return number;
+}
+
 void check_fence(Check *c, Block *) { c->fenced = true; }
 
 void check_copy_issued(Check *c, Block *b, void *to, const void *from, unsigned size, unsigned given, int line) {

@@ -4,6 +4,7 @@
 #include <stdint.h>
 
 #include <string>
+#include <vector>
 
 #include "blocks.h"
 
@@ -48,6 +49,12 @@ void check_phase_seen(Check *, unsigned thread, const void *barrier);
 void check_fence(Check *, Block *);
 void check_copy_issued(Check *, Block *, void *to, const void *from, unsigned size, unsigned given, int line);
 void check_copy_arrived(Check *, Block *, void *to, unsigned size);
+// Products of warpgroups. A product counts as issued by the thread at the time that this returns; when all threads
+// have issued it, it reads 16 bytes of shared memory at each of the offsets, until it has been waited for.
+uint32_t check_product_issued(Check *);
+unsigned check_product_reads(Check *, Block *, unsigned group, const std::vector<uint32_t> &offsets, const uint32_t *issued, int line);
+void check_product_done(Check *, unsigned product);
+void check_async_fence(Check *, unsigned thread);
 void check_report(Check *, Block *, const char *kind, unsigned thread, Place, const std::string &text);
 
 }  // namespace sim

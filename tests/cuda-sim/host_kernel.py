@@ -235,7 +235,7 @@ def entries(text):
 
 def refuse_unsupported(text):
     features = [
-        (r"wgmma", "wgmma"),
+        (r"wgmma\.", "wgmma as inline PTX"),
         (r"__nv_fp[864]|cuda_fp[864]\.h", "8, 6 and 4 bit floats"),
         (r"\bmap_shared_rank\b|mapa\.shared|cluster\.sync|barrier\.cluster|shared::cluster\b", "clusters of blocks"),
         (r"\btex(?:1D|2D|3D|ture)\b", "textures"),
