@@ -35,7 +35,7 @@ struct Fiber {
     void *stack_pointer;
     uint3 thread;
     Kind waits;
-    int line;
+    int line, barrier;  // the number, of a named one
     bool done;
     unsigned groups;  // of copies, committed so far
     std::vector<Copy> copies;
@@ -55,6 +55,18 @@ struct Warp {
     unsigned group_count;
     Group groups[32];
     void *slots[32];
+};
+
+// A barrier of barrier_sync and barrier_arrive. Warps come to it as a whole.
+constexpr int NAMED_BARRIERS = 16;
+struct Named {
+    unsigned arrived, threads;
+    uint32_t warps, waiting;  // that have arrived, and those of them that wait
+    int line;                 // of the last of them
+};
+struct NamedCall {
+    int number;
+    unsigned threads;
 };
 
 // Products of a warpgroup: four warps.
@@ -90,6 +102,7 @@ struct Runner : Block {
     std::vector<Fiber> fibers;
     std::vector<Warp> warps;
     unsigned count = 0, alive = 0, arrived = 0;
+    Named named[NAMED_BARRIERS];
     uint32_t ready_warps = 0;
     unsigned long spins = 0;  // yields since anything else happened
     uint64_t random_state = 1;
@@ -187,13 +200,15 @@ void shuffle_order(Runner *r) {
     abandon(r, LAUNCH_FAILED);
 }
 
+bool is_named(Kind kind) { return kind == NAMED_SYNC || kind == NAMED_ARRIVE; }
+
 std::string waiting_text(Runner *r) {
     std::map<std::pair<std::string, int>, std::vector<unsigned>> at;
     unsigned finished = 0;
     for (unsigned i = 0; i < r->count; i++) {
         Fiber &f = r->fibers[i];
         if (f.done) finished++;
-        else at[{name_of(f.waits), f.line}].push_back(i);
+        else at[{name_of(f.waits) + (is_named(f.waits) ? " of barrier " + std::to_string(f.barrier) : ""), f.line}].push_back(i);
     }
     std::string text;
     for (auto &group : at) {
@@ -204,20 +219,23 @@ std::string waiting_text(Runner *r) {
         text += part;
     }
     if (finished) text += ", " + std::to_string(finished) + " threads have finished";
+    for (int i = 0; i < NAMED_BARRIERS; i++)
+        if (r->named[i].arrived) text += "; " + std::to_string(r->named[i].arrived) + " of " + std::to_string(r->named[i].threads) + " threads have come to barrier " + std::to_string(i);
     return text;
 }
 
 void stuck_products(Runner *r);
 void stuck(Runner *r) {
     stuck_products(r);
-    bool barrier = false;
+    bool barrier = false, named = false;
     unsigned first = 0;
     for (unsigned i = r->count; i-- > 0;)
-        if (!r->fibers[i].done) {
+        if (!r->fibers[i].done && (!named || is_named(r->fibers[i].waits))) {
             first = i;
             barrier |= r->fibers[i].waits == BLOCK_BARRIER;
+            named |= is_named(r->fibers[i].waits);
         }
-    fail(r, barrier ? "divergent-barrier" : "deadlock", first, r->fibers[first].line, "no thread can go on: " + waiting_text(r));
+    fail(r, named ? "named-barrier" : barrier ? "divergent-barrier" : "deadlock", first, r->fibers[first].line, "no thread can go on: " + waiting_text(r));
 }
 
 // ---- what kernels call ---------------------------------------------------------------------------
@@ -265,6 +283,39 @@ void block_barrier(Block *b, int line) {
 
 bool all_lanes(Kind kind) { return kind == MATRIX_PRODUCT || kind == LOAD_MATRIX || kind == STORE_MATRIX || kind == FRAGMENT; }
 
+// All lanes of a warp have come to barrier_sync or barrier_arrive. Those that wait then go on with the others.
+void named_arrival(Runner *r, unsigned warp, const Group &group) {
+    Check *check = r->launch->check;
+    unsigned first = warp * 32 + (unsigned)__builtin_ctz(group.arrived);
+    const NamedCall call = *(const NamedCall *)r->warps[warp].slots[first & 31];
+    for (unsigned i = 0; i < 32; i++) {
+        auto *other = (const NamedCall *)r->warps[warp].slots[i];
+        if ((group.arrived >> i & 1) && (other->number != call.number || other->threads != call.threads))
+            fail(r, "divergent-warp", warp * 32 + i, group.line, std::string(name_of(group.kind)) + ", where other lanes of the warp have another barrier or number of threads");
+    }
+    Named &b = r->named[call.number];
+    if (b.arrived && b.threads != call.threads)
+        fail(r, "named-barrier", first, group.line,
+             "barrier " + std::to_string(call.number) + " for " + std::to_string(call.threads) + " threads, which others have come to as one for " + std::to_string(b.threads) + " (line " + std::to_string(b.line) + ")");
+    if ((b.warps >> warp & 1) && check)
+        check_report(check, r, "named-barrier", first, {0, group.line},
+                     "the warp comes to barrier " + std::to_string(call.number) + " again before it is complete: " + std::to_string(b.arrived) + " of " + std::to_string(b.threads) + " threads have come to it");
+    b.threads = call.threads;
+    b.arrived += 32;
+    b.warps |= 1u << warp;
+    b.line = group.line;
+    if (check) check_named_arrival(check, (unsigned)call.number, warp, group.arrived);
+    if (group.kind == NAMED_SYNC) b.waiting |= 1u << warp;
+    else set_ready(r, warp, group.arrived);
+    if (b.arrived < b.threads) {
+        if (group.kind == NAMED_SYNC) clear_ready(r, r->index);
+        return;
+    }
+    if (check) check_named_complete(check, (unsigned)call.number, b.waiting);
+    for (uint32_t left = b.waiting; left; left &= left - 1) set_ready(r, (unsigned)__builtin_ctz(left), r->warps[__builtin_ctz(left)].alive);
+    b = {};
+}
+
 void release_group(Runner *r, unsigned warp, unsigned at) {
     Warp &w = r->warps[warp];
     Group group = w.groups[at];
@@ -281,7 +332,8 @@ void release_group(Runner *r, unsigned warp, unsigned at) {
     if (group.work) group.work(w.slots, group.arrived);
     if (group.kind == WARP_BARRIER && r->launch->check) check_warp_barrier(r->launch->check, warp, group.arrived);
     r->spins = 0;
-    set_ready(r, warp, group.arrived);
+    if (is_named(group.kind)) named_arrival(r, warp, group);
+    else set_ready(r, warp, group.arrived);
 }
 
 void warp(Block *b, unsigned mask, Kind kind, int line, void *slot, Work *work) {
@@ -309,10 +361,27 @@ void warp(Block *b, unsigned mask, Kind kind, int line, void *slot, Work *work) 
     group.arrived |= bit;
     if (group.arrived == (mask & w.alive)) {
         release_group(r, number, at);
-        shuffle_order(r);
+        if (w.ready & bit) shuffle_order(r);
+        else go(r, pick(r));
     } else {
         sleep_now(r);
     }
+}
+
+void named_barrier(Block *b, Kind kind, int number, int threads, int line) {
+    Runner *r = (Runner *)b;
+    unsigned most = (r->count + 31) / 32 * 32;
+    r->fibers[r->index].barrier = number;
+    auto wrong = [&](const std::string &text) {
+        fail(r, "named-barrier", r->index, line,
+             std::string(name_of(kind)) + " of barrier " + std::to_string(number) + " for " + std::to_string(threads) + " threads: " + text);
+    };
+    if (number < 1 || number >= NAMED_BARRIERS) wrong("there are barriers 1 to 15, beside 0, which is that of __syncthreads");
+    if (threads <= 0 || threads % 32) wrong("the number of threads has to be a multiple of 32");
+    if ((unsigned)threads > most) wrong("the block has only " + std::to_string(most));
+    if (kind == NAMED_ARRIVE && threads == 32) wrong("nobody could wait for it");
+    NamedCall mine{number, (unsigned)threads};
+    warp(b, ~0u, kind, line, &mine, nullptr);
 }
 
 void step(Block *b) {
@@ -611,7 +680,7 @@ void group_product(Block *b, const GroupProduct &what, int line) {
     }
     PendingProduct &p = *group.products[at];
     if (p.line != line || p.group != f.product_groups || p.what.count != what.count || p.what.element != what.element || !p.what.registers != !what.registers ||
-        p.what.left != what.left || p.what.right != what.right || p.what.transposed != what.transposed)
+        p.what.overwrite != what.overwrite || p.what.left != what.left || p.what.right != what.right || p.what.transposed != what.transposed)
         fail(r, "divergent-warp", r->index, line, "a product of a warpgroup, while other threads of it are at that of line " + std::to_string(p.line) + ", or with other tiles or another group");
     Sums &s = *p.sums;
     if (!s.registers[t]) {
@@ -623,7 +692,7 @@ void group_product(Block *b, const GroupProduct &what, int line) {
         float nothing;
         memset(&nothing, 0xff, sizeof nothing);
         each_pair(s, t, [&](float *matrix, float *registers) {
-            memcpy(matrix, registers, 8);
+            if (!what.overwrite) memcpy(matrix, registers, 8);
             registers[0] = registers[1] = nothing;
         });
     } else if (s.registers[t] != what.sums) {
@@ -646,6 +715,7 @@ template <int element> void make_products(Runner *r, PendingProduct *const *list
     Operands &o = *r->operands;
     Sums &s = *list[0]->sums;
     int depth = steps * GROUP_DEPTH, columns = s.count * 2;
+    if (list[0]->what.overwrite) memset(s.matrix, 0, sizeof(float) * GROUP_ROWS * (size_t)s.pitch);
     for (int i = 0; i < steps; i++) {
         const GroupProduct &what = list[i]->what;
         if (what.registers) read_left<element>(o, i, list[i]->left);
@@ -667,7 +737,7 @@ void retire(Runner *r, unsigned g) {
         for (size_t j = i; j < count && steps < MOST_STEPS; j++) {
             PendingProduct *p = group.products[j];
             if (p->done || p->sums != group.products[i]->sums) continue;
-            if (p->what.element != group.products[i]->what.element) break;
+            if (p->what.element != group.products[i]->what.element || (steps && p->what.overwrite)) break;
             p->done = true;
             list[steps++] = p;
         }
@@ -745,7 +815,7 @@ void begin_products(Runner *r) {
     r->in_flight = 0;
 }
 
-const Runtime runtime = {block_barrier, warp, step, yield, copy_async, copy_commit, copy_wait, mma, load_matrix, store_matrix, multiply,
+const Runtime runtime = {block_barrier, named_barrier, warp, step, yield, copy_async, copy_commit, copy_wait, mma, load_matrix, store_matrix, multiply,
                          group_fence, group_product, group_commit, group_wait, async_fence, access, phase_completed, phase_seen, fence};
 
 // ---- running blocks ------------------------------------------------------------------------------
@@ -837,11 +907,19 @@ void run_block(Runner *r, unsigned long number) {
         f.stack_pointer = fresh_stack(r, i);
     }
     begin_products(r);
+    for (Named &b : r->named) b = {};
     if (l.check) check_begin_block(l.check, r, l.shared);
     if (fibers && l.random) r->index = pick(r);
     r->thread = r->fibers[r->index].thread;
     change(&r->main_stack, r->fibers[r->index].stack_pointer);
-    if (l.check) check_end_block(l.check, r);
+    if (!l.check) return;
+    check_end_block(l.check, r);
+    for (int i = 0; i < NAMED_BARRIERS && !l.error; i++) {
+        const Named &b = r->named[i];
+        if (b.arrived)
+            check_report(l.check, r, "named-barrier", (unsigned)__builtin_ctz(b.warps) * 32, {0, b.line},
+                         "the block ends with " + std::to_string(b.arrived) + " of " + std::to_string(b.threads) + " threads at barrier " + std::to_string(i) + ", for which nobody waits");
+    }
 }
 
 void work(Runner *r, Launch *l) {
@@ -910,7 +988,7 @@ void abandon(Block *b, int error) {
 
 const char *name_of(Kind kind) {
     static const char *names[] = {"__syncthreads", "__syncwarp", "a shuffle", "a vote", "a matrix product", "ldmatrix", "stmatrix",
-                                  "a load or store of a fragment", "the phase of a barrier", "wgmma_wait"};
+                                  "a load or store of a fragment", "the phase of a barrier", "wgmma_wait", "barrier_sync", "barrier_arrive"};
     return names[kind];
 }
 

@@ -44,6 +44,9 @@ void check_end_block(Check *, Block *);
 void check_access(Check *, Block *, unsigned thread, const void *address, size_t size, unsigned flags, Place);
 void check_block_barrier(Check *);
 void check_warp_barrier(Check *, unsigned warp, uint32_t lanes);
+// A warp has come to a named barrier. When it is complete, the warps of `waiting` have waited for it.
+void check_named_arrival(Check *, unsigned number, unsigned warp, uint32_t lanes);
+void check_named_complete(Check *, unsigned number, uint32_t waiting);
 void check_phase_completed(Check *, const void *barrier);
 void check_phase_seen(Check *, unsigned thread, const void *barrier);
 void check_fence(Check *, Block *);

@@ -6,6 +6,7 @@
 """
 import concurrent.futures
 import ctypes
+import math
 import operator
 import os
 import random
@@ -78,6 +79,21 @@ FAULTS = [
     ("wgmma_groups", "faulty", "divergent-warp", set(), WGMMA),
     ("wgmma_groups", "faulty_half", "divergent-warp", set(), WGMMA),
     ("wgmma_groups", "faulty_overwrite", "shared-race", {"async-product"}, WGMMA),
+    ("wgmma_barriers", "faulty", "named-barrier", set(), WGMMA),
+    ("wgmma_barriers", "faulty_sync", "shared-race", {"named-barrier", "uninitialised-shared"}, WGMMA),
+    ("wgmma_barriers", "faulty_publish", "shared-race", {"async-product"}, WGMMA),
+    ("wgmma_barriers", "faulty_fence", "async-proxy", set(), WGMMA),
+    ("wgmma_barriers", "faulty_release", "async-product", {"shared-race"}, WGMMA),
+    ("wgmma_barriers", "faulty_release_warp", "shared-race", {"async-product"}, WGMMA),
+    ("wgmma_barriers", "faulty_arrive", "shared-race", {"uninitialised-shared"}, WGMMA),
+    ("wgmma_barriers", "faulty_other", "shared-race", {"uninitialised-shared"}, WGMMA),
+    ("wgmma_barriers", "faulty_twice", "named-barrier", set(), WGMMA),
+    ("wgmma_barriers", "faulty_counts", "named-barrier", set(), WGMMA),
+    ("wgmma_barriers", "faulty_many", "named-barrier", set(), WGMMA),
+    ("wgmma_barriers", "faulty_few", "named-barrier", set(), WGMMA),
+    ("wgmma_barriers", "faulty_part", "named-barrier", set(), WGMMA),
+    ("wgmma_barriers", "faulty_number", "named-barrier", set(), WGMMA),
+    ("wgmma_barriers", "faulty_lanes", "divergent-warp", set(), WGMMA),
 ]
 CORRECT = [
     ("race_between_warps", "correct", 0),
@@ -94,9 +110,10 @@ CORRECT = [
     ("barriers_and_atomics", "correct", 0),
     ("wgmma", "correct", WGMMA),
     ("wgmma_groups", "correct", WGMMA),
+    ("wgmma_barriers", "correct", WGMMA),
 ]
 GRID = 4
-THREADS = {"wgmma": 128, "wgmma_groups": 192}
+THREADS = {"wgmma": 128, "wgmma_groups": 192, "wgmma_barriers": 256}
 
 
 def run_planted(file, kernel, seeds, shared, initialised):
@@ -235,10 +252,10 @@ def wgmma_shapes(kind, columns, seeds):
     random.seed(7)
     a, b, c = ([random.randint(-8, 8) for _ in range(count)] for count in (m * k, columns * k, m * columns))
     rows = [a[i : i + k] for i in range(0, len(a), k)]
-    for name in ("both_shared", "registers", "transposed"):
+    for name in ("both_shared", "overwritten", "registers", "transposed"):
         right = [b[i::columns] for i in range(columns)] if name == "transposed" else [b[i : i + k] for i in range(0, len(b), k)]
         sums = [float(sum(map(operator.mul, row, column))) for row in rows for column in right]
-        wanted = [x + y for x, y in zip(sums, c)]
+        wanted = sums if name == "overwritten" else [x + y for x, y in zip(sums, c)]
         for seed in seeds:
             if seed is not None:
                 os.environ["SIM_SEED"] = str(seed)
@@ -249,6 +266,28 @@ def wgmma_shapes(kind, columns, seeds):
             compare(out, wanted, columns)
             out.free()
     assert not found(), found()[0][1]
+
+
+def powers_and_votes():
+    import device
+
+    device.start()
+    function = device.Module("""extern "C" __global__ void powers(const float *in, float *out) {
+        float x[1] = {in[threadIdx.x]};
+        keep_in_place(x);
+        keep_after(x[0]);
+        out[threadIdx.x] = exp2_approximate(x[0]);
+        out[256 + threadIdx.x] = any_lane(x[0] == -32.0f);
+    }""").function("powers")
+    numbers = [i / 2 - 64 for i in range(192)] + [i / 3 - 20.1 for i in range(32)]
+    numbers += [-126.0, -126.1, -150.0, -3e38, -math.inf, 127.9, 128.0, math.inf, math.nan] + [1.0] * 23
+    out = device.Buffer(4 * 512)
+    device.launch(function, 1, 256, [device.Buffer(floats(numbers)), out])
+    got = struct.unpack("512f", out.read())
+    for x, y in zip(struct.unpack("256f", floats(numbers)), got):
+        wanted = 0 if x < -126 else math.inf if x >= 128 else 2**x
+        assert y == wanted or abs(y - wanted) < wanted * 2.4e-7 or (x != x and y != y), (x, y)
+    assert got[256:] == (0.0,) * 64 + (1.0,) * 32 + (0.0,) * 160, got[256:]
 
 
 def wgmma_sums_early():
@@ -367,8 +406,9 @@ def failing_compiler():
 
 
 def unchecked_deadlock():
-    results = run_planted("divergent_barrier", "faulty_deadlock", [1], 0, False)
-    assert isinstance(results[0], Exception) and results[0].name == "CUDA_ERROR_LAUNCH_FAILED", results
+    for file, kernel in (("divergent_barrier", "faulty_deadlock"), ("wgmma_barriers", "faulty"), ("wgmma_barriers", "faulty_number")):
+        results = run_planted(file, kernel, [1], WGMMA, False)
+        assert isinstance(results[0], Exception) and results[0].name == "CUDA_ERROR_LAUNCH_FAILED", results
 
 
 def attributes():
@@ -467,6 +507,7 @@ for kind, columns in (("bf16", 64), ("f16", 72), ("bf16", 8), ("f16", 256)):
     CASES[f"numbers of wgmma with {columns} columns, {kind}, checked, 3 seeds"] = (wgmma_shapes, (kind, columns, [1, 2, 3]), {"SIM_CHECK": "1"})
 CASES |= {
     "sums of wgmma before and after the wait": (wgmma_sums_early, (), {}),
+    "exp2_approximate, any_lane": (powers_and_votes, (), {}),
     "numbers of a generated source": (generated, (), {}),
     "a deadlock ends the launch, unchecked": (unchecked_deadlock, (), {}),
     "attributes of functions": (attributes, (), {}),

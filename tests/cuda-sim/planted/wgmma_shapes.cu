@@ -50,6 +50,21 @@ extern "C" __global__ void __launch_bounds__(128) both_shared(const T *a, const 
     wgmma_wait<0>();
     for (int i = 0; i < COLUMNS / 2; i++) out[out_place(i)] = sums[i];
 }
+// Sums that are overwritten: what they were, and the product before, do not count.
+extern "C" __global__ void __launch_bounds__(128) overwritten(const T *a, const T *b, float *out) {
+    extern __shared__ __align__(1024) unsigned char memory[];
+    T *left = (T *)memory, *right = left + ROWS * DEPTH;
+    load(left, right, a, b, false);
+    float sums[COLUMNS / 2];
+    for (int i = 0; i < COLUMNS / 2; i++) sums[i] = out[out_place(i)];
+    wgmma_fence();
+    wgmma_ss<T>(sums, wgmma_descriptor(left, 16, 1024), wgmma_descriptor(right, 16, 1024));
+    for (int k = 0; k < DEPTH; k += 16)
+        wgmma_ss<T>(sums, wgmma_descriptor(left + k, 16, 1024), wgmma_descriptor(right + k, 16, 1024), k > 0);
+    wgmma_commit();
+    wgmma_wait<0>();
+    for (int i = 0; i < COLUMNS / 2; i++) out[out_place(i)] = sums[i];
+}
 // Two sums in flight, in turn.
 extern "C" __global__ void __launch_bounds__(128) registers(const T *a, const T *b, float *out) {
     extern __shared__ __align__(1024) unsigned char memory[];

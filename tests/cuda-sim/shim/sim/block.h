@@ -13,10 +13,10 @@ struct uint3 { unsigned x, y, z; };
 namespace sim {
 
 // Raised when anything in this file changes: kernels of another number are refused.
-constexpr unsigned ABI = 2;
+constexpr unsigned ABI = 3;
 
 // What a thread can wait at.
-enum Kind : uint8_t { BLOCK_BARRIER, WARP_BARRIER, SHUFFLE, VOTE, MATRIX_PRODUCT, LOAD_MATRIX, STORE_MATRIX, FRAGMENT, PHASE, PRODUCT_WAIT };
+enum Kind : uint8_t { BLOCK_BARRIER, WARP_BARRIER, SHUFFLE, VOTE, MATRIX_PRODUCT, LOAD_MATRIX, STORE_MATRIX, FRAGMENT, PHASE, PRODUCT_WAIT, NAMED_SYNC, NAMED_ARRIVE };
 
 // Flags of an access to memory.
 enum : unsigned {
@@ -46,6 +46,7 @@ struct GroupProduct {
     bool transposed;       // the right side is MN-major
     float *sums;
     int count;
+    bool overwrite;  // what the sums were does not count
 };
 // Set by the shim in the descriptor of what cannot be a tile: not in shared memory, or no multiple of 16 bytes.
 constexpr uint64_t NO_TILE = 1ull << 60;
@@ -53,6 +54,8 @@ constexpr uint64_t NO_TILE = 1ull << 60;
 struct Block;
 struct Runtime {
     void (*block_barrier)(Block *, int line);
+    // bar.sync (`kind` is NAMED_SYNC) and bar.arrive (NAMED_ARRIVE) of a barrier that so many threads come to.
+    void (*named_barrier)(Block *, Kind, int number, int threads, int line);
     // Waits for the lanes of `mask`. The last of them calls `work`, if there is any.
     void (*warp)(Block *, unsigned mask, Kind, int line, void *slot, Work *);
     // The other lanes of the warp run until they come to a step too, or wait elsewhere.
