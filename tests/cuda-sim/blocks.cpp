@@ -9,10 +9,12 @@
 #include <algorithm>
 #include <condition_variable>
 #include <map>
+#include <memory>
 #include <mutex>
 #include <thread>
 
 #include "check.h"
+#include "products.h"
 
 namespace sim {
 namespace {
@@ -23,8 +25,9 @@ constexpr int LAUNCH_FAILED = 719;
 struct Copy {
     char *to;
     const char *from;
-    unsigned size, given, group;
-    enum { AT_ONCE, AT_COMMIT, AT_WAIT } when;
+    unsigned group;
+    uint8_t size, given;
+    enum : uint8_t { AT_ONCE, AT_COMMIT, AT_WAIT } when;
 };
 constexpr unsigned OPEN_GROUP = ~0u;
 
@@ -32,10 +35,12 @@ struct Fiber {
     void *stack_pointer;
     uint3 thread;
     Kind waits;
-    int line;
+    int line, barrier;  // the number, of a named one
     bool done;
     unsigned groups;  // of copies, committed so far
     std::vector<Copy> copies;
+    unsigned products, product_groups;  // issued and committed so far
+    bool fenced;                        // a wgmma_fence since sums were last given back
 };
 
 // Lanes of a warp that wait for each other.
@@ -52,6 +57,44 @@ struct Warp {
     void *slots[32];
 };
 
+// A barrier of barrier_sync and barrier_arrive. Warps come to it as a whole.
+constexpr int NAMED_BARRIERS = 16;
+struct Named {
+    unsigned arrived, threads;
+    uint32_t warps, waiting;  // that have arrived, and those of them that wait
+    int line;                 // of the last of them
+};
+struct NamedCall {
+    int number;
+    unsigned threads;
+};
+
+// Products of a warpgroup: four warps.
+constexpr unsigned GROUP_THREADS = 128;
+struct Sums {
+    float *registers[GROUP_THREADS];  // of each thread, as far as it has issued a product on them
+    int count, pitch;
+    unsigned pending;  // products
+    int line;          // of the last of them
+    alignas(64) float matrix[GROUP_ROWS * MOST_COLUMNS];
+};
+struct PendingProduct {
+    GroupProduct what;
+    int line;
+    unsigned group, arrived;
+    bool done;
+    unsigned number;  // of the hazard detector
+    Sums *sums;
+    bool present[GROUP_THREADS];
+    uint32_t left[GROUP_THREADS][4], issued[GROUP_THREADS];
+};
+struct Warpgroup {
+    std::vector<PendingProduct *> products;
+    std::vector<Sums *> in_flight;
+    unsigned retired = 0;  // products before the first of these
+    unsigned waiting = 0, goal = 0;
+};
+
 }  // namespace
 
 struct Runner : Block {
@@ -59,11 +102,19 @@ struct Runner : Block {
     std::vector<Fiber> fibers;
     std::vector<Warp> warps;
     unsigned count = 0, alive = 0, arrived = 0;
+    Named named[NAMED_BARRIERS];
     uint32_t ready_warps = 0;
     unsigned long spins = 0;  // yields since anything else happened
     uint64_t random_state = 1;
     void *main_stack = nullptr;
     std::vector<char> shared_memory;
+    std::vector<Warpgroup> warpgroups;
+    std::vector<std::unique_ptr<PendingProduct>> all_products;
+    std::vector<std::unique_ptr<Sums>> all_sums;
+    std::vector<PendingProduct *> free_products;
+    std::vector<Sums *> free_sums;
+    std::unique_ptr<Operands> operands;
+    std::vector<uint32_t> offsets;
     size_t stacks_size = 0;
     ~Runner() {
         if (stacks) munmap(stacks, stacks_size);
@@ -149,13 +200,15 @@ void shuffle_order(Runner *r) {
     abandon(r, LAUNCH_FAILED);
 }
 
+bool is_named(Kind kind) { return kind == NAMED_SYNC || kind == NAMED_ARRIVE; }
+
 std::string waiting_text(Runner *r) {
     std::map<std::pair<std::string, int>, std::vector<unsigned>> at;
     unsigned finished = 0;
     for (unsigned i = 0; i < r->count; i++) {
         Fiber &f = r->fibers[i];
         if (f.done) finished++;
-        else at[{name_of(f.waits), f.line}].push_back(i);
+        else at[{name_of(f.waits) + (is_named(f.waits) ? " of barrier " + std::to_string(f.barrier) : ""), f.line}].push_back(i);
     }
     std::string text;
     for (auto &group : at) {
@@ -166,18 +219,23 @@ std::string waiting_text(Runner *r) {
         text += part;
     }
     if (finished) text += ", " + std::to_string(finished) + " threads have finished";
+    for (int i = 0; i < NAMED_BARRIERS; i++)
+        if (r->named[i].arrived) text += "; " + std::to_string(r->named[i].arrived) + " of " + std::to_string(r->named[i].threads) + " threads have come to barrier " + std::to_string(i);
     return text;
 }
 
+void stuck_products(Runner *r);
 void stuck(Runner *r) {
-    bool barrier = false;
+    stuck_products(r);
+    bool barrier = false, named = false;
     unsigned first = 0;
     for (unsigned i = r->count; i-- > 0;)
-        if (!r->fibers[i].done) {
+        if (!r->fibers[i].done && (!named || is_named(r->fibers[i].waits))) {
             first = i;
             barrier |= r->fibers[i].waits == BLOCK_BARRIER;
+            named |= is_named(r->fibers[i].waits);
         }
-    fail(r, barrier ? "divergent-barrier" : "deadlock", first, r->fibers[first].line, "no thread can go on: " + waiting_text(r));
+    fail(r, named ? "named-barrier" : barrier ? "divergent-barrier" : "deadlock", first, r->fibers[first].line, "no thread can go on: " + waiting_text(r));
 }
 
 // ---- what kernels call ---------------------------------------------------------------------------
@@ -225,6 +283,39 @@ void block_barrier(Block *b, int line) {
 
 bool all_lanes(Kind kind) { return kind == MATRIX_PRODUCT || kind == LOAD_MATRIX || kind == STORE_MATRIX || kind == FRAGMENT; }
 
+// All lanes of a warp have come to barrier_sync or barrier_arrive. Those that wait then go on with the others.
+void named_arrival(Runner *r, unsigned warp, const Group &group) {
+    Check *check = r->launch->check;
+    unsigned first = warp * 32 + (unsigned)__builtin_ctz(group.arrived);
+    const NamedCall call = *(const NamedCall *)r->warps[warp].slots[first & 31];
+    for (unsigned i = 0; i < 32; i++) {
+        auto *other = (const NamedCall *)r->warps[warp].slots[i];
+        if ((group.arrived >> i & 1) && (other->number != call.number || other->threads != call.threads))
+            fail(r, "divergent-warp", warp * 32 + i, group.line, std::string(name_of(group.kind)) + ", where other lanes of the warp have another barrier or number of threads");
+    }
+    Named &b = r->named[call.number];
+    if (b.arrived && b.threads != call.threads)
+        fail(r, "named-barrier", first, group.line,
+             "barrier " + std::to_string(call.number) + " for " + std::to_string(call.threads) + " threads, which others have come to as one for " + std::to_string(b.threads) + " (line " + std::to_string(b.line) + ")");
+    if ((b.warps >> warp & 1) && check)
+        check_report(check, r, "named-barrier", first, {0, group.line},
+                     "the warp comes to barrier " + std::to_string(call.number) + " again before it is complete: " + std::to_string(b.arrived) + " of " + std::to_string(b.threads) + " threads have come to it");
+    b.threads = call.threads;
+    b.arrived += 32;
+    b.warps |= 1u << warp;
+    b.line = group.line;
+    if (check) check_named_arrival(check, (unsigned)call.number, warp, group.arrived);
+    if (group.kind == NAMED_SYNC) b.waiting |= 1u << warp;
+    else set_ready(r, warp, group.arrived);
+    if (b.arrived < b.threads) {
+        if (group.kind == NAMED_SYNC) clear_ready(r, r->index);
+        return;
+    }
+    if (check) check_named_complete(check, (unsigned)call.number, b.waiting);
+    for (uint32_t left = b.waiting; left; left &= left - 1) set_ready(r, (unsigned)__builtin_ctz(left), r->warps[__builtin_ctz(left)].alive);
+    b = {};
+}
+
 void release_group(Runner *r, unsigned warp, unsigned at) {
     Warp &w = r->warps[warp];
     Group group = w.groups[at];
@@ -241,7 +332,8 @@ void release_group(Runner *r, unsigned warp, unsigned at) {
     if (group.work) group.work(w.slots, group.arrived);
     if (group.kind == WARP_BARRIER && r->launch->check) check_warp_barrier(r->launch->check, warp, group.arrived);
     r->spins = 0;
-    set_ready(r, warp, group.arrived);
+    if (is_named(group.kind)) named_arrival(r, warp, group);
+    else set_ready(r, warp, group.arrived);
 }
 
 void warp(Block *b, unsigned mask, Kind kind, int line, void *slot, Work *work) {
@@ -269,10 +361,27 @@ void warp(Block *b, unsigned mask, Kind kind, int line, void *slot, Work *work) 
     group.arrived |= bit;
     if (group.arrived == (mask & w.alive)) {
         release_group(r, number, at);
-        shuffle_order(r);
+        if (w.ready & bit) shuffle_order(r);
+        else go(r, pick(r));
     } else {
         sleep_now(r);
     }
+}
+
+void named_barrier(Block *b, Kind kind, int number, int threads, int line) {
+    Runner *r = (Runner *)b;
+    unsigned most = (r->count + 31) / 32 * 32;
+    r->fibers[r->index].barrier = number;
+    auto wrong = [&](const std::string &text) {
+        fail(r, "named-barrier", r->index, line,
+             std::string(name_of(kind)) + " of barrier " + std::to_string(number) + " for " + std::to_string(threads) + " threads: " + text);
+    };
+    if (number < 1 || number >= NAMED_BARRIERS) wrong("there are barriers 1 to 15, beside 0, which is that of __syncthreads");
+    if (threads <= 0 || threads % 32) wrong("the number of threads has to be a multiple of 32");
+    if ((unsigned)threads > most) wrong("the block has only " + std::to_string(most));
+    if (kind == NAMED_ARRIVE && threads == 32) wrong("nobody could wait for it");
+    NamedCall mine{number, (unsigned)threads};
+    warp(b, ~0u, kind, line, &mine, nullptr);
 }
 
 void step(Block *b) {
@@ -303,16 +412,27 @@ void yield(Block *b, int line) {
 }
 
 void perform(const Copy &c) {
-    if (c.given) memcpy(c.to, c.from, c.given);
+    if (c.given == 16) memcpy(c.to, c.from, 16);
+    else if (c.given) memcpy(c.to, c.from, c.given);
     if (c.given < c.size) memset(c.to + c.given, 0, c.size - c.given);
 }
 void copy_async(Block *b, void *to, const void *from, unsigned size, unsigned given, int line) {
     Runner *r = (Runner *)b;
     if (r->launch->check) check_copy_issued(r->launch->check, r, to, from, size, given, line);
-    Copy c{(char *)to, (const char *)from, size, given, OPEN_GROUP, Copy::AT_WAIT};
-    if (r->launch->random) c.when = (decltype(c.when))(draw(r) % 3);
-    if (c.when == Copy::AT_ONCE) perform(c);
-    r->fibers[r->index].copies.push_back(c);
+    if (given) __builtin_prefetch(from);
+    auto when = Copy::AT_WAIT;
+    if (r->launch->random) when = (decltype(when))(draw(r) % 3);
+    // Written in place: a copy of it just after is slow.
+    auto &copies = r->fibers[r->index].copies;
+    copies.emplace_back();
+    Copy &c = copies.back();
+    c.to = (char *)to;
+    c.from = (const char *)from;
+    c.group = OPEN_GROUP;
+    c.size = (uint8_t)size;
+    c.given = (uint8_t)given;
+    c.when = when;
+    if (when == Copy::AT_ONCE) perform(c);
 }
 void copy_commit(Block *b) {
     Fiber &f = ((Runner *)b)->fibers[b->index];
@@ -334,8 +454,10 @@ void copy_wait(Block *b, unsigned left) {
     f.copies.erase(f.copies.begin(), f.copies.begin() + (long)n);
 }
 
+void sums_access(Block *b, const char *address, size_t size, unsigned flags, Place place);
 void access(Block *b, const void *address, size_t size, unsigned flags, Place place) {
-    if (Check *check = launch_of(b).check) check_access(check, b, b->index, address, size, flags, place);
+    if (address >= b->stacks && address < b->stacks_end) sums_access(b, (const char *)address, size, flags, place);
+    else if (Check *check = launch_of(b).check) check_access(check, b, b->index, address, size, flags, place);
 }
 void phase_completed(Block *b, const void *barrier) {
     Runner *r = (Runner *)b;
@@ -357,17 +479,6 @@ void multiply(const float *left, const float *right, float *sums, int m, int n, 
             for (int j = 0; j < n; j++) sums[i * n + j] += left[i * k + l] * right[l * n + j];
 }
 
-float half_to_float(uint16_t bits) {
-    _Float16 h;
-    memcpy(&h, &bits, 2);
-    return (float)h;
-}
-float bfloat_to_float(uint16_t bits) {
-    uint32_t u = (uint32_t)bits << 16;
-    float f;
-    memcpy(&f, &u, 4);
-    return f;
-}
 float tf32(uint32_t u) {
     static const bool exact = getenv("SIM_NO_TF32") != nullptr;
     if (!exact) u &= ~0x1fffu;
@@ -467,8 +578,245 @@ void store_matrix(Block *b, const uint32_t *const *registers, int count, bool tr
     warp(b, ~0u, STORE_MATRIX, line, &mine, store_work);
 }
 
-const Runtime runtime = {block_barrier, warp, step, yield, copy_async, copy_commit, copy_wait, mma, load_matrix, store_matrix, multiply,
-                         access, phase_completed, phase_seen, fence};
+// ---- products of warpgroups -----------------------------------------------------------------------
+//
+// Each thread records what it issues; there is nothing to wait for then. Products are made when the last thread of
+// the warpgroup has come to the wait that needs them, from what shared memory holds by then. Sums in flight are
+// kept as a matrix, and are NaN in the registers until no product on them is pending.
+
+void group_fence(Block *b) {
+    Runner *r = (Runner *)b;
+    r->fibers[r->index].fenced = true;
+}
+void async_fence(Block *b) {
+    if (Check *check = launch_of(b).check) check_async_fence(check, b->index);
+}
+
+std::string missing_text(const PendingProduct &p, unsigned group) {
+    std::string text = "a product of a warpgroup, in which " + std::to_string(GROUP_THREADS - p.arrived) + " threads of the warps " + std::to_string(group * 4) + " to " +
+                       std::to_string(group * 4 + 3) + " do not take part: of warp";
+    for (unsigned w = 0; w < 4; w++)
+        if (std::count(p.present + w * 32, p.present + w * 32 + 32, true) < 32) text += " " + std::to_string(group * 4 + w);
+    return text;
+}
+void stuck_products(Runner *r) {
+    for (unsigned g = 0; g < r->warpgroups.size(); g++) {
+        Warpgroup &group = r->warpgroups[g];
+        if (!group.waiting) continue;
+        unsigned first = g * GROUP_THREADS;
+        while (r->fibers[first].done || r->fibers[first].waits != PRODUCT_WAIT) first++;
+        for (PendingProduct *p : group.products)
+            if (p->arrived < GROUP_THREADS) fail(r, "divergent-warp", first, p->line, missing_text(*p, g));
+        fail(r, "divergent-warp", first, r->fibers[first].line, "wgmma_wait without some threads of the warpgroup: " + waiting_text(r));
+    }
+}
+
+// Calls f(pair of sums in the matrix, the same in the registers) for all sums of a thread.
+template <typename F> void each_pair(Sums &s, unsigned thread, F f) {
+    float *row = s.matrix + (thread / 32 * 16 + thread % 32 / 4) * (unsigned)s.pitch + thread % 4 * 2, *registers = s.registers[thread];
+    for (int j = 0; j < s.count / 4; j++) {
+        f(row + 8 * j, registers + 4 * j);
+        f(row + 8 * s.pitch + 8 * j, registers + 4 * j + 2);
+    }
+}
+
+void check_tile(Runner *r, uint64_t descriptor, bool transposed, unsigned count, int line) {
+    Tile tile(descriptor);
+    // The pattern of the swizzle takes 8 rows.
+    if ((descriptor & NO_TILE) || (tile.base & 0x380))
+        fail(r, "misaligned", r->index, line, "a tile of a product that does not begin at a multiple of 1024 bytes of shared memory");
+    if ((descriptor & ~(0x3fffull | 0x3fffull << 16 | 0x3fffull << 32)) != 1ull << 62)
+        fail(r, "not-supported", r->index, line, "a descriptor of another kind than tiles with the 128-byte swizzle");
+    // Checked kernels: the hazard detector knows the bounds more exactly.
+    size_t end = tile.base % 128 / 16 + (transposed ? 8 : 2) > 8 ? 256 : 128;
+    end += tile.base / 128 * 128 + (transposed ? (size_t)(count - 1) / 64 * tile.leading + tile.stride : (size_t)(count - 1) / 8 * tile.stride) + 7 * 128;
+    if (!r->launch->check && r->shared + end > r->shared_memory.data() + r->shared_memory.size())
+        fail(r, "out-of-bounds-shared", r->index, line, "a tile of a product beyond the end of shared memory");
+}
+
+void group_product(Block *b, const GroupProduct &what, int line) {
+    Runner *r = (Runner *)b;
+    Check *check = r->launch->check;
+    unsigned g = r->index / GROUP_THREADS, t = r->index % GROUP_THREADS;
+    if (g >= r->warpgroups.size()) fail(r, "divergent-warp", r->index, line, "a product of a warpgroup of which not all four warps exist");
+    Warpgroup &group = r->warpgroups[g];
+    Fiber &f = r->fibers[r->index];
+    unsigned at = f.products++ - group.retired;
+    if (at == group.products.size()) {
+        check_tile(r, what.right, what.transposed, (unsigned)what.count * 2, line);
+        if (!what.registers) check_tile(r, what.left, false, GROUP_ROWS, line);
+        if (r->free_products.empty()) {
+            r->all_products.emplace_back(new PendingProduct);
+            r->free_products.push_back(r->all_products.back().get());
+        }
+        PendingProduct *p = r->free_products.back();
+        r->free_products.pop_back();
+        group.products.push_back(p);
+        p->what = what;
+        p->line = line;
+        p->group = f.product_groups;
+        p->arrived = 0;
+        p->done = false;
+        memset(p->present, 0, sizeof p->present);
+        p->sums = nullptr;
+        for (Sums *s : group.in_flight)
+            if (s->registers[t] == what.sums && s->count == what.count) p->sums = s;
+        if (!p->sums) {
+            if (r->free_sums.empty()) {
+                r->all_sums.emplace_back(new Sums);
+                r->free_sums.push_back(r->all_sums.back().get());
+            }
+            p->sums = r->free_sums.back();
+            r->free_sums.pop_back();
+            memset(p->sums->registers, 0, sizeof p->sums->registers);
+            p->sums->count = what.count;
+            p->sums->pitch = (what.count * 2 + LANES - 1) / LANES * LANES;
+            p->sums->pending = 0;
+            group.in_flight.push_back(p->sums);
+            r->in_flight++;
+        }
+        p->sums->pending++;
+        p->sums->line = line;
+    }
+    PendingProduct &p = *group.products[at];
+    if (p.line != line || p.group != f.product_groups || p.what.count != what.count || p.what.element != what.element || !p.what.registers != !what.registers ||
+        p.what.overwrite != what.overwrite || p.what.left != what.left || p.what.right != what.right || p.what.transposed != what.transposed)
+        fail(r, "divergent-warp", r->index, line, "a product of a warpgroup, while other threads of it are at that of line " + std::to_string(p.line) + ", or with other tiles or another group");
+    Sums &s = *p.sums;
+    if (!s.registers[t]) {
+        for (Sums *other : group.in_flight)
+            if (other->registers[t] && what.sums < other->registers[t] + other->count && other->registers[t] < what.sums + what.count)
+                fail(r, "async-product", r->index, line, "sums of another shape are in flight in the same registers, from line " + std::to_string(other->line));
+        if (check && !f.fenced) check_report(check, r, "async-product", r->index, {0, line}, "a product on sums that the thread may have changed, with no wgmma_fence since");
+        s.registers[t] = what.sums;
+        float nothing;
+        memset(&nothing, 0xff, sizeof nothing);
+        each_pair(s, t, [&](float *matrix, float *registers) {
+            if (!what.overwrite) memcpy(matrix, registers, 8);
+            registers[0] = registers[1] = nothing;
+        });
+    } else if (s.registers[t] != what.sums) {
+        fail(r, "divergent-warp", r->index, line, "a product on other sums than those of other threads of the warpgroup");
+    }
+    if (what.registers) memcpy(p.left[t], what.registers, 16);
+    p.present[t] = true;
+    if (check) p.issued[t] = check_product_issued(check);
+    if (++p.arrived == GROUP_THREADS && check) {
+        r->offsets.clear();
+        auto add = [&](uint32_t offset) { r->offsets.push_back(offset); };
+        if (!what.registers) each_chunk(Tile(what.left), false, GROUP_ROWS, add);
+        each_chunk(Tile(what.right), what.transposed, (unsigned)what.count * 2, add);
+        p.number = check_product_reads(check, r, g, r->offsets, p.issued, line);
+    }
+}
+void group_commit(Block *b) { ((Runner *)b)->fibers[b->index].product_groups++; }
+
+template <int element> void make_products(Runner *r, PendingProduct *const *list, int steps) {
+    Operands &o = *r->operands;
+    Sums &s = *list[0]->sums;
+    int depth = steps * GROUP_DEPTH, columns = s.count * 2;
+    if (list[0]->what.overwrite) memset(s.matrix, 0, sizeof(float) * GROUP_ROWS * (size_t)s.pitch);
+    for (int i = 0; i < steps; i++) {
+        const GroupProduct &what = list[i]->what;
+        if (what.registers) read_left<element>(o, i, list[i]->left);
+        else read_left<element>(o, i, r->shared, Tile(what.left));
+        read_right<element>(o, i, depth, r->shared, Tile(what.right), what.transposed, columns);
+    }
+    multiply_group(o, depth, s.matrix, columns, s.pitch);
+}
+void retire(Runner *r, unsigned g) {
+    Warpgroup &group = r->warpgroups[g];
+    Check *check = r->launch->check;
+    size_t count = 0;
+    while (count < group.products.size() && group.products[count]->group < group.goal) count++;
+    if (!r->operands) r->operands.reset(new Operands);
+    for (size_t i = 0; i < count; i++) {
+        // Together with the next ones on the same sums; others do not depend on them.
+        PendingProduct *list[MOST_STEPS];
+        int steps = 0;
+        for (size_t j = i; j < count && steps < MOST_STEPS; j++) {
+            PendingProduct *p = group.products[j];
+            if (p->done || p->sums != group.products[i]->sums) continue;
+            if (p->what.element != group.products[i]->what.element || (steps && p->what.overwrite)) break;
+            p->done = true;
+            list[steps++] = p;
+        }
+        if (!steps) continue;
+        if (list[0]->what.element) make_products<1>(r, list, steps);
+        else make_products<0>(r, list, steps);
+    }
+    for (size_t i = 0; i < count; i++) {
+        PendingProduct *p = group.products[i];
+        if (check) check_product_done(check, p->number);
+        r->free_products.push_back(p);
+        if (--p->sums->pending) continue;
+        for (unsigned t = 0; t < GROUP_THREADS; t++) {
+            each_pair(*p->sums, t, [](float *matrix, float *registers) { memcpy(registers, matrix, 8); });
+            r->fibers[g * GROUP_THREADS + t].fenced = false;
+        }
+        group.in_flight.erase(std::find(group.in_flight.begin(), group.in_flight.end(), p->sums));
+        r->free_sums.push_back(p->sums);
+        r->in_flight--;
+    }
+    group.products.erase(group.products.begin(), group.products.begin() + (long)count);
+    group.retired += (unsigned)count;
+}
+void group_wait(Block *b, unsigned left, int line) {
+    Runner *r = (Runner *)b;
+    Fiber &f = r->fibers[r->index];
+    unsigned g = r->index / GROUP_THREADS, goal = f.product_groups > left ? f.product_groups - left : 0;
+    if (g >= r->warpgroups.size()) return;
+    Warpgroup &group = r->warpgroups[g];
+    if (f.products == group.retired || group.products[0]->group >= goal) return;
+    f.waits = PRODUCT_WAIT;
+    f.line = line;
+    if (!group.waiting) group.goal = goal;
+    else if (group.goal != goal) fail(r, "divergent-warp", r->index, line, "wgmma_wait for other groups of products than other threads of the warpgroup wait for");
+    if (++group.waiting < GROUP_THREADS) {
+        sleep_now(r);
+        return;
+    }
+    for (PendingProduct *p : group.products)
+        if (p->group < goal && p->arrived < GROUP_THREADS) fail(r, "divergent-warp", r->index, p->line, missing_text(*p, g));
+    retire(r, g);
+    group.waiting = 0;
+    r->spins = 0;
+    for (unsigned w = 0; w < 4; w++) set_ready(r, g * 4 + w, ~0u);
+    shuffle_order(r);
+}
+// Where threads read or write sums that are in flight.
+void sums_access(Block *b, const char *address, size_t size, unsigned flags, Place place) {
+    Runner *r = (Runner *)b;
+    unsigned g = r->index / GROUP_THREADS;
+    if (!r->launch->check || g >= r->warpgroups.size()) return;
+    for (Sums *s : r->warpgroups[g].in_flight) {
+        auto begin = (const char *)s->registers[r->index % GROUP_THREADS];
+        if (begin && address + size > begin && address < begin + s->count * 4)
+            check_report(r->launch->check, r, "async-product", r->index, place,
+                         std::string(flags & WRITE ? "writes" : "reads") + " sums of the product of line " + std::to_string(s->line) + ", which has not been waited for");
+    }
+}
+void finish_products(Runner *r) {
+    unsigned g = r->index / GROUP_THREADS;
+    if (!r->launch->check || g >= r->warpgroups.size()) return;
+    Warpgroup &group = r->warpgroups[g];
+    if (r->fibers[r->index].products == group.retired) return;
+    const PendingProduct &p = *group.products[0];
+    bool committed = p.group < r->fibers[r->index].product_groups;
+    check_report(r->launch->check, r, "async-product", r->index, {0, p.line},
+                 std::string("the thread ends and has not ") + (committed ? "waited for" : "committed") + " this product");
+}
+void begin_products(Runner *r) {
+    for (Warpgroup &group : r->warpgroups) {
+        r->free_products.insert(r->free_products.end(), group.products.begin(), group.products.end());
+        r->free_sums.insert(r->free_sums.end(), group.in_flight.begin(), group.in_flight.end());
+    }
+    r->warpgroups.assign(r->count / GROUP_THREADS, {});
+    r->in_flight = 0;
+}
+
+const Runtime runtime = {block_barrier, named_barrier, warp, step, yield, copy_async, copy_commit, copy_wait, mma, load_matrix, store_matrix, multiply,
+                         group_fence, group_product, group_commit, group_wait, async_fence, access, phase_completed, phase_seen, fence};
 
 // ---- running blocks ------------------------------------------------------------------------------
 
@@ -478,6 +826,7 @@ void finish() {
     for (Copy &c : f.copies)
         if (c.when == Copy::AT_WAIT || (c.when == Copy::AT_COMMIT && c.group == OPEN_GROUP)) perform(c);
     f.copies.clear();
+    finish_products(r);
     f.done = true;
     unsigned number = r->index / 32;
     Warp &w = r->warps[number];
@@ -553,13 +902,24 @@ void run_block(Runner *r, unsigned long number) {
         f.thread = {i % l.dim.x, i / l.dim.x % l.dim.y, i / l.dim.x / l.dim.y};
         f.groups = 0;
         f.copies.clear();
+        f.products = f.product_groups = 0;
+        f.fenced = false;
         f.stack_pointer = fresh_stack(r, i);
     }
+    begin_products(r);
+    for (Named &b : r->named) b = {};
     if (l.check) check_begin_block(l.check, r, l.shared);
     if (fibers && l.random) r->index = pick(r);
     r->thread = r->fibers[r->index].thread;
     change(&r->main_stack, r->fibers[r->index].stack_pointer);
-    if (l.check) check_end_block(l.check, r);
+    if (!l.check) return;
+    check_end_block(l.check, r);
+    for (int i = 0; i < NAMED_BARRIERS && !l.error; i++) {
+        const Named &b = r->named[i];
+        if (b.arrived)
+            check_report(l.check, r, "named-barrier", (unsigned)__builtin_ctz(b.warps) * 32, {0, b.line},
+                         "the block ends with " + std::to_string(b.arrived) + " of " + std::to_string(b.threads) + " threads at barrier " + std::to_string(i) + ", for which nobody waits");
+    }
 }
 
 void work(Runner *r, Launch *l) {
@@ -628,7 +988,7 @@ void abandon(Block *b, int error) {
 
 const char *name_of(Kind kind) {
     static const char *names[] = {"__syncthreads", "__syncwarp", "a shuffle", "a vote", "a matrix product", "ldmatrix", "stmatrix",
-                                  "a load or store of a fragment", "the phase of a barrier"};
+                                  "a load or store of a fragment", "the phase of a barrier", "wgmma_wait", "barrier_sync", "barrier_arrive"};
     return names[kind];
 }
 

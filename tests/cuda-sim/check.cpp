@@ -2,10 +2,15 @@
 //
 // Shared memory. Time is counted in events that order something. Each thread has the time up to which
 // it has seen all of its block (a block barrier, a barrier's phase), and the time up to which it has
-// seen each lane of its warp (__syncwarp). For every two bytes the last write and the last reads are
+// seen each lane of its warp (__syncwarp). Each warp has the time up to which it has seen each warp of
+// its block (named barriers: those that wait see what the others had seen and done when they came). For every two bytes the last write and the last reads are
 // kept, with their time and thread; an access that conflicts with one that its thread has not seen is a
 // race, in whatever order the two ran. Barriers of phases (cuda::barrier) order all that ran before the
 // phase was complete, which is more than they promise: a race across one can be missed.
+//
+// Products of warpgroups read shared memory from when all threads have issued them to when they have been
+// waited for. For every 16 bytes the last product of each warpgroup is kept. What they read has to be seen by
+// all threads of the warpgroup, as has a fence_async_proxy that the writer did after it.
 //
 // Global memory. Bounds are those of allocations. Which bytes were written is kept for the life of an
 // allocation, and for every two bytes the last block that wrote and read them. Two blocks that have both
@@ -138,7 +143,21 @@ struct Check {
     uint32_t clock = 1, began = 1;
     std::vector<uint32_t> seen;
     std::vector<std::array<uint32_t, 32>> seen_lane;
+    struct View {
+        uint32_t all = 0;
+        std::array<uint32_t, 32> warps{};
+    };
+    std::array<std::array<uint32_t, 32>, 32> seen_warp;  // of each warp, by all of its lanes
+    View named[16];                                      // what those that have come to a barrier had seen
     std::unordered_map<const void *, uint32_t> phases;
+    struct Product {
+        int line;
+        bool done;
+        uint32_t time;  // when it had been waited for
+    };
+    std::vector<Product> products;                        // of the block, from 1
+    std::vector<std::array<uint32_t, 8>> product_reads;   // of each 16 bytes, the last product of each warpgroup
+    std::vector<std::vector<uint32_t>> async_fences;      // of each thread, their times
     bool fenced = false;
     uint32_t block_number = 0;
 
@@ -232,7 +251,7 @@ std::string size_text(size_t size) { return size == 1 ? "1 byte" : std::to_strin
 // Whether `thread` comes after that access by what the kernel says.
 bool comes_after(Check *c, unsigned thread, const Access &a) {
     if (a.flags & PENDING) return false;
-    if (a.thread == thread || a.time <= c->seen[thread]) return true;
+    if (a.thread == thread || a.time <= c->seen[thread] || a.time <= c->seen_warp[thread / 32][a.thread / 32]) return true;
     return a.thread / 32 == thread / 32 && a.time <= c->seen_lane[thread][a.thread & 31];
 }
 
@@ -273,8 +292,7 @@ struct Conflict {
     }
 };
 
-void shared_access(Check *c, Block *b, unsigned thread, size_t offset, size_t size, unsigned flags, uint32_t place) {
-    // Bounds.
+void shared_bounds(Check *c, Block *b, unsigned thread, size_t offset, size_t size, unsigned flags, uint32_t place) {
     bool inside = offset + size <= c->dynamic;
     size_t statics = (size_t)(b->statics - b->shared);
     const SharedVariable *variables = c->launch->kernel->variables;
@@ -298,6 +316,29 @@ void shared_access(Check *c, Block *b, unsigned thread, size_t offset, size_t si
         report(c, b, "out-of-bounds-shared", thread, place, 0, text);
         abandon(b, 700);
     }
+}
+
+// Products of warpgroups that read what is now overwritten.
+void overwrites_products(Check *c, Block *b, unsigned thread, size_t offset, size_t size, uint32_t place) {
+    for (size_t at = offset / 16; at <= (offset + size - 1) / 16; at++)
+        for (unsigned group = 0; group < 8; group++) {
+            uint32_t number = c->product_reads[at][group];
+            if (!number) continue;
+            const Check::Product &p = c->products[number];
+            bool released = p.done;
+            for (unsigned w = group * 4; w < group * 4 + 4 && released && p.time > c->seen[thread]; w++)
+                released = w == thread / 32 || p.time <= c->seen_warp[thread / 32][w];
+            if (released) continue;
+            std::string text = "writes " + size_text(size) + shared_text(c, b, offset) + ", which the product of line " + std::to_string(p.line) + " reads";
+            report(c, b, p.done ? "shared-race" : "async-product", thread, place, (uint32_t)p.line | LINE,
+                   text + (p.done ? " and has been waited for, with no barrier between" : " and has not been waited for"));
+            return;
+        }
+}
+
+void shared_access(Check *c, Block *b, unsigned thread, size_t offset, size_t size, unsigned flags, uint32_t place) {
+    shared_bounds(c, b, thread, offset, size, flags, place);
+    if ((flags & WRITE) && c->products.size() > 1) overwrites_products(c, b, thread, offset, size, place);
     // Bytes that nothing wrote.
     for (size_t i = 0; i < size; i += 16) {
         unsigned n = (unsigned)std::min<size_t>(16, size - i);
@@ -308,7 +349,7 @@ void shared_access(Check *c, Block *b, unsigned thread, size_t offset, size_t si
     }
     // Races.
     Conflict conflict{c, b, thread, flags, offset, size, place};
-    Access mine{c->clock, (uint16_t)thread, (uint8_t)(flags & (WRITE | ATOMIC | PENDING)), 3, place};
+    Access mine{c->clock, (uint16_t)thread, (uint8_t)(flags & (WRITE | ATOMIC | ASYNC_PROXY | PENDING)), 3, place};
     for (size_t at = offset & ~(size_t)1; at < offset + size; at += 2) {
         Cell &cell = c->cells[at / 2];
         mine.bytes = (uint8_t)((at >= offset ? 1 : 0) | (at + 1 < offset + size ? 2 : 0));
@@ -463,6 +504,14 @@ void check_begin_block(Check *c, Block *b, size_t shared_bytes) {
     none.fill(c->began);
     c->seen_lane.assign(threads, none);
     c->phases.clear();
+    c->seen_warp.fill(none);
+    for (auto &view : c->named) view = {};
+    if (c->products.size() != 1) {
+        c->products.assign(1, {});
+        c->product_reads.assign(span / 16 + 1, {});
+    }
+    c->async_fences.resize(threads);
+    for (auto &times : c->async_fences) times.clear();
     c->fenced = false;
     c->block_number = b->block.x + b->grid.x * (b->block.y + b->grid.y * b->block.z);
 }
@@ -501,11 +550,94 @@ void check_warp_barrier(Check *c, unsigned warp, uint32_t lanes) {
             c->seen_lane[warp * 32 + i] = all;
         }
 }
+void check_named_arrival(Check *c, unsigned number, unsigned warp, uint32_t lanes) {
+    Check::View &view = c->named[number];
+    for (unsigned i = 0; i < 32; i++)
+        if (lanes >> i & 1) view.all = std::max(view.all, c->seen[warp * 32 + i]);
+    for (unsigned w = 0; w < 32; w++) view.warps[w] = std::max(view.warps[w], c->seen_warp[warp][w]);
+    view.warps[warp] = c->clock++;
+}
+void check_named_complete(Check *c, unsigned number, uint32_t waiting) {
+    const Check::View view = c->named[number];
+    c->named[number] = {};
+    for (; waiting; waiting &= waiting - 1) {
+        auto warp = (unsigned)__builtin_ctz(waiting);
+        for (size_t i = warp * 32; i < std::min<size_t>(warp * 32 + 32, c->seen.size()); i++) c->seen[i] = std::max(c->seen[i], view.all);
+        for (unsigned w = 0; w < 32; w++) c->seen_warp[warp][w] = std::max(c->seen_warp[warp][w], view.warps[w]);
+    }
+}
 void check_phase_completed(Check *c, const void *barrier) { c->phases[barrier] = c->clock++; }
 void check_phase_seen(Check *c, unsigned thread, const void *barrier) {
     auto it = c->phases.find(barrier);
     if (it != c->phases.end()) c->seen[thread] = std::max(c->seen[thread], it->second);
 }
+void check_async_fence(Check *c, unsigned thread) { c->async_fences[thread].push_back(c->clock++); }
+
+uint32_t check_product_issued(Check *c) { return c->clock++; }
+void check_product_done(Check *c, unsigned product) {
+    c->products[product].done = true;
+    c->products[product].time = c->clock;
+}
+unsigned check_product_reads(Check *c, Block *b, unsigned group, const std::vector<uint32_t> &offsets, const uint32_t *issued, int line) {
+    settle(c, b);
+    unsigned first = group * 128;
+    uint32_t place = (uint32_t)line | LINE;
+    // Up to when all threads of the warpgroup have seen each warp.
+    std::array<uint32_t, 32> seen;
+    seen.fill(~0u);
+    for (unsigned w = 0; w < 4; w++) {
+        auto lanes = c->seen.begin() + first + w * 32;
+        uint32_t all = *std::min_element(lanes, lanes + 32);
+        for (unsigned other = 0; other < 32; other++) seen[other] = std::min(seen[other], std::max(all, c->seen_warp[first / 32 + w][other]));
+    }
+    auto number = (uint32_t)c->products.size();
+    c->products.push_back({line, false, 0});
+    bool found = false;
+    // The last write that was found to be in order: the next one is mostly by the same thread.
+    uint32_t right_time = 0;
+    unsigned right_thread = 0;
+    for (uint32_t offset : offsets) {
+        shared_bounds(c, b, first, offset, 16, READ, place);
+        if (!found && bits_at(c->written.data(), offset, 16) != 0xffff) {
+            report(c, b, "uninitialised-shared", first, place, 0,
+                   "a product reads 16 bytes" + shared_text(c, b, offset) + ", not all of which were written in this block");
+            found = true;
+        }
+        c->product_reads[offset / 16][group] = number;
+        for (size_t at = offset / 2; at < offset / 2 + 8 && !found; at++) {
+            const Access &w = c->cells[at].write;
+            if (w.time <= c->began || (w.thread == right_thread && w.time == right_time && !(w.flags & PENDING))) continue;
+            std::string text;
+            const char *kind = "shared-race";
+            if (w.thread / 128 == group && w.time > issued[w.thread % 128]) {
+                kind = "async-product";
+                text = "wrote after it had issued the product, which has not been waited for";
+            } else if (w.flags & PENDING) {
+                kind = "async-copy";
+                text = "copies there and has not waited for";
+            } else if (w.time > seen[w.thread / 32]) {
+                text = "wrote, with no barrier between";
+            } else if (!(w.flags & ASYNC_PROXY)) {
+                const auto &times = c->async_fences[w.thread];
+                auto fence = std::lower_bound(times.begin(), times.end(), w.time);
+                if (fence == times.end() || *fence > seen[w.thread / 32]) {
+                    kind = "async-proxy";
+                    text = "wrote, with no fence_async_proxy of that thread before the barrier";
+                }
+            }
+            if (text.empty()) {
+                right_time = w.time;
+                right_thread = w.thread;
+                continue;
+            }
+            found = true;
+            report(c, b, kind, first, place, w.place,
+                   "a product reads 16 bytes" + shared_text(c, b, offset) + ", which thread " + thread_text(*c->launch, w.thread) + " (" + place_text(c, w.place) + ") " + text);
+        }
+    }
+    return number;
+}
+
 void check_fence(Check *c, Block *) { c->fenced = true; }
 
 void check_copy_issued(Check *c, Block *b, void *to, const void *from, unsigned size, unsigned given, int line) {

@@ -4,6 +4,7 @@
 #include <stdint.h>
 
 #include <string>
+#include <vector>
 
 #include "blocks.h"
 
@@ -43,11 +44,20 @@ void check_end_block(Check *, Block *);
 void check_access(Check *, Block *, unsigned thread, const void *address, size_t size, unsigned flags, Place);
 void check_block_barrier(Check *);
 void check_warp_barrier(Check *, unsigned warp, uint32_t lanes);
+// A warp has come to a named barrier. When it is complete, the warps of `waiting` have waited for it.
+void check_named_arrival(Check *, unsigned number, unsigned warp, uint32_t lanes);
+void check_named_complete(Check *, unsigned number, uint32_t waiting);
 void check_phase_completed(Check *, const void *barrier);
 void check_phase_seen(Check *, unsigned thread, const void *barrier);
 void check_fence(Check *, Block *);
 void check_copy_issued(Check *, Block *, void *to, const void *from, unsigned size, unsigned given, int line);
 void check_copy_arrived(Check *, Block *, void *to, unsigned size);
+// Products of warpgroups. A product counts as issued by the thread at the time that this returns; when all threads
+// have issued it, it reads 16 bytes of shared memory at each of the offsets, until it has been waited for.
+uint32_t check_product_issued(Check *);
+unsigned check_product_reads(Check *, Block *, unsigned group, const std::vector<uint32_t> &offsets, const uint32_t *issued, int line);
+void check_product_done(Check *, unsigned product);
+void check_async_fence(Check *, unsigned thread);
 void check_report(Check *, Block *, const char *kind, unsigned thread, Place, const std::string &text);
 
 }  // namespace sim

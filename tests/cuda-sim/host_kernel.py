@@ -235,7 +235,7 @@ def entries(text):
 
 def refuse_unsupported(text):
     features = [
-        (r"wgmma", "wgmma"),
+        (r"wgmma\.", "wgmma as inline PTX"),
         (r"__nv_fp[864]|cuda_fp[864]\.h", "8, 6 and 4 bit floats"),
         (r"\bmap_shared_rank\b|mapa\.shared|cluster\.sync|barrier\.cluster|shared::cluster\b", "clusters of blocks"),
         (r"\btex(?:1D|2D|3D|ture)\b", "textures"),
@@ -251,7 +251,7 @@ def translate(text):
     generated = re.search(r"\bshared_memory_\d+\b", plain) is not None
     refuse_unsupported(plain)
     # Threads that never wait for each other need no fibers.
-    waits = r"__sync|_sync\s*\(|\bbarrier\b|mma_|__mma|ldmatrix|stmatrix|\bsim_elect\b|cooperative_groups|_async|__shared__"
+    waits = r"__sync|_sync\s*\(|\bbarrier\b|\bbarrier_|any_lane|mma_|__mma|ldmatrix|stmatrix|\bsim_elect\b|cooperative_groups|_async|__shared__"
     synchronises = re.search(waits, plain) is not None
     if generated and re.search(r"__mma_m16|wmma::|__shfl", plain):
         plain = add_steps(plain)

@@ -6,6 +6,8 @@
 """
 import concurrent.futures
 import ctypes
+import math
+import operator
 import os
 import random
 import re
@@ -20,9 +22,8 @@ BLOCK = 64
 
 
 def planted(name):
-    text = open(os.path.join(HERE, "planted", name + ".cu")).read()
-    ptx = open(os.path.join(HERE, "planted", "ptx.cuh")).read()
-    return text.replace('#include "ptx.cuh"', re.sub(r"\n\s*", "\n", ptx) if "ptx.cuh" in text else "")
+    read = lambda file: open(os.path.join(HERE, "planted", file)).read()
+    return re.sub(r'#include "(\w+\.cuh)"', lambda m: re.sub(r"\n\s*", "\n", read(m.group(1))), read(name + ".cu"))
 
 
 def floats(values):
@@ -31,6 +32,7 @@ def floats(values):
 
 # ---- kernels with a fault, and without -----------------------------------------------------------
 
+WGMMA = 2 * 64 * 64 * 2  # bytes of two tiles
 # File, kernel, kind of hazard that has to be found, what else may be, bytes of dynamic shared memory.
 FAULTS = [
     ("race_between_warps", "faulty", "shared-race", {"uninitialised-shared", "warp-race"}, 0),
@@ -55,6 +57,43 @@ FAULTS = [
     ("deadlock", "faulty", "deadlock", set(), 0),
     ("misaligned", "faulty", "misaligned", set(), 0),
     ("barriers_and_atomics", "faulty", "shared-race", {"warp-race", "uninitialised-shared"}, 0),
+    ("wgmma", "faulty", "async-proxy", set(), WGMMA),
+    ("wgmma", "faulty_late_fence", "async-proxy", set(), WGMMA),
+    ("wgmma", "faulty_early_fence", "async-proxy", set(), WGMMA),
+    ("wgmma", "faulty_barrier", "shared-race", {"warp-race", "async-product"}, WGMMA),
+    ("wgmma", "faulty_overwrite", "async-product", set(), WGMMA),
+    ("wgmma", "faulty_prefetch", "async-product", set(), WGMMA),
+    ("wgmma", "faulty_overwrite_warp", "shared-race", set(), WGMMA),
+    ("wgmma", "faulty_uninitialised", "uninitialised-shared", set(), WGMMA),
+    ("wgmma", "faulty_end", "async-product", set(), WGMMA),
+    ("wgmma", "faulty_uncommitted", "async-product", set(), WGMMA),
+    ("wgmma", "faulty_sums", "async-product", set(), WGMMA),
+    ("wgmma", "faulty_sums_group", "async-product", set(), WGMMA),
+    ("wgmma", "faulty_sums_write", "async-product", set(), WGMMA),
+    ("wgmma", "faulty_fence", "async-product", set(), WGMMA),
+    ("wgmma", "faulty_misaligned", "misaligned", set(), WGMMA + 128),
+    ("wgmma", "faulty_bounds", "out-of-bounds-shared", {"async-proxy", "uninitialised-shared"}, WGMMA),
+    ("wgmma", "faulty_divergent", "divergent-warp", set(), WGMMA),
+    ("wgmma", "faulty_lanes", "divergent-warp", set(), WGMMA),
+    ("wgmma", "faulty_branches", "divergent-warp", set(), WGMMA),
+    ("wgmma_groups", "faulty", "divergent-warp", set(), WGMMA),
+    ("wgmma_groups", "faulty_half", "divergent-warp", set(), WGMMA),
+    ("wgmma_groups", "faulty_overwrite", "shared-race", {"async-product"}, WGMMA),
+    ("wgmma_barriers", "faulty", "named-barrier", set(), WGMMA),
+    ("wgmma_barriers", "faulty_sync", "shared-race", {"named-barrier", "uninitialised-shared"}, WGMMA),
+    ("wgmma_barriers", "faulty_publish", "shared-race", {"async-product"}, WGMMA),
+    ("wgmma_barriers", "faulty_fence", "async-proxy", set(), WGMMA),
+    ("wgmma_barriers", "faulty_release", "async-product", {"shared-race"}, WGMMA),
+    ("wgmma_barriers", "faulty_release_warp", "shared-race", {"async-product"}, WGMMA),
+    ("wgmma_barriers", "faulty_arrive", "shared-race", {"uninitialised-shared"}, WGMMA),
+    ("wgmma_barriers", "faulty_other", "shared-race", {"uninitialised-shared"}, WGMMA),
+    ("wgmma_barriers", "faulty_twice", "named-barrier", set(), WGMMA),
+    ("wgmma_barriers", "faulty_counts", "named-barrier", set(), WGMMA),
+    ("wgmma_barriers", "faulty_many", "named-barrier", set(), WGMMA),
+    ("wgmma_barriers", "faulty_few", "named-barrier", set(), WGMMA),
+    ("wgmma_barriers", "faulty_part", "named-barrier", set(), WGMMA),
+    ("wgmma_barriers", "faulty_number", "named-barrier", set(), WGMMA),
+    ("wgmma_barriers", "faulty_lanes", "divergent-warp", set(), WGMMA),
 ]
 CORRECT = [
     ("race_between_warps", "correct", 0),
@@ -69,8 +108,12 @@ CORRECT = [
     ("async_copy", "correct", 2048),
     ("misaligned", "correct", 0),
     ("barriers_and_atomics", "correct", 0),
+    ("wgmma", "correct", WGMMA),
+    ("wgmma_groups", "correct", WGMMA),
+    ("wgmma_barriers", "correct", WGMMA),
 ]
 GRID = 4
+THREADS = {"wgmma": 128, "wgmma_groups": 192, "wgmma_barriers": 256}
 
 
 def run_planted(file, kernel, seeds, shared, initialised):
@@ -79,15 +122,16 @@ def run_planted(file, kernel, seeds, shared, initialised):
 
     device.start()
     function = device.Module(planted(file)).function(kernel)
-    numbers = [float(i % 50) for i in range(GRID * BLOCK)]
+    block = THREADS.get(file, BLOCK)
+    numbers = [float(i % 50) for i in range(GRID * block)]
     results = []
     for seed in seeds:
         os.environ["SIM_SEED"] = str(seed)
         given = device.Buffer(floats(numbers))
-        out_size = 4 * (GRID * BLOCK + (2 + BLOCK if file == "blocks" else 0))
+        out_size = 4 * (GRID * block + (2 + BLOCK if file == "blocks" else 0))
         out = device.Buffer(bytes(out_size) if initialised else out_size)
         try:
-            device.launch(function, GRID, BLOCK, [given, out, 3], shared)
+            device.launch(function, GRID, block, [given, out, 3], shared)
             results.append(out.read())
         except device.CudaError as e:
             results.append(e)
@@ -163,6 +207,96 @@ def product(kind, seeds):
         assert not wrong, f"{len(wrong)} of {m * n} wrong, first {divmod(wrong[0], n)}: {got[wrong[0]]}, not {wanted[wrong[0]]}"
         out.free()
     assert not found(), found()[0][1]
+
+
+def packed(kind, values):
+    return struct.pack(f"{len(values)}H", *[bfloat(float(x)) for x in values]) if kind == "bf16" else struct.pack(f"{len(values)}e", *values)
+
+
+def compare(out, wanted, columns):
+    got = struct.unpack(f"{len(wanted)}f", out.read())
+    wrong = [i for i, (x, y) in enumerate(zip(got, wanted)) if x != y]
+    assert not wrong, f"{len(wrong)} of {len(wanted)} wrong, first {divmod(wrong[0], columns)}: {got[wrong[0]]}, not {wanted[wrong[0]]}"
+
+
+def wgmma_product(kind, seeds):
+    """Several stages in flight; rows, columns and depth that do not fill the tiles."""
+    import device
+
+    device.start()
+    module = device.Module(planted("wgmma_product"))
+    m, n, k = 150, 72, 328
+    random.seed(7)
+    a, b = ([random.randint(-8, 8) for _ in range(count)] for count in (m * k, n * k))
+    rows, columns = ([x[i : i + k] for i in range(0, len(x), k)] for x in (a, b))
+    wanted = [float(sum(map(operator.mul, row, column))) for row in rows for column in columns]
+    left, right = device.Buffer(packed(kind, a)), device.Buffer(packed(kind, b))
+    for seed in seeds:
+        if seed is not None:
+            os.environ["SIM_SEED"] = str(seed)
+        out = device.Buffer(4 * m * n)
+        shape = (ctypes.c_int * 3)(m, n, k)
+        device.launch(module.function("product_" + kind), (-(-n // 64), -(-m // 128)), 256, [left, right, out, shape], 4 * (128 + 64) * 64 * 2)
+        compare(out, wanted, n)
+        out.free()
+    assert not found(), found()[0][1]
+
+
+def wgmma_shapes(kind, columns, seeds):
+    """Each function of products, with registers or a tile on the left, tiles of both orders on the right."""
+    import device
+
+    device.start()
+    module = device.Module(planted("wgmma_shapes"), f"-DCOLUMNS={columns}", f"-DHALF={int(kind == 'f16')}")
+    m, k = 64, 64
+    random.seed(7)
+    a, b, c = ([random.randint(-8, 8) for _ in range(count)] for count in (m * k, columns * k, m * columns))
+    rows = [a[i : i + k] for i in range(0, len(a), k)]
+    for name in ("both_shared", "overwritten", "registers", "transposed"):
+        right = [b[i::columns] for i in range(columns)] if name == "transposed" else [b[i : i + k] for i in range(0, len(b), k)]
+        sums = [float(sum(map(operator.mul, row, column))) for row in rows for column in right]
+        wanted = sums if name == "overwritten" else [x + y for x, y in zip(sums, c)]
+        for seed in seeds:
+            if seed is not None:
+                os.environ["SIM_SEED"] = str(seed)
+            out = device.Buffer(floats(c))
+            # Blocks of 64 columns are whole.
+            shared = (m + -(-columns // 64) * 64) * 128
+            device.launch(module.function(name), 1, 128, [device.Buffer(packed(kind, a)), device.Buffer(packed(kind, b)), out], shared)
+            compare(out, wanted, columns)
+            out.free()
+    assert not found(), found()[0][1]
+
+
+def powers_and_votes():
+    import device
+
+    device.start()
+    function = device.Module("""extern "C" __global__ void powers(const float *in, float *out) {
+        float x[1] = {in[threadIdx.x]};
+        keep_in_place(x);
+        keep_after(x[0]);
+        out[threadIdx.x] = exp2_approximate(x[0]);
+        out[256 + threadIdx.x] = any_lane(x[0] == -32.0f);
+    }""").function("powers")
+    numbers = [i / 2 - 64 for i in range(192)] + [i / 3 - 20.1 for i in range(32)]
+    numbers += [-126.0, -126.1, -150.0, -3e38, -math.inf, 127.9, 128.0, math.inf, math.nan] + [1.0] * 23
+    out = device.Buffer(4 * 512)
+    device.launch(function, 1, 256, [device.Buffer(floats(numbers)), out])
+    got = struct.unpack("512f", out.read())
+    for x, y in zip(struct.unpack("256f", floats(numbers)), got):
+        wanted = 0 if x < -126 else math.inf if x >= 128 else 2**x
+        assert y == wanted or abs(y - wanted) < wanted * 2.4e-7 or (x != x and y != y), (x, y)
+    assert got[256:] == (0.0,) * 64 + (1.0,) * 32 + (0.0,) * 160, got[256:]
+
+
+def wgmma_sums_early():
+    """Sums are not numbers before the wait, in kernels that are not checked, too."""
+    early, = run_planted("wgmma", "faulty_sums", [1], WGMMA, False)
+    assert all(x != x for x in struct.unpack(f"{len(early) // 4}f", early)), "numbers before the wait"
+    # What a product reads is read as late as at the wait.
+    early, late = (run_planted("wgmma", kernel, [1], WGMMA, False)[0] for kernel in ("faulty", "faulty_overwrite"))
+    assert early != late, "a tile was read before the wait"
 
 
 def generated():
@@ -272,8 +406,9 @@ def failing_compiler():
 
 
 def unchecked_deadlock():
-    results = run_planted("divergent_barrier", "faulty_deadlock", [1], 0, False)
-    assert isinstance(results[0], Exception) and results[0].name == "CUDA_ERROR_LAUNCH_FAILED", results
+    for file, kernel in (("divergent_barrier", "faulty_deadlock"), ("wgmma_barriers", "faulty"), ("wgmma_barriers", "faulty_number")):
+        results = run_planted(file, kernel, [1], WGMMA, False)
+        assert isinstance(results[0], Exception) and results[0].name == "CUDA_ERROR_LAUNCH_FAILED", results
 
 
 def attributes():
@@ -353,8 +488,8 @@ def real_compiler():
     for name in sorted(os.listdir(os.path.join(HERE, "planted"))):
         # cuda/barrier is in none of the packages that are installed.
         if name.endswith(".cu") and "cuda/barrier" not in planted(name[:-3]):
-            arch = "sm_90" if name == "generated.cu" else "sm_80"
-            device.compile_source(planted(name[:-3]), "--gpu-architecture=" + arch, options[1])
+            arch = "sm_90a" if name.startswith("wgmma") else "sm_90" if name == "generated.cu" else "sm_80"
+            device.compile_source(planted(name[:-3]), "--gpu-architecture=" + arch, options[1], "-DCOLUMNS=64", "-DHALF=1")
 
 
 CASES = {}
@@ -365,7 +500,14 @@ for file, kernel, shared in CORRECT:
 for kind in ("bf16", "f16"):
     CASES[f"numbers of mma, ldmatrix and cp.async, {kind}"] = (product, (kind, [None]), {})
     CASES[f"numbers of mma, ldmatrix and cp.async, {kind}, checked, 3 seeds"] = (product, (kind, [1, 2, 3]), {"SIM_CHECK": "1"})
+    CASES[f"numbers of wgmma, {kind}"] = (wgmma_product, (kind, [None]), {})
+    CASES[f"numbers of wgmma, {kind}, checked, 3 seeds"] = (wgmma_product, (kind, [1, 2, 3]), {"SIM_CHECK": "1"})
+for kind, columns in (("bf16", 64), ("f16", 72), ("bf16", 8), ("f16", 256)):
+    CASES[f"numbers of wgmma with {columns} columns, {kind}"] = (wgmma_shapes, (kind, columns, [None]), {})
+    CASES[f"numbers of wgmma with {columns} columns, {kind}, checked, 3 seeds"] = (wgmma_shapes, (kind, columns, [1, 2, 3]), {"SIM_CHECK": "1"})
 CASES |= {
+    "sums of wgmma before and after the wait": (wgmma_sums_early, (), {}),
+    "exp2_approximate, any_lane": (powers_and_votes, (), {}),
     "numbers of a generated source": (generated, (), {}),
     "a deadlock ends the launch, unchecked": (unchecked_deadlock, (), {}),
     "attributes of functions": (attributes, (), {}),

@@ -13,13 +13,20 @@ struct uint3 { unsigned x, y, z; };
 namespace sim {
 
 // Raised when anything in this file changes: kernels of another number are refused.
-constexpr unsigned ABI = 1;
+constexpr unsigned ABI = 3;
 
 // What a thread can wait at.
-enum Kind : uint8_t { BLOCK_BARRIER, WARP_BARRIER, SHUFFLE, VOTE, MATRIX_PRODUCT, LOAD_MATRIX, STORE_MATRIX, FRAGMENT, PHASE };
+enum Kind : uint8_t { BLOCK_BARRIER, WARP_BARRIER, SHUFFLE, VOTE, MATRIX_PRODUCT, LOAD_MATRIX, STORE_MATRIX, FRAGMENT, PHASE, PRODUCT_WAIT, NAMED_SYNC, NAMED_ARRIVE };
 
 // Flags of an access to memory.
-enum : unsigned { READ = 0, WRITE = 1, ATOMIC = 2, VOLATILE = 4, NATURAL = 8 /* the address has to be a multiple of the size */ };
+enum : unsigned {
+    READ = 0,
+    WRITE = 1,
+    ATOMIC = 2,
+    VOLATILE = 4,
+    NATURAL = 8,       // the address has to be a multiple of the size
+    ASYNC_PROXY = 16,  // a write that asynchronous products see without a fence
+};
 
 // Where in the source: a line, or an address in the code of the kernel.
 struct Place {
@@ -30,9 +37,25 @@ struct Place {
 // What the lanes of a warp do together. `slots` are what each lane brought; `present` has their bits.
 typedef void Work(void *const *slots, uint32_t present);
 
+// wgmma.mma_async m64 n(2 * count) k16 with sums in float. The left side comes from registers where they are
+// given, or else from shared memory as the right side does.
+struct GroupProduct {
+    int element;  // __half (0) or __nv_bfloat16 (1)
+    const uint32_t *registers;
+    uint64_t left, right;  // descriptors
+    bool transposed;       // the right side is MN-major
+    float *sums;
+    int count;
+    bool overwrite;  // what the sums were does not count
+};
+// Set by the shim in the descriptor of what cannot be a tile: not in shared memory, or no multiple of 16 bytes.
+constexpr uint64_t NO_TILE = 1ull << 60;
+
 struct Block;
 struct Runtime {
     void (*block_barrier)(Block *, int line);
+    // bar.sync (`kind` is NAMED_SYNC) and bar.arrive (NAMED_ARRIVE) of a barrier that so many threads come to.
+    void (*named_barrier)(Block *, Kind, int number, int threads, int line);
     // Waits for the lanes of `mask`. The last of them calls `work`, if there is any.
     void (*warp)(Block *, unsigned mask, Kind, int line, void *slot, Work *);
     // The other lanes of the warp run until they come to a step too, or wait elsewhere.
@@ -53,6 +76,13 @@ struct Runtime {
     // sums[m][n] += left[m][k] * right[k][n]
     void (*multiply)(const float *left, const float *right, float *sums, int m, int n, int k);
 
+    // wgmma: fence, mma_async, commit_group, wait_group; and fence.proxy.async.
+    void (*group_fence)(Block *);
+    void (*group_product)(Block *, const GroupProduct &, int line);
+    void (*group_commit)(Block *);
+    void (*group_wait)(Block *, unsigned left, int line);
+    void (*async_fence)(Block *);
+
     // The following do something in checked kernels only.
     void (*access)(Block *, const void *address, size_t size, unsigned flags, Place);
     // A phase of the barrier at this address is complete; a thread has seen that it is.
@@ -70,6 +100,7 @@ struct Block {
     char *statics;  // shared variables
     const Runtime *runtime;
     char *stacks, *stacks_end;
+    unsigned in_flight;  // sums of asynchronous products, which lie on stacks
 };
 
 struct Param {

@@ -128,7 +128,7 @@ template <typename B> SIM_QUIET inline void load_box(void *shared, const void *m
                 size_t piece = to / 16, row_of_128 = to / 128;
                 to = (piece ^ (row_of_128 & (span / 16 - 1))) * 16 + to % 16;
             }
-            touch((char *)shared + to, element, WRITE, line);
+            touch((char *)shared + to, element, WRITE | ASYNC_PROXY, line);
             if (inside && at_x >= 0 && at_x < (long)m->dims[0]) {
                 touch(from + at_x * (long)element, element, READ, line);
                 memcpy((char *)shared + to, from + at_x * (long)element, element);

@@ -6,8 +6,8 @@ namespace sim {
 __attribute__((no_sanitize_thread)) inline void hook(const void *address, size_t size, unsigned flags, void *code) {
     Block *b = bound;
     if (!b) return;  // while the library is loaded
-    // Locals whose address was taken.
-    if ((const char *)address >= b->stacks && (const char *)address < b->stacks_end) return;
+    // Locals whose address was taken, unless they can be the sums of an asynchronous product.
+    if (!b->in_flight && (const char *)address >= b->stacks && (const char *)address < b->stacks_end) return;
     b->runtime->access(b, address, size, flags, {(uintptr_t)code - 1, 0});
 }
 }  // namespace sim

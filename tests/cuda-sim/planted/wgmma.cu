@@ -1,0 +1,401 @@
+// Products of a warpgroup, each with something missing. Two tiles of 64 x 64.
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include "ptx.cuh"
+#include "wgmma.cuh"
+typedef __nv_bfloat16 T;
+
+constexpr int TILE = 64 * 64;
+
+__device__ void fill(T *tile, const float *in, int threads) {
+    for (int i = threadIdx.x; i < TILE; i += threads) tile[i] = (T)in[i % 64];
+}
+__device__ void clear(float (&sums)[32]) {
+    for (int i = 0; i < 32; i++) sums[i] = 0;
+}
+__device__ void multiply(float (&sums)[32], const T *left, const T *right) {
+    wgmma_ss<T>(sums, wgmma_descriptor(left, 16, 1024), wgmma_descriptor(right, 16, 1024));
+}
+__device__ float total(const float (&sums)[32]) {
+    float sum = 0;
+    for (int i = 0; i < 32; i++) sum += sums[i];
+    return sum;
+}
+
+// The writers do no fence_async_proxy.
+extern "C" __global__ void __launch_bounds__(128) faulty(const float *in, float *out, int n) {
+    extern __shared__ __align__(1024) unsigned char memory[];
+    T *left = (T *)memory, *right = left + TILE;
+    float sums[32];
+    clear(sums);
+    fill(left, in, 128);
+    fill(right, in, 128);
+    __syncthreads();
+    wgmma_fence();
+    multiply(sums, left, right);
+    wgmma_commit();
+    wgmma_wait<0>();
+    out[blockIdx.x * 128 + threadIdx.x] = total(sums);
+}
+
+// A fence behind the barrier.
+extern "C" __global__ void __launch_bounds__(128) faulty_late_fence(const float *in, float *out, int n) {
+    extern __shared__ __align__(1024) unsigned char memory[];
+    T *left = (T *)memory, *right = left + TILE;
+    float sums[32];
+    clear(sums);
+    fill(left, in, 128);
+    fill(right, in, 128);
+    __syncthreads();
+    fence_async_proxy();
+    wgmma_fence();
+    multiply(sums, left, right);
+    wgmma_commit();
+    wgmma_wait<0>();
+    out[blockIdx.x * 128 + threadIdx.x] = total(sums);
+}
+
+// A fence before the copies have arrived.
+extern "C" __global__ void __launch_bounds__(128) faulty_early_fence(const float *in, float *out, int n) {
+    extern __shared__ __align__(1024) unsigned char memory[];
+    T *left = (T *)memory, *right = left + TILE;
+    float sums[32];
+    clear(sums);
+    for (int i = threadIdx.x; i < TILE / 8; i += 128) {
+        cp_async_16(left + 8 * i, in + i % 16 * 4, true);
+        cp_async_16(right + 8 * i, in + i % 16 * 4, true);
+    }
+    cp_async_commit();
+    fence_async_proxy();
+    cp_async_wait<0>();
+    __syncthreads();
+    wgmma_fence();
+    multiply(sums, left, right);
+    wgmma_commit();
+    wgmma_wait<0>();
+    out[blockIdx.x * 128 + threadIdx.x] = total(sums);
+}
+
+// No barrier.
+extern "C" __global__ void __launch_bounds__(128) faulty_barrier(const float *in, float *out, int n) {
+    extern __shared__ __align__(1024) unsigned char memory[];
+    T *left = (T *)memory, *right = left + TILE;
+    float sums[32];
+    clear(sums);
+    fill(left, in, 128);
+    fill(right, in, 128);
+    fence_async_proxy();
+    wgmma_fence();
+    multiply(sums, left, right);
+    wgmma_commit();
+    wgmma_wait<0>();
+    out[blockIdx.x * 128 + threadIdx.x] = total(sums);
+}
+
+// A tile is overwritten before the wait,
+extern "C" __global__ void __launch_bounds__(128) faulty_overwrite(const float *in, float *out, int n) {
+    extern __shared__ __align__(1024) unsigned char memory[];
+    T *left = (T *)memory, *right = left + TILE;
+    float sums[32];
+    clear(sums);
+    fill(left, in, 128);
+    fill(right, in, 128);
+    fence_async_proxy();
+    __syncthreads();
+    wgmma_fence();
+    multiply(sums, left, right);
+    wgmma_commit();
+    left[threadIdx.x] = (T)2.0f;
+    wgmma_wait<0>();
+    out[blockIdx.x * 128 + threadIdx.x] = total(sums);
+}
+
+// by a copy,
+extern "C" __global__ void __launch_bounds__(128) faulty_prefetch(const float *in, float *out, int n) {
+    extern __shared__ __align__(1024) unsigned char memory[];
+    T *left = (T *)memory, *right = left + TILE;
+    float sums[32];
+    clear(sums);
+    fill(left, in, 128);
+    fill(right, in, 128);
+    fence_async_proxy();
+    __syncthreads();
+    wgmma_fence();
+    multiply(sums, left, right);
+    wgmma_commit();
+    cp_async_16(right + 8 * threadIdx.x, in, true);
+    cp_async_commit();
+    wgmma_wait<1>();
+    cp_async_wait<0>();
+    wgmma_wait<0>();
+    out[blockIdx.x * 128 + threadIdx.x] = total(sums);
+}
+
+// and after it, but before other warps have waited.
+extern "C" __global__ void __launch_bounds__(128) faulty_overwrite_warp(const float *in, float *out, int n) {
+    extern __shared__ __align__(1024) unsigned char memory[];
+    T *left = (T *)memory, *right = left + TILE;
+    float sums[32];
+    clear(sums);
+    fill(left, in, 128);
+    fill(right, in, 128);
+    fence_async_proxy();
+    __syncthreads();
+    wgmma_fence();
+    multiply(sums, left, right);
+    wgmma_commit();
+    wgmma_wait<0>();
+    right[threadIdx.x] = (T)2.0f;
+    out[blockIdx.x * 128 + threadIdx.x] = total(sums);
+}
+
+// Most of a tile was not written.
+extern "C" __global__ void __launch_bounds__(128) faulty_uninitialised(const float *in, float *out, int n) {
+    extern __shared__ __align__(1024) unsigned char memory[];
+    T *left = (T *)memory, *right = left + TILE;
+    float sums[32];
+    clear(sums);
+    fill(left, in, 128);
+    if (threadIdx.x < 100) right[threadIdx.x] = (T)1.0f;
+    fence_async_proxy();
+    __syncthreads();
+    wgmma_fence();
+    multiply(sums, left, right);
+    wgmma_commit();
+    wgmma_wait<0>();
+    out[blockIdx.x * 128 + threadIdx.x] = total(sums);
+}
+
+// Ends without a wait,
+extern "C" __global__ void __launch_bounds__(128) faulty_end(const float *in, float *out, int n) {
+    extern __shared__ __align__(1024) unsigned char memory[];
+    T *left = (T *)memory, *right = left + TILE;
+    float sums[32];
+    clear(sums);
+    fill(left, in, 128);
+    fill(right, in, 128);
+    fence_async_proxy();
+    __syncthreads();
+    wgmma_fence();
+    multiply(sums, left, right);
+    wgmma_commit();
+    out[blockIdx.x * 128 + threadIdx.x] = 1;
+}
+
+// or without a commit before it.
+extern "C" __global__ void __launch_bounds__(128) faulty_uncommitted(const float *in, float *out, int n) {
+    extern __shared__ __align__(1024) unsigned char memory[];
+    T *left = (T *)memory, *right = left + TILE;
+    float sums[32];
+    clear(sums);
+    fill(left, in, 128);
+    fill(right, in, 128);
+    fence_async_proxy();
+    __syncthreads();
+    wgmma_fence();
+    multiply(sums, left, right);
+    wgmma_wait<0>();
+    out[blockIdx.x * 128 + threadIdx.x] = 1;
+}
+
+// Reads the sums before the wait,
+extern "C" __global__ void __launch_bounds__(128) faulty_sums(const float *in, float *out, int n) {
+    extern __shared__ __align__(1024) unsigned char memory[];
+    T *left = (T *)memory, *right = left + TILE;
+    float sums[32];
+    clear(sums);
+    fill(left, in, 128);
+    fill(right, in, 128);
+    fence_async_proxy();
+    __syncthreads();
+    wgmma_fence();
+    multiply(sums, left, right);
+    wgmma_commit();
+    float early = sums[0];
+    wgmma_wait<0>();
+    sums[0] += early;
+    out[blockIdx.x * 128 + threadIdx.x] = total(sums);
+}
+
+// when one of two products on them is left,
+extern "C" __global__ void __launch_bounds__(128) faulty_sums_group(const float *in, float *out, int n) {
+    extern __shared__ __align__(1024) unsigned char memory[];
+    T *left = (T *)memory, *right = left + TILE;
+    float sums[32];
+    clear(sums);
+    fill(left, in, 128);
+    fill(right, in, 128);
+    fence_async_proxy();
+    __syncthreads();
+    wgmma_fence();
+    multiply(sums, left, right);
+    wgmma_commit();
+    wgmma_fence();
+    multiply(sums, left, right);
+    wgmma_commit();
+    wgmma_wait<1>();
+    float early = sums[0];
+    wgmma_wait<0>();
+    sums[0] += early;
+    out[blockIdx.x * 128 + threadIdx.x] = total(sums);
+}
+
+// or changes them.
+extern "C" __global__ void __launch_bounds__(128) faulty_sums_write(const float *in, float *out, int n) {
+    extern __shared__ __align__(1024) unsigned char memory[];
+    T *left = (T *)memory, *right = left + TILE;
+    float sums[32];
+    clear(sums);
+    fill(left, in, 128);
+    fill(right, in, 128);
+    fence_async_proxy();
+    __syncthreads();
+    wgmma_fence();
+    multiply(sums, left, right);
+    wgmma_commit();
+    sums[n] = 0;
+    wgmma_wait<0>();
+    out[blockIdx.x * 128 + threadIdx.x] = total(sums);
+}
+
+// No wgmma_fence after a change.
+extern "C" __global__ void __launch_bounds__(128) faulty_fence(const float *in, float *out, int n) {
+    extern __shared__ __align__(1024) unsigned char memory[];
+    T *left = (T *)memory, *right = left + TILE;
+    float sums[32];
+    clear(sums);
+    fill(left, in, 128);
+    fill(right, in, 128);
+    fence_async_proxy();
+    __syncthreads();
+    wgmma_fence();
+    multiply(sums, left, right);
+    wgmma_commit();
+    wgmma_wait<0>();
+    sums[n] = 0;
+    multiply(sums, left, right);
+    wgmma_commit();
+    wgmma_wait<0>();
+    out[blockIdx.x * 128 + threadIdx.x] = total(sums);
+}
+
+// Tiles that begin at 128 bytes.
+extern "C" __global__ void __launch_bounds__(128) faulty_misaligned(const float *in, float *out, int n) {
+    extern __shared__ __align__(1024) unsigned char memory[];
+    T *left = (T *)memory, *right = left + TILE;
+    float sums[32];
+    clear(sums);
+    left += 64;
+    right += 64;
+    fill(left, in, 128);
+    fill(right, in, 128);
+    fence_async_proxy();
+    __syncthreads();
+    wgmma_fence();
+    multiply(sums, left, right);
+    wgmma_commit();
+    wgmma_wait<0>();
+    out[blockIdx.x * 128 + threadIdx.x] = total(sums);
+}
+
+// A tile beyond the end of shared memory.
+extern "C" __global__ void __launch_bounds__(128) faulty_bounds(const float *in, float *out, int n) {
+    extern __shared__ __align__(1024) unsigned char memory[];
+    T *left = (T *)memory, *right = left + TILE;
+    float sums[32];
+    clear(sums);
+    fill(left, in, 128);
+    fill(right, in, 128);
+    fence_async_proxy();
+    __syncthreads();
+    right += TILE;
+    wgmma_fence();
+    multiply(sums, left, right);
+    wgmma_commit();
+    wgmma_wait<0>();
+    out[blockIdx.x * 128 + threadIdx.x] = total(sums);
+}
+
+// One warp of the four does not take part,
+extern "C" __global__ void __launch_bounds__(128) faulty_divergent(const float *in, float *out, int n) {
+    extern __shared__ __align__(1024) unsigned char memory[];
+    T *left = (T *)memory, *right = left + TILE;
+    float sums[32];
+    clear(sums);
+    fill(left, in, 128);
+    fill(right, in, 128);
+    fence_async_proxy();
+    __syncthreads();
+    if (threadIdx.x < 96) {
+        wgmma_fence();
+        multiply(sums, left, right);
+        wgmma_commit();
+    }
+    wgmma_wait<0>();
+    out[blockIdx.x * 128 + threadIdx.x] = total(sums);
+}
+
+// or lanes of all of them.
+extern "C" __global__ void __launch_bounds__(128) faulty_lanes(const float *in, float *out, int n) {
+    extern __shared__ __align__(1024) unsigned char memory[];
+    T *left = (T *)memory, *right = left + TILE;
+    float sums[32];
+    clear(sums);
+    fill(left, in, 128);
+    fill(right, in, 128);
+    fence_async_proxy();
+    __syncthreads();
+    if (threadIdx.x % 32 < 20) {
+        wgmma_fence();
+        multiply(sums, left, right);
+        wgmma_commit();
+        wgmma_wait<0>();
+    }
+    out[blockIdx.x * 128 + threadIdx.x] = total(sums);
+}
+
+// Two warps have other tiles.
+extern "C" __global__ void __launch_bounds__(128) faulty_branches(const float *in, float *out, int n) {
+    extern __shared__ __align__(1024) unsigned char memory[];
+    T *left = (T *)memory, *right = left + TILE;
+    float sums[32];
+    clear(sums);
+    fill(left, in, 128);
+    fill(right, in, 128);
+    fence_async_proxy();
+    __syncthreads();
+    wgmma_fence();
+    if (threadIdx.x < 64) multiply(sums, left, right);
+    else multiply(sums, right, left);
+    wgmma_commit();
+    wgmma_wait<0>();
+    out[blockIdx.x * 128 + threadIdx.x] = total(sums);
+}
+
+extern "C" __global__ void __launch_bounds__(128) correct(const float *in, float *out, int n) {
+    extern __shared__ __align__(1024) unsigned char memory[];
+    T *left = (T *)memory, *right = left + TILE;
+    float sums[32];
+    clear(sums);
+    fill(left, in, 128);
+    fill(right, in, 128);
+    fence_async_proxy();
+    __syncthreads();
+    for (int i = 0; i < n; i++) {
+        // Two groups on the same sums, without a wait between.
+        wgmma_fence();
+        multiply(sums, left, right);
+        wgmma_commit();
+        wgmma_fence();
+        multiply(sums, left, right);
+        wgmma_commit();
+        wgmma_wait<1>();
+        wgmma_wait<0>();
+        __syncthreads();
+        left[threadIdx.x + i] = (T)2.0f;
+        right[127 - threadIdx.x] = (T)1.0f;
+        fence_async_proxy();
+        __syncthreads();
+    }
+    out[blockIdx.x * 128 + threadIdx.x] = total(sums);
+}

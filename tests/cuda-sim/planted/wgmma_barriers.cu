@@ -1,0 +1,239 @@
+// Named barriers between two warpgroups: the second fills two tiles of 64 x 64, the first multiplies them.
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include "ptx.cuh"
+#include "wgmma.cuh"
+typedef __nv_bfloat16 T;
+
+constexpr int TILE = 64 * 64;
+constexpr int FULL = 1, FREE = 2;
+
+__device__ void fill(T *tiles, const float *in) {
+    for (int i = threadIdx.x % 128; i < 2 * TILE; i += 128) tiles[i] = (T)in[i % 64];
+}
+__device__ void multiply(float (&sums)[32], const T *tiles) {
+    wgmma_fence();
+    wgmma_ss<T>(sums, wgmma_descriptor(tiles, 16, 1024), wgmma_descriptor(tiles + TILE, 16, 1024));
+    wgmma_commit();
+}
+__device__ void clear(float (&sums)[32]) {
+    for (int i = 0; i < 32; i++) sums[i] = 0;
+}
+__device__ float total(const float (&sums)[32]) {
+    float sum = 0;
+    for (int i = 0; i < 32; i++) sum += sums[i];
+    return sum;
+}
+
+// Those that fill the tiles do not arrive.
+extern "C" __global__ void __launch_bounds__(256) faulty(const float *in, float *out, int n) {
+    extern __shared__ __align__(1024) unsigned char memory[];
+    T *tiles = (T *)memory;
+    float sums[32];
+    clear(sums);
+    if (threadIdx.x >= 128) {
+        fill(tiles, in);
+        fence_async_proxy();
+    } else {
+        barrier_sync(FULL, 256);
+        multiply(sums, tiles);
+        wgmma_wait<0>();
+    }
+    out[blockIdx.x * 256 + threadIdx.x] = total(sums);
+}
+
+// Those that multiply do not wait.
+extern "C" __global__ void __launch_bounds__(256) faulty_sync(const float *in, float *out, int n) {
+    extern __shared__ __align__(1024) unsigned char memory[];
+    T *tiles = (T *)memory;
+    float sums[32];
+    clear(sums);
+    if (threadIdx.x >= 128) {
+        fill(tiles, in);
+        fence_async_proxy();
+        barrier_arrive(FULL, 256);
+    } else {
+        multiply(sums, tiles);
+        wgmma_wait<0>();
+    }
+    out[blockIdx.x * 256 + threadIdx.x] = total(sums);
+}
+
+// A warp arrives before it has filled its part.
+extern "C" __global__ void __launch_bounds__(256) faulty_publish(const float *in, float *out, int n) {
+    extern __shared__ __align__(1024) unsigned char memory[];
+    T *tiles = (T *)memory;
+    float sums[32];
+    clear(sums);
+    fill(tiles, in);
+    __syncthreads();
+    if (threadIdx.x >= 128) {
+        if (threadIdx.x / 32 == 5) barrier_arrive(FULL, 256);
+        fill(tiles, in);
+        fence_async_proxy();
+        if (threadIdx.x / 32 != 5) barrier_arrive(FULL, 256);
+    } else {
+        barrier_sync(FULL, 256);
+        multiply(sums, tiles);
+        wgmma_wait<0>();
+    }
+    out[blockIdx.x * 256 + threadIdx.x] = total(sums);
+}
+
+// The fence comes after the barrier.
+extern "C" __global__ void __launch_bounds__(256) faulty_fence(const float *in, float *out, int n) {
+    extern __shared__ __align__(1024) unsigned char memory[];
+    T *tiles = (T *)memory;
+    float sums[32];
+    clear(sums);
+    if (threadIdx.x >= 128) {
+        fill(tiles, in);
+        barrier_arrive(FULL, 256);
+        fence_async_proxy();
+    } else {
+        barrier_sync(FULL, 256);
+        multiply(sums, tiles);
+        wgmma_wait<0>();
+    }
+    out[blockIdx.x * 256 + threadIdx.x] = total(sums);
+}
+
+// The tiles are given back before the product on them is complete,
+extern "C" __global__ void __launch_bounds__(256) faulty_release(const float *in, float *out, int n) {
+    extern __shared__ __align__(1024) unsigned char memory[];
+    T *tiles = (T *)memory;
+    float sums[32];
+    clear(sums);
+    if (threadIdx.x >= 128) {
+        fill(tiles, in);
+        fence_async_proxy();
+        barrier_arrive(FULL, 256);
+        barrier_sync(FREE, 256);
+        fill(tiles, in);
+    } else {
+        barrier_sync(FULL, 256);
+        multiply(sums, tiles);
+        barrier_arrive(FREE, 256);
+        wgmma_wait<0>();
+    }
+    out[blockIdx.x * 256 + threadIdx.x] = total(sums);
+}
+
+// or by three of the four warps only.
+extern "C" __global__ void __launch_bounds__(256) faulty_release_warp(const float *in, float *out, int n) {
+    extern __shared__ __align__(1024) unsigned char memory[];
+    T *tiles = (T *)memory;
+    float sums[32];
+    clear(sums);
+    if (threadIdx.x >= 128) {
+        fill(tiles, in);
+        fence_async_proxy();
+        barrier_arrive(FULL, 256);
+        barrier_sync(FREE, 224);
+        fill(tiles, in);
+    } else {
+        barrier_sync(FULL, 256);
+        multiply(sums, tiles);
+        wgmma_wait<0>();
+        if (threadIdx.x < 96) barrier_arrive(FREE, 224);
+    }
+    out[blockIdx.x * 256 + threadIdx.x] = total(sums);
+}
+
+// Who arrives does not see what others did before.
+extern "C" __global__ void __launch_bounds__(256) faulty_arrive(const float *in, float *out, int n) {
+    extern __shared__ __align__(1024) unsigned char memory[];
+    float *numbers = (float *)memory;
+    numbers[threadIdx.x] = in[threadIdx.x];
+    if (threadIdx.x < 128) barrier_arrive(FULL, 256);
+    else barrier_sync(FULL, 256);
+    out[blockIdx.x * 256 + threadIdx.x] = numbers[threadIdx.x ^ 128];
+}
+
+// A barrier that the warps of the other group do not come to.
+extern "C" __global__ void __launch_bounds__(256) faulty_other(const float *in, float *out, int n) {
+    extern __shared__ __align__(1024) unsigned char memory[];
+    float *numbers = (float *)memory;
+    numbers[threadIdx.x] = in[threadIdx.x];
+    barrier_sync(threadIdx.x < 128 ? FULL : FREE, 128);
+    out[blockIdx.x * 256 + threadIdx.x] = numbers[threadIdx.x ^ 128];
+}
+
+// Arrives a second time where the others have not yet waited.
+extern "C" __global__ void __launch_bounds__(256) faulty_twice(const float *in, float *out, int n) {
+    if (threadIdx.x < 128) {
+        barrier_arrive(FULL, 256);
+        barrier_arrive(FULL, 256);
+    }
+    out[blockIdx.x * 256 + threadIdx.x] = 1;
+}
+
+// Different numbers of threads,
+extern "C" __global__ void __launch_bounds__(256) faulty_counts(const float *in, float *out, int n) {
+    if (threadIdx.x < 128) barrier_arrive(FULL, 256);
+    else barrier_sync(FULL, 128);
+    out[blockIdx.x * 256 + threadIdx.x] = 1;
+}
+
+// more than there are,
+extern "C" __global__ void __launch_bounds__(256) faulty_many(const float *in, float *out, int n) {
+    barrier_sync(FULL, 288);
+    out[blockIdx.x * 256 + threadIdx.x] = 1;
+}
+
+// fewer than come,
+extern "C" __global__ void __launch_bounds__(256) faulty_few(const float *in, float *out, int n) {
+    barrier_sync(FULL, 96);
+    out[blockIdx.x * 256 + threadIdx.x] = 1;
+}
+
+// or not of whole warps.
+extern "C" __global__ void __launch_bounds__(256) faulty_part(const float *in, float *out, int n) {
+    barrier_sync(FULL, 250);
+    out[blockIdx.x * 256 + threadIdx.x] = 1;
+}
+
+// There is no such barrier.
+extern "C" __global__ void __launch_bounds__(256) faulty_number(const float *in, float *out, int n) {
+    barrier_sync(n + 13, 256);
+    out[blockIdx.x * 256 + threadIdx.x] = 1;
+}
+
+// Lanes of one warp at different ones.
+extern "C" __global__ void __launch_bounds__(256) faulty_lanes(const float *in, float *out, int n) {
+    barrier_sync(1 + threadIdx.x % 2, 256);
+    out[blockIdx.x * 256 + threadIdx.x] = 1;
+}
+
+extern "C" __global__ void __launch_bounds__(256) correct(const float *in, float *out, int n) {
+    extern __shared__ __align__(1024) unsigned char memory[];
+    T *tiles = (T *)memory;
+    float sums[32], *numbers = (float *)memory;
+    clear(sums);
+    if (threadIdx.x >= 128) {
+        for (int i = 0; i < n; i++) {
+            if (i > 0) barrier_sync(FREE, 256);
+            fill(tiles, in + i);
+            fence_async_proxy();
+            barrier_arrive(FULL, 256);
+        }
+    } else {
+        for (int i = 0; i < n; i++) {
+            barrier_sync(FULL, 256);
+            multiply(sums, tiles);
+            wgmma_wait<0>();
+            if (i < n - 1) barrier_arrive(FREE, 256);
+        }
+        // Among themselves.
+        barrier_sync(3 + threadIdx.x / 64, 64);
+        barrier_sync(15, 128);
+        numbers[threadIdx.x] = sums[0];
+        barrier_sync(3 + threadIdx.x / 64, 64);
+        sums[0] += numbers[threadIdx.x ^ 32];
+        // Warps 0 and 1 see by way of warp 2 what warp 3 did.
+        if (threadIdx.x >= 96) barrier_arrive(5, 64);
+        else if (threadIdx.x >= 64) barrier_sync(5, 64), barrier_arrive(6, 96);
+        else barrier_sync(6, 96), sums[0] += numbers[96 + threadIdx.x % 32];
+    }
+    out[blockIdx.x * 256 + threadIdx.x] = total(sums);
+}

@@ -1,0 +1,102 @@
+// Warpgroups of a block of 6 warps.
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include "ptx.cuh"
+#include "wgmma.cuh"
+typedef __nv_bfloat16 T;
+
+constexpr int TILE = 64 * 64;
+
+__device__ void fill(T *tile, const float *in, int threads) {
+    for (int i = threadIdx.x; i < TILE; i += threads) tile[i] = (T)in[i % 64];
+}
+__device__ void clear(float (&sums)[32]) {
+    for (int i = 0; i < 32; i++) sums[i] = 0;
+}
+__device__ void multiply(float (&sums)[32], const T *left, const T *right) {
+    wgmma_ss<T>(sums, wgmma_descriptor(left, 16, 1024), wgmma_descriptor(right, 16, 1024));
+}
+__device__ float total(const float (&sums)[32]) {
+    float sum = 0;
+    for (int i = 0; i < 32; i++) sum += sums[i];
+    return sum;
+}
+
+// Warps 1 to 4 are none.
+extern "C" __global__ void __launch_bounds__(192) faulty(const float *in, float *out, int n) {
+    extern __shared__ __align__(1024) unsigned char memory[];
+    T *left = (T *)memory, *right = left + TILE;
+    float sums[32];
+    clear(sums);
+    fill(left, in, 192);
+    fill(right, in, 192);
+    fence_async_proxy();
+    __syncthreads();
+    if (threadIdx.x >= 32 && threadIdx.x < 160) {
+        wgmma_fence();
+        multiply(sums, left, right);
+        wgmma_commit();
+        wgmma_wait<0>();
+    }
+    out[blockIdx.x * 192 + threadIdx.x] = total(sums);
+}
+
+// Only two warps exist of the second one.
+extern "C" __global__ void __launch_bounds__(192) faulty_half(const float *in, float *out, int n) {
+    extern __shared__ __align__(1024) unsigned char memory[];
+    T *left = (T *)memory, *right = left + TILE;
+    float sums[32];
+    clear(sums);
+    fill(left, in, 192);
+    fill(right, in, 192);
+    fence_async_proxy();
+    __syncthreads();
+    if (threadIdx.x >= 128) {
+        wgmma_fence();
+        multiply(sums, left, right);
+        wgmma_commit();
+        wgmma_wait<0>();
+    }
+    out[blockIdx.x * 192 + threadIdx.x] = total(sums);
+}
+
+// A warp that has no part in the product overwrites a tile.
+extern "C" __global__ void __launch_bounds__(192) faulty_overwrite(const float *in, float *out, int n) {
+    extern __shared__ __align__(1024) unsigned char memory[];
+    T *left = (T *)memory, *right = left + TILE;
+    float sums[32];
+    clear(sums);
+    fill(left, in, 192);
+    fill(right, in, 192);
+    fence_async_proxy();
+    __syncthreads();
+    if (threadIdx.x < 128) {
+        wgmma_fence();
+        multiply(sums, left, right);
+        wgmma_commit();
+        wgmma_wait<0>();
+    } else {
+        left[threadIdx.x] = (T)2.0f;
+    }
+    out[blockIdx.x * 192 + threadIdx.x] = total(sums);
+}
+
+extern "C" __global__ void __launch_bounds__(192) correct(const float *in, float *out, int n) {
+    extern __shared__ __align__(1024) unsigned char memory[];
+    T *left = (T *)memory, *right = left + TILE;
+    float sums[32];
+    clear(sums);
+    fill(left, in, 192);
+    fill(right, in, 192);
+    fence_async_proxy();
+    __syncthreads();
+    if (threadIdx.x < 128) {
+        wgmma_fence();
+        multiply(sums, left, right);
+        wgmma_commit();
+        wgmma_wait<0>();
+    }
+    __syncthreads();
+    if (threadIdx.x >= 128) left[threadIdx.x] = (T)2.0f;
+    out[blockIdx.x * 192 + threadIdx.x] = total(sums);
+}
