@@ -337,9 +337,7 @@ impl<B: FusedOps> Scope<B> {
         shape: [usize; D],
         dtype: DType,
     ) -> Tensor<B, D> {
-        if B::IS_IN_PLACE
-            && stored.is(dtype)
-            && bytes.as_ptr().align_offset(align_of::<f32>()) == 0
+        if B::IS_IN_PLACE && stored.is(dtype) && bytes.as_ptr().align_offset(align_of::<f32>()) == 0
         {
             let data = TensorData {
                 bytes: Bytes::from_shared(bytes, AllocationProperty::Other),

@@ -34,19 +34,20 @@ const F32: Tolerance = Tolerance {
     picture: PictureBound::EqualShare(0.999),
 };
 
-/// bf16 has 8 significant bits: a rounding moves a value by up to 0.2 %, and backends round in
-/// different places, flex not at all between layers. Measured between flex and diffusers, which
-/// rounds everything: 4.5e-2 and 52 dB for the demo model as above. diffusers' own bf16 and f32 are
-/// 5.5e-2 and 40 dB apart for two layers of Qwen-Image's width (README), rounded timesteps included.
-/// At such distances many 8-bit values round to a neighbour (76.6 % are equal), so the picture is
-/// held to a signal-to-noise ratio instead.
+/// bf16 has 8 significant bits: a rounding moves a value by up to 0.2 %, and implementations round in
+/// different places, flex not at all between layers. The bound is what the reference implementation needs:
+/// diffusers' own bf16 and f32 pictures of the demo model, as above, differ by 5.5e-3 to 8.6e-2 and 49 to
+/// 58 dB over 16 seeds. For two layers
+/// of Qwen-Image's width they are 40 dB apart (README), rounded timesteps included. At such distances many
+/// 8-bit values round to a neighbour (76.6 % are equal), so the picture is held to a signal-to-noise ratio
+/// instead.
 const BF16: Tolerance = Tolerance {
-    max_relative: 6e-2,
+    max_relative: 1e-1,
     picture: PictureBound::PsnrDb(36.0),
 };
 
-/// f16 has 11 significant bits, 8 times as fine as bf16. Measured between flex and diffusers for the
-/// demo model as above: 6.8e-3 and 66 dB. An eighth of bf16's bound is 7.5e-3; a factor of 8 is 18 dB.
+/// f16 has 11 significant bits, 8 times as fine as bf16, and a factor of 8 is 18 dB. diffusers' own f16 and
+/// f32 pictures of the demo model differ by up to 6.8e-3, and 62 dB and more, over the same seeds.
 const F16: Tolerance = Tolerance {
     max_relative: 1e-2,
     picture: PictureBound::PsnrDb(54.0),

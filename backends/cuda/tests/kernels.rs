@@ -17,8 +17,8 @@ use cudarc::nvrtc::result as nvrtc;
 use half::{bf16, f16};
 use kiln_ops::RowRun;
 use kiln_ops::cuda::{
-    Attention, AttentionMma, AttentionWgmma, ChannelsLast, CudaKernel, Elements, Elementwise, ElementwiseOp, Image,
-    Launch, Product,
+    Attention, AttentionMma, AttentionWgmma, ChannelsLast, CudaKernel, Elements, Elementwise,
+    ElementwiseOp, Image, Launch, Product,
 };
 
 /// A type of the kernels' elements.
@@ -557,7 +557,11 @@ fn attention<T: Element>(gpu: &Gpu, case: AttentionCase, scale: f32) {
             causal,
         };
         let tested = gpu.run::<_, T>(&wgmma.launch(&sizes, &starts), &inputs, expected.len());
-        assert_close(&format!("{case:?} up to {scale}, wgmma"), &tested, &expected);
+        assert_close(
+            &format!("{case:?} up to {scale}, wgmma"),
+            &tested,
+            &expected,
+        );
     }
 }
 

@@ -241,7 +241,10 @@ impl<B: FusedOps> Bench<B> {
         } else {
             let shape: Vec<String> = shape.iter().map(usize::to_string).collect();
             let default = default.map_or_else(String::new, |default| {
-                format!("default {default:9.4} ms   {:6.2} times   ", default / kernel)
+                format!(
+                    "default {default:9.4} ms   {:6.2} times   ",
+                    default / kernel
+                )
             });
             println!(
                 "{op:20} {:15} {kernel:9.4} ms   {default}first call {first:9.1} ms",

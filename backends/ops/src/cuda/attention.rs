@@ -217,7 +217,11 @@ pub(super) fn packed_attention(
 /// Where the sequences of each launch begin, and where the last one ends.
 fn starts(lengths: &[usize]) -> Vec<Vec<usize>> {
     let mut end = 0;
-    let lengths: Vec<usize> = lengths.iter().copied().filter(|length| *length > 0).collect();
+    let lengths: Vec<usize> = lengths
+        .iter()
+        .copied()
+        .filter(|length| *length > 0)
+        .collect();
     let launches = lengths.chunks(SEQUENCES).map(|lengths| {
         let mut starts = vec![end];
         for length in lengths {
