@@ -41,6 +41,7 @@ mkdir -p "$folder"/{bin,scripts,benches,tests,src/checkpoint,models}
 cp "$(built cargo build --bin kiln --features "$backend")" "$folder/bin/kiln"
 cp "$(built cargo test --no-run "${tests[@]}")" "$folder/bin/ops-tests"
 cp "$(built cargo bench --no-run "${bench[@]}")" "$folder/bin/ops-bench"
+[ "$backend" != cuda ] || cp "$(built cargo test --no-run -p kiln-cuda --test kernels)" "$folder/bin/kernels-tests"
 strip "$folder"/bin/*
 
 cp scripts/gpu-check.sh scripts/noise_against_torch.py "$folder/scripts/"

@@ -30,6 +30,9 @@ steps=${KILN_BENCH_STEPS:-20}
 runs=${KILN_BENCH_RUNS:-3}
 shapes=${KILN_OPS_SHAPES:-qwen-image}
 limit=${KILN_PART_SECONDS:-3600}
+# A GPU's default bodies are burn's own kernels, which it compiles and tunes for many minutes.
+timed=()
+[ "$backend" != cuda ] || timed=(--no-default)
 failed=()
 
 say() {
@@ -160,9 +163,9 @@ ops() {
     [ "$backend" = cuda ] || torch_device=cpu
     if has torch; then
         function_part "Fused ops beside torch, $dtype" python3 benches/ops_against_torch.py \
-            bin/ops-bench --device "$torch_device" --shapes "$shapes" --dtype "$dtype" --rounds 3
+            bin/ops-bench --device "$torch_device" --shapes "$shapes" --dtype "$dtype" --rounds 3 "${timed[@]}"
     else
-        function_part "Fused ops, $dtype" bin/ops-bench --shapes "$shapes" --dtype "$dtype"
+        function_part "Fused ops, $dtype" bin/ops-bench --shapes "$shapes" --dtype "$dtype" "${timed[@]}"
     fi
 }
 
@@ -176,7 +179,7 @@ start_up() {
         [ "$kept" != "choices and kernels" ] ||
             printf '[compilation]\ncache = { file = "%s/cache" }\n' "$folder" >> "$folder/cubecl.toml"
         began=$EPOCHREALTIME
-        (cd "$folder" && "$program" --shapes small --dtype f32 > /dev/null) || return
+        (cd "$folder" && "$program" --shapes small --dtype f32 "${timed[@]}" > /dev/null) || return
         awk -v began="$began" -v now="$EPOCHREALTIME" -v kept="$kept" \
             'BEGIN { printf "%6.1f s, kept: %s\n", now - began, kept }'
     done
@@ -223,6 +226,7 @@ peak=()
 [ -z "$tflops" ] || peak=(--peak-tflops "$tflops")
 
 part "Backends" "$kiln" backends
+[ "$backend" != cuda ] || part "Every kernel by itself" bin/kernels-tests --test-threads 1
 part "Fused ops against their definitions" bin/ops-tests --test-threads 1
 for dtype in bf16 f32; do
     ops "$dtype"

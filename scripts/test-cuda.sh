@@ -42,12 +42,15 @@ on() {
 
 part "every kernel by itself, with the hazard detector"
 export KILN_SEEDS=${KILN_SEEDS:-2}
-for capability in 75 80; do
+for capability in 75 80 90; do
     SIM_CHECK=1 on cpu $capability "$kernels" --test-threads 1
 done
 part "kernels of CubeCL, with the hazard detector"
-SIM_CHECK=1 SIM_CHECK_ONLY='^(rms_norm|layer_norm_modulate|qk_norm_rope|channel_norm|attention)' \
-    on cpu 80 "$ops" --test-threads 1 rms_norm layer_norm_modulate qk_norm_rope channel_norm attention_lengths
+for ((seed = 0; seed < KILN_SEEDS; seed++)); do
+    SIM_SEED=$seed KILN_CASES=2 SIM_CHECK=1 \
+        SIM_CHECK_ONLY='^(rms_norm|layer_norm_modulate|qk_norm_rope|channel_norm|attention)' \
+        on cpu 80 "$ops" --test-threads 1 rms_norm layer_norm_modulate qk_norm_rope channel_norm packed_attention
+done
 
 part "fused ops, and parity with diffusers"
 on cpu 80 "$ops" --test-threads 1

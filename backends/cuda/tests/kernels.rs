@@ -10,6 +10,7 @@
 use std::env;
 use std::ffi::{CString, c_void};
 use std::iter;
+use std::path::PathBuf;
 
 use cudarc::driver::result::{self, ctx, device, function, module, primary_ctx, stream};
 use cudarc::driver::sys::{CUdevice_attribute, CUdeviceptr, CUfunction_attribute, CUstream};
@@ -126,9 +127,10 @@ impl Gpu {
 
     fn compile(&self, source: &str) -> Vec<std::ffi::c_char> {
         let suffix = if self.architecture >= 90 { "a" } else { "" };
+        let cuda = env::var_os("CUDA_PATH").map_or_else(|| "/usr/local/cuda".into(), PathBuf::from);
         let options = [
             format!("--gpu-architecture=sm_{}{suffix}", self.architecture),
-            format!("--include-path={}/include", env::var("CUDA_PATH").unwrap()),
+            format!("--include-path={}/include", cuda.display()),
         ];
         let program = nvrtc::create_program(&CString::new(source).unwrap(), None).unwrap();
         // SAFETY: the program was just made.

@@ -16,6 +16,8 @@ mod fixtures;
 #[expect(dead_code, reason = "what burn's own products compute is not tested")]
 mod suite;
 
+use std::env;
+
 use burn_cuda::{Cuda, CudaDevice};
 
 use backend_parity::draws_what_diffusers_draws;
@@ -24,13 +26,17 @@ use kiln_models::painter::Painter;
 use kiln_models::qwen_image::CheckpointParts;
 use suite::{Extent, suites, test_every_op};
 
-const EXTENT: Extent = Extent {
-    cases: 8,
-    tolerance: 1e-5,
-    product_cases: 8,
-    product_tolerance: 1e-5,
-    f16_product_tolerance: 2e-3,
-};
+/// `KILN_CASES` is the number of cases of each op.
+fn extent() -> Extent {
+    let cases = env::var("KILN_CASES").map_or(8, |cases| cases.parse().unwrap());
+    Extent {
+        cases,
+        tolerance: 1e-5,
+        product_cases: cases,
+        product_tolerance: 1e-5,
+        f16_product_tolerance: 2e-3,
+    }
+}
 
 /// Guidance, and sizes that are powers of two.
 #[test]
@@ -56,4 +62,4 @@ fn open(parts: &CheckpointParts, options: LoadOptions) -> Box<dyn Painter> {
     kiln_cuda::open(&device, parts, options).unwrap()
 }
 
-test_every_op!(suites::<Cuda<f32, i32>>(&CudaDevice::default(), EXTENT));
+test_every_op!(suites::<Cuda<f32, i32>>(&CudaDevice::default(), extent()));

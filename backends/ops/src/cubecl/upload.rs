@@ -3,7 +3,7 @@
 //! `CubeCL`'s own way in copies a whole tensor into ordinary memory first, and keeps that until kernels
 //! are launched.
 
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::cell::Cell;
 
 use burn_cubecl::cubecl::server::{ComputeServer, CopyDescriptor};
 use burn_cubecl::ops::numeric::empty_device_contiguous_dtype;
@@ -25,8 +25,10 @@ const PART: usize = 4 << 20;
 /// Bytes that may wait for the device to take them.
 const IN_FLIGHT: usize = 64 << 20;
 
-/// Bytes that were given to devices since one was last waited for.
-static GIVEN: AtomicUsize = AtomicUsize::new(0);
+thread_local! {
+    /// Bytes that this thread's queue was given since it was last waited for.
+    static GIVEN: Cell<usize> = const { Cell::new(0) };
+}
 
 impl<R, F, I, BT> Upload for CubeBackend<R, F, I, BT>
 where
@@ -57,8 +59,9 @@ where
             let place = place.offset_end((size - first - length) as u64);
             let to = CopyDescriptor::new(place.binding(), [length].into(), [1].into(), 1);
             server.submit(move |server| server.write(vec![(to, part)], stream));
-            if GIVEN.fetch_add(length, Ordering::Relaxed) + length >= IN_FLIGHT {
-                GIVEN.store(0, Ordering::Relaxed);
+            GIVEN.set(GIVEN.get() + length);
+            if GIVEN.get() >= IN_FLIGHT {
+                GIVEN.set(0);
                 // The first one marks where the device must have come to, the second one waits for it.
                 if let Err(error) = (0..2).try_for_each(|_| client.flush()) {
                     faults::note(&error.to_string());
