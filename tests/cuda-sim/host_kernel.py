@@ -251,7 +251,7 @@ def translate(text):
     generated = re.search(r"\bshared_memory_\d+\b", plain) is not None
     refuse_unsupported(plain)
     # Threads that never wait for each other need no fibers.
-    waits = r"__sync|_sync\s*\(|\bbarrier\b|\bbarrier_|any_lane|mma_|__mma|ldmatrix|stmatrix|\bsim_elect\b|cooperative_groups|_async|__shared__"
+    waits = r"__sync|_sync\s*\(|\bbarrier\b|\bbarrier_|mma_|__mma|ldmatrix|stmatrix|\bsim_elect\b|cooperative_groups|_async|__shared__"
     synchronises = re.search(waits, plain) is not None
     if generated and re.search(r"__mma_m16|wmma::|__shfl", plain):
         plain = add_steps(plain)

@@ -277,7 +277,7 @@ def powers_and_votes():
         keep_in_place(x);
         keep_after(x[0]);
         out[threadIdx.x] = exp2_approximate(x[0]);
-        out[256 + threadIdx.x] = any_lane(x[0] == -32.0f);
+        out[256 + threadIdx.x] = __any_sync(~0u, x[0] == -32.0f);
     }""").function("powers")
     numbers = [i / 2 - 64 for i in range(192)] + [i / 3 - 20.1 for i in range(32)]
     numbers += [-126.0, -126.1, -150.0, -3e38, -math.inf, 127.9, 128.0, math.inf, math.nan] + [1.0] * 23
@@ -507,7 +507,7 @@ for kind, columns in (("bf16", 64), ("f16", 72), ("bf16", 8), ("f16", 256)):
     CASES[f"numbers of wgmma with {columns} columns, {kind}, checked, 3 seeds"] = (wgmma_shapes, (kind, columns, [1, 2, 3]), {"SIM_CHECK": "1"})
 CASES |= {
     "sums of wgmma before and after the wait": (wgmma_sums_early, (), {}),
-    "exp2_approximate, any_lane": (powers_and_votes, (), {}),
+    "exp2_approximate, __any_sync": (powers_and_votes, (), {}),
     "numbers of a generated source": (generated, (), {}),
     "a deadlock ends the launch, unchecked": (unchecked_deadlock, (), {}),
     "attributes of functions": (attributes, (), {}),

@@ -73,7 +73,6 @@ template <typename T> SIM_QUIET inline T __shfl_down_sync(unsigned mask, T v, un
 SIM_QUIET inline unsigned __ballot_sync(unsigned mask, bool p, SIM_LINE) { return sim::vote(mask, p, line); }
 SIM_QUIET inline bool __any_sync(unsigned mask, bool p, SIM_LINE) { return sim::vote(mask, p, line) != 0; }
 SIM_QUIET inline bool __all_sync(unsigned mask, bool p, SIM_LINE) { return sim::vote(mask, !p, line) == 0; }
-SIM_QUIET inline bool any_lane(bool p, SIM_LINE) { return __any_sync(~0u, p, line); }
 // What CubeCL writes as inline PTX to choose one lane of a warp.
 SIM_QUIET inline unsigned sim_elect() { return sim::lane() == 0; }
 
