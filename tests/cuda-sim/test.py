@@ -22,8 +22,11 @@ BLOCK = 64
 
 
 def planted(name):
-    read = lambda file: open(os.path.join(HERE, "planted", file)).read()
-    return re.sub(r'#include "(\w+\.cuh)"', lambda m: re.sub(r"\n\s*", "\n", read(m.group(1))), read(name + ".cu"))
+    def whole(file):
+        text = open(os.path.join(HERE, "planted", file)).read()
+        return re.sub(r'#include "(\w+\.cuh)"', lambda m: re.sub(r"\n\s*", "\n", whole(m.group(1))), text)
+
+    return whole(name + ".cu")
 
 
 def floats(values):

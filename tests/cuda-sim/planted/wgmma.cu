@@ -1,26 +1,5 @@
 // Products of a warpgroup, each with something missing. Two tiles of 64 x 64.
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include "ptx.cuh"
-#include "wgmma.cuh"
-typedef __nv_bfloat16 T;
-
-constexpr int TILE = 64 * 64;
-
-__device__ void fill(T *tile, const float *in, int threads) {
-    for (int i = threadIdx.x; i < TILE; i += threads) tile[i] = (T)in[i % 64];
-}
-__device__ void clear(float (&sums)[32]) {
-    for (int i = 0; i < 32; i++) sums[i] = 0;
-}
-__device__ void multiply(float (&sums)[32], const T *left, const T *right) {
-    wgmma_ss<T>(sums, wgmma_descriptor(left, 16, 1024), wgmma_descriptor(right, 16, 1024));
-}
-__device__ float total(const float (&sums)[32]) {
-    float sum = 0;
-    for (int i = 0; i < 32; i++) sum += sums[i];
-    return sum;
-}
+#include "wgmma_tiles.cuh"
 
 // The writers do no fence_async_proxy.
 extern "C" __global__ void __launch_bounds__(128) faulty(const float *in, float *out, int n) {

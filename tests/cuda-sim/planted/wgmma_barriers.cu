@@ -1,11 +1,6 @@
 // Named barriers between two warpgroups: the second fills two tiles of 64 x 64, the first multiplies them.
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include "ptx.cuh"
-#include "wgmma.cuh"
-typedef __nv_bfloat16 T;
+#include "wgmma_tiles.cuh"
 
-constexpr int TILE = 64 * 64;
 constexpr int FULL = 1, FREE = 2;
 
 __device__ void fill(T *tiles, const float *in) {
@@ -13,16 +8,8 @@ __device__ void fill(T *tiles, const float *in) {
 }
 __device__ void multiply(float (&sums)[32], const T *tiles) {
     wgmma_fence();
-    wgmma_ss<T>(sums, wgmma_descriptor(tiles, 16, 1024), wgmma_descriptor(tiles + TILE, 16, 1024));
+    multiply(sums, tiles, tiles + TILE);
     wgmma_commit();
-}
-__device__ void clear(float (&sums)[32]) {
-    for (int i = 0; i < 32; i++) sums[i] = 0;
-}
-__device__ float total(const float (&sums)[32]) {
-    float sum = 0;
-    for (int i = 0; i < 32; i++) sum += sums[i];
-    return sum;
 }
 
 // Those that fill the tiles do not arrive.

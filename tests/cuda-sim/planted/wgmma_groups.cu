@@ -1,26 +1,5 @@
 // Warpgroups of a block of 6 warps.
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include "ptx.cuh"
-#include "wgmma.cuh"
-typedef __nv_bfloat16 T;
-
-constexpr int TILE = 64 * 64;
-
-__device__ void fill(T *tile, const float *in, int threads) {
-    for (int i = threadIdx.x; i < TILE; i += threads) tile[i] = (T)in[i % 64];
-}
-__device__ void clear(float (&sums)[32]) {
-    for (int i = 0; i < 32; i++) sums[i] = 0;
-}
-__device__ void multiply(float (&sums)[32], const T *left, const T *right) {
-    wgmma_ss<T>(sums, wgmma_descriptor(left, 16, 1024), wgmma_descriptor(right, 16, 1024));
-}
-__device__ float total(const float (&sums)[32]) {
-    float sum = 0;
-    for (int i = 0; i < 32; i++) sum += sums[i];
-    return sum;
-}
+#include "wgmma_tiles.cuh"
 
 // Warps 1 to 4 are none.
 extern "C" __global__ void __launch_bounds__(192) faulty(const float *in, float *out, int n) {
