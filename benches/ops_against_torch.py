@@ -84,7 +84,7 @@ def torch_op(op: str, shape: list[int], device: str, dtype: torch.dtype) -> Call
         return lambda: F.scaled_dot_product_attention(q, k, v, is_causal=causal)
     channels, side = shape
     x = randn(1, channels, side, side)
-    if op == "same_conv2d":
+    if op == "conv2d_same":
         weight, bias = randn(channels, channels, 3, 3), randn(channels)
         return lambda: F.conv2d(x, weight, bias, padding=1)
     if op == "channel_norm_silu":

@@ -1,6 +1,6 @@
 //! What a picture of 1024 x 1024 pixels costs after its last step: file, Base64, JSON, socket.
 //!
-//! `cargo bench --bench response`. The painter has its picture ready, so that the time from request
+//! `cargo bench --bench response`. The pipeline has its picture ready, so that the time from request
 //! to last byte is the server's alone.
 
 #![expect(clippy::print_stdout, reason = "its result is what it prints")]
@@ -15,8 +15,8 @@ use kiln::engine::{Engine, EngineSettings};
 use kiln::request::Limits;
 use kiln::server::{App, Settings};
 use kiln_models::noise::NoiseGenerator;
-use kiln_models::painter::{
-    CacheUses, ImageSizes, Job, JobId, MemoryUse, ModelInfo, PaintError, Painter, Painting,
+use kiln_models::pipeline::{
+    CacheUses, ImageSizes, Job, JobId, MemoryUse, ModelInfo, Output, Pipeline, PipelineError,
     RgbImage,
 };
 
@@ -45,30 +45,30 @@ fn picture() -> RgbImage {
     }
 }
 
-struct ReadyPainter {
+struct ReadyPipeline {
     info: ModelInfo,
     picture: RgbImage,
 }
 
-impl Painter for ReadyPainter {
+impl Pipeline for ReadyPipeline {
     fn info(&self) -> &ModelInfo {
         &self.info
     }
 
-    fn start(&mut self, _: JobId, _: Job) -> Result<(), PaintError> {
+    fn start(&mut self, _: JobId, _: Job) -> Result<(), PipelineError> {
         Ok(())
     }
 
-    fn step(&mut self, ids: &[JobId]) -> Result<Vec<usize>, PaintError> {
+    fn step(&mut self, ids: &[JobId]) -> Result<Vec<usize>, PipelineError> {
         Ok(vec![0; ids.len()])
     }
 
-    fn preview(&mut self, id: JobId) -> Result<RgbImage, PaintError> {
-        Err(PaintError::NothingToShow(id))
+    fn preview(&mut self, id: JobId) -> Result<RgbImage, PipelineError> {
+        Err(PipelineError::NothingToShow(id))
     }
 
-    fn finish(&mut self, _: JobId) -> Result<Painting, PaintError> {
-        Ok(Painting {
+    fn finish(&mut self, _: JobId) -> Result<Output, PipelineError> {
+        Ok(Output {
             images: vec![self.picture.clone()],
             trace: Vec::new(),
         })
@@ -92,7 +92,7 @@ fn serve() -> Result<SocketAddr, Box<dyn Error>> {
         max_side: SIDE,
         default_side: SIDE,
     };
-    let painter = ReadyPainter {
+    let pipeline = ReadyPipeline {
         info: ModelInfo {
             sizes,
             vocab_size: 200_000,
@@ -106,7 +106,7 @@ fn serve() -> Result<SocketAddr, Box<dyn Error>> {
         max_started: 1,
         warm_up: None,
     };
-    let engine = Engine::start(Box::new(painter), settings);
+    let engine = Engine::start(Box::new(pipeline), settings);
     let tokenizer = Checkpoint::demo()?.tokenizer()?;
     let noise = NoiseGenerator::Cpu;
     let limits = Limits::for_sizes(sizes);

@@ -13,7 +13,7 @@ use std::time::Instant;
 use kiln::backend::{self, BackendChoice, BackendKind, LoadSettings};
 use kiln::checkpoint::Checkpoint;
 use kiln_models::noise::NoiseGenerator;
-use kiln_models::painter::Job;
+use kiln_models::pipeline::Job;
 use serde_json::{Value, json};
 
 /// Peak resident memory in MiB since the last call, where Linux tells.
@@ -61,7 +61,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         let tokenizer = checkpoint.tokenizer()?;
         Ok((backend::load(&checkpoint, &settings)?, tokenizer))
     });
-    let (mut painter, tokenizer) = loaded?;
+    let (mut pipeline, tokenizer) = loaded?;
     let job = Job {
         prompt: tokenizer.encode_prompt("A red fox in the snow, watercolor")?,
         negative_prompt: Some(tokenizer.encode_prompt(" ")?),
@@ -74,19 +74,19 @@ fn main() -> Result<(), Box<dyn Error>> {
         noise_generator: NoiseGenerator::Cpu,
         record: false,
     };
-    let (started, encode) = stage(|| painter.start(0, job));
+    let (started, encode) = stage(|| pipeline.start(0, job));
     started?;
     let to_first_step = process_start.elapsed().as_secs_f64();
     let mut denoise = Vec::new();
     loop {
-        let (left, measured) = stage(|| painter.step(&[0]));
+        let (left, measured) = stage(|| pipeline.step(&[0]));
         denoise.push(measured);
         if left?[0] == 0 {
             break;
         }
     }
-    let (painting, decode) = stage(|| painter.finish(0));
-    painting?;
+    let (output, decode) = stage(|| pipeline.finish(0));
+    output?;
     println!(
         "{}",
         json!({

@@ -5,9 +5,9 @@ use std::slice;
 use std::str::FromStr;
 
 use kiln_models::config::ConfigError;
+use kiln_models::flops::FlopCount;
 use kiln_models::loading::{DeviceInfo, LoadOptions, ModelDType, OpenError};
-use kiln_models::operations::Operations;
-use kiln_models::painter::{ImageSizes, Job, Painter};
+use kiln_models::pipeline::{ImageSizes, Job, Pipeline};
 use kiln_models::qwen_image::CheckpointParts;
 use kiln_models::vae::{Tiling, VaeSettings};
 
@@ -66,7 +66,7 @@ impl LoadSettings {
     }
 }
 
-/// Why no painter could be had.
+/// Why no pipeline could be had.
 #[derive(Debug, thiserror::Error)]
 pub enum BackendError {
     #[error(
@@ -133,7 +133,8 @@ struct Entry {
     open: Opener,
 }
 
-type Opener = fn(&DeviceInfo, &CheckpointParts, LoadOptions) -> Result<Box<dyn Painter>, OpenError>;
+type Opener =
+    fn(&DeviceInfo, &CheckpointParts, LoadOptions) -> Result<Box<dyn Pipeline>, OpenError>;
 
 /// From the best to the slowest.
 const KINDS: [BackendKind; 4] = [
@@ -348,16 +349,16 @@ pub fn operations(
     checkpoint: &Checkpoint,
     job: &Job,
     settings: &LoadSettings,
-) -> Result<Operations, BackendError> {
+) -> Result<FlopCount, BackendError> {
     let configs = &checkpoint.parts().configs;
-    Ok(Operations::count(configs, job, settings.vae())?)
+    Ok(FlopCount::count(configs, job, settings.vae())?)
 }
 
 /// Loads a checkpoint's networks onto a device.
 pub fn load(
     checkpoint: &Checkpoint,
     settings: &LoadSettings,
-) -> Result<Box<dyn Painter>, BackendError> {
+) -> Result<Box<dyn Pipeline>, BackendError> {
     let options = |device: &DeviceInfo| LoadOptions {
         dtype: settings.dtype.model_dtype(),
         vae: settings.vae(),

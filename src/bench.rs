@@ -1,9 +1,9 @@
-//! How long a painter takes for the same work, again and again, and what that is in operations.
+//! How long a pipeline takes for the same work, again and again, and what that is in operations.
 
 use std::fmt;
 
-use kiln_models::operations::Operations;
-use kiln_models::painter::{Job, JobId, ModelInfo, Painter};
+use kiln_models::flops::FlopCount;
+use kiln_models::pipeline::{Job, JobId, ModelInfo, Pipeline};
 use kiln_models::qwen_image::TEMPLATE_TOKENS_DROPPED;
 use serde::Serialize;
 
@@ -65,16 +65,16 @@ pub struct Run {
 }
 
 impl Run {
-    /// Runs a job alone on a painter.
-    pub fn measure(painter: &mut dyn Painter, job: Job) -> Result<Self, JobError> {
+    /// Runs a job alone on a pipeline.
+    pub fn measure(pipeline: &mut dyn Pipeline, job: Job) -> Result<Self, JobError> {
         const ID: JobId = 0;
         let total_steps = job.num_inference_steps;
-        let ((), encode) = measured(painter, |painter| painter.start(ID, job))?;
+        let ((), encode) = measured(pipeline, |pipeline| pipeline.start(ID, job))?;
         let mut steps = Vec::with_capacity(total_steps);
         for _ in 0..total_steps {
-            steps.push(measured(painter, |painter| painter.step(&[ID]))?.1);
+            steps.push(measured(pipeline, |pipeline| pipeline.step(&[ID]))?.1);
         }
-        let (_, decode) = measured(painter, |painter| painter.finish(ID))?;
+        let (_, decode) = measured(pipeline, |pipeline| pipeline.finish(ID))?;
 
         let costs = || steps.iter().chain([&encode, &decode]);
         Ok(Self {
@@ -118,7 +118,7 @@ impl Stages {
 
     /// 10¹² floating-point operations: two for each multiply-add. Without the modulation of the
     /// schedule, which only the warm-up computes.
-    fn tflop(operations: Operations, steps: usize) -> Self {
+    fn tflop(operations: FlopCount, steps: usize) -> Self {
         let tera = |multiply_adds: u64| 2e-12 * multiply_adds as f64;
         let (encode, step) = (tera(operations.encode), tera(operations.step));
         let decode = tera(operations.decode);
@@ -181,15 +181,15 @@ impl Measurement {
     /// Runs the workload once to warm up, then `runs` times. `on_run` hears of every run that is
     /// over; the warm-up is number 0.
     pub fn take(
-        painter: &mut dyn Painter,
+        pipeline: &mut dyn Pipeline,
         load: Cost,
         workload: &Workload,
         runs: usize,
         mut on_run: impl FnMut(usize, &Run),
     ) -> Result<Self, JobError> {
-        let vocab_size = painter.info().vocab_size;
+        let vocab_size = pipeline.info().vocab_size;
         let mut run = |number: usize| {
-            let run = Run::measure(painter, workload.job(number, vocab_size))?;
+            let run = Run::measure(pipeline, workload.job(number, vocab_size))?;
             on_run(number, &run);
             Ok(run)
         };
@@ -236,7 +236,7 @@ impl Report {
         model: String,
         info: &ModelInfo,
         workload: &Workload,
-        operations: Operations,
+        operations: FlopCount,
         measurement: Measurement,
         peak_tflops: Option<f64>,
     ) -> Self {
@@ -400,7 +400,7 @@ mod tests {
 
     #[test]
     fn a_run_is_its_stages() {
-        let operations = Operations {
+        let operations = FlopCount {
             encode: 1_000_000_000_000,
             modulation: 7,
             step: 2_000_000_000_000,

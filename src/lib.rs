@@ -1,7 +1,7 @@
 //! `kiln` serves Qwen-Image text-to-image from one binary, on any burn backend.
 //!
 //! A request goes down one way: [`request`] checks it, [`tokenizer`] turns its prompts into ids,
-//! [`engine`] runs it on the thread that owns the painter, [`image`] encodes what comes out.
+//! [`engine`] runs it on the thread that owns the pipeline, [`image`] encodes what comes out.
 //! [`server`] and [`cli`] are the two doors. [`compare`] says how far apart two runs are,
 //! [`mod@bench`] how long they take.
 

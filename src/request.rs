@@ -2,7 +2,7 @@
 //! exist, and nothing is a default any more.
 
 use kiln_models::noise::NoiseGenerator;
-use kiln_models::painter::{ImageSizes, Job};
+use kiln_models::pipeline::{ImageSizes, Job};
 
 use crate::tokenizer::{PromptTokenizer, TokenizerError};
 
@@ -76,7 +76,7 @@ pub struct GenerationParams {
     pub seed: Option<i128>,
 }
 
-/// A request that can be painted.
+/// A request that can be generated.
 #[derive(Debug, Clone, PartialEq)]
 pub struct GenerationRequest {
     pub prompt: String,
@@ -102,7 +102,7 @@ pub struct PromptTokens {
     pub negative_prompt: Option<Vec<u32>>,
 }
 
-/// Why a request cannot be painted. [`InvalidRequest::param`] names the culprit.
+/// Why a request cannot be generated. [`InvalidRequest::param`] names the culprit.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 pub enum InvalidRequest {
     #[error("{param} must be from {min} to {max} pixels, got {got}")]
@@ -286,7 +286,7 @@ impl GenerationRequest {
         })
     }
 
-    /// The painter's form of this request. With `record` the painting carries its trace.
+    /// The pipeline's form of this request. With `record` the output carries its trace.
     pub fn into_job(self, tokens: PromptTokens, record: bool) -> Job {
         Job {
             prompt: tokens.prompt,

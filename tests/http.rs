@@ -1,4 +1,4 @@
-//! The HTTP API over real sockets. The painter is a small one that paints flat grey, so that what
+//! The HTTP API over real sockets. The pipeline is a small one that generates flat grey, so that what
 //! is tested is everything in front of it; the tokenizer is the real one.
 
 /// API keys and origins.
@@ -13,7 +13,7 @@ mod information;
 mod operation;
 /// The page at `/`, and the routes that it needs beside the API of `OpenAI`.
 mod page;
-mod painter;
+mod pipeline;
 /// Requests that no one has written.
 mod random_bodies;
 mod real_model;
@@ -28,7 +28,7 @@ use kiln::server::Settings;
 use serde_json::{Value, json};
 
 use self::client::{Reply, connect, get, post, send};
-use self::painter::{FAIL_IN_START, PANIC_IN_STEP, Pace};
+use self::pipeline::{FAIL_IN_START, PANIC_IN_STEP, Pace};
 use self::server::{TestServer, load_tokenizer};
 
 fn user(content: &Value) -> Value {
@@ -78,7 +78,7 @@ fn parts(reply: &Reply) -> &Vec<Value> {
 }
 
 #[test]
-fn a_plain_prompt_is_painted_with_the_defaults() {
+fn a_plain_prompt_is_generated_with_the_defaults() {
     let server = TestServer::start(Pace::Fast, 4);
     let reply = post(server.address, &json!({"messages": user(&json!("a cat"))}));
     let parts = parts(&reply);
@@ -97,7 +97,7 @@ fn a_plain_prompt_is_painted_with_the_defaults() {
     for stage in ["queue", "encode", "denoise", "previews", "decode", "paused"] {
         assert!(body["timings"][stage].as_f64().unwrap() >= 0.0);
     }
-    // The seed that was chosen is the one that was painted with.
+    // The seed that was chosen is the one that was generated with.
     let seed = body["seed"].as_u64().unwrap();
     assert!(seed < 1 << 31);
     let (width, height, pixels) = decode(&parts[0]);
@@ -262,7 +262,7 @@ fn a_failure_of_the_painter_is_500_without_detail_and_the_next_request_succeeds(
 }
 
 #[test]
-fn a_client_that_hangs_up_frees_the_painter() {
+fn a_client_that_hangs_up_frees_the_pipeline() {
     let server = TestServer::start(Pace::Slow, 4);
     let body = json!({"messages": user(&json!("a cat")), "num_inference_steps": 1000});
     let reply = send(
@@ -286,7 +286,7 @@ fn a_client_that_hangs_up_frees_the_painter() {
 
     let one_step = json!({"messages": user(&json!("a cat")), "num_inference_steps": 1});
     assert_eq!(post(server.address, &one_step).status, 200);
-    // 1000 steps each, had the painter not been freed.
+    // 1000 steps each, had the pipeline not been freed.
     assert!(server.steps() < 500, "{} steps were made", server.steps());
     assert_eq!(server.discards(), 1);
 }

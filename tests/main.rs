@@ -12,8 +12,8 @@ mod cli;
 mod compare;
 /// A server in this process, asked over TCP.
 mod http;
-/// The demo model in this process, job beside job.
-#[cfg(feature = "flex")]
-mod painter;
 /// The real binary beside diffusers.
 mod parity;
+/// The demo model in this process, job beside job.
+#[cfg(feature = "flex")]
+mod pipeline;

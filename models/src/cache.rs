@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::hash::Hash;
 
-use crate::painter::CacheUse;
+use crate::pipeline::CacheUse;
 
 /// Keeps the values that were used last, as many as fit into a number of bytes.
 #[derive(Debug)]

@@ -6,7 +6,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use kiln_ops::faults::Checkpoint;
 use kiln_ops::{FaultWatch, FusedOps};
 
-use crate::painter::PaintError;
+use crate::pipeline::PipelineError;
 
 /// How often work is done at most because kernels were measured meanwhile.
 const MAX_RUNS: usize = 3;
@@ -21,8 +21,8 @@ const MAX_REPORT: usize = 240;
 /// done once more, now that kernels are chosen; `work` is told which time it is, from 0.
 pub(crate) fn reliably<B: FusedOps, T>(
     device: &B::Device,
-    mut work: impl FnMut(usize) -> Result<T, PaintError>,
-) -> Result<T, PaintError> {
+    mut work: impl FnMut(usize) -> Result<T, PipelineError>,
+) -> Result<T, PipelineError> {
     let mut run = 0;
     loop {
         let before = idle::<B>(device)?;
@@ -38,20 +38,20 @@ pub(crate) fn reliably<B: FusedOps, T>(
 
 /// Waits until the device has done all that it was given. What failed of that is not told here: it
 /// was for work that has ended with an error already.
-pub(crate) fn idle<B: FusedOps>(device: &B::Device) -> Result<Checkpoint, PaintError> {
+pub(crate) fn idle<B: FusedOps>(device: &B::Device) -> Result<Checkpoint, PipelineError> {
     let wait = || caught(&FaultWatch::start(), || checkpoint::<B>(device));
     wait().or_else(|_| wait())
 }
 
-pub(crate) fn checkpoint<B: FusedOps>(device: &B::Device) -> Result<Checkpoint, PaintError> {
-    B::checkpoint(device).map_err(|report| PaintError::Device(summary(&report)))
+pub(crate) fn checkpoint<B: FusedOps>(device: &B::Device) -> Result<Checkpoint, PipelineError> {
+    B::checkpoint(device).map_err(|report| PipelineError::Device(summary(&report)))
 }
 
 /// What a call gives; a panic that follows from one on a device's thread is an error.
 pub(crate) fn caught<T>(
     watch: &FaultWatch,
-    call: impl FnOnce() -> Result<T, PaintError>,
-) -> Result<T, PaintError> {
+    call: impl FnOnce() -> Result<T, PipelineError>,
+) -> Result<T, PipelineError> {
     match catch_unwind(AssertUnwindSafe(call)) {
         Ok(outcome) => outcome,
         Err(panic) => match fault(watch) {
@@ -62,10 +62,10 @@ pub(crate) fn caught<T>(
 }
 
 /// What a watch has seen.
-pub(crate) fn fault(watch: &FaultWatch) -> Option<PaintError> {
+pub(crate) fn fault(watch: &FaultWatch) -> Option<PipelineError> {
     watch
         .fault()
-        .map(|report| PaintError::Device(summary(report)))
+        .map(|report| PipelineError::Device(summary(report)))
 }
 
 /// The message of a caught panic.

@@ -1,19 +1,19 @@
-//! Qwen-Image's networks and the painter that joins them, generic over the burn backend.
+//! Qwen-Image's networks and the pipeline that joins them, generic over the burn backend.
 //!
 //! Data goes down this list once: token ids → [`text_encoder`] → prompt embeddings; seed →
 //! [`noise`] → latents; steps and size → [`scheduler`] → the [`transformer`]'s modulation table;
 //! then the denoising loop of [`qwen_image`], and [`vae`] to pixels. There are no files here, no
-//! HTTP, no threads; weights come through [`source::TensorSource`], and [`painter::Painter`] is
+//! HTTP, no threads; weights come through [`source::TensorSource`], and [`pipeline::Pipeline`] is
 //! all that the rest of the program sees.
 
 mod cache;
 pub mod config;
 mod device;
+pub mod flops;
 pub mod guidance;
 pub mod loading;
 pub mod noise;
-pub mod operations;
-pub mod painter;
+pub mod pipeline;
 pub mod qwen_image;
 pub mod scheduler;
 pub mod source;

@@ -1,4 +1,4 @@
-//! Opening a painter: what every backend crate offers the rest of the program.
+//! Opening a pipeline: what every backend crate offers the rest of the program.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
@@ -8,8 +8,10 @@ use cubecl_common::stream_id::StreamId;
 use kiln_ops::{FaultWatch, FusedOps, MemoryUse, host};
 
 use crate::device::{caught, checkpoint, fault, panic_message};
-use crate::painter::{CacheUses, Job, JobId, ModelInfo, PaintError, Painter, Painting, RgbImage};
-use crate::qwen_image::{CheckpointParts, PainterSettings, QwenImage};
+use crate::pipeline::{
+    CacheUses, Job, JobId, ModelInfo, Output, Pipeline, PipelineError, RgbImage,
+};
+use crate::qwen_image::{CheckpointParts, PipelineSettings, QwenImage};
 use crate::source::StoredDType;
 use crate::vae::VaeSettings;
 use crate::weights::{LoadError, Precision};
@@ -102,7 +104,7 @@ impl DeviceInfo {
     }
 }
 
-/// Why a backend could not open a painter.
+/// Why a backend could not open a pipeline.
 #[derive(Debug, thiserror::Error)]
 pub enum OpenError {
     #[error(
@@ -161,7 +163,7 @@ pub fn open<B: FusedOps>(
     target: Target<'_, B::Device>,
     parts: &CheckpointParts,
     options: LoadOptions,
-) -> Result<Box<dyn Painter>, OpenError> {
+) -> Result<Box<dyn Pipeline>, OpenError> {
     let DeviceInfo {
         index,
         name,
@@ -192,7 +194,7 @@ pub fn open<B: FusedOps>(
         model,
         activations: target.activations.unwrap_or(model),
     };
-    let settings = PainterSettings {
+    let settings = PipelineSettings {
         precision,
         vae: options.vae,
     };
@@ -200,72 +202,72 @@ pub fn open<B: FusedOps>(
     let device = target.device;
     let watch = FaultWatch::start();
     let load = || {
-        let painter = QwenImage::<B>::load(parts, device.clone(), device_name.clone(), settings);
+        let pipeline = QwenImage::<B>::load(parts, device.clone(), device_name.clone(), settings);
         // Uploads are queued.
         checkpoint::<B>(&device)?;
-        Ok(painter)
+        Ok(pipeline)
     };
-    let loaded = caught(&watch, load).and_then(|painter| fault(&watch).map_or(Ok(painter), Err));
+    let loaded = caught(&watch, load).and_then(|pipeline| fault(&watch).map_or(Ok(pipeline), Err));
     let failed = |reason| OpenError::Device {
         device: device_name.clone(),
         reason,
     };
-    let painter = match loaded {
+    let pipeline = match loaded {
         Err(error) => return Err(failed(report(error))),
-        Ok(painter) => painter?,
+        Ok(pipeline) => pipeline?,
     };
-    Ok(Box::new(OneStream { painter, stream }))
+    Ok(Box::new(OneStream { pipeline, stream }))
 }
 
-fn report(error: PaintError) -> String {
+fn report(error: PipelineError) -> String {
     match error {
-        PaintError::Device(report) => report,
+        PipelineError::Device(report) => report,
         other => other.to_string(),
     }
 }
 
-/// A painter whose work goes to the queue of the device that its weights were loaded through,
+/// A pipeline whose work goes to the queue of the device that its weights were loaded through,
 /// whichever thread calls: GPU backends keep queue and memory by thread.
 struct OneStream<P> {
-    painter: P,
+    pipeline: P,
     stream: StreamId,
 }
 
-impl<P: Painter> Painter for OneStream<P> {
+impl<P: Pipeline> Pipeline for OneStream<P> {
     fn info(&self) -> &ModelInfo {
-        self.painter.info()
+        self.pipeline.info()
     }
 
-    fn start(&mut self, id: JobId, job: Job) -> Result<(), PaintError> {
-        self.stream.executes(|| self.painter.start(id, job))
+    fn start(&mut self, id: JobId, job: Job) -> Result<(), PipelineError> {
+        self.stream.executes(|| self.pipeline.start(id, job))
     }
 
-    fn step(&mut self, ids: &[JobId]) -> Result<Vec<usize>, PaintError> {
-        self.stream.executes(|| self.painter.step(ids))
+    fn step(&mut self, ids: &[JobId]) -> Result<Vec<usize>, PipelineError> {
+        self.stream.executes(|| self.pipeline.step(ids))
     }
 
-    fn preview(&mut self, id: JobId) -> Result<RgbImage, PaintError> {
-        self.stream.executes(|| self.painter.preview(id))
+    fn preview(&mut self, id: JobId) -> Result<RgbImage, PipelineError> {
+        self.stream.executes(|| self.pipeline.preview(id))
     }
 
-    fn finish(&mut self, id: JobId) -> Result<Painting, PaintError> {
-        self.stream.executes(|| self.painter.finish(id))
+    fn finish(&mut self, id: JobId) -> Result<Output, PipelineError> {
+        self.stream.executes(|| self.pipeline.finish(id))
     }
 
     fn discard(&mut self, id: JobId) {
-        self.stream.executes(|| self.painter.discard(id));
+        self.stream.executes(|| self.pipeline.discard(id));
     }
 
-    fn probe(&mut self) -> Result<(), PaintError> {
-        self.stream.executes(|| self.painter.probe())
+    fn probe(&mut self) -> Result<(), PipelineError> {
+        self.stream.executes(|| self.pipeline.probe())
     }
 
     fn memory(&self) -> MemoryUse {
-        self.stream.executes(|| self.painter.memory())
+        self.stream.executes(|| self.pipeline.memory())
     }
 
     fn caches(&self) -> CacheUses {
-        self.painter.caches()
+        self.pipeline.caches()
     }
 }
 
@@ -274,30 +276,30 @@ mod tests {
     use std::thread;
 
     use super::*;
-    use crate::painter::ImageSizes;
+    use crate::pipeline::ImageSizes;
 
     /// Fails every job with the queue it was called on.
     struct Witness(ModelInfo);
 
-    impl Painter for Witness {
+    impl Pipeline for Witness {
         fn info(&self) -> &ModelInfo {
             &self.0
         }
 
-        fn start(&mut self, _id: JobId, _job: Job) -> Result<(), PaintError> {
+        fn start(&mut self, _id: JobId, _job: Job) -> Result<(), PipelineError> {
             Ok(())
         }
 
-        fn step(&mut self, _ids: &[JobId]) -> Result<Vec<usize>, PaintError> {
-            Err(PaintError::Device(StreamId::current().to_string()))
+        fn step(&mut self, _ids: &[JobId]) -> Result<Vec<usize>, PipelineError> {
+            Err(PipelineError::Device(StreamId::current().to_string()))
         }
 
-        fn preview(&mut self, id: JobId) -> Result<RgbImage, PaintError> {
-            Err(PaintError::NothingToShow(id))
+        fn preview(&mut self, id: JobId) -> Result<RgbImage, PipelineError> {
+            Err(PipelineError::NothingToShow(id))
         }
 
-        fn finish(&mut self, id: JobId) -> Result<Painting, PaintError> {
-            Err(PaintError::UnknownJob(id))
+        fn finish(&mut self, id: JobId) -> Result<Output, PipelineError> {
+            Err(PipelineError::UnknownJob(id))
         }
 
         fn discard(&mut self, _id: JobId) {}
@@ -319,8 +321,8 @@ mod tests {
             max_side: 64,
             default_side: 64,
         };
-        let mut painter = OneStream {
-            painter: Witness(ModelInfo {
+        let mut pipeline = OneStream {
+            pipeline: Witness(ModelInfo {
                 sizes,
                 vocab_size: 1,
                 device: String::new(),
@@ -329,7 +331,7 @@ mod tests {
             stream,
         };
         let (elsewhere, used) = thread::spawn(move || {
-            let used = painter.step(&[]).unwrap_err().to_string();
+            let used = pipeline.step(&[]).unwrap_err().to_string();
             (StreamId::current(), used)
         })
         .join()

@@ -1,4 +1,4 @@
-//! Qwen-Image text-to-image: the painter that joins text encoder, transformer and VAE.
+//! Qwen-Image text-to-image: the pipeline that joins text encoder, transformer and VAE.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -13,9 +13,9 @@ use crate::config::{ConfigError, ConfigReader, ConfigText};
 use crate::device::{caught, idle, reliably, summary};
 use crate::guidance::true_cfg;
 use crate::noise::randn;
-use crate::painter::{
-    CacheUses, ImageSizes, Job, JobId, MAX_PREVIEW_SIDE, MemoryUse, ModelInfo, PaintError, Painter,
-    Painting, RgbImage, TraceTensor,
+use crate::pipeline::{
+    CacheUses, ImageSizes, Job, JobId, MAX_PREVIEW_SIDE, MemoryUse, ModelInfo, Output, Pipeline,
+    PipelineError, RgbImage, TraceTensor,
 };
 use crate::scheduler::{Schedule, SchedulerConfig, round_to};
 use crate::source::TensorSource;
@@ -87,7 +87,7 @@ pub struct CheckpointParts {
 
 /// What a run may be set to, apart from the request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct PainterSettings {
+pub struct PipelineSettings {
     pub precision: Precision,
     pub vae: VaeSettings,
 }
@@ -99,7 +99,7 @@ pub struct QwenImage<B: FusedOps> {
     transformer: Transformer<B>,
     vae: VaeDecoder<B>,
     scheduler: SchedulerConfig,
-    settings: PainterSettings,
+    settings: PipelineSettings,
     info: ModelInfo,
     /// Pixels per latent.
     scale_factor: usize,
@@ -112,7 +112,7 @@ pub struct QwenImage<B: FusedOps> {
     tables: Cache<Vec<u32>, Arc<ModulationTable<B>>>,
     packing: Option<Packing<B>>,
     /// Whether the device may have failed at what is kept.
-    is_in_doubt: bool,
+    needs_reset: bool,
     /// Dropped last, as fields are dropped in their order.
     _memory: DeviceMemory<B>,
 }
@@ -175,7 +175,7 @@ impl<B: FusedOps> QwenImage<B> {
         parts: &CheckpointParts,
         device: B::Device,
         device_name: String,
-        settings: PainterSettings,
+        settings: PipelineSettings,
     ) -> Result<Self, LoadError> {
         let configs = &parts.configs;
         check_model_index(&configs.model_index)?;
@@ -243,12 +243,12 @@ impl<B: FusedOps> QwenImage<B> {
             embeddings: Cache::new(KEPT_EMBEDDING_BYTES),
             tables: Cache::new(KEPT_TABLE_BYTES),
             packing: None,
-            is_in_doubt: false,
+            needs_reset: false,
             _memory: memory,
         })
     }
 
-    fn check(&self, job: &Job) -> Result<(), PaintError> {
+    fn check(&self, job: &Job) -> Result<(), PipelineError> {
         let ImageSizes {
             multiple,
             max_side: max,
@@ -258,7 +258,7 @@ impl<B: FusedOps> QwenImage<B> {
         let (height, width) = (job.height, job.width);
         let fits = |side: usize| side.is_multiple_of(multiple) && (multiple..=max).contains(&side);
         if !fits(height) || !fits(width) {
-            return Err(PaintError::Size {
+            return Err(PipelineError::Size {
                 height,
                 width,
                 multiple,
@@ -266,7 +266,7 @@ impl<B: FusedOps> QwenImage<B> {
             });
         }
         if job.num_inference_steps == 0 || job.num_images == 0 {
-            return Err(PaintError::NothingToDo);
+            return Err(PipelineError::NothingToDo);
         }
         for prompt in [Some(&job.prompt), job.negative_prompt.as_ref()]
             .into_iter()
@@ -274,10 +274,10 @@ impl<B: FusedOps> QwenImage<B> {
         {
             if prompt.len() <= TEMPLATE_TOKENS_DROPPED {
                 let (tokens, dropped) = (prompt.len(), TEMPLATE_TOKENS_DROPPED);
-                return Err(PaintError::PromptTooShort { tokens, dropped });
+                return Err(PipelineError::PromptTooShort { tokens, dropped });
             }
             if let Some(&id) = prompt.iter().find(|&&id| id as usize >= vocab_size) {
-                return Err(PaintError::TokenOutOfRange { id, vocab_size });
+                return Err(PipelineError::TokenOutOfRange { id, vocab_size });
             }
         }
         Ok(())
@@ -378,21 +378,21 @@ impl<B: FusedOps> QwenImage<B> {
     /// Does some work and waits for it: see [`reliably`]. What is kept is in doubt if it fails.
     fn reliably<T>(
         &mut self,
-        mut work: impl FnMut(&mut Self, usize) -> Result<T, PaintError>,
-    ) -> Result<T, PaintError> {
+        mut work: impl FnMut(&mut Self, usize) -> Result<T, PipelineError>,
+    ) -> Result<T, PipelineError> {
         let device = self.device.clone();
         let done = reliably::<B, T>(&device, |run| work(self, run));
         done.map_err(|error| match error {
-            PaintError::Device(report) => {
-                self.is_in_doubt = true;
-                PaintError::Device(format!("{}: {report}", self.info.device))
+            PipelineError::Device(report) => {
+                self.needs_reset = true;
+                PipelineError::Device(format!("{}: {report}", self.info.device))
             }
             other => other,
         })
     }
 
     /// Lets go of what can be made again; there is memory for other things then.
-    fn forget_kept(&mut self) {
+    fn drop_caches(&mut self) {
         self.embeddings.clear();
         self.tables.clear();
         self.packing = None;
@@ -400,7 +400,7 @@ impl<B: FusedOps> QwenImage<B> {
     }
 
     /// Everything before the first step.
-    fn prepare(&mut self, job: &Job) -> Result<RunningJob<B>, PaintError> {
+    fn prepare(&mut self, job: &Job) -> Result<RunningJob<B>, PipelineError> {
         let [height, width] = self.latent_size(job).map(|side| side / PATCH);
         let schedule = self
             .scheduler
@@ -450,7 +450,10 @@ impl<B: FusedOps> QwenImage<B> {
 
     /// What one step gives to those of these jobs that have steps left; `None` if no job has.
     #[expect(clippy::type_complexity, reason = "of one caller")]
-    fn predict(&self, ids: &[JobId]) -> Result<Option<(Packing<B>, Vec<Advance<B>>)>, PaintError> {
+    fn predict(
+        &self,
+        ids: &[JobId],
+    ) -> Result<Option<(Packing<B>, Vec<Advance<B>>)>, PipelineError> {
         let mut jobs = Vec::with_capacity(ids.len());
         for &id in ids {
             let running = self.running(id)?;
@@ -496,10 +499,10 @@ impl<B: FusedOps> QwenImage<B> {
         Ok(Some((packing, advances)))
     }
 
-    fn draw_preview(&self, id: JobId) -> Result<RgbImage, PaintError> {
+    fn draw_preview(&self, id: JobId) -> Result<RgbImage, PipelineError> {
         let running = self.running(id)?;
         let velocity = running.velocity.clone();
-        let velocity = velocity.ok_or(PaintError::NothingToShow(id))?;
+        let velocity = velocity.ok_or(PipelineError::NothingToShow(id))?;
         // The noise that is left, if every later step predicted the same.
         let sigma = running.schedule.sigmas[running.steps_done];
         let first_image = |all: Tensor<B, 2>| {
@@ -517,12 +520,12 @@ impl<B: FusedOps> QwenImage<B> {
         Ok(RgbImage::rounded(height, width, &read(pixels)?))
     }
 
-    fn running(&self, id: JobId) -> Result<&RunningJob<B>, PaintError> {
-        self.jobs.get(&id).ok_or(PaintError::UnknownJob(id))
+    fn running(&self, id: JobId) -> Result<&RunningJob<B>, PipelineError> {
+        self.jobs.get(&id).ok_or(PipelineError::UnknownJob(id))
     }
 }
 
-impl<B: FusedOps> Painter for QwenImage<B>
+impl<B: FusedOps> Pipeline for QwenImage<B>
 where
     B::Device: Send,
 {
@@ -530,28 +533,31 @@ where
         &self.info
     }
 
-    fn start(&mut self, id: JobId, job: Job) -> Result<(), PaintError> {
+    fn start(&mut self, id: JobId, job: Job) -> Result<(), PipelineError> {
         self.check(&job)?;
         // True until it is done, as it may end in a panic.
-        let was_in_doubt = std::mem::replace(&mut self.is_in_doubt, true);
-        let running = self.reliably(|painter, run| {
-            if was_in_doubt || run > 0 {
-                painter.forget_kept();
+        let needed_reset = std::mem::replace(&mut self.needs_reset, true);
+        let running = self.reliably(|pipeline, run| {
+            if needed_reset || run > 0 {
+                pipeline.drop_caches();
             }
-            painter.prepare(&job)
+            pipeline.prepare(&job)
         })?;
-        self.is_in_doubt = false;
+        self.needs_reset = false;
         self.jobs.insert(id, running);
         Ok(())
     }
 
-    fn step(&mut self, ids: &[JobId]) -> Result<Vec<usize>, PaintError> {
-        let predicted = self.reliably(|painter, _| painter.predict(ids))?;
+    fn step(&mut self, ids: &[JobId]) -> Result<Vec<usize>, PipelineError> {
+        let predicted = self.reliably(|pipeline, _| pipeline.predict(ids))?;
         if let Some((packing, advances)) = predicted {
             self.packing = Some(packing);
             for advance in advances {
                 let id = advance.id;
-                let running = self.jobs.get_mut(&id).ok_or(PaintError::UnknownJob(id))?;
+                let running = self
+                    .jobs
+                    .get_mut(&id)
+                    .ok_or(PipelineError::UnknownJob(id))?;
                 running.latents = advance.latents;
                 running.velocity = Some(advance.velocity);
                 running.steps_done += 1;
@@ -566,24 +572,24 @@ where
             .collect()
     }
 
-    fn preview(&mut self, id: JobId) -> Result<RgbImage, PaintError> {
-        self.reliably(|painter, _| painter.draw_preview(id))
+    fn preview(&mut self, id: JobId) -> Result<RgbImage, PipelineError> {
+        self.reliably(|pipeline, _| pipeline.draw_preview(id))
     }
 
-    fn finish(&mut self, id: JobId) -> Result<Painting, PaintError> {
+    fn finish(&mut self, id: JobId) -> Result<Output, PipelineError> {
         let running = self.running(id)?;
         if running.steps_done < running.schedule.steps() {
-            return Err(PaintError::Unfinished(id));
+            return Err(PipelineError::Unfinished(id));
         }
         let RunningJob {
             job,
             latents,
             mut trace,
             ..
-        } = self.jobs.remove(&id).ok_or(PaintError::UnknownJob(id))?;
-        let (shape, values) = self.reliably(|painter, _| {
-            let latents = painter.unpack(&job, latents.clone());
-            let pixels = painter.decode(latents, painter.settings.vae);
+        } = self.jobs.remove(&id).ok_or(PipelineError::UnknownJob(id))?;
+        let (shape, values) = self.reliably(|pipeline, _| {
+            let latents = pipeline.unpack(&job, latents.clone());
+            let pixels = pipeline.decode(latents, pipeline.settings.vae);
             Ok((pixels.dims(), read(pixels)?))
         })?;
         let images = values
@@ -597,7 +603,7 @@ where
                 values,
             });
         }
-        Ok(Painting { images, trace })
+        Ok(Output { images, trace })
     }
 
     fn discard(&mut self, id: JobId) {
@@ -607,9 +613,9 @@ where
         }
     }
 
-    fn probe(&mut self) -> Result<(), PaintError> {
-        self.reliably(|painter, _| {
-            let ones = Tensor::<B, 1>::ones([2], (&painter.device, DType::F32));
+    fn probe(&mut self) -> Result<(), PipelineError> {
+        self.reliably(|pipeline, _| {
+            let ones = Tensor::<B, 1>::ones([2], (&pipeline.device, DType::F32));
             read(ones.clone() + ones).map(|_| ())
         })
     }
@@ -633,7 +639,7 @@ where
 fn advance<B: FusedOps>(
     jobs: &[(JobId, &RunningJob<B>)],
     predicted: Tensor<B, 2>,
-) -> Result<Vec<Advance<B>>, PaintError> {
+) -> Result<Vec<Advance<B>>, PipelineError> {
     let mut first = 0;
     let mut advances = Vec::with_capacity(jobs.len());
     for &(id, running) in jobs {
@@ -674,7 +680,7 @@ fn record<B: FusedOps, const D: usize>(
     name: &str,
     shape: Vec<usize>,
     tensor: Tensor<B, D>,
-) -> Result<TraceTensor, PaintError> {
+) -> Result<TraceTensor, PipelineError> {
     Ok(TraceTensor {
         name: name.to_owned(),
         shape,
@@ -683,12 +689,12 @@ fn record<B: FusedOps, const D: usize>(
 }
 
 /// Reads f32 values back from the device; memory that ran out shows here.
-fn read<B: FusedOps, const D: usize>(tensor: Tensor<B, D>) -> Result<Vec<f32>, PaintError> {
+fn read<B: FusedOps, const D: usize>(tensor: Tensor<B, D>) -> Result<Vec<f32>, PipelineError> {
     let data = tensor
         .try_into_data()
-        .map_err(|error| PaintError::Device(summary(&error.to_string())))?;
+        .map_err(|error| PipelineError::Device(summary(&error.to_string())))?;
     data.into_vec::<f32>()
-        .map_err(|error| PaintError::Device(summary(&format!("{error:?}"))))
+        .map_err(|error| PipelineError::Device(summary(&format!("{error:?}"))))
 }
 
 /// Height and width of a preview in latents: those of the image, shrunk to `max` if they are larger.

@@ -58,7 +58,7 @@ pub trait TensorSource: std::fmt::Debug + Send + Sync {
 
     /// What there is for a tensor that must have this shape. A source that makes weights up makes
     /// them so; one that reads files has what [`TensorSource::info`] says.
-    fn wanted(&self, name: &str, _shape: &[usize]) -> Option<TensorInfo> {
+    fn declare(&self, name: &str, _shape: &[usize]) -> Option<TensorInfo> {
         self.info(name)
     }
 

@@ -134,7 +134,7 @@ impl<B: FusedOps> Weights<B> {
 
     /// Checks a tensor without reading it.
     fn check(&self, name: &str, shape: &[usize]) -> Result<StoredDType, LoadError> {
-        let Some(info) = self.source.wanted(name, shape) else {
+        let Some(info) = self.source.declare(name, shape) else {
             return Err(LoadError::Missing {
                 origin: self.source.origin(),
                 name: name.to_owned(),
@@ -412,7 +412,7 @@ pub(crate) struct Linear<B: FusedOps> {
 impl<B: FusedOps> Linear<B> {
     /// `[tokens, in]` to `[tokens, out]`.
     pub(crate) fn forward(&self, x: Tensor<B, 2>) -> Tensor<B, 2> {
-        B::torch_linear(x, self.weight.clone(), self.bias.clone())
+        B::fused_linear(x, self.weight.clone(), self.bias.clone())
     }
 }
 
@@ -444,7 +444,7 @@ pub(crate) struct Conv2d<B: FusedOps> {
 impl<B: FusedOps> Conv2d<B> {
     /// `[images, in, height, width]` to `[images, out, height, width]`.
     pub(crate) fn forward(&self, x: Tensor<B, 4>) -> Tensor<B, 4> {
-        B::same_conv2d(x, self.weight.clone(), self.bias.clone())
+        B::conv2d_same(x, self.weight.clone(), self.bias.clone())
     }
 }
 

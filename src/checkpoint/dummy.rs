@@ -74,7 +74,7 @@ impl TensorSource for DummyWeights {
         })
     }
 
-    fn wanted(&self, name: &str, shape: &[usize]) -> Option<TensorInfo> {
+    fn declare(&self, name: &str, shape: &[usize]) -> Option<TensorInfo> {
         let mut wanted = self.wanted.lock().unwrap_or_else(PoisonError::into_inner);
         wanted.insert(name.to_owned(), shape.to_vec());
         drop(wanted);
@@ -124,7 +124,7 @@ mod tests {
     use super::*;
 
     fn values(source: &dyn TensorSource, name: &str, shape: &[usize]) -> Vec<f32> {
-        let info = source.wanted(name, shape).unwrap();
+        let info = source.declare(name, shape).unwrap();
         assert_eq!(
             (info.shape.as_slice(), info.dtype),
             (shape, StoredDType::Bf16)

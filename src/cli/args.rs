@@ -12,7 +12,7 @@ use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{ArgGroup, Parser, Subcommand, ValueEnum};
 use kiln_models::loading::ModelDType;
 use kiln_models::noise::NoiseGenerator;
-use kiln_models::painter::ImageSizes;
+use kiln_models::pipeline::ImageSizes;
 use kiln_models::qwen_image::MAX_PROMPT_TOKENS;
 
 use crate::backend::{BackendChoice, BackendKind, DTypeChoice, InvalidChoice, LoadSettings};
@@ -70,17 +70,17 @@ impl Command {
     }
 }
 
-/// Paint one prompt and write the images to files.
+/// Generate images of one prompt and write the images to files.
 ///
 /// Writes one line to stdout for each image: its path, its real size and its seed. Progress goes
 /// to stderr, and so does the picture on a terminal that can show it.
 #[derive(Debug, Parser)]
 #[command(group = ArgGroup::new("prompts").required(true).args(["prompt", "prompt_option"]))]
 pub(super) struct GenerateArgs {
-    /// What to paint
+    /// What to generate
     prompt: Option<String>,
 
-    /// What to paint, as an option
+    /// What to generate, as an option
     #[arg(long = "prompt", value_name = "PROMPT", allow_hyphen_values = true)]
     prompt_option: Option<String>,
 
@@ -94,9 +94,9 @@ pub(super) struct GenerateArgs {
     #[command(flatten)]
     pub(super) request: RequestArgs,
 
-    /// Images to paint, from 1 to 10 [default: 1]
+    /// Images to generate, from 1 to 10 [default: 1]
     ///
-    /// They come from one draw of noise and are painted together: time and memory grow in
+    /// They come from one draw of noise and are generated together: time and memory grow in
     /// proportion.
     #[arg(long, value_name = "COUNT", allow_negative_numbers = true)]
     num_images: Option<i128>,
@@ -170,7 +170,7 @@ pub(super) enum Show {
     Never,
 }
 
-/// What is painted, apart from the prompt.
+/// What is generated, apart from the prompt.
 #[derive(Debug, clap::Args)]
 pub(super) struct RequestArgs {
     /// What to steer away from; turns guidance on
@@ -436,7 +436,7 @@ impl fmt::Debug for AccessArgs {
 #[derive(Debug, clap::Args)]
 #[command(next_help_heading = "Limits")]
 pub(super) struct LimitArgs {
-    /// Requests that may wait while one is painted
+    /// Requests that may wait while one is generated
     ///
     /// Further ones are refused with status 429 and a time to retry.
     #[arg(long, value_name = "REQUESTS", default_value_t = DEFAULT_MAX_QUEUE)]
@@ -521,7 +521,7 @@ pub(super) struct CompareArgs {
     #[arg(long, value_name = "PATH_OR_ID", default_value = DEMO)]
     pub(super) model: String,
 
-    /// What to paint
+    /// What to generate
     #[arg(
         long,
         value_name = "PROMPT",
@@ -657,7 +657,7 @@ pub(super) struct BenchArgs {
     )]
     cfg: f64,
 
-    /// Images painted together, from 1 to 10
+    /// Images generated together, from 1 to 10
     #[arg(
         long,
         value_name = "COUNT",

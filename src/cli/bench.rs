@@ -25,12 +25,12 @@ pub(super) fn run(args: &BenchArgs) -> Result<(), CliError> {
     };
 
     let meter = CostMeter::start();
-    let mut painter = model.painter(&settings)?;
-    let load = meter.stop(painter.memory());
-    let info = painter.info().clone();
+    let mut pipeline = model.pipeline(&settings)?;
+    let load = meter.stop(pipeline.memory());
+    let info = pipeline.info().clone();
     let operations = model.operations(&workload.job(0, info.vocab_size), &settings)?;
     let runs = args.runs();
-    let measurement = Measurement::take(&mut *painter, load, &workload, runs, |number, run| {
+    let measurement = Measurement::take(&mut *pipeline, load, &workload, runs, |number, run| {
         say(number, runs, run);
     })?;
 

@@ -109,14 +109,14 @@ impl Runner<'_> {
         tracing::info!("{backend}:");
         let mut progress = Progress::new(false);
         let meter = CostMeter::start();
-        let mut painter = self.model.painter(&settings)?;
-        let load = meter.stop(painter.memory());
-        let device = painter.info().device.clone();
+        let mut pipeline = self.model.pipeline(&settings)?;
+        let load = meter.stop(pipeline.memory());
+        let device = pipeline.info().device.clone();
 
         let job = self.request.clone().into_job(self.tokens.clone(), true);
         let total = job.num_inference_steps;
         progress.started(total, self.model.decode_steps(&job, &settings)?);
-        let outcome = record(backend.to_string(), &mut *painter, load, job, |done| {
+        let outcome = record(backend.to_string(), &mut *pipeline, load, job, |done| {
             progress.step(done, total);
         });
         drop(progress);

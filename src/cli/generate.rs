@@ -5,7 +5,7 @@ use std::io::{self, Write};
 use std::path::PathBuf;
 use std::time::Instant;
 
-use kiln_models::painter::Painting;
+use kiln_models::pipeline::Output;
 
 use crate::backend;
 use crate::engine::{Engine, EngineSettings, Event, Finished, JobHandle, SubmitOptions, Timings};
@@ -56,17 +56,17 @@ pub(super) fn run(args: &GenerateArgs) -> Result<(), CliError> {
     };
     let progress = Progress::new(args.quiet);
     let loading = Instant::now();
-    let painter = model.painter(&settings)?;
+    let pipeline = model.pipeline(&settings)?;
     let load_time = loading.elapsed();
-    let engine = Engine::start(painter, one_job);
+    let engine = Engine::start(pipeline, one_job);
     let handle = engine.submit(job, SubmitOptions::default())?;
-    let finished = paint(handle, progress, request.num_inference_steps, decode_steps)?;
+    let finished = generate(handle, progress, request.num_inference_steps, decode_steps)?;
 
     say_timings(&finished.timings);
     let writing = Instant::now();
-    let images = write_images(&finished.painting, &paths, &request, args, screen)?;
+    let images = write_images(&finished.output, &paths, &request, args, screen)?;
     if let Some(path) = &args.dump {
-        dump::write(path, &tokens, &finished.painting.trace)?;
+        dump::write(path, &tokens, &finished.output.trace)?;
     }
     if args.json {
         let timings = &finished.timings;
@@ -80,7 +80,7 @@ pub(super) fn run(args: &GenerateArgs) -> Result<(), CliError> {
 }
 
 /// Takes the progress off the terminal when it is over.
-fn paint(
+fn generate(
     mut handle: JobHandle,
     mut progress: Progress,
     steps: usize,
@@ -99,7 +99,7 @@ fn paint(
 
 fn say_timings(timings: &Timings) {
     tracing::info!(
-        "painted in {:.1} s: prompts {:.1} s, steps {:.1} s, decoding {:.1} s",
+        "generated in {:.1} s: prompts {:.1} s, steps {:.1} s, decoding {:.1} s",
         timings.total().as_secs_f64(),
         timings.encode.as_secs_f64(),
         timings.denoise.as_secs_f64(),
@@ -109,7 +109,7 @@ fn say_timings(timings: &Timings) {
 
 /// Shows each image, and says where it is; with `--json` that is for later.
 fn write_images(
-    painting: &Painting,
+    output: &Output,
     paths: &[PathBuf],
     request: &GenerationRequest,
     args: &GenerateArgs,
@@ -118,7 +118,7 @@ fn write_images(
     let encoding = Encoding::new(output::image_format(&args.output)?);
     let mut stdout = io::stdout().lock();
     let mut written = Vec::new();
-    for (index, (image, path)) in painting.images.iter().zip(paths).enumerate() {
+    for (index, (image, path)) in output.images.iter().zip(paths).enumerate() {
         let metadata = (!args.no_metadata).then(|| request.metadata_text(args.model(), index));
         let file = encode(image, encoding, metadata.as_deref())?;
         fs::write(path, &file).map_err(|source| CliError::Write {

@@ -162,7 +162,7 @@ fn log_filter(level: LevelFilter) -> Targets {
         .with_target("cubecl_runtime::tune", LevelFilter::ERROR)
 }
 
-/// The painter's panics are caught and end one job; a backtrace on stderr would say otherwise.
+/// The pipeline's panics are caught and end one job; a backtrace on stderr would say otherwise.
 fn log_panics_on_one_line() {
     panic::set_hook(Box::new(|info| {
         let location = info.location().map(ToString::to_string).unwrap_or_default();

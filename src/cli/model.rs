@@ -1,8 +1,8 @@
 use std::path::Path;
 use std::time::Instant;
 
-use kiln_models::operations::Operations;
-use kiln_models::painter::{ImageSizes, Job, Painter};
+use kiln_models::flops::FlopCount;
+use kiln_models::pipeline::{ImageSizes, Job, Pipeline};
 
 use crate::backend::{self, LoadSettings};
 use crate::checkpoint::{Checkpoint, DEMO, PromptGuide, QWEN_IMAGE, Shape};
@@ -65,7 +65,7 @@ impl Model {
         &self,
         job: &Job,
         settings: &LoadSettings,
-    ) -> Result<Operations, CliError> {
+    ) -> Result<FlopCount, CliError> {
         Ok(backend::operations(&self.checkpoint, job, settings)?)
     }
 
@@ -76,17 +76,17 @@ impl Model {
     }
 
     /// Loads the weights.
-    pub(super) fn painter(&self, settings: &LoadSettings) -> Result<Box<dyn Painter>, CliError> {
+    pub(super) fn pipeline(&self, settings: &LoadSettings) -> Result<Box<dyn Pipeline>, CliError> {
         tracing::info!("loading {}", self.checkpoint.place());
         let started = Instant::now();
-        let painter = backend::load(&self.checkpoint, settings)?;
-        let info = painter.info();
+        let pipeline = backend::load(&self.checkpoint, settings)?;
+        let info = pipeline.info();
         let seconds = started.elapsed().as_secs_f64();
         tracing::info!(
             "loaded in {seconds:.1} s: {} in {}",
             info.device,
             info.dtype
         );
-        Ok(painter)
+        Ok(pipeline)
     }
 }

@@ -81,7 +81,7 @@ fn write_stage(state: &ProgressState, text: &mut dyn fmt::Write) {
     let stage = match (state.pos(), state.len()) {
         (0, _) => "starting",
         (done, Some(steps)) if done >= steps => "decoding",
-        _ => "painting",
+        _ => "output",
     };
     text.write_str(stage).ok();
 }

@@ -1,7 +1,7 @@
 use std::net::TcpListener;
 
 use kiln_models::noise::NoiseGenerator;
-use kiln_models::painter::{ImageSizes, Job};
+use kiln_models::pipeline::{ImageSizes, Job};
 use tokio::runtime::Runtime;
 
 use crate::backend;
@@ -34,9 +34,9 @@ pub(super) fn run(args: &ServeArgs) -> Result<(), CliError> {
         tokens.map_err(CliError::DefaultNegativePrompt)?;
     }
     settings.prompt_guide = model.prompt_guide();
-    let painter = model.painter(&loading)?;
+    let pipeline = model.pipeline(&loading)?;
     let noise = args.noise.generator();
-    let sizes = painter.info().sizes;
+    let sizes = pipeline.info().sizes;
     let warm_up = if args.no_warm_up {
         None
     } else {
@@ -47,7 +47,7 @@ pub(super) fn run(args: &ServeArgs) -> Result<(), CliError> {
         max_started: DEFAULT_MAX_STARTED,
         warm_up,
     };
-    let engine = Engine::start(painter, engine_settings);
+    let engine = Engine::start(pipeline, engine_settings);
     let limits = args.limits.limits(sizes);
     let app = App::new(engine.clone(), model.tokenizer, limits, noise, settings);
     let runtime = Runtime::new().map_err(CliError::Server)?;

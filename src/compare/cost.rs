@@ -3,7 +3,7 @@
 use std::fs;
 use std::time::Instant;
 
-use kiln_models::painter::MemoryUse;
+use kiln_models::pipeline::MemoryUse;
 use serde::Serialize;
 
 /// Time and memory of one stage. Memory is in bytes, and `None` where the backend does not count.
@@ -34,7 +34,7 @@ impl CostMeter {
         }
     }
 
-    /// `memory` is the painter's at the end.
+    /// `memory` is the pipeline's at the end.
     pub fn stop(self, memory: MemoryUse) -> Cost {
         Cost {
             seconds: self.started.elapsed().as_secs_f64(),

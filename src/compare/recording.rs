@@ -1,6 +1,6 @@
 use std::slice::from_ref;
 
-use kiln_models::painter::{Job, JobId, PaintError, Painter, RgbImage, TraceTensor};
+use kiln_models::pipeline::{Job, JobId, Pipeline, PipelineError, RgbImage, TraceTensor};
 use serde::Serialize;
 
 use crate::engine::{JobError, caught};
@@ -55,7 +55,7 @@ impl Recording {
 /// Recording reads every stage back from the device, so each stage's time is its own.
 pub fn record(
     name: String,
-    painter: &mut dyn Painter,
+    pipeline: &mut dyn Pipeline,
     load: Cost,
     job: Job,
     mut on_step: impl FnMut(usize),
@@ -66,18 +66,18 @@ pub fn record(
         record: true,
         ..job
     };
-    let ((), start) = measured(painter, |painter| painter.start(ID, job))?;
+    let ((), start) = measured(pipeline, |pipeline| pipeline.start(ID, job))?;
     let mut steps = Vec::with_capacity(total);
     for done in 1..=total {
-        let (_, cost) = measured(painter, |painter| painter.step(&[ID]))?;
+        let (_, cost) = measured(pipeline, |pipeline| pipeline.step(&[ID]))?;
         steps.push(cost);
         on_step(done);
     }
-    let (mut painting, finish) = measured(painter, |painter| painter.finish(ID))?;
+    let (mut output, finish) = measured(pipeline, |pipeline| pipeline.finish(ID))?;
     let recording = Recording {
         name,
-        trace: painting.trace,
-        picture: painting.images.swap_remove(0),
+        trace: output.trace,
+        picture: output.images.swap_remove(0),
     };
     let costs = Costs {
         load,
@@ -88,20 +88,20 @@ pub fn record(
     Ok((recording, costs))
 }
 
-/// A call of a painter, and what it cost.
+/// A call of a pipeline, and what it cost.
 pub(crate) fn measured<T>(
-    painter: &mut dyn Painter,
-    stage: impl FnOnce(&mut dyn Painter) -> Result<T, PaintError>,
+    pipeline: &mut dyn Pipeline,
+    stage: impl FnOnce(&mut dyn Pipeline) -> Result<T, PipelineError>,
 ) -> Result<(T, Cost), JobError> {
     let meter = CostMeter::start();
-    let outcome = caught(|| stage(painter))?;
-    Ok((outcome, meter.stop(painter.memory())))
+    let outcome = caught(|| stage(pipeline))?;
+    Ok((outcome, meter.stop(pipeline.memory())))
 }
 
 #[cfg(test)]
 mod tests {
     use kiln_models::noise::NoiseGenerator;
-    use kiln_models::painter::{CacheUses, ImageSizes, MemoryUse, ModelInfo, Painting};
+    use kiln_models::pipeline::{CacheUses, ImageSizes, MemoryUse, ModelInfo, Output};
 
     use super::*;
 
@@ -113,27 +113,27 @@ mod tests {
         panic_at: Option<usize>,
     }
 
-    impl Painter for Grey {
+    impl Pipeline for Grey {
         fn info(&self) -> &ModelInfo {
             &self.info
         }
 
-        fn start(&mut self, _id: JobId, job: Job) -> Result<(), PaintError> {
+        fn start(&mut self, _id: JobId, job: Job) -> Result<(), PipelineError> {
             self.job = Some(job);
             Ok(())
         }
 
-        fn step(&mut self, _ids: &[JobId]) -> Result<Vec<usize>, PaintError> {
+        fn step(&mut self, _ids: &[JobId]) -> Result<Vec<usize>, PipelineError> {
             self.steps_done += 1;
             assert_ne!(Some(self.steps_done), self.panic_at, "out of grey");
             Ok(vec![0])
         }
 
-        fn preview(&mut self, id: JobId) -> Result<RgbImage, PaintError> {
-            Err(PaintError::NothingToShow(id))
+        fn preview(&mut self, id: JobId) -> Result<RgbImage, PipelineError> {
+            Err(PipelineError::NothingToShow(id))
         }
 
-        fn finish(&mut self, _id: JobId) -> Result<Painting, PaintError> {
+        fn finish(&mut self, _id: JobId) -> Result<Output, PipelineError> {
             let values = vec![0.5; 3];
             let picture = RgbImage::rounded(1, 1, &values);
             let stage = TraceTensor {
@@ -141,7 +141,7 @@ mod tests {
                 shape: vec![1, 1, 1, 3],
                 values,
             };
-            Ok(Painting {
+            Ok(Output {
                 images: vec![picture],
                 trace: vec![stage],
             })
@@ -180,7 +180,7 @@ mod tests {
     }
 
     /// Three steps, and how many of them were told of.
-    fn run(painter: &mut Grey) -> (Result<(Recording, Costs), JobError>, Vec<usize>) {
+    fn run(pipeline: &mut Grey) -> (Result<(Recording, Costs), JobError>, Vec<usize>) {
         let job = Job {
             prompt: vec![0],
             negative_prompt: None,
@@ -195,7 +195,7 @@ mod tests {
         };
         let load = CostMeter::start().stop(MemoryUse::default());
         let mut told = Vec::new();
-        let outcome = record("grey".to_owned(), painter, load, job, |done| {
+        let outcome = record("grey".to_owned(), pipeline, load, job, |done| {
             told.push(done);
         });
         (outcome, told)
@@ -203,11 +203,11 @@ mod tests {
 
     #[test]
     fn every_stage_is_recorded_and_has_its_cost() {
-        let mut painter = grey(None);
-        let (outcome, told) = run(&mut painter);
+        let mut pipeline = grey(None);
+        let (outcome, told) = run(&mut pipeline);
         let (recording, costs) = outcome.unwrap();
         assert_eq!(told, [1, 2, 3]);
-        assert!(painter.job.unwrap().record);
+        assert!(pipeline.job.unwrap().record);
         assert_eq!(recording.picture.pixels, [128; 3]);
         assert_eq!(recording.stage("image_float").unwrap().values, [0.5; 3]);
         assert!(recording.stage("initial_noise").is_none());

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use kiln_models::painter::{Job, JobId};
+use kiln_models::pipeline::{Job, JobId};
 use tokio::sync::mpsc::UnboundedSender;
 
 use super::policy::Candidate;
@@ -12,7 +12,7 @@ use super::{Event, SubmitOptions, Timings};
 #[derive(Debug)]
 pub(super) struct Entry {
     pub(super) id: JobId,
-    /// Until the painter has it.
+    /// Until the pipeline has it.
     pub(super) waiting: Option<Job>,
     pub(super) work: Work,
     pub(super) options: SubmitOptions,

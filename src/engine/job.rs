@@ -4,7 +4,7 @@ use std::num::NonZeroUsize;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use kiln_models::painter::{PaintError, Painting, RgbImage};
+use kiln_models::pipeline::{Output, PipelineError, RgbImage};
 
 /// What a caller wants of a job besides the picture.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -26,10 +26,10 @@ pub enum Event {
         /// Jobs that will probably be finished before this one is begun.
         position: usize,
         /// How long that will probably take, from the measured speed; `None` before a job has been
-        /// painted from its beginning to its end.
+        /// generated from its beginning to its end.
         estimated_wait: Option<Duration>,
     },
-    /// The painter begins with this job.
+    /// The pipeline begins with this job.
     Started,
     /// `done` of `total` denoising steps are over.
     Step {
@@ -47,10 +47,10 @@ pub enum Event {
     Failed(JobError),
 }
 
-/// A painting and how long it took.
+/// A output and how long it took.
 #[derive(Debug)]
 pub struct Finished {
-    pub painting: Painting,
+    pub output: Output,
     pub timings: Timings,
 }
 
@@ -71,20 +71,20 @@ pub struct Timings {
 }
 
 impl Timings {
-    /// From the submission to the painting.
+    /// From the submission to the output.
     pub fn total(&self) -> Duration {
         self.queue + self.encode + self.denoise + self.previews + self.decode + self.paused
     }
 }
 
-/// Why an accepted job ended without a painting.
+/// Why an accepted job ended without a output.
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum JobError {
-    /// The painter and its other jobs go on.
+    /// The pipeline and its other jobs go on.
     #[error(transparent)]
-    Paint(Arc<PaintError>),
-    /// The painter and its other jobs go on.
-    #[error("the painter panicked: {0}")]
+    Pipeline(Arc<PipelineError>),
+    /// The pipeline and its other jobs go on.
+    #[error("the pipeline panicked: {0}")]
     Panicked(String),
     #[error("the deadline passed before the image was finished")]
     DeadlinePassed,
@@ -92,9 +92,9 @@ pub enum JobError {
     Stopped,
 }
 
-impl From<PaintError> for JobError {
-    fn from(error: PaintError) -> Self {
-        Self::Paint(Arc::new(error))
+impl From<PipelineError> for JobError {
+    fn from(error: PipelineError) -> Self {
+        Self::Pipeline(Arc::new(error))
     }
 }
 
@@ -125,18 +125,18 @@ pub struct Forecast {
     /// As in [`Event::Queued`].
     pub estimated_wait: Option<Duration>,
     /// How long the device will probably work on it, without previews; `None` before a job has
-    /// been painted from its beginning to its end.
+    /// been generated from its beginning to its end.
     pub estimated_work: Option<Duration>,
 }
 
 /// Whether the engine does what it is for.
 #[derive(Debug, Clone)]
 pub enum State {
-    /// The warm-up is being painted. Jobs are accepted and wait for it.
+    /// The warm-up is being generated. Jobs are accepted and wait for it.
     Starting,
-    /// Jobs are accepted and painted.
+    /// Jobs are accepted and generated.
     Ready,
-    /// No new jobs are accepted; those there are, are painted.
+    /// No new jobs are accepted; those there are, are generated.
     Draining,
     /// All jobs have ended, or end after the step they are at. Nothing is accepted.
     Stopped,
@@ -147,7 +147,7 @@ pub enum State {
 /// Why an engine did not become ready.
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum StartError {
-    #[error("the warm-up image could not be painted")]
+    #[error("the warm-up image could not be generated")]
     WarmUp(#[source] JobError),
     #[error("the engine was stopped before it was ready")]
     Stopped,

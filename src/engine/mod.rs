@@ -1,8 +1,8 @@
-//! The one thread that owns the painter. Everyone else sends it jobs and listens.
+//! The one thread that owns the pipeline. Everyone else sends it jobs and listens.
 //!
 //! Jobs are advanced one denoising step at a time, so each can be reported on, overtaken and ended
 //! at every step. The queue is bounded, and told how long it will take; small jobs do not wait for
-//! large ones, and large ones do not starve: see [`Engine`]. A panic or an error of the painter
+//! large ones, and large ones do not starve: see [`Engine`]. A panic or an error of the pipeline
 //! ends the job that it was working on and nothing else.
 
 mod entry;
@@ -17,7 +17,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use kiln_models::painter::{Job, JobId, ModelInfo, Painter};
+use kiln_models::pipeline::{Job, JobId, ModelInfo, Pipeline};
 use tokio::sync::mpsc::UnboundedReceiver;
 
 pub use self::job::{
@@ -45,7 +45,7 @@ pub struct EngineSettings {
     /// work holds its latents, embeddings and modulation table; what a step needs besides is
     /// needed once, as steps are made one after the other. With 1 no job overtakes another.
     pub max_started: usize,
-    /// Painted before anything else; the engine is [`State::Starting`] until that is done.
+    /// Generated before anything else; the engine is [`State::Starting`] until that is done.
     pub warm_up: Option<Job>,
 }
 
@@ -70,18 +70,18 @@ pub struct Engine {
 }
 
 impl Engine {
-    /// Gives the painter a thread of its own. Returns at once; [`Engine::ready`] waits for the
+    /// Gives the pipeline a thread of its own. Returns at once; [`Engine::ready`] waits for the
     /// warm-up.
-    pub fn start(painter: Box<dyn Painter>, settings: EngineSettings) -> Self {
-        let info = painter.info().clone();
+    pub fn start(pipeline: Box<dyn Pipeline>, settings: EngineSettings) -> Self {
+        let info = pipeline.info().clone();
         let shared = Arc::new(Shared::new(
             settings,
             info.sizes.multiple,
             Arc::new(SystemClock),
         ));
-        let worker = Worker::new(painter, Arc::clone(&shared));
+        let worker = Worker::new(pipeline, Arc::clone(&shared));
         let join = std::thread::Builder::new()
-            .name("painter".into())
+            .name("pipeline".into())
             .spawn(move || worker.run())
             .expect("the operating system starts a thread");
         Self {
@@ -113,12 +113,12 @@ impl Engine {
         self.thread.shared.stats()
     }
 
-    /// Whether jobs are accepted and painted.
+    /// Whether jobs are accepted and generated.
     pub fn state(&self) -> State {
         self.thread.shared.state().borrow().clone()
     }
 
-    /// Waits until the warm-up has been painted, if there is one.
+    /// Waits until the warm-up has been generated, if there is one.
     pub async fn ready(&self) -> Result<(), StartError> {
         let mut state = self.thread.shared.state();
         let state = state.wait_for(|state| !matches!(state, State::Starting));
@@ -129,7 +129,7 @@ impl Engine {
         }
     }
 
-    /// Accepts no jobs from now on. Those there are, are painted for at most `timeout`; then the
+    /// Accepts no jobs from now on. Those there are, are generated for at most `timeout`; then the
     /// rest end with [`JobError::Stopped`] and the engine is [`State::Stopped`]. Returns at once,
     /// [`Engine::stopped`] waits for that. A second call can shorten the time, not prolong it.
     pub fn drain(&self, timeout: Duration) {
@@ -150,7 +150,7 @@ impl Engine {
         self.thread.shared.stop();
     }
 
-    /// As [`Engine::stop`], and waits until the painter has been dropped.
+    /// As [`Engine::stop`], and waits until the pipeline has been dropped.
     pub fn shutdown(&self) {
         self.thread.shutdown();
     }
@@ -221,7 +221,7 @@ impl Thread {
             .unwrap_or_else(PoisonError::into_inner)
             .take();
         if join.is_some_and(|join| join.join().is_err()) {
-            tracing::error!("the painter's thread ended in a panic");
+            tracing::error!("the pipeline's thread ended in a panic");
         }
     }
 }

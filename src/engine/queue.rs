@@ -1,9 +1,9 @@
-//! The jobs that handles and the painter's thread share, and the bell that wakes the thread.
+//! The jobs that handles and the pipeline's thread share, and the bell that wakes the thread.
 
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use kiln_models::painter::{CacheUses, Job, JobId, MemoryUse, Painting, RgbImage};
+use kiln_models::pipeline::{CacheUses, Job, JobId, MemoryUse, Output, RgbImage};
 use tokio::sync::mpsc::{UnboundedSender, unbounded_channel};
 use tokio::sync::watch;
 
@@ -64,7 +64,7 @@ pub(super) enum Next {
     Start(JobId, Job),
     Step(JobId),
     Finish(JobId),
-    /// The job has ended, and the painter still has it.
+    /// The job has ended, and the pipeline still has it.
     Discard(JobId),
     /// There is nothing to do until the bell rings.
     Sleep,
@@ -73,7 +73,7 @@ pub(super) enum Next {
 
 /// How a job ended.
 enum Outcome {
-    Finished(Painting),
+    Finished(Output),
     Cancelled,
     Failed(JobError),
 }
@@ -133,7 +133,7 @@ impl Shared {
         self.lock().forecast(job)
     }
 
-    /// The handle has gone. A job that the painter has is discarded at the thread's next turn.
+    /// The handle has gone. A job that the pipeline has is discarded at the thread's next turn.
     pub(super) fn forget(&self, id: JobId) {
         let mut queue = self.lock();
         let Some(index) = queue.position_of(id) else {
@@ -252,7 +252,7 @@ impl Shared {
         }
     }
 
-    pub(super) fn finished(&self, id: JobId, painting: Painting, took: Duration) {
+    pub(super) fn finished(&self, id: JobId, output: Output, took: Duration) {
         let mut queue = self.lock();
         queue.took_turn(id, took, |entry, stats| {
             entry.timings.decode = took;
@@ -262,7 +262,7 @@ impl Shared {
             Stage::Decode
         });
         if let Some(index) = queue.position_of(id) {
-            queue.end(index, Outcome::Finished(painting), self.clock.now());
+            queue.end(index, Outcome::Finished(output), self.clock.now());
         }
     }
 
@@ -274,13 +274,13 @@ impl Shared {
         }
     }
 
-    /// The device is gone: no job can be painted any more. All that there are end with `error`,
-    /// those that the painter has at the thread's next turn.
+    /// The device is gone: no job can be generated any more. All that there are end with `error`,
+    /// those that the pipeline has at the thread's next turn.
     pub(super) fn lost(&self, error: JobError) {
         self.lock().lose(error, self.clock.now());
     }
 
-    pub(super) fn painter_holds(&self, memory: MemoryUse, caches: CacheUses) {
+    pub(super) fn set_holdings(&self, memory: MemoryUse, caches: CacheUses) {
         let mut queue = self.lock();
         queue.stats.memory = memory;
         queue.stats.embedding_cache = caches.embeddings;
@@ -513,12 +513,12 @@ impl Queue {
         let outcomes = &mut self.stats.outcomes;
         let (id, steps_left) = (entry.id, entry.steps_left);
         match outcome {
-            Outcome::Finished(painting) => {
+            Outcome::Finished(output) => {
                 let mut timings = entry.timings;
                 let since = now.saturating_duration_since(entry.submitted);
                 timings.paused = since.saturating_sub(timings.total());
-                self.stats.add_finished(&painting, &timings);
-                entry.tell(Event::Finished(Finished { painting, timings }));
+                self.stats.add_finished(&output, &timings);
+                entry.tell(Event::Finished(Finished { output, timings }));
             }
             Outcome::Cancelled => {
                 tracing::info!(job = id, steps_left, "cancelled");
@@ -526,7 +526,7 @@ impl Queue {
             }
             Outcome::Failed(error) => {
                 match error {
-                    JobError::Paint(_) | JobError::Panicked(_) => outcomes.failed += 1,
+                    JobError::Pipeline(_) | JobError::Panicked(_) => outcomes.failed += 1,
                     JobError::DeadlinePassed => outcomes.deadline_passed += 1,
                     JobError::Stopped => outcomes.stopped += 1,
                 }
@@ -544,7 +544,7 @@ impl Queue {
         self.stop_at = stop_at;
     }
 
-    /// Ends all jobs, but those that the painter has at the thread's next turn.
+    /// Ends all jobs, but those that the pipeline has at the thread's next turn.
     fn stop(&mut self, now: Instant) {
         self.state.send_if_modified(|state| {
             let is_running = !matches!(state, State::Stopped | State::Failed(_));

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use kiln_models::painter::{CacheUse, MemoryUse, Painting};
+use kiln_models::pipeline::{CacheUse, MemoryUse, Output};
 
 use super::Timings;
 
@@ -44,7 +44,7 @@ pub struct Outcomes {
     pub cancelled: u64,
     /// The deadline passed.
     pub deadline_passed: u64,
-    /// The painter returned an error or panicked.
+    /// The pipeline returned an error or panicked.
     pub failed: u64,
     /// The engine was stopped, or its time to drain was over.
     pub stopped: u64,
@@ -78,24 +78,21 @@ pub struct EngineStats {
     pub decode_time: Histogram,
     /// One preview.
     pub preview_time: Histogram,
-    /// From the submission of a job to its painting.
+    /// From the submission of a job to its output.
     pub total_time: Histogram,
     /// Prompt embeddings that are kept.
     pub embedding_cache: CacheUse,
     /// Modulation tables that are kept.
     pub modulation_cache: CacheUse,
-    /// Of the device, after the painter's last work.
+    /// Of the device, after the pipeline's last work.
     pub memory: MemoryUse,
 }
 
 impl EngineStats {
-    pub(super) fn add_finished(&mut self, painting: &Painting, timings: &Timings) {
+    pub(super) fn add_finished(&mut self, output: &Output, timings: &Timings) {
         self.outcomes.finished += 1;
-        self.images += painting.images.len() as u64;
-        let pixels = painting
-            .images
-            .iter()
-            .map(|image| image.height * image.width);
+        self.images += output.images.len() as u64;
+        let pixels = output.images.iter().map(|image| image.height * image.width);
         self.pixels += pixels.sum::<usize>() as u64;
         self.denoise_time.add(timings.denoise);
         self.total_time.add(timings.total());

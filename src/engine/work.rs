@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 use std::time::Duration;
 
-use kiln_models::painter::Job;
+use kiln_models::pipeline::Job;
 
 /// Tokens at which a sequence's attention costs as much as its linear layers: six times the width
 /// of Qwen-Image's transformer (3,072).

@@ -1,23 +1,23 @@
-//! The thread's side: it does what the queue says, one call of the painter at a time.
+//! The thread's side: it does what the queue says, one call of the pipeline at a time.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::time::Duration;
 
-use kiln_models::painter::{Job, JobId, PaintError, Painter};
 use kiln_models::panic_message;
+use kiln_models::pipeline::{Job, JobId, Pipeline, PipelineError};
 
 use super::JobError;
 use super::queue::{Next, Shared};
 
 pub(super) struct Worker {
-    painter: Box<dyn Painter>,
+    pipeline: Box<dyn Pipeline>,
     shared: Arc<Shared>,
 }
 
 impl Worker {
-    pub(super) fn new(painter: Box<dyn Painter>, shared: Arc<Shared>) -> Self {
-        let worker = Self { painter, shared };
+    pub(super) fn new(pipeline: Box<dyn Pipeline>, shared: Arc<Shared>) -> Self {
+        let worker = Self { pipeline, shared };
         worker.report_holdings();
         worker
     }
@@ -42,15 +42,16 @@ impl Worker {
     }
 
     fn start(&mut self, id: JobId, job: Job) {
-        match self.paint(|painter| painter.start(id, job)) {
+        match self.call(|pipeline| pipeline.start(id, job)) {
             (Ok(()), took) => self.shared.started(id, took),
             (Err(error), took) => self.fail(id, error, took),
         }
     }
 
     fn step(&mut self, id: JobId) {
-        let steps_left = |left: Vec<usize>| left.first().copied().ok_or(PaintError::UnknownJob(id));
-        match self.paint(|painter| painter.step(&[id]).and_then(steps_left)) {
+        let steps_left =
+            |left: Vec<usize>| left.first().copied().ok_or(PipelineError::UnknownJob(id));
+        match self.call(|pipeline| pipeline.step(&[id]).and_then(steps_left)) {
             (Ok(steps_left), took) => {
                 if self.shared.stepped(id, steps_left, took) {
                     self.preview(id);
@@ -61,7 +62,7 @@ impl Worker {
     }
 
     fn preview(&mut self, id: JobId) {
-        let (preview, took) = self.paint(|painter| painter.preview(id));
+        let (preview, took) = self.call(|pipeline| pipeline.preview(id));
         if let Err(error) = &preview {
             tracing::warn!(job = id, %error, "a preview could not be made");
         }
@@ -69,8 +70,8 @@ impl Worker {
     }
 
     fn finish(&mut self, id: JobId) {
-        match self.paint(|painter| painter.finish(id)) {
-            (Ok(painting), took) => self.shared.finished(id, painting, took),
+        match self.call(|pipeline| pipeline.finish(id)) {
+            (Ok(output), took) => self.shared.finished(id, output, took),
             (Err(error), took) => self.fail(id, error, took),
         }
     }
@@ -78,7 +79,7 @@ impl Worker {
     fn fail(&mut self, id: JobId, error: JobError, took: Duration) {
         self.discard(id);
         let device_failed = matches!(&error, JobError::Panicked(_))
-            || matches!(&error, JobError::Paint(error) if matches!(**error, PaintError::Device(_)));
+            || matches!(&error, JobError::Pipeline(error) if matches!(**error, PipelineError::Device(_)));
         if device_failed && let Err(error) = self.probe() {
             self.shared.lost(error);
         }
@@ -87,13 +88,13 @@ impl Worker {
 
     /// Whether the device still computes; it is asked twice.
     fn probe(&mut self) -> Result<(), JobError> {
-        let (first, _) = self.paint(|painter| painter.probe());
-        first.or_else(|_| self.paint(|painter| painter.probe()).0)
+        let (first, _) = self.call(|pipeline| pipeline.probe());
+        first.or_else(|_| self.call(|pipeline| pipeline.probe()).0)
     }
 
     fn discard(&mut self, id: JobId) {
-        let (discarded, _) = self.paint(|painter| {
-            painter.discard(id);
+        let (discarded, _) = self.call(|pipeline| {
+            pipeline.discard(id);
             Ok(())
         });
         if let Err(error) = discarded {
@@ -101,26 +102,26 @@ impl Worker {
         }
     }
 
-    /// A call of the painter whose panic is an error, and how long it took.
-    fn paint<T>(
+    /// A call of the pipeline whose panic is an error, and how long it took.
+    fn call<T>(
         &mut self,
-        call: impl FnOnce(&mut dyn Painter) -> Result<T, PaintError>,
+        call: impl FnOnce(&mut dyn Pipeline) -> Result<T, PipelineError>,
     ) -> (Result<T, JobError>, Duration) {
         let started = self.shared.clock.now();
-        let painter = self.painter.as_mut();
-        let outcome = caught(|| call(painter));
+        let pipeline = self.pipeline.as_mut();
+        let outcome = caught(|| call(pipeline));
         let took = self.shared.clock.now().saturating_duration_since(started);
         (outcome, took)
     }
 
     fn report_holdings(&self) {
-        let (memory, caches) = (self.painter.memory(), self.painter.caches());
-        self.shared.painter_holds(memory, caches);
+        let (memory, caches) = (self.pipeline.memory(), self.pipeline.caches());
+        self.shared.set_holdings(memory, caches);
     }
 }
 
-/// What a call of a painter gives; its panic is an error.
-pub(crate) fn caught<T>(call: impl FnOnce() -> Result<T, PaintError>) -> Result<T, JobError> {
+/// What a call of a pipeline gives; its panic is an error.
+pub(crate) fn caught<T>(call: impl FnOnce() -> Result<T, PipelineError>) -> Result<T, JobError> {
     match catch_unwind(AssertUnwindSafe(call)) {
         Ok(outcome) => Ok(outcome?),
         Err(payload) => Err(JobError::Panicked(panic_message(payload.as_ref()))),

@@ -21,11 +21,13 @@ use super::App;
 use super::body::{self, JsonObject, Keys};
 use super::error::{ApiError, ErrorEnvelope};
 use super::fields::{GenerationFields, Integer};
-use super::generation::{Drawn, Order, PictureFacts, Previews, Receipt, Update};
+use super::generation::{
+    EncodedImages, ImageFacts, ParsedRequest, Previews, RequestInfo, RequestProgress,
+};
 use super::invalid::InvalidBody;
 use super::json::json;
 use super::messages;
-use super::stream::{self, Narrator, error_event, event};
+use super::stream::{self, EventFormat, error_event, event};
 
 /// What the chat API of `OpenAI` also defines. It says nothing about an image, so it is ignored.
 const IGNORED: &[&str] = &[
@@ -192,19 +194,19 @@ pub(super) async fn chat_completions(
     let id = format!("chatcmpl-{:016x}", random_u64());
     let model = request.model.as_deref();
     let accepted = request
-        .order
+        .parsed
         .submit(&app, id, model, request.previews)
         .await?;
     if let Some(narrator) = request.stream {
         return Ok(stream::respond(accepted, narrator));
     }
-    accepted.finish(|drawn| json(&completion(drawn))).await
+    accepted.finish(|encoded| json(&completion(encoded))).await
 }
 
 #[derive(Debug)]
 struct Parsed {
     model: Option<String>,
-    order: Order,
+    parsed: ParsedRequest,
     previews: Previews,
     /// None for an answer in one piece.
     stream: Option<ChatNarrator>,
@@ -234,7 +236,7 @@ fn parse(mut object: Map<String, Value>) -> Result<Parsed, InvalidBody> {
     }
     Ok(Parsed {
         model: chat.model,
-        order: fields.order(prompt, "messages")?,
+        parsed: fields.parse(prompt, "messages")?,
         previews,
         stream,
     })
@@ -258,17 +260,17 @@ struct ChatNarrator {
     with_usage: bool,
 }
 
-impl Narrator for ChatNarrator {
-    fn begin(&self, receipt: &Receipt) -> Result<Vec<Event>, ApiError> {
-        let mut chunk = ChatCompletionChunk::new(receipt);
+impl EventFormat for ChatNarrator {
+    fn begin(&self, info: &RequestInfo) -> Result<Vec<Event>, ApiError> {
+        let mut chunk = ChatCompletionChunk::new(info);
         chunk.choices[0].delta.role = Some("assistant");
         Ok(vec![event(&chunk)?])
     }
 
-    fn tell(&self, receipt: &Receipt, update: Update) -> Result<Vec<Event>, ApiError> {
-        let mut chunk = ChatCompletionChunk::new(receipt);
+    fn tell(&self, info: &RequestInfo, update: RequestProgress) -> Result<Vec<Event>, ApiError> {
+        let mut chunk = ChatCompletionChunk::new(info);
         match update {
-            Update::Queued {
+            RequestProgress::Queued {
                 position,
                 estimated_wait,
             } => {
@@ -277,19 +279,19 @@ impl Narrator for ChatNarrator {
                     estimated_wait: estimated_wait.map(|wait| wait.as_secs_f64()),
                 });
             }
-            Update::Step { done, total } => {
+            RequestProgress::Step { done, total } => {
                 chunk.progress = Some(Progress::Step {
                     step: done,
                     steps: total,
                 });
             }
-            Update::Preview { step, file, .. } => {
+            RequestProgress::Preview { step, file, .. } => {
                 chunk.progress = Some(Progress::Preview {
                     step,
                     image_url: ImageUrl::new(ImageFormat::Png, &file),
                 });
             }
-            Update::Drawn(drawn) => return self.end_of(drawn),
+            RequestProgress::EncodedImages(encoded) => return self.end_of(encoded),
         }
         Ok(vec![event(&chunk)?])
     }
@@ -304,40 +306,46 @@ impl Narrator for ChatNarrator {
 }
 
 impl ChatNarrator {
-    fn end_of(self, drawn: Drawn) -> Result<Vec<Event>, ApiError> {
-        let receipt = drawn.receipt;
-        let format = receipt.encoding.format;
+    fn end_of(self, encoded: EncodedImages) -> Result<Vec<Event>, ApiError> {
+        let info = encoded.info;
+        let format = info.encoding.format;
         let mut events = Vec::new();
-        let mut picture = ChatCompletionChunk::new(&receipt);
-        let parts = drawn.files.iter().map(|file| ImagePart::new(format, file));
+        let mut picture = ChatCompletionChunk::new(&info);
+        let parts = encoded
+            .files
+            .iter()
+            .map(|file| ImagePart::new(format, file));
         picture.choices[0].delta.content = Some(parts.collect());
         events.push(event(&picture)?);
 
-        let mut last = ChatCompletionChunk::new(&receipt);
+        let mut last = ChatCompletionChunk::new(&info);
         last.choices[0].finish_reason = Some("stop");
-        last.facts = Some(PictureFacts::new(&receipt, drawn.timings));
+        last.facts = Some(ImageFacts::new(&info, encoded.timings));
         events.push(event(&last)?);
         if self.with_usage {
-            let mut usage = ChatCompletionChunk::new(&receipt);
+            let mut usage = ChatCompletionChunk::new(&info);
             usage.choices.clear();
-            usage.usage = Some(ChatUsage::new(&receipt));
+            usage.usage = Some(ChatUsage::new(&info));
             events.push(event(&usage)?);
         }
         Ok(events)
     }
 }
 
-fn completion(drawn: Drawn) -> ChatCompletion {
-    let receipt = drawn.receipt;
-    let format = receipt.encoding.format;
-    let parts = drawn.files.iter().map(|file| ImagePart::new(format, file));
-    let facts = PictureFacts::new(&receipt, drawn.timings);
+fn completion(encoded: EncodedImages) -> ChatCompletion {
+    let info = encoded.info;
+    let format = info.encoding.format;
+    let parts = encoded
+        .files
+        .iter()
+        .map(|file| ImagePart::new(format, file));
+    let facts = ImageFacts::new(&info, encoded.timings);
     ChatCompletion {
-        usage: ChatUsage::new(&receipt),
-        id: receipt.id,
+        usage: ChatUsage::new(&info),
+        id: info.id,
         object: "chat.completion",
-        created: receipt.created,
-        model: receipt.model,
+        created: info.created,
+        model: info.model,
         choices: [Choice {
             index: 0,
             message: AnswerMessage {
@@ -364,7 +372,7 @@ struct ChatCompletion {
     choices: [Choice; 1],
     usage: ChatUsage,
     #[serde(flatten)]
-    facts: PictureFacts,
+    facts: ImageFacts,
 }
 
 #[derive(Serialize, ToSchema)]
@@ -408,11 +416,11 @@ struct ChatUsage {
 }
 
 impl ChatUsage {
-    fn new(receipt: &Receipt) -> Self {
+    fn new(info: &RequestInfo) -> Self {
         Self {
-            prompt_tokens: receipt.prompt_tokens,
-            completion_tokens: receipt.image_tokens,
-            total_tokens: receipt.prompt_tokens + receipt.image_tokens,
+            prompt_tokens: info.prompt_tokens,
+            completion_tokens: info.image_tokens,
+            total_tokens: info.prompt_tokens + info.image_tokens,
         }
     }
 }
@@ -450,7 +458,7 @@ pub(super) struct ChatCompletionChunk {
     progress: Option<Progress>,
     /// In the chunk that has a `finish_reason`.
     #[serde(flatten)]
-    facts: Option<PictureFacts>,
+    facts: Option<ImageFacts>,
 }
 
 #[derive(Serialize, ToSchema)]
@@ -492,12 +500,12 @@ enum Progress {
 }
 
 impl ChatCompletionChunk {
-    fn new(receipt: &Receipt) -> Self {
+    fn new(info: &RequestInfo) -> Self {
         Self {
-            id: receipt.id.clone(),
+            id: info.id.clone(),
             object: "chat.completion.chunk",
-            created: receipt.created,
-            model: receipt.model.clone(),
+            created: info.created,
+            model: info.model.clone(),
             choices: vec![ChunkChoice {
                 index: 0,
                 delta: Delta::default(),
@@ -534,7 +542,7 @@ mod tests {
         }));
         let parsed = parse(body).unwrap();
         assert_eq!(parsed.model.as_deref(), Some("any"));
-        let params = parsed.order.params;
+        let params = parsed.parsed.params;
         assert_eq!(params.prompt, "a cat");
         assert_eq!((params.height, params.width), (Some(512), Some(256)));
         assert_eq!(params.num_images, Some(2));

@@ -97,7 +97,7 @@ impl ApiError {
             Self::Submit(SubmitError::QueueFull { .. }) => StatusCode::TOO_MANY_REQUESTS,
             Self::Submit(SubmitError::Draining | SubmitError::Stopped)
             | Self::Job(JobError::Stopped) => StatusCode::SERVICE_UNAVAILABLE,
-            Self::Job(JobError::Paint(_) | JobError::Panicked(_))
+            Self::Job(JobError::Pipeline(_) | JobError::Panicked(_))
             | Self::Encode(_)
             | Self::Archive(_)
             | Self::Response(_)

@@ -21,9 +21,9 @@ pub(super) struct Estimate {
     accepted: bool,
     /// Requests that would come before it.
     position: usize,
-    /// Seconds until it is begun, from the measured speed; null before anything has been drawn.
+    /// Seconds until it is begun, from the measured speed; null before anything has been encoded.
     estimated_wait: Option<f64>,
-    /// Seconds from then until it is drawn.
+    /// Seconds from then until it is encoded.
     estimated_time: Option<f64>,
     /// `WIDTHxHEIGHT` in pixels, as the images would have it.
     size: String,
@@ -31,7 +31,7 @@ pub(super) struct Estimate {
 }
 
 /// Tells how long a request would wait and how long it would take. It is checked as
-/// `/v1/images/generations` checks it, and nothing is drawn.
+/// `/v1/images/generations` checks it, and nothing is encoded.
 #[utoipa::path(
     post,
     path = "/v1/images/estimate",
@@ -47,8 +47,8 @@ pub(super) async fn estimate(
     State(app): State<Arc<App>>,
     JsonObject(object): JsonObject,
 ) -> Result<Response, ApiError> {
-    let order = images::parse(object)?.order;
-    let (receipt, job) = order.prepare(&app, String::new(), None).await?;
+    let parsed = images::parse(object)?.parsed;
+    let (info, job) = parsed.prepare(&app, String::new(), None).await?;
     let forecast = app.engine.forecast(&job);
     let seconds = |time: Option<Duration>| time.as_ref().map(Duration::as_secs_f64);
     json(&Estimate {
@@ -56,7 +56,7 @@ pub(super) async fn estimate(
         position: forecast.position,
         estimated_wait: seconds(forecast.estimated_wait),
         estimated_time: seconds(forecast.estimated_work),
-        size: receipt.size(),
+        size: info.size(),
         num_inference_steps: job.num_inference_steps,
     })
 }

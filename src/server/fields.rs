@@ -10,7 +10,7 @@ use utoipa::ToSchema;
 use crate::image::{Encoding, ImageFormat};
 use crate::request::GenerationParams;
 
-use super::generation::Order;
+use super::generation::ParsedRequest;
 use super::invalid::InvalidBody;
 
 /// What may be asked of a picture. A null is as good as nothing.
@@ -113,12 +113,12 @@ impl WireNames {
 }
 
 impl GenerationFields {
-    /// An order for a picture of `prompt`, which came under the key `prompt_name`.
-    pub(super) fn order(
+    /// An parsed for a picture of `prompt`, which came under the key `prompt_name`.
+    pub(super) fn parse(
         self,
         prompt: String,
         prompt_name: &'static str,
-    ) -> Result<Order, InvalidBody> {
+    ) -> Result<ParsedRequest, InvalidBody> {
         let scale = either(
             ("true_cfg_scale", self.true_cfg_scale),
             ("cfg_scale", self.cfg_scale),
@@ -142,7 +142,7 @@ impl GenerationFields {
                 (height, _) = both(("size", pixels.height), ("height", height))?;
             }
         }
-        Ok(Order {
+        Ok(ParsedRequest {
             params: GenerationParams {
                 prompt,
                 negative_prompt: self.negative_prompt,
@@ -293,18 +293,18 @@ mod tests {
     use super::super::body;
     use super::*;
 
-    fn order(fields: &Value) -> Result<Order, InvalidBody> {
+    fn parse(fields: &Value) -> Result<ParsedRequest, InvalidBody> {
         let fields: GenerationFields = body::read(fields.as_object().unwrap().clone())?;
-        fields.order("a cat".to_owned(), "messages")
+        fields.parse("a cat".to_owned(), "messages")
     }
 
     fn blamed(fields: &Value) -> String {
-        order(fields).unwrap_err().param().to_owned()
+        parse(fields).unwrap_err().param().to_owned()
     }
 
     #[test]
     fn every_field_is_read() {
-        let read = order(&json!({
+        let read = parse(&json!({
             "height": 512, "width": 256, "num_inference_steps": 8, "cfg_scale": 3, "seed": u64::MAX,
             "negative_prompt": "", "n": 2, "output_format": "jpg", "output_compression": 80,
             "generator_device": "cuda",
@@ -328,7 +328,7 @@ mod tests {
 
     #[test]
     fn nulls_are_nothing_and_whole_fractions_are_integers() {
-        let read = order(&json!({"height": null, "width": 64.0, "n": null})).unwrap();
+        let read = parse(&json!({"height": null, "width": 64.0, "n": null})).unwrap();
         assert_eq!((read.params.height, read.params.width), (None, Some(64)));
         assert_eq!(read.params.num_images, None);
         assert_eq!(blamed(&json!({"width": 64.5})), "width");
@@ -338,10 +338,10 @@ mod tests {
     #[test]
     fn size_is_width_by_height() {
         for size in ["1024x768", "1024X768"] {
-            let params = order(&json!({"size": size})).unwrap().params;
+            let params = parse(&json!({"size": size})).unwrap().params;
             assert_eq!((params.width, params.height), (Some(1024), Some(768)));
         }
-        let params = order(&json!({"size": "auto"})).unwrap().params;
+        let params = parse(&json!({"size": "auto"})).unwrap().params;
         assert_eq!((params.width, params.height), (None, None));
         for size in [
             "", "x", "1024", "1024x", "x768", "1024*768", "-4x4", "+4x4", "4x4x4", "4.0x4", "AUTO",
@@ -352,7 +352,7 @@ mod tests {
 
     #[test]
     fn the_same_value_under_two_names_is_no_conflict() {
-        let read = order(&json!({
+        let read = parse(&json!({
             "true_cfg_scale": 4, "cfg_scale": 4.0, "size": "64x32", "height": 32, "n": 2,
             "num_outputs_per_prompt": 2,
         }));
@@ -381,7 +381,7 @@ mod tests {
 
     #[test]
     fn errors_name_what_the_client_wrote() {
-        let names = |fields: &Value| order(fields).unwrap().names;
+        let names = |fields: &Value| parse(fields).unwrap().names;
         assert_eq!(names(&json!({"size": "0x64"})).of("height"), "size");
         assert_eq!(names(&json!({"width": 0})).of("width"), "width");
         assert_eq!(names(&json!({"n": 0})).of("num_images"), "n");

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use kiln_models::noise::NoiseGenerator;
-use kiln_models::painter::{Job, RgbImage};
+use kiln_models::pipeline::{Job, RgbImage};
 use serde::Serialize;
 use tokio::task::spawn_blocking;
 use utoipa::ToSchema;
@@ -20,7 +20,7 @@ use super::fields::WireNames;
 
 /// What a client asks for, not yet checked against the model and the server's limits.
 #[derive(Debug)]
-pub(super) struct Order {
+pub(super) struct ParsedRequest {
     pub(super) params: GenerationParams,
     pub(super) names: WireNames,
     pub(super) encoding: Encoding,
@@ -28,7 +28,7 @@ pub(super) struct Order {
     pub(super) noise_generator: Option<NoiseGenerator>,
 }
 
-/// How often a picture is shown while it is drawn.
+/// How often a picture is shown while it is encoded.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Previews {
     Never,
@@ -39,7 +39,7 @@ pub(super) enum Previews {
 }
 
 /// What happens to a request that is watched.
-pub(super) enum Update {
+pub(super) enum RequestProgress {
     Queued {
         /// Jobs that come before this one.
         position: usize,
@@ -59,23 +59,23 @@ pub(super) enum Update {
         file: Vec<u8>,
     },
     /// Nothing comes after it.
-    Drawn(Drawn),
+    EncodedImages(EncodedImages),
 }
 
 /// A request that the engine has taken. Dropping it cancels the job, and it is dropped when the
 /// client goes away.
-pub(super) struct Accepted {
+pub(super) struct RunningRequest {
     app: Arc<App>,
-    receipt: Receipt,
+    info: RequestInfo,
     handle: JobHandle,
     received: Instant,
     /// How many there have been.
     previews: usize,
 }
 
-/// What is known of a picture before it is drawn.
+/// What is known of a picture before it is encoded.
 #[derive(Debug, Clone)]
-pub(super) struct Receipt {
+pub(super) struct RequestInfo {
     pub(super) id: String,
     /// Name of the model in the response.
     pub(super) model: String,
@@ -91,8 +91,8 @@ pub(super) struct Receipt {
 
 /// Image files, and what is told with them.
 #[derive(Debug)]
-pub(super) struct Drawn {
-    pub(super) receipt: Receipt,
+pub(super) struct EncodedImages {
+    pub(super) info: RequestInfo,
     /// One an image.
     pub(super) files: Vec<Vec<u8>>,
     pub(super) timings: StageSeconds,
@@ -101,7 +101,7 @@ pub(super) struct Drawn {
 /// What is told of a picture beyond `OpenAI`'s API: what it takes to make it again, and how long
 /// it took.
 #[derive(Debug, Serialize, ToSchema)]
-pub(super) struct PictureFacts {
+pub(super) struct ImageFacts {
     /// The seed that was used, whether it was given or chosen.
     seed: u64,
     /// `WIDTHxHEIGHT` in pixels, as the image has it.
@@ -110,12 +110,12 @@ pub(super) struct PictureFacts {
     timings: StageSeconds,
 }
 
-impl PictureFacts {
-    pub(super) fn new(receipt: &Receipt, timings: StageSeconds) -> Self {
+impl ImageFacts {
+    pub(super) fn new(info: &RequestInfo, timings: StageSeconds) -> Self {
         Self {
-            seed: receipt.request.seed,
-            size: receipt.size(),
-            num_inference_steps: receipt.request.num_inference_steps,
+            seed: info.request.seed,
+            size: info.size(),
+            num_inference_steps: info.request.num_inference_steps,
             timings,
         }
     }
@@ -150,14 +150,14 @@ impl Previews {
     }
 }
 
-impl Receipt {
+impl RequestInfo {
     /// `WIDTHxHEIGHT` in pixels, as the image has it.
     pub(super) fn size(&self) -> String {
         format!("{}x{}", self.request.width, self.request.height)
     }
 }
 
-impl Order {
+impl ParsedRequest {
     /// Checks the request and gives it to the engine. `model` is the name that the client asked
     /// for.
     pub(super) async fn submit(
@@ -166,10 +166,10 @@ impl Order {
         id: String,
         model: Option<&str>,
         previews: Previews,
-    ) -> Result<Accepted, ApiError> {
+    ) -> Result<RunningRequest, ApiError> {
         let received = Instant::now();
-        let (receipt, job) = self.prepare(app, id, model).await?;
-        let steps = receipt.request.num_inference_steps;
+        let (info, job) = self.prepare(app, id, model).await?;
+        let steps = info.request.num_inference_steps;
         let options = SubmitOptions {
             deadline: app
                 .settings
@@ -179,29 +179,29 @@ impl Order {
         };
         let handle = app.engine.submit(job, options)?;
         tracing::info!(
-            id = receipt.id,
-            size = receipt.size(),
+            id = info.id,
+            size = info.size(),
             steps,
-            images = receipt.request.num_images,
-            seed = receipt.request.seed,
+            images = info.request.num_images,
+            seed = info.request.seed,
             "accepted"
         );
-        Ok(Accepted {
+        Ok(RunningRequest {
             app: Arc::clone(app),
-            receipt,
+            info,
             handle,
             received,
             previews: 0,
         })
     }
 
-    /// Checks the request as [`Order::submit`] does, and no more.
+    /// Checks the request as [`ParsedRequest::submit`] does, and no more.
     pub(super) async fn prepare(
         self,
         app: &Arc<App>,
         id: String,
         model: Option<&str>,
-    ) -> Result<(Receipt, Job), ApiError> {
+    ) -> Result<(RequestInfo, Job), ApiError> {
         let created = SystemTime::now()
             .duration_since(UNIX_EPOCH)
             .unwrap_or_default()
@@ -222,7 +222,7 @@ impl Order {
             param: names.of(error.param),
             error: error.source,
         })?;
-        let receipt = Receipt {
+        let info = RequestInfo {
             id,
             model,
             created,
@@ -231,8 +231,8 @@ impl Order {
             image_tokens: image_tokens(&request, app.limits.sizes.multiple),
             request,
         };
-        let job = receipt.request.clone().into_job(tokens, false);
-        Ok((receipt, job))
+        let job = info.request.clone().into_job(tokens, false);
+        Ok((info, job))
     }
 
     fn check(self, app: &App) -> Result<(GenerationRequest, Encoding), ApiError> {
@@ -257,16 +257,16 @@ impl Order {
     }
 }
 
-impl Accepted {
-    pub(super) fn receipt(&self) -> &Receipt {
-        &self.receipt
+impl RunningRequest {
+    pub(super) fn info(&self) -> &RequestInfo {
+        &self.info
     }
 
     /// Waits for the picture, and makes the response of it on a thread where that may take its
     /// time.
     pub(super) async fn finish<T: Send + 'static>(
         mut self,
-        respond: impl FnOnce(Drawn) -> Result<T, ApiError> + Send + 'static,
+        respond: impl FnOnce(EncodedImages) -> Result<T, ApiError> + Send + 'static,
     ) -> Result<T, ApiError> {
         loop {
             match self.handle.next_event().await {
@@ -281,26 +281,26 @@ impl Accepted {
     }
 
     /// Waits for what happens next.
-    pub(super) async fn update(&mut self) -> Result<Update, ApiError> {
+    pub(super) async fn update(&mut self) -> Result<RequestProgress, ApiError> {
         loop {
             match self.handle.next_event().await {
                 Event::Queued {
                     position,
                     estimated_wait,
                 } => {
-                    return Ok(Update::Queued {
+                    return Ok(RequestProgress::Queued {
                         position,
                         estimated_wait,
                     });
                 }
                 Event::Started => {}
-                Event::Step { done, total } => return Ok(Update::Step { done, total }),
+                Event::Step { done, total } => return Ok(RequestProgress::Step { done, total }),
                 Event::Preview { step, image } => {
                     let number = self.previews;
                     self.previews += 1;
                     return spawn_blocking(move || {
                         let file = encode(&image, Encoding::new(ImageFormat::Png), None)?;
-                        Ok(Update::Preview {
+                        Ok(RequestProgress::Preview {
                             number,
                             step,
                             image,
@@ -310,8 +310,8 @@ impl Accepted {
                     .await?;
                 }
                 Event::Finished(finished) => {
-                    let drawn = self.respond(finished, Ok).await?;
-                    return Ok(Update::Drawn(drawn));
+                    let encoded = self.respond(finished, Ok).await?;
+                    return Ok(RequestProgress::EncodedImages(encoded));
                 }
                 Event::Failed(error) => return Err(error.into()),
             }
@@ -321,32 +321,36 @@ impl Accepted {
     async fn respond<T: Send + 'static>(
         &self,
         finished: Finished,
-        respond: impl FnOnce(Drawn) -> Result<T, ApiError> + Send + 'static,
+        respond: impl FnOnce(EncodedImages) -> Result<T, ApiError> + Send + 'static,
     ) -> Result<T, ApiError> {
-        let Finished { painting, timings } = finished;
-        let (app, receipt) = (Arc::clone(&self.app), self.receipt.clone());
+        let Finished { output, timings } = finished;
+        let (app, info) = (Arc::clone(&self.app), self.info.clone());
         let response = spawn_blocking(move || {
-            let files = encode_all(&app, &receipt, &painting.images)?;
-            respond(Drawn {
-                receipt,
+            let files = encode_all(&app, &info, &output.images)?;
+            respond(EncodedImages {
+                info,
                 files,
                 timings: timings.into(),
             })
         })
         .await??;
-        log_finished(&self.receipt.id, self.received, timings);
+        log_finished(&self.info.id, self.received, timings);
         Ok(response)
     }
 }
 
-fn encode_all(app: &App, receipt: &Receipt, images: &[RgbImage]) -> Result<Vec<Vec<u8>>, ApiError> {
+fn encode_all(
+    app: &App,
+    info: &RequestInfo,
+    images: &[RgbImage],
+) -> Result<Vec<Vec<u8>>, ApiError> {
     let mut files = Vec::with_capacity(images.len());
     for (index, image) in images.iter().enumerate() {
         let metadata = app
             .settings
             .metadata
-            .then(|| receipt.request.metadata_text(&receipt.model, index));
-        files.push(encode(image, receipt.encoding, metadata.as_deref())?);
+            .then(|| info.request.metadata_text(&info.model, index));
+        files.push(encode(image, info.encoding, metadata.as_deref())?);
     }
     Ok(files)
 }

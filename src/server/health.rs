@@ -37,7 +37,7 @@ pub(super) async fn live(app: State<Arc<App>>) -> Response {
     health(app).await
 }
 
-/// Tells whether requests are taken and will be painted: the warm-up is over and nobody has asked
+/// Tells whether requests are taken and will be generated: the warm-up is over and nobody has asked
 /// the server to end.
 #[utoipa::path(
     get,

@@ -25,10 +25,12 @@ use super::App;
 use super::body::{self, JsonObject, Keys};
 use super::error::{ApiError, ErrorEnvelope};
 use super::fields::{GenerationFields, Integer};
-use super::generation::{Drawn, Order, PictureFacts, Previews, Receipt, Update};
+use super::generation::{
+    EncodedImages, ImageFacts, ParsedRequest, Previews, RequestInfo, RequestProgress,
+};
 use super::invalid::InvalidBody;
 use super::json::json;
-use super::stream::{self, Narrator, error_event, event};
+use super::stream::{self, EventFormat, error_event, event};
 
 static GENERATION_KEYS: LazyLock<Keys> = LazyLock::new(|| Keys {
     known: body::field_names::<GenerationFields>(),
@@ -182,7 +184,7 @@ pub(super) async fn generations(
     let id = format!("img-{:016x}", random_u64());
     let model = request.fields.model.as_deref();
     let accepted = request
-        .order
+        .parsed
         .submit(&app, id, model, request.previews)
         .await?;
     if request.fields.stream == Some(true) {
@@ -190,9 +192,9 @@ pub(super) async fn generations(
         return Ok(stream::respond(accepted, ImagesNarrator { quality }));
     }
     accepted
-        .finish(move |drawn| match request.fields.response_format {
-            None | Some(ResponseFormat::B64Json) => json_response(drawn),
-            Some(ResponseFormat::File) => file_response(drawn),
+        .finish(move |encoded| match request.fields.response_format {
+            None | Some(ResponseFormat::B64Json) => json_response(encoded),
+            Some(ResponseFormat::File) => file_response(encoded),
         })
         .await
 }
@@ -200,7 +202,7 @@ pub(super) async fn generations(
 #[derive(Debug)]
 pub(super) struct Parsed {
     fields: ImagesFields,
-    pub(super) order: Order,
+    pub(super) parsed: ParsedRequest,
     previews: Previews,
 }
 
@@ -211,12 +213,12 @@ pub(super) fn parse(mut object: Map<String, Value>) -> Result<Parsed, InvalidBod
     let previews = previews_of(&fields)?;
     let prompt = fields.prompt.take();
     let prompt = prompt.ok_or_else(|| InvalidBody::missing("prompt"))?;
-    let mut order = generation.order(prompt, "prompt")?;
-    let steps = &mut order.params.num_inference_steps;
+    let mut parsed = generation.parse(prompt, "prompt")?;
+    let steps = &mut parsed.params.num_inference_steps;
     *steps = steps.or(fields.quality.and_then(Quality::num_inference_steps));
     Ok(Parsed {
         fields,
-        order,
+        parsed,
         previews,
     })
 }
@@ -250,16 +252,16 @@ struct ImagesNarrator {
     quality: Quality,
 }
 
-impl Narrator for ImagesNarrator {
-    fn begin(&self, _: &Receipt) -> Result<Vec<Event>, ApiError> {
+impl EventFormat for ImagesNarrator {
+    fn begin(&self, _: &RequestInfo) -> Result<Vec<Event>, ApiError> {
         Ok(Vec::new())
     }
 
-    fn tell(&self, receipt: &Receipt, update: Update) -> Result<Vec<Event>, ApiError> {
+    fn tell(&self, info: &RequestInfo, update: RequestProgress) -> Result<Vec<Event>, ApiError> {
         match update {
             // The API has no events for these.
-            Update::Queued { .. } | Update::Step { .. } => Ok(Vec::new()),
-            Update::Preview {
+            RequestProgress::Queued { .. } | RequestProgress::Step { .. } => Ok(Vec::new()),
+            RequestProgress::Preview {
                 number,
                 image,
                 file,
@@ -269,7 +271,7 @@ impl Narrator for ImagesNarrator {
                     r#type: "image_generation.partial_image",
                     b64_json: BASE64.encode(file),
                     partial_image_index: number,
-                    created_at: receipt.created,
+                    created_at: info.created,
                     size: format!("{}x{}", image.width, image.height),
                     quality: self.quality.name(),
                     background: "opaque",
@@ -277,19 +279,19 @@ impl Narrator for ImagesNarrator {
                 };
                 Ok(vec![event(&image_event)?.event(image_event.r#type)])
             }
-            Update::Drawn(drawn) => drawn
+            RequestProgress::EncodedImages(encoded) => encoded
                 .files
                 .iter()
                 .map(|file| {
                     let image_event = CompletedEvent {
                         r#type: "image_generation.completed",
                         b64_json: BASE64.encode(file),
-                        created_at: receipt.created,
+                        created_at: info.created,
                         quality: self.quality.name(),
                         background: "opaque",
-                        output_format: receipt.encoding.format.name(),
-                        usage: ImagesUsage::new(receipt),
-                        facts: PictureFacts::new(receipt, drawn.timings),
+                        output_format: info.encoding.format.name(),
+                        usage: ImagesUsage::new(info),
+                        facts: ImageFacts::new(info, encoded.timings),
                     };
                     Ok(event(&image_event)?.event(image_event.r#type))
                 })
@@ -306,28 +308,28 @@ impl Narrator for ImagesNarrator {
     }
 }
 
-fn json_response(drawn: Drawn) -> Result<Response, ApiError> {
-    let receipt = drawn.receipt;
-    let images = drawn.files.iter().map(|file| ImageData {
+fn json_response(encoded: EncodedImages) -> Result<Response, ApiError> {
+    let info = encoded.info;
+    let images = encoded.files.iter().map(|file| ImageData {
         b64_json: BASE64.encode(file),
     });
     let response = ImagesResponse {
-        created: receipt.created,
+        created: info.created,
         data: images.collect(),
         background: "opaque",
-        output_format: receipt.encoding.format.name(),
-        usage: ImagesUsage::new(&receipt),
-        facts: PictureFacts::new(&receipt, drawn.timings),
-        model: receipt.model,
+        output_format: info.encoding.format.name(),
+        usage: ImagesUsage::new(&info),
+        facts: ImageFacts::new(&info, encoded.timings),
+        model: info.model,
     };
     json(&response)
 }
 
-fn file_response(drawn: Drawn) -> Result<Response, ApiError> {
-    let format = drawn.receipt.encoding.format;
+fn file_response(encoded: EncodedImages) -> Result<Response, ApiError> {
+    let format = encoded.info.encoding.format;
     let extension = format.name();
-    let name = &drawn.receipt.id;
-    let mut files = drawn.files;
+    let name = &encoded.info.id;
+    let mut files = encoded.files;
     let (media_type, name, body) = match files.as_mut_slice() {
         [file] => (
             format.media_type(),
@@ -356,7 +358,7 @@ fn file_response(drawn: Drawn) -> Result<Response, ApiError> {
             CONTENT_DISPOSITION,
             format!("attachment; filename=\"{name}\""),
         ),
-        (SEED_HEADER, drawn.receipt.request.seed.to_string()),
+        (SEED_HEADER, encoded.info.request.seed.to_string()),
     ];
     Ok((headers, body).into_response())
 }
@@ -372,7 +374,7 @@ struct ImagesResponse {
     usage: ImagesUsage,
     model: String,
     #[serde(flatten)]
-    facts: PictureFacts,
+    facts: ImageFacts,
 }
 
 /// What the first image looks like on the way.
@@ -408,7 +410,7 @@ pub(super) struct CompletedEvent {
     /// Of all images of the request.
     usage: ImagesUsage,
     #[serde(flatten)]
-    facts: PictureFacts,
+    facts: ImageFacts,
 }
 
 #[derive(Serialize, ToSchema)]
@@ -434,15 +436,15 @@ struct InputTokens {
 }
 
 impl ImagesUsage {
-    fn new(receipt: &Receipt) -> Self {
+    fn new(info: &RequestInfo) -> Self {
         Self {
-            input_tokens: receipt.prompt_tokens,
+            input_tokens: info.prompt_tokens,
             input_tokens_details: InputTokens {
-                text_tokens: receipt.prompt_tokens,
+                text_tokens: info.prompt_tokens,
                 image_tokens: 0,
             },
-            output_tokens: receipt.image_tokens,
-            total_tokens: receipt.prompt_tokens + receipt.image_tokens,
+            output_tokens: info.image_tokens,
+            total_tokens: info.prompt_tokens + info.image_tokens,
         }
     }
 }

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use axum::extract::State;
 use axum::http::header::CONTENT_TYPE;
 use axum::response::{IntoResponse, Response};
-use kiln_models::painter::CacheUse;
+use kiln_models::pipeline::CacheUse;
 
 use crate::engine::{BUCKET_BOUNDS, EngineStats, Histogram};
 
@@ -31,7 +31,7 @@ fn text(stats: &EngineStats) -> String {
         page.gauge(name, "Requests that wait for the device.", stats.waiting);
     }
     for name in ["kiln_requests_running", "vllm:num_requests_running"] {
-        page.gauge(name, "Requests that are painted.", stats.running);
+        page.gauge(name, "Requests that are generated.", stats.running);
     }
     let outcomes = &stats.outcomes;
     page.labelled(
@@ -55,7 +55,7 @@ fn text(stats: &EngineStats) -> String {
         "Denoising steps, of unfinished requests too.",
         stats.steps,
     );
-    page.counter("kiln_images_total", "Images painted.", stats.images);
+    page.counter("kiln_images_total", "Images generated.", stats.images);
     page.counter("kiln_pixels_total", "Pixels of those images.", stats.pixels);
     for (name, help, histogram) in [
         (
@@ -86,7 +86,7 @@ fn text(stats: &EngineStats) -> String {
         ("kiln_preview_seconds", "One preview.", &stats.preview_time),
         (
             "kiln_request_seconds",
-            "From a request's arrival in the queue to its painting.",
+            "From a request's arrival in the queue to its output.",
             &stats.total_time,
         ),
     ] {

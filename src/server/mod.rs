@@ -51,7 +51,7 @@ pub use self::signals::shutdown_signal;
 /// Bytes of a request's body, unless told otherwise. The longest prompt takes a few kilobytes.
 pub const DEFAULT_MAX_BODY_BYTES: usize = 2 << 20;
 
-/// How long a server that ends waits for clients to read what has been painted for them.
+/// How long a server that ends waits for clients to read what has been generated for them.
 const LAST_ANSWERS: Duration = Duration::from_secs(10);
 
 /// What the handlers work with.
@@ -65,7 +65,7 @@ pub struct App {
     pub settings: Settings,
     /// Unix time in seconds.
     started: u64,
-    board: sdapi::Board,
+    board: sdapi::JobRegistry,
 }
 
 /// How the server behaves, whatever it draws with.
@@ -122,7 +122,7 @@ impl App {
             noise_generator,
             settings,
             started: now.unwrap_or_default().as_secs(),
-            board: sdapi::Board::default(),
+            board: sdapi::JobRegistry::default(),
         }
     }
 

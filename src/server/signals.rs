@@ -4,7 +4,7 @@ use std::time::Duration;
 use crate::engine::Engine;
 
 /// Ready when the engine has stopped after the first ctrl-c or SIGTERM. What it has been asked for
-/// is still painted, for `drain_timeout` at most; meanwhile the server goes on to answer, so that
+/// is still generated, for `drain_timeout` at most; meanwhile the server goes on to answer, so that
 /// those who ask for its health hear that it takes no more. The second signal stops the engine, so
 /// that what is unfinished fails after its current step.
 pub async fn shutdown_signal(engine: Engine, drain_timeout: Duration) {

@@ -36,7 +36,7 @@ pub(super) struct Status {
 
 #[derive(Debug, Serialize, ToSchema)]
 struct Requests {
-    /// That are drawn.
+    /// That are encoded.
     running: usize,
     /// That wait for the device.
     waiting: usize,

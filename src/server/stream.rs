@@ -11,21 +11,21 @@ use serde::Serialize;
 use tokio::task::spawn_blocking;
 
 use super::error::ApiError;
-use super::generation::{Accepted, Receipt, Update};
+use super::generation::{RequestInfo, RequestProgress, RunningRequest};
 
 /// How often something is said while nothing happens, so that nobody between server and client
 /// takes the connection for dead.
 const KEEP_ALIVE: Duration = Duration::from_secs(15);
 
 /// What an endpoint has to say about a request.
-pub(super) trait Narrator: Clone + Send + 'static {
+pub(super) trait EventFormat: Clone + Send + 'static {
     /// Said before anything happens.
-    fn begin(&self, receipt: &Receipt) -> Result<Vec<Event>, ApiError>;
+    fn begin(&self, info: &RequestInfo) -> Result<Vec<Event>, ApiError>;
 
     /// May take its time: it is called where that is no harm.
-    fn tell(&self, receipt: &Receipt, update: Update) -> Result<Vec<Event>, ApiError>;
+    fn tell(&self, info: &RequestInfo, update: RequestProgress) -> Result<Vec<Event>, ApiError>;
 
-    /// What is wrong; nothing is said after it but [`Narrator::end`].
+    /// What is wrong; nothing is said after it but [`EventFormat::end`].
     fn fail(&self, error: &ApiError) -> Event;
 
     fn end(&self) -> Vec<Event>;
@@ -44,8 +44,8 @@ pub(super) fn error_event(error: &ApiError) -> Event {
 
 /// Tells about a request until it has ended. The request is cancelled when the client goes away:
 /// the response is dropped then.
-pub(super) fn respond<N: Narrator>(accepted: Accepted, narrator: N) -> Response {
-    let state = Telling {
+pub(super) fn respond<N: EventFormat>(accepted: RunningRequest, narrator: N) -> Response {
+    let state = EventStream {
         accepted: Some(accepted),
         narrator,
         begun: false,
@@ -65,16 +65,16 @@ pub(super) fn respond<N: Narrator>(accepted: Accepted, narrator: N) -> Response 
     response
 }
 
-struct Telling<N> {
+struct EventStream<N> {
     /// None once the request has ended.
-    accepted: Option<Accepted>,
+    accepted: Option<RunningRequest>,
     narrator: N,
     begun: bool,
     /// Events that the client has yet to get.
     said: VecDeque<Event>,
 }
 
-impl<N: Narrator> Telling<N> {
+impl<N: EventFormat> EventStream<N> {
     async fn next(&mut self) -> Option<Event> {
         while self.said.is_empty() {
             match self.listen().await {
@@ -96,12 +96,12 @@ impl<N: Narrator> Telling<N> {
         };
         if !self.begun {
             self.begun = true;
-            return self.narrator.begin(accepted.receipt()).map(Some);
+            return self.narrator.begin(accepted.info()).map(Some);
         }
         let update = accepted.update().await?;
-        let is_last = matches!(update, Update::Drawn(_));
-        let (narrator, receipt) = (self.narrator.clone(), accepted.receipt().clone());
-        let events = spawn_blocking(move || narrator.tell(&receipt, update)).await??;
+        let is_last = matches!(update, RequestProgress::EncodedImages(_));
+        let (narrator, info) = (self.narrator.clone(), accepted.info().clone());
+        let events = spawn_blocking(move || narrator.tell(&info, update)).await??;
         if is_last {
             self.said.extend(events);
             self.end();

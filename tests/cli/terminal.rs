@@ -169,7 +169,7 @@ fn a_terminal_sees_the_stage_the_step_and_the_time_left() {
     let sent = draw("kiln generate cat --steps 150 --show never", "");
     let line = sent
         .split(['\r', '\n'])
-        .find(|line| line.contains("painting"));
+        .find(|line| line.contains("output"));
     let line = line.unwrap_or_else(|| panic!("no progress in {sent:?}"));
     assert!(
         line.contains("/150, ") && line.contains("s passed, "),
@@ -177,7 +177,7 @@ fn a_terminal_sees_the_stage_the_step_and_the_time_left() {
     );
     assert!(line.trim_end().ends_with("s left"), "{line}");
     // Nothing of it stays.
-    let end = sent.rsplit("painted in").next().unwrap();
+    let end = sent.rsplit("generated in").next().unwrap();
     assert!(!end.contains("step "), "{end:?}");
 }
 

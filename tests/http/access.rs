@@ -2,7 +2,7 @@ use kiln::server::{ApiKeys, Settings};
 use serde_json::json;
 
 use super::client::{connect, get, receive, send_raw, with_headers};
-use super::painter::Pace;
+use super::pipeline::Pace;
 use super::server::TestServer;
 
 fn with_keys() -> TestServer {

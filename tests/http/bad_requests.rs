@@ -3,7 +3,7 @@
 use serde_json::{Value, json};
 
 use super::client::{Reply, connect, get, post_to, receive, send, send_raw};
-use super::painter::Pace;
+use super::pipeline::Pace;
 use super::server::TestServer;
 use super::user;
 

@@ -2,7 +2,7 @@ use kiln_models::noise::NoiseGenerator;
 use serde_json::{Value, json};
 
 use super::client::{Reply, post_to};
-use super::painter::Pace;
+use super::pipeline::Pace;
 use super::server::{TestServer, load_tokenizer};
 use super::{decode_png, from_base64};
 

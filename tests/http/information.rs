@@ -2,7 +2,7 @@ use kiln::server::Settings;
 use serde_json::json;
 
 use super::client::get;
-use super::painter::Pace;
+use super::pipeline::Pace;
 use super::server::TestServer;
 
 #[test]

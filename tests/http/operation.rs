@@ -5,7 +5,7 @@ use kiln::server::Settings;
 use serde_json::{Value, json};
 
 use super::client::{connect, get, post, receive, send};
-use super::painter::{PANIC_IN_STEP, Pace};
+use super::pipeline::{PANIC_IN_STEP, Pace};
 use super::server::TestServer;
 use super::user;
 

@@ -2,7 +2,7 @@ use kiln::server::{ApiKeys, Settings};
 use serde_json::{Value, json};
 
 use super::client::{Reply, connect, get, post_to, send, with_headers};
-use super::painter::Pace;
+use super::pipeline::Pace;
 use super::server::TestServer;
 
 /// What the page consists of, as a browser finds it.

@@ -2,7 +2,7 @@ use proptest::prelude::*;
 use serde_json::{Map, Value, json};
 
 use super::client::post_to;
-use super::painter::Pace;
+use super::pipeline::Pace;
 use super::server::TestServer;
 
 /// Keys that mean something somewhere, so that most bodies come far.

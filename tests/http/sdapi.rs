@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use super::client::{
     Reply, connect, get, json_with_headers, post_to, receive, send, send_raw, with_headers,
 };
-use super::painter::{PANIC_IN_STEP, Pace};
+use super::pipeline::{PANIC_IN_STEP, Pace};
 use super::server::TestServer;
 use super::{decode_png, from_base64, metadata};
 

@@ -10,12 +10,12 @@ use kiln::request::Limits;
 use kiln::server::{App, Settings};
 use kiln::tokenizer::PromptTokenizer;
 use kiln_models::noise::NoiseGenerator;
-use kiln_models::painter::Job;
+use kiln_models::pipeline::Job;
 use tokio::sync::oneshot;
 
-use super::painter::{FlatPainter, Pace, Record};
+use super::pipeline::{FakePipeline, Pace, Record};
 
-/// A server on a free port, with a [`FlatPainter`].
+/// A server on a free port, with a [`FakePipeline`].
 pub(super) struct TestServer {
     pub(super) address: SocketAddr,
     pub(super) engine: Engine,
@@ -31,13 +31,13 @@ impl TestServer {
 
     pub(super) fn with_settings(pace: Pace, max_queue: usize, settings: Settings) -> Self {
         let record = Arc::new(Record::default());
-        let painter = FlatPainter::new(pace, Arc::clone(&record));
+        let pipeline = FakePipeline::new(pace, Arc::clone(&record));
         let engine_settings = EngineSettings {
             max_queue,
             max_started: DEFAULT_MAX_STARTED,
             warm_up: None,
         };
-        let engine = Engine::start(Box::new(painter), engine_settings);
+        let engine = Engine::start(Box::new(pipeline), engine_settings);
         let app = App::new(
             engine.clone(),
             load_tokenizer(),
@@ -71,7 +71,7 @@ impl TestServer {
         }
     }
 
-    /// The job that the painter was given last.
+    /// The job that the pipeline was given last.
     pub(super) fn last_job(&self) -> Job {
         self.record.last_job.lock().unwrap().clone().unwrap()
     }
@@ -85,10 +85,10 @@ impl TestServer {
     }
 
     pub(super) fn wait_for_steps(&self, steps: usize) {
-        wait_until("the painter does not paint", || self.steps() >= steps);
+        wait_until("the pipeline does not generate", || self.steps() >= steps);
     }
 
-    /// Until so many requests wait for the painter.
+    /// Until so many requests wait for the pipeline.
     pub(super) fn wait_for_waiting(&self, requests: usize) {
         let message = "the number of waiting requests is another";
         wait_until(message, || self.engine.stats().waiting == requests);

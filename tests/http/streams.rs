@@ -4,7 +4,7 @@ use std::time::Duration;
 use serde_json::{Value, json};
 
 use super::client::{Reply, connect, post, post_to, send};
-use super::painter::{PANIC_IN_STEP, Pace};
+use super::pipeline::{PANIC_IN_STEP, Pace};
 use super::server::TestServer;
 use super::{decode, decode_png, from_base64, user};
 

@@ -1,4 +1,4 @@
-//! kiln's painter on burn's cuda backend.
+//! kiln's pipeline on burn's cuda backend.
 
 use std::env;
 use std::ffi::c_int;
@@ -10,7 +10,7 @@ use cudarc::driver::result::{self, DriverError};
 use cudarc::driver::sys::CUdevice_attribute as Attribute;
 use cudarc::driver::sys::CUresult;
 use kiln_models::loading::{self, DeviceInfo, LoadOptions, ModelDType, OpenError, Target};
-use kiln_models::painter::Painter;
+use kiln_models::pipeline::Pipeline;
 use kiln_models::qwen_image::CheckpointParts;
 
 const NAME: &str = "cuda";
@@ -36,7 +36,7 @@ pub fn open(
     info: &DeviceInfo,
     parts: &CheckpointParts,
     options: LoadOptions,
-) -> Result<Box<dyn Painter>, OpenError> {
+) -> Result<Box<dyn Pipeline>, OpenError> {
     kiln_ops::read_settings(options.kernel_cache.as_deref()).map_err(|reason| {
         OpenError::Settings {
             backend: NAME,

@@ -16,7 +16,7 @@ use cudarc::driver::result::{self, ctx, device, function, module, primary_ctx, s
 use cudarc::driver::sys::{CUdevice_attribute, CUdeviceptr, CUfunction_attribute, CUstream};
 use cudarc::nvrtc::result as nvrtc;
 use half::{bf16, f16};
-use kiln_ops::RowRun;
+use kiln_ops::TokenRun;
 use kiln_ops::cuda::{
     Attention, AttentionMma, AttentionWgmma, ChannelsLast, CudaKernel, Elements, Elementwise,
     ElementwiseOp, Image, Launch, Product,
@@ -626,7 +626,7 @@ fn elementwise<T: Element>(gpu: &Gpu) {
         );
 
         // The first token has the second row.
-        let runs = [(1, 1), (tokens - 1, 0)].map(|(tokens, row)| RowRun { tokens, row });
+        let runs = [(1, 1), (tokens - 1, 0)].map(|(tokens, row)| TokenRun { tokens, row });
         let launches = of(ElementwiseOp::GatedResidual).launches(dim, &runs);
         let inputs = [a_bytes, b_bytes, gate_bytes];
         let tested = gpu.run::<_, T>(&launches[0], &inputs, count);

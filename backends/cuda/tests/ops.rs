@@ -1,4 +1,4 @@
-//! The fused ops against their definitions, and the painter against diffusers, on the first NVIDIA
+//! The fused ops against their definitions, and the pipeline against diffusers, on the first NVIDIA
 //! GPU. It needs the driver, NVRTC and the CUDA headers; `scripts/test-cuda.sh` runs it without.
 
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on should stop")]
@@ -22,7 +22,7 @@ use burn_cuda::{Cuda, CudaDevice};
 
 use backend_parity::draws_what_diffusers_draws;
 use kiln_models::loading::LoadOptions;
-use kiln_models::painter::Painter;
+use kiln_models::pipeline::Pipeline;
 use kiln_models::qwen_image::CheckpointParts;
 use suite::{Extent, suites, test_every_op};
 
@@ -56,7 +56,7 @@ fn demo() {
     draws_what_diffusers_draws("demo", open);
 }
 
-fn open(parts: &CheckpointParts, options: LoadOptions) -> Box<dyn Painter> {
+fn open(parts: &CheckpointParts, options: LoadOptions) -> Box<dyn Pipeline> {
     let device = kiln_cuda::devices().unwrap().remove(0);
     println!("on {}", device.name);
     kiln_cuda::open(&device, parts, options).unwrap()

@@ -1,9 +1,9 @@
-//! kiln's painter on burn's CPU backend flex.
+//! kiln's pipeline on burn's CPU backend flex.
 
 use burn_flex::{Flex, FlexDevice};
 use burn_tensor::DType;
 use kiln_models::loading::{self, DeviceInfo, LoadOptions, ModelDType, OpenError, Target};
-use kiln_models::painter::Painter;
+use kiln_models::pipeline::Pipeline;
 use kiln_models::qwen_image::CheckpointParts;
 
 /// The CPU. Weights are kept in any of the types.
@@ -20,7 +20,7 @@ pub fn open(
     info: &DeviceInfo,
     parts: &CheckpointParts,
     options: LoadOptions,
-) -> Result<Box<dyn Painter>, OpenError> {
+) -> Result<Box<dyn Pipeline>, OpenError> {
     let target = Target {
         backend: "flex",
         device: FlexDevice,

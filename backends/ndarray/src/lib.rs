@@ -1,8 +1,8 @@
-//! kiln's painter on burn's CPU backend ndarray: slow, and independent of flex.
+//! kiln's pipeline on burn's CPU backend ndarray: slow, and independent of flex.
 
 use burn_ndarray::{NdArray, NdArrayDevice};
 use kiln_models::loading::{self, DeviceInfo, LoadOptions, ModelDType, OpenError, Target};
-use kiln_models::painter::Painter;
+use kiln_models::pipeline::Pipeline;
 use kiln_models::qwen_image::CheckpointParts;
 
 /// The CPU, in f32: ndarray has no narrower type.
@@ -15,7 +15,7 @@ pub fn open(
     info: &DeviceInfo,
     parts: &CheckpointParts,
     options: LoadOptions,
-) -> Result<Box<dyn Painter>, OpenError> {
+) -> Result<Box<dyn Pipeline>, OpenError> {
     let target = Target {
         backend: "ndarray",
         device: NdArrayDevice::Cpu,

@@ -5,10 +5,10 @@ use burn_tensor::module;
 use burn_tensor::ops::{AttentionModuleOptions, ConvOptions};
 use burn_tensor::{Bool, DType, Tensor, activation};
 
-use crate::{Rope, RowRun};
+use crate::{Rope, TokenRun};
 
 /// The table row of every token: `[1, dim]` if all tokens use one row, else `[tokens, dim]`.
-pub fn per_token<B: Backend>(table: Tensor<B, 2>, runs: &[RowRun]) -> Tensor<B, 2> {
+pub fn per_token<B: Backend>(table: Tensor<B, 2>, runs: &[TokenRun]) -> Tensor<B, 2> {
     let [rows, dim] = table.dims();
     let runs = || runs.iter().filter(|run| run.tokens > 0);
     let first = runs().next().map_or(0, |run| run.row);
@@ -30,7 +30,7 @@ pub fn per_token<B: Backend>(table: Tensor<B, 2>, runs: &[RowRun]) -> Tensor<B, 
     Tensor::cat(parts, 0)
 }
 
-pub fn torch_linear<B: Backend>(
+pub fn fused_linear<B: Backend>(
     x: Tensor<B, 2>,
     weight: Tensor<B, 2>,
     bias: Option<Tensor<B, 1>>,
@@ -60,7 +60,7 @@ pub fn layer_norm_modulate<B: Backend>(
     x: Tensor<B, 2>,
     shift: Tensor<B, 2>,
     scale: Tensor<B, 2>,
-    runs: &[RowRun],
+    runs: &[TokenRun],
     eps: f64,
 ) -> Tensor<B, 2> {
     let dtype = x.dtype();
@@ -76,7 +76,7 @@ pub fn gated_residual<B: Backend>(
     residual: Tensor<B, 2>,
     gate: Tensor<B, 2>,
     x: Tensor<B, 2>,
-    runs: &[RowRun],
+    runs: &[TokenRun],
 ) -> Tensor<B, 2> {
     let dtype = residual.dtype();
     let sum = residual.cast(DType::F32) + per_token(gate, runs) * x.cast(DType::F32);
@@ -257,7 +257,7 @@ pub(crate) fn attention_by_products<B: Backend>(
     }
 }
 
-pub fn same_conv2d<B: Backend>(
+pub fn conv2d_same<B: Backend>(
     x: Tensor<B, 4>,
     weight: Tensor<B, 4>,
     bias: Tensor<B, 1>,

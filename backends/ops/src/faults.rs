@@ -202,7 +202,7 @@ mod tests {
     fn a_watch_notes_the_first_panic_of_a_devices_thread() {
         watch_device_threads();
         let watch = FaultWatch::start();
-        panic_on_thread("painter", "not a device's");
+        panic_on_thread("pipeline", "not a device's");
         assert_eq!(watch.fault(), None);
         panic_on_thread("DSD-0-7", "first");
         panic_on_thread("DSU-0-7", "second");
@@ -219,7 +219,7 @@ mod tests {
         assert!(is_of_device(Some("DSU-1-3"), "anywhere"));
         assert!(is_of_device(None, gc));
         assert!(!is_of_device(None, "src/main.rs"));
-        assert!(!is_of_device(Some("painter"), gc));
+        assert!(!is_of_device(Some("pipeline"), gc));
     }
 
     #[test]

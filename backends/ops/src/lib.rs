@@ -29,7 +29,7 @@ pub use upload::Upload;
 
 /// A run of consecutive packed tokens that share one row of a modulation table.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct RowRun {
+pub struct TokenRun {
     pub tokens: usize,
     pub row: usize,
 }
@@ -61,12 +61,12 @@ pub trait FusedOps: MemoryReport + DeviceCheck + Upload {
     /// # Shapes
     /// - x: `[tokens, in]`, weight: `[out, in]` as PyTorch stores it, of any float type
     /// - output: `[tokens, out]`
-    fn torch_linear(
+    fn fused_linear(
         x: Tensor<Self, 2>,
         weight: Tensor<Self, 2>,
         bias: Option<Tensor<Self, 1>>,
     ) -> Tensor<Self, 2> {
-        defaults::torch_linear(x, weight, bias)
+        defaults::fused_linear(x, weight, bias)
     }
 
     /// `x / sqrt(mean(x²) + eps) * weight` over the last dimension of `[tokens, dim]`.
@@ -82,7 +82,7 @@ pub trait FusedOps: MemoryReport + DeviceCheck + Upload {
         x: Tensor<Self, 2>,
         shift: Tensor<Self, 2>,
         scale: Tensor<Self, 2>,
-        runs: &[RowRun],
+        runs: &[TokenRun],
         eps: f64,
     ) -> Tensor<Self, 2> {
         defaults::layer_norm_modulate(x, shift, scale, runs, eps)
@@ -96,7 +96,7 @@ pub trait FusedOps: MemoryReport + DeviceCheck + Upload {
         residual: Tensor<Self, 2>,
         gate: Tensor<Self, 2>,
         x: Tensor<Self, 2>,
-        runs: &[RowRun],
+        runs: &[TokenRun],
     ) -> Tensor<Self, 2> {
         defaults::gated_residual(residual, gate, x, runs)
     }
@@ -146,12 +146,12 @@ pub trait FusedOps: MemoryReport + DeviceCheck + Upload {
     ///
     /// # Shapes
     /// - x: `[images, in, height, width]`, weight: `[out, in, kernel, kernel]`, kernel odd
-    fn same_conv2d(
+    fn conv2d_same(
         x: Tensor<Self, 4>,
         weight: Tensor<Self, 4>,
         bias: Tensor<Self, 1>,
     ) -> Tensor<Self, 4> {
-        defaults::same_conv2d(x, weight, bias)
+        defaults::conv2d_same(x, weight, bias)
     }
 
     /// `x / max(‖x‖₂, 1e-12) * √channels * gamma` over the channels of `[images, channels, h, w]`.

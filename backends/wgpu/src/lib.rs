@@ -1,11 +1,11 @@
-//! kiln's painter on burn's wgpu backend.
+//! kiln's pipeline on burn's wgpu backend.
 
 use std::panic::catch_unwind;
 
 use burn_wgpu::graphics::{AutoGraphicsApi, GraphicsApi};
 use burn_wgpu::{Wgpu, WgpuDevice};
 use kiln_models::loading::{self, DeviceInfo, LoadOptions, ModelDType, OpenError, Target};
-use kiln_models::painter::Painter;
+use kiln_models::pipeline::Pipeline;
 use kiln_models::qwen_image::CheckpointParts;
 use wgpu::DeviceType;
 
@@ -29,7 +29,7 @@ pub fn open(
     info: &DeviceInfo,
     parts: &CheckpointParts,
     options: LoadOptions,
-) -> Result<Box<dyn Painter>, OpenError> {
+) -> Result<Box<dyn Pipeline>, OpenError> {
     kiln_ops::read_settings(options.kernel_cache.as_deref()).map_err(|reason| {
         OpenError::Settings {
             backend: NAME,

@@ -1,7 +1,7 @@
 //! One double-stream block: joint attention, then an MLP for each stream.
 
 use burn_tensor::Tensor;
-use kiln_ops::{FusedOps, Rope, RowRun};
+use kiln_ops::{FusedOps, Rope, TokenRun};
 
 use super::modulation::{BlockModulation, Modulation};
 use super::{EPS, Packing, TransformerConfig};
@@ -135,7 +135,7 @@ impl<B: FusedOps> Stream<B> {
         &self,
         x: Tensor<B, 2>,
         modulation: &Modulation<B>,
-        runs: &[RowRun],
+        runs: &[TokenRun],
         rope: &Rope<B>,
     ) -> Qkv<B> {
         let tokens = x.dims()[0];
@@ -151,7 +151,7 @@ impl<B: FusedOps> Stream<B> {
         }
     }
 
-    fn mlp(&self, x: Tensor<B, 2>, modulation: Modulation<B>, runs: &[RowRun]) -> Tensor<B, 2> {
+    fn mlp(&self, x: Tensor<B, 2>, modulation: Modulation<B>, runs: &[TokenRun]) -> Tensor<B, 2> {
         let normed =
             B::layer_norm_modulate(x.clone(), modulation.shift, modulation.scale, runs, EPS);
         let hidden = B::gelu_tanh(self.mlp_in.forward(normed));

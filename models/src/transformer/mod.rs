@@ -12,7 +12,7 @@ mod rope;
 use std::sync::Arc;
 
 use burn_tensor::Tensor;
-use kiln_ops::{FusedOps, Rope, RowRun};
+use kiln_ops::{FusedOps, Rope, TokenRun};
 
 pub use config::TransformerConfig;
 pub use modulation::{BlockModulation, ModulationTable, StepModulation};
@@ -49,8 +49,8 @@ impl Segment {
 #[derive(Debug, Clone)]
 pub struct Packing<B: FusedOps> {
     segments: Vec<Segment>,
-    image_runs: Vec<RowRun>,
-    text_runs: Vec<RowRun>,
+    image_runs: Vec<TokenRun>,
+    text_runs: Vec<TokenRun>,
     image_rope: Rope<B>,
     text_rope: Rope<B>,
 }
@@ -121,7 +121,7 @@ impl<B: FusedOps> Transformer<B> {
 
     /// Prepares the positions of a list of segments.
     pub fn pack(&self, segments: &[Segment]) -> Packing<B> {
-        let run = |tokens, segment: &Segment| RowRun {
+        let run = |tokens, segment: &Segment| TokenRun {
             tokens,
             row: segment.row,
         };

@@ -1,11 +1,11 @@
-//! A backend's painter against what diffusers drew, in f32. The tests of GPU backends include this
+//! A backend's pipeline against what diffusers drew, in f32. The tests of GPU backends include this
 //! file beside `fixtures.rs`.
 
 use std::fs;
 
 use kiln_models::loading::{LoadOptions, ModelDType};
 use kiln_models::noise::NoiseGenerator;
-use kiln_models::painter::{Job, Painter};
+use kiln_models::pipeline::{Job, Pipeline};
 use kiln_models::qwen_image::CheckpointParts;
 use kiln_models::vae::{Tiling, VaeSettings};
 use serde_json::Value;
@@ -18,10 +18,10 @@ const TOLERANCE: f32 = 2e-5;
 /// Share of the 8-bit values that must be equal; no other may be off by more than 1.
 const EQUAL_PIXELS: f64 = 0.999;
 
-/// Draws the case of this name with a painter that `open` makes, and compares every stage.
+/// Draws the case of this name with a pipeline that `open` makes, and compares every stage.
 pub(crate) fn draws_what_diffusers_draws(
     name: &str,
-    open: impl FnOnce(&CheckpointParts, LoadOptions) -> Box<dyn Painter>,
+    open: impl FnOnce(&CheckpointParts, LoadOptions) -> Box<dyn Pipeline>,
 ) {
     let cases = fs::read(folder().join("cases.json")).unwrap();
     let cases: Vec<Value> = serde_json::from_slice(&cases).unwrap();
@@ -41,13 +41,13 @@ pub(crate) fn draws_what_diffusers_draws(
         kernel_cache: None,
     };
     let parts = parts(case["checkpoint"].as_str().unwrap());
-    let mut painter = open(&parts, options);
-    painter.start(0, job(case, &reference)).unwrap();
-    while painter.step(&[0]).unwrap() != [0] {}
-    let painting = painter.finish(0).unwrap();
+    let mut pipeline = open(&parts, options);
+    pipeline.start(0, job(case, &reference)).unwrap();
+    while pipeline.step(&[0]).unwrap() != [0] {}
+    let output = pipeline.finish(0).unwrap();
 
     let mut compared = 0;
-    for stage in &painting.trace {
+    for stage in &output.trace {
         if !reference.0.contains_key(&stage.name) {
             continue;
         }
@@ -62,7 +62,7 @@ pub(crate) fn draws_what_diffusers_draws(
     }
     assert!(compared >= 4, "only {compared} stages were compared");
 
-    let drawn = painting.images.iter().flat_map(|image| &image.pixels);
+    let drawn = output.images.iter().flat_map(|image| &image.pixels);
     let expected = &reference.0["image_u8"].1;
     assert_eq!(drawn.clone().count(), expected.len());
     assert!(

@@ -1,4 +1,4 @@
-//! After a panic in the middle of a job the painter draws the next one as if nothing had been.
+//! After a panic in the middle of a job the pipeline draws the next one as if nothing had been.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
@@ -7,8 +7,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use burn_flex::{Flex, FlexDevice};
 use bytes::Bytes;
 use kiln_models::noise::NoiseGenerator;
-use kiln_models::painter::{Job, JobId, Painter, Painting};
-use kiln_models::qwen_image::{CheckpointParts, PainterSettings, QwenImage};
+use kiln_models::pipeline::{Job, JobId, Output, Pipeline};
+use kiln_models::qwen_image::{CheckpointParts, PipelineSettings, QwenImage};
 use kiln_models::vae::VaeSettings;
 use kiln_models::{TensorInfo, TensorSource};
 
@@ -40,8 +40,8 @@ impl TensorSource for Unreliable {
     }
 }
 
-/// A painter of the smallest checkpoint, whose transformer's weights can be made unreadable.
-fn painter() -> (QwenImage<Flex>, Arc<AtomicBool>) {
+/// A pipeline of the smallest checkpoint, whose transformer's weights can be made unreadable.
+fn pipeline() -> (QwenImage<Flex>, Arc<AtomicBool>) {
     let is_broken = Arc::new(AtomicBool::new(false));
     let whole = parts("base");
     let parts = CheckpointParts {
@@ -51,12 +51,12 @@ fn painter() -> (QwenImage<Flex>, Arc<AtomicBool>) {
         }),
         ..whole
     };
-    let settings = PainterSettings {
+    let settings = PipelineSettings {
         precision: F32,
         vae: VaeSettings::default(),
     };
-    let painter = QwenImage::load(&parts, FlexDevice, "test".to_owned(), settings);
-    (painter.unwrap(), is_broken)
+    let pipeline = QwenImage::load(&parts, FlexDevice, "test".to_owned(), settings);
+    (pipeline.unwrap(), is_broken)
 }
 
 fn job(steps: usize) -> Job {
@@ -74,36 +74,36 @@ fn job(steps: usize) -> Job {
     }
 }
 
-fn paint(painter: &mut impl Painter, id: JobId, job: Job) -> Painting {
-    painter.start(id, job).unwrap();
-    while painter.step(&[id]).unwrap() != [0] {}
-    painter.finish(id).unwrap()
+fn generate(pipeline: &mut impl Pipeline, id: JobId, job: Job) -> Output {
+    pipeline.start(id, job).unwrap();
+    while pipeline.step(&[id]).unwrap() != [0] {}
+    pipeline.finish(id).unwrap()
 }
 
 #[test]
 fn a_panic_loses_what_was_kept_and_nothing_else() {
-    let (mut painter, is_broken) = painter();
-    let expected = paint(&mut painter, 1, job(2));
+    let (mut pipeline, is_broken) = pipeline();
+    let expected = generate(&mut pipeline, 1, job(2));
     // In work while another one fails.
-    painter.start(2, job(2)).unwrap();
-    painter.step(&[2]).unwrap();
+    pipeline.start(2, job(2)).unwrap();
+    pipeline.step(&[2]).unwrap();
 
     // The schedule is new, and the layers that modulate for it cannot be read.
     is_broken.store(true, Ordering::Relaxed);
-    let failed = catch_unwind(AssertUnwindSafe(|| painter.start(3, job(3))));
+    let failed = catch_unwind(AssertUnwindSafe(|| pipeline.start(3, job(3))));
     assert!(failed.is_err(), "it started");
     is_broken.store(false, Ordering::Relaxed);
-    painter.discard(3);
+    pipeline.discard(3);
 
-    painter.step(&[2]).unwrap();
-    assert_eq!(painter.finish(2).unwrap(), expected);
-    let before = painter.caches();
-    assert_eq!(paint(&mut painter, 4, job(2)), expected);
+    pipeline.step(&[2]).unwrap();
+    assert_eq!(pipeline.finish(2).unwrap(), expected);
+    let before = pipeline.caches();
+    assert_eq!(generate(&mut pipeline, 4, job(2)), expected);
     // Nothing that was made before the panic is trusted.
-    let after = painter.caches();
+    let after = pipeline.caches();
     assert_eq!(after.embeddings.misses, before.embeddings.misses + 1);
     assert_eq!(after.modulation.misses, before.modulation.misses + 1);
     // What is made after it is kept again.
-    assert_eq!(paint(&mut painter, 5, job(2)), expected);
-    assert_eq!(painter.caches().embeddings.misses, after.embeddings.misses);
+    assert_eq!(generate(&mut pipeline, 5, job(2)), expected);
+    assert_eq!(pipeline.caches().embeddings.misses, after.embeddings.misses);
 }

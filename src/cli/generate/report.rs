@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use kiln_models::noise::NoiseGenerator;
-use kiln_models::painter::{ModelInfo, RgbImage};
+use kiln_models::pipeline::{ModelInfo, RgbImage};
 use serde::Serialize;
 
 use crate::engine::Timings;

@@ -7,7 +7,7 @@ mod tables;
 
 use kiln_models::loading::ModelDType;
 use kiln_models::noise::NoiseGenerator;
-use kiln_models::painter::RgbImage;
+use kiln_models::pipeline::RgbImage;
 use serde::Serialize;
 
 use crate::image::EncodeError;

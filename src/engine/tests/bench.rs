@@ -3,9 +3,9 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use kiln_models::noise::NoiseGenerator;
-use kiln_models::painter::{
-    CacheUse, CacheUses, ImageSizes, Job, JobId, MemoryUse, ModelInfo, PaintError, Painter,
-    Painting, RgbImage,
+use kiln_models::pipeline::{
+    CacheUse, CacheUses, ImageSizes, Job, JobId, MemoryUse, ModelInfo, Output, Pipeline,
+    PipelineError, RgbImage,
 };
 
 use crate::engine::queue::{Clock, Next, Shared};
@@ -28,7 +28,7 @@ pub(super) fn ms(milliseconds: u64) -> Duration {
     Duration::from_millis(milliseconds)
 }
 
-/// What the painter was asked to do, for the job of which seed.
+/// What the pipeline was asked to do, for the job of which seed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Call {
     Start(u64),
@@ -105,7 +105,7 @@ impl Clock for SimulatedClock {
     }
 }
 
-/// Paints 1x1 images that show the seed. Takes 1 ms for each unit of work, and 5 ms a preview.
+/// Generates 1x1 images that show the seed. Takes 1 ms for each unit of work, and 5 ms a preview.
 pub(super) struct Fake {
     info: ModelInfo,
     jobs: HashMap<JobId, (Job, usize)>,
@@ -164,12 +164,12 @@ fn image(job: &Job, marked: u8) -> RgbImage {
     }
 }
 
-impl Painter for Fake {
+impl Pipeline for Fake {
     fn info(&self) -> &ModelInfo {
         &self.info
     }
 
-    fn start(&mut self, id: JobId, job: Job) -> Result<(), PaintError> {
+    fn start(&mut self, id: JobId, job: Job) -> Result<(), PipelineError> {
         self.work(Call::Start(job.seed), cost(&job, Stage::Encode));
         assert!(job.prompt[0] != PANIC_IN_START, "start went wrong");
         let steps = job.num_inference_steps;
@@ -177,15 +177,15 @@ impl Painter for Fake {
         Ok(())
     }
 
-    fn step(&mut self, ids: &[JobId]) -> Result<Vec<usize>, PaintError> {
+    fn step(&mut self, ids: &[JobId]) -> Result<Vec<usize>, PipelineError> {
         let mut steps_left = Vec::new();
         for id in ids {
-            let (job, left) = self.jobs.get(id).ok_or(PaintError::UnknownJob(*id))?;
+            let (job, left) = self.jobs.get(id).ok_or(PipelineError::UnknownJob(*id))?;
             self.work(Call::Step(job.seed), cost(job, Stage::Step));
             assert!(job.prompt[0] != PANIC_IN_STEP, "step {left} went wrong");
             self.is_lost |= job.prompt[0] == LOSE_DEVICE_IN_STEP;
             if job.prompt[0] == FAIL_IN_STEP || self.is_lost {
-                return Err(PaintError::Device("out of memory".into()));
+                return Err(PipelineError::Device("out of memory".into()));
             }
             let left = left - 1;
             steps_left.push(left);
@@ -194,19 +194,19 @@ impl Painter for Fake {
         Ok(steps_left)
     }
 
-    fn preview(&mut self, id: JobId) -> Result<RgbImage, PaintError> {
-        let (job, steps_left) = self.jobs.get(&id).ok_or(PaintError::UnknownJob(id))?;
+    fn preview(&mut self, id: JobId) -> Result<RgbImage, PipelineError> {
+        let (job, steps_left) = self.jobs.get(&id).ok_or(PipelineError::UnknownJob(id))?;
         self.work(Call::Preview(job.seed), ms(5));
         assert!(job.prompt[0] != PANIC_IN_PREVIEW, "preview went wrong");
         Ok(image(job, *steps_left as u8))
     }
 
-    fn finish(&mut self, id: JobId) -> Result<Painting, PaintError> {
-        let (job, steps_left) = self.jobs.remove(&id).ok_or(PaintError::UnknownJob(id))?;
+    fn finish(&mut self, id: JobId) -> Result<Output, PipelineError> {
+        let (job, steps_left) = self.jobs.remove(&id).ok_or(PipelineError::UnknownJob(id))?;
         assert_eq!(steps_left, 0, "decoded too early");
         self.work(Call::Finish(job.seed), cost(&job, Stage::Decode));
         assert!(job.prompt[0] != PANIC_IN_FINISH, "finish went wrong");
-        Ok(Painting {
+        Ok(Output {
             images: vec![image(&job, 255); job.num_images],
             trace: Vec::new(),
         })
@@ -218,9 +218,9 @@ impl Painter for Fake {
         }
     }
 
-    fn probe(&mut self) -> Result<(), PaintError> {
+    fn probe(&mut self) -> Result<(), PipelineError> {
         if self.is_lost {
-            return Err(PaintError::Device("gone".into()));
+            return Err(PipelineError::Device("gone".into()));
         }
         Ok(())
     }
@@ -289,9 +289,9 @@ impl Bench {
         let log = Arc::new(Mutex::new(Vec::new()));
         let shared = Shared::new(settings, PIXELS_PER_TOKEN, Arc::clone(&clock) as Arc<_>);
         let shared = Arc::new(shared);
-        let painter = Fake::new(Arc::clone(&clock), Arc::clone(&log));
+        let pipeline = Fake::new(Arc::clone(&clock), Arc::clone(&log));
         Self {
-            worker: Worker::new(Box::new(painter), Arc::clone(&shared)),
+            worker: Worker::new(Box::new(pipeline), Arc::clone(&shared)),
             shared,
             clock,
             log,
@@ -345,7 +345,7 @@ impl Bench {
         while self.turn() {}
     }
 
-    /// Turns until the painter has been called so.
+    /// Turns until the pipeline has been called so.
     pub(super) fn turn_until(&mut self, call: Call) {
         while self
             .log

@@ -8,7 +8,7 @@ use crate::engine::work::Stage;
 use crate::engine::{Event, JobError, Outcomes};
 
 #[test]
-fn a_job_that_is_dropped_while_it_waits_never_reaches_the_painter() {
+fn a_job_that_is_dropped_while_it_waits_never_reaches_the_pipeline() {
     let mut bench = Bench::new(settings(8, 8));
     let first = bench.submit(job(1, 4, 2));
     drop(bench.submit(job(2, 4, 2)));
@@ -22,7 +22,7 @@ fn a_job_that_is_dropped_while_it_waits_never_reaches_the_painter() {
 }
 
 #[test]
-fn a_job_that_is_dropped_while_it_is_painted_frees_the_device_after_the_step() {
+fn a_job_that_is_dropped_while_it_is_generated_frees_the_device_after_the_step() {
     let mut bench = Bench::new(settings(8, 8));
     let (step, encode) = (
         cost(&job(1, 4, 9), Stage::Step),
@@ -87,9 +87,9 @@ fn a_deadline_that_is_met_changes_nothing() {
 #[test]
 fn a_failure_ends_that_job_and_no_other() {
     for (behaviour, expected) in [
-        (PANIC_IN_START, "the painter panicked: start went wrong"),
-        (PANIC_IN_STEP, "the painter panicked: step 2 went wrong"),
-        (PANIC_IN_FINISH, "the painter panicked: finish went wrong"),
+        (PANIC_IN_START, "the pipeline panicked: start went wrong"),
+        (PANIC_IN_STEP, "the pipeline panicked: step 2 went wrong"),
+        (PANIC_IN_FINISH, "the pipeline panicked: finish went wrong"),
         (FAIL_IN_STEP, "the device failed: out of memory"),
     ] {
         let mut bench = Bench::new(settings(8, 8));
@@ -101,8 +101,8 @@ fn a_failure_ends_that_job_and_no_other() {
         let next = bench.submit(job(3, 4, 2));
         bench.run();
         assert_eq!(outcome(failing).unwrap_err().to_string(), expected);
-        assert_eq!(outcome(beside).unwrap().painting.images[0].pixels[0], 1);
-        assert_eq!(outcome(next).unwrap().painting.images[0].pixels[0], 3);
+        assert_eq!(outcome(beside).unwrap().output.images[0].pixels[0], 1);
+        assert_eq!(outcome(next).unwrap().output.images[0].pixels[0], 3);
         let stats = bench.shared.stats();
         let outcomes = Outcomes {
             finished: 2,
@@ -131,6 +131,6 @@ fn a_job_tells_what_happens_to_it_in_order() {
             Event::Step { done: 1, total: 2 },
             Event::Step { done: 2, total: 2 },
             Event::Finished(finished),
-        ] if finished.painting.images[0].pixels[0] == 7
+        ] if finished.output.images[0].pixels[0] == 7
     ));
 }

@@ -1,4 +1,4 @@
-//! A painter that paints nothing, on a clock that only the painter moves: what takes how long, and
+//! A pipeline that generates nothing, on a clock that only the pipeline moves: what takes how long, and
 //! what comes when, is exact. Most tests do the thread's work themselves, turn by turn; those of
 //! [`thread`] have a real one.
 

@@ -170,7 +170,7 @@ fn one_slow_first_time_does_not_spoil_the_estimates() {
     assert_close(estimate.unwrap(), whole_cost(&job(2, 8, 50)));
 }
 
-/// The time of all calls of a kind, from the painter's own log.
+/// The time of all calls of a kind, from the pipeline's own log.
 fn spent(log: &[Logged], is_kind: impl Fn(Call) -> bool) -> f64 {
     let calls = log.iter().filter(|logged| is_kind(logged.call));
     calls
@@ -208,7 +208,7 @@ fn what_was_done_is_counted() {
     assert_eq!((outcomes.finished, outcomes.failed), (2, 1));
     assert_eq!((outcomes.cancelled, outcomes.rejected), (1, 1));
     assert_eq!((stats.steps, stats.images), (20, 3));
-    // The painter's images are 1x1.
+    // The pipeline's images are 1x1.
     assert_eq!(stats.pixels, 3);
     assert_eq!(stats.embedding_cache.max_bytes, 77);
 

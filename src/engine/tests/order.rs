@@ -1,7 +1,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use kiln_models::painter::Job;
+use kiln_models::pipeline::Job;
 
 use super::bench::{Bench, Call, Logged, cost, job, ms, outcome, settings, whole_cost};
 use crate::engine::SubmitOptions;
@@ -103,7 +103,7 @@ fn a_large_job_is_not_starved_by_small_ones_without_end() {
     for index in 0..5000 {
         let (shared, job) = (Arc::clone(&bench.shared), job(1 + index, 8, 4));
         bench.at(every * index as u32, move || {
-            // Its client waits until it is refused or painted.
+            // Its client waits until it is refused or generated.
             if let Ok(handle) = shared.submit(job, SubmitOptions::default()) {
                 std::mem::forget(handle);
             }

@@ -1,13 +1,13 @@
 use std::num::NonZeroUsize;
 
-use kiln_models::painter::{Job, Painting};
+use kiln_models::pipeline::{Job, Output};
 
 use super::bench::{Bench, Call, PANIC_IN_PREVIEW, behaving, heard, job, ms, settings};
 use crate::engine::{Event, SubmitOptions, Timings};
 
 /// Runs a job with a preview every so many steps. Returns the steps that were shown, the values
 /// that the previews were marked with, and the end.
-fn run(job: Job, every: usize) -> (Vec<usize>, Vec<u8>, Painting, Timings, Vec<Call>) {
+fn run(job: Job, every: usize) -> (Vec<usize>, Vec<u8>, Output, Timings, Vec<Call>) {
     let mut bench = Bench::new(settings(0, 1));
     let options = SubmitOptions {
         preview_every: NonZeroUsize::new(every),
@@ -27,7 +27,7 @@ fn run(job: Job, every: usize) -> (Vec<usize>, Vec<u8>, Painting, Timings, Vec<C
             }
             Event::Finished(finished) => {
                 let calls = bench.calls();
-                return (steps, marks, finished.painting, finished.timings, calls);
+                return (steps, marks, finished.output, finished.timings, calls);
             }
             _ => {}
         }
@@ -46,7 +46,7 @@ fn previews_come_after_every_so_many_steps_but_the_last() {
     ] {
         let (steps, marks, _, timings, _) = run(job(1, 2, total), every);
         assert_eq!(steps, expected, "every {every} of {total}");
-        // The painter marks a preview with the steps that are left.
+        // The pipeline marks a preview with the steps that are left.
         let left: Vec<u8> = expected.iter().map(|step| (total - step) as u8).collect();
         assert_eq!(marks, left);
         assert_eq!(timings.previews, ms(5) * expected.len() as u32);
@@ -62,10 +62,10 @@ fn there_are_no_previews_unless_asked_for() {
 
 #[test]
 fn a_preview_that_cannot_be_made_is_left_out_and_the_job_goes_on() {
-    let (steps, _, painting, _, calls) = run(behaving(PANIC_IN_PREVIEW, job(1, 2, 4)), 2);
+    let (steps, _, output, _, calls) = run(behaving(PANIC_IN_PREVIEW, job(1, 2, 4)), 2);
     assert!(calls.contains(&Call::Preview(1)));
     assert!(steps.is_empty());
-    assert_eq!(painting.images[0].pixels, [1, 255, 255]);
+    assert_eq!(output.images[0].pixels, [1, 255, 255]);
 }
 
 #[test]

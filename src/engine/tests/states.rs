@@ -20,7 +20,7 @@ fn state(bench: &Bench) -> State {
 }
 
 #[test]
-fn the_warm_up_is_painted_before_anything_else() {
+fn the_warm_up_is_generated_before_anything_else() {
     let mut bench = with_warm_up(super::bench::WELL);
     assert!(matches!(state(&bench), State::Starting));
     // Much smaller, but it waits.
@@ -69,7 +69,7 @@ fn a_device_that_is_lost_fails_the_engine_and_every_job() {
     bench.run();
     for handle in waiting.into_iter().chain([fatal]) {
         let error = outcome(handle).unwrap_err();
-        assert!(matches!(error, JobError::Paint(_)), "{error}");
+        assert!(matches!(error, JobError::Pipeline(_)), "{error}");
     }
     let State::Failed(error) = state(&bench) else {
         panic!("{:?}", state(&bench));
@@ -105,7 +105,10 @@ fn a_failed_warm_up_fails_the_engine() {
     let State::Failed(error) = state(&bench) else {
         panic!("{:?}", state(&bench));
     };
-    assert_eq!(error.to_string(), "the painter panicked: step 2 went wrong");
+    assert_eq!(
+        error.to_string(),
+        "the pipeline panicked: step 2 went wrong"
+    );
     assert!(matches!(outcome(waiting), Err(JobError::Stopped)));
     assert!(!bench.calls().contains(&Call::Start(1)));
     assert_eq!(

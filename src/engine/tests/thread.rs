@@ -10,11 +10,11 @@ use crate::engine::{
 
 type Log = Arc<Mutex<Vec<Logged>>>;
 
-/// The clock is the painter's alone: its jobs take no time.
+/// The clock is the pipeline's alone: its jobs take no time.
 fn start(settings: EngineSettings) -> (Engine, Log) {
     let log = Log::default();
-    let painter = Fake::new(Arc::new(SimulatedClock::new()), Arc::clone(&log));
-    (Engine::start(Box::new(painter), settings), log)
+    let pipeline = Fake::new(Arc::new(SimulatedClock::new()), Arc::clone(&log));
+    (Engine::start(Box::new(pipeline), settings), log)
 }
 
 fn wait(mut handle: JobHandle) -> Result<Finished, JobError> {
@@ -38,7 +38,7 @@ fn an_idle_thread_is_woken_by_each_job() {
     for seed in 0..20 {
         let handle = engine.submit(job(seed, 1, 1), SubmitOptions::default());
         let finished = wait(handle.unwrap()).unwrap();
-        assert_eq!(finished.painting.images[0].pixels[0], seed as u8);
+        assert_eq!(finished.output.images[0].pixels[0], seed as u8);
     }
     assert_eq!(engine.stats().outcomes.finished, 20);
 }
@@ -79,7 +79,7 @@ fn a_drained_engine_stops() {
 }
 
 #[test]
-fn shutting_down_fails_the_jobs_and_drops_the_painter() {
+fn shutting_down_fails_the_jobs_and_drops_the_pipeline() {
     let (engine, log) = start(settings(8, 8));
     // Enough steps for the thread to be at them still.
     let running = engine.submit(job(1, 1, usize::MAX), SubmitOptions::default());
@@ -87,7 +87,7 @@ fn shutting_down_fails_the_jobs_and_drops_the_painter() {
     while !matches!(running.blocking_next_event(), Event::Started) {}
     let waiting = engine.submit(job(2, 1, usize::MAX), SubmitOptions::default());
     engine.shutdown();
-    // The painter held the other one.
+    // The pipeline held the other one.
     assert_eq!(Arc::strong_count(&log), 1);
     assert!(matches!(wait(running), Err(JobError::Stopped)));
     assert!(matches!(wait(waiting.unwrap()), Err(JobError::Stopped)));

@@ -6,7 +6,7 @@ use serde::Serialize;
 use utoipa::ToSchema;
 
 use super::super::error::ApiError;
-use super::super::generation::Drawn;
+use super::super::generation::EncodedImages;
 use super::{SAMPLER, SCHEDULER};
 
 /// Images, and what it takes to make them again.
@@ -16,7 +16,7 @@ pub(super) struct Txt2ImgResponse {
     images: Vec<String>,
     /// The request as it was understood.
     parameters: Parameters,
-    /// What was drawn, as JSON: seeds, size, steps, and the text of each image's file that says how
+    /// What was encoded, as JSON: seeds, size, steps, and the text of each image's file that says how
     /// it was made.
     info: String,
 }
@@ -61,12 +61,16 @@ struct Info<'a> {
 
 impl Txt2ImgResponse {
     /// `batch_size` and `n_iter` are as the client gave them.
-    pub(super) fn new(drawn: &Drawn, batch_size: i128, n_iter: i128) -> Result<Self, ApiError> {
-        let receipt = &drawn.receipt;
-        let request = &receipt.request;
+    pub(super) fn new(
+        encoded: &EncodedImages,
+        batch_size: i128,
+        n_iter: i128,
+    ) -> Result<Self, ApiError> {
+        let info = &encoded.info;
+        let request = &info.request;
         let count = request.num_images;
         let negative = request.negative_prompt.as_deref().unwrap_or_default();
-        let infotext = |index| request.metadata_text(&receipt.model, index);
+        let infotext = |index| request.metadata_text(&info.model, index);
         let info = Info {
             prompt: &request.prompt,
             all_prompts: vec![&request.prompt; count],
@@ -84,13 +88,17 @@ impl Txt2ImgResponse {
             },
             steps: request.num_inference_steps,
             batch_size: batch_size as usize,
-            sd_model_name: &receipt.model,
+            sd_model_name: &info.model,
             index_of_first_image: 0,
             infotexts: (0..count).map(infotext).collect(),
             version: concat!("kiln ", env!("CARGO_PKG_VERSION")),
         };
         Ok(Self {
-            images: drawn.files.iter().map(|file| BASE64.encode(file)).collect(),
+            images: encoded
+                .files
+                .iter()
+                .map(|file| BASE64.encode(file))
+                .collect(),
             info: serde_json::to_string(&info).map_err(ApiError::Response)?,
             parameters: Parameters {
                 prompt: request.prompt.clone(),

@@ -1,4 +1,4 @@
-//! The pictures that are being drawn for this API: how far they are, and how to end them.
+//! The pictures that are being encoded for this API: how far they are, and how to end them.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -15,19 +15,19 @@ use utoipa::ToSchema;
 
 use super::super::App;
 use super::super::access::Caller;
-use super::super::generation::Update;
+use super::super::generation::RequestProgress;
 use super::super::invalid::InvalidBody;
 use super::{SdapiError, SdapiErrorBody, json};
 
-/// Unfinished requests in the order in which they came. One key's requests are no business of
+/// Unfinished requests in the parsed in which they came. One key's requests are no business of
 /// those who have another.
 #[derive(Debug, Default)]
-pub(in super::super) struct Board {
-    notes: Mutex<Vec<Note>>,
+pub(in super::super) struct JobRegistry {
+    notes: Mutex<Vec<JobRecord>>,
 }
 
 #[derive(Debug)]
-struct Note {
+struct JobRecord {
     id: String,
     caller: Caller,
     steps_done: usize,
@@ -42,23 +42,23 @@ struct Note {
 }
 
 /// A note on the board, which is taken off when this is dropped.
-pub(super) struct Pinned {
+pub(super) struct JobGuard {
     app: Arc<App>,
     id: String,
     interrupt: Arc<Notify>,
 }
 
-impl Board {
+impl JobRegistry {
     /// No code that holds this lock can panic halfway.
-    fn lock(&self) -> MutexGuard<'_, Vec<Note>> {
+    fn lock(&self) -> MutexGuard<'_, Vec<JobRecord>> {
         self.notes.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-impl Pinned {
+impl JobGuard {
     pub(super) fn new(app: &Arc<App>, caller: Caller, id: &str, steps: usize) -> Self {
         let interrupt = Arc::new(Notify::new());
-        app.board.lock().push(Note {
+        app.board.lock().push(JobRecord {
             id: id.to_owned(),
             caller,
             steps_done: 0,
@@ -81,32 +81,32 @@ impl Pinned {
     }
 
     /// Writes down what has happened.
-    pub(super) fn note(&self, update: Update) {
+    pub(super) fn note(&self, update: RequestProgress) {
         let now = Instant::now();
         let mut notes = self.app.board.lock();
         let Some(note) = notes.iter_mut().find(|note| note.id == self.id) else {
             return;
         };
         match update {
-            Update::Queued { estimated_wait, .. } => note.waits = (now, estimated_wait),
-            Update::Step { done, .. } => {
+            RequestProgress::Queued { estimated_wait, .. } => note.waits = (now, estimated_wait),
+            RequestProgress::Step { done, .. } => {
                 note.steps_done = done;
                 let first = note.stepped.map_or(now, |(first, _)| first);
                 note.stepped = Some((first, now));
             }
-            Update::Preview { file, .. } => note.preview = Some(file),
-            Update::Drawn(_) => {}
+            RequestProgress::Preview { file, .. } => note.preview = Some(file),
+            RequestProgress::EncodedImages(_) => {}
         }
     }
 }
 
-impl Drop for Pinned {
+impl Drop for JobGuard {
     fn drop(&mut self) {
         self.app.board.lock().retain(|note| note.id != self.id);
     }
 }
 
-impl Note {
+impl JobRecord {
     /// Until the last step is over, judged by those that are.
     fn rest(&self, now: Instant) -> Duration {
         let steps_left = self.steps.saturating_sub(self.steps_done) as u32;
@@ -124,8 +124,8 @@ impl Note {
     }
 }
 
-/// The caller's request that is being drawn, or else the one that waits longest.
-fn current(notes: &[Note], caller: Caller) -> Option<&Note> {
+/// The caller's request that is being encoded, or else the one that waits longest.
+fn current(notes: &[JobRecord], caller: Caller) -> Option<&JobRecord> {
     let own = || notes.iter().filter(|note| note.caller == caller);
     own().find(|note| note.steps_done > 0).or(own().next())
 }
@@ -133,7 +133,7 @@ fn current(notes: &[Note], caller: Caller) -> Option<&Note> {
 /// How far a picture is.
 #[derive(Serialize, ToSchema)]
 struct ProgressResponse {
-    /// From 0 to 1; 0 also if nothing is being drawn.
+    /// From 0 to 1; 0 also if nothing is being encoded.
     progress: f64,
     /// Seconds until the last step, from the measured speed. While the request waits, seconds
     /// until its first step; 0 if that is unknown.
@@ -159,7 +159,7 @@ struct ProgressState {
     sampling_steps: usize,
 }
 
-/// Tells how far the picture is that is being drawn: the oldest one that was asked for with the
+/// Tells how far the picture is that is being encoded: the oldest one that was asked for with the
 /// same key, through this API.
 #[utoipa::path(
     get,
@@ -243,7 +243,7 @@ mod tests {
     fn the_rest_is_judged_by_what_was_measured() {
         let start = Instant::now();
         let at = |seconds| start + Duration::from_secs(seconds);
-        let mut note = Note {
+        let mut note = JobRecord {
             id: String::new(),
             caller: Caller::ANYONE,
             steps_done: 0,

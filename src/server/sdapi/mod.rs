@@ -21,7 +21,7 @@ use utoipa::{OpenApi, ToSchema};
 use super::App;
 use super::error::{ApiError, ErrorEnvelope};
 
-pub(super) use self::board::Board;
+pub(super) use self::board::JobRegistry;
 
 /// Of the paths of all routes.
 pub(super) const PREFIX: &str = "/sdapi/";

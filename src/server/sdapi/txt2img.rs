@@ -21,10 +21,10 @@ use super::super::access::Caller;
 use super::super::body::{self, JsonObject};
 use super::super::error::ApiError;
 use super::super::fields::{Integer, WireNames};
-use super::super::generation::{Order, Previews, Update};
+use super::super::generation::{ParsedRequest, Previews, RequestProgress};
 use super::super::invalid::InvalidBody;
 use super::answer::Txt2ImgResponse;
-use super::board::Pinned;
+use super::board::JobGuard;
 use super::{PREVIEW_STEPS, SdapiError, SdapiErrorBody, json as answer};
 
 /// What clients send with every request and what changes nothing here: where the web UI keeps its
@@ -77,7 +77,7 @@ const IGNORED: &[&str] = &[
 const OFF: &[(&str, &str)] = &[
     ("alwayson_scripts", "there are no extensions"),
     ("enable_hr", "ask for a larger width and height"),
-    ("firstpass_image", "pictures are drawn from text only"),
+    ("firstpass_image", "pictures are encoded from text only"),
     ("infotext", "give its values as fields"),
     ("refiner_checkpoint", "there is one model"),
     ("restore_faces", "pictures are not worked over"),
@@ -118,7 +118,7 @@ struct Txt2ImgFields {
     /// Images to draw, 1 if nothing is given. They share the seed and differ in their noise.
     #[schema(value_type = Option<i64>, minimum = 1)]
     batch_size: Option<Integer>,
-    /// As many times `batch_size` images are drawn, all at once.
+    /// As many times `batch_size` images are encoded, all at once.
     #[schema(value_type = Option<i64>, minimum = 1)]
     n_iter: Option<Integer>,
     /// Any name: Qwen-Image has one sampler, which the answer names.
@@ -190,24 +190,24 @@ pub(super) async fn txt2img(
 ) -> Result<Response, SdapiError> {
     let JsonObject(object) = body?;
     let Parsed {
-        order,
+        parsed,
         batch_size,
         n_iter,
     } = parse(object)?;
     let id = format!("txt2img-{:016x}", random_u64());
     let previews = Previews::Every(PREVIEW_STEPS);
-    let mut accepted = order.submit(&app, id, None, previews).await?;
-    let receipt = accepted.receipt();
-    let steps = receipt.request.num_inference_steps;
-    let pinned = Pinned::new(&app, caller, &receipt.id, steps);
+    let mut accepted = parsed.submit(&app, id, None, previews).await?;
+    let info = accepted.info();
+    let steps = info.request.num_inference_steps;
+    let pinned = JobGuard::new(&app, caller, &info.id, steps);
     loop {
         let update = tokio::select! {
             update = accepted.update() => update?,
             () = pinned.interrupted() => return Err(ApiError::Interrupted.into()),
         };
         match update {
-            Update::Drawn(drawn) => {
-                let response = move || Txt2ImgResponse::new(&drawn, batch_size, n_iter);
+            RequestProgress::EncodedImages(encoded) => {
+                let response = move || Txt2ImgResponse::new(&encoded, batch_size, n_iter);
                 return spawn_blocking(move || answer(&response()?)).await?;
             }
             update => pinned.note(update),
@@ -217,7 +217,7 @@ pub(super) async fn txt2img(
 
 #[derive(Debug)]
 struct Parsed {
-    order: Order,
+    parsed: ParsedRequest,
     batch_size: i128,
     n_iter: i128,
 }
@@ -254,7 +254,7 @@ fn parse(mut object: Map<String, Value>) -> Result<Parsed, InvalidBody> {
         "n_iter"
     };
     let value = |field: Option<Integer>| field.map(|Integer(value)| value);
-    let order = Order {
+    let parsed = ParsedRequest {
         params: GenerationParams {
             prompt,
             negative_prompt: fields.negative_prompt,
@@ -270,7 +270,7 @@ fn parse(mut object: Map<String, Value>) -> Result<Parsed, InvalidBody> {
         noise_generator: None,
     };
     Ok(Parsed {
-        order,
+        parsed,
         batch_size,
         n_iter,
     })

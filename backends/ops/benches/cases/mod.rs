@@ -16,7 +16,7 @@ use std::any::Any;
 use std::time::Instant;
 
 use burn_tensor::{DType, Distribution, Tensor};
-use kiln_ops::{FusedOps, Rope, RowRun, defaults};
+use kiln_ops::{FusedOps, Rope, TokenRun, defaults};
 
 /// Batches of calls whose median is reported, after a first call.
 const RUNS: usize = 5;
@@ -89,8 +89,8 @@ const SMALL: Shapes = &[
     ("attention", &[8, 1024, 128]),
     ("attention", &[24, 1100, 128]),
     ("causal_attention", &[8, 1024, 128]),
-    ("same_conv2d", &[96, 256]),
-    ("same_conv2d", &[384, 64]),
+    ("conv2d_same", &[96, 256]),
+    ("conv2d_same", &[384, 64]),
     ("channel_norm_silu", &[96, 256]),
     ("channel_norm_silu", &[384, 64]),
     ("upsample_nearest", &[96, 256]),
@@ -108,10 +108,10 @@ const QWEN_IMAGE: Shapes = &[
     ("silu_mul", &[512, 18944]),
     ("attention", &[24, 4200, 128]),
     ("causal_attention", &[28, 512, 128]),
-    ("same_conv2d", &[384, 128]),
-    ("same_conv2d", &[384, 256]),
-    ("same_conv2d", &[192, 512]),
-    ("same_conv2d", &[96, 1024]),
+    ("conv2d_same", &[384, 128]),
+    ("conv2d_same", &[384, 256]),
+    ("conv2d_same", &[192, 512]),
+    ("conv2d_same", &[96, 1024]),
     ("channel_norm_silu", &[384, 128]),
     ("channel_norm_silu", &[96, 1024]),
     ("upsample_nearest", &[192, 512]),
@@ -144,7 +144,7 @@ impl<B: FusedOps> Bench<B> {
                 let x = self.random([tokens, d_in]);
                 let weight = self.random([d_out, d_in]).cast(dtype);
                 let bias = self.random([d_out]).cast(dtype);
-                measure!(torch_linear(x.clone(), weight.clone(), Some(bias.clone())));
+                measure!(fused_linear(x.clone(), weight.clone(), Some(bias.clone())));
             }
             ("rms_norm", &[tokens, dim]) => {
                 let (x, weight) = (self.random([tokens, dim]), self.random([dim]));
@@ -153,7 +153,7 @@ impl<B: FusedOps> Bench<B> {
             ("layer_norm_modulate" | "gated_residual", &[tokens, dim]) => {
                 let (x, y) = (self.random([tokens, dim]), self.random([tokens, dim]));
                 let row = || self.random([1, dim]).cast(DType::F32);
-                let (shift, scale, runs) = (row(), row(), [RowRun { tokens, row: 0 }]);
+                let (shift, scale, runs) = (row(), row(), [TokenRun { tokens, row: 0 }]);
                 if op == "gated_residual" {
                     measure!(gated_residual(x.clone(), scale.clone(), y.clone(), &runs));
                 } else {
@@ -197,11 +197,11 @@ impl<B: FusedOps> Bench<B> {
                     causal
                 ));
             }
-            ("same_conv2d", &[channels, side]) => {
+            ("conv2d_same", &[channels, side]) => {
                 let x = self.random([1, channels, side, side]);
                 let weight = self.random([channels, channels, 3, 3]);
                 let bias = self.random([channels]);
-                measure!(same_conv2d(x.clone(), weight.clone(), bias.clone()));
+                measure!(conv2d_same(x.clone(), weight.clone(), bias.clone()));
             }
             ("channel_norm_silu", &[channels, side]) => {
                 let x = self.random([1, channels, side, side]);

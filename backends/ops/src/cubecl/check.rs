@@ -9,18 +9,18 @@ use burn_flex::{Flex, FlexDevice};
 use burn_tensor::{DType, Tensor, TensorData};
 
 use super::{Kernel, KernelChoice};
-use crate::{FusedOps, KernelShape, Rope, RowRun, defaults};
+use crate::{FusedOps, KernelShape, Rope, TokenRun, defaults};
 
 /// Tokens of the two sequences that are tried: neither fills a tile of any kernel.
 const LENGTHS: [usize; 2] = [130, 67];
 const TOKENS: usize = LENGTHS[0] + LENGTHS[1];
 /// Their rows of a table, in another order.
-const RUNS: [RowRun; 2] = [
-    RowRun {
+const RUNS: [TokenRun; 2] = [
+    TokenRun {
         tokens: LENGTHS[0],
         row: 1,
     },
-    RowRun {
+    TokenRun {
         tokens: LENGTHS[1],
         row: 0,
     },
@@ -84,8 +84,8 @@ impl<B: FusedOps> Check<'_, B> {
                 let weight = self.input(2, [d_out, d_in]);
                 let bias = self.input(3, [d_out]);
                 self.compare(
-                    B::torch_linear(x.tested, weight.tested, Some(bias.tested)),
-                    defaults::torch_linear(x.reference, weight.reference, Some(bias.reference)),
+                    B::fused_linear(x.tested, weight.tested, Some(bias.tested)),
+                    defaults::fused_linear(x.reference, weight.reference, Some(bias.reference)),
                 )
             }
             KernelShape::RmsNorm { dim } => {
@@ -158,8 +158,8 @@ impl<B: FusedOps> Check<'_, B> {
                 let weight = self.input(2, [channels_out, channels_in, kernel, kernel]);
                 let bias = self.input(3, [channels_out]);
                 self.compare(
-                    B::same_conv2d(x.tested, weight.tested, bias.tested),
-                    defaults::same_conv2d(x.reference, weight.reference, bias.reference),
+                    B::conv2d_same(x.tested, weight.tested, bias.tested),
+                    defaults::conv2d_same(x.reference, weight.reference, bias.reference),
                 )
             }
             KernelShape::Elementwise { dim } => self.run_elementwise(dim),

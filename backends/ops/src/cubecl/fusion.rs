@@ -13,7 +13,7 @@ use tracing::warn;
 
 use super::gate::{Switch, switch};
 use super::{Kernel, KernelChoice, check, exact, thin};
-use crate::{FusedOps, KernelShape, Rope, RowRun, defaults};
+use crate::{FusedOps, KernelShape, Rope, TokenRun, defaults};
 
 impl<B: FusionBackend + FusedOps + KernelChoice> FusedOps for Fusion<B> {
     fn check_kernels(device: &Self::Device, dtype: DType, shapes: &[KernelShape]) {
@@ -26,14 +26,14 @@ impl<B: FusionBackend + FusedOps + KernelChoice> FusedOps for Fusion<B> {
         }
     }
 
-    fn torch_linear(
+    fn fused_linear(
         x: Tensor<Self, 2>,
         weight: Tensor<Self, 2>,
         bias: Option<Tensor<Self, 1>>,
     ) -> Tensor<Self, 2> {
         if !B::uses(Kernel::Linear) {
             if !B::ROUNDS_TO_TF32 || x.dtype() != DType::F32 {
-                return thin::torch_linear(x, weight, bias);
+                return thin::fused_linear(x, weight, bias);
             }
             // The definition rounds `x` where the weight is bf16.
             let x = if weight.dtype() == DType::BF16 {
@@ -42,7 +42,7 @@ impl<B: FusionBackend + FusedOps + KernelChoice> FusedOps for Fusion<B> {
                 x
             };
             let out = exact::product(x, weight.cast(DType::F32), |x, weight| {
-                thin::torch_linear(x, weight, None)
+                thin::fused_linear(x, weight, None)
             });
             return match bias {
                 Some(bias) => out + bias.cast(DType::F32).unsqueeze(),
@@ -52,16 +52,16 @@ impl<B: FusionBackend + FusedOps + KernelChoice> FusedOps for Fusion<B> {
         let shape = [x.dims()[0], weight.dims()[0]];
         let (x, weight) = (float(x), float(weight));
         match bias.map(float) {
-            Some(bias) => unfused("torch_linear", shape, [x, weight, bias], |inputs| {
+            Some(bias) => unfused("fused_linear", shape, [x, weight, bias], |inputs| {
                 let [x, weight, bias] = inputs;
-                float(B::torch_linear(
+                float(B::fused_linear(
                     tensor(x),
                     tensor(weight),
                     Some(tensor(bias)),
                 ))
             }),
-            None => unfused("torch_linear", shape, [x, weight], |[x, weight]| {
-                float(B::torch_linear(tensor(x), tensor(weight), None))
+            None => unfused("fused_linear", shape, [x, weight], |[x, weight]| {
+                float(B::fused_linear(tensor(x), tensor(weight), None))
             }),
         }
     }
@@ -83,7 +83,7 @@ impl<B: FusionBackend + FusedOps + KernelChoice> FusedOps for Fusion<B> {
         x: Tensor<Self, 2>,
         shift: Tensor<Self, 2>,
         scale: Tensor<Self, 2>,
-        runs: &[RowRun],
+        runs: &[TokenRun],
         eps: f64,
     ) -> Tensor<Self, 2> {
         if !B::uses(Kernel::LayerNormModulate) {
@@ -153,7 +153,7 @@ impl<B: FusionBackend + FusedOps + KernelChoice> FusedOps for Fusion<B> {
         residual: Tensor<Self, 2>,
         gate: Tensor<Self, 2>,
         x: Tensor<Self, 2>,
-        runs: &[RowRun],
+        runs: &[TokenRun],
     ) -> Tensor<Self, 2> {
         if !B::uses(Kernel::Elementwise) {
             return defaults::gated_residual(residual, gate, x, runs);
@@ -202,27 +202,27 @@ impl<B: FusionBackend + FusedOps + KernelChoice> FusedOps for Fusion<B> {
         )
     }
 
-    fn same_conv2d(
+    fn conv2d_same(
         x: Tensor<Self, 4>,
         weight: Tensor<Self, 4>,
         bias: Tensor<Self, 1>,
     ) -> Tensor<Self, 4> {
         if !B::uses(Kernel::Convolution) {
             if !B::ROUNDS_TO_TF32 || x.dtype() != DType::F32 {
-                return defaults::same_conv2d(x, weight, bias);
+                return defaults::conv2d_same(x, weight, bias);
             }
             let channels = bias.dims()[0];
             let none = Tensor::zeros([channels], (&bias.device(), DType::F32));
             let out = exact::product(x, weight.cast(DType::F32), |x, weight| {
-                defaults::same_conv2d(x, weight, none.clone())
+                defaults::conv2d_same(x, weight, none.clone())
             });
             return out + bias.cast(DType::F32).reshape([1, channels, 1, 1]);
         }
         let ([images, _, height, width], [channels, ..]) = (x.dims(), weight.dims());
         let shape = [images, channels, height, width];
         let inputs = [float(x), float(weight), float(bias)];
-        unfused("same_conv2d", shape, inputs, |[x, weight, bias]| {
-            float(B::same_conv2d(tensor(x), tensor(weight), tensor(bias)))
+        unfused("conv2d_same", shape, inputs, |[x, weight, bias]| {
+            float(B::conv2d_same(tensor(x), tensor(weight), tensor(bias)))
         })
     }
 

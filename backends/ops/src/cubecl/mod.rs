@@ -33,7 +33,7 @@ pub use gate::{Gate, Kernel};
 pub use runtime::KernelRuntime;
 pub use settings::read_settings;
 
-use crate::{FusedOps, Rope, RowRun, defaults};
+use crate::{FusedOps, Rope, TokenRun, defaults};
 
 /// Units that share a token's values.
 const UNITS: u32 = 128;
@@ -90,7 +90,7 @@ where
     I: IntElement,
     BT: BoolElement,
 {
-    fn torch_linear(
+    fn fused_linear(
         x: Tensor<Self, 2>,
         weight: Tensor<Self, 2>,
         bias: Option<Tensor<Self, 1>>,
@@ -98,7 +98,7 @@ where
         let (cube_x, cube_weight) = (to_cube(x.clone()), to_cube(weight.clone()));
         let cube_bias = bias.clone().map(to_cube);
         R::linear(&cube_x, &cube_weight, cube_bias.as_ref())
-            .map_or_else(|| defaults::torch_linear(x, weight, bias), from_cube)
+            .map_or_else(|| defaults::fused_linear(x, weight, bias), from_cube)
     }
 
     /// burn's own kernels hold keys, values and weights in f16, so that pictures of more than 4,096
@@ -132,7 +132,7 @@ where
         residual: Tensor<Self, 2>,
         gate: Tensor<Self, 2>,
         x: Tensor<Self, 2>,
-        runs: &[RowRun],
+        runs: &[TokenRun],
     ) -> Tensor<Self, 2> {
         let (cube_residual, cube_gate) = (to_cube(residual.clone()), to_cube(gate.clone()));
         R::gated_residual(&cube_residual, &cube_gate, &to_cube(x.clone()), runs).map_or_else(
@@ -141,14 +141,14 @@ where
         )
     }
 
-    fn same_conv2d(
+    fn conv2d_same(
         x: Tensor<Self, 4>,
         weight: Tensor<Self, 4>,
         bias: Tensor<Self, 1>,
     ) -> Tensor<Self, 4> {
         let (cube_x, cube_weight) = (to_cube(x.clone()), to_cube(weight.clone()));
-        R::same_conv2d(&cube_x, &cube_weight, &to_cube(bias.clone()))
-            .map_or_else(|| defaults::same_conv2d(x, weight, bias), from_cube)
+        R::conv2d_same(&cube_x, &cube_weight, &to_cube(bias.clone()))
+            .map_or_else(|| defaults::conv2d_same(x, weight, bias), from_cube)
     }
 
     /// 2.3 times as fast as the default body.
@@ -180,7 +180,7 @@ where
         x: Tensor<Self, 2>,
         shift: Tensor<Self, 2>,
         scale: Tensor<Self, 2>,
-        runs: &[RowRun],
+        runs: &[TokenRun],
         eps: f64,
     ) -> Tensor<Self, 2> {
         let (x, shift, scale) = (contiguous(x), contiguous(shift), contiguous(scale));

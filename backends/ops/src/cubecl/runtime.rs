@@ -4,12 +4,12 @@ use burn_cubecl::CubeRuntime;
 use burn_cubecl::tensor::CubeTensor;
 
 use super::gate::Gate;
-use crate::RowRun;
+use crate::TokenRun;
 
 /// A runtime of `CubeCL`, and the kernels that kiln has for it alone. A function returns `None` where
 /// it has no kernel for tensors like these.
 pub trait KernelRuntime: CubeRuntime {
-    /// Whether [`KernelRuntime::linear`] and [`KernelRuntime::same_conv2d`] take all tensors. burn's
+    /// Whether [`KernelRuntime::linear`] and [`KernelRuntime::conv2d_same`] take all tensors. burn's
     /// fusion joins nothing to them then, so that the elementwise ops have kernels too.
     const HAS_PRODUCTS: bool = false;
 
@@ -19,7 +19,7 @@ pub trait KernelRuntime: CubeRuntime {
     /// Which kernels are in use on this runtime's devices.
     fn gate() -> &'static Gate;
 
-    /// [`crate::FusedOps::torch_linear`].
+    /// [`crate::FusedOps::fused_linear`].
     fn linear(
         x: &CubeTensor<Self>,
         weight: &CubeTensor<Self>,
@@ -29,8 +29,8 @@ pub trait KernelRuntime: CubeRuntime {
         None
     }
 
-    /// [`crate::FusedOps::same_conv2d`].
-    fn same_conv2d(
+    /// [`crate::FusedOps::conv2d_same`].
+    fn conv2d_same(
         x: &CubeTensor<Self>,
         weight: &CubeTensor<Self>,
         bias: &CubeTensor<Self>,
@@ -56,7 +56,7 @@ pub trait KernelRuntime: CubeRuntime {
         residual: &CubeTensor<Self>,
         gate: &CubeTensor<Self>,
         x: &CubeTensor<Self>,
-        runs: &[RowRun],
+        runs: &[TokenRun],
     ) -> Option<CubeTensor<Self>> {
         let _ = (residual, gate, x, runs);
         None

@@ -8,7 +8,7 @@ use crate::defaults;
 /// burn 0.21 fuses a product with the ops after it, and for products of one row or one column it
 /// then tries kernels that take the other matrix to lie row by row, without looking. So every
 /// product has two of each. (burn issue 5122, cubek pull request 262.)
-pub(super) fn torch_linear<B: Backend>(
+pub(super) fn fused_linear<B: Backend>(
     x: Tensor<B, 2>,
     weight: Tensor<B, 2>,
     bias: Option<Tensor<B, 1>>,
@@ -23,7 +23,7 @@ pub(super) fn torch_linear<B: Backend>(
     } else {
         (weight, bias)
     };
-    let product = defaults::torch_linear(x, weight, bias);
+    let product = defaults::fused_linear(x, weight, bias);
     if product.dims() == [tokens, d_out] {
         product
     } else {

@@ -10,7 +10,7 @@ use burn_tensor::{DType, TensorMetadata};
 
 use super::allocate;
 use super::source::{CudaKernel, Launch, element};
-use crate::RowRun;
+use crate::TokenRun;
 
 /// `elementwise.cu`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -47,8 +47,8 @@ impl Elementwise {
     }
 
     /// The launches for tokens of `dim` values.
-    pub fn launches(self, dim: usize, runs: &[RowRun]) -> Vec<Launch<Self>> {
-        let runs: Vec<RowRun> = runs.iter().filter(|run| run.tokens > 0).copied().collect();
+    pub fn launches(self, dim: usize, runs: &[TokenRun]) -> Vec<Launch<Self>> {
+        let runs: Vec<TokenRun> = runs.iter().filter(|run| run.tokens > 0).copied().collect();
         let mut first = 0;
         let parts = runs.chunks(Self::RUNS).map(|runs| {
             let mut end = first;
@@ -134,7 +134,7 @@ pub(super) fn gated_residual(
     residual: &CubeTensor<CudaRuntime>,
     gate: &CubeTensor<CudaRuntime>,
     x: &CubeTensor<CudaRuntime>,
-    runs: &[RowRun],
+    runs: &[TokenRun],
 ) -> Option<CubeTensor<CudaRuntime>> {
     let [residual, gate, x] = [residual, gate, x].map(|x| into_contiguous(x.clone()));
     let is_whole = is_whole(&residual, &residual) && is_whole(&x, &residual);

@@ -21,7 +21,7 @@ pub use elementwise::{Elementwise, ElementwiseOp};
 pub use product::{ChannelsLast, Elements, Image, Product, ProductFma, ProductMma, ProductWgmma};
 pub use source::{CudaKernel, Launch};
 
-use crate::RowRun;
+use crate::TokenRun;
 use crate::cubecl::{Gate, KernelRuntime};
 
 impl KernelRuntime for CudaRuntime {
@@ -41,12 +41,12 @@ impl KernelRuntime for CudaRuntime {
         Some(product::linear(x, weight, bias))
     }
 
-    fn same_conv2d(
+    fn conv2d_same(
         x: &CubeTensor<Self>,
         weight: &CubeTensor<Self>,
         bias: &CubeTensor<Self>,
     ) -> Option<CubeTensor<Self>> {
-        Some(product::same_conv2d(x, weight, bias))
+        Some(product::conv2d_same(x, weight, bias))
     }
 
     fn gelu_tanh(x: &CubeTensor<Self>) -> Option<CubeTensor<Self>> {
@@ -61,7 +61,7 @@ impl KernelRuntime for CudaRuntime {
         residual: &CubeTensor<Self>,
         gate: &CubeTensor<Self>,
         x: &CubeTensor<Self>,
-        runs: &[RowRun],
+        runs: &[TokenRun],
     ) -> Option<CubeTensor<Self>> {
         elementwise::gated_residual(residual, gate, x, runs)
     }

@@ -343,7 +343,7 @@ impl CudaKernel for ChannelsLast {
     }
 }
 
-/// `x · weightᵀ + bias` as [`crate::FusedOps::torch_linear`] defines it.
+/// `x · weightᵀ + bias` as [`crate::FusedOps::fused_linear`] defines it.
 pub(super) fn linear(
     x: &CubeTensor<CudaRuntime>,
     weight: &CubeTensor<CudaRuntime>,
@@ -396,8 +396,8 @@ pub(super) fn linear(
     out
 }
 
-/// The convolution that [`crate::FusedOps::same_conv2d`] defines.
-pub(super) fn same_conv2d(
+/// The convolution that [`crate::FusedOps::conv2d_same`] defines.
+pub(super) fn conv2d_same(
     x: &CubeTensor<CudaRuntime>,
     weight: &CubeTensor<CudaRuntime>,
     bias: &CubeTensor<CudaRuntime>,

@@ -5,7 +5,7 @@ use burn_tensor::TensorData;
 use rayon::prelude::*;
 
 use super::{Float, contiguous, from_flex, from_values, simd, token_rows};
-use crate::RowRun;
+use crate::TokenRun;
 
 /// Values per task: large enough to pay for the task, small enough to stay in cache.
 const CHUNK: usize = 1 << 14;
@@ -64,7 +64,7 @@ pub(super) fn gated_residual(
     residual: Float<2>,
     gate: Float<2>,
     x: Float<2>,
-    runs: &[RowRun],
+    runs: &[TokenRun],
 ) -> Float<2> {
     let dim = x.dims()[1];
     let (residual, gate, mut x) = (contiguous(residual), contiguous(gate), contiguous(x));

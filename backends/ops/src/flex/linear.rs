@@ -27,7 +27,7 @@ const MIN_TOKENS: usize = 48;
 
 /// Narrow weights are never widened as a whole, and those in bf16 not at all on processors that
 /// multiply in it, which takes half of the time.
-pub(super) fn torch_linear(x: Float<2>, weight: Float<2>, bias: Option<Float<1>>) -> Float<2> {
+pub(super) fn fused_linear(x: Float<2>, weight: Float<2>, bias: Option<Float<1>>) -> Float<2> {
     let [tokens, d_in] = x.dims();
     let [d_out, _] = weight.dims();
     let (x, weight) = (contiguous(x), contiguous(weight));

@@ -20,16 +20,16 @@ mod winograd;
 use burn_flex::{Flex, FlexTensor};
 use burn_tensor::{DType, Tensor, TensorData, TensorPrimitive};
 
-use crate::{FusedOps, Rope, RowRun, defaults};
+use crate::{FusedOps, Rope, TokenRun, defaults};
 
 type Float<const D: usize> = Tensor<Flex, D>;
 
 impl FusedOps for Flex {
-    fn torch_linear(x: Float<2>, weight: Float<2>, bias: Option<Float<1>>) -> Float<2> {
+    fn fused_linear(x: Float<2>, weight: Float<2>, bias: Option<Float<1>>) -> Float<2> {
         if !is_f32(&x) {
-            return defaults::torch_linear(x, weight, bias);
+            return defaults::fused_linear(x, weight, bias);
         }
-        linear::torch_linear(x, weight, bias)
+        linear::fused_linear(x, weight, bias)
     }
 
     fn rms_norm(x: Float<2>, weight: Float<1>, eps: f64) -> Float<2> {
@@ -43,7 +43,7 @@ impl FusedOps for Flex {
         x: Float<2>,
         shift: Float<2>,
         scale: Float<2>,
-        runs: &[RowRun],
+        runs: &[TokenRun],
         eps: f64,
     ) -> Float<2> {
         if !is_f32(&x) {
@@ -56,7 +56,7 @@ impl FusedOps for Flex {
         residual: Float<2>,
         gate: Float<2>,
         x: Float<2>,
-        runs: &[RowRun],
+        runs: &[TokenRun],
     ) -> Float<2> {
         if !is_f32(&residual) || !is_f32(&x) {
             return defaults::gated_residual(residual, gate, x, runs);
@@ -98,11 +98,11 @@ impl FusedOps for Flex {
         attention::packed_attention(query, key, value, lengths, causal)
     }
 
-    fn same_conv2d(x: Float<4>, weight: Float<4>, bias: Float<1>) -> Float<4> {
+    fn conv2d_same(x: Float<4>, weight: Float<4>, bias: Float<1>) -> Float<4> {
         if !is_f32(&x) {
-            return defaults::same_conv2d(x, weight, bias);
+            return defaults::conv2d_same(x, weight, bias);
         }
-        conv::same_conv2d(x, weight.cast(DType::F32), bias.cast(DType::F32))
+        conv::conv2d_same(x, weight.cast(DType::F32), bias.cast(DType::F32))
     }
 
     fn channel_norm(x: Float<4>, gamma: Float<1>) -> Float<4> {
@@ -145,7 +145,7 @@ fn from_flex<const D: usize>(tensor: FlexTensor) -> Float<D> {
 }
 
 /// The table row of each packed token.
-fn token_rows(runs: &[RowRun]) -> Vec<usize> {
+fn token_rows(runs: &[TokenRun]) -> Vec<usize> {
     runs.iter()
         .flat_map(|run| std::iter::repeat_n(run.row, run.tokens))
         .collect()

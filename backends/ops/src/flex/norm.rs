@@ -5,7 +5,7 @@ use rayon::prelude::*;
 
 use super::shared::SharedMut;
 use super::{Float, contiguous, from_flex, from_values, simd, token_rows};
-use crate::{Rope, RowRun};
+use crate::{Rope, TokenRun};
 
 /// Values per task.
 const CHUNK: usize = 1 << 14;
@@ -38,7 +38,7 @@ pub(super) fn layer_norm_modulate(
     x: Float<2>,
     shift: Float<2>,
     scale: Float<2>,
-    runs: &[RowRun],
+    runs: &[TokenRun],
     eps: f64,
 ) -> Float<2> {
     let [tokens, dim] = x.dims();

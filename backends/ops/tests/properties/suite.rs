@@ -5,7 +5,7 @@
 
 use burn_flex::{Flex, FlexDevice};
 use burn_tensor::{DType, Tensor, TensorData, activation};
-use kiln_ops::{FusedOps, Rope, RowRun, defaults};
+use kiln_ops::{FusedOps, Rope, TokenRun, defaults};
 use proptest::collection::vec;
 use proptest::prelude::{Strategy, any};
 use proptest::sample::select;
@@ -19,9 +19,9 @@ macro_rules! test_every_op {
     ($suites:expr) => {
         $crate::suite::test_every_op! {
             $suites;
-            torch_linear thin_products rms_norm layer_norm_modulate gated_residual qk_norm_rope gelu_tanh
+            fused_linear thin_products rms_norm layer_norm_modulate gated_residual qk_norm_rope gelu_tanh
             silu_mul packed_attention attention_widths attention_lengths long_attention
-            attention_of_large_values same_conv2d channel_norm channel_norm_silu upsample_nearest
+            attention_of_large_values conv2d_same channel_norm channel_norm_silu upsample_nearest
         }
     };
     ($suites:expr; $($op:ident)*) => {
@@ -95,17 +95,17 @@ fn size() -> impl Strategy<Value = usize> {
 }
 
 /// Runs of packed tokens on four rows of a table, in any order; some are empty.
-fn row_runs() -> impl Strategy<Value = Vec<RowRun>> {
-    let run = (0..40_usize, 0..4_usize).prop_map(|(tokens, row)| RowRun { tokens, row });
+fn row_runs() -> impl Strategy<Value = Vec<TokenRun>> {
+    let run = (0..40_usize, 0..4_usize).prop_map(|(tokens, row)| TokenRun { tokens, row });
     vec(run, 1..5).prop_filter("no tokens", |runs| token_count(runs) > 0)
 }
 
-fn token_count(runs: &[RowRun]) -> usize {
+fn token_count(runs: &[TokenRun]) -> usize {
     runs.iter().map(|run| run.tokens).sum()
 }
 
 impl<B: FusedOps> Suite<B> {
-    pub(crate) fn torch_linear(&self) {
+    pub(crate) fn fused_linear(&self) {
         let weights: Vec<DType> = [DType::F32, DType::BF16, DType::F16]
             .into_iter()
             .filter(|dtype| B::supports_dtype(&self.device, *dtype))
@@ -127,8 +127,8 @@ impl<B: FusedOps> Suite<B> {
                 let (bias, reference_bias) = bias.map(|b| (b.tested, b.reference)).unzip();
                 let reference_weight = weight.reference.cast(weight_dtype);
                 self.compare_products(
-                    B::torch_linear(x.tested, weight.tested, bias),
-                    defaults::torch_linear(x.reference, reference_weight, reference_bias),
+                    B::fused_linear(x.tested, weight.tested, bias),
+                    defaults::fused_linear(x.reference, reference_weight, reference_bias),
                     // What a dot product of these values can reach; random ones may cancel.
                     (4.0 * d_in as f32).sqrt(),
                 )
@@ -144,9 +144,9 @@ impl<B: FusedOps> Suite<B> {
             let x = self.input(3, [tokens, d_in]);
             let weight = self.input(5, [d_out, d_in]);
             let bias = self.input(6, [d_out]);
-            let tested = B::torch_linear(x.tested, weight.tested, Some(bias.tested));
+            let tested = B::fused_linear(x.tested, weight.tested, Some(bias.tested));
             let reference =
-                defaults::torch_linear(x.reference, weight.reference, Some(bias.reference));
+                defaults::fused_linear(x.reference, weight.reference, Some(bias.reference));
             self.compare_products(
                 activation::silu(tested),
                 activation::silu(reference),
@@ -351,7 +351,7 @@ impl<B: FusedOps> Suite<B> {
         }
     }
 
-    pub(crate) fn same_conv2d(&self) {
+    pub(crate) fn conv2d_same(&self) {
         let side = || select(vec![1, 2, 3, 7, 16, 33]);
         let channels = || select(vec![1, 2, 3, 5, 17, 33]);
         let kernel = select(vec![1, 3, 5]);
@@ -369,8 +369,8 @@ impl<B: FusedOps> Suite<B> {
                 let weight = self.input(seed ^ 1, [d_out, d_in, kernel, kernel]);
                 let bias = self.input(seed ^ 2, [d_out]);
                 self.compare_products(
-                    B::same_conv2d(x.tested, weight.tested, bias.tested),
-                    defaults::same_conv2d(x.reference, weight.reference, bias.reference),
+                    B::conv2d_same(x.tested, weight.tested, bias.tested),
+                    defaults::conv2d_same(x.reference, weight.reference, bias.reference),
                     (4.0 * (d_in * kernel * kernel) as f32).sqrt(),
                 )
             },

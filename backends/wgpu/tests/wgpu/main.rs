@@ -19,7 +19,7 @@ use burn_wgpu::{Wgpu, WgpuDevice};
 
 use backend_parity::draws_what_diffusers_draws;
 use kiln_models::loading::LoadOptions;
-use kiln_models::painter::Painter;
+use kiln_models::pipeline::Pipeline;
 use kiln_models::qwen_image::CheckpointParts;
 use suite::{Extent, suites, test_every_op};
 
@@ -50,7 +50,7 @@ fn demo() {
     draws_what_diffusers_draws("demo", open);
 }
 
-fn open(parts: &CheckpointParts, options: LoadOptions) -> Box<dyn Painter> {
+fn open(parts: &CheckpointParts, options: LoadOptions) -> Box<dyn Pipeline> {
     let device = kiln_wgpu::devices().unwrap().remove(0);
     println!("on {}", device.name);
     kiln_wgpu::open(&device, parts, options).unwrap()

@@ -3,8 +3,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use kiln_models::painter::{
-    CacheUses, ImageSizes, Job, JobId, MemoryUse, ModelInfo, PaintError, Painter, Painting,
+use kiln_models::pipeline::{
+    CacheUses, ImageSizes, Job, JobId, MemoryUse, ModelInfo, Output, Pipeline, PipelineError,
     RgbImage,
 };
 
@@ -20,7 +20,7 @@ pub(super) enum Pace {
     Slow,
 }
 
-/// What a painter has been asked to do.
+/// What a pipeline has been asked to do.
 #[derive(Debug, Default)]
 pub(super) struct Record {
     pub(super) steps: AtomicUsize,
@@ -28,15 +28,15 @@ pub(super) struct Record {
     pub(super) last_job: Mutex<Option<Job>>,
 }
 
-/// Paints every pixel in the lowest byte of the seed.
-pub(super) struct FlatPainter {
+/// Generates every pixel in the lowest byte of the seed.
+pub(super) struct FakePipeline {
     info: ModelInfo,
     pace: Pace,
     jobs: HashMap<JobId, (Job, usize)>,
     record: Arc<Record>,
 }
 
-impl FlatPainter {
+impl FakePipeline {
     pub(super) fn new(pace: Pace, record: Arc<Record>) -> Self {
         let info = ModelInfo {
             sizes: ImageSizes {
@@ -57,14 +57,14 @@ impl FlatPainter {
     }
 }
 
-impl Painter for FlatPainter {
+impl Pipeline for FakePipeline {
     fn info(&self) -> &ModelInfo {
         &self.info
     }
 
-    fn start(&mut self, id: JobId, job: Job) -> Result<(), PaintError> {
+    fn start(&mut self, id: JobId, job: Job) -> Result<(), PipelineError> {
         if job.seed == FAIL_IN_START {
-            return Err(PaintError::Device("secret detail".to_owned()));
+            return Err(PipelineError::Device("secret detail".to_owned()));
         }
         *self.record.last_job.lock().unwrap() = Some(job.clone());
         let steps = job.num_inference_steps;
@@ -72,13 +72,16 @@ impl Painter for FlatPainter {
         Ok(())
     }
 
-    fn step(&mut self, ids: &[JobId]) -> Result<Vec<usize>, PaintError> {
+    fn step(&mut self, ids: &[JobId]) -> Result<Vec<usize>, PipelineError> {
         if let Pace::Slow = self.pace {
             std::thread::sleep(Duration::from_millis(10));
         }
         let mut steps_left = Vec::new();
         for id in ids {
-            let (job, left) = self.jobs.get_mut(id).ok_or(PaintError::UnknownJob(*id))?;
+            let (job, left) = self
+                .jobs
+                .get_mut(id)
+                .ok_or(PipelineError::UnknownJob(*id))?;
             assert!(job.seed != PANIC_IN_STEP, "secret detail");
             *left -= 1;
             steps_left.push(*left);
@@ -87,8 +90,8 @@ impl Painter for FlatPainter {
         Ok(steps_left)
     }
 
-    fn preview(&mut self, id: JobId) -> Result<RgbImage, PaintError> {
-        let (job, _) = self.jobs.get(&id).ok_or(PaintError::UnknownJob(id))?;
+    fn preview(&mut self, id: JobId) -> Result<RgbImage, PipelineError> {
+        let (job, _) = self.jobs.get(&id).ok_or(PipelineError::UnknownJob(id))?;
         Ok(RgbImage {
             height: 16,
             width: 16,
@@ -96,15 +99,15 @@ impl Painter for FlatPainter {
         })
     }
 
-    fn finish(&mut self, id: JobId) -> Result<Painting, PaintError> {
-        let (job, _) = self.jobs.remove(&id).ok_or(PaintError::UnknownJob(id))?;
+    fn finish(&mut self, id: JobId) -> Result<Output, PipelineError> {
+        let (job, _) = self.jobs.remove(&id).ok_or(PipelineError::UnknownJob(id))?;
         let pixels = vec![job.seed as u8; job.height * job.width * 3];
         let image = RgbImage {
             height: job.height,
             width: job.width,
             pixels,
         };
-        Ok(Painting {
+        Ok(Output {
             images: vec![image; job.num_images],
             trace: Vec::new(),
         })

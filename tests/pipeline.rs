@@ -1,12 +1,12 @@
-//! The demo model's painter, called directly: what may differ between two runs of a job (what else
-//! is painted, what is kept of earlier jobs, previews) must not show in its picture.
+//! The demo model's pipeline, called directly: what may differ between two runs of a job (what else
+//! is generated, what is kept of earlier jobs, previews) must not show in its picture.
 
 use kiln::backend::{self, DTypeChoice, LoadSettings};
 use kiln::checkpoint::Checkpoint;
 use kiln_models::noise::NoiseGenerator;
-use kiln_models::painter::{CacheUse, Job, JobId, PaintError, Painter, Painting, RgbImage};
+use kiln_models::pipeline::{CacheUse, Job, JobId, Output, Pipeline, PipelineError, RgbImage};
 
-fn painter() -> Box<dyn Painter> {
+fn pipeline() -> Box<dyn Pipeline> {
     let settings = LoadSettings {
         backend: "flex".parse().unwrap(),
         dtype: DTypeChoice::Auto,
@@ -34,10 +34,10 @@ fn job(prompt: &str, side: usize, steps: usize) -> Job {
     }
 }
 
-fn paint(painter: &mut dyn Painter, id: JobId, job: Job) -> Painting {
-    painter.start(id, job).unwrap();
-    while painter.step(&[id]).unwrap() != [0] {}
-    painter.finish(id).unwrap()
+fn generate(pipeline: &mut dyn Pipeline, id: JobId, job: Job) -> Output {
+    pipeline.start(id, job).unwrap();
+    while pipeline.step(&[id]).unwrap() != [0] {}
+    pipeline.finish(id).unwrap()
 }
 
 /// Peak signal-to-noise ratio in dB.
@@ -54,18 +54,18 @@ fn values(image: &RgbImage) -> Vec<f64> {
 
 #[test]
 fn previews_come_close_to_the_picture_and_do_not_change_it() {
-    let mut painter = painter();
+    let mut pipeline = pipeline();
     let job = || job("a large red circle on a blue background", 128, 8);
-    let plain = paint(&mut *painter, 1, job());
+    let plain = generate(&mut *pipeline, 1, job());
     let picture = values(&plain.images[0]);
 
-    painter.start(2, job()).unwrap();
-    let too_early = painter.preview(2).unwrap_err();
-    assert!(matches!(too_early, PaintError::NothingToShow(2)));
+    pipeline.start(2, job()).unwrap();
+    let too_early = pipeline.preview(2).unwrap_err();
+    assert!(matches!(too_early, PipelineError::NothingToShow(2)));
     let mut closeness = Vec::new();
     loop {
-        let steps_left = painter.step(&[2]).unwrap();
-        let preview = painter.preview(2).unwrap();
+        let steps_left = pipeline.step(&[2]).unwrap();
+        let preview = pipeline.preview(2).unwrap();
         assert_eq!((preview.height, preview.width), (128, 128));
         if steps_left == [0] {
             // No noise is left: it is the picture.
@@ -76,7 +76,7 @@ fn previews_come_close_to_the_picture_and_do_not_change_it() {
     }
     assert!(closeness.iter().all(|&close| close > 20.0), "{closeness:?}");
     assert!(closeness[6] > 50.0, "{closeness:?}");
-    assert_eq!(painter.finish(2).unwrap(), plain);
+    assert_eq!(pipeline.finish(2).unwrap(), plain);
 }
 
 /// Averages of squares of `factor` pixels a side.
@@ -96,31 +96,31 @@ fn shrunk(image: &RgbImage, factor: usize) -> Vec<f64> {
 /// its background.
 #[test]
 fn previews_of_large_pictures_are_small() {
-    let mut painter = painter();
+    let mut pipeline = pipeline();
     let large = Job {
         height: 512,
         ..job("a small white triangle on a green background", 64, 2)
     };
-    painter.start(1, large).unwrap();
-    while painter.step(&[1]).unwrap() != [0] {}
-    let preview = painter.preview(1).unwrap();
+    pipeline.start(1, large).unwrap();
+    while pipeline.step(&[1]).unwrap() != [0] {}
+    let preview = pipeline.preview(1).unwrap();
     assert_eq!((preview.height, preview.width), (256, 32));
-    let painting = painter.finish(1).unwrap();
-    let closeness = psnr(&values(&preview), &shrunk(&painting.images[0], 2));
+    let output = pipeline.finish(1).unwrap();
+    let closeness = psnr(&values(&preview), &shrunk(&output.images[0], 2));
     assert!(closeness > 15.0, "{closeness}");
 }
 
 #[test]
 fn of_several_pictures_the_first_is_shown() {
-    let mut painter = painter();
+    let mut pipeline = pipeline();
     let two = Job {
         num_images: 2,
         ..job("a large red circle on a blue background", 64, 3)
     };
-    painter.start(1, two).unwrap();
-    while painter.step(&[1]).unwrap() != [0] {}
-    let preview = painter.preview(1).unwrap();
-    let [first, second] = painter.finish(1).unwrap().images.try_into().unwrap();
+    pipeline.start(1, two).unwrap();
+    while pipeline.step(&[1]).unwrap() != [0] {}
+    let preview = pipeline.preview(1).unwrap();
+    let [first, second] = pipeline.finish(1).unwrap().images.try_into().unwrap();
     assert_ne!(first, second);
     let closeness = [&first, &second].map(|image| psnr(&values(&preview), &values(image)));
     // Decoded alone and not as one of two, so not to the bit.
@@ -134,27 +134,27 @@ fn hits_and_misses(cache: CacheUse) -> (u64, u64) {
 
 #[test]
 fn pictures_do_not_depend_on_what_is_kept_of_earlier_jobs() {
-    let (mut fresh, mut used) = (painter(), painter());
+    let (mut fresh, mut used) = (pipeline(), pipeline());
     let circle = || job("a large red circle on a blue background", 64, 3);
     let square = || job("a small yellow square on a purple background", 64, 3);
-    let expected = paint(&mut *fresh, 1, circle());
+    let expected = generate(&mut *fresh, 1, circle());
     assert_eq!(hits_and_misses(fresh.caches().embeddings), (0, 2));
     assert_eq!(hits_and_misses(fresh.caches().modulation), (0, 1));
 
     // The negative prompt and the schedule are known from the square.
-    paint(&mut *used, 1, square());
-    let misses_only = paint(&mut *used, 2, circle());
+    generate(&mut *used, 1, square());
+    let misses_only = generate(&mut *used, 2, circle());
     assert_eq!(hits_and_misses(used.caches().embeddings), (1, 3));
     assert_eq!(hits_and_misses(used.caches().modulation), (1, 1));
     // Now everything is.
-    let hits_only = paint(&mut *used, 3, circle());
+    let hits_only = generate(&mut *used, 3, circle());
     assert_eq!(hits_and_misses(used.caches().embeddings), (3, 3));
     assert_eq!(hits_and_misses(used.caches().modulation), (2, 1));
     assert_eq!(misses_only, expected);
     assert_eq!(hits_only, expected);
 
     // Another number of steps is another schedule.
-    paint(&mut *used, 4, job("", 64, 2));
+    generate(&mut *used, 4, job("", 64, 2));
     assert_eq!(hits_and_misses(used.caches().modulation), (2, 2));
     let caches = used.caches();
     assert_eq!(
@@ -171,7 +171,7 @@ fn pictures_do_not_depend_on_what_is_kept_of_earlier_jobs() {
 
 #[test]
 fn pictures_do_not_depend_on_the_jobs_beside_them() {
-    let mut painter = painter();
+    let mut pipeline = pipeline();
     let jobs = || {
         [
             job("a large red circle on a blue background", 64, 4),
@@ -181,14 +181,14 @@ fn pictures_do_not_depend_on_the_jobs_beside_them() {
             },
         ]
     };
-    let alone = jobs().map(|job| paint(&mut *painter, 0, job));
+    let alone = jobs().map(|job| generate(&mut *pipeline, 0, job));
     for (id, job) in (1..).zip(jobs()) {
-        painter.start(id, job).unwrap();
+        pipeline.start(id, job).unwrap();
     }
     // Turn by turn, as the engine has it.
     for id in [1, 2, 1, 1, 2, 2, 1] {
-        painter.step(&[id]).unwrap();
+        pipeline.step(&[id]).unwrap();
     }
-    let beside = [1, 2].map(|id| painter.finish(id).unwrap());
+    let beside = [1, 2].map(|id| pipeline.finish(id).unwrap());
     assert_eq!(beside, alone);
 }

@@ -1,7 +1,7 @@
 //! The one interface between the typed world of tensors and everything else.
 //!
 //! Only plain data crosses it: token ids in, progress out, RGB bytes out, jobs by number. A server
-//! change never recompiles a kernel, and an engine can be tested with any painter.
+//! change never recompiles a kernel, and an engine can be tested with any pipeline.
 
 pub use kiln_ops::MemoryUse;
 
@@ -10,7 +10,7 @@ use crate::noise::NoiseGenerator;
 /// The largest height or width of a preview, in pixels.
 pub const MAX_PREVIEW_SIDE: usize = 256;
 
-/// Names a job within one painter. The caller chooses it and does not reuse one that is alive.
+/// Names a job within one pipeline. The caller chooses it and does not reuse one that is alive.
 pub type JobId = u64;
 
 /// One request, fully resolved: nothing here is a default any more.
@@ -32,7 +32,7 @@ pub struct Job {
     pub num_images: usize,
     pub seed: u64,
     pub noise_generator: NoiseGenerator,
-    /// Keep what the run went through, for comparing runs: see [`Painting::trace`].
+    /// Keep what the run went through, for comparing runs: see [`Output::trace`].
     pub record: bool,
 }
 
@@ -68,7 +68,7 @@ impl RgbImage {
 
 /// A finished job.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Painting {
+pub struct Output {
     pub images: Vec<RgbImage>,
     /// Empty unless [`Job::record`] was set.
     pub trace: Vec<TraceTensor>,
@@ -117,7 +117,7 @@ pub struct CacheUse {
     pub misses: u64,
 }
 
-/// What a painter keeps because it may be asked for again. Pictures do not depend on it.
+/// What a pipeline keeps because it may be asked for again. Pictures do not depend on it.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct CacheUses {
     /// Embeddings of prompts.
@@ -126,9 +126,9 @@ pub struct CacheUses {
     pub modulation: CacheUse,
 }
 
-/// Why a job could not go on. The painter and its other jobs remain usable.
+/// Why a job could not go on. The pipeline and its other jobs remain usable.
 #[derive(Debug, thiserror::Error)]
-pub enum PaintError {
+pub enum PipelineError {
     #[error("there is no job {0}")]
     UnknownJob(JobId),
     #[error(
@@ -158,37 +158,37 @@ pub enum PaintError {
 /// Draws pictures, job by job and step by step, on one device.
 ///
 /// Every call returns when the device is done with it, so what it takes can be timed.
-/// A job is started, advanced until [`Painter::step`] reports no steps left, and finished; it can
+/// A job is started, advanced until [`Pipeline::step`] reports no steps left, and finished; it can
 /// be dropped at any point in between. Several jobs, of any sizes, may be advanced together.
 /// A call that panics or fails loses at most the jobs it was given.
-pub trait Painter: Send {
+pub trait Pipeline: Send {
     fn info(&self) -> &ModelInfo;
 
     /// Encodes the prompts, draws the noise and makes the schedule.
-    fn start(&mut self, id: JobId, job: Job) -> Result<(), PaintError>;
+    fn start(&mut self, id: JobId, job: Job) -> Result<(), PipelineError>;
 
     /// Advances every given job by one denoising step, in one forward pass of the transformer.
     /// Returns the steps left for each, in the same order.
-    fn step(&mut self, ids: &[JobId]) -> Result<Vec<usize>, PaintError>;
+    fn step(&mut self, ids: &[JobId]) -> Result<Vec<usize>, PipelineError>;
 
     /// What the first image of a job will probably look like, judged by its last step: a picture of
     /// at most [`MAX_PREVIEW_SIDE`] pixels a side, much cheaper than the real one. Changes nothing
     /// about the job.
-    fn preview(&mut self, id: JobId) -> Result<RgbImage, PaintError>;
+    fn preview(&mut self, id: JobId) -> Result<RgbImage, PipelineError>;
 
     /// Decodes the images of a job that has no steps left, and forgets the job.
-    fn finish(&mut self, id: JobId) -> Result<Painting, PaintError>;
+    fn finish(&mut self, id: JobId) -> Result<Output, PipelineError>;
 
     /// Forgets a job, whatever its state.
     fn discard(&mut self, id: JobId);
 
     /// Whether the device still computes, found out by a small sum: after an error it tells if
     /// another job is worth a try.
-    fn probe(&mut self) -> Result<(), PaintError> {
+    fn probe(&mut self) -> Result<(), PipelineError> {
         Ok(())
     }
 
-    /// What the device holds now, for this painter and all else that this program runs on it.
+    /// What the device holds now, for this pipeline and all else that this program runs on it.
     fn memory(&self) -> MemoryUse;
 
     fn caches(&self) -> CacheUses;

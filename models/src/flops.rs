@@ -5,7 +5,7 @@
 //! hundredth of it, are not.
 
 use crate::config::ConfigError;
-use crate::painter::Job;
+use crate::pipeline::Job;
 use crate::qwen_image::{CheckpointConfigs, MAX_PROMPT_TOKENS, PATCH, TEMPLATE_TOKENS_DROPPED};
 use crate::text_encoder::TextEncoderConfig;
 use crate::transformer::{Segment, TIME_CHANNELS, TransformerConfig};
@@ -13,7 +13,7 @@ use crate::vae::{Tiling, VaeConfig, VaeSettings};
 
 /// Multiply-adds of a job's stages. Each is two floating-point operations.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Operations {
+pub struct FlopCount {
     /// The text encoder on the job's prompts.
     pub encode: u64,
     /// The modulation of all steps, which later jobs with the same schedule find computed.
@@ -24,7 +24,7 @@ pub struct Operations {
     pub decode: u64,
 }
 
-impl Operations {
+impl FlopCount {
     /// Of a job for a model with these configurations.
     pub fn count(
         configs: &CheckpointConfigs,
