@@ -4,6 +4,8 @@
 
 /// The real binary, timing itself.
 mod bench;
+/// What each part of the source may name.
+mod boundaries;
 /// The real binary with checkpoints that cannot be loaded.
 mod broken_models;
 /// The real binary, run with arguments.
