@@ -1,7 +1,8 @@
 //! What a picture of 1024 x 1024 pixels costs after its last step: file, Base64, JSON, socket.
 //!
 //! `cargo bench --bench response`. The pipeline has its picture ready, so that the time from request
-//! to last byte is the server's alone.
+//! to last byte is the server's alone. With `-- --quick`, one request of each kind: shows that the
+//! benchmark still runs.
 
 #![expect(clippy::print_stdout, reason = "its result is what it prints")]
 
@@ -144,6 +145,8 @@ fn ask(address: SocketAddr, path: &str, body: &str) -> Result<(Duration, usize),
 }
 
 fn main() -> Result<(), Box<dyn Error>> {
+    let quick = std::env::args().any(|argument| argument == "--quick");
+    let rounds = if quick { 1 } else { ROUNDS };
     let address = serve()?;
     let images = "/v1/images/generations";
     let chat = "/v1/chat/completions";
@@ -179,9 +182,9 @@ fn main() -> Result<(), Box<dyn Error>> {
             r#"{"prompt":"x","num_inference_steps":1,"output_format":"webp","output_compression":80}"#,
         ),
     ] {
-        let mut times = Vec::with_capacity(ROUNDS);
+        let mut times = Vec::with_capacity(rounds);
         let mut bytes = 0;
-        for _ in 0..ROUNDS {
+        for _ in 0..rounds {
             let (took, length) = ask(address, path, body)?;
             times.push(took.as_secs_f64() * 1e3);
             bytes = length;
@@ -189,7 +192,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         times.sort_by(f64::total_cmp);
         println!(
             "{name}: median {:.1} ms, fastest {:.1} ms, {bytes} bytes",
-            times[ROUNDS / 2],
+            times[rounds / 2],
             times[0],
         );
     }

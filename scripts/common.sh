@@ -8,17 +8,8 @@ if [ -z "${KILN:-}" ]; then
     KILN="$target/debug/kiln"
 fi
 
-# Installs Python packages, if they are not there yet, into an environment under the target folder,
-# and makes its programs the first that are found: python_packages NAME REQUIREMENTS
-python_packages() {
-    local environment="$target/$1"
-    if ! cmp --silent "$2" "$environment/requirements.txt"; then
-        python3 -m venv --clear "$environment"
-        "$environment/bin/python" -m pip install --quiet --disable-pip-version-check -r "$2"
-        cp "$2" "$environment/requirements.txt"
-    fi
-    PATH="$(realpath "$environment")/bin:$PATH"
-}
+# shellcheck source=scripts/python.sh
+. scripts/python.sh
 
 # Starts `kiln serve` with these arguments on a free port, and waits until it is ready. Sets `server`,
 # its URL, `process` and `log`; it ends with the script.

@@ -7,6 +7,7 @@
 //! - `--dtype f32|bf16|f16`: of activations and weights; `f32` is the default
 //! - `--only OP`: one op
 //! - `--no-default`: not the default bodies, whose kernels a GPU backend compiles for minutes
+//! - `--quick`: one small shape for each op, called once: shows that the benchmark still runs
 //! - `--json`: a line of JSON for each, as `benches/ops_against_torch.py` reads them: also the first
 //!   call's time, in which GPU backends compile and choose kernels
 
@@ -34,6 +35,7 @@ pub(crate) fn run<B: FusedOps>(device: &B::Device) {
         dtype: DType::F32,
         json: false,
         defaults: true,
+        quick: false,
     };
     let (mut shapes, mut only) = (SMALL, None);
     let mut arguments = std::env::args().skip(1);
@@ -42,6 +44,10 @@ pub(crate) fn run<B: FusedOps>(device: &B::Device) {
         match argument.as_str() {
             "--json" => bench.json = true,
             "--no-default" => bench.defaults = false,
+            "--quick" => {
+                bench.quick = true;
+                shapes = QUICK;
+            }
             // cargo adds it.
             "--bench" => {}
             "--only" => only = Some(value()),
@@ -72,6 +78,22 @@ pub(crate) fn run<B: FusedOps>(device: &B::Device) {
 
 /// An op's name; tokens and widths, heads, tokens and head dimension, channels and side.
 type Shapes = &'static [(&'static str, &'static [usize])];
+
+const QUICK: Shapes = &[
+    ("linear", &[16, 32, 64]),
+    ("linear_bf16", &[16, 32, 64]),
+    ("rms_norm", &[16, 32]),
+    ("layer_norm_modulate", &[16, 32]),
+    ("gated_residual", &[16, 32]),
+    ("qk_norm_rope", &[2, 16, 32]),
+    ("gelu_tanh", &[16, 32]),
+    ("silu_mul", &[16, 32]),
+    ("attention", &[2, 16, 32]),
+    ("causal_attention", &[2, 16, 32]),
+    ("conv2d_same", &[16, 16]),
+    ("channel_norm_silu", &[16, 16]),
+    ("upsample_nearest", &[16, 16]),
+];
 
 const SMALL: Shapes = &[
     ("linear", &[64, 3072, 3072]),
@@ -124,6 +146,8 @@ struct Bench<B: FusedOps> {
     json: bool,
     /// Whether the default bodies are timed as well.
     defaults: bool,
+    /// Whether a time is that of one call, rather than the median of batches.
+    quick: bool,
 }
 
 impl<B: FusedOps> Bench<B> {
@@ -256,6 +280,9 @@ impl<B: FusedOps> Bench<B> {
     /// Milliseconds of a call: the median of some batches.
     fn median(&self, work: &dyn Fn() -> Box<dyn Any>) -> f64 {
         let one = self.time(work, 1) / 1e3;
+        if self.quick {
+            return one * 1e3;
+        }
         let calls = (BATCH_SECONDS / one).ceil().clamp(1.0, MAX_CALLS as f64) as usize;
         let mut times = [(); RUNS].map(|()| self.time(work, calls));
         times.sort_by(f64::total_cmp);
