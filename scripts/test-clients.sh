@@ -22,7 +22,7 @@ KILN_API_KEY=other-key,test-key start_server --enable-sdapi
 bash "$clients/test_curl.sh" "$server" test-key
 python "$clients/test_openai.py" "$server" test-key
 python "$clients/test_programs.py" "$server" test-key
-python "$clients/test_readme.py" "$server" test-key "$node"
+python "$clients/test_docs.py" "$server" test-key "$node"
 python "$clients/test_examples.py" "$server" test-key "$(realpath "$KILN")"
 
 kill -TERM "$process"
