@@ -15,11 +15,10 @@ use kiln::checkpoint::Checkpoint;
 use kiln::engine::{Engine, EngineSettings};
 use kiln::request::Limits;
 use kiln::server::{App, Settings};
+use kiln_models::job::RgbImage;
 use kiln_models::noise::NoiseGenerator;
-use kiln_models::pipeline::{
-    CacheUses, ImageSizes, Job, JobId, MemoryUse, ModelInfo, Output, Pipeline, PipelineError,
-    RgbImage,
-};
+use kiln_models::pipeline::{ImageSizes, ModelInfo};
+use kiln_models::testing::{self, FakePipeline};
 
 const SIDE: usize = 1024;
 const ROUNDS: usize = 21;
@@ -46,46 +45,6 @@ fn picture() -> RgbImage {
     }
 }
 
-struct ReadyPipeline {
-    info: ModelInfo,
-    picture: RgbImage,
-}
-
-impl Pipeline for ReadyPipeline {
-    fn info(&self) -> &ModelInfo {
-        &self.info
-    }
-
-    fn start(&mut self, _: JobId, _: Job) -> Result<(), PipelineError> {
-        Ok(())
-    }
-
-    fn step(&mut self, ids: &[JobId]) -> Result<Vec<usize>, PipelineError> {
-        Ok(vec![0; ids.len()])
-    }
-
-    fn preview(&mut self, id: JobId) -> Result<RgbImage, PipelineError> {
-        Err(PipelineError::NothingToShow(id))
-    }
-
-    fn finish(&mut self, _: JobId) -> Result<Output, PipelineError> {
-        Ok(Output {
-            images: vec![self.picture.clone()],
-            trace: Vec::new(),
-        })
-    }
-
-    fn discard(&mut self, _: JobId) {}
-
-    fn memory(&self) -> MemoryUse {
-        MemoryUse::default()
-    }
-
-    fn caches(&self) -> CacheUses {
-        CacheUses::default()
-    }
-}
-
 /// Starts the server; it ends with the process.
 fn serve() -> Result<SocketAddr, Box<dyn Error>> {
     let sizes = ImageSizes {
@@ -93,15 +52,12 @@ fn serve() -> Result<SocketAddr, Box<dyn Error>> {
         max_side: SIDE,
         default_side: SIDE,
     };
-    let pipeline = ReadyPipeline {
-        info: ModelInfo {
-            sizes,
-            vocab_size: 200_000,
-            device: "none".to_owned(),
-            dtype: "f32",
-        },
-        picture: picture(),
+    let info = ModelInfo {
+        sizes,
+        ..testing::model_info()
     };
+    let picture = picture();
+    let pipeline = FakePipeline::new(info).images(move |_, _| picture.clone());
     let settings = EngineSettings {
         max_queue: 0,
         max_started: 1,

@@ -12,8 +12,9 @@ use std::time::Instant;
 
 use kiln::backend::{self, BackendChoice, BackendKind, LoadSettings};
 use kiln::checkpoint::Checkpoint;
+use kiln_models::job::{Job, Noise, Size};
 use kiln_models::noise::NoiseGenerator;
-use kiln_models::pipeline::Job;
+use kiln_models::testing;
 use serde_json::{Value, json};
 
 /// Peak resident memory in MiB since the last call, where Linux tells.
@@ -63,16 +64,19 @@ fn main() -> Result<(), Box<dyn Error>> {
     });
     let (mut pipeline, tokenizer) = loaded?;
     let job = Job {
-        prompt: tokenizer.encode_prompt("A red fox in the snow, watercolor")?,
-        negative_prompt: Some(tokenizer.encode_prompt(" ")?),
-        true_cfg_scale: 4.0,
-        height: height.parse()?,
-        width: width.parse()?,
-        num_inference_steps: steps.parse()?,
-        num_images: 1,
-        seed: 42,
-        noise_generator: NoiseGenerator::Cpu,
-        record: false,
+        conditioning: tokenizer
+            .encode_prompt("A red fox in the snow, watercolor")?
+            .into(),
+        guidance: testing::guidance(tokenizer.encode_prompt(" ")?, 4.0),
+        size: Size {
+            height: height.parse()?,
+            width: width.parse()?,
+        },
+        noise: Noise {
+            seed: 42,
+            generator: NoiseGenerator::Cpu,
+        },
+        ..testing::job(16, steps.parse()?)
     };
     let (started, encode) = stage(|| pipeline.start(0, job));
     started?;
@@ -81,7 +85,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     loop {
         let (left, measured) = stage(|| pipeline.step(&[0]));
         denoise.push(measured);
-        if left?[0] == 0 {
+        if left?[0].steps_left == 0 {
             break;
         }
     }

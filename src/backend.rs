@@ -5,10 +5,11 @@ use std::slice;
 use std::str::FromStr;
 
 use kiln_models::config::ConfigError;
+use kiln_models::families::CheckpointParts;
 use kiln_models::flops::FlopCount;
+use kiln_models::job::Job;
 use kiln_models::loading::{DeviceInfo, LoadOptions, ModelDType, OpenError};
-use kiln_models::pipeline::{ImageSizes, Job, Pipeline};
-use kiln_models::qwen_image::CheckpointParts;
+use kiln_models::pipeline::{ImageSizes, Pipeline};
 use kiln_models::vae::{Tiling, VaeSettings};
 
 use crate::checkpoint::Checkpoint;
@@ -344,14 +345,14 @@ pub fn image_sizes(checkpoint: &Checkpoint) -> Result<ImageSizes, BackendError> 
     Ok(checkpoint.parts().configs.image_sizes()?)
 }
 
-/// How much there is to compute for a job, counted.
+/// Counts the work of a job.
 pub fn operations(
     checkpoint: &Checkpoint,
     job: &Job,
     settings: &LoadSettings,
 ) -> Result<FlopCount, BackendError> {
     let configs = &checkpoint.parts().configs;
-    Ok(FlopCount::count(configs, job, settings.vae())?)
+    Ok(configs.cost_model(settings.vae())?.cost(job))
 }
 
 /// Loads a checkpoint's networks onto a device.

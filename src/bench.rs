@@ -2,9 +2,10 @@
 
 use std::fmt;
 
+use kiln_models::families::PromptTemplate;
 use kiln_models::flops::FlopCount;
-use kiln_models::pipeline::{Job, JobId, ModelInfo, Pipeline};
-use kiln_models::qwen_image::TEMPLATE_TOKENS_DROPPED;
+use kiln_models::job::{Job, JobId};
+use kiln_models::pipeline::{ModelInfo, Pipeline};
 use serde::Serialize;
 
 use crate::compare::{Cost, Table, measured};
@@ -22,17 +23,18 @@ pub struct Workload {
     pub request: GenerationRequest,
     /// Tokens of the prompt, without the template's first ones.
     pub prompt_tokens: usize,
+    pub template: &'static PromptTemplate,
 }
 
 impl Workload {
     /// The job of one run. Every run has other prompts, so that none finds them encoded.
     pub fn job(&self, run: usize, vocab_size: usize) -> Job {
         let prompt = |tokens: usize, which: usize| {
-            (0..TEMPLATE_TOKENS_DROPPED + tokens)
+            (0..self.template.dropped_tokens + tokens)
                 .map(|place| made_up_id([run, which, place], vocab_size))
                 .collect()
         };
-        let guided = self.request.negative_prompt.is_some() && self.request.true_cfg_scale > 1.0;
+        let guided = self.request.guidance().is_some();
         let tokens = PromptTokens {
             prompt: prompt(self.prompt_tokens, 0),
             negative_prompt: guided.then(|| prompt(NEGATIVE_PROMPT_TOKENS, 1)),
@@ -68,7 +70,7 @@ impl Run {
     /// Runs a job alone on a pipeline.
     pub fn measure(pipeline: &mut dyn Pipeline, job: Job) -> Result<Self, JobError> {
         const ID: JobId = 0;
-        let total_steps = job.num_inference_steps;
+        let total_steps = job.sampling.steps;
         let ((), encode) = measured(pipeline, |pipeline| pipeline.start(ID, job))?;
         let mut steps = Vec::with_capacity(total_steps);
         for _ in 0..total_steps {
@@ -247,7 +249,7 @@ impl Report {
         } = measurement;
         let request = &workload.request;
         let median_seconds = Stages::medians(&runs);
-        let tflop = Stages::tflop(operations, request.num_inference_steps);
+        let tflop = Stages::tflop(operations, request.sampling.steps);
         let ratio = |a, b| a / b;
         let tflop_per_second = tflop.zip_with(median_seconds, ratio);
         let peaks = runs
@@ -257,13 +259,13 @@ impl Report {
         Self {
             kiln: env!("CARGO_PKG_VERSION"),
             model,
-            device: info.device.clone(),
+            device: info.device(),
             dtype: info.dtype,
-            width: request.width,
-            height: request.height,
+            width: request.size.width,
+            height: request.size.height,
             images: request.num_images,
-            num_inference_steps: request.num_inference_steps,
-            guidance: workload.job(0, info.vocab_size).uses_cfg(),
+            num_inference_steps: request.sampling.steps,
+            guidance: request.guidance().is_some(),
             prompt_tokens: workload.prompt_tokens,
             load_seconds: load.seconds,
             peak_memory_bytes: peaks.chain([peak(&load)]).flatten().max(),
@@ -334,6 +336,8 @@ impl fmt::Display for Report {
 
 #[cfg(test)]
 mod tests {
+    use kiln_models::families::qwen_image::TEMPLATE;
+    use kiln_models::job::{Guidance, Noise, Sampling, Size};
     use kiln_models::noise::NoiseGenerator;
 
     use super::*;
@@ -344,30 +348,42 @@ mod tests {
                 prompt: String::new(),
                 negative_prompt: Some(String::new()),
                 true_cfg_scale,
-                height: 32,
-                width: 48,
-                num_inference_steps: 2,
+                size: Size {
+                    height: 32,
+                    width: 48,
+                },
+                sampling: Sampling { steps: 2 },
                 num_images: 1,
-                seed: 0,
-                noise_generator: NoiseGenerator::Cpu,
+                noise: Noise {
+                    seed: 0,
+                    generator: NoiseGenerator::Cpu,
+                },
             },
             prompt_tokens: 10,
+            template: &TEMPLATE,
         }
     }
 
     #[test]
     fn every_run_has_prompts_of_its_own_in_the_vocabulary() {
+        let negative = |job: &Job| job.guidance.clone().map(|it: Guidance| it.negative.tokens);
         let jobs = [0, 1].map(|run| workload(4.0).job(run, 100));
         for job in &jobs {
-            let negative = job.negative_prompt.as_ref().unwrap();
-            assert_eq!(job.prompt.len(), TEMPLATE_TOKENS_DROPPED + 10);
-            assert_eq!(negative.len(), TEMPLATE_TOKENS_DROPPED + 6);
-            assert!(job.prompt.iter().chain(negative).all(|&id| id < 100));
-            assert_ne!(job.prompt[..negative.len()], negative[..]);
+            let negative = negative(job).unwrap();
+            assert_eq!(job.conditioning.tokens.len(), TEMPLATE.dropped_tokens + 10);
+            assert_eq!(negative.len(), TEMPLATE.dropped_tokens + 6);
+            assert!(
+                job.conditioning
+                    .tokens
+                    .iter()
+                    .chain(&negative)
+                    .all(|&id| id < 100)
+            );
+            assert_ne!(job.conditioning.tokens[..negative.len()], negative[..]);
         }
-        assert_ne!(jobs[0].prompt, jobs[1].prompt);
-        assert_ne!(jobs[0].negative_prompt, jobs[1].negative_prompt);
-        assert_eq!(workload(1.0).job(0, 100).negative_prompt, None);
+        assert_ne!(jobs[0].conditioning, jobs[1].conditioning);
+        assert_ne!(negative(&jobs[0]), negative(&jobs[1]));
+        assert_eq!(workload(1.0).job(0, 100).guidance, None);
     }
 
     fn run(encode: f64, steps: &[f64], decode: f64) -> Run {

@@ -23,7 +23,7 @@ use std::sync::Arc;
 
 use kiln_models::TensorSource;
 use kiln_models::config::ConfigText;
-use kiln_models::qwen_image::{CheckpointConfigs, CheckpointParts};
+use kiln_models::families::{CheckpointConfigs, CheckpointParts};
 
 use weights::Weights;
 
@@ -293,12 +293,15 @@ impl Checkpoint {
     /// Loads the tokenizer. Random weights make no use of what a prompt says: where their shape
     /// comes without a tokenizer, the demo model's stands in.
     pub fn tokenizer(&self) -> Result<PromptTokenizer, TokenizerError> {
+        let template = self.parts.configs.family()?.template();
         match &self.place {
-            Place::Folder(folder) => PromptTokenizer::load(&folder.join("tokenizer")),
+            Place::Folder(folder) => PromptTokenizer::load(&folder.join("tokenizer"), template),
             Place::Dummy(Shape::Folder(folder)) if folder.join("tokenizer").is_dir() => {
-                PromptTokenizer::load(&folder.join("tokenizer"))
+                PromptTokenizer::load(&folder.join("tokenizer"), template)
             }
-            Place::Demo | Place::Dummy(_) => PromptTokenizer::from_json(&demo::tokenizer()),
+            Place::Demo | Place::Dummy(_) => {
+                PromptTokenizer::from_json(&demo::tokenizer(), template)
+            }
         }
     }
 

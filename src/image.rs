@@ -1,6 +1,6 @@
 //! Image files: PNG, JPEG and WebP.
 
-use kiln_models::pipeline::RgbImage;
+use kiln_models::job::RgbImage;
 use png::text_metadata::{ITXtChunk, TEXtChunk};
 
 /// Name of the PNG text that says how an image was made; image tools look for it.

@@ -9,8 +9,8 @@ use std::io;
 use std::path::Path;
 use std::path::PathBuf;
 
-use kiln_models::config::ConfigText;
-use kiln_models::qwen_image::MAX_PROMPT_TOKENS;
+use kiln_models::config::{ConfigError, ConfigText};
+use kiln_models::families::PromptTemplate;
 use serde::de::DeserializeOwned;
 use tokenizers::AddedToken;
 use tokenizers::SplitDelimiterBehavior;
@@ -24,12 +24,6 @@ use tokenizers::pre_tokenizers::sequence::Sequence;
 use tokenizers::pre_tokenizers::split::Split;
 use tokenizers::pre_tokenizers::split::SplitPattern;
 
-/// What stands before and after the prompt: `prompt_template_encode` of `pipeline_qwenimage.py`.
-const TEMPLATE_START: &str = "<|im_start|>system\nDescribe the image by detailing the color, shape, \
-     size, texture, quantity, text, spatial relationships of the objects and background:<|im_end|>\n\
-     <|im_start|>user\n";
-const TEMPLATE_END: &str = "<|im_end|>\n<|im_start|>assistant\n";
-
 /// How text is split before the byte-pair merges: `PRETOKENIZE_REGEX` of transformers'
 /// `tokenization_qwen2.py`.
 const SPLIT_PATTERN: &str = concat!(
@@ -37,10 +31,11 @@ const SPLIT_PATTERN: &str = concat!(
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
 );
 
-/// Qwen2's tokenizer with Qwen-Image's prompt template.
+/// Qwen2's tokenizer with the prompt template of a model family.
 #[derive(Debug)]
 pub struct PromptTokenizer {
     tokenizer: Tokenizer,
+    template: &'static PromptTemplate,
     /// How many tokens the template has with an empty prompt.
     template_tokens: usize,
 }
@@ -104,12 +99,15 @@ pub enum TokenizerError {
 
     #[error("the prompt cannot be split into tokens")]
     Encode { source: tokenizers::Error },
+
+    #[error(transparent)]
+    Config(#[from] ConfigError),
 }
 
 impl PromptTokenizer {
     /// Loads the tokenizer folder of a checkpoint: tokenizer.json, or else vocab.json, merges.txt
     /// and the added tokens of `tokenizer_config.json` (or `added_tokens.json`).
-    pub fn load(folder: &Path) -> Result<Self, TokenizerError> {
+    pub fn load(folder: &Path, template: &'static PromptTemplate) -> Result<Self, TokenizerError> {
         if !folder.is_dir() {
             return Err(TokenizerError::FolderMissing {
                 path: folder.to_owned(),
@@ -117,16 +115,20 @@ impl PromptTokenizer {
         }
         let json = folder.join("tokenizer.json");
         if json.exists() {
-            return Self::from_json(&ConfigText {
+            let json = ConfigText {
                 text: read(&json)?,
                 file: json.display().to_string(),
-            });
+            };
+            return Self::from_json(&json, template);
         }
-        Self::new(from_vocabulary(folder)?, folder)
+        Self::new(from_vocabulary(folder)?, template, folder)
     }
 
     /// Reads a tokenizer.json.
-    pub fn from_json(json: &ConfigText) -> Result<Self, TokenizerError> {
+    pub fn from_json(
+        json: &ConfigText,
+        template: &'static PromptTemplate,
+    ) -> Result<Self, TokenizerError> {
         let loaded: Result<Tokenizer, _> = json.text.parse();
         let mut tokenizer = loaded.map_err(|source| TokenizerError::Invalid {
             path: json.file.clone().into(),
@@ -137,12 +139,16 @@ impl PromptTokenizer {
         tokenizer
             .with_truncation(None)
             .map_err(|source| TokenizerError::Encode { source })?;
-        Self::new(tokenizer, json.file.as_ref())
+        Self::new(tokenizer, template, json.file.as_ref())
     }
 
     /// `path` is for messages.
-    fn new(tokenizer: Tokenizer, path: &Path) -> Result<Self, TokenizerError> {
-        for token in ["<|im_start|>", "<|im_end|>"] {
+    fn new(
+        tokenizer: Tokenizer,
+        template: &'static PromptTemplate,
+        path: &Path,
+    ) -> Result<Self, TokenizerError> {
+        for &token in template.special_tokens {
             if tokenizer.token_to_id(token).is_none() {
                 return Err(TokenizerError::TemplateToken {
                     path: path.to_owned(),
@@ -152,6 +158,7 @@ impl PromptTokenizer {
         }
         let mut tokenizer = Self {
             tokenizer,
+            template,
             template_tokens: 0,
         };
         tokenizer.template_tokens = tokenizer.encode_template("")?.len();
@@ -164,13 +171,16 @@ impl PromptTokenizer {
     pub fn encode_prompt(&self, prompt: &str) -> Result<Vec<u32>, TokenizerError> {
         let ids = self.encode_template(prompt)?;
         let tokens = self.prompt_tokens(&ids);
-        if tokens > MAX_PROMPT_TOKENS {
-            return Err(TokenizerError::PromptTooLong {
-                tokens,
-                limit: MAX_PROMPT_TOKENS,
-            });
+        let limit = self.template.max_prompt_tokens;
+        if tokens > limit {
+            return Err(TokenizerError::PromptTooLong { tokens, limit });
         }
         Ok(ids)
+    }
+
+    /// The template around every prompt.
+    pub fn template(&self) -> &'static PromptTemplate {
+        self.template
     }
 
     /// How many of the ids of [`Self::encode_prompt`] the prompt adds to the template.
@@ -186,7 +196,8 @@ impl PromptTokenizer {
     }
 
     fn encode_template(&self, prompt: &str) -> Result<Vec<u32>, TokenizerError> {
-        self.encode(&format!("{TEMPLATE_START}{prompt}{TEMPLATE_END}"))
+        let PromptTemplate { prefix, suffix, .. } = self.template;
+        self.encode(&format!("{prefix}{prompt}{suffix}"))
     }
 
     fn encode(&self, text: &str) -> Result<Vec<u32>, TokenizerError> {

@@ -124,8 +124,8 @@ fn parameters_in_a_nested_extra_body_are_used() {
     assert_eq!(reply.body["num_inference_steps"], 3);
 
     let job = server.last_job();
-    assert!(job.uses_cfg());
-    assert_eq!((job.height, job.width), (32, 96));
+    assert!(job.guidance.is_some());
+    assert_eq!((job.size.height, job.size.width), (32, 96));
 }
 
 #[test]
@@ -145,10 +145,9 @@ fn the_openai_sdks_flat_parameters_and_content_parts_are_used() {
     assert_eq!(reply.body["size"], "32x48");
 
     let job = server.last_job();
-    assert!(!job.uses_cfg());
-    assert!((job.true_cfg_scale - 2.0).abs() < f64::EPSILON);
+    assert_eq!(job.guidance, None);
     let plain = load_tokenizer().encode_prompt("a cat").unwrap();
-    assert_eq!(job.prompt, plain);
+    assert_eq!(job.conditioning.tokens, plain);
     let usage = &reply.body["usage"];
     let tokenizer = load_tokenizer();
     let prompt_tokens = tokenizer.prompt_tokens(&tokenizer.encode_prompt("a cat").unwrap());
@@ -162,7 +161,7 @@ fn an_empty_negative_prompt_turns_guidance_on() {
     let server = TestServer::start(Pace::Fast, 4);
     let body = json!({"messages": user(&json!("")), "extra_body": {"negative_prompt": ""}});
     assert_eq!(post(server.address, &body).status, 200);
-    assert!(server.last_job().uses_cfg());
+    assert!(server.last_job().guidance.is_some());
 }
 
 #[test]
@@ -176,12 +175,12 @@ fn a_default_negative_prompt_is_for_those_who_have_none() {
     assert_eq!(post(server.address, &body).status, 200);
     let tokenizer = load_tokenizer();
     let default = tokenizer.encode_prompt(" ").unwrap();
-    assert_eq!(server.last_job().negative_prompt, Some(default));
+    assert_eq!(server.last_job().guidance.unwrap().negative.tokens, default);
 
     let body = json!({"messages": user(&json!("a cat")), "negative_prompt": "blurry"});
     assert_eq!(post(server.address, &body).status, 200);
     let own = tokenizer.encode_prompt("blurry").unwrap();
-    assert_eq!(server.last_job().negative_prompt, Some(own));
+    assert_eq!(server.last_job().guidance.unwrap().negative.tokens, own);
 }
 
 #[test]

@@ -3,8 +3,10 @@
 
 use kiln::backend::{self, DTypeChoice, LoadSettings};
 use kiln::checkpoint::Checkpoint;
+use kiln_models::job::{Job, JobId, Noise, Output, RgbImage, Size};
 use kiln_models::noise::NoiseGenerator;
-use kiln_models::pipeline::{CacheUse, Job, JobId, Output, Pipeline, PipelineError, RgbImage};
+use kiln_models::pipeline::{CacheUse, Pipeline, PipelineError};
+use kiln_models::testing;
 
 fn pipeline() -> Box<dyn Pipeline> {
     let settings = LoadSettings {
@@ -21,22 +23,19 @@ fn pipeline() -> Box<dyn Pipeline> {
 fn job(prompt: &str, side: usize, steps: usize) -> Job {
     let tokenizer = Checkpoint::demo().unwrap().tokenizer().unwrap();
     Job {
-        prompt: tokenizer.encode_prompt(prompt).unwrap(),
-        negative_prompt: Some(tokenizer.encode_prompt(" ").unwrap()),
-        true_cfg_scale: 4.0,
-        height: side,
-        width: side,
-        num_inference_steps: steps,
-        num_images: 1,
-        seed: 7,
-        noise_generator: NoiseGenerator::Cpu,
-        record: false,
+        conditioning: tokenizer.encode_prompt(prompt).unwrap().into(),
+        guidance: testing::guidance(tokenizer.encode_prompt(" ").unwrap(), 4.0),
+        noise: Noise {
+            seed: 7,
+            generator: NoiseGenerator::Cpu,
+        },
+        ..testing::job(side, steps)
     }
 }
 
 fn generate(pipeline: &mut dyn Pipeline, id: JobId, job: Job) -> Output {
     pipeline.start(id, job).unwrap();
-    while pipeline.step(&[id]).unwrap() != [0] {}
+    while pipeline.step(&[id]).unwrap()[0].steps_left > 0 {}
     pipeline.finish(id).unwrap()
 }
 
@@ -64,10 +63,10 @@ fn previews_come_close_to_the_picture_and_do_not_change_it() {
     assert!(matches!(too_early, PipelineError::NothingToShow(2)));
     let mut closeness = Vec::new();
     loop {
-        let steps_left = pipeline.step(&[2]).unwrap();
+        let steps_left = pipeline.step(&[2]).unwrap()[0].steps_left;
         let preview = pipeline.preview(2).unwrap();
         assert_eq!((preview.height, preview.width), (128, 128));
-        if steps_left == [0] {
+        if steps_left == 0 {
             // No noise is left: it is the picture.
             assert_eq!(preview, plain.images[0]);
             break;
@@ -98,11 +97,14 @@ fn shrunk(image: &RgbImage, factor: usize) -> Vec<f64> {
 fn previews_of_large_pictures_are_small() {
     let mut pipeline = pipeline();
     let large = Job {
-        height: 512,
+        size: Size {
+            height: 512,
+            width: 64,
+        },
         ..job("a small white triangle on a green background", 64, 2)
     };
     pipeline.start(1, large).unwrap();
-    while pipeline.step(&[1]).unwrap() != [0] {}
+    while pipeline.step(&[1]).unwrap()[0].steps_left > 0 {}
     let preview = pipeline.preview(1).unwrap();
     assert_eq!((preview.height, preview.width), (256, 32));
     let output = pipeline.finish(1).unwrap();
@@ -118,7 +120,7 @@ fn of_several_pictures_the_first_is_shown() {
         ..job("a large red circle on a blue background", 64, 3)
     };
     pipeline.start(1, two).unwrap();
-    while pipeline.step(&[1]).unwrap() != [0] {}
+    while pipeline.step(&[1]).unwrap()[0].steps_left > 0 {}
     let preview = pipeline.preview(1).unwrap();
     let [first, second] = pipeline.finish(1).unwrap().images.try_into().unwrap();
     assert_ne!(first, second);
@@ -176,7 +178,7 @@ fn pictures_do_not_depend_on_the_jobs_beside_them() {
         [
             job("a large red circle on a blue background", 64, 4),
             Job {
-                negative_prompt: None,
+                guidance: None,
                 ..job("a green square on a white background", 96, 3)
             },
         ]

@@ -153,15 +153,20 @@ impl ConfigReader {
             .ok_or_else(|| self.wrong_type(key, "a text", value))
     }
 
-    /// Refuses a `_class_name` other than the one this code implements.
+    /// Refuses a `_class_name` other than this one.
     pub(crate) fn require_class(&self, class: &str) -> Result<(), ConfigError> {
+        self.require_class_of(&[class]).map(|_| ())
+    }
+
+    /// Finds `_class_name` in a list of the classes that kiln implements, and returns its place.
+    pub(crate) fn require_class_of(&self, classes: &[&str]) -> Result<usize, ConfigError> {
         let value = self
             .value("_class_name")
             .ok_or_else(|| self.missing("_class_name"))?;
-        if value.as_str() == Some(class) {
-            return Ok(());
-        }
-        Err(self.unsupported("_class_name", class))
+        let place = classes
+            .iter()
+            .position(|class| value.as_str() == Some(class));
+        place.ok_or_else(|| self.unsupported("_class_name", &classes.join(" and ")))
     }
 
     /// Refuses a switch that is on.

@@ -4,9 +4,13 @@
 //! convolutions, as the models here do them. Norms, activations, rotations and softmax, less than a
 //! hundredth of it, are not.
 
+use std::fmt;
+use std::sync::Arc;
+
 use crate::config::ConfigError;
-use crate::pipeline::Job;
-use crate::qwen_image::{CheckpointConfigs, MAX_PROMPT_TOKENS, PATCH, TEMPLATE_TOKENS_DROPPED};
+use crate::families::CheckpointConfigs;
+use crate::families::qwen_image::{PATCH, TEMPLATE};
+use crate::job::Job;
 use crate::text_encoder::TextEncoderConfig;
 use crate::transformer::{Segment, TIME_CHANNELS, TransformerConfig};
 use crate::vae::{Tiling, VaeConfig, VaeSettings};
@@ -24,42 +28,69 @@ pub struct FlopCount {
     pub decode: u64,
 }
 
-impl FlopCount {
-    /// Of a job for a model with these configurations.
-    pub fn count(
+/// Counts the work of a job. Clones are cheap.
+#[derive(Clone)]
+pub struct CostModel(Arc<dyn Fn(&Job) -> FlopCount + Send + Sync>);
+
+impl CostModel {
+    pub fn new(count: impl Fn(&Job) -> FlopCount + Send + Sync + 'static) -> Self {
+        Self(Arc::new(count))
+    }
+
+    /// The cost model of a checkpoint whose images are decoded with these settings.
+    ///
+    /// # Errors
+    ///
+    /// If a configuration cannot be read.
+    pub fn from_configs(
         configs: &CheckpointConfigs,
-        job: &Job,
         settings: VaeSettings,
     ) -> Result<Self, ConfigError> {
         let text_encoder = TextEncoderConfig::from_json(&configs.text_encoder)?;
         let transformer = TransformerConfig::from_json(&configs.transformer)?;
         let vae = VaeConfig::from_json(&configs.vae)?;
+        Ok(Self::new(move |job| {
+            count(&text_encoder, &transformer, &vae, settings, job)
+        }))
+    }
 
-        let negative = job.negative_prompt.as_ref().filter(|_| job.uses_cfg());
-        let prompts: Vec<usize> = [Some(&job.prompt), negative]
-            .into_iter()
-            .flatten()
-            .map(Vec::len)
-            .collect();
-        let latents = [job.height, job.width].map(|side| side / vae.scale_factor());
-        let segments: Vec<Segment> = prompts
-            .iter()
-            .map(|tokens| Segment {
-                height: latents[0] / PATCH,
-                width: latents[1] / PATCH,
-                text_tokens: tokens
-                    .saturating_sub(TEMPLATE_TOKENS_DROPPED)
-                    .min(MAX_PROMPT_TOKENS),
-                row: 0,
-            })
-            .collect();
-        let images = job.num_images as u64;
-        Ok(Self {
-            encode: encode(&text_encoder, &prompts),
-            modulation: job.num_inference_steps as u64 * modulation(&transformer),
-            step: images * step(&transformer, &segments),
-            decode: images * decode_tiled(&vae, latents, settings.tiling),
+    pub fn cost(&self, job: &Job) -> FlopCount {
+        (self.0)(job)
+    }
+}
+
+impl fmt::Debug for CostModel {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.write_str("CostModel")
+    }
+}
+
+fn count(
+    text_encoder: &TextEncoderConfig,
+    transformer: &TransformerConfig,
+    vae: &VaeConfig,
+    settings: VaeSettings,
+    job: &Job,
+) -> FlopCount {
+    let prompts: Vec<usize> = job.branches().map(|branch| branch.tokens.len()).collect();
+    let latents = [job.size.height, job.size.width].map(|side| side / vae.scale_factor());
+    let segments: Vec<Segment> = prompts
+        .iter()
+        .map(|tokens| Segment {
+            height: latents[0] / PATCH,
+            width: latents[1] / PATCH,
+            text_tokens: tokens
+                .saturating_sub(TEMPLATE.dropped_tokens)
+                .min(TEMPLATE.max_prompt_tokens),
+            row: 0,
         })
+        .collect();
+    let images = job.num_images as u64;
+    FlopCount {
+        encode: encode(text_encoder, &prompts),
+        modulation: job.sampling.steps as u64 * modulation(transformer),
+        step: images * step(transformer, &segments),
+        decode: images * decode_tiled(vae, latents, settings.tiling),
     }
 }
 

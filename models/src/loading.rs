@@ -8,10 +8,11 @@ use cubecl_common::stream_id::StreamId;
 use kiln_ops::{FaultWatch, FusedOps, MemoryUse, host};
 
 use crate::device::{caught, checkpoint, fault, panic_message};
-use crate::pipeline::{
-    CacheUses, Job, JobId, ModelInfo, Output, Pipeline, PipelineError, RgbImage,
-};
-use crate::qwen_image::{CheckpointParts, PipelineSettings, QwenImage};
+use crate::families::{self, CheckpointParts};
+use crate::flops::CostModel;
+use crate::job::{Job, JobId, Output, RgbImage};
+use crate::pipeline::{CacheUses, ModelInfo, Pipeline, PipelineError, StepOutcome, device_label};
+use crate::session::SessionSettings;
 use crate::source::StoredDType;
 use crate::vae::VaeSettings;
 use crate::weights::{LoadError, Precision};
@@ -170,11 +171,11 @@ pub fn open<B: FusedOps>(
         dtypes,
         ..
     } = target.info;
-    let device_name = format!("{}:{index} ({name})", target.backend);
+    let label = device_label(target.backend, *index, name);
     let model = match options.dtype {
         Some(dtype) if !dtypes.contains(&dtype) => {
             return Err(OpenError::DType {
-                device: device_name,
+                device: label,
                 dtype: dtype.name(),
                 supported: dtypes.iter().map(|dtype| dtype.name()).collect(),
             });
@@ -194,26 +195,31 @@ pub fn open<B: FusedOps>(
         model,
         activations: target.activations.unwrap_or(model),
     };
-    let settings = PipelineSettings {
+    let device = target.device;
+    let settings = SessionSettings::<B> {
+        device: device.clone(),
+        backend: target.backend,
+        device_index: *index,
+        device_name: name.clone(),
         precision,
         vae: options.vae,
     };
     let stream = StreamId::current();
-    let device = target.device;
     let watch = FaultWatch::start();
     let load = || {
-        let pipeline = QwenImage::<B>::load(parts, device.clone(), device_name.clone(), settings);
+        let pipeline = families::open::<B>(parts, settings);
         // Uploads are queued.
         checkpoint::<B>(&device)?;
         Ok(pipeline)
     };
     let loaded = caught(&watch, load).and_then(|pipeline| fault(&watch).map_or(Ok(pipeline), Err));
-    let failed = |reason| OpenError::Device {
-        device: device_name.clone(),
-        reason,
-    };
     let pipeline = match loaded {
-        Err(error) => return Err(failed(report(error))),
+        Err(error) => {
+            return Err(OpenError::Device {
+                device: label,
+                reason: report(error),
+            });
+        }
         Ok(pipeline) => pipeline?,
     };
     Ok(Box::new(OneStream { pipeline, stream }))
@@ -228,21 +234,25 @@ fn report(error: PipelineError) -> String {
 
 /// A pipeline whose work goes to the queue of the device that its weights were loaded through,
 /// whichever thread calls: GPU backends keep queue and memory by thread.
-struct OneStream<P> {
-    pipeline: P,
+struct OneStream {
+    pipeline: Box<dyn Pipeline>,
     stream: StreamId,
 }
 
-impl<P: Pipeline> Pipeline for OneStream<P> {
+impl Pipeline for OneStream {
     fn info(&self) -> &ModelInfo {
         self.pipeline.info()
+    }
+
+    fn cost_model(&self) -> CostModel {
+        self.pipeline.cost_model()
     }
 
     fn start(&mut self, id: JobId, job: Job) -> Result<(), PipelineError> {
         self.stream.executes(|| self.pipeline.start(id, job))
     }
 
-    fn step(&mut self, ids: &[JobId]) -> Result<Vec<usize>, PipelineError> {
+    fn step(&mut self, ids: &[JobId]) -> Result<Vec<StepOutcome>, PipelineError> {
         self.stream.executes(|| self.pipeline.step(ids))
     }
 
@@ -276,62 +286,22 @@ mod tests {
     use std::thread;
 
     use super::*;
-    use crate::pipeline::ImageSizes;
-
-    /// Fails every job with the queue it was called on.
-    struct Witness(ModelInfo);
-
-    impl Pipeline for Witness {
-        fn info(&self) -> &ModelInfo {
-            &self.0
-        }
-
-        fn start(&mut self, _id: JobId, _job: Job) -> Result<(), PipelineError> {
-            Ok(())
-        }
-
-        fn step(&mut self, _ids: &[JobId]) -> Result<Vec<usize>, PipelineError> {
-            Err(PipelineError::Device(StreamId::current().to_string()))
-        }
-
-        fn preview(&mut self, id: JobId) -> Result<RgbImage, PipelineError> {
-            Err(PipelineError::NothingToShow(id))
-        }
-
-        fn finish(&mut self, id: JobId) -> Result<Output, PipelineError> {
-            Err(PipelineError::UnknownJob(id))
-        }
-
-        fn discard(&mut self, _id: JobId) {}
-
-        fn memory(&self) -> MemoryUse {
-            MemoryUse::default()
-        }
-
-        fn caches(&self) -> CacheUses {
-            CacheUses::default()
-        }
-    }
+    use crate::testing::{Call, FakePipeline, job, model_info};
 
     #[test]
-    fn another_thread_uses_the_queue_of_the_one_that_loaded() {
+    fn another_thread_uses_the_stream_of_the_thread_that_loaded() {
         let stream = StreamId::current();
-        let sizes = ImageSizes {
-            multiple: 16,
-            max_side: 64,
-            default_side: 64,
-        };
+        let pipeline = FakePipeline::new(model_info()).on_call(|call| match call {
+            Call::Step(_) => Err(PipelineError::Device(StreamId::current().to_string())),
+            _ => Ok(()),
+        });
         let mut pipeline = OneStream {
-            pipeline: Witness(ModelInfo {
-                sizes,
-                vocab_size: 1,
-                device: String::new(),
-                dtype: "f32",
-            }),
+            pipeline: Box::new(pipeline),
             stream,
         };
         let (elsewhere, used) = thread::spawn(move || {
-            let used = pipeline.step(&[]).unwrap_err().to_string();
+            pipeline.start(0, job(16, 1)).unwrap();
+            let used = pipeline.step(&[0]).unwrap_err().to_string();
             (StreamId::current(), used)
         })
         .join()

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use kiln_models::config::ConfigText;
-use kiln_models::qwen_image::{CheckpointConfigs, CheckpointParts};
+use kiln_models::families::{CheckpointConfigs, CheckpointParts};
 
 use super::weights::Weights;
 use super::{CheckpointError, PromptGuide};

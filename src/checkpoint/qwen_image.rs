@@ -1,7 +1,7 @@
 //! The configuration of Qwen/Qwen-Image, for loading its shape without its files.
 
 use kiln_models::config::ConfigText;
-use kiln_models::qwen_image::CheckpointConfigs;
+use kiln_models::families::CheckpointConfigs;
 
 macro_rules! config {
     ($name:literal) => {

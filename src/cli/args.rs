@@ -10,10 +10,10 @@ use std::time::Duration;
 
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{ArgGroup, Parser, Subcommand, ValueEnum};
+use kiln_models::families::qwen_image::TEMPLATE;
 use kiln_models::loading::ModelDType;
 use kiln_models::noise::NoiseGenerator;
 use kiln_models::pipeline::ImageSizes;
-use kiln_models::qwen_image::MAX_PROMPT_TOKENS;
 
 use crate::backend::{BackendChoice, BackendKind, DTypeChoice, InvalidChoice, LoadSettings};
 use crate::checkpoint::{DEMO, QWEN_IMAGE};
@@ -671,7 +671,7 @@ pub(super) struct BenchArgs {
         long,
         value_name = "COUNT",
         default_value_t = 64,
-        value_parser = clap::value_parser!(u16).range(1..=MAX_PROMPT_TOKENS as i64)
+        value_parser = clap::value_parser!(u16).range(1..=TEMPLATE.max_prompt_tokens as i64)
     )]
     prompt_tokens: u16,
 

@@ -22,6 +22,7 @@ pub(super) fn run(args: &BenchArgs) -> Result<(), CliError> {
     let workload = Workload {
         request: request(&Limits::for_sizes(model.image_sizes()?))?,
         prompt_tokens: args.prompt_tokens(),
+        template: model.tokenizer.template(),
     };
 
     let meter = CostMeter::start();

@@ -111,10 +111,10 @@ impl Runner<'_> {
         let meter = CostMeter::start();
         let mut pipeline = self.model.pipeline(&settings)?;
         let load = meter.stop(pipeline.memory());
-        let device = pipeline.info().device.clone();
+        let device = pipeline.info().device();
 
         let job = self.request.clone().into_job(self.tokens.clone(), true);
-        let total = job.num_inference_steps;
+        let total = job.sampling.steps;
         progress.started(total, self.model.decode_steps(&job, &settings)?);
         let outcome = record(backend.to_string(), &mut *pipeline, load, job, |done| {
             progress.step(done, total);

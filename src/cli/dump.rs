@@ -6,7 +6,7 @@ pub(super) use self::read::{DumpError, read};
 
 use std::path::Path;
 
-use kiln_models::pipeline::TraceTensor;
+use kiln_models::job::TraceTensor;
 use safetensors::tensor::{Dtype, TensorView};
 
 use crate::request::PromptTokens;

@@ -5,7 +5,7 @@ use std::io::{self, Write};
 use std::path::PathBuf;
 use std::time::Instant;
 
-use kiln_models::pipeline::Output;
+use kiln_models::job::Output;
 
 use crate::backend;
 use crate::engine::{Engine, EngineSettings, Event, Finished, JobHandle, SubmitOptions, Timings};
@@ -60,7 +60,7 @@ pub(super) fn run(args: &GenerateArgs) -> Result<(), CliError> {
     let load_time = loading.elapsed();
     let engine = Engine::start(pipeline, one_job);
     let handle = engine.submit(job, SubmitOptions::default())?;
-    let finished = generate(handle, progress, request.num_inference_steps, decode_steps)?;
+    let finished = generate(handle, progress, request.sampling.steps, decode_steps)?;
 
     say_timings(&finished.timings);
     let writing = Instant::now();
@@ -129,8 +129,12 @@ fn write_images(
             screen.show(image)?;
         }
         if !args.json {
-            let (path, width, height, seed) =
-                (path.display(), image.width, image.height, request.seed);
+            let (path, width, height, seed) = (
+                path.display(),
+                image.width,
+                image.height,
+                request.noise.seed,
+            );
             writeln!(stdout, "{path} {width}x{height} seed {seed}").map_err(CliError::Stdout)?;
         }
         written.push(Image::new(
@@ -138,7 +142,7 @@ fn write_images(
             encoding.format,
             file.len(),
             image,
-            request.seed,
+            request.noise.seed,
             index,
         ));
     }

@@ -2,7 +2,8 @@ use std::path::Path;
 use std::time::Instant;
 
 use kiln_models::flops::FlopCount;
-use kiln_models::pipeline::{ImageSizes, Job, Pipeline};
+use kiln_models::job::Job;
+use kiln_models::pipeline::{ImageSizes, Pipeline};
 
 use crate::backend::{self, LoadSettings};
 use crate::checkpoint::{Checkpoint, DEMO, PromptGuide, QWEN_IMAGE, Shape};
@@ -84,7 +85,7 @@ impl Model {
         let seconds = started.elapsed().as_secs_f64();
         tracing::info!(
             "loaded in {seconds:.1} s: {} in {}",
-            info.device,
+            info.device(),
             info.dtype
         );
         Ok(pipeline)

@@ -1,7 +1,8 @@
 use std::net::TcpListener;
 
+use kiln_models::job::Job;
 use kiln_models::noise::NoiseGenerator;
-use kiln_models::pipeline::{ImageSizes, Job};
+use kiln_models::pipeline::ImageSizes;
 use tokio::runtime::Runtime;
 
 use crate::backend;

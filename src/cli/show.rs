@@ -5,7 +5,7 @@ use std::io::{self, IsTerminal, Write};
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use icy_sixel::SixelImage;
-use kiln_models::pipeline::RgbImage;
+use kiln_models::job::RgbImage;
 
 use crate::image::{Encoding, ImageFormat, encode};
 

@@ -11,7 +11,7 @@ mod report;
 mod ssim;
 mod tolerance;
 
-use kiln_models::pipeline::{RgbImage, TraceTensor};
+use kiln_models::job::{RgbImage, TraceTensor};
 use serde::Serialize;
 
 use self::difference::psnr;

@@ -1,6 +1,7 @@
 use std::slice::from_ref;
 
-use kiln_models::pipeline::{Job, JobId, Pipeline, PipelineError, RgbImage, TraceTensor};
+use kiln_models::job::{Job, JobId, RgbImage, TraceTensor};
+use kiln_models::pipeline::{Pipeline, PipelineError};
 use serde::Serialize;
 
 use crate::engine::{JobError, caught};
@@ -61,7 +62,7 @@ pub fn record(
     mut on_step: impl FnMut(usize),
 ) -> Result<(Recording, Costs), JobError> {
     const ID: JobId = 0;
-    let total = job.num_inference_steps;
+    let total = job.sampling.steps;
     let job = Job {
         record: true,
         ..job
@@ -100,127 +101,49 @@ pub(crate) fn measured<T>(
 
 #[cfg(test)]
 mod tests {
-    use kiln_models::noise::NoiseGenerator;
-    use kiln_models::pipeline::{CacheUses, ImageSizes, MemoryUse, ModelInfo, Output};
+    use kiln_models::pipeline::{MemoryUse, PipelineError};
+    use kiln_models::testing::{Call, FakePipeline, job, model_info};
 
     use super::*;
 
-    /// Draws one grey pixel, and panics at a step if told to.
-    struct Grey {
-        info: ModelInfo,
-        job: Option<Job>,
-        steps_done: usize,
-        panic_at: Option<usize>,
-    }
-
-    impl Pipeline for Grey {
-        fn info(&self) -> &ModelInfo {
-            &self.info
-        }
-
-        fn start(&mut self, _id: JobId, job: Job) -> Result<(), PipelineError> {
-            self.job = Some(job);
-            Ok(())
-        }
-
-        fn step(&mut self, _ids: &[JobId]) -> Result<Vec<usize>, PipelineError> {
-            self.steps_done += 1;
-            assert_ne!(Some(self.steps_done), self.panic_at, "out of grey");
-            Ok(vec![0])
-        }
-
-        fn preview(&mut self, id: JobId) -> Result<RgbImage, PipelineError> {
-            Err(PipelineError::NothingToShow(id))
-        }
-
-        fn finish(&mut self, _id: JobId) -> Result<Output, PipelineError> {
-            let values = vec![0.5; 3];
-            let picture = RgbImage::rounded(1, 1, &values);
-            let stage = TraceTensor {
-                name: "image_float".to_owned(),
-                shape: vec![1, 1, 1, 3],
-                values,
-            };
-            Ok(Output {
-                images: vec![picture],
-                trace: vec![stage],
-            })
-        }
-
-        fn discard(&mut self, _id: JobId) {}
-
-        fn memory(&self) -> MemoryUse {
-            MemoryUse {
-                in_use: Some(self.steps_done as u64),
-                ..MemoryUse::default()
+    /// Three steps of a pipeline that panics in the step of this number; and the numbers of the
+    /// steps that were reported.
+    fn run(panic_at: Option<usize>) -> (Result<(Recording, Costs), JobError>, Vec<usize>) {
+        let mut steps = 0;
+        let on_call = move |call: Call<'_>| -> Result<(), PipelineError> {
+            if let Call::Step(_) = call {
+                steps += 1;
+                assert_ne!(Some(steps), panic_at, "out of grey");
             }
-        }
-
-        fn caches(&self) -> CacheUses {
-            CacheUses::default()
-        }
-    }
-
-    fn grey(panic_at: Option<usize>) -> Grey {
-        Grey {
-            info: ModelInfo {
-                sizes: ImageSizes {
-                    multiple: 1,
-                    max_side: 1,
-                    default_side: 1,
-                },
-                vocab_size: 1,
-                device: String::new(),
-                dtype: "f32",
-            },
-            job: None,
-            steps_done: 0,
-            panic_at,
-        }
-    }
-
-    /// Three steps, and how many of them were told of.
-    fn run(pipeline: &mut Grey) -> (Result<(Recording, Costs), JobError>, Vec<usize>) {
-        let job = Job {
-            prompt: vec![0],
-            negative_prompt: None,
-            true_cfg_scale: 1.0,
-            height: 1,
-            width: 1,
-            num_inference_steps: 3,
-            num_images: 1,
-            seed: 0,
-            noise_generator: NoiseGenerator::Cpu,
-            record: false,
+            Ok(())
         };
+        let mut pipeline = FakePipeline::new(model_info()).on_call(on_call);
         let load = CostMeter::start().stop(MemoryUse::default());
-        let mut told = Vec::new();
-        let outcome = record("grey".to_owned(), pipeline, load, job, |done| {
-            told.push(done);
+        let mut reported = Vec::new();
+        let outcome = record("grey".to_owned(), &mut pipeline, load, job(16, 3), |done| {
+            reported.push(done);
         });
-        (outcome, told)
+        (outcome, reported)
     }
 
     #[test]
     fn every_stage_is_recorded_and_has_its_cost() {
-        let mut pipeline = grey(None);
-        let (outcome, told) = run(&mut pipeline);
+        let (outcome, reported) = run(None);
         let (recording, costs) = outcome.unwrap();
-        assert_eq!(told, [1, 2, 3]);
-        assert!(pipeline.job.unwrap().record);
-        assert_eq!(recording.picture.pixels, [128; 3]);
+        assert_eq!(reported, [1, 2, 3]);
+        assert_eq!(recording.picture.pixels, [0; 16 * 16 * 3]);
         assert_eq!(recording.stage("image_float").unwrap().values, [0.5; 3]);
         assert!(recording.stage("initial_noise").is_none());
         let in_use: Vec<_> = costs.steps.iter().map(|cost| cost.memory_in_use).collect();
-        assert_eq!(in_use, [Some(1), Some(2), Some(3)]);
+        assert_eq!(in_use, [Some(1), Some(1), Some(1)]);
         let lengths = costs.phases().map(|(_, costs)| costs.len());
         assert_eq!(lengths, [1, 1, 1, 2, 1]);
     }
 
     #[test]
     fn a_panic_of_the_backend_is_an_error() {
-        let (outcome, told) = run(&mut grey(Some(2)));
-        assert_eq!(told, [1]);
+        let (outcome, reported) = run(Some(2));
+        assert_eq!(reported, [1]);
         let error = outcome.unwrap_err().to_string();
         assert!(
             error.contains("panicked") && error.contains("out of grey"),

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use kiln_models::pipeline::{Job, JobId};
+use kiln_models::job::{Job, JobId};
 use tokio::sync::mpsc::UnboundedSender;
 
 use super::policy::Candidate;

@@ -4,7 +4,8 @@ use std::num::NonZeroUsize;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use kiln_models::pipeline::{Output, PipelineError, RgbImage};
+use kiln_models::job::{Output, RgbImage};
+use kiln_models::pipeline::PipelineError;
 
 /// What a caller wants of a job besides the picture.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]

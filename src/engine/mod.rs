@@ -17,7 +17,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use kiln_models::pipeline::{Job, JobId, ModelInfo, Pipeline};
+use kiln_models::job::{Job, JobId};
+use kiln_models::pipeline::{ModelInfo, Pipeline};
 use tokio::sync::mpsc::UnboundedReceiver;
 
 pub use self::job::{
@@ -76,7 +77,7 @@ impl Engine {
         let info = pipeline.info().clone();
         let shared = Arc::new(Shared::new(
             settings,
-            info.sizes.multiple,
+            pipeline.cost_model(),
             Arc::new(SystemClock),
         ));
         let worker = Worker::new(pipeline, Arc::clone(&shared));

@@ -3,7 +3,9 @@
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use kiln_models::pipeline::{CacheUses, Job, JobId, MemoryUse, Output, RgbImage};
+use kiln_models::flops::CostModel;
+use kiln_models::job::{Job, JobId, Output, RgbImage};
+use kiln_models::pipeline::{CacheUses, MemoryUse};
 use tokio::sync::mpsc::{UnboundedSender, unbounded_channel};
 use tokio::sync::watch;
 
@@ -46,8 +48,7 @@ struct Queue {
     entries: Vec<Entry>,
     max_unfinished: usize,
     max_started: usize,
-    /// Side of the square of pixels that is one token.
-    pixels_per_token: usize,
+    cost_model: CostModel,
     next_id: JobId,
     state: watch::Sender<State>,
     /// When draining is over.
@@ -81,14 +82,14 @@ enum Outcome {
 impl Shared {
     pub(super) fn new(
         settings: EngineSettings,
-        pixels_per_token: usize,
+        cost_model: CostModel,
         clock: Arc<dyn Clock>,
     ) -> Self {
         let mut queue = Queue {
             entries: Vec::new(),
             max_unfinished: settings.max_queue + 1,
             max_started: settings.max_started.max(1),
-            pixels_per_token,
+            cost_model,
             next_id: 0,
             state: watch::Sender::new(State::Ready),
             stop_at: None,
@@ -338,7 +339,7 @@ impl Queue {
     }
 
     fn forecast(&self, job: &Job) -> Forecast {
-        let work = Work::of(job, self.pixels_per_token);
+        let work = self.work(job);
         let mut candidates = self.candidates();
         candidates.push(Candidate {
             size: work.total(),
@@ -361,8 +362,12 @@ impl Queue {
                 .try_fold(Duration::ZERO, |wait, rest| {
                     Some(wait.saturating_add(rest?))
                 }),
-            estimated_work: self.speed.rest(&work, false, job.num_inference_steps),
+            estimated_work: self.speed.rest(&work, false, job.sampling.steps),
         }
+    }
+
+    fn work(&self, job: &Job) -> Work {
+        Work::new(self.cost_model.cost(job), job.sampling.steps)
     }
 
     fn push(
@@ -376,11 +381,11 @@ impl Queue {
         self.next_id += 1;
         self.entries.push(Entry {
             id,
-            work: Work::of(&job, self.pixels_per_token),
+            work: self.work(&job),
             options,
             submitted: now,
-            total_steps: job.num_inference_steps,
-            steps_left: job.num_inference_steps,
+            total_steps: job.sampling.steps,
+            steps_left: job.sampling.steps,
             waiting: Some(job),
             timings: Timings::default(),
             is_warm_up: false,

@@ -2,7 +2,8 @@
 
 use std::time::Duration;
 
-use kiln_models::pipeline::{CacheUse, MemoryUse, Output};
+use kiln_models::job::Output;
+use kiln_models::pipeline::{CacheUse, MemoryUse};
 
 use super::Timings;
 

@@ -3,13 +3,8 @@
 use std::collections::VecDeque;
 use std::time::Duration;
 
-use kiln_models::pipeline::Job;
+use kiln_models::flops::FlopCount;
 
-/// Tokens at which a sequence's attention costs as much as its linear layers: six times the width
-/// of Qwen-Image's transformer (3,072).
-const ATTENTION_TOKENS: f64 = 18_432.0;
-/// Decoding one token of Qwen-Image's latents takes 1.15 GFLOP, one token of a forward 13.6.
-const DECODE_WORK_PER_TOKEN: f64 = 0.085;
 /// Measurements of a stage that are remembered.
 const REMEMBERED: usize = 15;
 
@@ -21,33 +16,23 @@ pub(super) enum Stage {
     Decode,
 }
 
-/// A job's work by stage. The unit is what one token costs in one forward of Qwen-Image's
-/// transformer without attention; its text encoder's cost per token happens to be the same.
+/// A job's work by stage, in multiply-adds.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(super) struct Work {
     encode: f64,
-    /// One of them.
+    /// Work of one step.
     step: f64,
     decode: f64,
     steps: usize,
 }
 
 impl Work {
-    /// `pixels_per_token` is the side of the square that is one token.
-    pub(super) fn of(job: &Job, pixels_per_token: usize) -> Self {
-        let image_tokens = (job.height / pixels_per_token) * (job.width / pixels_per_token);
-        let negative = job.negative_prompt.as_deref().filter(|_| job.uses_cfg());
-        let texts = || std::iter::once(job.prompt.as_slice()).chain(negative);
-        let forward = |text: &[u32]| {
-            let tokens = (image_tokens + text.len()) as f64;
-            tokens * (1.0 + tokens / ATTENTION_TOKENS)
-        };
-        let images = job.num_images as f64;
+    pub(super) fn new(count: FlopCount, steps: usize) -> Self {
         Self {
-            encode: texts().map(|text| text.len() as f64).sum(),
-            step: images * texts().map(forward).sum::<f64>(),
-            decode: images * image_tokens as f64 * DECODE_WORK_PER_TOKEN,
-            steps: job.num_inference_steps,
+            encode: count.encode as f64,
+            step: count.step as f64,
+            decode: count.decode as f64,
+            steps,
         }
     }
 

@@ -4,8 +4,9 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::time::Duration;
 
+use kiln_models::job::{Job, JobId};
 use kiln_models::panic_message;
-use kiln_models::pipeline::{Job, JobId, Pipeline, PipelineError};
+use kiln_models::pipeline::{Pipeline, PipelineError, StepOutcome};
 
 use super::JobError;
 use super::queue::{Next, Shared};
@@ -49,8 +50,10 @@ impl Worker {
     }
 
     fn step(&mut self, id: JobId) {
-        let steps_left =
-            |left: Vec<usize>| left.first().copied().ok_or(PipelineError::UnknownJob(id));
+        let steps_left = |outcomes: Vec<StepOutcome>| match outcomes.first() {
+            Some(outcome) => Ok(outcome.steps_left),
+            None => Err(PipelineError::UnknownJob(id)),
+        };
         match self.call(|pipeline| pipeline.step(&[id]).and_then(steps_left)) {
             (Ok(steps_left), took) => {
                 if self.shared.stepped(id, steps_left, took) {

@@ -57,6 +57,6 @@ pub(super) async fn estimate(
         estimated_wait: seconds(forecast.estimated_wait),
         estimated_time: seconds(forecast.estimated_work),
         size: info.size(),
-        num_inference_steps: job.num_inference_steps,
+        num_inference_steps: job.sampling.steps,
     })
 }

@@ -4,8 +4,8 @@ use std::num::NonZeroUsize;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+use kiln_models::job::{Job, RgbImage};
 use kiln_models::noise::NoiseGenerator;
-use kiln_models::pipeline::{Job, RgbImage};
 use serde::Serialize;
 use tokio::task::spawn_blocking;
 use utoipa::ToSchema;
@@ -113,9 +113,9 @@ pub(super) struct ImageFacts {
 impl ImageFacts {
     pub(super) fn new(info: &RequestInfo, timings: StageSeconds) -> Self {
         Self {
-            seed: info.request.seed,
+            seed: info.request.noise.seed,
             size: info.size(),
-            num_inference_steps: info.request.num_inference_steps,
+            num_inference_steps: info.request.sampling.steps,
             timings,
         }
     }
@@ -153,7 +153,7 @@ impl Previews {
 impl RequestInfo {
     /// `WIDTHxHEIGHT` in pixels, as the image has it.
     pub(super) fn size(&self) -> String {
-        format!("{}x{}", self.request.width, self.request.height)
+        format!("{}x{}", self.request.size.width, self.request.size.height)
     }
 }
 
@@ -169,7 +169,7 @@ impl ParsedRequest {
     ) -> Result<RunningRequest, ApiError> {
         let received = Instant::now();
         let (info, job) = self.prepare(app, id, model).await?;
-        let steps = info.request.num_inference_steps;
+        let steps = info.request.sampling.steps;
         let options = SubmitOptions {
             deadline: app
                 .settings
@@ -183,7 +183,7 @@ impl ParsedRequest {
             size = info.size(),
             steps,
             images = info.request.num_images,
-            seed = info.request.seed,
+            seed = info.request.noise.seed,
             "accepted"
         );
         Ok(RunningRequest {
@@ -246,7 +246,10 @@ impl ParsedRequest {
             ApiError::Request { error, param }
         })?;
         if encoding.format == ImageFormat::Webp {
-            for (side, field) in [(request.height, "height"), (request.width, "width")] {
+            for (side, field) in [
+                (request.size.height, "height"),
+                (request.size.width, "width"),
+            ] {
                 if side > MAX_WEBP_SIDE {
                     let param = names.of(field);
                     return Err(ApiError::WebpSide { param, got: side });
@@ -374,7 +377,7 @@ fn prompt_tokens(app: &App, tokens: &PromptTokens) -> usize {
 
 /// A patch is `size_multiple` pixels squared.
 fn image_tokens(request: &GenerationRequest, size_multiple: usize) -> usize {
-    let patches = (request.height / size_multiple) * (request.width / size_multiple);
+    let patches = (request.size.height / size_multiple) * (request.size.width / size_multiple);
     patches * request.num_images
 }
 

@@ -358,7 +358,7 @@ fn file_response(encoded: EncodedImages) -> Result<Response, ApiError> {
             CONTENT_DISPOSITION,
             format!("attachment; filename=\"{name}\""),
         ),
-        (SEED_HEADER, encoded.info.request.seed.to_string()),
+        (SEED_HEADER, encoded.info.request.noise.seed.to_string()),
     ];
     Ok((headers, body).into_response())
 }

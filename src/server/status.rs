@@ -105,7 +105,7 @@ pub(super) async fn status(State(app): State<Arc<App>>) -> Result<Response, ApiE
         state: health::state_name(&app.engine.state()),
         model: app.model_name(None).to_owned(),
         version: env!("CARGO_PKG_VERSION"),
-        device: info.device.clone(),
+        device: info.device(),
         dtype: info.dtype,
         requests: Requests {
             running: stats.running,

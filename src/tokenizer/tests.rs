@@ -4,6 +4,8 @@ use std::iter;
 
 use tempfile::TempDir;
 
+use kiln_models::families::qwen_image::TEMPLATE;
+
 use super::*;
 
 const FIXTURES: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures");
@@ -11,7 +13,7 @@ const FIXTURES: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures");
 /// The tiny vocabulary as vocab.json and merges.txt ("base") or as tokenizer.json ("odd").
 fn tiny(checkpoint: &str) -> PromptTokenizer {
     let folder = format!("{FIXTURES}/checkpoints/{checkpoint}/tokenizer");
-    PromptTokenizer::load(Path::new(&folder)).unwrap()
+    PromptTokenizer::load(Path::new(&folder), &TEMPLATE).unwrap()
 }
 
 /// The real vocabulary, which is too large to be kept here.
@@ -20,7 +22,7 @@ fn real() -> Option<PromptTokenizer> {
         println!("SKIPPED: KILN_QWEN_TOKENIZER does not name the tokenizer folder of Qwen-Image");
         return None;
     };
-    Some(PromptTokenizer::load(Path::new(&folder)).unwrap())
+    Some(PromptTokenizer::load(Path::new(&folder), &TEMPLATE).unwrap())
 }
 
 /// A copy of the tiny vocabulary's folder, to be damaged.
@@ -35,7 +37,7 @@ fn copy() -> TempDir {
 
 /// The messages of the error and its sources, with the folder's path as `DIR`.
 fn load_error(folder: &Path) -> String {
-    let error = PromptTokenizer::load(folder).unwrap_err();
+    let error = PromptTokenizer::load(folder, &TEMPLATE).unwrap_err();
     let chain = iter::successors(Some(&error as &dyn Error), |error| (*error).source());
     let message = chain
         .map(ToString::to_string)
@@ -62,7 +64,7 @@ fn the_prompt_stands_in_the_template() {
     let tokenizer = tiny("odd"); // tokenizer.json has a decoder
     let ids = tokenizer.encode_prompt("A {} fox").unwrap();
     let whole = tokenizer
-        .encode(&format!("{TEMPLATE_START}A {{}} fox{TEMPLATE_END}"))
+        .encode(&format!("{}A {{}} fox{}", TEMPLATE.prefix, TEMPLATE.suffix))
         .unwrap();
     assert_eq!(ids, whole);
 
@@ -114,7 +116,7 @@ fn a_prompt_of_1024_tokens_is_the_longest() {
 fn the_real_vocabulary_has_34_tokens_before_the_prompt() {
     let Some(tokenizer) = real() else { return };
     // diffusers cuts this many off: `prompt_template_encode_start_idx` of pipeline_qwenimage.py.
-    assert_eq!(tokenizer.encode(TEMPLATE_START).unwrap().len(), 34);
+    assert_eq!(tokenizer.encode(TEMPLATE.prefix).unwrap().len(), 34);
     assert_eq!(tokenizer.template_tokens, 39);
     assert_eq!(tokenizer.vocab_size(), 151_665);
 }
@@ -142,7 +144,7 @@ fn the_real_vocabulary_gives_transformers_ids() {
 fn added_tokens_json_stands_in_for_the_decoder() {
     let folder = copy();
     fs::write(folder.path().join("tokenizer_config.json"), "{}").unwrap();
-    let old = PromptTokenizer::load(folder.path()).unwrap();
+    let old = PromptTokenizer::load(folder.path(), &TEMPLATE).unwrap();
     let prompt = "a <|im_end|>\u{338} <tool_call> 'S";
     assert_eq!(
         old.encode_prompt(prompt).unwrap(),

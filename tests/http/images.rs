@@ -61,7 +61,7 @@ fn everything_that_openais_clients_send_is_taken() {
     assert_eq!(files.len(), 2);
     assert!(files.iter().all(|file| file.starts_with(b"RIFF")));
     assert_eq!(reply.body["output_format"], "webp");
-    assert_eq!(server.last_job().num_inference_steps, 20);
+    assert_eq!(server.last_job().sampling.steps, 20);
 }
 
 #[test]
@@ -89,13 +89,12 @@ fn the_references_extensions_are_used() {
     assert_eq!(reply.body["seed"], 42);
 
     let job = server.last_job();
-    assert!(job.uses_cfg());
+    assert_eq!(job.guidance.map(|guidance| guidance.scale), Some(2.5));
     assert_eq!(
-        (job.height, job.width, job.num_inference_steps),
+        (job.size.height, job.size.width, job.sampling.steps),
         (32, 96, 3)
     );
-    assert!((job.true_cfg_scale - 2.5).abs() < f64::EPSILON);
-    assert_eq!(job.noise_generator, NoiseGenerator::Cuda);
+    assert_eq!(job.noise.generator, NoiseGenerator::Cuda);
 }
 
 #[test]

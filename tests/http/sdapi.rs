@@ -89,8 +89,8 @@ fn a_prompt_is_enough() {
         (64, 64, vec![seed as u8; 64 * 64 * 3])
     );
     let job = server.last_job();
-    assert_eq!((job.seed, job.num_inference_steps), (seed, 50));
-    assert!(!job.uses_cfg());
+    assert_eq!((job.noise.seed, job.sampling.steps), (seed, 50));
+    assert!(!job.guidance.is_some());
     let info = info(&reply);
     assert_eq!(info["seed"], seed);
     assert_eq!(info["cfg_scale"], 1.0);
@@ -112,8 +112,8 @@ fn all_fields_are_used_and_the_answer_says_what_was_drawn() {
         assert_eq!(decode_png(file), (96, 32, vec![42; 96 * 32 * 3]));
     }
     let job = server.last_job();
-    assert!(job.uses_cfg());
-    assert_eq!((job.true_cfg_scale, job.num_inference_steps), (7.0, 3));
+    assert_eq!(job.guidance.unwrap().scale, 7.0);
+    assert_eq!(job.sampling.steps, 3);
 
     let parameters = &reply.body["parameters"];
     for (key, value) in [

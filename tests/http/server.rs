@@ -9,13 +9,14 @@ use kiln::engine::{DEFAULT_MAX_STARTED, Engine, EngineSettings};
 use kiln::request::Limits;
 use kiln::server::{App, Settings};
 use kiln::tokenizer::PromptTokenizer;
+use kiln_models::families::Family;
+use kiln_models::job::Job;
 use kiln_models::noise::NoiseGenerator;
-use kiln_models::pipeline::Job;
 use tokio::sync::oneshot;
 
-use super::pipeline::{FakePipeline, Pace, Record};
+use super::pipeline::{Pace, Record, fake};
 
-/// A server on a free port, with a [`FakePipeline`].
+/// A server on a free port, with a fake pipeline.
 pub(super) struct TestServer {
     pub(super) address: SocketAddr,
     pub(super) engine: Engine,
@@ -31,7 +32,7 @@ impl TestServer {
 
     pub(super) fn with_settings(pace: Pace, max_queue: usize, settings: Settings) -> Self {
         let record = Arc::new(Record::default());
-        let pipeline = FakePipeline::new(pace, Arc::clone(&record));
+        let pipeline = fake(pace, Arc::clone(&record));
         let engine_settings = EngineSettings {
             max_queue,
             max_started: DEFAULT_MAX_STARTED,
@@ -121,5 +122,6 @@ impl Drop for TestServer {
 /// The tokenizer that the servers use.
 pub(super) fn load_tokenizer() -> PromptTokenizer {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
-    PromptTokenizer::load(&root.join("tests/fixtures/checkpoints/base/tokenizer")).unwrap()
+    let folder = root.join("tests/fixtures/checkpoints/base/tokenizer");
+    PromptTokenizer::load(&folder, Family::QwenImage.template()).unwrap()
 }

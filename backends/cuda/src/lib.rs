@@ -9,9 +9,9 @@ use burn_cuda::{Cuda, CudaDevice};
 use cudarc::driver::result::{self, DriverError};
 use cudarc::driver::sys::CUdevice_attribute as Attribute;
 use cudarc::driver::sys::CUresult;
+use kiln_models::families::CheckpointParts;
 use kiln_models::loading::{self, DeviceInfo, LoadOptions, ModelDType, OpenError, Target};
 use kiln_models::pipeline::Pipeline;
-use kiln_models::qwen_image::CheckpointParts;
 
 const NAME: &str = "cuda";
 

@@ -21,9 +21,9 @@ use std::env;
 use burn_cuda::{Cuda, CudaDevice};
 
 use backend_parity::draws_what_diffusers_draws;
+use kiln_models::families::CheckpointParts;
 use kiln_models::loading::LoadOptions;
 use kiln_models::pipeline::Pipeline;
-use kiln_models::qwen_image::CheckpointParts;
 use suite::{Extent, suites, test_every_op};
 
 /// `KILN_CASES` is the number of cases of each op.

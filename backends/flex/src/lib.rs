@@ -2,9 +2,9 @@
 
 use burn_flex::{Flex, FlexDevice};
 use burn_tensor::DType;
+use kiln_models::families::CheckpointParts;
 use kiln_models::loading::{self, DeviceInfo, LoadOptions, ModelDType, OpenError, Target};
 use kiln_models::pipeline::Pipeline;
-use kiln_models::qwen_image::CheckpointParts;
 
 /// The CPU. Weights are kept in any of the types.
 pub fn devices() -> Result<Vec<DeviceInfo>, OpenError> {

@@ -1,9 +1,9 @@
 //! kiln's pipeline on burn's CPU backend ndarray: slow, and independent of flex.
 
 use burn_ndarray::{NdArray, NdArrayDevice};
+use kiln_models::families::CheckpointParts;
 use kiln_models::loading::{self, DeviceInfo, LoadOptions, ModelDType, OpenError, Target};
 use kiln_models::pipeline::Pipeline;
-use kiln_models::qwen_image::CheckpointParts;
 
 /// The CPU, in f32: ndarray has no narrower type.
 pub fn devices() -> Result<Vec<DeviceInfo>, OpenError> {

@@ -4,9 +4,9 @@ use std::panic::catch_unwind;
 
 use burn_wgpu::graphics::{AutoGraphicsApi, GraphicsApi};
 use burn_wgpu::{Wgpu, WgpuDevice};
+use kiln_models::families::CheckpointParts;
 use kiln_models::loading::{self, DeviceInfo, LoadOptions, ModelDType, OpenError, Target};
 use kiln_models::pipeline::Pipeline;
-use kiln_models::qwen_image::CheckpointParts;
 use wgpu::DeviceType;
 
 const NAME: &str = "wgpu";

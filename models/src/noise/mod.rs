@@ -29,6 +29,16 @@ pub enum NoiseGenerator {
     Cuda,
 }
 
+impl NoiseGenerator {
+    /// The generator's device in torch: `cpu` or `cuda`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Cpu => "cpu",
+            Self::Cuda => "cuda",
+        }
+    }
+}
+
 /// `torch.randn(count, generator=torch.Generator(device).manual_seed(seed))` in f32, row-major.
 pub fn randn(generator: NoiseGenerator, seed: u64, count: usize) -> Vec<f32> {
     match generator {

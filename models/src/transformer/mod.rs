@@ -28,7 +28,7 @@ pub(crate) use modulation::TIME_CHANNELS;
 const EPS: f64 = 1e-6;
 
 /// One sequence of a packed forward: an image, its text, and the timestep it is at.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Segment {
     /// Rows of packed latent tokens.
     pub height: usize,
@@ -56,8 +56,14 @@ pub struct Packing<B: FusedOps> {
 }
 
 impl<B: FusedOps> Packing<B> {
-    pub fn segments(&self) -> &[Segment] {
-        &self.segments
+    /// Bytes of the position tables on the device.
+    pub fn bytes(&self) -> usize {
+        let tables = [&self.image_rope, &self.text_rope].map(|rope| [&rope.cos, &rope.sin]);
+        let elements = tables
+            .iter()
+            .flatten()
+            .map(|table| table.shape().num_elements());
+        elements.sum::<usize>() * size_of::<f32>()
     }
 
     /// Tokens of each segment's joint sequence: its text, then its image.

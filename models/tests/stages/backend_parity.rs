@@ -3,10 +3,11 @@
 
 use std::fs;
 
+use kiln_models::families::CheckpointParts;
+use kiln_models::job::Job;
 use kiln_models::loading::{LoadOptions, ModelDType};
 use kiln_models::noise::NoiseGenerator;
-use kiln_models::pipeline::{Job, Pipeline};
-use kiln_models::qwen_image::CheckpointParts;
+use kiln_models::pipeline::Pipeline;
 use kiln_models::vae::{Tiling, VaeSettings};
 use serde_json::Value;
 
@@ -43,7 +44,7 @@ pub(crate) fn draws_what_diffusers_draws(
     let parts = parts(case["checkpoint"].as_str().unwrap());
     let mut pipeline = open(&parts, options);
     pipeline.start(0, job(case, &reference)).unwrap();
-    while pipeline.step(&[0]).unwrap() != [0] {}
+    while pipeline.step(&[0]).unwrap()[0].steps_left > 0 {}
     let output = pipeline.finish(0).unwrap();
 
     let mut compared = 0;
@@ -80,16 +81,24 @@ pub(crate) fn draws_what_diffusers_draws(
 fn job(case: &Value, reference: &Stages) -> Job {
     let size = reference.shape("image_u8");
     Job {
-        prompt: reference.ids("token_ids"),
-        negative_prompt: (!case["negative_prompt"].is_null())
-            .then(|| reference.ids("negative_token_ids")),
-        true_cfg_scale: case["true_cfg_scale"].as_f64().unwrap(),
-        height: size[1],
-        width: size[2],
-        num_inference_steps: case["num_inference_steps"].as_u64().unwrap() as usize,
+        conditioning: reference.ids("token_ids").into(),
+        guidance: Guidance::new(
+            (!case["negative_prompt"].is_null())
+                .then(|| reference.ids("negative_token_ids").into()),
+            case["true_cfg_scale"].as_f64().unwrap(),
+        ),
+        size: Size {
+            height: size[1],
+            width: size[2],
+        },
+        sampling: Sampling {
+            steps: case["num_inference_steps"].as_u64().unwrap() as usize,
+        },
+        noise: Noise {
+            seed: case["seed"].as_u64().unwrap(),
+            generator: NoiseGenerator::Cpu,
+        },
         num_images: size[0],
-        seed: case["seed"].as_u64().unwrap(),
-        noise_generator: NoiseGenerator::Cpu,
         record: true,
     }
 }

@@ -6,9 +6,11 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use burn_flex::{Flex, FlexDevice};
 use bytes::Bytes;
-use kiln_models::noise::NoiseGenerator;
-use kiln_models::pipeline::{Job, JobId, Output, Pipeline};
-use kiln_models::qwen_image::{CheckpointParts, PipelineSettings, QwenImage};
+use kiln_models::families::{self, CheckpointParts};
+use kiln_models::job::{Job, JobId, Output};
+use kiln_models::pipeline::Pipeline;
+use kiln_models::session::SessionSettings;
+use kiln_models::testing;
 use kiln_models::vae::VaeSettings;
 use kiln_models::{TensorInfo, TensorSource};
 
@@ -41,7 +43,7 @@ impl TensorSource for Unreliable {
 }
 
 /// A pipeline of the smallest checkpoint, whose transformer's weights can be made unreadable.
-fn pipeline() -> (QwenImage<Flex>, Arc<AtomicBool>) {
+fn pipeline() -> (Box<dyn Pipeline>, Arc<AtomicBool>) {
     let is_broken = Arc::new(AtomicBool::new(false));
     let whole = parts("base");
     let parts = CheckpointParts {
@@ -51,39 +53,34 @@ fn pipeline() -> (QwenImage<Flex>, Arc<AtomicBool>) {
         }),
         ..whole
     };
-    let settings = PipelineSettings {
+    let settings = SessionSettings::<Flex> {
+        device: FlexDevice,
+        backend: "test",
+        device_index: 0,
+        device_name: "fake".to_owned(),
         precision: F32,
         vae: VaeSettings::default(),
     };
-    let pipeline = QwenImage::load(&parts, FlexDevice, "test".to_owned(), settings);
-    (pipeline.unwrap(), is_broken)
+    (families::open(&parts, settings).unwrap(), is_broken)
 }
 
 fn job(steps: usize) -> Job {
     Job {
-        prompt: (0..40).collect(),
-        negative_prompt: None,
-        true_cfg_scale: 1.0,
-        height: 32,
-        width: 32,
-        num_inference_steps: steps,
-        num_images: 1,
-        seed: 7,
-        noise_generator: NoiseGenerator::Cpu,
-        record: false,
+        conditioning: (0..40).collect::<Vec<u32>>().into(),
+        ..testing::job(32, steps)
     }
 }
 
-fn generate(pipeline: &mut impl Pipeline, id: JobId, job: Job) -> Output {
+fn generate(pipeline: &mut dyn Pipeline, id: JobId, job: Job) -> Output {
     pipeline.start(id, job).unwrap();
-    while pipeline.step(&[id]).unwrap() != [0] {}
+    while pipeline.step(&[id]).unwrap()[0].steps_left > 0 {}
     pipeline.finish(id).unwrap()
 }
 
 #[test]
 fn a_panic_loses_what_was_kept_and_nothing_else() {
     let (mut pipeline, is_broken) = pipeline();
-    let expected = generate(&mut pipeline, 1, job(2));
+    let expected = generate(&mut *pipeline, 1, job(2));
     // In work while another one fails.
     pipeline.start(2, job(2)).unwrap();
     pipeline.step(&[2]).unwrap();
@@ -98,12 +95,12 @@ fn a_panic_loses_what_was_kept_and_nothing_else() {
     pipeline.step(&[2]).unwrap();
     assert_eq!(pipeline.finish(2).unwrap(), expected);
     let before = pipeline.caches();
-    assert_eq!(generate(&mut pipeline, 4, job(2)), expected);
+    assert_eq!(generate(&mut *pipeline, 4, job(2)), expected);
     // Nothing that was made before the panic is trusted.
     let after = pipeline.caches();
     assert_eq!(after.embeddings.misses, before.embeddings.misses + 1);
     assert_eq!(after.modulation.misses, before.modulation.misses + 1);
     // What is made after it is kept again.
-    assert_eq!(generate(&mut pipeline, 5, job(2)), expected);
+    assert_eq!(generate(&mut *pipeline, 5, job(2)), expected);
     assert_eq!(pipeline.caches().embeddings.misses, after.embeddings.misses);
 }

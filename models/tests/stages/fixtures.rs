@@ -8,7 +8,7 @@ use std::sync::Arc;
 use burn_tensor::{DType, Tensor, TensorData};
 use bytes::Bytes;
 use kiln_models::config::ConfigText;
-use kiln_models::qwen_image::{CheckpointConfigs, CheckpointParts};
+use kiln_models::families::{CheckpointConfigs, CheckpointParts};
 use kiln_models::{Precision, StoredDType, TensorInfo, TensorSource};
 use kiln_ops::FusedOps;
 use safetensors::{Dtype, SafeTensors};

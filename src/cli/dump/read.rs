@@ -4,7 +4,7 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use kiln_models::pipeline::{RgbImage, TraceTensor};
+use kiln_models::job::{RgbImage, TraceTensor};
 use safetensors::tensor::{Dtype, SafeTensorError, SafeTensors, TensorView};
 
 use crate::compare::Recording;

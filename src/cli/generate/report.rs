@@ -3,8 +3,8 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use kiln_models::noise::NoiseGenerator;
-use kiln_models::pipeline::{ModelInfo, RgbImage};
+use kiln_models::job::RgbImage;
+use kiln_models::pipeline::ModelInfo;
 use serde::Serialize;
 
 use crate::engine::Timings;
@@ -19,9 +19,9 @@ pub(super) struct Report<'a> {
     /// As it was named.
     model: &'a str,
     /// As `--backend` has it.
-    backend: &'a str,
+    backend: &'static str,
     /// As `kiln backends` lists it.
-    device: &'a str,
+    device: String,
     dtype: &'static str,
     prompt: &'a str,
     negative_prompt: Option<&'a str>,
@@ -71,31 +71,24 @@ pub(super) struct Seconds {
 impl<'a> Report<'a> {
     pub(super) fn new(
         model: &'a str,
-        info: &'a ModelInfo,
+        info: &ModelInfo,
         request: &'a GenerationRequest,
         images: Vec<Image>,
         dump: Option<&'a Path>,
         seconds: Seconds,
     ) -> Self {
-        let backend = info
-            .device
-            .split_once(':')
-            .map_or(info.device.as_str(), |(backend, _)| backend);
         Self {
             kiln: env!("CARGO_PKG_VERSION"),
             model,
-            backend,
-            device: &info.device,
+            backend: info.backend,
+            device: info.device(),
             dtype: info.dtype,
             prompt: &request.prompt,
             negative_prompt: request.negative_prompt.as_deref(),
             true_cfg_scale: request.true_cfg_scale,
-            guidance: request.uses_cfg(),
-            num_inference_steps: request.num_inference_steps,
-            rng: match request.noise_generator {
-                NoiseGenerator::Cpu => "cpu",
-                NoiseGenerator::Cuda => "cuda",
-            },
+            guidance: request.guidance().is_some(),
+            num_inference_steps: request.sampling.steps,
+            rng: request.noise.generator.name(),
             images,
             dump,
             seconds,

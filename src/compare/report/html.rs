@@ -2,7 +2,7 @@
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
-use kiln_models::pipeline::RgbImage;
+use kiln_models::job::RgbImage;
 use maud::{DOCTYPE, Markup, PreEscaped, html};
 
 use crate::image::{EncodeError, Encoding, ImageFormat, encode};

@@ -5,9 +5,8 @@ mod html;
 mod table;
 mod tables;
 
+use kiln_models::job::RgbImage;
 use kiln_models::loading::ModelDType;
-use kiln_models::noise::NoiseGenerator;
-use kiln_models::pipeline::RgbImage;
 use serde::Serialize;
 
 use crate::image::EncodeError;
@@ -85,14 +84,11 @@ impl Settings {
             prompt: request.prompt.clone(),
             negative_prompt: request.negative_prompt.clone(),
             true_cfg_scale: request.true_cfg_scale,
-            height: request.height,
-            width: request.width,
-            num_inference_steps: request.num_inference_steps,
-            seed: request.seed,
-            rng: match request.noise_generator {
-                NoiseGenerator::Cpu => "cpu",
-                NoiseGenerator::Cuda => "cuda",
-            },
+            height: request.size.height,
+            width: request.size.width,
+            num_inference_steps: request.sampling.steps,
+            seed: request.noise.seed,
+            rng: request.noise.generator.name(),
         }
     }
 }

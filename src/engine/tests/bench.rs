@@ -1,12 +1,11 @@
-use std::collections::{HashMap, VecDeque};
+use std::collections::VecDeque;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use kiln_models::noise::NoiseGenerator;
-use kiln_models::pipeline::{
-    CacheUse, CacheUses, ImageSizes, Job, JobId, MemoryUse, ModelInfo, Output, Pipeline,
-    PipelineError, RgbImage,
-};
+use kiln_models::flops::{CostModel, FlopCount};
+use kiln_models::job::{Conditioning, Job, Noise, RgbImage};
+use kiln_models::pipeline::{CacheUse, CacheUses, ImageSizes, ModelInfo, Pipeline, PipelineError};
+use kiln_models::testing::{self, FakePipeline};
 
 use crate::engine::queue::{Clock, Next, Shared};
 use crate::engine::work::{Stage, Work};
@@ -105,164 +104,141 @@ impl Clock for SimulatedClock {
     }
 }
 
-/// Generates 1x1 images that show the seed. Takes 1 ms for each unit of work, and 5 ms a preview.
-pub(super) struct Fake {
-    info: ModelInfo,
-    jobs: HashMap<JobId, (Job, usize)>,
-    clock: Arc<SimulatedClock>,
-    log: Arc<Mutex<Vec<Logged>>>,
-    is_lost: bool,
+/// The cost model of the fake pipeline, in thousandths of the device's milliseconds. A pixel is a
+/// token, and attention costs as much as all else at 18,432 tokens.
+pub(super) fn flops(job: &Job) -> FlopCount {
+    let tokens = job.size.pixels() as f64;
+    let forward = |text: &Conditioning| {
+        let tokens = tokens + text.tokens.len() as f64;
+        tokens * (1.0 + tokens / 18_432.0)
+    };
+    let images = job.num_images as f64;
+    let units = |value: f64| (value * 1000.0).round() as u64;
+    FlopCount {
+        encode: units(job.branches().map(|text| text.tokens.len() as f64).sum()),
+        modulation: 0,
+        step: units(images * job.branches().map(forward).sum::<f64>()),
+        decode: units(images * tokens * 0.085),
+    }
 }
 
-/// A pixel is a token.
-const PIXELS_PER_TOKEN: usize = 1;
+fn work(job: &Job) -> Work {
+    Work::new(flops(job), job.sampling.steps)
+}
 
 /// Device time of a stage of a job.
 pub(super) fn cost(job: &Job, stage: Stage) -> Duration {
-    Duration::from_secs_f64(Work::of(job, PIXELS_PER_TOKEN).of_stage(stage) / 1000.0)
+    Duration::from_secs_f64(work(job).of_stage(stage) / 1e6)
 }
 
 /// Device time of all of a job.
 pub(super) fn whole_cost(job: &Job) -> Duration {
-    Duration::from_secs_f64(Work::of(job, PIXELS_PER_TOKEN).total() / 1000.0)
+    Duration::from_secs_f64(work(job).total() / 1e6)
 }
 
-impl Fake {
-    pub(super) fn new(clock: Arc<SimulatedClock>, log: Arc<Mutex<Vec<Logged>>>) -> Self {
-        let info = ModelInfo {
-            sizes: ImageSizes {
-                multiple: PIXELS_PER_TOKEN,
-                max_side: 1024,
-                default_side: 8,
-            },
-            vocab_size: 8,
-            device: "fake".into(),
-            dtype: "f32",
+/// A pipeline that makes 1x1 images which show the seed. Its work takes simulated time: 1 ms for
+/// each token of a forward, and 5 ms for a preview.
+pub(super) fn fake(clock: Arc<SimulatedClock>, log: Arc<Mutex<Vec<Logged>>>) -> FakePipeline {
+    let info = ModelInfo {
+        sizes: ImageSizes {
+            multiple: 1,
+            max_side: 1024,
+            default_side: 8,
+        },
+        vocab_size: 8,
+        ..testing::model_info()
+    };
+    let caches = CacheUses {
+        embeddings: CacheUse {
+            max_bytes: 77,
+            ..CacheUse::default()
+        },
+        modulation: CacheUse::default(),
+    };
+    let mut is_lost = false;
+    let on_call = move |call: testing::Call<'_>| -> Result<(), PipelineError> {
+        let (job, logged, takes) = match call {
+            testing::Call::Start(job) => (
+                job,
+                Call::Start as fn(u64) -> Call,
+                cost(job, Stage::Encode),
+            ),
+            testing::Call::Step(job) => (job, Call::Step as _, cost(job, Stage::Step)),
+            testing::Call::Preview(job) => (job, Call::Preview as _, ms(5)),
+            testing::Call::Finish(job) => (job, Call::Finish as _, cost(job, Stage::Decode)),
+            testing::Call::Discard(job) => (job, Call::Discard as _, Duration::ZERO),
+            testing::Call::Probe if is_lost => {
+                return Err(PipelineError::Device("gone".into()));
+            }
+            testing::Call::Probe => return Ok(()),
         };
-        Self {
-            info,
-            jobs: HashMap::new(),
-            clock,
-            log,
-            is_lost: false,
+        let began = clock.elapsed();
+        clock.advance(takes);
+        let ended = clock.elapsed();
+        let call_of_job = logged(job.noise.seed);
+        log.lock().unwrap().push(Logged {
+            call: call_of_job,
+            began,
+            ended,
+        });
+        let behaviour = job.conditioning.tokens[0];
+        match call {
+            testing::Call::Start(_) => assert!(behaviour != PANIC_IN_START, "start went wrong"),
+            testing::Call::Preview(_) => {
+                assert!(behaviour != PANIC_IN_PREVIEW, "preview went wrong");
+            }
+            testing::Call::Finish(_) => assert!(behaviour != PANIC_IN_FINISH, "finish went wrong"),
+            testing::Call::Step(_) => {
+                assert!(behaviour != PANIC_IN_STEP, "step went wrong");
+                is_lost |= behaviour == LOSE_DEVICE_IN_STEP;
+                if behaviour == FAIL_IN_STEP || is_lost {
+                    return Err(PipelineError::Device("out of memory".into()));
+                }
+            }
+            testing::Call::Discard(_) | testing::Call::Probe => {}
         }
-    }
-
-    fn work(&self, call: Call, takes: Duration) {
-        let began = self.clock.elapsed();
-        self.clock.advance(takes);
-        let ended = self.clock.elapsed();
-        self.log.lock().unwrap().push(Logged { call, began, ended });
-    }
+        Ok(())
+    };
+    FakePipeline::new(info)
+        .with_cost_model(CostModel::new(flops))
+        .with_caches(caches)
+        .images(|job, steps_left| {
+            image(
+                job,
+                if steps_left == 0 {
+                    255
+                } else {
+                    steps_left as u8
+                },
+            )
+        })
+        .on_call(on_call)
 }
 
 fn image(job: &Job, marked: u8) -> RgbImage {
     RgbImage {
         height: 1,
         width: 1,
-        pixels: vec![job.seed as u8, marked, marked],
-    }
-}
-
-impl Pipeline for Fake {
-    fn info(&self) -> &ModelInfo {
-        &self.info
-    }
-
-    fn start(&mut self, id: JobId, job: Job) -> Result<(), PipelineError> {
-        self.work(Call::Start(job.seed), cost(&job, Stage::Encode));
-        assert!(job.prompt[0] != PANIC_IN_START, "start went wrong");
-        let steps = job.num_inference_steps;
-        self.jobs.insert(id, (job, steps));
-        Ok(())
-    }
-
-    fn step(&mut self, ids: &[JobId]) -> Result<Vec<usize>, PipelineError> {
-        let mut steps_left = Vec::new();
-        for id in ids {
-            let (job, left) = self.jobs.get(id).ok_or(PipelineError::UnknownJob(*id))?;
-            self.work(Call::Step(job.seed), cost(job, Stage::Step));
-            assert!(job.prompt[0] != PANIC_IN_STEP, "step {left} went wrong");
-            self.is_lost |= job.prompt[0] == LOSE_DEVICE_IN_STEP;
-            if job.prompt[0] == FAIL_IN_STEP || self.is_lost {
-                return Err(PipelineError::Device("out of memory".into()));
-            }
-            let left = left - 1;
-            steps_left.push(left);
-            self.jobs.get_mut(id).unwrap().1 = left;
-        }
-        Ok(steps_left)
-    }
-
-    fn preview(&mut self, id: JobId) -> Result<RgbImage, PipelineError> {
-        let (job, steps_left) = self.jobs.get(&id).ok_or(PipelineError::UnknownJob(id))?;
-        self.work(Call::Preview(job.seed), ms(5));
-        assert!(job.prompt[0] != PANIC_IN_PREVIEW, "preview went wrong");
-        Ok(image(job, *steps_left as u8))
-    }
-
-    fn finish(&mut self, id: JobId) -> Result<Output, PipelineError> {
-        let (job, steps_left) = self.jobs.remove(&id).ok_or(PipelineError::UnknownJob(id))?;
-        assert_eq!(steps_left, 0, "decoded too early");
-        self.work(Call::Finish(job.seed), cost(&job, Stage::Decode));
-        assert!(job.prompt[0] != PANIC_IN_FINISH, "finish went wrong");
-        Ok(Output {
-            images: vec![image(&job, 255); job.num_images],
-            trace: Vec::new(),
-        })
-    }
-
-    fn discard(&mut self, id: JobId) {
-        if let Some((job, _)) = self.jobs.remove(&id) {
-            self.work(Call::Discard(job.seed), Duration::ZERO);
-        }
-    }
-
-    fn probe(&mut self) -> Result<(), PipelineError> {
-        if self.is_lost {
-            return Err(PipelineError::Device("gone".into()));
-        }
-        Ok(())
-    }
-
-    /// As many bytes as jobs.
-    fn memory(&self) -> MemoryUse {
-        MemoryUse {
-            in_use: Some(self.jobs.len() as u64),
-            ..MemoryUse::default()
-        }
-    }
-
-    fn caches(&self) -> CacheUses {
-        CacheUses {
-            embeddings: CacheUse {
-                max_bytes: 77,
-                ..CacheUse::default()
-            },
-            modulation: CacheUse::default(),
-        }
+        pixels: vec![job.noise.seed as u8, marked, marked],
     }
 }
 
 /// A square of `side` tokens. Its step takes `side²` ms and a bit.
 pub(super) fn job(seed: u64, side: usize, steps: usize) -> Job {
+    let plain = testing::job(side, steps);
     Job {
-        prompt: vec![WELL],
-        negative_prompt: None,
-        true_cfg_scale: 1.0,
-        height: side,
-        width: side,
-        num_inference_steps: steps,
-        num_images: 1,
-        seed,
-        noise_generator: NoiseGenerator::Cpu,
-        record: false,
+        conditioning: vec![WELL].into(),
+        noise: Noise {
+            seed,
+            ..plain.noise
+        },
+        ..plain
     }
 }
 
 pub(super) fn behaving(behaviour: u32, job: Job) -> Job {
     Job {
-        prompt: vec![behaviour],
+        conditioning: vec![behaviour].into(),
         ..job
     }
 }
@@ -287,9 +263,13 @@ impl Bench {
     pub(super) fn new(settings: EngineSettings) -> Self {
         let clock = Arc::new(SimulatedClock::new());
         let log = Arc::new(Mutex::new(Vec::new()));
-        let shared = Shared::new(settings, PIXELS_PER_TOKEN, Arc::clone(&clock) as Arc<_>);
+        let pipeline = fake(Arc::clone(&clock), Arc::clone(&log));
+        let shared = Shared::new(
+            settings,
+            pipeline.cost_model(),
+            Arc::clone(&clock) as Arc<_>,
+        );
         let shared = Arc::new(shared);
-        let pipeline = Fake::new(Arc::clone(&clock), Arc::clone(&log));
         Self {
             worker: Worker::new(Box::new(pipeline), Arc::clone(&shared)),
             shared,

@@ -1,7 +1,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use kiln_models::pipeline::Job;
+use kiln_models::job::Job;
 
 use super::bench::{Bench, Call, Logged, cost, job, ms, outcome, settings, whole_cost};
 use crate::engine::SubmitOptions;
@@ -186,14 +186,14 @@ fn every_crowd_is_served_in_bounded_time() {
 /// Every job is done within four times the work of those that came before it, unfinished, and its
 /// own; but encoding and decoding wait as a step does, and others' turns can end a turn too late.
 fn nothing_starved(bench: &Bench, arrivals: &[Arrival], crowd: u64) {
-    let turns = |job: &Job| job.num_inference_steps as u32 + 2;
+    let turns = |job: &Job| job.sampling.steps as u32 + 2;
     let longest_turn = arrivals.iter().map(|a| cost(&a.job, Stage::Step)).max();
     let longest_turn = longest_turn.unwrap();
     for (index, arrival) in arrivals.iter().enumerate() {
-        let done = bench.find(Call::Finish(arrival.job.seed)).ended;
-        let unfinished = arrivals[..=index]
-            .iter()
-            .filter(|earlier| bench.find(Call::Finish(earlier.job.seed)).ended > arrival.came);
+        let done = bench.find(Call::Finish(arrival.job.noise.seed)).ended;
+        let unfinished = arrivals[..=index].iter().filter(|earlier| {
+            bench.find(Call::Finish(earlier.job.noise.seed)).ended > arrival.came
+        });
         let bound: Duration = unfinished
             .map(|Arrival { job, .. }| {
                 (whole_cost(job) + cost(job, Stage::Step) * 2) * 4 + longest_turn * turns(job)
@@ -208,7 +208,11 @@ fn nothing_starved(bench: &Bench, arrivals: &[Arrival], crowd: u64) {
 
 fn equals_are_in_order(bench: &Bench, arrivals: &[Arrival], crowd: u64) {
     let order = bench.finished();
-    let place = |arrival: &Arrival| order.iter().position(|seed| *seed == arrival.job.seed);
+    let place = |arrival: &Arrival| {
+        order
+            .iter()
+            .position(|seed| *seed == arrival.job.noise.seed)
+    };
     for (index, later) in arrivals.iter().enumerate() {
         for earlier in &arrivals[..index] {
             if whole_cost(&earlier.job) == whole_cost(&later.job) {

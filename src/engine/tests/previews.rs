@@ -1,6 +1,6 @@
 use std::num::NonZeroUsize;
 
-use kiln_models::pipeline::{Job, Output};
+use kiln_models::job::{Job, Output};
 
 use super::bench::{Bench, Call, PANIC_IN_PREVIEW, behaving, heard, job, ms, settings};
 use crate::engine::{Event, SubmitOptions, Timings};

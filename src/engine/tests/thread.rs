@@ -1,7 +1,7 @@
 use std::sync::{Arc, Mutex};
 
 use super::bench::{
-    Call, Fake, Logged, PANIC_IN_STEP, SimulatedClock, WELL, behaving, job, settings,
+    Call, Logged, PANIC_IN_STEP, SimulatedClock, WELL, behaving, fake, job, settings,
 };
 use crate::engine::{
     Engine, EngineSettings, Event, Finished, JobError, JobHandle, StartError, State, SubmitError,
@@ -13,7 +13,7 @@ type Log = Arc<Mutex<Vec<Logged>>>;
 /// The clock is the pipeline's alone: its jobs take no time.
 fn start(settings: EngineSettings) -> (Engine, Log) {
     let log = Log::default();
-    let pipeline = Fake::new(Arc::new(SimulatedClock::new()), Arc::clone(&log));
+    let pipeline = fake(Arc::new(SimulatedClock::new()), Arc::clone(&log));
     (Engine::start(Box::new(pipeline), settings), log)
 }
 

@@ -76,17 +76,17 @@ impl Txt2ImgResponse {
             all_prompts: vec![&request.prompt; count],
             negative_prompt: negative,
             all_negative_prompts: vec![negative; count],
-            seed: request.seed,
-            all_seeds: vec![request.seed; count],
-            width: request.width,
-            height: request.height,
+            seed: request.noise.seed,
+            all_seeds: vec![request.noise.seed; count],
+            width: request.size.width,
+            height: request.size.height,
             sampler_name: SAMPLER,
-            cfg_scale: if request.uses_cfg() {
+            cfg_scale: if request.guidance().is_some() {
                 request.true_cfg_scale
             } else {
                 1.0
             },
-            steps: request.num_inference_steps,
+            steps: request.sampling.steps,
             batch_size: batch_size as usize,
             sd_model_name: &info.model,
             index_of_first_image: 0,
@@ -103,11 +103,11 @@ impl Txt2ImgResponse {
             parameters: Parameters {
                 prompt: request.prompt.clone(),
                 negative_prompt: request.negative_prompt.clone(),
-                steps: request.num_inference_steps,
+                steps: request.sampling.steps,
                 cfg_scale: request.true_cfg_scale,
-                width: request.width,
-                height: request.height,
-                seed: request.seed,
+                width: request.size.width,
+                height: request.size.height,
+                seed: request.noise.seed,
                 batch_size: batch_size as usize,
                 n_iter: n_iter as usize,
                 sampler_name: SAMPLER,

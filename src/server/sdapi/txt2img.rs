@@ -198,7 +198,7 @@ pub(super) async fn txt2img(
     let previews = Previews::Every(PREVIEW_STEPS);
     let mut accepted = parsed.submit(&app, id, None, previews).await?;
     let info = accepted.info();
-    let steps = info.request.num_inference_steps;
+    let steps = info.request.sampling.steps;
     let pinned = JobGuard::new(&app, caller, &info.id, steps);
     loop {
         let update = tokio::select! {

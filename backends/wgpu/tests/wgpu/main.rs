@@ -18,9 +18,9 @@ mod suite;
 use burn_wgpu::{Wgpu, WgpuDevice};
 
 use backend_parity::draws_what_diffusers_draws;
+use kiln_models::families::CheckpointParts;
 use kiln_models::loading::LoadOptions;
 use kiln_models::pipeline::Pipeline;
-use kiln_models::qwen_image::CheckpointParts;
 use suite::{Extent, suites, test_every_op};
 
 /// Few cases: every shape is compiled anew, and lavapipe is slow at that.

@@ -1,105 +1,27 @@
-//! What a client asks for, checked once: past this file a bad size, step count or scale cannot
-//! exist, and nothing is a default any more.
+//! A checked request: every value is within its bounds and none is a default any more.
 
+use kiln_models::job::{Guidance, Noise, Sampling, Size};
 use kiln_models::noise::NoiseGenerator;
-use kiln_models::pipeline::{ImageSizes, Job};
 
-use crate::tokenizer::{PromptTokenizer, TokenizerError};
-
-/// Steps when a request names none, as in diffusers.
-pub const DEFAULT_NUM_INFERENCE_STEPS: u32 = 50;
-/// Guidance scale when a request names none, as in diffusers.
-pub const DEFAULT_TRUE_CFG_SCALE: f64 = 4.0;
-/// Pixels of all images of a request: one of 7680x4320, the limit of vLLM-Omni.
-pub const DEFAULT_MAX_IMAGE_PIXELS: usize = 33_177_600;
-/// The scheduler was trained with 1,000 timesteps: more steps than that add nothing.
-pub const DEFAULT_MAX_STEPS: usize = 1000;
-/// Images of one request, as in the API of `OpenAI`.
-pub const DEFAULT_MAX_NUM_IMAGES: usize = 10;
-/// Bytes of a prompt. A longer one has more tokens than the model takes, and is not worth
-/// splitting into them.
-pub const MAX_PROMPT_BYTES: usize = 64 << 10;
-
-/// Bounds of what may be asked for.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Limits {
-    /// Heights and widths are floored to a multiple.
-    pub sizes: ImageSizes,
-    /// Largest `height * width`, of all images of a request together.
-    pub max_image_pixels: usize,
-    /// Largest number of denoising steps.
-    pub max_steps: usize,
-    /// Largest number of images of one request.
-    pub max_num_images: usize,
-}
-
-impl Limits {
-    /// The sizes of a loaded model, and the default limits on cost.
-    pub fn for_sizes(sizes: ImageSizes) -> Self {
-        Self {
-            sizes,
-            ..Self::for_any_model()
-        }
-    }
-
-    /// What can be refused before a model is loaded. The models differ in the sizes they take, so
-    /// here only the pixels of an image bound its sides.
-    pub fn for_any_model() -> Self {
-        Self {
-            sizes: ImageSizes {
-                multiple: 1,
-                max_side: DEFAULT_MAX_IMAGE_PIXELS,
-                default_side: 1024,
-            },
-            max_image_pixels: DEFAULT_MAX_IMAGE_PIXELS,
-            max_steps: DEFAULT_MAX_STEPS,
-            max_num_images: DEFAULT_MAX_NUM_IMAGES,
-        }
-    }
-}
-
-/// What a client wrote, `None` where it wrote nothing.
-///
-/// The integers hold any number that JSON or a command line can carry, so that all bounds are
-/// checked, and explained, in one place.
-#[derive(Debug, Clone, Default, PartialEq)]
-pub struct GenerationParams {
-    /// May be empty.
-    pub prompt: String,
-    /// An empty one counts as given.
-    pub negative_prompt: Option<String>,
-    pub true_cfg_scale: Option<f64>,
-    pub height: Option<i128>,
-    pub width: Option<i128>,
-    pub num_inference_steps: Option<i128>,
-    pub num_images: Option<i128>,
-    pub seed: Option<i128>,
-}
+use super::limits::{
+    DEFAULT_NUM_INFERENCE_STEPS, DEFAULT_TRUE_CFG_SCALE, Limits, MAX_PROMPT_BYTES,
+};
+use super::params::GenerationParams;
 
 /// A request that can be generated.
 #[derive(Debug, Clone, PartialEq)]
 pub struct GenerationRequest {
     pub prompt: String,
-    /// With one, and a [`Self::true_cfg_scale`] above 1, classifier-free guidance runs.
+    /// The negative prompt as it was given. [`Self::guidance`] says whether it is used.
     pub negative_prompt: Option<String>,
     /// Finite, at least 0.
     pub true_cfg_scale: f64,
-    /// In pixels, already floored: the height the image will have.
-    pub height: usize,
-    /// In pixels, already floored: the width the image will have.
-    pub width: usize,
-    pub num_inference_steps: usize,
+    /// Size of the images: the given one, rounded down to a multiple the model can generate.
+    pub size: Size,
+    pub sampling: Sampling,
     pub num_images: usize,
-    /// The given one, or one that was chosen from 0 to 2^31 - 1.
-    pub seed: u64,
-    pub noise_generator: NoiseGenerator,
-}
-
-/// Token ids of a request's prompts, each inside the template.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct PromptTokens {
-    pub prompt: Vec<u32>,
-    pub negative_prompt: Option<Vec<u32>>,
+    /// The seed is the given one, or one that was chosen from 0 to 2^31 - 1.
+    pub noise: Noise,
 }
 
 /// Why a request cannot be generated. [`InvalidRequest::param`] names the culprit.
@@ -114,21 +36,16 @@ pub enum InvalidRequest {
     },
     #[error(
         "height x width must be at most {max} pixels, \
-         got {height}x{width}, which is {} pixels", height * width
+         got {}x{}, which is {} pixels", size.height, size.width, size.pixels()
     )]
-    TooManyPixels {
-        height: usize,
-        width: usize,
-        max: usize,
-    },
+    TooManyPixels { size: Size, max: usize },
     #[error(
         "the images of a request may have {max} pixels together, \
-         got {images} of {height}x{width}: ask for fewer, or for smaller ones"
+         got {images} of {}x{}: ask for fewer, or for smaller ones", size.height, size.width
     )]
     TooManyPixelsTogether {
         images: usize,
-        height: usize,
-        width: usize,
+        size: Size,
         max: usize,
     },
     #[error("num_inference_steps must be from 1 to {max}, got {got}")]
@@ -144,15 +61,6 @@ pub enum InvalidRequest {
     Seed { got: i128 },
     #[error("{param} may have {MAX_PROMPT_BYTES} bytes at most, got {got}: shorten it")]
     PromptTooLong { param: &'static str, got: usize },
-}
-
-/// The tokenizer takes the prompt, or the negative prompt, for no prompt.
-#[derive(Debug, thiserror::Error)]
-#[error("{param} cannot be used")]
-pub struct InvalidPrompt {
-    /// Name of the [`GenerationParams`] field.
-    pub param: &'static str,
-    pub source: TokenizerError,
 }
 
 impl InvalidRequest {
@@ -175,39 +83,39 @@ impl GenerationRequest {
     pub fn new(
         params: GenerationParams,
         limits: &Limits,
-        noise_generator: NoiseGenerator,
+        generator: NoiseGenerator,
     ) -> Result<Self, InvalidRequest> {
         check_length("prompt", &params.prompt)?;
         check_length(
             "negative_prompt",
             params.negative_prompt.as_deref().unwrap_or_default(),
         )?;
-        let height = side("height", params.height, limits)?;
-        let width = side("width", params.width, limits)?;
+        let size = Size {
+            height: side("height", params.height, limits)?,
+            width: side("width", params.width, limits)?,
+        };
         let max = limits.max_image_pixels;
-        if height.saturating_mul(width) > max {
-            return Err(InvalidRequest::TooManyPixels { height, width, max });
+        if size.pixels() > max {
+            return Err(InvalidRequest::TooManyPixels { size, max });
         }
 
         let steps = params
             .num_inference_steps
             .unwrap_or(DEFAULT_NUM_INFERENCE_STEPS.into());
-        let num_inference_steps =
-            within(steps, 1, limits.max_steps).ok_or(InvalidRequest::Steps {
-                got: steps,
-                max: limits.max_steps,
-            })?;
+        let steps = within(steps, 1, limits.max_steps).ok_or(InvalidRequest::Steps {
+            got: steps,
+            max: limits.max_steps,
+        })?;
         let images = params.num_images.unwrap_or(1);
         let num_images =
             within(images, 1, limits.max_num_images).ok_or(InvalidRequest::NumImages {
                 got: images,
                 max: limits.max_num_images,
             })?;
-        if (height * width).saturating_mul(num_images) > max {
+        if size.pixels().saturating_mul(num_images) > max {
             return Err(InvalidRequest::TooManyPixelsTogether {
                 images: num_images,
-                height,
-                width,
+                size,
                 max,
             });
         }
@@ -227,79 +135,16 @@ impl GenerationRequest {
             prompt: params.prompt,
             negative_prompt: params.negative_prompt,
             true_cfg_scale,
-            height,
-            width,
-            num_inference_steps,
+            size,
+            sampling: Sampling { steps },
             num_images,
-            seed,
-            noise_generator,
+            noise: Noise { seed, generator },
         })
     }
 
-    /// Whether every step runs the transformer on the negative prompt too.
-    pub fn uses_cfg(&self) -> bool {
-        self.negative_prompt.is_some() && self.true_cfg_scale > 1.0
-    }
-
-    /// What it takes to draw the image `index` again, in the form that the web UI of AUTOMATIC1111
-    /// writes and image tools read.
-    ///
-    /// `model` is the name to put down for the model.
-    pub fn metadata_text(&self, model: &str, index: usize) -> String {
-        let negative = self.negative_prompt.as_ref().filter(|_| self.uses_cfg());
-        let scale = negative.map_or(1.0, |_| self.true_cfg_scale);
-        let negative = negative.map(|text| format!("Negative prompt: {text}\n"));
-        let rng = match self.noise_generator {
-            NoiseGenerator::Cpu => "CPU",
-            NoiseGenerator::Cuda => "NV",
-        };
-        let batch = (self.num_images > 1)
-            .then(|| format!("Batch size: {}, Batch pos: {index}, ", self.num_images));
-        format!(
-            "{}\n{}Steps: {}, Sampler: Euler, CFG scale: {scale}, Seed: {}, Size: {}x{}, \
-             Model: {}, RNG: {rng}, {}Version: kiln {}",
-            self.prompt,
-            negative.unwrap_or_default(),
-            self.num_inference_steps,
-            self.seed,
-            self.width,
-            self.height,
-            quoted(model),
-            batch.unwrap_or_default(),
-            env!("CARGO_PKG_VERSION"),
-        )
-    }
-
-    /// Both prompts as token ids.
-    pub fn tokenize(&self, tokenizer: &PromptTokenizer) -> Result<PromptTokens, InvalidPrompt> {
-        let encode = |text: &str, param| {
-            tokenizer
-                .encode_prompt(text)
-                .map_err(|source| InvalidPrompt { param, source })
-        };
-        let negative_prompt = self.negative_prompt.as_deref();
-        Ok(PromptTokens {
-            prompt: encode(&self.prompt, "prompt")?,
-            negative_prompt: negative_prompt
-                .map(|text| encode(text, "negative_prompt"))
-                .transpose()?,
-        })
-    }
-
-    /// The pipeline's form of this request. With `record` the output carries its trace.
-    pub fn into_job(self, tokens: PromptTokens, record: bool) -> Job {
-        Job {
-            prompt: tokens.prompt,
-            negative_prompt: tokens.negative_prompt,
-            true_cfg_scale: self.true_cfg_scale,
-            height: self.height,
-            width: self.width,
-            num_inference_steps: self.num_inference_steps,
-            num_images: self.num_images,
-            seed: self.seed,
-            noise_generator: self.noise_generator,
-            record,
-        }
+    /// The guidance that runs, if any.
+    pub fn guidance(&self) -> Option<Guidance<&str>> {
+        Guidance::new(self.negative_prompt.as_deref(), self.true_cfg_scale)
     }
 }
 
@@ -338,15 +183,6 @@ fn within(value: i128, min: usize, max: usize) -> Option<usize> {
         .filter(|value| (min..=max).contains(value))
 }
 
-/// A value that holds what separates values is written as a JSON string.
-fn quoted(value: &str) -> String {
-    if value.contains([',', ':', '\n', '"']) {
-        serde_json::Value::from(value).to_string()
-    } else {
-        value.to_owned()
-    }
-}
-
 /// A number from the operating system's randomness.
 pub fn random_u64() -> u64 {
     getrandom::u64().expect("the operating system gives out random numbers")
@@ -354,6 +190,10 @@ pub fn random_u64() -> u64 {
 
 #[cfg(test)]
 mod tests {
+    use kiln_models::pipeline::ImageSizes;
+
+    use super::super::PromptTokens;
+    use super::super::limits::DEFAULT_MAX_IMAGE_PIXELS;
     use super::*;
 
     const LIMITS: Limits = Limits {
@@ -377,22 +217,22 @@ mod tests {
             width: Some(width),
             ..GenerationParams::default()
         };
-        check(params).map(|request| (request.height, request.width))
+        check(params).map(|request| (request.size.height, request.size.width))
     }
 
     #[test]
     fn an_empty_request_gets_the_references_defaults() {
         let request = check(GenerationParams::default()).unwrap();
-        assert_eq!((request.height, request.width), (1024, 1024));
-        assert_eq!((request.num_inference_steps, request.num_images), (50, 1));
+        assert_eq!((request.size.height, request.size.width), (1024, 1024));
+        assert_eq!((request.sampling.steps, request.num_images), (50, 1));
         assert!((request.true_cfg_scale - 4.0).abs() < f64::EPSILON);
         assert_eq!(request.negative_prompt, None);
-        assert!(request.seed < 1 << 31);
+        assert!(request.noise.seed < 1 << 31);
     }
 
     #[test]
     fn chosen_seeds_differ() {
-        let seed = || check(GenerationParams::default()).unwrap().seed;
+        let seed = || check(GenerationParams::default()).unwrap().noise.seed;
         let first = seed();
         assert!((0..8).any(|_| seed() != first));
     }
@@ -532,7 +372,7 @@ mod tests {
                 seed: Some(seed),
                 ..GenerationParams::default()
             })
-            .map(|request| request.seed)
+            .map(|request| request.noise.seed)
         };
         assert_eq!(seeded(0).unwrap(), 0);
         assert_eq!(seeded(u64::MAX.into()).unwrap(), u64::MAX);
@@ -561,7 +401,8 @@ mod tests {
                     },
                     false,
                 )
-                .uses_cfg()
+                .guidance
+                .is_some()
         };
         assert!(guided(Some(""), 4.0));
         assert!(!guided(Some(""), 1.0));

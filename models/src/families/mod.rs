@@ -1,0 +1,133 @@
+//! Model families. A family is what the pipelines of diffusers differ in: configurations, prompt
+//! template, packing of latents. [`open`] chooses it by the class that `model_index.json` names;
+//! [`Family::named`] is the only list of classes.
+
+pub mod qwen_image;
+
+use std::sync::Arc;
+
+use kiln_ops::FusedOps;
+
+use crate::config::{ConfigError, ConfigReader, ConfigText};
+use crate::flops::CostModel;
+use crate::pipeline::{ImageSizes, Pipeline};
+use crate::session::{ImagePipeline, SessionSettings};
+use crate::source::TensorSource;
+use crate::vae::VaeSettings;
+use crate::weights::LoadError;
+
+use self::qwen_image::QwenImage;
+
+/// The configuration files of a checkpoint in diffusers' layout.
+#[derive(Debug, Clone)]
+pub struct CheckpointConfigs {
+    pub model_index: ConfigText,
+    pub scheduler: ConfigText,
+    pub text_encoder: ConfigText,
+    pub transformer: ConfigText,
+    pub vae: ConfigText,
+}
+
+/// A checkpoint whose configurations are read and whose weights are not loaded.
+#[derive(Debug, Clone)]
+pub struct CheckpointParts {
+    pub configs: CheckpointConfigs,
+    pub text_encoder: Arc<dyn TensorSource>,
+    pub transformer: Arc<dyn TensorSource>,
+    pub vae: Arc<dyn TensorSource>,
+}
+
+/// The text around a prompt, and what the text encoder's output keeps of it.
+#[derive(Debug, PartialEq, Eq)]
+pub struct PromptTemplate {
+    /// Text before the prompt.
+    pub prefix: &'static str,
+    /// Text after the prompt.
+    pub suffix: &'static str,
+    /// Special tokens in the two texts. A tokenizer without one of them belongs to another model.
+    pub special_tokens: &'static [&'static str],
+    /// Number of embeddings that are dropped from the front of every encoded prompt.
+    pub dropped_tokens: usize,
+    /// Largest number of tokens of a prompt, the template's not counted.
+    pub max_prompt_tokens: usize,
+}
+
+/// A family of models, named by the class of its pipeline in diffusers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Family {
+    /// `QwenImagePipeline`: text-to-image.
+    QwenImage,
+}
+
+impl Family {
+    const CLASSES: [(&'static str, Self); 1] = [("QwenImagePipeline", Self::QwenImage)];
+
+    /// Finds the family of a `model_index.json`.
+    ///
+    /// # Errors
+    ///
+    /// If the file is not a JSON object or names a class that kiln does not implement.
+    pub fn named(model_index: &ConfigText) -> Result<Self, ConfigError> {
+        let reader = ConfigReader::parse(model_index)?;
+        let class = reader.require_class_of(&Self::CLASSES.map(|(class, _)| class))?;
+        Ok(Self::CLASSES[class].1)
+    }
+
+    pub fn template(self) -> &'static PromptTemplate {
+        match self {
+            Self::QwenImage => &qwen_image::TEMPLATE,
+        }
+    }
+}
+
+impl CheckpointConfigs {
+    /// # Errors
+    ///
+    /// See [`Family::named`].
+    pub fn family(&self) -> Result<Family, ConfigError> {
+        Family::named(&self.model_index)
+    }
+
+    /// The sizes that the checkpoint generates, known before its weights are loaded.
+    ///
+    /// # Errors
+    ///
+    /// If a configuration cannot be read.
+    pub fn image_sizes(&self) -> Result<ImageSizes, ConfigError> {
+        match self.family()? {
+            Family::QwenImage => qwen_image::image_sizes(self),
+        }
+    }
+
+    /// Counts the work of jobs whose images are decoded with these settings.
+    ///
+    /// # Errors
+    ///
+    /// If a configuration cannot be read.
+    pub fn cost_model(&self, settings: VaeSettings) -> Result<CostModel, ConfigError> {
+        match self.family()? {
+            Family::QwenImage => CostModel::from_configs(self, settings),
+        }
+    }
+}
+
+/// Loads the networks of a checkpoint onto a device.
+///
+/// # Errors
+///
+/// If the family is unknown, a configuration is not supported, or a tensor is missing or has
+/// another shape.
+pub fn open<B: FusedOps>(
+    parts: &CheckpointParts,
+    settings: SessionSettings<B>,
+) -> Result<Box<dyn Pipeline>, LoadError>
+where
+    B::Device: Send,
+{
+    match parts.configs.family()? {
+        Family::QwenImage => {
+            let (family, transformer) = QwenImage::<B>::load(parts, &settings)?;
+            Ok(Box::new(ImagePipeline::new(family, transformer, settings)))
+        }
+    }
+}

@@ -1,0 +1,171 @@
+//! What a pipeline is asked to generate, and what it returns: plain data, no tensors.
+//!
+//! A request, a job, a report and an image's metadata share the parts defined here ([`Size`],
+//! [`Sampling`], [`Guidance`], [`Noise`]), so that a parameter has one type on its whole way.
+
+use std::fmt;
+
+use crate::noise::NoiseGenerator;
+
+/// Identifies a job within one pipeline. The caller chooses it and does not reuse the id of a job
+/// that has not ended.
+pub type JobId = u64;
+
+/// Height and width of an image in pixels. Its text form is `WIDTHxHEIGHT`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Size {
+    pub width: usize,
+    pub height: usize,
+}
+
+impl Size {
+    /// A square of this side.
+    pub const fn square(side: usize) -> Self {
+        Self {
+            width: side,
+            height: side,
+        }
+    }
+
+    /// `width * height`, or `usize::MAX` if that overflows.
+    pub const fn pixels(self) -> usize {
+        self.width.saturating_mul(self.height)
+    }
+}
+
+impl fmt::Display for Size {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(formatter, "{}x{}", self.width, self.height)
+    }
+}
+
+/// How the latents are denoised.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Sampling {
+    /// Number of denoising steps, at least 1: diffusers' `num_inference_steps`.
+    pub steps: usize,
+}
+
+/// Classifier-free guidance. It runs only with a negative prompt and a scale above 1, as in
+/// diffusers; a value of this type exists only if it runs.
+///
+/// `P` is the form of the negative prompt: text in a request, a [`Conditioning`] in a job.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Guidance<P = Conditioning> {
+    pub negative: P,
+    /// diffusers' `true_cfg_scale`, above 1.
+    pub scale: f64,
+}
+
+impl<P> Guidance<P> {
+    /// `None` if these values mean that guidance does not run.
+    pub fn new(negative: Option<P>, scale: f64) -> Option<Self> {
+        let negative = negative.filter(|_| scale > 1.0)?;
+        Some(Self { negative, scale })
+    }
+}
+
+/// The starting noise.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Noise {
+    pub seed: u64,
+    pub generator: NoiseGenerator,
+}
+
+/// What an image is generated from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Conditioning {
+    /// Token ids of a prompt inside the family's template.
+    pub tokens: Vec<u32>,
+}
+
+impl From<Vec<u32>> for Conditioning {
+    fn from(tokens: Vec<u32>) -> Self {
+        Self { tokens }
+    }
+}
+
+/// One request, fully resolved: no value is a default any more.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Job {
+    pub conditioning: Conditioning,
+    /// `None` runs the transformer on [`Job::conditioning`] alone.
+    pub guidance: Option<Guidance>,
+    /// Multiples of [`ImageSizes::multiple`](crate::pipeline::ImageSizes::multiple).
+    pub size: Size,
+    pub sampling: Sampling,
+    pub noise: Noise,
+    /// At least 1. The images of a job share one draw of noise, as in diffusers with one generator.
+    pub num_images: usize,
+    /// Keep every stage of the run in [`Output::trace`], for comparing runs.
+    pub record: bool,
+}
+
+impl Job {
+    /// The conditioning, and with guidance the negative one: one forward of the transformer each.
+    pub fn branches(&self) -> impl Iterator<Item = &Conditioning> {
+        let negative = self.guidance.as_ref().map(|guidance| &guidance.negative);
+        std::iter::once(&self.conditioning).chain(negative)
+    }
+}
+
+/// An image of 8-bit RGB values, row by row from the top.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RgbImage {
+    pub height: usize,
+    pub width: usize,
+    /// `height * width * 3` values.
+    pub pixels: Vec<u8>,
+}
+
+impl RgbImage {
+    /// Converts values from 0 to 1. Halves are rounded to even, as numpy and so diffusers do.
+    pub fn rounded(height: usize, width: usize, values: &[f32]) -> Self {
+        let values = values.iter();
+        Self {
+            height,
+            width,
+            pixels: values
+                .map(|value| (value * 255.0).round_ties_even() as u8)
+                .collect(),
+        }
+    }
+
+    /// Width and height.
+    pub fn size(&self) -> Size {
+        Size {
+            width: self.width,
+            height: self.height,
+        }
+    }
+}
+
+/// The result of a finished job.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Output {
+    pub images: Vec<RgbImage>,
+    /// Empty unless [`Job::record`] was set.
+    pub trace: Vec<TraceTensor>,
+}
+
+/// One stage of a recorded run, in f32.
+#[derive(Debug, Clone, PartialEq)]
+pub struct TraceTensor {
+    pub name: String,
+    pub shape: Vec<usize>,
+    pub values: Vec<f32>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn guidance_needs_a_negative_prompt_and_a_scale_above_one() {
+        assert_eq!(Guidance::new(None::<&str>, 4.0), None);
+        assert_eq!(Guidance::new(Some("blurry"), 1.0), None);
+        assert_eq!(Guidance::new(Some("blurry"), f64::NAN), None);
+        let guidance = Guidance::new(Some(""), 1.5).unwrap();
+        assert_eq!((guidance.negative, guidance.scale), ("", 1.5));
+    }
+}

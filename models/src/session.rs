@@ -1,0 +1,491 @@
+//! A session: the jobs of one loaded model, from start to finish. Written once for every family.
+//!
+//! Holds the state of each job (latents, schedule, embeddings) and the caches that jobs share. The
+//! family knows prompts, packing and pixels; the [`Denoiser`] knows the transformer.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use burn_tensor::module::adaptive_avg_pool2d;
+use burn_tensor::{DType, Tensor};
+use cubecl_common::stream_id::StreamId;
+use kiln_ops::{FaultWatch, FusedOps};
+
+use crate::cache::Cache;
+use crate::denoiser::{Branch, Denoiser};
+use crate::device::{caught, idle, reliably, summary};
+use crate::families::qwen_image::QwenImage;
+use crate::flops::CostModel;
+use crate::guidance::true_cfg;
+use crate::job::{Job, JobId, Output, RgbImage, TraceTensor};
+use crate::pipeline::{
+    CacheUses, MAX_PREVIEW_SIDE, MemoryUse, ModelInfo, Pipeline, PipelineError, StepOutcome,
+};
+use crate::scheduler::Schedule;
+use crate::transformer::{ModulationTable, Segment, Transformer};
+use crate::vae::VaeSettings;
+use crate::weights::Precision;
+
+/// Bytes of modulation tables that are kept for schedules that may come again. The table of 50
+/// steps takes 0.44 GB for Qwen-Image.
+const KEPT_TABLE_BYTES: usize = 1 << 30;
+
+/// Bytes of embeddings that are kept for prompts that may come again. A prompt of 100 tokens takes
+/// 1.4 MB for Qwen-Image in f32.
+const KEPT_EMBEDDING_BYTES: usize = 256 << 20;
+
+/// What is chosen when a model is loaded.
+#[derive(Debug, Clone)]
+pub struct SessionSettings<B: FusedOps> {
+    pub device: B::Device,
+    /// Name of the backend.
+    pub backend: &'static str,
+    /// Number of the device among the backend's devices.
+    pub device_index: usize,
+    pub device_name: String,
+    pub precision: Precision,
+    pub vae: VaeSettings,
+}
+
+/// A pipeline on one device.
+#[derive(Debug)]
+pub(crate) struct ImagePipeline<B: FusedOps> {
+    family: QwenImage<B>,
+    denoiser: Denoiser<B>,
+    settings: SessionSettings<B>,
+    info: ModelInfo,
+    jobs: HashMap<JobId, JobState<B>>,
+    /// Embeddings by token ids.
+    embeddings: Cache<Vec<u32>, Tensor<B, 2>>,
+    /// Modulation tables by the bits of a schedule's timesteps.
+    tables: Cache<Vec<u32>, Arc<ModulationTable<B>>>,
+    /// Whether the device may have failed at what the caches hold.
+    needs_reset: bool,
+    /// Dropped last, as fields are dropped in their order.
+    _memory: DeviceMemory<B>,
+}
+
+/// Returns the backend's memory to the device when a pipeline is dropped: GPU backends keep the
+/// memory of dropped tensors for later ones, and another backend could not have it.
+#[derive(Debug)]
+struct DeviceMemory<B: FusedOps> {
+    device: B::Device,
+    /// Memory is kept by stream.
+    stream: StreamId,
+}
+
+impl<B: FusedOps> Drop for DeviceMemory<B> {
+    fn drop(&mut self) {
+        let watch = FaultWatch::start();
+        let clean_up = || {
+            // Until then the device may use it.
+            B::sync(&self.device).ok();
+            B::memory_cleanup(&self.device);
+            // The clean-up is queued as well.
+            B::sync(&self.device).ok();
+            Ok(())
+        };
+        // burn panics if a device is lost, and no caller can act on it here.
+        self.stream.executes(|| caught(&watch, clean_up).ok());
+    }
+}
+
+/// A job between start and finish.
+#[derive(Debug)]
+struct JobState<B: FusedOps> {
+    job: Job,
+    schedule: Schedule,
+    modulation: Arc<ModulationTable<B>>,
+    steps_done: usize,
+    /// `[images · tokens, channels]`, f32.
+    latents: Tensor<B, 2>,
+    /// What the last step predicted, in the shape of `latents`; `None` before the first step.
+    velocity: Option<Tensor<B, 2>>,
+    /// The conditional half, and with guidance the unconditional one.
+    halves: Vec<Half<B>>,
+    trace: Vec<TraceTensor>,
+}
+
+/// The text of one half, for every image of the job.
+#[derive(Debug)]
+struct Half<B: FusedOps> {
+    /// `[images · text tokens, dim]`.
+    text: Tensor<B, 2>,
+    /// One sequence for each image, with row 0.
+    segments: Vec<Segment>,
+}
+
+/// What a step computed for one job, not yet stored.
+#[derive(Debug)]
+struct Advance<B: FusedOps> {
+    id: JobId,
+    latents: Tensor<B, 2>,
+    velocity: Tensor<B, 2>,
+    trace: Option<TraceTensor>,
+}
+
+impl<B: FusedOps> JobState<B> {
+    fn steps_left(&self) -> usize {
+        self.schedule.steps() - self.steps_done
+    }
+
+    /// Applies guidance and the Euler step to the velocities of the job's halves.
+    fn advance(&self, id: JobId, halves: Vec<Tensor<B, 2>>) -> Result<Advance<B>, PipelineError> {
+        let mut halves = halves.into_iter();
+        let positive = halves.next();
+        let positive = positive.expect("every job has a conditional half");
+        let velocity = match (&self.job.guidance, halves.next()) {
+            (Some(guidance), Some(negative)) => true_cfg(positive, negative, guidance.scale),
+            _ => positive,
+        };
+        let step = self.steps_done;
+        let sigmas = &self.schedule.sigmas;
+        let delta = sigmas[step + 1] - sigmas[step];
+        let latents = self.latents.clone() + velocity.clone() * delta;
+        let trace = if self.job.record {
+            let [rows, channels] = latents.dims();
+            let images = self.job.num_images;
+            let shape = vec![images, rows / images, channels];
+            let name = format!("latents_step{step}");
+            Some(record(&name, shape, latents.clone())?)
+        } else {
+            None
+        };
+        Ok(Advance {
+            id,
+            latents,
+            velocity,
+            trace,
+        })
+    }
+
+    fn commit(&mut self, advance: Advance<B>) {
+        self.latents = advance.latents;
+        self.velocity = Some(advance.velocity);
+        self.steps_done += 1;
+        self.trace.extend(advance.trace);
+    }
+}
+
+impl<B: FusedOps> ImagePipeline<B> {
+    pub(crate) fn new(
+        family: QwenImage<B>,
+        transformer: Transformer<B>,
+        settings: SessionSettings<B>,
+    ) -> Self {
+        let info = ModelInfo {
+            sizes: family.sizes,
+            vocab_size: family.vocab_size,
+            backend: settings.backend,
+            device_index: settings.device_index,
+            device_name: settings.device_name.clone(),
+            dtype: match settings.precision.model {
+                DType::BF16 => "bf16",
+                DType::F16 => "f16",
+                _ => "f32",
+            },
+        };
+        let memory = DeviceMemory {
+            device: settings.device.clone(),
+            stream: StreamId::current(),
+        };
+        Self {
+            family,
+            denoiser: Denoiser::new(transformer, settings.precision.activations),
+            settings,
+            info,
+            jobs: HashMap::new(),
+            embeddings: Cache::new(KEPT_EMBEDDING_BYTES),
+            tables: Cache::new(KEPT_TABLE_BYTES),
+            needs_reset: false,
+            _memory: memory,
+        }
+    }
+
+    /// Embeddings of each branch's prompt. Each prompt is encoded by itself, so that its embeddings
+    /// do not depend on which of them are in the cache.
+    fn encode(&mut self, job: &Job) -> Vec<Tensor<B, 2>> {
+        let (family, cache) = (&self.family, &mut self.embeddings);
+        let embeddings = job.branches().map(|prompt| {
+            let bytes = |hidden: &Tensor<B, 2>| {
+                // The embeddings may be a view that keeps the template's rows alive.
+                prompt.tokens.len() * hidden.dims()[1] * hidden.dtype().size()
+            };
+            cache.get_or_make(&prompt.tokens, || family.encode(prompt), bytes)
+        });
+        embeddings.collect()
+    }
+
+    fn modulation(&mut self, schedule: &Schedule) -> Arc<ModulationTable<B>> {
+        let model = self.settings.precision.model;
+        let timesteps = schedule.model_timesteps(model);
+        let key = timesteps.iter().map(|t| t.to_bits()).collect();
+        let denoiser = &self.denoiser;
+        let make = || Arc::new(denoiser.modulation(schedule, model));
+        self.tables.get_or_make(&key, make, |table| table.bytes())
+    }
+
+    /// Runs `work` and waits for the device: see [`reliably`]. If it fails, the caches may hold
+    /// wrong values.
+    fn reliably<T>(
+        &mut self,
+        mut work: impl FnMut(&mut Self, usize) -> Result<T, PipelineError>,
+    ) -> Result<T, PipelineError> {
+        let device = self.settings.device.clone();
+        let done = reliably::<B, T>(&device, |run| work(self, run));
+        done.map_err(|error| match error {
+            PipelineError::Device(report) => {
+                self.needs_reset = true;
+                self.denoiser.drop_caches();
+                PipelineError::Device(format!("{}: {report}", self.info.device()))
+            }
+            other => other,
+        })
+    }
+
+    /// Frees what can be computed again.
+    fn drop_caches(&mut self) {
+        self.embeddings.clear();
+        self.tables.clear();
+        self.denoiser.drop_caches();
+        B::memory_cleanup(&self.settings.device);
+    }
+
+    /// Does everything that comes before the first step.
+    fn prepare(&mut self, job: &Job) -> Result<JobState<B>, PipelineError> {
+        let schedule = self.family.schedule(job);
+        let modulation = self.modulation(&schedule);
+        let embeddings = self.encode(job);
+        let (latents, noise) = self.family.noise(job, &self.settings);
+
+        let mut trace = Vec::new();
+        if job.record {
+            for (name, embeds) in ["prompt_embeds", "negative_prompt_embeds"]
+                .iter()
+                .zip(&embeddings)
+            {
+                let [tokens, dim] = embeds.dims();
+                trace.push(record(name, vec![1, tokens, dim], embeds.clone())?);
+            }
+            trace.push(TraceTensor {
+                name: "initial_noise".to_owned(),
+                shape: self.family.latent_shape(job),
+                values: noise,
+            });
+        }
+
+        let half = |embeds: Tensor<B, 2>| Half {
+            segments: vec![self.family.segment(job, &embeds); job.num_images],
+            text: Tensor::cat(vec![embeds; job.num_images], 0),
+        };
+        Ok(JobState {
+            job: job.clone(),
+            schedule,
+            modulation,
+            steps_done: 0,
+            latents,
+            velocity: None,
+            halves: embeddings.into_iter().map(half).collect(),
+            trace,
+        })
+    }
+
+    /// Computes one step of those jobs that have steps left. Stores nothing.
+    fn predict(&mut self, ids: &[JobId]) -> Result<Vec<Advance<B>>, PipelineError> {
+        let mut jobs = Vec::with_capacity(ids.len());
+        for &id in ids {
+            let state = self.jobs.get(&id).ok_or(PipelineError::UnknownJob(id))?;
+            if state.steps_left() > 0 {
+                jobs.push((id, state));
+            }
+        }
+        if jobs.is_empty() {
+            return Ok(Vec::new());
+        }
+        let modulation = jobs
+            .iter()
+            .map(|(_, state)| state.modulation.step(state.steps_done));
+        let branches: Vec<Branch<B>> = jobs
+            .iter()
+            .enumerate()
+            .flat_map(|(row, (_, state))| {
+                state.halves.iter().map(move |half| Branch {
+                    latents: state.latents.clone(),
+                    text: half.text.clone(),
+                    segments: &half.segments,
+                    row,
+                })
+            })
+            .collect();
+        let velocities = self.denoiser.predict(modulation.collect(), &branches);
+        let mut velocities = velocities.into_iter();
+        jobs.iter()
+            .map(|(id, state)| {
+                let halves = velocities.by_ref().take(state.halves.len());
+                state.advance(*id, halves.collect())
+            })
+            .collect()
+    }
+
+    fn decode_preview(&self, id: JobId) -> Result<RgbImage, PipelineError> {
+        let state = self.state(id)?;
+        let velocity = state.velocity.clone();
+        let velocity = velocity.ok_or(PipelineError::NothingToShow(id))?;
+        // The noise that is left, if every later step predicted the same velocity.
+        let sigma = state.schedule.sigmas[state.steps_done];
+        let first_image = |all: Tensor<B, 2>| {
+            let tokens = all.dims()[0] / state.job.num_images;
+            all.narrow(0, 0, tokens)
+        };
+        let clean = first_image(state.latents.clone()) - first_image(velocity) * sigma;
+        let size = state.job.size;
+        let reduced = preview_size(
+            self.family.latent_size(size),
+            MAX_PREVIEW_SIDE / self.family.scale_factor,
+        );
+        let latents = adaptive_avg_pool2d(self.family.unpack(size, clean), reduced);
+        let pixels = self.family.decode(latents, VaeSettings::default());
+        let [_, height, width, _] = pixels.dims();
+        Ok(RgbImage::rounded(height, width, &read(pixels)?))
+    }
+
+    fn state(&self, id: JobId) -> Result<&JobState<B>, PipelineError> {
+        self.jobs.get(&id).ok_or(PipelineError::UnknownJob(id))
+    }
+}
+
+impl<B: FusedOps> Pipeline for ImagePipeline<B>
+where
+    B::Device: Send,
+{
+    fn info(&self) -> &ModelInfo {
+        &self.info
+    }
+
+    fn cost_model(&self) -> CostModel {
+        self.family.cost_model.clone()
+    }
+
+    fn start(&mut self, id: JobId, job: Job) -> Result<(), PipelineError> {
+        self.family.check(&job)?;
+        // Set until the job is prepared, because preparing may end in a panic.
+        let needed_reset = std::mem::replace(&mut self.needs_reset, true);
+        let state = self.reliably(|pipeline, run| {
+            if needed_reset || run > 0 {
+                pipeline.drop_caches();
+            }
+            pipeline.prepare(&job)
+        })?;
+        self.needs_reset = false;
+        self.jobs.insert(id, state);
+        Ok(())
+    }
+
+    fn step(&mut self, ids: &[JobId]) -> Result<Vec<StepOutcome>, PipelineError> {
+        for advance in self.reliably(|pipeline, _| pipeline.predict(ids))? {
+            if let Some(state) = self.jobs.get_mut(&advance.id) {
+                state.commit(advance);
+            }
+        }
+        ids.iter()
+            .map(|&id| {
+                self.state(id).map(|state| StepOutcome {
+                    id,
+                    steps_left: state.steps_left(),
+                })
+            })
+            .collect()
+    }
+
+    fn preview(&mut self, id: JobId) -> Result<RgbImage, PipelineError> {
+        self.reliably(|pipeline, _| pipeline.decode_preview(id))
+    }
+
+    fn finish(&mut self, id: JobId) -> Result<Output, PipelineError> {
+        if self.state(id)?.steps_left() > 0 {
+            return Err(PipelineError::Unfinished(id));
+        }
+        let state = self.jobs.remove(&id);
+        let JobState {
+            job,
+            latents,
+            mut trace,
+            ..
+        } = state.ok_or(PipelineError::UnknownJob(id))?;
+        let (shape, values) = self.reliably(|pipeline, _| {
+            let latents = pipeline.family.unpack(job.size, latents.clone());
+            let pixels = pipeline.family.decode(latents, pipeline.settings.vae);
+            Ok((pixels.dims(), read(pixels)?))
+        })?;
+        let images = values
+            .chunks_exact(job.size.pixels() * 3)
+            .map(|image| RgbImage::rounded(job.size.height, job.size.width, image))
+            .collect();
+        if job.record {
+            trace.push(TraceTensor {
+                name: "image_float".to_owned(),
+                shape: shape.to_vec(),
+                values,
+            });
+        }
+        Ok(Output { images, trace })
+    }
+
+    fn discard(&mut self, id: JobId) {
+        if self.jobs.remove(&id).is_some() {
+            // burn may panic when it drops tensors of a job that failed.
+            idle::<B>(&self.settings.device).ok();
+        }
+    }
+
+    fn probe(&mut self) -> Result<(), PipelineError> {
+        self.reliably(|pipeline, _| {
+            let ones = Tensor::<B, 1>::ones([2], (&pipeline.settings.device, DType::F32));
+            read(ones.clone() + ones).map(|_| ())
+        })
+    }
+
+    fn memory(&self) -> MemoryUse {
+        // A device that failed reports nothing here; the failure itself is reported elsewhere.
+        let watch = FaultWatch::start();
+        let memory = caught(&watch, || Ok(B::memory_use(&self.settings.device)));
+        memory.unwrap_or_default()
+    }
+
+    fn caches(&self) -> CacheUses {
+        CacheUses {
+            embeddings: self.embeddings.counts(),
+            modulation: self.tables.counts(),
+        }
+    }
+}
+
+fn record<B: FusedOps, const D: usize>(
+    name: &str,
+    shape: Vec<usize>,
+    tensor: Tensor<B, D>,
+) -> Result<TraceTensor, PipelineError> {
+    Ok(TraceTensor {
+        name: name.to_owned(),
+        shape,
+        values: read(tensor.cast(DType::F32))?,
+    })
+}
+
+/// Reads f32 values from the device. Out-of-memory errors of queued work are reported here.
+fn read<B: FusedOps, const D: usize>(tensor: Tensor<B, D>) -> Result<Vec<f32>, PipelineError> {
+    let data = tensor
+        .try_into_data()
+        .map_err(|error| PipelineError::Device(summary(&error.to_string())))?;
+    data.into_vec::<f32>()
+        .map_err(|error| PipelineError::Device(summary(&format!("{error:?}"))))
+}
+
+/// Height and width of a preview in latents: the image's own, shrunk so that neither exceeds `max`.
+fn preview_size(size: [usize; 2], max: usize) -> [usize; 2] {
+    let longest = size[0].max(size[1]);
+    if longest <= max {
+        return size;
+    }
+    size.map(|side| (side * max / longest).max(1))
+}

@@ -1,0 +1,228 @@
+//! A fake pipeline and a job builder, for tests and benches of this crate and of its callers.
+
+use std::collections::HashMap;
+use std::fmt;
+
+use crate::flops::{CostModel, FlopCount};
+use crate::job::{
+    Conditioning, Guidance, Job, JobId, Noise, Output, RgbImage, Sampling, Size, TraceTensor,
+};
+use crate::noise::NoiseGenerator;
+use crate::pipeline::{
+    CacheUses, ImageSizes, MemoryUse, ModelInfo, Pipeline, PipelineError, StepOutcome,
+};
+
+/// A job of one square image without guidance: one prompt token, seed 0, torch's CPU noise.
+pub fn job(side: usize, steps: usize) -> Job {
+    Job {
+        conditioning: Conditioning { tokens: vec![0] },
+        guidance: None,
+        size: Size::square(side),
+        sampling: Sampling { steps },
+        noise: Noise {
+            seed: 0,
+            generator: NoiseGenerator::Cpu,
+        },
+        num_images: 1,
+        record: false,
+    }
+}
+
+/// Guidance of a job, from the tokens of a negative prompt.
+pub fn guidance(negative: Vec<u32>, scale: f64) -> Option<Guidance> {
+    Guidance::new(Some(negative.into()), scale)
+}
+
+/// Facts of a model on a backend called `test`: sides are multiples of 16 up to 4096.
+pub fn model_info() -> ModelInfo {
+    ModelInfo {
+        sizes: ImageSizes {
+            multiple: 16,
+            max_side: 4096,
+            default_side: 64,
+        },
+        vocab_size: 200_000,
+        backend: "test",
+        device_index: 0,
+        device_name: "fake".to_owned(),
+        dtype: "f32",
+    }
+}
+
+/// A call of a [`FakePipeline`], with the job that it is for.
+#[derive(Debug, Clone, Copy)]
+pub enum Call<'a> {
+    Start(&'a Job),
+    /// The step of one job; `step` calls with several ids make several of these.
+    Step(&'a Job),
+    Preview(&'a Job),
+    Finish(&'a Job),
+    Discard(&'a Job),
+    Probe,
+}
+
+type OnCall = Box<dyn FnMut(Call<'_>) -> Result<(), PipelineError> + Send>;
+/// Makes the image of a job; the number is that of the steps that are left.
+type MakeImage = Box<dyn Fn(&Job, usize) -> RgbImage + Send>;
+
+/// A pipeline that computes nothing. By default every value of its images is the lowest byte of the
+/// seed, and previews have 16x16 pixels. Recorded jobs get a trace of one stage, `image_float`.
+pub struct FakePipeline {
+    info: ModelInfo,
+    cost_model: CostModel,
+    caches: CacheUses,
+    jobs: HashMap<JobId, (Job, usize)>,
+    on_call: OnCall,
+    image: MakeImage,
+}
+
+impl FakePipeline {
+    pub fn new(info: ModelInfo) -> Self {
+        let work = FlopCount {
+            encode: 1,
+            modulation: 0,
+            step: 1,
+            decode: 1,
+        };
+        Self {
+            info,
+            cost_model: CostModel::new(move |_| work),
+            caches: CacheUses::default(),
+            jobs: HashMap::new(),
+            on_call: Box::new(|_| Ok(())),
+            image: Box::new(|job, steps_left| {
+                let size = if steps_left == 0 {
+                    job.size
+                } else {
+                    Size::square(16)
+                };
+                RgbImage {
+                    height: size.height,
+                    width: size.width,
+                    pixels: vec![job.noise.seed as u8; size.pixels() * 3],
+                }
+            }),
+        }
+    }
+
+    /// Runs this function before every call; its error is the call's error, and it may panic.
+    #[must_use]
+    pub fn on_call(
+        mut self,
+        on_call: impl FnMut(Call<'_>) -> Result<(), PipelineError> + Send + 'static,
+    ) -> Self {
+        self.on_call = Box::new(on_call);
+        self
+    }
+
+    /// Makes previews and images with this function of the job and its remaining steps.
+    #[must_use]
+    pub fn images(mut self, image: impl Fn(&Job, usize) -> RgbImage + Send + 'static) -> Self {
+        self.image = Box::new(image);
+        self
+    }
+
+    #[must_use]
+    pub fn with_cost_model(mut self, cost_model: CostModel) -> Self {
+        self.cost_model = cost_model;
+        self
+    }
+
+    #[must_use]
+    pub fn with_caches(mut self, caches: CacheUses) -> Self {
+        self.caches = caches;
+        self
+    }
+}
+
+impl Pipeline for FakePipeline {
+    fn info(&self) -> &ModelInfo {
+        &self.info
+    }
+
+    fn cost_model(&self) -> CostModel {
+        self.cost_model.clone()
+    }
+
+    fn start(&mut self, id: JobId, job: Job) -> Result<(), PipelineError> {
+        (self.on_call)(Call::Start(&job))?;
+        let steps = job.sampling.steps;
+        self.jobs.insert(id, (job, steps));
+        Ok(())
+    }
+
+    fn step(&mut self, ids: &[JobId]) -> Result<Vec<StepOutcome>, PipelineError> {
+        for &id in ids {
+            let (job, _) = self.jobs.get(&id).ok_or(PipelineError::UnknownJob(id))?;
+            (self.on_call)(Call::Step(job))?;
+        }
+        let mut outcomes = Vec::with_capacity(ids.len());
+        for &id in ids {
+            let (_, left) = self
+                .jobs
+                .get_mut(&id)
+                .ok_or(PipelineError::UnknownJob(id))?;
+            *left = left.saturating_sub(1);
+            outcomes.push(StepOutcome {
+                id,
+                steps_left: *left,
+            });
+        }
+        Ok(outcomes)
+    }
+
+    fn preview(&mut self, id: JobId) -> Result<RgbImage, PipelineError> {
+        let (job, left) = self.jobs.get(&id).ok_or(PipelineError::UnknownJob(id))?;
+        (self.on_call)(Call::Preview(job))?;
+        Ok((self.image)(job, *left))
+    }
+
+    fn finish(&mut self, id: JobId) -> Result<Output, PipelineError> {
+        let (job, left) = self.jobs.get(&id).ok_or(PipelineError::UnknownJob(id))?;
+        if *left > 0 {
+            return Err(PipelineError::Unfinished(id));
+        }
+        let job = job.clone();
+        self.jobs.remove(&id);
+        (self.on_call)(Call::Finish(&job))?;
+        let stage = TraceTensor {
+            name: "image_float".to_owned(),
+            shape: vec![1, 1, 1, 3],
+            values: vec![0.5; 3],
+        };
+        Ok(Output {
+            images: vec![(self.image)(&job, 0); job.num_images],
+            trace: job.record.then_some(stage).into_iter().collect(),
+        })
+    }
+
+    fn discard(&mut self, id: JobId) {
+        if let Some((job, _)) = self.jobs.remove(&id) {
+            (self.on_call)(Call::Discard(&job)).ok();
+        }
+    }
+
+    fn probe(&mut self) -> Result<(), PipelineError> {
+        (self.on_call)(Call::Probe)
+    }
+
+    /// As many bytes as there are jobs.
+    fn memory(&self) -> MemoryUse {
+        MemoryUse {
+            in_use: Some(self.jobs.len() as u64),
+            ..MemoryUse::default()
+        }
+    }
+
+    fn caches(&self) -> CacheUses {
+        self.caches
+    }
+}
+
+impl fmt::Debug for FakePipeline {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter
+            .debug_struct("FakePipeline")
+            .finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,42 @@
+//! The text in a PNG file that says how the image was generated.
+
+use kiln_models::noise::NoiseGenerator;
+
+use super::GenerationRequest;
+
+impl GenerationRequest {
+    /// The parameters of image `index` of the request, in the form that AUTOMATIC1111's web UI
+    /// writes and image tools read. `model` is the name of the model.
+    pub fn metadata_text(&self, model: &str, index: usize) -> String {
+        let guidance = self.guidance();
+        let scale = guidance.map_or(1.0, |guidance| guidance.scale);
+        let negative = guidance.map(|it| format!("Negative prompt: {}\n", it.negative));
+        let rng = match self.noise.generator {
+            NoiseGenerator::Cpu => "CPU",
+            NoiseGenerator::Cuda => "NV",
+        };
+        let batch = (self.num_images > 1)
+            .then(|| format!("Batch size: {}, Batch pos: {index}, ", self.num_images));
+        format!(
+            "{}\n{}Steps: {}, Sampler: Euler, CFG scale: {scale}, Seed: {}, Size: {}, \
+             Model: {}, RNG: {rng}, {}Version: kiln {}",
+            self.prompt,
+            negative.unwrap_or_default(),
+            self.sampling.steps,
+            self.noise.seed,
+            self.size,
+            quoted(model),
+            batch.unwrap_or_default(),
+            env!("CARGO_PKG_VERSION"),
+        )
+    }
+}
+
+/// Writes a value that contains a separator as a JSON string.
+fn quoted(value: &str) -> String {
+    if value.contains([',', ':', '\n', '"']) {
+        serde_json::Value::from(value).to_string()
+    } else {
+        value.to_owned()
+    }
+}
