@@ -7,7 +7,7 @@ cd "$(dirname "$0")/.."
 
 . scripts/common.sh
 python_packages schemathesis tests/fuzz/requirements.txt
-# Small limits, so that the time goes into requests and not into pictures.
+# Small limits, so that the time goes into requests and not into images.
 start_server --max-steps 2 --max-image-pixels 20000 --max-num-images 2 --api-key fuzz --enable-sdapi
 # What a schema cannot say is refused, too: contradictions, a chat without a user message.
 schemathesis run "$server/openapi.json" --header "Authorization: Bearer fuzz" \

@@ -55,7 +55,7 @@ cp -r tests/fixtures "$folder/tests/"
     echo "$backend, profile $profile"
 } > "$folder/VERSION"
 
-# The parity cases as calls of a shell function: name, then arguments. `kiln compare` draws one
+# The parity cases as calls of a shell function: name, then arguments. `kiln compare` makes one
 # image, so cases of several are not among them.
 python3 - > "$folder/tests/cases.sh" << 'PYTHON'
 import json, shlex
