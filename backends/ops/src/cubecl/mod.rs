@@ -3,7 +3,7 @@
 //!
 //! Speedups are relative to the default bodies behind fusion, in f32 on Mesa's lavapipe, which
 //! computes on the CPU, at the small shapes of `cargo bench -p kiln-wgpu` (measured on 2026-11-25).
-//! They have not been measured on a GPU.
+//! Timings on an NVIDIA H200 are in `benches/results/2026-11-27-h200.md`.
 
 #![expect(
     unsafe_code,
