@@ -172,7 +172,7 @@ pub trait FusedOps: MemoryReport + DeviceCheck + Upload {
         defaults::channel_norm(x, gamma)
     }
 
-    /// Applies SiLU to the result of [`FusedOps::channel_norm`].
+    /// Applies `silu` to the result of [`FusedOps::channel_norm`].
     fn channel_norm_silu(x: Tensor<Self, 4>, gamma: Tensor<Self, 1>) -> Tensor<Self, 4> {
         defaults::channel_norm_silu(x, gamma)
     }

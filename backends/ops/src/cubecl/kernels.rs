@@ -190,7 +190,7 @@ pub(super) fn qk_norm_rope<F: Float, W: Float, N: Size>(
     }
 }
 
-/// RMS norm over the channels, with SiLU if `activate`. One unit per vector of `N` pixels.
+/// RMS norm over the channels, with `silu` if `activate`. One unit per vector of `N` pixels.
 #[cube(launch_unchecked, address_type = "dynamic")]
 pub(super) fn channel_norm<F: Float, W: Float, N: Size>(
     x: &Tensor<Vector<F, N>>,

@@ -1,4 +1,4 @@
-//! Norms, fused with the modulation, rotary embedding or SiLU after them.
+//! Norms, fused with the modulation, rotary embedding or `silu` after them.
 
 use burn_tensor::DType;
 use rayon::prelude::*;
