@@ -1,5 +1,5 @@
-# Sourced by the scripts beside it, in the repository's root: sets `target`, and `KILN`, the binary to
-# test, which is the development build unless the environment names another.
+# Functions that the other scripts source, with the repository's root as working folder. Sets `target`, the
+# build folder, and `KILN`, the binary to test: a development build, unless the environment sets KILN.
 # shellcheck shell=bash
 
 target="${CARGO_TARGET_DIR:-target}"
@@ -11,8 +11,8 @@ fi
 # shellcheck source=scripts/python.sh
 . scripts/python.sh
 
-# Starts `kiln serve` with these arguments on a free port, and waits until it is ready. Sets `server`,
-# its URL, `process` and `log`; it ends with the script.
+# start_server ARGUMENTS...: starts `kiln serve` on a free port, and waits until it is ready. Sets `server`
+# (its URL), `process` (its process id) and `log` (its log file). The server stops when the script exits.
 start_server() {
     log="$(mktemp)"
     "$KILN" serve --port 0 "$@" 2> "$log" &

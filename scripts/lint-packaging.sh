@@ -1,7 +1,6 @@
 #!/usr/bin/env bash
-# Checks what kiln is installed with and needs the binary for: the systemd unit, manual pages and
-# completions. Needs systemd-analyze, man, mandoc, zsh and fish.
-# KILN names the binary; without it the development build is used.
+# Lints the packaging that needs the binary: the systemd unit, manual pages and completions. Needs
+# systemd-analyze, man, mandoc, zsh and fish. KILN names the binary; a development build is the default.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -9,10 +8,10 @@ cd "$(dirname "$0")/.."
 folder="$(mktemp -d)"
 trap 'rm -rf "$folder"' EXIT
 
-# The program it starts must be there.
+# systemd-analyze requires that the unit's program exists.
 sed "s|/usr/local/bin/kiln|$(realpath "$KILN")|" packaging/kiln.service > "$folder/kiln.service"
 systemd-analyze verify "$folder/kiln.service"
-# From 0, shut off altogether, to 10, free to do anything.
+# The exposure level ranges from 0 (fully sandboxed) to 10 (unrestricted); the threshold is 1.5.
 systemd-analyze security --offline=true --threshold=15 "$folder/kiln.service" | tail -n 1
 
 mkdir "$folder/man"

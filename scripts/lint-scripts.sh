@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Checks the files that are run or deployed without being built: shell scripts, Dockerfiles, the
+# Lints the files that are run or deployed without being built: shell scripts, Dockerfiles, the
 # Kubernetes manifest. Needs git, shellcheck and Python 3 with venv; the Python
 # packages are installed into target/lint at the first run.
 set -euo pipefail

@@ -1,8 +1,8 @@
 # Sourced by other scripts, in the repository's root, with `target` set.
 # shellcheck shell=bash
 
-# Installs Python packages, if they are not there yet, into an environment under the target folder,
-# and puts its programs first in PATH: python_packages NAME REQUIREMENTS
+# python_packages NAME REQUIREMENTS: installs Python packages into the virtual environment NAME in the build
+# folder, unless they are installed already, and puts its programs first in PATH.
 python_packages() {
     local environment="${target:?}/$1"
     if ! cmp --silent "$2" "$environment/requirements.txt"; then
