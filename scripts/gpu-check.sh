@@ -251,7 +251,7 @@ done
 if has torch; then
     function_part "Noise of torch's CPU generator" noise cpu 256x128
     if [ "$backend" = cuda ]; then
-        # Fewer values than the GPU has threads, and more.
+        # The small case has fewer values than the GPU has threads, the large one has more.
         function_part "Noise of torch's CUDA generator, small" noise cuda 64x64
         function_part "Noise of torch's CUDA generator, large" noise cuda 2048x2048
     fi

@@ -137,7 +137,7 @@ fn driver_message(error: DriverError) -> String {
              install the same version of both"
                 .to_owned()
         }
-        _ => format!("NVIDIA's driver answers with {code:?}"),
+        _ => format!("NVIDIA's driver returned {code:?}"),
     }
 }
 

@@ -20,7 +20,7 @@ pub fn devices() -> Result<Vec<DeviceInfo>, OpenError> {
     let devices: Vec<DeviceInfo> = adapters()?.into_iter().map(|(_, info)| info).collect();
     if devices.is_empty() {
         return Err(no_device(&format!(
-            "no {} adapter answers; install the driver of the GPU",
+            "no {} adapter was found; install the driver of the GPU",
             AutoGraphicsApi::backend()
         )));
     }
@@ -46,7 +46,7 @@ pub fn open(
     let device = adapters()?
         .into_iter()
         .find(|(_, found)| found == info)
-        .ok_or_else(|| no_device(&format!("{} no longer answers", info.name)))?
+        .ok_or_else(|| no_device(&format!("{} is no longer available", info.name)))?
         .0;
     loading::try_device::<Wgpu<f32, i32>>(&device)
         .map_err(|report| no_device(&format!("{} does not open: {report}", info.name)))?;

@@ -231,7 +231,7 @@ impl<B: FusedOps> Check<'_, B> {
         for (x, y) in tested.iter::<f32>().zip(reference.iter::<f32>()) {
             let difference = (x - y).abs() / largest;
             if !difference.is_finite() {
-                return Err(format!("{x} for {y}"));
+                return Err(format!("got {x}, expected {y}"));
             }
             worst = worst.max(difference);
         }

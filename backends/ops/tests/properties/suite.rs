@@ -383,7 +383,7 @@ impl<B: FusedOps> Suite<B> {
 
     pub(crate) fn channel_norm(&self) {
         self.check(image(), |(images, channels, (height, width), seed)| {
-            // One picture in eight is black.
+            // One image in eight is black.
             let magnitude = if seed % 8 == 0 { 0.0 } else { 1.0 };
             let shape = [images, channels, height, width];
             let x = self.scaled(self.dtype, magnitude, seed, shape);
@@ -398,7 +398,7 @@ impl<B: FusedOps> Suite<B> {
 
     pub(crate) fn channel_norm_silu(&self) {
         self.check(image(), |(images, channels, (height, width), seed)| {
-            // One picture in eight is black.
+            // One image in eight is black.
             let magnitude = if seed % 8 == 0 { 0.0 } else { 1.0 };
             let shape = [images, channels, height, width];
             let x = self.scaled(self.dtype, magnitude, seed, shape);
