@@ -96,7 +96,7 @@ def peak_mib() -> float:
 
 
 def torch_stages(folder: Path, size: int) -> None:
-    """One image with diffusers; prints the same JSON as the bench `stages`."""
+    """One picture with diffusers; prints the same JSON as the bench `stages`."""
     start = time.perf_counter()
     import torch
     from diffusers import QwenImagePipeline
@@ -209,7 +209,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("make").add_argument("folder", type=Path)
-    one = commands.add_parser("torch", help="one image with diffusers; used by run")
+    one = commands.add_parser("torch", help="one picture with diffusers; used by run")
     one.add_argument("folder", type=Path)
     one.add_argument("size", type=int)
     all_ = commands.add_parser("run")

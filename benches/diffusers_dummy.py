@@ -3,9 +3,9 @@
     python benches/diffusers_dummy.py                                  # Qwen-Image's shape in bf16, on CUDA
     python benches/diffusers_dummy.py --model models/demo --device cpu # a folder's shape, configurations only
 
-The work is that of `kiln bench` with the same options: one prompt of the given number of tokens, a
-blank negative prompt with guidance, one run to warm up, then medians; the clock waits for the device after
-each stage. diffusers runs with its defaults: no compilation, attention by torch's scaled_dot_product_attention. Prints JSON with the names of
+The work is that of `kiln bench` with the same options: one prompt of so many tokens, with guidance a blank
+negative one, a run to warm up, then the medians of the others, each stage waited for. diffusers runs as it
+comes: no compilation, attention by torch's scaled_dot_product_attention. Prints JSON with the names of
 `kiln bench --json`. Needs torch, diffusers and transformers, and no network: ids are made up.
 """
 

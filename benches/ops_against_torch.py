@@ -8,8 +8,8 @@
 
 Each round runs the binary (which names the ops and shapes, and times them), then torch. The figures
 are medians over the rounds; the ratio is kiln's time to torch's, `default` the time of burn's plain
-ops. The time of an op's first call is given for the first process and for the last: on a GPU it
-includes compiling and choosing kernels, unless an earlier process left them in a cache.
+ops. The first call of an op is told for the first process and for the last: on a GPU it has the
+compiling and choosing of kernels in it, as far as no earlier process has left that in a cache.
 Needs torch.
 """
 

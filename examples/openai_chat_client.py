@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Generates images from a prompt through the chat API, with nothing but `requests`.
+"""Draws a prompt through the chat API, with nothing but `requests`.
 
     python openai_chat_client.py --prompt 'a fox that says "hi"' --output fox.png
 
@@ -35,7 +35,7 @@ def generate_images(
     num_outputs_per_prompt: int = 1,
     api_key: str | None = None,
 ) -> list[bytes]:
-    """Generates images from `prompt` and returns the image files, one or more.
+    """Draws `prompt` and returns the image files, one or more.
 
     What is None is left to the server.
     """
@@ -103,8 +103,8 @@ def output_paths(output: Path, count: int) -> list[Path]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Generates images from a prompt through the chat API.")
-    parser.add_argument("--prompt", "-p", default="a cup of coffee on the table", help="what to generate")
+    parser = argparse.ArgumentParser(description="Draws a prompt through the chat API.")
+    parser.add_argument("--prompt", "-p", default="a cup of coffee on the table", help="what to draw")
     parser.add_argument("--output", "-o", type=Path, default=Path("qwen_image_output.png"))
     parser.add_argument("--server", "-s", default="http://localhost:8091", help="URL of the server")
     parser.add_argument("--height", type=int, default=1024, help="in pixels")

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Generates images from a prompt with the official openai package, through its images or its chat API.
+"""Draws a prompt with the official openai package, through its images or its chat API.
 
     pip install openai
     python openai_sdk_client.py --prompt "a red fox in the snow" --output fox.png
@@ -18,7 +18,7 @@ from typing import Any
 import openai
 
 
-def generate_with_images(client: openai.OpenAI, args: argparse.Namespace) -> list[bytes]:
+def draw_with_images(client: openai.OpenAI, args: argparse.Namespace) -> list[bytes]:
     answer = client.images.generate(
         model=args.model,
         prompt=args.prompt,
@@ -30,7 +30,7 @@ def generate_with_images(client: openai.OpenAI, args: argparse.Namespace) -> lis
     return [base64.b64decode(image.b64_json, validate=True) for image in answer.data]
 
 
-def generate_with_chat(client: openai.OpenAI, args: argparse.Namespace) -> list[bytes]:
+def draw_with_chat(client: openai.OpenAI, args: argparse.Namespace) -> list[bytes]:
     answer = client.chat.completions.create(
         model=args.model,
         messages=[{"role": "user", "content": args.prompt}],
@@ -62,9 +62,9 @@ def parameters(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Generates images from a prompt with the openai package.")
+    parser = argparse.ArgumentParser(description="Draws a prompt with the openai package.")
     parser.add_argument("--api", choices=["images", "chat"], default="images")
-    parser.add_argument("--prompt", "-p", default="a cup of coffee on the table", help="what to generate")
+    parser.add_argument("--prompt", "-p", default="a cup of coffee on the table", help="what to draw")
     parser.add_argument("--output", "-o", type=Path, default=Path("qwen_image_output.png"))
     parser.add_argument("--server", "-s", default="http://localhost:8091", help="URL of the server")
     parser.add_argument("--model", default="Qwen/Qwen-Image")
@@ -83,9 +83,9 @@ def main() -> int:
         api_key=os.environ.get("API_KEY") or "none",
         max_retries=args.retries,
     )
-    generate = {"images": generate_with_images, "chat": generate_with_chat}[args.api]
+    draw = {"images": draw_with_images, "chat": draw_with_chat}[args.api]
     try:
-        files = generate(client, args)
+        files = draw(client, args)
         if not files:
             raise ValueError("the answer has no image")
     except openai.OpenAIError as error:

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Generates images from a prompt with curl and jq, and writes each to a file.
+# Draws a prompt with curl and jq, and writes every image to a file.
 #
 #   PROMPT='a fox that says "hi"' OUTPUT=fox.png ./run_curl_text_to_image.sh
 #

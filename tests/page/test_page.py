@@ -3,7 +3,7 @@
 Usage: python test_page.py path/to/kiln [name of a test ...]
 
 CHROMIUM names the browser if it is not /usr/bin/chromium. With KILN_SCREENSHOTS=FOLDER, pictures of the
-page for docs/serving.md are made there instead.
+page for the README are made there instead.
 """
 
 import contextlib
