@@ -1,10 +1,12 @@
+//! Jobs that end before they are finished.
+
 use std::time::Duration;
 
 use super::bench::{
-    Bench, Call, FAIL_IN_STEP, PANIC_IN_FINISH, PANIC_IN_START, PANIC_IN_STEP, behaving, cost,
-    heard, job, ms, outcome, settings,
+    Bench, Call, FAIL_IN_STEP, PANIC_IN_FINISH, PANIC_IN_START, PANIC_IN_STEP, behaving, cost, job,
+    ms, outcome, received, settings,
 };
-use crate::engine::work::Stage;
+use crate::engine::cost::Stage;
 use crate::engine::{Event, JobError, Outcomes};
 
 #[test]
@@ -88,7 +90,7 @@ fn a_deadline_that_is_met_changes_nothing() {
 fn a_failure_ends_that_job_and_no_other() {
     for (behaviour, expected) in [
         (PANIC_IN_START, "the pipeline panicked: start went wrong"),
-        (PANIC_IN_STEP, "the pipeline panicked: step 2 went wrong"),
+        (PANIC_IN_STEP, "the pipeline panicked: step went wrong"),
         (PANIC_IN_FINISH, "the pipeline panicked: finish went wrong"),
         (FAIL_IN_STEP, "the device failed: out of memory"),
     ] {
@@ -122,14 +124,14 @@ fn a_job_tells_what_happens_to_it_in_order() {
     let mut bench = Bench::new(settings(8, 8));
     let mut handle = bench.submit(job(7, 2, 2));
     bench.run();
-    let events = heard(&mut handle);
+    let events = received(&mut handle);
     assert!(matches!(
         events.as_slice(),
         [
             Event::Queued { position: 0, .. },
             Event::Started,
-            Event::Step { done: 1, total: 2 },
-            Event::Step { done: 2, total: 2 },
+            Event::Step { done: 1, total: 2, .. },
+            Event::Step { done: 2, total: 2, .. },
             Event::Finished(finished),
         ] if finished.output.images[0].pixels[0] == 7
     ));

@@ -1,13 +1,15 @@
+//! Waiting times, and what is counted.
+
 use std::time::Duration;
 
 use super::bench::{
-    Bench, Call, FAIL_IN_STEP, Logged, behaving, cost, heard, job, ms, outcome, settings,
+    Bench, Call, FAIL_IN_STEP, Logged, behaving, cost, job, ms, outcome, received, settings,
     whole_cost,
 };
-use crate::engine::work::Stage;
+use crate::engine::cost::Stage;
 use crate::engine::{BUCKET_BOUNDS, Event, Histogram, JobHandle, SubmitError};
 
-/// Positions and estimated waits that a handle has heard.
+/// Positions and estimated waits that a handle has received.
 fn queued(handle: &mut JobHandle) -> Vec<(usize, Option<Duration>)> {
     let queued = |event| match event {
         Event::Queued {
@@ -16,7 +18,7 @@ fn queued(handle: &mut JobHandle) -> Vec<(usize, Option<Duration>)> {
         } => Some((position, estimated_wait)),
         _ => None,
     };
-    heard(handle).into_iter().filter_map(queued).collect()
+    received(handle).into_iter().filter_map(queued).collect()
 }
 
 /// An engine that knows its speed.
@@ -44,23 +46,23 @@ fn the_estimated_wait_is_the_wait() {
         .zip(sizes)
         .map(|(seed, (side, steps))| bench.submit(job(seed, side, steps)))
         .collect();
-    let heard: Vec<_> = handles.iter_mut().map(queued).collect();
+    let reports: Vec<_> = handles.iter_mut().map(queued).collect();
     bench.run();
-    // The last one is small and goes first: those before it hear that they have moved.
-    let positions = |index: usize| -> Vec<usize> { heard[index].iter().map(|q| q.0).collect() };
+    // The last one is small and goes first: the jobs before it receive their new positions.
+    let positions = |index: usize| -> Vec<usize> { reports[index].iter().map(|q| q.0).collect() };
     assert_eq!(positions(0), [0, 1]);
     assert_eq!(positions(1), [1, 2]);
     assert_eq!(positions(2), [2, 3]);
     assert_eq!(positions(3), [0]);
-    for (seed, heard) in (0..).zip(&heard) {
+    for (seed, reports) in (0..).zip(&reports) {
         let began = bench.find(Call::Start(seed)).began;
-        let (_, estimate) = heard.last().unwrap();
+        let (_, estimate) = reports.last().unwrap();
         assert_close(now + estimate.unwrap(), began);
     }
 }
 
 #[test]
-fn a_forecast_is_what_the_job_hears_and_takes() {
+fn a_forecast_is_what_the_job_reports_and_takes() {
     let bench = measured(4);
     let _others = [1, 2].map(|seed| bench.submit(job(seed, 16, 30)));
     // A small job goes first, one of the same size last.
@@ -68,8 +70,8 @@ fn a_forecast_is_what_the_job_hears_and_takes() {
         let asked = job(3, 16, steps);
         let forecast = bench.shared.forecast(&asked);
         let mut handle = bench.submit(asked.clone());
-        let heard = [(forecast.position, forecast.estimated_wait)];
-        assert_eq!(queued(&mut handle), heard);
+        let expected = [(forecast.position, forecast.estimated_wait)];
+        assert_eq!(queued(&mut handle), expected);
         assert_eq!(forecast.position, position);
         assert!(forecast.is_accepted);
         assert_close(forecast.estimated_work.unwrap(), whole_cost(&asked));

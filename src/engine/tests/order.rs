@@ -1,3 +1,5 @@
+//! Which job has the device when.
+
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -5,7 +7,7 @@ use kiln_models::job::Job;
 
 use super::bench::{Bench, Call, Logged, cost, job, ms, outcome, settings, whole_cost};
 use crate::engine::SubmitOptions;
-use crate::engine::work::Stage;
+use crate::engine::cost::Stage;
 
 /// Steps of the job of a seed that were begun in a span of time.
 fn steps_begun(log: &[Logged], seed: u64, from: Duration, to: Duration) -> usize {

@@ -1,3 +1,5 @@
+//! The real thread, woken and joined.
+
 use std::sync::{Arc, Mutex};
 
 use super::bench::{
