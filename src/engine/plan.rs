@@ -37,7 +37,7 @@ impl Plan {
     }
 }
 
-/// What became of a plan.
+/// The result of the pipeline calls that a plan asked for.
 #[derive(Debug)]
 pub(super) enum Outcome {
     Started(JobId, Result<(), JobError>),
@@ -50,32 +50,32 @@ pub(super) enum Outcome {
 }
 
 impl Outcome {
-    pub(super) fn errors(&self) -> impl Iterator<Item = &JobError> {
-        let (one, steps) = match self {
-            Self::Started(_, Err(error)) | Self::Finished(_, Err(error)) => (Some(error), None),
-            Self::Stepped(steps) => (None, Some(steps)),
-            _ => (None, None),
-        };
-        let of_steps = steps
-            .into_iter()
-            .flatten()
-            .filter_map(|(_, step)| step.as_ref().err());
-        one.into_iter().chain(of_steps)
+    /// The errors of the jobs that failed.
+    pub(super) fn errors(&self) -> Vec<&JobError> {
+        match self {
+            Self::Started(_, Err(error)) | Self::Finished(_, Err(error)) => vec![error],
+            Self::Stepped(steps) => {
+                let errors = steps.iter().filter_map(|(_, step)| step.as_ref().err());
+                errors.collect()
+            }
+            _ => Vec::new(),
+        }
     }
 }
 
-/// A plan that has been carried out. The pipeline no longer has the jobs that failed.
+/// What the scheduler books after a plan has been carried out. Jobs that failed have been removed
+/// from the pipeline.
 #[derive(Debug)]
 pub(super) struct Booked {
     pub(super) outcome: Outcome,
     /// Time of the pipeline calls.
     pub(super) took: Duration,
-    /// Why the device no longer computes, if it does not.
+    /// The error of the device, if it no longer computes.
     pub(super) device_lost: Option<JobError>,
     pub(super) holdings: Holdings,
 }
 
-/// What the pipeline holds after a call.
+/// Use of device memory and of the caches after a call.
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct Holdings {
     pub(super) memory: MemoryUse,

@@ -45,15 +45,15 @@ pub(super) struct Shared {
 #[derive(Debug)]
 struct Locked {
     scheduler: Scheduler,
-    /// Of the jobs that have not ended.
-    clients: HashMap<JobId, Client>,
-    /// A copy of the scheduler's state, for those that wait for a change.
+    /// Who receives the events of the jobs that have not ended. The warm-up has no listener.
+    listeners: HashMap<JobId, Listener>,
+    /// A copy of the scheduler's state, for callers that wait for a change of it.
     state: watch::Sender<State>,
 }
 
-/// The side of a job that the scheduler does not know.
+/// The sending half of a job's handle, and the span of the job's log lines.
 #[derive(Debug)]
-struct Client {
+struct Listener {
     events: UnboundedSender<Event>,
     span: Span,
 }
@@ -77,7 +77,7 @@ impl Shared {
             locked: Mutex::new(Locked {
                 state: watch::Sender::new(scheduler.state().clone()),
                 scheduler,
-                clients: HashMap::new(),
+                listeners: HashMap::new(),
             }),
             wake: Condvar::new(),
             clock,
@@ -97,11 +97,11 @@ impl Shared {
         let (sender, receiver) = unbounded_channel();
         let mut locked = self.lock();
         let (id, events) = locked.scheduler.submit(job, &options, self.clock.now())?;
-        let client = Client {
+        let listener = Listener {
             events: sender,
             span: options.span,
         };
-        locked.clients.insert(id, client);
+        locked.listeners.insert(id, listener);
         locked.publish(events);
         drop(locked);
         self.wake.notify_one();
@@ -125,7 +125,7 @@ impl Shared {
         let span = locked.span(id);
         let events = locked.scheduler.forget(id, self.clock.now());
         if locked.scheduler.steps_left(id).is_none() {
-            locked.clients.remove(&id);
+            locked.listeners.remove(&id);
         }
         locked.publish(events);
         drop(locked);
@@ -206,26 +206,26 @@ impl Locked {
         let spans = plan.jobs().iter().map(|&id| (id, self.span(id))).collect();
         self.publish(events);
         if let Plan::Discard(id) = plan {
-            self.clients.remove(&id);
+            self.listeners.remove(&id);
         }
         Task { plan, spans }
     }
 
     fn span(&self, id: JobId) -> Span {
-        let client = self.clients.get(&id);
-        client.map_or_else(Span::none, |client| client.span.clone())
+        let listener = self.listeners.get(&id);
+        listener.map_or_else(Span::none, |listener| listener.span.clone())
     }
 
-    /// Sends the events to the handles, and a new state to those that wait for it.
+    /// Sends the events to the handles, and a changed state to the callers that wait for it.
     fn publish(&mut self, events: Events) {
         for (id, event) in events {
             let is_last = event.is_last();
-            if let Some(client) = self.clients.get(&id) {
+            if let Some(listener) = self.listeners.get(&id) {
                 // An error means that the handle has been dropped.
-                drop(client.events.send(event));
+                drop(listener.events.send(event));
             }
             if is_last {
-                self.clients.remove(&id);
+                self.listeners.remove(&id);
             }
         }
         let new = self.scheduler.state();

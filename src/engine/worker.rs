@@ -69,11 +69,12 @@ impl Worker {
             }
             Plan::Sleep | Plan::End => return None,
         };
-        let device_lost = outcome
-            .errors()
-            .any(JobError::may_be_of_device)
-            .then(|| self.probe().err())
-            .flatten();
+        let mut errors = outcome.errors().into_iter();
+        let device_lost = if errors.any(JobError::may_be_of_device) {
+            self.probe().err()
+        } else {
+            None
+        };
         drop(entered);
         Some(Booked {
             outcome,
@@ -125,7 +126,7 @@ impl Worker {
         }
     }
 
-    /// Whether the device still computes. A device that fails once is probed again.
+    /// Tests whether the device still computes. A device that fails once is tested again.
     fn probe(&mut self) -> Result<(), JobError> {
         let (first, _) = self.call(|pipeline| pipeline.probe());
         first.or_else(|_| self.call(|pipeline| pipeline.probe()).0)

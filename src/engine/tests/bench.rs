@@ -17,7 +17,7 @@ use crate::engine::{
     EngineSettings, Event, Finished, JobError, JobHandle, SubmitError, SubmitOptions,
 };
 
-/// What a job does, in the first token of its prompt.
+/// How the pipeline behaves for a job, by the first token of the job's prompt.
 pub(super) const WELL: u32 = 0;
 pub(super) const PANIC_IN_START: u32 = 1;
 pub(super) const PANIC_IN_STEP: u32 = 2;
@@ -30,7 +30,7 @@ pub(super) const fn ms(milliseconds: u64) -> Duration {
     Duration::from_millis(milliseconds)
 }
 
-/// What the pipeline was asked to do, for the job of which seed.
+/// A call of the pipeline, with the seed of its job.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Call {
     Start(u64),
@@ -40,7 +40,7 @@ pub(super) enum Call {
     Discard(u64),
 }
 
-/// A call, when it began and when it ended.
+/// A call, with the times at which it began and ended.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Logged {
     pub(super) call: Call,
@@ -50,7 +50,7 @@ pub(super) struct Logged {
 
 type Happening = Box<dyn FnOnce() + Send>;
 
-/// A clock, and what happens when.
+/// A clock that the pipeline moves, and what happens at which time.
 pub(super) struct SimulatedClock {
     start: Instant,
     elapsed: Mutex<Duration>,
@@ -80,7 +80,7 @@ impl SimulatedClock {
         self.start + time
     }
 
-    /// Lets time pass, and what is to happen until then.
+    /// Lets time pass, and runs what is to happen in that time.
     pub(super) fn advance(&self, by: Duration) {
         let end = self.elapsed() + by;
         loop {
@@ -341,7 +341,7 @@ impl Bench {
         while self.turn() {}
     }
 
-    /// Turns until the pipeline has been called so.
+    /// Turns until the last call of the pipeline is this one.
     pub(super) fn turn_until(&mut self, call: Call) {
         while self
             .log
@@ -362,7 +362,7 @@ impl Bench {
         self.log().into_iter().map(|logged| logged.call).collect()
     }
 
-    /// The one time that a call was made.
+    /// The only call of this kind.
     pub(super) fn find(&self, call: Call) -> Logged {
         let mut found = self.log().into_iter().filter(|logged| logged.call == call);
         let first = found.next();

@@ -33,7 +33,7 @@ fn a_job_that_is_dropped_while_it_is_generated_frees_the_device_after_the_step()
     let handle = bench.submit(job(1, 4, 9));
     bench.at(encode + step * 5 / 2, move || drop(handle));
     bench.run();
-    // It went in its third step.
+    // The handle was dropped during the third step.
     let (start, step) = (Call::Start(1), Call::Step(1));
     assert_eq!(bench.calls(), [start, step, step, step, Call::Discard(1)]);
     assert_eq!(bench.shared.stats().outcomes.cancelled, 1);
@@ -95,7 +95,7 @@ fn a_failure_ends_that_job_and_no_other() {
         (FAIL_IN_STEP, "the device failed: out of memory"),
     ] {
         let mut bench = Bench::new(settings(8, 8));
-        // In work beside it, and interrupted by it.
+        // A started job that the failing job interrupts.
         let beside = bench.submit(job(1, 8, 10));
         bench.turn();
         bench.turn();
@@ -112,7 +112,7 @@ fn a_failure_ends_that_job_and_no_other() {
             ..Outcomes::default()
         };
         assert_eq!(stats.outcomes, outcomes, "{expected}");
-        // Nothing of it is left, and it was not tried again.
+        // The failed job has been removed, and was not started again.
         assert_eq!(stats.memory.in_use, Some(0), "{expected}");
         let starts = bench.calls().into_iter();
         assert_eq!(starts.filter(|call| *call == Call::Start(2)).count(), 1);

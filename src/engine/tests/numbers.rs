@@ -21,7 +21,7 @@ fn queued(handle: &mut JobHandle) -> Vec<(usize, Option<Duration>)> {
     received(handle).into_iter().filter_map(queued).collect()
 }
 
-/// An engine that knows its speed.
+/// An engine that has measured the device's speed.
 fn measured(max_queue: usize) -> Bench {
     let mut bench = Bench::new(settings(max_queue, 8));
     let first = bench.submit(job(100, 5, 3));
@@ -62,10 +62,10 @@ fn the_estimated_wait_is_the_wait() {
 }
 
 #[test]
-fn a_forecast_is_what_the_job_reports_and_takes() {
+fn a_forecast_agrees_with_the_queue_and_the_work() {
     let bench = measured(4);
     let _others = [1, 2].map(|seed| bench.submit(job(seed, 16, 30)));
-    // A small job goes first, one of the same size last.
+    // A small job goes first, a job of the same size last.
     for (steps, position) in [(10, 0), (30, 2)] {
         let asked = job(3, 16, steps);
         let forecast = bench.shared.forecast(&asked);
@@ -126,7 +126,7 @@ fn a_full_queue_says_when_the_next_job_will_be_done() {
     assert_eq!(waiting, 2);
     assert_close(retry_after, whole_cost(&job(1, 8, 10)));
 
-    // After that time there is a place.
+    // After that time the queue has room.
     let full = bench.clock.elapsed();
     while bench.clock.elapsed() < full + retry_after {
         bench.turn();
@@ -172,7 +172,7 @@ fn one_slow_first_time_does_not_spoil_the_estimates() {
     assert_close(estimate.unwrap(), whole_cost(&job(2, 8, 50)));
 }
 
-/// The time of all calls of a kind, from the pipeline's own log.
+/// The time of all calls of a kind, from the pipeline's log.
 fn spent(log: &[Logged], is_kind: impl Fn(Call) -> bool) -> f64 {
     let calls = log.iter().filter(|logged| is_kind(logged.call));
     calls
@@ -223,7 +223,7 @@ fn what_was_done_is_counted() {
         stats.decode_time.sum,
         spent(&log, |c| matches!(c, Call::Finish(_))),
     );
-    // The step that failed is not one that was made.
+    // The step that failed is not counted.
     close(
         stats.step_time.sum,
         spent(&log, |c| matches!(c, Call::Step(1 | 4))),

@@ -25,7 +25,7 @@ fn state(bench: &Bench) -> State {
 fn the_warm_up_is_generated_before_anything_else() {
     let mut bench = with_warm_up(super::bench::WELL);
     assert!(matches!(state(&bench), State::Starting));
-    // Much smaller, but it waits.
+    // Much smaller than the warm-up, but it waits.
     let small = bench.submit(job(1, 1, 1));
     while matches!(state(&bench), State::Starting) {
         assert!(bench.turn());
@@ -36,7 +36,7 @@ fn the_warm_up_is_generated_before_anything_else() {
     bench.run();
     let waited = outcome(small).unwrap().timings.queue;
     assert!(waited.abs_diff(whole_cost(&job(99, 16, 2))) < ms(1));
-    // It is not counted as one of the clients' pictures.
+    // The warm-up is not counted.
     let stats = bench.shared.stats();
     assert_eq!(
         (stats.outcomes.finished, stats.images, stats.steps),
