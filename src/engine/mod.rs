@@ -1,10 +1,10 @@
 //! The thread that owns the pipeline, and the handle through which jobs are given to it.
 //!
 //! The thread repeats one cycle: the scheduler plans a call, the worker executes the call, and the
-//! scheduler books the outcome. A call is one denoising step or less, so each job can be reported
-//! on, overtaken and ended at every step. The queue is bounded and reports how long a job will
-//! wait; small jobs do not wait for large ones, and large ones do not starve: see [`Engine`]. A
-//! panic or an error of the pipeline ends the job that the call was for and nothing else.
+//! scheduler books the outcome. No call makes more than one denoising step, so each job can be
+//! reported on, overtaken and ended at every step. The queue is bounded and reports how long a job
+//! will wait; small jobs do not wait for large ones, and large ones do not starve: see [`Engine`].
+//! A panic or an error of the pipeline ends the job that the call was for and nothing else.
 
 mod cost;
 mod entry;

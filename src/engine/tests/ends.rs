@@ -120,7 +120,7 @@ fn a_failure_ends_that_job_and_no_other() {
 }
 
 #[test]
-fn a_job_tells_what_happens_to_it_in_order() {
+fn the_events_of_a_job_come_in_order() {
     let mut bench = Bench::new(settings(8, 8));
     let mut handle = bench.submit(job(7, 2, 2));
     bench.run();
