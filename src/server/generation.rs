@@ -176,6 +176,7 @@ impl ParsedRequest {
                 .request_timeout
                 .and_then(|timeout| received.checked_add(timeout)),
             preview_every: previews.interval(steps),
+            span: tracing::Span::current(),
         };
         let handle = app.engine.submit(job, options)?;
         tracing::info!(
@@ -297,7 +298,9 @@ impl RunningRequest {
                     });
                 }
                 Event::Started => {}
-                Event::Step { done, total } => return Ok(RequestProgress::Step { done, total }),
+                Event::Step { done, total, .. } => {
+                    return Ok(RequestProgress::Step { done, total });
+                }
                 Event::Preview { step, image } => {
                     let number = self.previews;
                     self.previews += 1;
