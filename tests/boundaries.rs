@@ -24,6 +24,7 @@ const OWNERS: &[(&str, &[&str])] = &[
     ("tower", &["src/server"]),
     ("tower_http", &["src/server"]),
     ("utoipa", &["src/server"]),
+    ("utoipa_axum", &["src/server"]),
     ("clap", &["src/cli"]),
     ("clap_complete", &["src/cli"]),
     ("clap_mangen", &["src/cli"]),
