@@ -5,7 +5,7 @@ use std::sync::Arc;
 use kiln_models::config::ConfigText;
 use kiln_models::families::{CheckpointConfigs, CheckpointParts};
 
-use super::weights::Weights;
+use super::safetensors::SafetensorsWeights;
 use super::{CheckpointError, PromptGuide};
 
 pub(super) static GUIDE: PromptGuide = PromptGuide {
@@ -55,7 +55,7 @@ macro_rules! weights {
             "/models/demo/",
             $path
         )));
-        let mut weights = Weights::new("demo".as_ref());
+        let mut weights = SafetensorsWeights::new("demo".as_ref());
         weights.add_embedded(concat!("demo/", $path).as_ref(), &FILE.0)?;
         Arc::new(weights)
     }};

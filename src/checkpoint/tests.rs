@@ -1,4 +1,5 @@
 use std::error::Error;
+use std::fs;
 use std::iter;
 
 use kiln_models::StoredDType;

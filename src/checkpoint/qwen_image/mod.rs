@@ -7,7 +7,7 @@ macro_rules! config {
     ($name:literal) => {
         ConfigText {
             file: concat!("Qwen/Qwen-Image, ", $name).to_owned(),
-            text: include_str!(concat!("qwen_image/", $name)).to_owned(),
+            text: include_str!($name).to_owned(),
         }
     };
 }

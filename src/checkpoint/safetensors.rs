@@ -1,4 +1,4 @@
-//! The tensors of one component, in safetensors files that are memory-mapped or in the binary.
+//! Safetensors files, memory-mapped or embedded in the binary, as the tensors of one component.
 
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
@@ -17,8 +17,7 @@ use safetensors::Dtype;
 use safetensors::tensor::Metadata;
 
 use super::CheckpointError;
-use super::io_error;
-use super::is_lfs_pointer;
+use super::files::{is_lfs_pointer, list_folder, read_text};
 
 /// The length field before a safetensors header.
 const LENGTH_BYTES: usize = 8;
@@ -30,11 +29,18 @@ const MAX_HEADER_BYTES: u64 = 100_000_000;
 /// machines): a multiple of it is a page boundary everywhere.
 const RELEASE_BYTES: usize = 64 * 1024;
 
-/// The weights of one component, from one or several files.
+/// The tensors of one component, from one or several safetensors files.
 #[derive(Debug)]
-pub(super) struct Weights {
+pub(super) struct SafetensorsWeights {
     folder: PathBuf,
     tensors: BTreeMap<String, StoredTensor>,
+}
+
+/// The index of a sharded component. Its `metadata` is not read.
+#[derive(serde::Deserialize)]
+struct ShardIndex {
+    /// Tensor name to file name.
+    weight_map: BTreeMap<String, String>,
 }
 
 #[derive(Debug)]
@@ -52,7 +58,29 @@ enum FileBytes {
     Embedded(&'static [u8]),
 }
 
-impl Weights {
+impl SafetensorsWeights {
+    /// Opens `{stem}.safetensors.index.json` and its shards, or `{stem}.safetensors` if there is
+    /// no index.
+    pub(super) fn open(folder: &Path, stem: &'static str) -> Result<Self, CheckpointError> {
+        let mut weights = Self::new(folder);
+        let index = folder.join(format!("{stem}.safetensors.index.json"));
+        let single = folder.join(format!("{stem}.safetensors"));
+        if index.exists() {
+            weights.add_shards(&index)?;
+        } else if single.exists() {
+            weights.add_file(&single)?;
+        } else {
+            let found = list_folder(folder)?;
+            return Err(CheckpointError::NoWeights {
+                folder: folder.to_owned(),
+                stem,
+                found,
+            });
+        }
+        Ok(weights)
+    }
+
+    /// No tensors; `folder` is the origin that messages name.
     pub(super) fn new(folder: &Path) -> Self {
         Self {
             folder: folder.to_owned(),
@@ -60,8 +88,52 @@ impl Weights {
         }
     }
 
+    /// Adds every shard that an index names.
+    fn add_shards(&mut self, index: &Path) -> Result<(), CheckpointError> {
+        let ShardIndex { weight_map } =
+            serde_json::from_str(&read_text(index)?).map_err(|source| {
+                CheckpointError::IndexInvalid {
+                    path: index.to_owned(),
+                    source,
+                }
+            })?;
+
+        let mut shards: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
+        for (tensor, shard) in &weight_map {
+            shards.entry(shard).or_default().push(tensor);
+        }
+        for (name, tensors) in shards {
+            // The index came from the network: it must not reach outside its folder.
+            if Path::new(name).file_name() != Some(name.as_ref()) {
+                return Err(CheckpointError::ShardName {
+                    path: index.to_owned(),
+                    tensor: tensors[0].to_owned(),
+                    shard: name.to_owned(),
+                });
+            }
+            let shard = self.folder.join(name);
+            let index = index.to_owned();
+            if !shard.exists() {
+                return Err(CheckpointError::ShardMissing {
+                    shard,
+                    index,
+                    tensors: tensors.len(),
+                });
+            }
+            self.add_file(&shard)?;
+            if let Some(tensor) = tensors.into_iter().find(|tensor| !self.has(tensor, &shard)) {
+                return Err(CheckpointError::TensorMissing {
+                    tensor: tensor.to_owned(),
+                    shard,
+                    index,
+                });
+            }
+        }
+        Ok(())
+    }
+
     /// Maps a safetensors file and adds its tensors.
-    pub(super) fn add_file(&mut self, path: &Path) -> Result<(), CheckpointError> {
+    fn add_file(&mut self, path: &Path) -> Result<(), CheckpointError> {
         let map = Arc::new(map_file(path)?);
         let header = read_header(path, &map)?;
         self.add(path, &FileBytes::Mapped(map), header)
@@ -109,14 +181,14 @@ impl Weights {
     }
 
     /// Whether the tensor lies in this file.
-    pub(super) fn has(&self, name: &str, file: &Path) -> bool {
+    fn has(&self, name: &str, file: &Path) -> bool {
         self.tensors
             .get(name)
             .is_some_and(|it| Path::new(&it.info.file) == file)
     }
 }
 
-impl TensorSource for Weights {
+impl TensorSource for SafetensorsWeights {
     fn origin(&self) -> String {
         self.folder.display().to_string()
     }
@@ -188,11 +260,11 @@ fn release(_map: &Mmap, _pages: Range<usize>) {}
 
 #[expect(unsafe_code, reason = "the only way to map a file")]
 fn map_file(path: &Path) -> Result<Mmap, CheckpointError> {
-    let file = File::open(path).map_err(|source| io_error(path, source))?;
+    let file = File::open(path).map_err(|source| CheckpointError::io(path, source))?;
     // SAFETY: sound as long as nobody changes or shortens the file while it is mapped. Nothing here
     // does, and what replaces model files writes a new file and renames it (Git, the Hub's tools);
     // every program that maps weights relies on that.
-    unsafe { Mmap::map(&file) }.map_err(|source| io_error(path, source))
+    unsafe { Mmap::map(&file) }.map_err(|source| CheckpointError::io(path, source))
 }
 
 /// Reads and checks a header: the offset of the data in the file, and what lies in it.

@@ -1,0 +1,167 @@
+//! Model files: configurations, tokenizer and weights.
+//!
+//! A [`Checkpoint`] is a model folder in the layout of diffusers, the demo model, whose files are
+//! embedded in the binary, or the configurations of a model with random weights.
+//!
+//! [`Checkpoint::open`] reads headers and configurations only. Weights are memory-mapped and reach
+//! the models tensor by tensor, through [`TensorSource`].
+//!
+//! - `layout`: finds the parts of a model in a folder
+//! - `safetensors`: reads weights
+//! - `dummy`: fabricates weights
+//! - `demo`, `qwen_image`: the demo model, and Qwen-Image's configurations
+//!
+//! [`TensorSource`]: kiln_models::TensorSource
+
+mod demo;
+mod dummy;
+mod error;
+mod files;
+mod layout;
+mod qwen_image;
+mod safetensors;
+
+#[cfg(test)]
+mod tests;
+
+use std::fmt;
+use std::path::{Path, PathBuf};
+
+use kiln_models::families::CheckpointParts;
+
+use crate::tokenizer::{PromptTokenizer, TokenizerError};
+
+pub use self::error::CheckpointError;
+
+/// What names the demo model wherever a model is named.
+pub const DEMO: &str = "demo";
+
+/// The published model whose configuration is in the binary.
+pub const QWEN_IMAGE: &str = "Qwen/Qwen-Image";
+
+/// What a model draws and how to word it, where that can be said.
+#[derive(Debug)]
+pub struct PromptGuide {
+    /// What it draws, in a sentence.
+    pub about: &'static str,
+    /// Prompts that it draws well.
+    pub examples: &'static [&'static str],
+    /// All the words that it knows, by what they have in common.
+    pub words: &'static [(&'static str, &'static [&'static str])],
+}
+
+/// An open model.
+#[derive(Debug, Clone)]
+pub struct Checkpoint {
+    place: Place,
+    parts: CheckpointParts,
+}
+
+/// Where a model's files are.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Place {
+    Folder(PathBuf),
+    /// In the binary.
+    Demo,
+    /// Nowhere: random weights in the shape of a model.
+    Dummy(Shape),
+}
+
+/// Whose configurations random weights follow.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Shape {
+    /// A model folder's; it needs no weight files.
+    Folder(PathBuf),
+    Demo,
+    /// [`QWEN_IMAGE`]'s, without a file.
+    QwenImage,
+}
+
+impl fmt::Display for Place {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Folder(path) => path.display().fmt(f),
+            Self::Demo => f.write_str("the built-in demo model"),
+            Self::Dummy(shape) => write!(f, "random weights in the shape of {shape}"),
+        }
+    }
+}
+
+impl fmt::Display for Shape {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Folder(path) => path.display().fmt(f),
+            Self::Demo => Place::Demo.fmt(f),
+            Self::QwenImage => f.write_str(QWEN_IMAGE),
+        }
+    }
+}
+
+impl Checkpoint {
+    /// Opens a model folder: reads its configuration files and maps its weight files.
+    ///
+    /// Reads the header of each safetensors file, and no weights.
+    pub fn open(folder: &Path) -> Result<Self, CheckpointError> {
+        Ok(Self {
+            place: Place::Folder(folder.to_owned()),
+            parts: layout::open(folder)?,
+        })
+    }
+
+    /// Opens the demo model, which needs no file.
+    pub fn demo() -> Result<Self, CheckpointError> {
+        Ok(Self {
+            place: Place::Demo,
+            parts: demo::parts()?,
+        })
+    }
+
+    /// Random weights in the shape of a model, made as they are loaded.
+    pub fn dummy(shape: Shape) -> Result<Self, CheckpointError> {
+        let configs = match &shape {
+            Shape::Folder(folder) => layout::open_configs(folder)?,
+            Shape::Demo => demo::configs(),
+            Shape::QwenImage => qwen_image::configs(),
+        };
+        let [text_encoder, transformer, vae] =
+            dummy::sources(["text_encoder", "transformer", "vae"]);
+        Ok(Self {
+            place: Place::Dummy(shape),
+            parts: CheckpointParts {
+                configs,
+                text_encoder,
+                transformer,
+                vae,
+            },
+        })
+    }
+
+    pub fn place(&self) -> &Place {
+        &self.place
+    }
+
+    /// How to word a prompt, for a model that does not understand all words.
+    pub fn prompt_guide(&self) -> Option<&'static PromptGuide> {
+        matches!(self.place, Place::Demo).then_some(&demo::GUIDE)
+    }
+
+    /// Loads the tokenizer. Random weights make no use of what a prompt says: where their shape
+    /// comes without a tokenizer, the demo model's stands in.
+    pub fn tokenizer(&self) -> Result<PromptTokenizer, TokenizerError> {
+        let template = self.parts.configs.family()?.template();
+        match &self.place {
+            Place::Folder(folder) => PromptTokenizer::load(&folder.join("tokenizer"), template),
+            Place::Dummy(Shape::Folder(folder)) if folder.join("tokenizer").is_dir() => {
+                PromptTokenizer::load(&folder.join("tokenizer"), template)
+            }
+            Place::Demo | Place::Dummy(_) => {
+                PromptTokenizer::from_json(&demo::tokenizer(), template)
+            }
+        }
+    }
+
+    /// The configurations and the weights, as the models take them.
+    pub fn parts(&self) -> &CheckpointParts {
+        &self.parts
+    }
+}
