@@ -6,10 +6,10 @@
 //! [`Checkpoint::open`] reads headers and configurations only. Weights are memory-mapped and reach
 //! the models tensor by tensor, through [`TensorSource`].
 //!
-//! - `layout`: finds the parts of a model in a folder
-//! - `safetensors`: reads weights
-//! - `dummy`: fabricates weights
-//! - `demo`, `qwen_image`: the demo model, and Qwen-Image's configurations
+//! - `layout`: the folder layout of diffusers; another layout is another module beside it
+//! - `safetensors`: a reader of weight files; another format is another module beside it
+//! - `dummy`: random weights
+//! - `demo`, `qwen_image`: the demo model, and the configurations of Qwen-Image
 //!
 //! [`TensorSource`]: kiln_models::TensorSource
 
@@ -33,20 +33,20 @@ use crate::tokenizer::{PromptTokenizer, TokenizerError};
 
 pub use self::error::CheckpointError;
 
-/// What names the demo model wherever a model is named.
+/// The name of the demo model.
 pub const DEMO: &str = "demo";
 
-/// The published model whose configuration is in the binary.
+/// Hub id of the model whose configurations are embedded in the binary.
 pub const QWEN_IMAGE: &str = "Qwen/Qwen-Image";
 
-/// What a model draws and how to word it, where that can be said.
+/// What a model with a small vocabulary can generate, and how to word its prompts.
 #[derive(Debug)]
 pub struct PromptGuide {
-    /// What it draws, in a sentence.
+    /// What the model generates, in one sentence.
     pub about: &'static str,
-    /// Prompts that it draws well.
+    /// Example prompts.
     pub examples: &'static [&'static str],
-    /// All the words that it knows, by what they have in common.
+    /// All words that the model knows, in named groups.
     pub words: &'static [(&'static str, &'static [&'static str])],
 }
 
@@ -57,23 +57,23 @@ pub struct Checkpoint {
     parts: CheckpointParts,
 }
 
-/// Where a model's files are.
+/// Where a model comes from.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Place {
     Folder(PathBuf),
-    /// In the binary.
+    /// The demo model, embedded in the binary.
     Demo,
-    /// Nowhere: random weights in the shape of a model.
+    /// Random weights with the configurations of a model.
     Dummy(Shape),
 }
 
-/// Whose configurations random weights follow.
+/// The model whose configurations random weights follow.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Shape {
-    /// A model folder's; it needs no weight files.
+    /// A model folder, which needs no weight files.
     Folder(PathBuf),
     Demo,
-    /// [`QWEN_IMAGE`]'s, without a file.
+    /// [`QWEN_IMAGE`], whose configurations are embedded in the binary.
     QwenImage,
 }
 
@@ -108,7 +108,7 @@ impl Checkpoint {
         })
     }
 
-    /// Opens the demo model, which needs no file.
+    /// Opens the demo model, which needs no files.
     pub fn demo() -> Result<Self, CheckpointError> {
         Ok(Self {
             place: Place::Demo,
@@ -116,7 +116,7 @@ impl Checkpoint {
         })
     }
 
-    /// Random weights in the shape of a model, made as they are loaded.
+    /// Opens a model of random weights, which are generated when they are loaded.
     pub fn dummy(shape: Shape) -> Result<Self, CheckpointError> {
         let configs = match &shape {
             Shape::Folder(folder) => layout::open_configs(folder)?,
@@ -140,13 +140,13 @@ impl Checkpoint {
         &self.place
     }
 
-    /// How to word a prompt, for a model that does not understand all words.
+    /// How to word prompts, for a model with a small vocabulary.
     pub fn prompt_guide(&self) -> Option<&'static PromptGuide> {
         matches!(self.place, Place::Demo).then_some(&demo::GUIDE)
     }
 
-    /// Loads the tokenizer. Random weights make no use of what a prompt says: where their shape
-    /// comes without a tokenizer, the demo model's stands in.
+    /// Loads the tokenizer. A model of random weights falls back to the demo model's tokenizer if it
+    /// has none of its own.
     pub fn tokenizer(&self) -> Result<PromptTokenizer, TokenizerError> {
         let template = self.parts.configs.family()?.template();
         match &self.place {
@@ -160,7 +160,7 @@ impl Checkpoint {
         }
     }
 
-    /// The configurations and the weights, as the models take them.
+    /// The configurations and the weights, for loading the networks.
     pub fn parts(&self) -> &CheckpointParts {
         &self.parts
     }

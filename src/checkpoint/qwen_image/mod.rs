@@ -1,4 +1,4 @@
-//! The configuration of Qwen/Qwen-Image, for loading its shape without its files.
+//! The configurations of Qwen/Qwen-Image, for random weights in its shape.
 
 use kiln_models::config::ConfigText;
 use kiln_models::families::CheckpointConfigs;
