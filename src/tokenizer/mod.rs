@@ -47,15 +47,15 @@ pub enum TokenizerError {
     FolderMissing { path: PathBuf },
 
     #[error(
-        "{path} is missing, and so is tokenizer.json, which could stand in for it: the copy of the \
-         model is incomplete, download it again"
+        "{path} is missing, and there is no tokenizer.json to use instead: the copy of the model is \
+         incomplete, download it again"
     )]
     FileMissing { path: PathBuf },
 
     #[error("cannot read {path}")]
     Io { path: PathBuf, source: io::Error },
 
-    #[error("{path} is not the JSON that a tokenizer needs: download this file again")]
+    #[error("{path} is not valid JSON of a tokenizer: download this file again")]
     Json {
         path: PathBuf,
         source: serde_json::Error,
@@ -71,15 +71,15 @@ pub enum TokenizerError {
         text: String,
     },
 
-    #[error("{path} does not make a tokenizer: download the tokenizer's files again")]
+    #[error("{path} does not define a valid tokenizer: download the tokenizer's files again")]
     Invalid {
         path: PathBuf,
         source: tokenizers::Error,
     },
 
     #[error(
-        "{path} gives the token {token} the id {expected}, but the vocabulary leaves it {actual}: \
-         the tokenizer's files are not of the same version, download them again"
+        "{path} gives the token {token} the id {expected}, but the next id of the vocabulary is \
+         {actual}: the tokenizer's files are not of the same version, download them again"
     )]
     AddedTokenId {
         path: PathBuf,
@@ -89,8 +89,8 @@ pub enum TokenizerError {
     },
 
     #[error(
-        "the tokenizer in {path} has no token {token}, which the prompt template is made of: it \
-         is not a Qwen2 tokenizer, or the copy is incomplete"
+        "the tokenizer in {path} has no token {token}, which the prompt template needs: it is not a \
+         Qwen2 tokenizer, or the copy is incomplete"
     )]
     TemplateToken { path: PathBuf, token: &'static str },
 

@@ -167,7 +167,7 @@ fn errors_name_the_file() {
     .unwrap();
     assert_eq!(
         load_error(folder.path()),
-        "DIR/tokenizer_config.json is not the JSON that a tokenizer needs: download this file \
+        "DIR/tokenizer_config.json is not valid JSON of a tokenizer: download this file \
          again: missing field `content` at line 1 column 35"
     );
 
@@ -177,14 +177,14 @@ fn errors_name_the_file() {
     fs::write(file("tokenizer_config.json"), config(380)).unwrap();
     assert_eq!(
         load_error(folder.path()),
-        "DIR/tokenizer_config.json gives the token <|im_start|> the id 380, but the vocabulary \
-         leaves it 376: the tokenizer's files are not of the same version, download them again"
+        "DIR/tokenizer_config.json gives the token <|im_start|> the id 380, but the next id of \
+         the vocabulary is 376: the tokenizer's files are not of the same version, download them again"
     );
 
     fs::write(file("tokenizer_config.json"), config(376)).unwrap();
     assert_eq!(
         load_error(folder.path()),
-        "the tokenizer in DIR has no token <|im_end|>, which the prompt template is made of: it \
+        "the tokenizer in DIR has no token <|im_end|>, which the prompt template needs: it \
          is not a Qwen2 tokenizer, or the copy is incomplete"
     );
 
@@ -198,28 +198,28 @@ fn errors_name_the_file() {
     fs::write(file("merges.txt"), "t zzz\n").unwrap();
     assert_eq!(
         load_error(folder.path()),
-        "DIR/merges.txt does not make a tokenizer: download the tokenizer's files again: Token \
+        "DIR/merges.txt does not define a valid tokenizer: download the tokenizer's files again: Token \
          `zzz` out of vocabulary"
     );
 
     fs::remove_file(file("merges.txt")).unwrap();
     assert_eq!(
         load_error(folder.path()),
-        "DIR/merges.txt is missing, and so is tokenizer.json, which could stand in for it: the \
+        "DIR/merges.txt is missing, and there is no tokenizer.json to use instead: the \
          copy of the model is incomplete, download it again"
     );
 
     fs::write(file("vocab.json"), "{\"a\": \"b\"}").unwrap();
     assert_eq!(
         load_error(folder.path()),
-        "DIR/vocab.json is not the JSON that a tokenizer needs: download this file again: invalid \
+        "DIR/vocab.json is not valid JSON of a tokenizer: download this file again: invalid \
          type: string \"b\", expected u32 at line 1 column 9"
     );
 
     fs::write(file("tokenizer.json"), "{}").unwrap();
     let error = load_error(folder.path());
     assert!(
-        error.starts_with("DIR/tokenizer.json does not make a tokenizer"),
+        error.starts_with("DIR/tokenizer.json does not define a valid tokenizer"),
         "{error}"
     );
 
