@@ -37,7 +37,11 @@ fn write(folder: &Path, name: &str, content: impl AsRef<[u8]>) {
 fn model() -> TempDir {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path();
-    write(path, "model_index.json", "{}");
+    write(
+        path,
+        "model_index.json",
+        "{\"_class_name\": \"QwenImagePipeline\"}",
+    );
     write(
         path,
         "scheduler/scheduler_config.json",
