@@ -75,8 +75,8 @@ fn blur(plane: &[f64], width: usize) -> Vec<f64> {
 mod tests {
     use super::*;
 
-    /// The same values as `picture` of `tests/reference/ssim_values.py`.
-    fn picture(height: usize, width: usize, change: usize) -> Vec<f32> {
+    /// The same values as `test_image` of `tests/reference/ssim_values.py`.
+    fn test_image(height: usize, width: usize, change: usize) -> Vec<f32> {
         let mut values = Vec::new();
         for y in 0..height {
             for x in 0..width {
@@ -97,14 +97,14 @@ mod tests {
             (16, 29, 0.937_555_935_143_475, 0.905_859_879_847_150),
             (40, 24, 0.953_444_756_180_040, 0.934_087_347_573_150),
         ] {
-            let [a, b, c] = [0, 1, 5].map(|change| picture(height, width, change));
+            let [a, b, c] = [0, 1, 5].map(|change| test_image(height, width, change));
             let size = [height, width];
             let first = ssim(&a, &b, size, 255.0).unwrap();
             let second = ssim(&b, &c, size, 255.0).unwrap();
             assert!((first - off_by_1).abs() < 1e-10, "{first}");
             assert!((second - off_by_5).abs() < 1e-10, "{second}");
         }
-        let scaled: Vec<f32> = picture(16, 29, 0).iter().map(|v| v / 255.0).collect();
+        let scaled: Vec<f32> = test_image(16, 29, 0).iter().map(|v| v / 255.0).collect();
         let inverted: Vec<f32> = scaled.iter().map(|v| 1.0 - v).collect();
         let value = ssim(&scaled, &inverted, [16, 29], 1.0).unwrap();
         // The looser bound is for f32: values between 0 and 1 are not exact in it.
@@ -113,9 +113,9 @@ mod tests {
 
     #[test]
     fn equal_images_have_similarity_1_and_small_images_none() {
-        let a = picture(12, 13, 5);
+        let a = test_image(12, 13, 5);
         assert!((ssim(&a, &a, [12, 13], 255.0).unwrap() - 1.0).abs() < 1e-12);
-        let small = picture(10, 64, 5);
+        let small = test_image(10, 64, 5);
         assert_eq!(ssim(&small, &small, [10, 64], 255.0), None);
     }
 }
