@@ -60,6 +60,7 @@ pub struct Checkpoint {
 /// Where a model comes from.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Place {
+    /// A folder in the layout of diffusers.
     Folder(PathBuf),
     /// The demo model, embedded in the binary.
     Demo,
@@ -72,6 +73,7 @@ pub enum Place {
 pub enum Shape {
     /// A model folder, which needs no weight files.
     Folder(PathBuf),
+    /// The demo model.
     Demo,
     /// [`QWEN_IMAGE`], whose configurations are embedded in the binary.
     QwenImage,
