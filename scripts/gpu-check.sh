@@ -114,7 +114,7 @@ parity_case() {
     if said=$("$kiln" compare --backends "$backend:${KILN_DEVICE:-0}" --dtype f32 \
         --reference "dump:tests/fixtures/cases/$name.safetensors" "$@" 2>&1); then
         echo "$name"
-        grep -E '^\| (prompt embeddings|latents, worst step|picture before|8-bit values)' <<< "$said"
+        grep -E '^\| (prompt embeddings|latents, worst step|image before|8-bit values)' <<< "$said"
     else
         echo "$said"
         parity_failed+=("$name")

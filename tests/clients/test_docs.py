@@ -1,8 +1,8 @@
-"""The Python and TypeScript of docs/clients.md against a running `kiln serve` with the demo model.
+"""Runs the Python and TypeScript of docs/clients.md with a running `kiln serve` with the demo model.
 
 Usage: python test_docs.py URL KEY NODE_FOLDER
 
-NODE_FOLDER has the packages of package.json; `node` runs TypeScript as it is, `tsc` checks its types.
+NODE_FOLDER has the packages of package.json; `node` runs TypeScript directly, `tsc` checks its types.
 """
 
 import re
@@ -14,7 +14,7 @@ from pathlib import Path
 server, key, node_folder = sys.argv[1:]
 page = Path(__file__).parents[2] / "docs" / "clients.md"
 folder = Path(node_folder)
-picture = folder / "circle.png"
+image = folder / "circle.png"
 compiler = ["node_modules/.bin/tsc", "--noEmit", "--strict", "--module", "nodenext"]
 compiler += ["--target", "es2023", "--skipLibCheck"]
 
@@ -35,8 +35,8 @@ for language, file, commands in [
         assert code.count(placeholder) == 1, placeholder
         code = code.replace(placeholder, value)
     (folder / file).write_text(code, "utf-8")
-    picture.unlink(missing_ok=True)
+    image.unlink(missing_ok=True)
     output = [run(*command) for command in commands][-1]
-    assert picture.read_bytes().startswith(b"\x89PNG"), "no picture"
+    assert image.read_bytes().startswith(b"\x89PNG"), "no image"
     assert output.startswith("data:image/png;base64,"), output
     print(f"docs/clients.md: {language} ok ({time.monotonic() - started:.1f} s)")
