@@ -1,7 +1,8 @@
 //! Times the response with an image of 1024 x 1024 pixels: encoding the file, Base64, JSON, socket.
 //!
 //! `cargo bench --bench response`. The pipeline returns a prepared image at once, so the time from
-//! the request to the last byte is that of the server alone.
+//! the request to the last byte is that of the server alone. With `-- --quick` it sends one request
+//! of each kind, which shows that the benchmark still runs.
 
 #![expect(clippy::print_stdout, reason = "prints its results")]
 
@@ -100,6 +101,8 @@ fn post(address: SocketAddr, path: &str, body: &str) -> Result<(Duration, usize)
 }
 
 fn main() -> Result<(), Box<dyn Error>> {
+    let quick = std::env::args().any(|argument| argument == "--quick");
+    let rounds = if quick { 1 } else { ROUNDS };
     let address = serve()?;
     let images = "/v1/images/generations";
     let chat = "/v1/chat/completions";
@@ -135,9 +138,9 @@ fn main() -> Result<(), Box<dyn Error>> {
             r#"{"prompt":"x","num_inference_steps":1,"output_format":"webp","output_compression":80}"#,
         ),
     ] {
-        let mut times = Vec::with_capacity(ROUNDS);
+        let mut times = Vec::with_capacity(rounds);
         let mut bytes = 0;
-        for _ in 0..ROUNDS {
+        for _ in 0..rounds {
             let (took, length) = post(address, path, body)?;
             times.push(took.as_secs_f64() * 1e3);
             bytes = length;
@@ -145,7 +148,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         times.sort_by(f64::total_cmp);
         println!(
             "{name}: median {:.1} ms, fastest {:.1} ms, {bytes} bytes",
-            times[ROUNDS / 2],
+            times[rounds / 2],
             times[0],
         );
     }

@@ -5,6 +5,8 @@
 
 /// `kiln bench`, run as a process.
 mod bench;
+/// What each module may name, read from the source files.
+mod boundaries;
 /// `kiln generate` with invalid checkpoints, run as a process.
 mod broken_models;
 /// The command line, run as a process.

@@ -3,7 +3,7 @@
 Usage: python test_page.py path/to/kiln [name of a test ...]
 
 CHROMIUM is the path of the browser, by default /usr/bin/chromium. With KILN_SCREENSHOTS=FOLDER the
-screenshots of the README are written to the folder instead of testing.
+screenshots of docs/serving.md are written to the folder instead of testing.
 """
 
 import contextlib
