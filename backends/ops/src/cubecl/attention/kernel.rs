@@ -1,9 +1,9 @@
-//! The attention kernel: FlashAttention's loop in f32.
+//! The attention kernel: attention with online softmax, in f32.
 //!
 //! A cube computes a tile of consecutive query rows of one head, over the keys tile by tile. It
 //! computes the scores of a tile of keys from slices of the head dimension in shared memory, turns
-//! them into softmax weights relative to the largest score so far (online softmax), and adds the
-//! weighted values to its sums in registers.
+//! them into softmax weights relative to the largest score so far, and adds the weighted values to
+//! its sums in registers.
 
 #![expect(
     clippy::trivially_copy_pass_by_ref,
