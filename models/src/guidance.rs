@@ -1,7 +1,7 @@
 //! Classifier-free guidance with the norm rescale of Qwen-Image.
 
-use burn_tensor::Tensor;
-use burn_tensor::backend::Backend;
+use burn::tensor::Tensor;
+use burn::tensor::backend::Backend;
 
 /// `negative + scale · (positive - negative)`, each token rescaled to the positive's norm.
 ///

@@ -3,8 +3,8 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use burn_tensor::module::adaptive_avg_pool2d;
-use burn_tensor::{DType, Tensor, TensorData};
+use burn::tensor::module::adaptive_avg_pool2d;
+use burn::tensor::{DType, Tensor, TensorData};
 use cubecl_common::stream_id::StreamId;
 use kiln_ops::{FaultWatch, FusedOps};
 
@@ -17,7 +17,7 @@ use crate::pipeline::{
     CacheUses, ImageSizes, Job, JobId, MAX_PREVIEW_SIDE, MemoryUse, ModelInfo, Output, Pipeline,
     PipelineError, RgbImage, TraceTensor,
 };
-use crate::scheduler::{Schedule, SchedulerConfig, round_to};
+use crate::sampling::{Schedule, SchedulerConfig, round_to};
 use crate::source::TensorSource;
 use crate::text_encoder::{TextEncoder, TextEncoderConfig};
 use crate::transformer::{

@@ -5,7 +5,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use burn_tensor::{DType, Tensor, TensorData};
+use burn::tensor::{DType, Tensor, TensorData};
 use bytes::Bytes;
 use kiln_models::config::ConfigText;
 use kiln_models::qwen_image::{CheckpointConfigs, CheckpointParts};

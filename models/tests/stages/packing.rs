@@ -1,7 +1,7 @@
 //! A packed forward of several segments equals single forwards of each.
 
+use burn::tensor::{DType, Tensor, TensorData};
 use burn_flex::{Flex, FlexDevice};
-use burn_tensor::{DType, Tensor, TensorData};
 use kiln_models::noise::{NoiseGenerator, randn};
 use kiln_models::transformer::{Segment, StepModulation, Transformer, TransformerConfig};
 

@@ -1,8 +1,8 @@
 //! Stage by stage against diffusers, in f32, on every CPU backend.
 
+use burn::tensor::Tensor;
 use burn_flex::{Flex, FlexDevice};
 use burn_ndarray::{NdArray, NdArrayDevice};
-use burn_tensor::Tensor;
 use kiln_models::guidance::true_cfg;
 use kiln_models::text_encoder::{TextEncoder, TextEncoderConfig};
 use kiln_models::transformer::{Segment, Transformer, TransformerConfig};
