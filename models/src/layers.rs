@@ -87,10 +87,14 @@ impl<D: Clone> DeferredLinear<D> {
     ///
     /// # Errors
     /// If a tensor is missing or has another shape.
-    pub(crate) fn load(at: Scope<D>, d_in: usize, d_out: usize) -> Result<Self, LoadError> {
+    pub(crate) fn load(at: &Scope<D>, d_in: usize, d_out: usize) -> Result<Self, LoadError> {
         at.check("weight", &[d_out, d_in])?;
         at.check("bias", &[d_out])?;
-        Ok(Self { at, d_in, d_out })
+        Ok(Self {
+            at: at.clone(),
+            d_in,
+            d_out,
+        })
     }
 
     /// # Shapes

@@ -6,8 +6,8 @@
 //! - it does not fail on stored tensors that no module uses;
 //! - it fills whole modules, while kiln reads the transformer's modulation layers, a third of its
 //!   weights, on demand and never keeps them on the device;
-//! - it creates tensors of its own, while kiln uses the bytes of a memory map where they lie on
-//!   backends that compute in the host's memory.
+//! - it copies every tensor out of its memory map, while on backends that compute in the host's
+//!   memory kiln uses the bytes of the map where they lie.
 
 use burn::tensor::DType;
 use bytes::Bytes;

@@ -97,25 +97,33 @@ impl<B: FusedOps> TextEncoder<B> {
     }
 }
 
-/// One decoder layer: causal self-attention, then a gated MLP, each after a norm.
+/// One decoder layer: causal self-attention, then the MLP `down(silu(gate(x)) · up(x))`, each after a
+/// norm and added to its input.
 #[derive(Module, Debug)]
 pub(crate) struct DecoderLayer<B: FusedOps> {
     input_layernorm: RmsNorm<B>,
     self_attn: Attention<B>,
     post_attention_layernorm: RmsNorm<B>,
-    mlp: Mlp<B>,
+    gate_proj: Linear<B>,
+    up_proj: Linear<B>,
+    down_proj: Linear<B>,
 }
 
 impl<B: FusedOps> DecoderLayer<B> {
     /// # Errors
     /// If a tensor is missing or has another shape.
     fn load(config: &TextEncoderConfig, at: &Scope<B::Device>) -> Result<Self, LoadError> {
-        let norm = |name| RmsNorm::load(&at.at(name), config.hidden_size, config.rms_norm_eps);
+        let (hidden, intermediate) = (config.hidden_size, config.intermediate_size);
+        let norm = |name| RmsNorm::load(&at.at(name), hidden, config.rms_norm_eps);
+        let linear =
+            |name, d_in, d_out| Linear::load_without_bias(&at.at("mlp").at(name), d_in, d_out);
         Ok(Self {
             input_layernorm: norm("input_layernorm")?,
             self_attn: Attention::load(config, &at.at("self_attn"))?,
             post_attention_layernorm: norm("post_attention_layernorm")?,
-            mlp: Mlp::load(config, &at.at("mlp"))?,
+            gate_proj: linear("gate_proj", hidden, intermediate)?,
+            up_proj: linear("up_proj", hidden, intermediate)?,
+            down_proj: linear("down_proj", intermediate, hidden)?,
         })
     }
 
@@ -126,36 +134,11 @@ impl<B: FusedOps> DecoderLayer<B> {
         let normed = self.input_layernorm.forward(x.clone());
         let x = x + self.self_attn.forward(normed, rotation, lengths);
         let normed = self.post_attention_layernorm.forward(x.clone());
-        x + self.mlp.forward(normed)
-    }
-}
-
-/// The gated MLP, `down(silu(gate(x)) · up(x))`.
-#[derive(Module, Debug)]
-pub(crate) struct Mlp<B: FusedOps> {
-    gate_proj: Linear<B>,
-    up_proj: Linear<B>,
-    down_proj: Linear<B>,
-}
-
-impl<B: FusedOps> Mlp<B> {
-    /// # Errors
-    /// If a tensor is missing or has another shape.
-    fn load(config: &TextEncoderConfig, at: &Scope<B::Device>) -> Result<Self, LoadError> {
-        let (hidden, intermediate) = (config.hidden_size, config.intermediate_size);
-        let (gate, up, down) = (at.at("gate_proj"), at.at("up_proj"), at.at("down_proj"));
-        Ok(Self {
-            gate_proj: Linear::load_without_bias(&gate, hidden, intermediate)?,
-            up_proj: Linear::load_without_bias(&up, hidden, intermediate)?,
-            down_proj: Linear::load_without_bias(&down, intermediate, hidden)?,
-        })
-    }
-
-    /// # Shapes
-    /// - x and output: `[tokens, hidden_size]`
-    fn forward(&self, x: Tensor<B, 2>) -> Tensor<B, 2> {
-        let gated = B::silu_mul(self.gate_proj.forward(x.clone()), self.up_proj.forward(x));
-        self.down_proj.forward(gated)
+        let gated = B::silu_mul(
+            self.gate_proj.forward(normed.clone()),
+            self.up_proj.forward(normed),
+        );
+        x + self.down_proj.forward(gated)
     }
 }
 

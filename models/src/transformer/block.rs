@@ -30,8 +30,8 @@ impl<B: FusedOps> TransformerBlock<B> {
     ) -> Result<Self, LoadError> {
         let dim = config.dim();
         Ok(Self {
-            img_mod: DeferredLinear::load(at.at("img_mod.1"), dim, 6 * dim)?,
-            txt_mod: DeferredLinear::load(at.at("txt_mod.1"), dim, 6 * dim)?,
+            img_mod: DeferredLinear::load(&at.at("img_mod.1"), dim, 6 * dim)?,
+            txt_mod: DeferredLinear::load(&at.at("txt_mod.1"), dim, 6 * dim)?,
             image: Stream::load(config, at, &IMAGE_NAMES)?,
             text: Stream::load(config, at, &TEXT_NAMES)?,
         })

@@ -82,7 +82,7 @@ pub struct Transformer<B: FusedOps> {
     txt_norm: RmsNorm<B>,
     txt_in: Linear<B>,
     timestep_embedder: TimestepEmbedding<B>,
-    transformer_blocks: Vec<TransformerBlock<B>>,
+    blocks: Vec<TransformerBlock<B>>,
     #[module(skip)]
     norm_out: DeferredLinear<B::Device>,
     proj_out: Linear<B>,
@@ -112,12 +112,12 @@ impl<B: FusedOps> Transformer<B> {
             txt_norm: RmsNorm::load(&root.at("txt_norm"), text_dim, EPS)?,
             txt_in: Linear::load(&root.at("txt_in"), text_dim, dim)?,
             timestep_embedder: TimestepEmbedding::load(&embedder, dim)?,
-            transformer_blocks: (0..config.num_layers)
+            blocks: (0..config.num_layers)
                 .map(|index| {
                     TransformerBlock::load(config, &root.at(format!("transformer_blocks.{index}")))
                 })
                 .collect::<Result<_, _>>()?,
-            norm_out: DeferredLinear::load(root.at("norm_out.linear"), dim, 2 * dim)?,
+            norm_out: DeferredLinear::load(&root.at("norm_out.linear"), dim, 2 * dim)?,
             proj_out: Linear::load(&root.at("proj_out"), dim, config.patch_channels())?,
             config: config.clone(),
         };
@@ -131,7 +131,7 @@ impl<B: FusedOps> Transformer<B> {
         let temb = self.timestep_embedder.forward(timesteps);
         let activated = activation::silu(temb.clone());
         let blocks = self
-            .transformer_blocks
+            .blocks
             .iter()
             .map(|block| block.modulation(activated.clone()))
             .collect();
@@ -173,7 +173,7 @@ impl<B: FusedOps> Transformer<B> {
     ) -> Tensor<B, 2> {
         let mut image = self.img_in.forward(image);
         let mut text = self.txt_in.forward(self.txt_norm.forward(text));
-        for (block, modulation) in self.transformer_blocks.iter().zip(&modulation.blocks) {
+        for (block, modulation) in self.blocks.iter().zip(&modulation.blocks) {
             (image, text) = block.forward(image, text, modulation, packing);
         }
         let (scale, shift) = modulation.norm_out();
@@ -192,6 +192,6 @@ impl<B: FusedOps> Transformer<B> {
         modulation: &StepModulation<B>,
         packing: &Packing<B>,
     ) -> (Tensor<B, 2>, Tensor<B, 2>) {
-        self.transformer_blocks[0].forward(image, text, &modulation.blocks[0], packing)
+        self.blocks[0].forward(image, text, &modulation.blocks[0], packing)
     }
 }

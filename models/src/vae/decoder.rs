@@ -134,7 +134,7 @@ impl<B: FusedOps> UpBlock<B> {
     }
 }
 
-/// Two convolutions, each after norm and SiLU, added to the block's input. The input goes through
+/// Two convolutions, each after a norm and `silu`, added to the block's input. The input goes through
 /// `conv_shortcut` where the number of channels changes.
 #[derive(Module, Debug)]
 pub(super) struct ResidualBlock<B: FusedOps> {
