@@ -8,7 +8,7 @@ use burn_flex::{Flex, FlexDevice};
 use kiln_models::TensorSource;
 use kiln_models::text_encoder::{TextEncoder, TextEncoderConfig};
 use kiln_models::transformer::{Transformer, TransformerConfig};
-use kiln_models::vae::{VaeConfig, VaeDecoder};
+use kiln_models::vae::{VaeConfig, VaeDecoder, VaeSettings};
 
 use crate::fixtures::{Component, F32, config};
 
@@ -139,7 +139,7 @@ fn mapped_parameters_are_those_that_a_forward_uses() {
     );
     let decode = |network: &VaeDecoder<Flex>| {
         network
-            .decode(latents.clone(), Default::default())
+            .decode(latents.clone(), VaeSettings::default())
             .into_data()
     };
     let original = decode(&network);
