@@ -13,13 +13,16 @@ pub struct ConfigText {
 /// Why a configuration file is refused.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
+    /// The text is not valid JSON.
     #[error("{file} is not valid JSON")]
     Json {
         file: String,
         source: serde_json::Error,
     },
+    /// A required key does not exist.
     #[error("{file} has no `{key}`")]
     Missing { file: String, key: String },
+    /// A value is of another JSON type, or out of range.
     #[error("{file}: `{key}` must be {expected}, it is {found}")]
     Type {
         file: String,
@@ -27,6 +30,7 @@ pub enum ConfigError {
         expected: &'static str,
         found: String,
     },
+    /// A value is valid, but kiln does not implement it.
     #[error("{file}: `{key}` is {found}, which kiln does not support; it supports {supported}")]
     Unsupported {
         file: String,
@@ -34,6 +38,7 @@ pub enum ConfigError {
         found: String,
         supported: String,
     },
+    /// Two values contradict each other.
     #[error("{file}: {problem}")]
     Inconsistent { file: String, problem: String },
 }

@@ -19,14 +19,17 @@ use crate::source::{StoredDType, TensorSource};
 /// Why a component could not be loaded.
 #[derive(Debug, thiserror::Error)]
 pub enum LoadError {
+    /// The configuration file is refused.
     #[error(transparent)]
     Config(#[from] ConfigError),
+    /// A tensor that the network needs does not exist. `like` is a stored name with the same ending.
     #[error("{origin} has no tensor `{name}`{}", similar(.like.as_deref()))]
     Missing {
         origin: String,
         name: String,
         like: Option<String>,
     },
+    /// A tensor has another shape than the configuration implies.
     #[error("{file}: tensor `{name}` has shape {found:?}, the configuration asks for {expected:?}")]
     Shape {
         file: String,
@@ -34,12 +37,14 @@ pub enum LoadError {
         found: Vec<usize>,
         expected: Vec<usize>,
     },
+    /// A tensor that the network needs is stored in a type that kiln does not read.
     #[error("{file}: tensor `{name}` is of type {dtype}; kiln reads F32, F16 and BF16")]
     DType {
         file: String,
         name: String,
         dtype: String,
     },
+    /// The component has tensors that the network does not use and does not list as unused.
     #[error(
         "{origin} has {count} tensors that this model does not know, first: `{first}`; \
          is it a checkpoint of another model?"
