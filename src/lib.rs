@@ -1,9 +1,12 @@
 //! `kiln` serves Qwen-Image text-to-image from one binary, on any burn backend.
 //!
-//! A request goes down one way: [`request`] checks it, [`tokenizer`] turns its prompts into ids,
-//! [`engine`] runs it on the thread that owns the pipeline, [`image`] encodes what comes out.
-//! [`server`] and [`cli`] are the two doors. [`compare`] says how far apart two runs are,
-//! [`mod@bench`] how long they take.
+//! A request takes one path: [`request`] checks it, [`tokenizer`] turns its prompts into token ids,
+//! [`engine`] runs it on the thread that owns the pipeline, [`image`] encodes the result. [`server`]
+//! and [`cli`] receive requests. [`compare`] measures how much two runs differ, [`mod@bench`] how
+//! long they take.
+//!
+//! A program that embeds kiln opens a model with [`runtime::Runtime::open`] and gives its pipeline
+//! to an [`engine::Engine`]; `examples/embed.rs` does it.
 
 pub mod backend;
 pub mod bench;
@@ -15,8 +18,10 @@ pub mod hub;
 pub mod image;
 pub mod kernel_cache;
 pub mod request;
+pub mod runtime;
 pub mod server;
 pub mod tokenizer;
+pub mod version;
 
 /// An error and its causes on one line.
 fn error_chain(error: &dyn std::error::Error) -> String {

@@ -299,7 +299,7 @@ fn arguments_that_make_no_comparison_are_usage_errors() {
     for (args, expected) in [
         (
             ["--backends=flex"].as_slice(),
-            "flex is all that is named: name a backend to compare with it",
+            "--backends names nothing but the reference flex: name a backend to compare with it",
         ),
         (
             &["--backends=auto"],

@@ -315,8 +315,9 @@ mod tests {
                 "a fox, 雪\nNegative prompt: blurry\nSteps: 50, Sampler: Euler, CFG scale: 4, ",
                 "Seed: 7, Size: 128x64, Model: Qwen/Qwen-Image, RNG: CPU, Batch size: 2, ",
                 "Batch pos: 1, Version: kiln ",
-                env!("CARGO_PKG_VERSION")
             )
+            .to_owned()
+                + crate::version::TAG
         );
         let plain = GenerationRequest {
             negative_prompt: None,

@@ -169,7 +169,7 @@ fn a_terminal_sees_the_stage_the_step_and_the_time_left() {
     let sent = draw("kiln generate cat --steps 150 --show never", "");
     let line = sent
         .split(['\r', '\n'])
-        .find(|line| line.contains("output"));
+        .find(|line| line.contains("denoising"));
     let line = line.unwrap_or_else(|| panic!("no progress in {sent:?}"));
     assert!(
         line.contains("/150, ") && line.contains("s passed, "),
