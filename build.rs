@@ -56,7 +56,10 @@ fn main() {
     println!("cargo:rustc-env=KILN_BUILD_TAG={tag}");
     println!("cargo:rustc-env=KILN_BUILD_COMMIT={}", or_empty(commit));
     println!("cargo:rustc-env=KILN_BUILD_DATE={}", or_empty(date));
-    println!("cargo:rustc-env=KILN_BUILD_FEATURES={}", features.join(" "));
+    println!(
+        "cargo:rustc-env=KILN_BUILD_FEATURES={}",
+        features.join(", ")
+    );
     println!("cargo:rustc-env=KILN_BUILD_BURN={}", or_empty(burn()));
 }
 

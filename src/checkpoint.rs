@@ -220,6 +220,20 @@ impl Checkpoint {
     /// Opens a model folder: reads its configuration files and maps its weight files.
     ///
     /// Costs one read of each safetensors header; no weights are read.
+    ///
+    /// ```
+    /// use std::path::Path;
+    ///
+    /// use kiln::checkpoint::Checkpoint;
+    ///
+    /// let checkpoint = Checkpoint::open(Path::new("models/demo"))?;
+    /// let tokenizer = checkpoint.tokenizer()?;
+    /// assert!(!tokenizer.encode_prompt("a red circle")?.is_empty());
+    ///
+    /// let error = Checkpoint::open(Path::new("models")).unwrap_err();
+    /// assert!(error.to_string().contains("model_index.json"));
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     pub fn open(folder: &Path) -> Result<Self, CheckpointError> {
         check_is_model_folder(folder)?;
         for component in [

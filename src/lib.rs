@@ -23,6 +23,9 @@ pub mod server;
 pub mod tokenizer;
 pub mod version;
 
+/// Types of the models' interface: jobs, noise, images, [`ModelInfo`](kiln_models::pipeline::ModelInfo).
+pub use kiln_models;
+
 /// An error and its causes on one line.
 fn error_chain(error: &dyn std::error::Error) -> String {
     let mut line = error.to_string();

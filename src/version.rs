@@ -37,7 +37,10 @@ pub fn date() -> Option<&'static str> {
 
 /// The backends that were compiled in, by the names of their features.
 pub fn features() -> Vec<&'static str> {
-    env!("KILN_BUILD_FEATURES").split_whitespace().collect()
+    env!("KILN_BUILD_FEATURES")
+        .split(", ")
+        .filter(|name| !name.is_empty())
+        .collect()
 }
 
 fn not_empty(text: &'static str) -> Option<&'static str> {

@@ -1,17 +1,16 @@
 //! The program as a user runs it. Nothing here needs a model.
 
-/// Stdout for programs.
+mod environment;
 mod json;
-/// What a terminal shows, on one that is made up.
+mod snapshots;
 #[cfg(target_os = "linux")]
 mod terminal;
-/// Commands about kiln itself.
 mod tools;
 
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
 
-/// Runs the binary in an empty folder, without a network and without other people's settings.
+/// Runs the binary in an empty folder, without a network and without the user's settings.
 fn kiln(folder: &Path, args: &[&str]) -> Output {
     Command::new(env!("CARGO_BIN_EXE_kiln"))
         .args(args)
@@ -19,6 +18,7 @@ fn kiln(folder: &Path, args: &[&str]) -> Output {
         .env("HF_HUB_OFFLINE", "1")
         .env("HF_HOME", folder)
         .env("RUST_BACKTRACE", "1")
+        .env_remove("COLUMNS")
         .stdin(Stdio::null())
         .output()
         .unwrap()

@@ -10,6 +10,9 @@ mod broken_models;
 mod cli;
 /// The real binary, comparing backends.
 mod compare;
+/// The example program that embeds kiln.
+#[cfg(feature = "flex")]
+mod embed;
 /// A server in this process, asked over TCP.
 mod http;
 /// The real binary beside diffusers.
@@ -17,3 +20,7 @@ mod parity;
 /// The demo model in this process, job beside job.
 #[cfg(feature = "flex")]
 mod pipeline;
+/// Comparisons with the texts in `tests/snapshots`.
+mod snapshot;
+/// The tables of reports, from fixed figures.
+mod tables;

@@ -80,6 +80,24 @@ impl InvalidRequest {
 impl GenerationRequest {
     /// Fills in the defaults, floors the size, chooses a seed if there is none, and checks the
     /// rest against the limits.
+    ///
+    /// ```
+    /// use kiln::kiln_models::noise::NoiseGenerator;
+    /// use kiln::request::{GenerationParams, GenerationRequest, Limits};
+    ///
+    /// let mut params = GenerationParams {
+    ///     prompt: "a red fox in the snow".to_owned(),
+    ///     ..GenerationParams::default()
+    /// };
+    /// let limits = Limits::for_any_model();
+    /// let request = GenerationRequest::new(params.clone(), &limits, NoiseGenerator::Cpu)?;
+    /// assert_eq!(request.sampling.steps, 50);
+    ///
+    /// params.num_inference_steps = Some(0);
+    /// let error = GenerationRequest::new(params, &limits, NoiseGenerator::Cpu).unwrap_err();
+    /// assert_eq!(error.param(), "num_inference_steps");
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     pub fn new(
         params: GenerationParams,
         limits: &Limits,

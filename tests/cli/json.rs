@@ -1,3 +1,5 @@
+//! The JSON on stdout.
+
 use serde_json::{Value, json};
 
 use super::{kiln, stderr};

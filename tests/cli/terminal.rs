@@ -1,3 +1,5 @@
+//! Progress and images on a terminal that the test emulates.
+
 use std::io::{Read, Write};
 use std::path::Path;
 use std::process::{Command, Stdio};

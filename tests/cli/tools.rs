@@ -1,3 +1,5 @@
+//! Commands about kiln itself: completions, manual pages, health, cache.
+
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpListener;
 use std::process::Command;
@@ -5,7 +7,7 @@ use std::thread;
 
 use super::{failure, kiln, stderr};
 
-const COMMANDS: [&str; 9] = [
+pub(super) const COMMANDS: [&str; 9] = [
     "generate",
     "serve",
     "backends",

@@ -53,8 +53,8 @@ pub(in crate::cli) struct ServeArgs {
 
     /// Negative prompt of requests that have none
     ///
-    /// It turns guidance on for them, which doubles the time of each step; the authors of
-    /// Qwen-Image use " ". Without this option such requests run without guidance.
+    /// Turns guidance on for these requests, which doubles the time of each step; the authors of
+    /// Qwen-Image use " ". By default these requests run without guidance.
     #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
     pub(super) default_negative_prompt: Option<String>,
 
