@@ -22,7 +22,7 @@ fn main() -> Result<(), Box<dyn Error>> {
 }
 
 /// Generates an image and writes it to a PNG file.
-pub fn generate(prompt: &str, path: &Path) -> Result<(), Box<dyn Error>> {
+pub(crate) fn generate(prompt: &str, path: &Path) -> Result<(), Box<dyn Error>> {
     let runtime = Runtime::open(&RuntimeSettings::new("demo"))?;
 
     // Fills in defaults and checks every value against the model's limits.

@@ -91,9 +91,12 @@ pub(super) fn command() -> clap::Command {
         "host" | "port" => with_variable(arg),
         _ => arg,
     };
-    Args::command()
-        .mut_subcommand("serve", |serve| serve.mut_args(with_variable))
-        .mut_subcommand("health", |health| health.mut_args(of_server))
+    // Not mut_subcommand, which would move the command to the end of the list.
+    Args::command().mut_subcommands(|command| match command.get_name() {
+        "serve" => command.mut_args(with_variable),
+        "health" => command.mut_args(of_server),
+        _ => command,
+    })
 }
 
 /// Adds the environment variable that an option without a value on the command line takes its value

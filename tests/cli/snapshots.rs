@@ -24,8 +24,14 @@ fn the_help_of_every_command() {
 fn errors() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().display().to_string();
-    let mut text = String::new();
-    for line in [
+    let run = |line: &str| {
+        let words: Vec<&str> = line.split(' ').collect();
+        let output = kiln(folder.path(), &words);
+        let code = output.status.code().unwrap();
+        let message = stderr(&output).replace(&path, "[FOLDER]");
+        format!("$ kiln {line}\n{message}exit code {code}\n")
+    };
+    let lines = [
         "paint",
         "generate",
         "generate cat --stepz 5",
@@ -69,12 +75,6 @@ fn errors() {
         "cache remove",
         "completions csh",
         "man paint",
-    ] {
-        let words: Vec<&str> = line.split(' ').collect();
-        let output = kiln(folder.path(), &words);
-        let code = output.status.code().unwrap();
-        let message = stderr(&output).replace(&path, "[FOLDER]");
-        text.push_str(&format!("$ kiln {line}\n{message}exit code {code}\n\n"));
-    }
-    assert_snapshot("errors", &text);
+    ];
+    assert_snapshot("errors", &lines.map(run).join("\n"));
 }
