@@ -27,7 +27,12 @@ fn main() {
     }
     let from_git = |args: &[&str]| if in_git { git(args) } else { None };
     let commit = variable("KILN_COMMIT").or_else(|| from_git(&["rev-parse", "HEAD"]));
-    let commit = commit.map(|hash| hash.chars().take(COMMIT_DIGITS).collect::<String>());
+    let commit = commit.map(|hash| {
+        hash.chars()
+            .filter(char::is_ascii_alphanumeric)
+            .take(COMMIT_DIGITS)
+            .collect::<String>()
+    });
     let date = variable("SOURCE_DATE_EPOCH")
         .or_else(|| from_git(&["log", "-1", "--format=%ct"]))
         .and_then(|seconds| Some(date(seconds.parse().ok()?)));

@@ -319,6 +319,7 @@ mod tests {
         assert!(error.source().is_none());
     }
 
+    #[cfg(feature = "flex")]
     #[test]
     fn a_backend_is_checked_before_the_model_is_looked_for() {
         let settings = RuntimeSettings {

@@ -158,7 +158,7 @@ fn log_filter(level: LevelFilter) -> Targets {
         .with_default(LevelFilter::WARN)
         .with_target("kiln", level)
         .with_target("hf_hub", LevelFilter::OFF)
-        // The job reports a panic on a device's thread, and kiln_ops a cache that does not work.
+        // The job reports a panic on a device's thread, and kernel_cache a cache that does not work.
         .with_target("cubecl_common", LevelFilter::OFF)
         // Prints every measurement if two processes tune the same operation.
         .with_target("cubecl_runtime::tune", LevelFilter::ERROR)

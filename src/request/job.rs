@@ -17,7 +17,7 @@ pub struct PromptTokens {
 #[derive(Debug, thiserror::Error)]
 #[error("{param} cannot be used")]
 pub struct InvalidPrompt {
-    /// Name of the [`GenerationParams`] field.
+    /// Name of the [`GenerationParams`](super::GenerationParams) field.
     pub param: &'static str,
     pub source: TokenizerError,
 }
