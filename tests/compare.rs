@@ -249,7 +249,7 @@ fn a_dump_of_the_same_run_is_at_no_distance() {
         "--reference=dump:run.safetensors",
     ];
     let line = failure(&kiln(folder.path(), &other), 1);
-    let expected = "run.safetensors is of another prompt: its token_ids differ";
+    let expected = "run.safetensors was made from another prompt: its token_ids differ";
     assert!(line.starts_with(expected), "{line}");
     let smaller = [&other[..], &PICTURE[..], &["--size=32x32"]].concat();
     let smaller: Vec<&str> = smaller

@@ -37,9 +37,9 @@ pub(super) enum DumpError {
         shape: Vec<usize>,
         expected: &'static str,
     },
-    #[error("{} has neither image_u8 nor image_float: it is no dump of a whole run", path.display())]
+    #[error("{} has neither image_u8 nor image_float: it is not the dump of a whole run", path.display())]
     NoImage { path: PathBuf },
-    #[error("{} is of another prompt: its {name} differ from those of the given one", path.display())]
+    #[error("{} was made from another prompt: its {name} differ from the given prompt's", path.display())]
     OtherPrompt { path: PathBuf, name: &'static str },
 }
 

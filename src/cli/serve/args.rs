@@ -19,8 +19,11 @@ use crate::server::{ApiKeys, CorsOrigin, DEFAULT_MAX_BODY_BYTES, Settings};
 ///
 /// The main routes are POST /v1/chat/completions and POST /v1/images/generations; GET /docs shows
 /// the whole API. Ctrl-c or SIGTERM stops the server after the running requests, a second one stops
-/// it at once. Every option can be set by an environment variable; the command line takes
-/// precedence.
+/// it at once.
+///
+/// Every option can be set by an environment variable, such as KILN_MAX_QUEUE for --max-queue; the
+/// command line takes precedence. An option without a value takes true or false there, and commas
+/// separate several values.
 #[derive(Debug, Parser)]
 pub(in crate::cli) struct ServeArgs {
     /// Folder in diffusers layout, Hugging Face id, or demo [default: demo]
