@@ -8,11 +8,14 @@
 //! 4. [`engine`] runs it on the thread that owns the pipeline.
 //! 5. [`image`] encodes the generated images as files.
 //!
-//! Loading a model: [`hub`] resolves its name to a folder, [`checkpoint`] opens its files,
+//! Loading a model: [`runtime`] is the one way. [`hub`] resolves its name to a folder, [`checkpoint`] opens its files,
 //! [`mod@backend`] loads it onto a device, and [`kernel_cache`] keeps compiled GPU kernels.
 //!
 //! [`compare`] compares the same run on several backends, [`mod@bench`] times runs; both measure
 //! with [`measure`].
+//!
+//! A program that embeds kiln opens a model with [`runtime::Runtime::open`] and gives its pipeline
+//! to an [`engine::Engine`]; `examples/embed.rs` does it.
 
 pub mod backend;
 pub mod bench;
@@ -25,8 +28,13 @@ pub mod image;
 pub mod kernel_cache;
 pub mod measure;
 pub mod request;
+pub mod runtime;
 pub mod server;
 pub mod tokenizer;
+pub mod version;
+
+/// Types of the models' interface: jobs, noise, images, [`ModelInfo`](kiln_models::pipeline::ModelInfo).
+pub use kiln_models;
 
 /// Formats an error and its causes on one line.
 fn error_chain(error: &dyn std::error::Error) -> String {

@@ -58,7 +58,7 @@ const LAST_ANSWERS: Duration = Duration::from_secs(10);
 #[derive(Debug)]
 pub struct App {
     pub engine: Engine,
-    pub tokenizer: PromptTokenizer,
+    pub tokenizer: Arc<PromptTokenizer>,
     pub limits: Limits,
     /// Draws the noise of requests that do not choose.
     pub noise_generator: NoiseGenerator,
@@ -109,7 +109,7 @@ impl Settings {
 impl App {
     pub fn new(
         engine: Engine,
-        tokenizer: PromptTokenizer,
+        tokenizer: impl Into<Arc<PromptTokenizer>>,
         limits: Limits,
         noise_generator: NoiseGenerator,
         settings: Settings,
@@ -117,7 +117,7 @@ impl App {
         let now = SystemTime::now().duration_since(UNIX_EPOCH);
         Self {
             engine,
-            tokenizer,
+            tokenizer: tokenizer.into(),
             limits,
             noise_generator,
             settings,

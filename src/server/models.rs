@@ -7,6 +7,8 @@ use axum::response::Response;
 use serde::Serialize;
 use utoipa::ToSchema;
 
+use crate::version;
+
 use super::App;
 use super::error::{ApiError, ErrorEnvelope};
 use super::json::json;
@@ -27,9 +29,20 @@ pub(super) struct ModelCard {
     owned_by: &'static str,
 }
 
+/// The program's version, and what it was built from.
 #[derive(Serialize, ToSchema)]
+#[expect(clippy::struct_field_names, reason = "the key is vLLM's")]
 pub(super) struct Version {
+    /// Version of the package.
     version: &'static str,
+    /// First digits of the commit's hash; `null` in a build from outside of a git repository.
+    commit: Option<&'static str>,
+    /// Date of the commit in UTC, as year-month-day.
+    date: Option<&'static str>,
+    /// Backends that were compiled in.
+    features: Vec<&'static str>,
+    /// Version of the burn framework.
+    burn: &'static str,
 }
 
 fn card(app: &App, name: &str) -> ModelCard {
@@ -77,10 +90,14 @@ pub(super) async fn retrieve(
     }
 }
 
-/// Tells the version of kiln.
+/// Returns kiln's version.
 #[utoipa::path(get, path = "/version", responses((status = 200, body = Version)))]
 pub(super) async fn version() -> Result<Response, ApiError> {
     json(&Version {
-        version: env!("CARGO_PKG_VERSION"),
+        version: version::PACKAGE,
+        commit: version::commit(),
+        date: version::date(),
+        features: version::features(),
+        burn: version::BURN,
     })
 }
