@@ -173,7 +173,7 @@ impl ConfigReader {
         let place = classes
             .iter()
             .position(|class| value.as_str() == Some(class));
-        place.ok_or_else(|| self.unsupported("_class_name", &classes.join(" and ")))
+        place.ok_or_else(|| self.unsupported("_class_name", classes.join(" and ")))
     }
 
     /// Refuses a switch that is on.
