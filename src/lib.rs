@@ -1,7 +1,8 @@
 //! `kiln` serves Qwen-Image text-to-image from one binary, on any burn backend.
 //!
 //! A request goes down one way: [`request`] checks it, [`tokenizer`] turns its prompts into ids,
-//! [`engine`] runs it on the thread that owns the pipeline, [`image`] encodes what comes out.
+//! [`engine`] runs it on the thread that owns the pipeline, [`image`] encodes what comes out;
+//! [`jobs`] keeps track of requests by id.
 //! [`server`] and [`cli`] are the two doors. [`compare`] says how far apart two runs are,
 //! [`mod@bench`] how long they take.
 
@@ -13,6 +14,7 @@ pub mod compare;
 pub mod engine;
 pub mod hub;
 pub mod image;
+pub mod jobs;
 pub mod kernel_cache;
 pub mod request;
 pub mod server;

@@ -1,0 +1,87 @@
+//! Middleware around all routes: request ids, the span of a request, panics and CORS.
+
+use std::any::Any;
+use std::time::Duration;
+
+use axum::Router;
+use axum::extract::Request;
+use axum::http::HeaderName;
+use axum::http::header::AUTHORIZATION;
+use axum::response::{IntoResponse, Response};
+use tower_http::catch_panic::CatchPanicLayer;
+use tower_http::request_id::{MakeRequestUuid, PropagateRequestIdLayer, SetRequestIdLayer};
+use tower_http::sensitive_headers::SetSensitiveRequestHeadersLayer;
+use tower_http::trace::TraceLayer;
+use tracing::{Level, Span};
+
+use super::access::{self, CorsOrigin};
+use super::error::ApiError;
+
+/// Id of a request: the client's own, or one that the server makes. The response repeats it.
+pub(super) const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+
+/// Routes that monitoring calls again and again. Their spans and log lines have the level debug.
+const PROBES: [&str; 4] = ["/health", "/health/live", "/health/ready", "/metrics"];
+
+/// Longest path and longest request id in a log line, in bytes.
+const MAX_LOGGED_BYTES: usize = 200;
+
+/// Adds the middleware to a router. The last layer is the outermost one.
+pub(super) fn add_to<S: Clone + Send + Sync + 'static>(
+    router: Router<S>,
+    cors_origins: &[CorsOrigin],
+) -> Router<S> {
+    let mut router = router.layer(CatchPanicLayer::custom(respond_to_panic));
+    if !cors_origins.is_empty() {
+        router = router.layer(access::cors(cors_origins));
+    }
+    let trace = TraceLayer::new_for_http()
+        .make_span_with(make_span)
+        .on_request(())
+        .on_response(log_response)
+        .on_eos(())
+        .on_failure(());
+    router
+        .layer(PropagateRequestIdLayer::new(REQUEST_ID))
+        .layer(trace)
+        .layer(SetSensitiveRequestHeadersLayer::new([AUTHORIZATION]))
+        .layer(SetRequestIdLayer::new(REQUEST_ID, MakeRequestUuid))
+}
+
+fn make_span<B>(request: &axum::http::Request<B>) -> Span {
+    let method = request.method();
+    let path = shortened(request.uri().path());
+    let request_id = request.headers().get(REQUEST_ID);
+    let request_id = request_id.and_then(|id| id.to_str().ok());
+    let request_id = shortened(request_id.unwrap_or_default());
+    if PROBES.contains(&path) {
+        tracing::debug_span!("request", %method, path, request_id)
+    } else {
+        tracing::info_span!("request", %method, path, request_id)
+    }
+}
+
+fn shortened(text: &str) -> &str {
+    &text[..text.floor_char_boundary(MAX_LOGGED_BYTES)]
+}
+
+/// Logs a response with an error status. Successful generations log their own line, and other
+/// successful requests are of no interest.
+fn log_response<B>(response: &axum::http::Response<B>, latency: Duration, span: &Span) {
+    let status = response.status();
+    let seconds = latency.as_secs_f64();
+    let is_probe = span
+        .metadata()
+        .is_none_or(|span| *span.level() == Level::DEBUG);
+    if is_probe || status.is_success() || status.is_redirection() {
+        tracing::debug!(parent: span, status = status.as_u16(), "responded in {seconds:.3} s");
+    } else {
+        tracing::info!(parent: span, status = status.as_u16(), "failed after {seconds:.3} s");
+    }
+}
+
+/// The response to a request whose handler panicked.
+fn respond_to_panic(payload: Box<dyn Any + Send>) -> Response {
+    let message = kiln_models::panic_message(payload.as_ref());
+    ApiError::HandlerPanicked(message).into_response()
+}
