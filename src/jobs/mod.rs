@@ -161,12 +161,12 @@ impl<R> JobGuard<R> {
         self.cancel.notified().await;
     }
 
-    /// The job waits, for probably so long.
+    /// Records that the job waits in the queue, and the estimated wait.
     pub fn queued(&self, estimated_wait: Option<Duration>, now: Instant) {
         self.update(|record| record.progress.queued = (now, estimated_wait));
     }
 
-    /// `step` of `total` denoising steps are over.
+    /// Records that `step` of `total` denoising steps are over.
     pub fn stepped(&self, step: usize, total: usize, now: Instant) {
         self.update(|record| {
             record.state = JobState::Running { step, total };

@@ -12,13 +12,14 @@ pub struct JobRecord<R> {
     pub id: String,
     pub owner: Caller,
     pub state: JobState,
-    /// Denoising steps that the job was asked for.
+    /// Denoising steps of the whole job.
     pub steps: usize,
     /// When the job was added to the registry.
     pub created: Instant,
     /// The newest preview as a PNG file. It is dropped when the job ends.
     pub preview: Option<Bytes>,
-    /// What the job ended with, if whoever ended it kept something.
+    /// The result that [`JobGuard::done`](super::JobGuard::done) or
+    /// [`JobGuard::failed`](super::JobGuard::failed) left.
     pub result: Option<R>,
     pub(super) progress: Progress,
     /// When the job ended; `None` while it is unfinished.
@@ -31,11 +32,13 @@ pub enum JobState {
     /// The first denoising step is not over.
     Queued,
     /// `step` of `total` denoising steps are over; `step` is at least 1.
-    Running { step: usize, total: usize },
+    Running {
+        step: usize,
+        total: usize,
+    },
     Done,
     Failed,
-    /// Ended by [`JobRegistry::cancel`](super::JobRegistry::cancel), or because nobody waits for
-    /// the job any more.
+    /// Ended without a result: the owner cancelled the job, or the task that ran it was dropped.
     Cancelled,
 }
 

@@ -21,10 +21,7 @@ fn registry() -> (Arc<JobRegistry<&'static str>>, Clock) {
         max_ended: 2,
         max_age: Duration::from_mins(1),
     };
-    (
-        Arc::new(JobRegistry::new(retention)),
-        Clock(Instant::now()),
-    )
+    (Arc::new(JobRegistry::new(retention)), Clock(Instant::now()))
 }
 
 fn ids(jobs: &[JobRecord<&'static str>]) -> Vec<&str> {

@@ -63,7 +63,7 @@ pub(super) struct RunningRequest {
     previews: usize,
     /// The span of the HTTP request.
     span: Span,
-    /// Whether the job has ended, so that dropping this does not count as a cancellation.
+    /// Whether the request has ended. If not, dropping this is a cancellation.
     has_ended: bool,
 }
 
@@ -164,7 +164,10 @@ impl ParsedRequest {
         let (info, job) = self.prepare(app, id, model).await?;
         let steps = info.request.sampling.steps;
         let span = Span::current();
-        #[allow(clippy::needless_update, reason = "the engine's options will have more fields")]
+        #[allow(
+            clippy::needless_update,
+            reason = "the engine's options will have more fields"
+        )]
         let options = SubmitOptions {
             deadline: app
                 .settings
@@ -257,14 +260,14 @@ impl RunningRequest {
         &self.info
     }
 
-    /// Cancels the job on the client's demand.
+    /// Cancels the job at the client's request.
     pub(super) fn cancel(mut self) {
         self.has_ended = true;
     }
 
     async fn next_event(&mut self) -> Event {
         let event = self.handle.next_event().await;
-        self.has_ended = matches!(event, Event::Finished(_) | Event::Failed(_));
+        self.has_ended = matches!(event, Event::Failed(_));
         event
     }
 
@@ -324,7 +327,7 @@ impl RunningRequest {
     }
 
     async fn respond<T: Send + 'static>(
-        &self,
+        &mut self,
         finished: Finished,
         respond: impl FnOnce(EncodedImages) -> Result<T, ApiError> + Send + 'static,
     ) -> Result<T, ApiError> {
@@ -338,7 +341,9 @@ impl RunningRequest {
                 timings: timings.into(),
             })
         })
-        .await??;
+        .await;
+        self.has_ended = true;
+        let response = response??;
         self.log_finished(timings);
         Ok(response)
     }

@@ -48,7 +48,7 @@ pub(super) fn add_to<S: Clone + Send + Sync + 'static>(
         .layer(SetRequestIdLayer::new(REQUEST_ID, MakeRequestUuid))
 }
 
-fn make_span<B>(request: &axum::http::Request<B>) -> Span {
+fn make_span(request: &Request) -> Span {
     let method = request.method();
     let path = shortened(request.uri().path());
     let request_id = request.headers().get(REQUEST_ID);
@@ -67,7 +67,7 @@ fn shortened(text: &str) -> &str {
 
 /// Logs a response with an error status. Successful generations log their own line, and other
 /// successful requests are of no interest.
-fn log_response<B>(response: &axum::http::Response<B>, latency: Duration, span: &Span) {
+fn log_response(response: &Response, latency: Duration, span: &Span) {
     let status = response.status();
     let seconds = latency.as_secs_f64();
     let is_probe = span
@@ -84,4 +84,64 @@ fn log_response<B>(response: &axum::http::Response<B>, latency: Duration, span: 
 fn respond_to_panic(payload: Box<dyn Any + Send>) -> Response {
     let message = kiln_models::panic_message(payload.as_ref());
     ApiError::HandlerPanicked(message).into_response()
+}
+
+#[cfg(test)]
+mod tests {
+    use axum::body::{Body, to_bytes};
+    use axum::http::{HeaderValue, StatusCode};
+    use axum::routing::get;
+    use serde_json::Value;
+    use tower::ServiceExt;
+
+    use super::*;
+
+    async fn panics() -> &'static str {
+        panic!("secret detail")
+    }
+
+    async fn sees_a_sensitive_key(request: Request) -> String {
+        request.headers()[AUTHORIZATION].is_sensitive().to_string()
+    }
+
+    /// Response of a router with the middleware to a request with this header.
+    async fn respond(path: &str, (name, value): (HeaderName, &'static str)) -> Response {
+        let router = Router::new()
+            .route("/panic", get(panics))
+            .route("/key", get(sees_a_sensitive_key));
+        let mut request = Request::new(Body::empty());
+        *request.uri_mut() = path.parse().unwrap();
+        let value = HeaderValue::from_static(value);
+        request.headers_mut().insert(name, value);
+        let router = add_to(router, &["*".parse().unwrap()]);
+        router.oneshot(request).await.unwrap()
+    }
+
+    async fn body(response: Response) -> Vec<u8> {
+        to_bytes(response.into_body(), 1000).await.unwrap().to_vec()
+    }
+
+    #[tokio::test]
+    async fn a_panic_is_500_with_the_error_body_and_the_request_id() {
+        let response = respond("/panic", (REQUEST_ID, "my-id")).await;
+        assert_eq!(response.status(), StatusCode::INTERNAL_SERVER_ERROR);
+        assert_eq!(response.headers()[REQUEST_ID], "my-id");
+        assert_eq!(response.headers()["access-control-allow-origin"], "*");
+        let body: Value = serde_json::from_slice(&body(response).await).unwrap();
+        assert_eq!(body["error"]["code"], 500);
+        assert_eq!(body["error"]["type"], "server_error");
+        assert!(!body.to_string().contains("secret"), "{body}");
+    }
+
+    #[tokio::test]
+    async fn the_key_is_marked_as_sensitive() {
+        let response = respond("/key", (AUTHORIZATION, "Bearer key")).await;
+        assert_eq!(body(response).await, b"true");
+    }
+
+    #[test]
+    fn long_texts_are_shortened_in_the_log() {
+        assert_eq!(shortened("/v1/models"), "/v1/models");
+        assert_eq!(shortened(&"é".repeat(300)), "é".repeat(100));
+    }
 }

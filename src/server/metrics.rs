@@ -32,7 +32,11 @@ fn text(stats: &EngineStats) -> String {
         page.gauge(name, "Requests in the queue.", stats.waiting);
     }
     for name in ["kiln_requests_running", "vllm:num_requests_running"] {
-        page.gauge(name, "Requests whose images are being generated.", stats.running);
+        page.gauge(
+            name,
+            "Requests whose images are being generated.",
+            stats.running,
+        );
     }
     let outcomes = &stats.outcomes;
     page.labelled(
@@ -57,7 +61,11 @@ fn text(stats: &EngineStats) -> String {
         stats.steps,
     );
     page.counter("kiln_images_total", "Generated images.", stats.images);
-    page.counter("kiln_pixels_total", "Pixels of the generated images.", stats.pixels);
+    page.counter(
+        "kiln_pixels_total",
+        "Pixels of the generated images.",
+        stats.pixels,
+    );
     for (name, help, histogram) in [
         (
             "kiln_queue_seconds",
@@ -84,7 +92,11 @@ fn text(stats: &EngineStats) -> String {
             "Time to decode all images of a request.",
             &stats.decode_time,
         ),
-        ("kiln_preview_seconds", "Time to make one preview.", &stats.preview_time),
+        (
+            "kiln_preview_seconds",
+            "Time to make one preview.",
+            &stats.preview_time,
+        ),
         (
             "kiln_request_seconds",
             "Time from the arrival of a request in the queue to its last image.",
@@ -173,18 +185,30 @@ impl Page {
     fn caches(&mut self, caches: &[(&str, CacheUse)]) {
         type Field = fn(&CacheUse) -> u64;
         let families: [(&str, &str, &str, Field); 5] = [
-            ("kiln_cache_entries", "gauge", "Entries of the cache.", |cache| {
-                cache.entries as u64
-            }),
-            ("kiln_cache_bytes", "gauge", "Size of the entries of the cache.", |cache| {
-                cache.bytes as u64
-            }),
-            ("kiln_cache_max_bytes", "gauge", "Limit of the size of the cache.", |cache| {
-                cache.max_bytes as u64
-            }),
-            ("kiln_cache_hits_total", "counter", "Lookups that found an entry.", |cache| {
-                cache.hits
-            }),
+            (
+                "kiln_cache_entries",
+                "gauge",
+                "Entries of the cache.",
+                |cache| cache.entries as u64,
+            ),
+            (
+                "kiln_cache_bytes",
+                "gauge",
+                "Size of the entries of the cache.",
+                |cache| cache.bytes as u64,
+            ),
+            (
+                "kiln_cache_max_bytes",
+                "gauge",
+                "Limit of the size of the cache.",
+                |cache| cache.max_bytes as u64,
+            ),
+            (
+                "kiln_cache_hits_total",
+                "counter",
+                "Lookups that found an entry.",
+                |cache| cache.hits,
+            ),
             (
                 "kiln_cache_misses_total",
                 "counter",

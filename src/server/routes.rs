@@ -13,8 +13,8 @@ use utoipa_axum::routes;
 
 use super::access::{ApiKeys, Scheme, require_key};
 use super::error::ApiError;
-use super::{App, Settings, chat, estimate, health, images, metrics, models, sdapi, status};
 use super::openapi;
+use super::{App, Settings, chat, estimate, health, images, metrics, models, sdapi, status};
 
 /// Routes of these settings and their `OpenAPI` document.
 pub(super) fn routes(settings: &Settings) -> OpenApiRouter<Arc<App>> {
@@ -56,7 +56,11 @@ fn with_sdapi(keys: &ApiKeys) -> OpenApiRouter<Arc<App>> {
     let mut router = sdapi::routes();
     let document = router.get_openapi_mut();
     openapi::add_security_scheme(document, "basic", HttpAuthScheme::Basic);
-    with_fallbacks(router).layer(require_key(keys, Scheme::BasicOrBearer, sdapi::unauthorized))
+    with_fallbacks(router).layer(require_key(
+        keys,
+        Scheme::BasicOrBearer,
+        sdapi::unauthorized,
+    ))
 }
 
 /// Adds the responses to unknown paths and methods below a router's prefix, so that a layer of the

@@ -156,7 +156,10 @@ impl ToSchema for ChatRequest {
 
 impl PartialSchema for ChatRequest {
     fn schema() -> RefOr<Schema> {
-        body::merged_schema::<ChatFields, ExtraBody>(IGNORED, "A chat that is answered with images.")
+        body::merged_schema::<ChatFields, ExtraBody>(
+            IGNORED,
+            "A chat that is answered with images.",
+        )
     }
 }
 

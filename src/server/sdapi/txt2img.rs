@@ -165,7 +165,9 @@ impl PartialSchema for Txt2ImgRequest {
                         json!([]),
                         json!({}),
                     ]))
-                    .description(Some(format!("Accepted only with an empty value: {instead}.")));
+                    .description(Some(format!(
+                        "Accepted only with an empty value: {instead}."
+                    )));
                 object.properties.insert((*key).to_owned(), empty.into());
             }
         }
