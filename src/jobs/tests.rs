@@ -24,7 +24,7 @@ fn registry() -> (Arc<JobRegistry<&'static str>>, Clock) {
     (Arc::new(JobRegistry::new(retention)), Clock(Instant::now()))
 }
 
-fn ids(jobs: &[JobRecord<&'static str>]) -> Vec<&str> {
+fn ids<R>(jobs: &[JobRecord<R>]) -> Vec<&str> {
     jobs.iter().map(|job| job.id.as_str()).collect()
 }
 

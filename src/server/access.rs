@@ -5,19 +5,15 @@ use std::str::FromStr;
 use std::sync::Arc;
 
 use axum::body::Body;
-use axum::http::header::{AUTHORIZATION, RETRY_AFTER};
-use axum::http::{HeaderMap, HeaderValue, Method, Request};
+use axum::http::header::AUTHORIZATION;
+use axum::http::{HeaderMap, HeaderValue, Request};
 use axum::response::Response;
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
 use subtle::ConstantTimeEq;
-use tower_http::cors::{AllowHeaders, AllowOrigin, CorsLayer};
 use tower_http::validate_request::{ValidateRequest, ValidateRequestHeaderLayer};
 
 use crate::jobs::Caller;
-
-use super::images::SEED_HEADER;
-use super::layers::REQUEST_ID;
 
 /// The keys of an API. Without keys, every request is allowed.
 #[derive(Clone, Default)]
@@ -94,7 +90,7 @@ impl fmt::Debug for ApiKeys {
 
 /// An origin of web pages: a scheme and a host, or `*` for any origin.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct CorsOrigin(HeaderValue);
+pub struct CorsOrigin(pub(super) HeaderValue);
 
 /// A text that is not an origin.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -155,22 +151,6 @@ impl<B> ValidateRequest<B> for RequireKey {
         request.extensions_mut().insert(caller);
         Ok(())
     }
-}
-
-/// A layer that lets web pages of these origins use the API.
-pub(super) fn cors(origins: &[CorsOrigin]) -> CorsLayer {
-    let origins = origins.iter().map(|origin| origin.0.clone());
-    let allowed = if origins.clone().any(|origin| origin == "*") {
-        AllowOrigin::any()
-    } else {
-        AllowOrigin::list(origins)
-    };
-    CorsLayer::new()
-        .allow_origin(allowed)
-        .allow_methods([Method::GET, Method::POST])
-        // Clients send further headers, such as OpenAI's x-stainless-os.
-        .allow_headers(AllowHeaders::mirror_request())
-        .expose_headers([RETRY_AFTER, SEED_HEADER, REQUEST_ID])
 }
 
 #[cfg(test)]

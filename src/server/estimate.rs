@@ -22,10 +22,10 @@ pub(super) struct Estimate {
     accepted: bool,
     /// Number of requests that would come before it.
     position: usize,
-    /// Seconds until it would start, from the measured speed; null before the first image of the
-    /// server.
+    /// Seconds until it would start, from the measured speed; null if the server has not generated
+    /// an image yet.
     estimated_wait: Option<f64>,
-    /// Seconds from its start to its end; null before the first image of the server.
+    /// Seconds from its start to its end; null if the server has not generated an image yet.
     estimated_time: Option<f64>,
     /// Size of the images, `WIDTHxHEIGHT` in pixels.
     size: String,

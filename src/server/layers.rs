@@ -5,17 +5,19 @@ use std::time::Duration;
 
 use axum::Router;
 use axum::extract::Request;
-use axum::http::HeaderName;
-use axum::http::header::AUTHORIZATION;
+use axum::http::header::{AUTHORIZATION, RETRY_AFTER};
+use axum::http::{HeaderName, Method};
 use axum::response::{IntoResponse, Response};
 use tower_http::catch_panic::CatchPanicLayer;
+use tower_http::cors::{AllowHeaders, AllowOrigin, CorsLayer};
 use tower_http::request_id::{MakeRequestUuid, PropagateRequestIdLayer, SetRequestIdLayer};
 use tower_http::sensitive_headers::SetSensitiveRequestHeadersLayer;
 use tower_http::trace::TraceLayer;
 use tracing::{Level, Span};
 
-use super::access::{self, CorsOrigin};
+use super::access::CorsOrigin;
 use super::error::ApiError;
+use super::images::SEED_HEADER;
 
 /// Id of a request: the client's own, or one that the server makes. The response repeats it.
 pub(super) const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
@@ -33,7 +35,7 @@ pub(super) fn add_to<S: Clone + Send + Sync + 'static>(
 ) -> Router<S> {
     let mut router = router.layer(CatchPanicLayer::custom(respond_to_panic));
     if !cors_origins.is_empty() {
-        router = router.layer(access::cors(cors_origins));
+        router = router.layer(cors(cors_origins));
     }
     let trace = TraceLayer::new_for_http()
         .make_span_with(make_span)
@@ -46,6 +48,22 @@ pub(super) fn add_to<S: Clone + Send + Sync + 'static>(
         .layer(trace)
         .layer(SetSensitiveRequestHeadersLayer::new([AUTHORIZATION]))
         .layer(SetRequestIdLayer::new(REQUEST_ID, MakeRequestUuid))
+}
+
+/// A layer that lets web pages of these origins use the API.
+fn cors(origins: &[CorsOrigin]) -> CorsLayer {
+    let origins = origins.iter().map(|origin| origin.0.clone());
+    let allowed = if origins.clone().any(|origin| origin == "*") {
+        AllowOrigin::any()
+    } else {
+        AllowOrigin::list(origins)
+    };
+    CorsLayer::new()
+        .allow_origin(allowed)
+        .allow_methods([Method::GET, Method::POST])
+        // Clients send further headers, such as OpenAI's x-stainless-os.
+        .allow_headers(AllowHeaders::mirror_request())
+        .expose_headers([RETRY_AFTER, SEED_HEADER, REQUEST_ID])
 }
 
 fn make_span(request: &Request) -> Span {

@@ -170,20 +170,4 @@ mod tests {
         }
         assert!(found > 10, "only {found} references");
     }
-
-    #[test]
-    fn dump_tmp() {
-        for sdapi in [false, true] {
-            let settings = Settings {
-                sdapi,
-                ..Settings::new("m")
-            };
-            let document = super::super::routes::routes(&settings).into_openapi();
-            std::fs::write(
-                format!("/tmp/openapi-after-{sdapi}.json"),
-                to_json(document, &Limits::for_any_model()),
-            )
-            .unwrap();
-        }
-    }
 }

@@ -57,7 +57,7 @@ struct RequestLimits {
     max_num_images: usize,
 }
 
-/// Values of parameters that a request does not give.
+/// Default values of the parameters of a request.
 #[derive(Debug, Serialize, ToSchema)]
 struct Defaults {
     width: usize,
