@@ -20,7 +20,7 @@ use super::error::ApiError;
 use super::images::SEED_HEADER;
 
 /// Id of a request: the client's own, or one that the server makes. The response repeats it.
-pub(super) const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
 /// Routes that monitoring calls again and again. Their spans and log lines have the level debug.
 const PROBES: [&str; 4] = ["/health", "/health/live", "/health/ready", "/metrics"];

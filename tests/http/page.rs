@@ -144,7 +144,7 @@ fn the_status_has_the_bounds_and_defaults_of_requests() {
         status,
         json!({
             "state": "ready", "model": "test/model", "version": env!("CARGO_PKG_VERSION"),
-            "device": "test", "dtype": "f32", "requests": {"running": 0, "waiting": 0},
+            "device": "test:0 (fake)", "dtype": "f32", "requests": {"running": 0, "waiting": 0},
             "limits": {
                 "side_multiple": 16, "max_side": 4096, "max_image_pixels": 33_177_600,
                 "max_steps": 1000, "max_num_images": 10,
