@@ -1,4 +1,4 @@
-"""Times kiln on flex beside diffusers on torch: the same weights, the same two cores, in turn.
+"""Compares the speed of kiln on flex and of diffusers on torch, with the same weights on the same two cores.
 
     python benches/compare_diffusers.py make FOLDER          # a mid-size checkpoint, once
     cargo bench --bench stages --no-run                      # prints the path of the binary
@@ -26,7 +26,7 @@ STEPS = 3
 
 
 def make(folder: Path) -> None:
-    """Saves the checkpoint with diffusers' own classes; the tokenizer is a test fixture's."""
+    """Saves the checkpoint with diffusers' classes and the tokenizer of a test fixture."""
     import torch
     from diffusers import (
         AutoencoderKLQwenImage,
@@ -80,7 +80,7 @@ def make(folder: Path) -> None:
         transformer=transformer,
     )
     pipeline.save_pretrained(folder)
-    # As on the Hub: the tokenizer's source files only.
+    # As on the Hub, without tokenizer.json.
     (folder / "tokenizer" / "tokenizer.json").unlink(missing_ok=True)
     for file in (fixtures / "tokenizer").iterdir():
         (folder / "tokenizer" / file.name).write_bytes(file.read_bytes())
@@ -96,7 +96,7 @@ def peak_mib() -> float:
 
 
 def torch_stages(folder: Path, size: int) -> None:
-    """One picture with diffusers; prints the same JSON as the bench `stages`."""
+    """Generates one image with diffusers; prints the same JSON as the bench `stages`."""
     start = time.perf_counter()
     import torch
     from diffusers import QwenImagePipeline
@@ -134,7 +134,7 @@ def torch_stages(folder: Path, size: int) -> None:
 
     set_timesteps = pipeline.scheduler.set_timesteps
 
-    @functools.wraps(set_timesteps)  # the pipeline looks at its signature
+    @functools.wraps(set_timesteps)  # the pipeline inspects its signature
     def started(*args, **kwargs):
         value = set_timesteps(*args, **kwargs)
         marks.append(time.perf_counter())
@@ -165,7 +165,7 @@ def torch_stages(folder: Path, size: int) -> None:
 
 
 def run(folder: Path, binary: Path, sizes: list[int], rounds: int) -> None:
-    """Alternates the two programs and prints a table."""
+    """Runs the two programs alternately and prints a table."""
     print("| image | stage | kiln s | torch s | ratio | kiln peak MiB | torch peak MiB |")
     print("|---|---|---|---|---|---|---|")
     for size in sizes:
@@ -209,7 +209,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("make").add_argument("folder", type=Path)
-    one = commands.add_parser("torch", help="one picture with diffusers; used by run")
+    one = commands.add_parser("torch", help="generate one image with diffusers; used by run")
     one.add_argument("folder", type=Path)
     one.add_argument("size", type=int)
     all_ = commands.add_parser("run")

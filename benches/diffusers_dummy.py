@@ -1,12 +1,13 @@
-"""Times diffusers on random weights, for comparing with `kiln bench --load-format dummy`.
+"""Times diffusers with random weights, for comparison with `kiln bench --load-format dummy`.
 
     python benches/diffusers_dummy.py                                  # Qwen-Image's shape in bf16, on CUDA
     python benches/diffusers_dummy.py --model models/demo --device cpu # a folder's shape, configurations only
 
-The work is that of `kiln bench` with the same options: one prompt of so many tokens, with guidance a blank
-negative one, a run to warm up, then the medians of the others, each stage waited for. diffusers runs as it
-comes: no compilation, attention by torch's scaled_dot_product_attention. Prints JSON with the names of
-`kiln bench --json`. Needs torch, diffusers and transformers, and no network: ids are made up.
+The workload is that of `kiln bench` with the same options: one prompt of `--prompt-tokens` tokens, a blank
+negative prompt with guidance, one warm-up run, then medians over the other runs, with the device
+synchronised after each stage. diffusers runs with its defaults: no compilation, attention by torch's
+scaled_dot_product_attention. Prints JSON with the names of `kiln bench --json`. Needs torch, diffusers and
+transformers, and no network, as token ids are random.
 """
 
 from __future__ import annotations
@@ -31,10 +32,10 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 QWEN_IMAGE = Path(__file__).parent.parent / "src" / "checkpoint" / "qwen_image"
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
-# Ids that the pipeline drops from the front of every prompt, and what a blank one keeps.
+# Number of tokens that the pipeline drops from every prompt, and number that a blank prompt keeps.
 TEMPLATE_TOKENS_DROPPED = 34
 NEGATIVE_PROMPT_TOKENS = 6
-# The vision tower takes no part: as small as it can be.
+# The vision tower is not used, so it is minimal.
 VISION = dict(depth=1, hidden_size=8, intermediate_size=8, num_heads=2, fullatt_block_indexes=[0], window_size=8)
 TEXT_KEYS = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
@@ -60,8 +61,8 @@ def text_encoder(folder: Path) -> Qwen2_5_VLForConditionalGeneration:
     return Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision))
 
 
-class MadeUpTokens:
-    """Stands in for the tokenizer: as many ids as asked for, whatever the text."""
+class RandomTokens:
+    """Replaces the tokenizer: returns random ids, of a number that does not depend on the text."""
 
     def __init__(self, vocab_size: int, prompt_tokens: int) -> None:
         self.vocab_size = vocab_size
@@ -95,13 +96,13 @@ def pipeline(args: argparse.Namespace) -> QwenImagePipeline:
     pipe = QwenImagePipeline(scheduler=scheduler, tokenizer=None, **parts)
     pipe.prompt_template_encode = "{}"
     vocab_size = parts["text_encoder"].config.text_config.vocab_size
-    object.__setattr__(pipe, "tokenizer", MadeUpTokens(vocab_size, args.prompt_tokens))
+    object.__setattr__(pipe, "tokenizer", RandomTokens(vocab_size, args.prompt_tokens))
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
 class Clock:
-    """Seconds of each stage of the pipeline's calls."""
+    """Measures the seconds of each stage of the pipeline's calls."""
 
     def __init__(self, pipe: QwenImagePipeline, device: str) -> None:
         self.device = device
@@ -127,7 +128,7 @@ class Clock:
         return wrapper
 
     def transformer_begins(self, *_: object) -> None:
-        # A step has two forwards with guidance; the first of them begins it.
+        # With guidance a step has two forwards; the first one begins the step.
         if self.step_began is None:
             self.step_began = self.now()
 
@@ -144,7 +145,7 @@ class Clock:
         return run
 
 
-def draw(pipe: QwenImagePipeline, clock: Clock, args: argparse.Namespace, run: int) -> dict:
+def generate(pipe: QwenImagePipeline, clock: Clock, args: argparse.Namespace, run: int) -> dict:
     width, height = args.size
     with torch.no_grad():
         pipe(
@@ -176,10 +177,10 @@ def size(text: str) -> tuple[int, int]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", type=Path, default=QWEN_IMAGE, help="folder with the shape's configurations")
+    parser.add_argument("--model", type=Path, default=QWEN_IMAGE, help="folder with the model's configurations")
     parser.add_argument("--size", type=size, default=(1024, 1024), metavar="WIDTHxHEIGHT")
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--cfg", type=float, default=4.0, help="no guidance at 1 and below")
+    parser.add_argument("--cfg", type=float, default=4.0, help="guidance scale; no guidance at 1 and below")
     parser.add_argument("--batch", type=int, default=1, help="images of one prompt")
     parser.add_argument("--prompt-tokens", type=int, default=64)
     parser.add_argument("--runs", type=int, default=3)
@@ -191,7 +192,7 @@ def main() -> None:
     pipe = pipeline(args)
     clock = Clock(pipe, args.device)
     load_seconds = clock.now() - began
-    warm_up, *runs = [draw(pipe, clock, args, run) for run in range(args.runs + 1)]
+    warm_up, *runs = [generate(pipe, clock, args, run) for run in range(args.runs + 1)]
     median = {stage: statistics.median(run[stage] for run in runs) for stage in ("encode", "decode", "total")}
     median["step"] = statistics.median(seconds for run in runs for seconds in run["steps"])
     report = {

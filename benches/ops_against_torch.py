@@ -1,4 +1,4 @@
-"""Times kiln's fused ops beside torch: the same shapes, types and device, in turn.
+"""Compares the speed of kiln's fused ops and of torch, with the same shapes, dtypes and device.
 
     cargo bench -p kiln-ops --features flex --bench flex --no-run   # prints the path of the binary
     python benches/ops_against_torch.py BINARY [--threads 2] [--rounds 5]
@@ -6,11 +6,10 @@
     cargo bench -p kiln-cuda --no-run
     python benches/ops_against_torch.py BINARY --device cuda --dtype bf16 --shapes qwen-image
 
-Each round runs the binary (which names the ops and shapes, and times them), then torch. The figures
-are medians over the rounds; the ratio is kiln's time to torch's, `default` the time of burn's plain
-ops. The first call of an op is told for the first process and for the last: on a GPU it has the
-compiling and choosing of kernels in it, as far as no earlier process has left that in a cache.
-Needs torch.
+Each round runs the binary, which selects the ops and shapes and times them, then torch. The figures are
+medians over the rounds; the ratio is kiln's time to torch's, and `default` is the time of burn's plain
+ops. The time of an op's first call is given for the first and for the last process: on a GPU it includes
+compiling and autotuning kernels that no earlier process has cached. Needs torch.
 """
 
 from __future__ import annotations
@@ -33,12 +32,12 @@ import torch.nn.functional as F
 RUNS = 5
 BATCH_SECONDS = 0.02
 MAX_CALLS = 16
-"""As in the binary: batches of calls after a first one, and how many calls make a batch."""
+"""As in the binary: the number of timed batches, the duration of a batch, and its largest number of calls."""
 EPS = 1e-6
 
 
 def torch_op(op: str, shape: list[int], device: str, dtype: torch.dtype) -> Callable[[], object]:
-    """The same work in torch, on contiguous tensors."""
+    """The same operation in torch, on contiguous tensors."""
 
     def randn(*size: int) -> torch.Tensor:
         return torch.randn(size, device=device).to(dtype)
@@ -78,7 +77,7 @@ def torch_op(op: str, shape: list[int], device: str, dtype: torch.dtype) -> Call
         return lambda: F.silu(gate) * up
     if op in ("attention", "causal_attention"):
         heads, tokens, head_dim = shape
-        # As the models have them: the heads of a token lie side by side.
+        # The layout of the models: the heads of a token are contiguous.
         q, k, v = (randn(1, tokens, heads, head_dim).transpose(1, 2) for _ in range(3))
         causal = op == "causal_attention"
         return lambda: F.scaled_dot_product_attention(q, k, v, is_causal=causal)
@@ -96,7 +95,7 @@ def torch_op(op: str, shape: list[int], device: str, dtype: torch.dtype) -> Call
 
 
 def time_torch(op: str, shape: list[int], device: str, dtype: torch.dtype) -> float:
-    """Median in milliseconds."""
+    """Median time of a call in milliseconds."""
     run = torch_op(op, shape, device, dtype)
     wait = torch.cuda.synchronize if device == "cuda" else lambda: None
 

@@ -1,9 +1,10 @@
-//! What a picture of 1024 x 1024 pixels costs after its last step: file, Base64, JSON, socket.
+//! Times the response with an image of 1024 x 1024 pixels: encoding the file, Base64, JSON, socket.
 //!
-//! `cargo bench --bench response`. The pipeline has its picture ready, so that the time from request
-//! to last byte is the server's alone.
+//! `cargo bench --bench response`. The pipeline returns a prepared image at once, so the time from
+//! the request to the last byte is that of the server alone. With `-- --quick` it sends one request
+//! of each kind, which shows that the benchmark still runs.
 
-#![expect(clippy::print_stdout, reason = "its result is what it prints")]
+#![expect(clippy::print_stdout, reason = "prints its results")]
 
 use std::error::Error;
 use std::io::{Read, Write};
@@ -22,8 +23,8 @@ use kiln_models::testing::{self, FakePipeline};
 const SIDE: usize = 1024;
 const ROUNDS: usize = 21;
 
-/// Soft shapes with a little noise, about as hard to compress as a photograph.
-fn picture() -> RgbImage {
+/// Smooth shapes with a little noise, which compress about as well as a photograph.
+fn image() -> RgbImage {
     let mut state = 1_u32;
     let mut pixels = Vec::with_capacity(SIDE * SIDE * 3);
     for y in 0..SIDE {
@@ -44,7 +45,7 @@ fn picture() -> RgbImage {
     }
 }
 
-/// Starts the server; it ends with the process.
+/// Starts the server, which runs until the process ends.
 fn serve() -> Result<SocketAddr, Box<dyn Error>> {
     let sizes = ImageSizes {
         multiple: 16,
@@ -55,8 +56,8 @@ fn serve() -> Result<SocketAddr, Box<dyn Error>> {
         sizes,
         ..testing::model_info()
     };
-    let picture = picture();
-    let pipeline = FakePipeline::new(info).images(move |_, _| picture.clone());
+    let image = image();
+    let pipeline = FakePipeline::new(info).images(move |_, _| image.clone());
     let settings = EngineSettings {
         max_queue: 0,
         max_started: 1,
@@ -80,8 +81,8 @@ fn serve() -> Result<SocketAddr, Box<dyn Error>> {
     Ok(address)
 }
 
-/// Time from the request to the last byte of the answer, and its bytes.
-fn ask(address: SocketAddr, path: &str, body: &str) -> Result<(Duration, usize), Box<dyn Error>> {
+/// Sends a request. Returns the time to the last byte of the response, and its size in bytes.
+fn post(address: SocketAddr, path: &str, body: &str) -> Result<(Duration, usize), Box<dyn Error>> {
     let mut stream = TcpStream::connect(address)?;
     let started = Instant::now();
     write!(
@@ -100,6 +101,8 @@ fn ask(address: SocketAddr, path: &str, body: &str) -> Result<(Duration, usize),
 }
 
 fn main() -> Result<(), Box<dyn Error>> {
+    let quick = std::env::args().any(|argument| argument == "--quick");
+    let rounds = if quick { 1 } else { ROUNDS };
     let address = serve()?;
     let images = "/v1/images/generations";
     let chat = "/v1/chat/completions";
@@ -135,17 +138,17 @@ fn main() -> Result<(), Box<dyn Error>> {
             r#"{"prompt":"x","num_inference_steps":1,"output_format":"webp","output_compression":80}"#,
         ),
     ] {
-        let mut times = Vec::with_capacity(ROUNDS);
+        let mut times = Vec::with_capacity(rounds);
         let mut bytes = 0;
-        for _ in 0..ROUNDS {
-            let (took, length) = ask(address, path, body)?;
+        for _ in 0..rounds {
+            let (took, length) = post(address, path, body)?;
             times.push(took.as_secs_f64() * 1e3);
             bytes = length;
         }
         times.sort_by(f64::total_cmp);
         println!(
             "{name}: median {:.1} ms, fastest {:.1} ms, {bytes} bytes",
-            times[ROUNDS / 2],
+            times[rounds / 2],
             times[0],
         );
     }

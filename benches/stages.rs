@@ -1,9 +1,9 @@
-//! Time and peak memory of each stage of one picture, as JSON on stdout.
+//! Measures time and peak memory of each stage of generating one image, and prints them as JSON.
 //!
 //! `cargo bench --bench stages -- MODEL HEIGHT WIDTH STEPS DTYPE`; `benches/compare_diffusers.py`
-//! runs it beside diffusers.
+//! compares it with diffusers.
 
-#![expect(clippy::print_stdout, reason = "its result is what it prints")]
+#![expect(clippy::print_stdout, reason = "prints its results")]
 
 use std::error::Error;
 use std::fs;
@@ -17,7 +17,7 @@ use kiln_models::noise::NoiseGenerator;
 use kiln_models::testing;
 use serde_json::{Value, json};
 
-/// Peak resident memory in MiB since the last call, where Linux tells.
+/// Peak resident memory in MiB since the last call; `None` if the system is not Linux.
 fn take_peak() -> Option<f64> {
     let status = fs::read_to_string("/proc/self/status").ok()?;
     let line = status
@@ -28,7 +28,7 @@ fn take_peak() -> Option<f64> {
     Some(kib / 1024.0)
 }
 
-/// Seconds and peak memory of one stage.
+/// Runs one stage and measures its time and peak memory.
 fn stage<R>(run: impl FnOnce() -> R) -> (R, Value) {
     take_peak();
     let start = Instant::now();

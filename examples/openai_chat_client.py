@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Draws a prompt through the chat API, with nothing but `requests`.
+"""Generates images with the chat API. Needs only the package `requests`.
 
     python openai_chat_client.py --prompt 'a fox that says "hi"' --output fox.png
 
-Ends with code 1 if there is no image. As a module, `generate_images` does the same.
+Exits with code 1 if there is no image. As a module, it provides `generate_images`.
 """
 
 import argparse
@@ -20,7 +20,7 @@ TIMEOUT_SECONDS = 300
 
 
 class GenerationError(Exception):
-    """Why there is no image, in words for the user."""
+    """Human-readable reason why there is no image."""
 
 
 def generate_images(
@@ -35,9 +35,9 @@ def generate_images(
     num_outputs_per_prompt: int = 1,
     api_key: str | None = None,
 ) -> list[bytes]:
-    """Draws `prompt` and returns the image files, one or more.
+    """Generates one or more images and returns them as files.
 
-    What is None is left to the server.
+    The server chooses a parameter that is None.
     """
     parameters = {
         "height": height,
@@ -67,7 +67,7 @@ def generate_images(
 
 
 def message_of(response: requests.Response) -> str:
-    """What an error says: OpenAI's message, or the beginning of the body."""
+    """The message of an error response, or the beginning of its body."""
     try:
         return response.json()["error"]["message"]
     except (ValueError, LookupError, TypeError):
@@ -78,7 +78,7 @@ def images_of(completion: dict[str, Any]) -> list[bytes]:
     """The image files in a chat completion; there is at least one."""
     content = completion["choices"][0]["message"]["content"]
     if not isinstance(content, list):
-        raise ValueError("the content is no list")
+        raise ValueError("the content is not a list")
     urls = [part["image_url"]["url"] for part in content if part["type"] == "image_url"]
     if not urls:
         raise ValueError("there is no image")
@@ -103,19 +103,19 @@ def output_paths(output: Path, count: int) -> list[Path]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Draws a prompt through the chat API.")
-    parser.add_argument("--prompt", "-p", default="a cup of coffee on the table", help="what to draw")
+    parser = argparse.ArgumentParser(description="Generates images with the chat API.")
+    parser.add_argument("--prompt", "-p", default="a cup of coffee on the table", help="what the image should show")
     parser.add_argument("--output", "-o", type=Path, default=Path("qwen_image_output.png"))
     parser.add_argument("--server", "-s", default="http://localhost:8091", help="URL of the server")
     parser.add_argument("--height", type=int, default=1024, help="in pixels")
     parser.add_argument("--width", type=int, default=1024, help="in pixels")
     parser.add_argument("--steps", type=int, default=50, help="denoising steps")
-    parser.add_argument("--cfg-scale", type=float, default=4.0, help="how strongly to steer")
+    parser.add_argument("--cfg-scale", type=float, default=4.0, help="guidance scale")
     parser.add_argument("--seed", type=int, default=42)
-    parser.add_argument("--negative", help="what to steer away from")
+    parser.add_argument("--negative", help="negative prompt")
     parser.add_argument("--num-images", "-n", type=int, default=1)
     parser.add_argument(
-        "--api-key", default=os.environ.get("API_KEY"), help="or in the variable API_KEY"
+        "--api-key", default=os.environ.get("API_KEY"), help="by default the variable API_KEY"
     )
     args = parser.parse_args()
 

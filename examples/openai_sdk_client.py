@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Draws a prompt with the official openai package, through its images or its chat API.
+"""Generates images with the official openai package, with its images or its chat API.
 
     pip install openai
     python openai_sdk_client.py --prompt "a red fox in the snow" --output fox.png
     python openai_sdk_client.py --api chat --size 512x512 --steps 20 --negative " "
 
-What OpenAI has no parameter for goes into `extra_body`. Ends with code 1 if there is no image.
+Parameters that OpenAI's API does not have go into `extra_body`. Exits with code 1 if there is no image.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from typing import Any
 import openai
 
 
-def draw_with_images(client: openai.OpenAI, args: argparse.Namespace) -> list[bytes]:
+def generate_with_images(client: openai.OpenAI, args: argparse.Namespace) -> list[bytes]:
     answer = client.images.generate(
         model=args.model,
         prompt=args.prompt,
@@ -30,7 +30,7 @@ def draw_with_images(client: openai.OpenAI, args: argparse.Namespace) -> list[by
     return [base64.b64decode(image.b64_json, validate=True) for image in answer.data]
 
 
-def draw_with_chat(client: openai.OpenAI, args: argparse.Namespace) -> list[bytes]:
+def generate_with_chat(client: openai.OpenAI, args: argparse.Namespace) -> list[bytes]:
     answer = client.chat.completions.create(
         model=args.model,
         messages=[{"role": "user", "content": args.prompt}],
@@ -40,18 +40,18 @@ def draw_with_chat(client: openai.OpenAI, args: argparse.Namespace) -> list[byte
             **parameters(args),
         },
     )
-    # The package's types know text only: here it is a list of parts, each with an image.
+    # The package declares the content as text; here it is a list of parts with one image each.
     content: Any = answer.choices[0].message.content
     if not isinstance(content, list):
         raise ValueError(f"the answer is text: {content}")
     urls = [part["image_url"]["url"] for part in content if part["type"] == "image_url"]
     if not all(url.startswith("data:image/") for url in urls):
-        raise ValueError("an image is not in the answer itself")
+        raise ValueError("an image is not a data URL")
     return [base64.b64decode(url.partition(",")[2], validate=True) for url in urls]
 
 
 def parameters(args: argparse.Namespace) -> dict[str, Any]:
-    """What OpenAI's APIs have no names for; None is left to the server."""
+    """Parameters that OpenAI's APIs do not have. The server chooses those that are None."""
     values = {
         "num_inference_steps": args.steps,
         "true_cfg_scale": args.cfg_scale,
@@ -62,30 +62,30 @@ def parameters(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Draws a prompt with the openai package.")
+    parser = argparse.ArgumentParser(description="Generates images with the openai package.")
     parser.add_argument("--api", choices=["images", "chat"], default="images")
-    parser.add_argument("--prompt", "-p", default="a cup of coffee on the table", help="what to draw")
+    parser.add_argument("--prompt", "-p", default="a cup of coffee on the table", help="what the image should show")
     parser.add_argument("--output", "-o", type=Path, default=Path("qwen_image_output.png"))
     parser.add_argument("--server", "-s", default="http://localhost:8091", help="URL of the server")
     parser.add_argument("--model", default="Qwen/Qwen-Image")
     parser.add_argument("--size", default="1024x1024", help="WIDTHxHEIGHT in pixels")
     parser.add_argument("--steps", type=int, default=50, help="denoising steps")
-    parser.add_argument("--cfg-scale", type=float, default=4.0, help="how strongly to steer")
+    parser.add_argument("--cfg-scale", type=float, default=4.0, help="guidance scale")
     parser.add_argument("--seed", type=int, default=42)
-    parser.add_argument("--negative", help="what to steer away from")
+    parser.add_argument("--negative", help="negative prompt")
     parser.add_argument("--num-images", "-n", type=int, default=1)
-    parser.add_argument("--retries", type=int, default=2, help="after a full queue or a failure")
+    parser.add_argument("--retries", type=int, default=2, help="number of retries if the queue is full or the server fails")
     args = parser.parse_args()
 
     client = openai.OpenAI(
         base_url=f"{args.server.rstrip('/')}/v1",
-        # The package wants one, whether the server does or not.
+        # The package requires a key even if the server does not.
         api_key=os.environ.get("API_KEY") or "none",
         max_retries=args.retries,
     )
-    draw = {"images": draw_with_images, "chat": draw_with_chat}[args.api]
+    generate = {"images": generate_with_images, "chat": generate_with_chat}[args.api]
     try:
-        files = draw(client, args)
+        files = generate(client, args)
         if not files:
             raise ValueError("the answer has no image")
     except openai.OpenAIError as error:

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Draws a prompt with curl and jq, and writes every image to a file.
+# Generates images with curl and jq, and writes each to a file.
 #
 #   PROMPT='a fox that says "hi"' OUTPUT=fox.png ./run_curl_text_to_image.sh
 #
 # Variables: SERVER, PROMPT, OUTPUT, HEIGHT, WIDTH, STEPS, CFG_SCALE, SEED, NUM_IMAGES,
-# NEGATIVE_PROMPT, and API_KEY if the server wants one. With several images out.png becomes
-# out-0.png, out-1.png and so on. Ends with code 1 if there is no image.
+# NEGATIVE_PROMPT, and API_KEY if the server needs one. With several images out.png becomes
+# out-0.png, out-1.png and so on. Exits with code 1 if there is no image.
 set -euo pipefail
 
 SERVER="${SERVER:-http://localhost:8091}"
@@ -20,7 +20,7 @@ fail() {
 folder="$(mktemp -d)"
 trap 'rm -rf "$folder"' EXIT
 
-# jq quotes what the prompt has in it.
+# jq escapes the prompt.
 jq --null-input \
     --arg prompt "$PROMPT" --arg negative "${NEGATIVE_PROMPT:-}" \
     --argjson height "${HEIGHT:-1024}" --argjson width "${WIDTH:-1024}" \
@@ -31,7 +31,7 @@ jq --null-input \
             height: $height, width: $width, num_inference_steps: $steps, true_cfg_scale: $scale,
             seed: $seed, num_outputs_per_prompt: $images
         } + if $negative == "" then {} else {negative_prompt: $negative} end)
-    }' > "$folder/request" || fail "a variable that should be a number is none"
+    }' > "$folder/request" || fail "a variable that should be a number is not"
 
 echo "Generating image..."
 echo "Prompt: $PROMPT"
@@ -39,7 +39,7 @@ echo "Output: $OUTPUT"
 
 headers=(--header 'Content-Type: application/json')
 if [ -n "${API_KEY:-}" ]; then
-    # Not as an argument, which other users of the machine could see.
+    # In a file, as other users of the machine can see arguments.
     printf 'Authorization: Bearer %s\n' "$API_KEY" > "$folder/key"
     headers+=(--header "@$folder/key")
 fi
@@ -54,10 +54,10 @@ fi
 
 jq --raw-output '.choices[0].message.content | arrays[] | .image_url.url // empty
         | select(startswith("data:image/")) | split(",")[1]' "$folder/answer" > "$folder/images" ||
-    fail "the answer has not the form of a chat completion"
+    fail "the response is not a chat completion"
 count="$(wc -l < "$folder/images")"
 if [ "$count" -eq 0 ]; then
-    fail "the answer has no image: $(head -c 500 "$folder/answer")"
+    fail "the response has no image: $(head -c 500 "$folder/answer")"
 fi
 
 index=0

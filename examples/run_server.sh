@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Serves Qwen-Image. MODEL and PORT choose the model and the port, KILN the program; arguments go to
-# `kiln serve`.
+# Serves Qwen-Image. The variables MODEL, PORT and KILN name the model, the port and the program;
+# arguments are passed to `kiln serve`.
 set -euo pipefail
 
 MODEL="${MODEL:-Qwen/Qwen-Image}"
@@ -9,11 +9,11 @@ KILN="${KILN:-kiln}"
 
 if ! command -v "$KILN" > /dev/null; then
     echo "There is no program $KILN: build it with cargo install --path . and try again," \
-        "or say in KILN where it is." >&2
+        "or set KILN to its path." >&2
     exit 127
 fi
 
-# An argument --model counts for more than the variable.
+# An argument --model overrides the variable.
 for argument in "$@"; do
     case "$argument" in
         --model | --model=*) MODEL= ;;

@@ -1,5 +1,5 @@
-# Sourced by the scripts beside it, in the repository's root: sets `target`, and `KILN`, the binary to
-# test, which is the development build unless the environment names another.
+# Functions that the other scripts source, with the repository's root as working folder. Sets `target`, the
+# build folder, and `KILN`, the binary to test: a development build, unless the environment sets KILN.
 # shellcheck shell=bash
 
 target="${CARGO_TARGET_DIR:-target}"
@@ -8,20 +8,11 @@ if [ -z "${KILN:-}" ]; then
     KILN="$target/debug/kiln"
 fi
 
-# Installs Python packages, if they are not there yet, into an environment under the target folder,
-# and makes its programs the first that are found: python_packages NAME REQUIREMENTS
-python_packages() {
-    local environment="$target/$1"
-    if ! cmp --silent "$2" "$environment/requirements.txt"; then
-        python3 -m venv --clear "$environment"
-        "$environment/bin/python" -m pip install --quiet --disable-pip-version-check -r "$2"
-        cp "$2" "$environment/requirements.txt"
-    fi
-    PATH="$(realpath "$environment")/bin:$PATH"
-}
+# shellcheck source=scripts/python.sh
+. scripts/python.sh
 
-# Starts `kiln serve` with these arguments on a free port, and waits until it is ready. Sets `server`,
-# its URL, `process` and `log`; it ends with the script.
+# start_server ARGUMENTS...: starts `kiln serve` on a free port, and waits until it is ready. Sets `server`
+# (its URL), `process` (its process id) and `log` (its log file). The server stops when the script exits.
 start_server() {
     log="$(mktemp)"
     "$KILN" serve --port 0 "$@" 2> "$log" &

@@ -2,22 +2,22 @@
 # Stand-in CUDA devices for machines without a GPU: tests/cuda-sim/README.md.
 #
 #     . scripts/cuda-sim.sh           # defines cuda_sim_build and cuda_sim
-#     cuda_sim null 90                # from here on programs see a device that computes nothing
-#     cuda_sim cpu 80                 # or one that runs kernels on the CPU
+#     cuda_sim null 90                # programs started from this shell get a device that computes nothing
+#     cuda_sim cpu 80                 # or a device that runs kernels on the CPU
 #
-#     scripts/cuda-sim.sh cpu 80 COMMAND...    # one command
+#     scripts/cuda-sim.sh cpu 80 COMMAND...    # runs one command with the device
 #     scripts/cuda-sim.sh build                # only installs and builds
 #
-# The second argument is the compute capability times ten. Everything is put into
-# $CARGO_TARGET_DIR/cuda-sim: NVIDIA's packages from PyPI (NVRTC, headers, ptxas), the two libraries, and
-# what was compiled. Needs g++, binutils and Python 3 with pip.
+# The second argument is the compute capability times ten. $CARGO_TARGET_DIR/cuda-sim receives NVIDIA's
+# packages from PyPI (NVRTC, headers, ptxas), the two libraries, and compiled kernels. Needs g++, binutils
+# and Python 3 with pip.
 # shellcheck shell=bash
 
 cuda_sim_sources=$(cd "$(dirname "${BASH_SOURCE[0]}")/../tests/cuda-sim" && pwd)
 cuda_sim_home=${CARGO_TARGET_DIR:-$HOME/.cache/kiln-target}/cuda-sim
 cuda_sim_packages=(nvidia-cuda-nvrtc-cu12==12.8.93 nvidia-cuda-runtime-cu12==12.8.90 nvidia-cuda-nvcc-cu12==12.8.93)
 
-# One folder with lib/, include/ and bin/, as CUDA's own installer makes it.
+# Installs NVIDIA's packages into one folder with lib/, include/ and bin/, the layout of a CUDA toolkit.
 cuda_sim_install() {
     local cuda="$cuda_sim_home/cuda" wanted="${cuda_sim_packages[*]}" part
     if [ "$(cat "$cuda/packages.txt" 2> /dev/null)" = "$wanted" ]; then
@@ -35,7 +35,7 @@ cuda_sim_install() {
     echo "$wanted" > "$cuda/packages.txt"
 }
 
-# cuda_sim_library OUTPUT SOURCES OPTIONS...: builds it if a source or header has changed.
+# cuda_sim_library OUTPUT SOURCES OPTIONS...: builds a library if a source or header has changed.
 cuda_sim_library() {
     local output="$cuda_sim_home/lib/$1" sources=() name hash
     for name in $2; do
@@ -47,11 +47,12 @@ cuda_sim_library() {
         return 0
     fi
     mkdir -p "$cuda_sim_home/lib" || return
-    # Renamed when it is complete: another program may have the old one open.
+    # Built under another name and renamed, because a running program may have the old library open.
     g++ -O2 -march=native -std=c++17 -Wall -Wextra -fPIC -shared -fvisibility=hidden "${sources[@]}" "$@" -o "$output.new" \
         && mv "$output.new" "$output" && echo "$hash" > "$output.hash"
 }
 
+# cuda_sim_build: installs the packages and builds both libraries, if needed.
 cuda_sim_build() {
     (
         mkdir -p "$cuda_sim_home" && exec 9> "$cuda_sim_home/lock" && flock 9 || exit
@@ -61,14 +62,14 @@ cuda_sim_build() {
     )
 }
 
-# cuda_sim null|cpu [CAPABILITY]: sets the environment for programs that are started from here.
+# cuda_sim null|cpu [CAPABILITY]: sets the environment for programs that are started afterwards.
 cuda_sim() {
     cuda_sim_build || return
     case "${1:-}" in
         null) unset SIM_HOST ;;
         cpu) export SIM_HOST=1 ;;
         *)
-            echo "cuda_sim null|cpu [CAPABILITY]" >&2
+            echo "usage: cuda_sim null|cpu [CAPABILITY]" >&2
             return 2
             ;;
     esac

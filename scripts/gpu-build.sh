@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Builds what scripts/gpu-check.sh runs, and packs it to be carried to a machine with an NVIDIA GPU:
+# Builds the programs that scripts/gpu-check.sh runs, and packs them for a machine with an NVIDIA GPU:
 #
 #     scripts/gpu-build.sh [FOLDER]                 # target/gpu-check, and target/gpu-check.tar.xz
 #
-# Needs Rust, python3 and xz, but neither CUDA nor a GPU. KILN_BACKEND=flex packs the same for the
-# CPU, to rehearse; KILN_PROFILE=dev builds faster and runs slower.
+# Needs Rust, python3 and xz, but neither CUDA nor a GPU. KILN_BACKEND=flex builds for the CPU instead, for
+# a trial run; KILN_PROFILE=dev builds faster and runs slower.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -22,12 +22,12 @@ case $backend in
         bench=(-p kiln-ops --features kiln-ops/flex --bench flex)
         ;;
     *)
-        echo "KILN_BACKEND is cuda or flex, not $backend" >&2
+        echo "KILN_BACKEND must be cuda or flex, not $backend" >&2
         exit 2
         ;;
 esac
 
-# The path of the program that a cargo command builds.
+# built COMMAND...: runs a cargo command and prints the path of the program that it built.
 built() {
     "$@" --locked --profile "$profile" --message-format json-render-diagnostics |
         python3 -c '
@@ -55,8 +55,8 @@ cp -r tests/fixtures "$folder/tests/"
     echo "$backend, profile $profile"
 } > "$folder/VERSION"
 
-# The parity cases as calls of a shell function: name, then arguments. `kiln compare` draws one
-# image, so cases of several are not among them.
+# Writes each parity case as a call of a shell function: its name, then its arguments. `kiln compare`
+# generates one image, so cases with several are left out.
 python3 - > "$folder/tests/cases.sh" << 'PYTHON'
 import json, shlex
 

@@ -1,21 +1,21 @@
 #!/usr/bin/env bash
-# Checks and times kiln on this machine's GPU, from what scripts/gpu-build.sh packed:
+# Tests and times kiln on this machine's GPU, with the programs that scripts/gpu-build.sh packed:
 #
 #     tar -xJf gpu-check.tar.xz && gpu-check/scripts/gpu-check.sh [RESULTS.md]
 #
-# Needs NVIDIA's driver, NVRTC and the CUDA headers; no Rust and no network. Where python3 has torch
-# (and diffusers), noise and speed are compared with theirs. Everything goes to one Markdown file
-# (gpu-results.md); the code is 1 if any part failed. Environment:
+# Needs NVIDIA's driver, NVRTC and the CUDA headers; no Rust and no network. If python3 has torch (and
+# diffusers), noise and speed are compared with theirs. Writes one Markdown file (gpu-results.md); the exit
+# code is 1 if any part failed. Environment variables and their defaults:
 #
-#     KILN_BACKEND       cuda; flex rehearses on the CPU
-#     KILN_DEVICE        number of the device, 0
-#     KILN_BENCH_MODEL   whose shape is timed with random weights: Qwen/Qwen-Image; or demo
+#     KILN_BACKEND       cuda; flex is for a trial run on the CPU
+#     KILN_DEVICE        0; index of the device
+#     KILN_BENCH_MODEL   Qwen/Qwen-Image; model whose shape is timed with random weights, or demo
 #     KILN_BENCH_SIZES   "512x512 1024x1024"
 #     KILN_BENCH_STEPS   20
 #     KILN_BENCH_RUNS    3
-#     KILN_OPS_SHAPES    of the fused ops that are timed: qwen-image, or small
-#     KILN_PEAK_TFLOPS   the GPU's dense bf16 TFLOP/s, where the script does not know it
-#     KILN_PART_SECONDS  time limit of each part, 3600
+#     KILN_OPS_SHAPES    qwen-image; shapes at which the fused ops are timed, or small
+#     KILN_PEAK_TFLOPS   dense bf16 TFLOP/s of the GPU, for GPUs that the script does not know
+#     KILN_PART_SECONDS  3600; time limit of each part
 set -uo pipefail
 
 self=$(realpath "$0")
@@ -30,16 +30,17 @@ steps=${KILN_BENCH_STEPS:-20}
 runs=${KILN_BENCH_RUNS:-3}
 shapes=${KILN_OPS_SHAPES:-qwen-image}
 limit=${KILN_PART_SECONDS:-3600}
-# A GPU's default bodies are burn's own kernels, which it compiles and tunes for many minutes.
+# On a GPU the default bodies are not timed: burn compiles and autotunes their kernels for many minutes.
 timed=()
 [ "$backend" != cuda ] || timed=(--no-default)
 failed=()
 
+# say LINES...: appends lines to the results.
 say() {
     printf '%s\n' "$@" >> "$results"
 }
 
-# Runs a command, and writes what it says, how long it took and how it ended: part TITLE COMMAND...
+# part TITLE COMMAND...: runs a command, and writes its output, duration and exit status to the results.
 part() {
     local title=$1 began=$SECONDS code
     shift
@@ -52,19 +53,19 @@ part() {
     if [ $code -eq 0 ]; then
         say "Passed in $((SECONDS - began)) s."
     else
-        say "**Failed** with code $code after $((SECONDS - began)) s."
+        say "**Failed** with exit code $code after $((SECONDS - began)) s."
         failed+=("$title")
-        echo "   failed with code $code" >&2
+        echo "   failed with exit code $code" >&2
     fi
     return $code
 }
 
+# has MODULE: whether python3 can import it.
 has() {
     python3 -c "import $1" > /dev/null 2>&1
 }
 
-# torch's wheels bring NVRTC along, and triton's the headers: they serve where CUDA itself is not
-# installed.
+# Uses NVRTC from torch's wheels and the headers from triton's if CUDA itself is not installed.
 find_cuda() {
     local packages headers compiler
     packages=$(python3 -c 'import torch; print(torch.__path__[0] + "/..")' 2> /dev/null) || return 0
@@ -79,7 +80,7 @@ find_cuda() {
     fi
 }
 
-# Dense bf16, from NVIDIA's data sheets.
+# peak_tflops GPU: prints the dense bf16 TFLOP/s of NVIDIA's data sheet.
 peak_tflops() {
     case $1 in
         *"H100 PCIe"*) echo 756 ;;
@@ -106,14 +107,14 @@ machine() {
     fi
 }
 
-# One parity case: NAME and the arguments of its run.
+# parity_case NAME ARGUMENTS...: compares kiln with diffusers' recorded stages in one case.
 parity_case() {
     local name=$1 said
     shift
     if said=$("$kiln" compare --backends "$backend:${KILN_DEVICE:-0}" --dtype f32 \
         --reference "dump:tests/fixtures/cases/$name.safetensors" "$@" 2>&1); then
         echo "$name"
-        grep -E '^\| (prompt embeddings|latents, worst step|picture before|8-bit values)' <<< "$said"
+        grep -E '^\| (prompt embeddings|latents, worst step|image before|8-bit values)' <<< "$said"
     else
         echo "$said"
         parity_failed+=("$name")
@@ -137,7 +138,7 @@ noise() {
         python3 scripts/noise_against_torch.py "$scratch/noise.safetensors" 5 "$generator"
 }
 
-# kiln's time to diffusers', stage by stage: ratios KILN.json DIFFUSERS.json
+# ratios KILN.json DIFFUSERS.json: prints the ratio of kiln's time to diffusers', per stage.
 ratios() {
     python3 - "$1" "$2" << 'PYTHON'
 import json, sys
@@ -149,15 +150,15 @@ for stage in ("encode", "step", "decode", "total"):
 PYTHON
 }
 
-# Keeps what a command prints, and shows it: kept FILE COMMAND...
+# kept FILE COMMAND...: writes a command's output to a file, and prints it.
 kept() {
     local file=$1
     shift
     "$@" > "$file" && cat "$file"
 }
 
-# The first process finds no kernel compiled or chosen but those that the parts before it needed; what
-# later processes find, the cache has kept.
+# The cache of compiled kernels and autotune results is shared by all parts, so the first process has to
+# compile and autotune most kernels.
 ops() {
     local dtype=$1 torch_device=cuda
     [ "$backend" = cuda ] || torch_device=cpu
@@ -169,8 +170,8 @@ ops() {
     fi
 }
 
-# How long a process takes for every op, which is mostly looking for kernels: with nothing kept from
-# another, with its choices kept, and with compiled kernels kept as well (there are some the second time).
+# Times a process that runs every op once, which mostly compiles and autotunes kernels: with empty caches,
+# with cached autotune results, and with cached compiled kernels as well, which exist at the second run.
 start_up() {
     local folder=$scratch/start-up kept began program=$PWD/bin/ops-bench
     mkdir "$folder"
@@ -181,7 +182,7 @@ start_up() {
         began=$EPOCHREALTIME
         (cd "$folder" && "$program" --shapes small --dtype f32 "${timed[@]}" > /dev/null) || return
         awk -v began="$began" -v now="$EPOCHREALTIME" -v kept="$kept" \
-            'BEGIN { printf "%6.1f s, kept: %s\n", now - began, kept }'
+            'BEGIN { printf "%6.1f s, cached: %s\n", now - began, kept }'
     done
 }
 
@@ -192,7 +193,7 @@ bench() {
         "$kiln" bench --load-format dummy --model "$bench_model" "${device[@]}" "${options[@]}" \
         --json "${peak[@]}" || return
     if ! has diffusers; then
-        say "" "diffusers is not installed: no ratio."
+        say "" "diffusers is not installed: no comparison of speed."
         return
     fi
     shape=src/checkpoint/qwen_image
@@ -204,7 +205,8 @@ bench() {
         function_part "kiln beside diffusers, $size" ratios "$ours" "$theirs"
 }
 
-# A function as a part: in a process of its own, so that it has its time limit.
+# function_part TITLE FUNCTION ARGUMENTS...: runs a function as a part, in a process of its own, so that the
+# time limit applies.
 function_part() {
     part "$1" "$self" --part "${@:2}"
 }
@@ -214,7 +216,7 @@ if [ "${1:-}" = --part ]; then
 fi
 
 scratch=$(mktemp -d)
-# So that nothing is kept from before.
+# Starts with an empty cache.
 export scratch XDG_CACHE_HOME=$scratch/cache
 trap 'rm -rf "$scratch"' EXIT
 [ "$backend" != cuda ] || find_cuda
@@ -226,8 +228,8 @@ peak=()
 [ -z "$tflops" ] || peak=(--peak-tflops "$tflops")
 
 part "Backends" "$kiln" backends
-[ "$backend" != cuda ] || part "Every kernel by itself" bin/kernels-tests --test-threads 1
-part "Fused ops against their definitions" bin/ops-tests --test-threads 1
+[ "$backend" != cuda ] || part "CUDA kernels against f64" bin/kernels-tests --test-threads 1
+part "Fused ops against their default bodies" bin/ops-tests --test-threads 1
 for dtype in bf16 f32; do
     ops "$dtype"
 done
@@ -237,7 +239,7 @@ function_part "Parity with diffusers, f32" parity
 demo=(--prompt "a large red circle on a blue background" --negative-prompt " " --steps 8 --seed 1)
 part "Demo model" "$kiln" generate "${device[@]}" "${demo[@]}" --dtype f32 \
     --output "$scratch/demo.png" --dump "$scratch/demo.safetensors"
-# On flex itself there is no other backend to compare with but the dump of the run before.
+# On flex, the only reference is the dump of the previous run.
 reference=flex
 [ "$backend" != flex ] || reference="dump:$scratch/demo.safetensors"
 for dtype in f32 bf16; do
@@ -249,12 +251,12 @@ done
 if has torch; then
     function_part "Noise of torch's CPU generator" noise cpu 256x128
     if [ "$backend" = cuda ]; then
-        # Fewer values than the GPU has threads, and more.
+        # The small case has fewer values than the GPU has threads, the large one has more.
         function_part "Noise of torch's CUDA generator, small" noise cuda 64x64
         function_part "Noise of torch's CUDA generator, large" noise cuda 2048x2048
     fi
 else
-    say "" "torch is not installed: the noise was not compared."
+    say "" "torch is not installed: no comparison of noise."
 fi
 
 for size in ${KILN_BENCH_SIZES:-512x512 1024x1024}; do

@@ -1,10 +1,10 @@
-"""Compares the noise of a dump with torch's draw for the same seed.
+"""Compares the noise of a dump with torch's for the same seed.
 
     kiln generate "a cat" --rng cuda --seed 5 --dtype f32 --dump run.safetensors
     python scripts/noise_against_torch.py run.safetensors 5 cuda
 
-Ends with code 1 if a value is off by more than 2e-6: torch's own draws move by the last bits from one
-version of CUDA's mathematics to the next. Needs torch alone.
+Exits with code 1 if a value differs by more than 2e-6: torch's own values differ in the last bits between
+versions of CUDA's math library. Needs no package but torch.
 """
 
 import json
@@ -18,7 +18,7 @@ TOLERANCE = 2e-6
 
 
 def read(path: Path, name: str) -> torch.Tensor:
-    """An f32 tensor of a safetensors file."""
+    """Reads an f32 tensor of a safetensors file."""
     content = path.read_bytes()
     (length,) = struct.unpack("<Q", content[:8])
     entry = json.loads(content[8 : 8 + length])[name]

@@ -1,8 +1,7 @@
 #!/usr/bin/env bash
-# Runs curl, the official openai packages, the programs in examples/ and the calls of others against
-# `kiln serve` with the demo model. Needs curl, jq and Python 3 with venv; packages are installed into
-# target/clients at the first run.
-# KILN names the binary; without it the development build is used.
+# Tests `kiln serve` with clients, on the demo model: curl, the official openai packages, the programs in
+# examples/, and requests as other programs send them. Needs curl, jq and Python 3 with venv; the first run
+# installs packages into target/clients. KILN names the binary; a development build is the default.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -22,13 +21,13 @@ KILN_API_KEY=other-key,test-key start_server --enable-sdapi
 bash "$clients/test_curl.sh" "$server" test-key
 python "$clients/test_openai.py" "$server" test-key
 python "$clients/test_programs.py" "$server" test-key
-python "$clients/test_readme.py" "$server" test-key "$node"
+python "$clients/test_docs.py" "$server" test-key "$node"
 python "$clients/test_examples.py" "$server" test-key "$(realpath "$KILN")"
 
 kill -TERM "$process"
 wait "$process"
 echo "SIGTERM: exit code 0 (after $SECONDS s)"
 if grep -q 'test-key\|other-key' "$log"; then
-    echo "a key is in the log" >&2
+    echo "the log contains an API key" >&2
     exit 1
 fi

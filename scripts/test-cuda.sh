@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Tests the cuda backend without a GPU, on the stand-in devices of tests/cuda-sim: one that runs kernels
-# on the CPU, and one that computes nothing, behind NVIDIA's own compiler. Needs what scripts/cuda-sim.sh
-# installs, jq and curl. KILN_SEEDS is the number of orders that blocks and warps are tried in.
+# Tests the cuda backend without a GPU, on the stand-in devices of tests/cuda-sim: one runs kernels on the
+# CPU, the other compiles them with NVIDIA's compiler and computes nothing. Needs the requirements of
+# scripts/cuda-sim.sh, jq and curl. KILN_SEEDS is the number of random orders of blocks and warps to test, 2
+# by default.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -28,10 +29,10 @@ ops=$(program ops)
 folder=$(realpath -m "${CARGO_TARGET_DIR:-target}")/cuda-test
 rm -rf "$folder"
 mkdir -p "$folder"
-# What the stand-in compiled stays from run to run; what CubeCL and kiln keep does not.
+# Caches of CubeCL and kiln start empty in each run; kernels that the stand-in compiled stay cached.
 export XDG_CACHE_HOME="$folder/cache"
 
-# on DEVICE CAPABILITY COMMAND...: runs a command in the test folder with that device.
+# on DEVICE CAPABILITY COMMAND...: runs a command in the test folder with that stand-in device.
 on() {
     (
         cuda_sim "$1" "$2"
@@ -40,12 +41,12 @@ on() {
     )
 }
 
-part "every kernel by itself, with the hazard detector"
+part "each CUDA kernel, with the hazard detector"
 export KILN_SEEDS=${KILN_SEEDS:-2}
 for capability in 75 80 90; do
     SIM_CHECK=1 on cpu $capability "$kernels" --test-threads 1
 done
-part "kernels of CubeCL, with the hazard detector"
+part "CubeCL kernels, with the hazard detector"
 for ((seed = 0; seed < KILN_SEEDS; seed++)); do
     SIM_SEED=$seed KILN_CASES=2 SIM_CHECK=1 \
         SIM_CHECK_ONLY='^(rms_norm|layer_norm_modulate|qk_norm_rope|channel_norm|attention)' \
@@ -56,13 +57,13 @@ part "fused ops, and parity with diffusers"
 on cpu 80 "$ops" --test-threads 1
 
 part "flex and cuda side by side"
-# compare DTYPE CAPABILITY
+# compare DTYPE CAPABILITY: compares all stages of a generation on cuda with flex.
 compare() {
     local report="$folder/$1-$2.json"
     on cpu "$2" "$kiln" compare --backends flex,cuda --dtype "$1" --steps 20 --seed 1 --negative-prompt "a blue square" \
         --report "$report"
     if [ "$1" = f32 ]; then
-        # 8-bit values that round to a neighbour are counted by compare itself.
+        # kiln compare itself has a limit for 8-bit values that round differently.
         jq --exit-status '[.comparisons[].stages[] | select(.name != "image_u8").max_relative] | max <= 2e-5' "$report"
     fi
 }
@@ -74,8 +75,8 @@ for capability in 80 90; do
     compare bf16 $capability
 done
 
-part "a kernel that does not work is not used"
-# With no compiled kernels kept.
+part "a kernel that does not compile is not used"
+# Uses an empty cache of compiled kernels.
 XDG_CACHE_HOME="$folder/empty" SIM_NVRTC_FAIL=channel_norm on cpu 80 "$kiln" compare --backends flex,cuda --dtype f32 --steps 2 --seed 1 \
     2>&1 | tee "$folder/not-used.txt"
 grep --quiet "is not used: ChannelNorm" "$folder/not-used.txt"
@@ -94,11 +95,11 @@ on cpu 80 "$kiln" generate "a small green circle" --backend cuda --steps 4 --see
 )
 cmp "$folder/generated.png" "$folder/served.png"
 
-part "failing calls of the driver"
+part "failing driver calls"
 bash tests/cuda-sim/faults.sh "$kiln"
 
 part "NVRTC and ptxas for every architecture"
-# On a device that computes nothing, no kernel computes what it should.
+# The null device computes nothing, so every kernel would fail the comparison with its default body.
 export KILN_KERNELS=unchecked
 own='^(product_|attention|channels_last|elementwise|rms_norm|layer_norm_modulate|qk_norm_rope|channel_norm)'
 for capability in 80 89 90 120; do

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Uses the page of `kiln serve` with headless Chromium, with the demo model. Needs Chromium
-# (Debian's package chromium) and Python 3 with venv; packages are installed into target/page at the
-# first run. KILN names the binary; without it the development build is used. Arguments are
-# names of tests. The README's pictures of the page are made by
+# Tests the web page of `kiln serve` in headless Chromium, with the demo model. Needs Chromium (Debian's
+# package chromium) and Python 3 with venv; the first run installs Python packages into target/page. KILN
+# names the binary; a development build is the default. Arguments are names of tests. The
+# screenshots in docs/serving.md are created by
 #   KILN_SCREENSHOTS=docs scripts/test-page.sh
 set -euo pipefail
 cd "$(dirname "$0")/.."

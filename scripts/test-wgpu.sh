@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Runs the tests of the wgpu backend on Mesa's lavapipe, which computes on the CPU: the fused ops
-# against their definitions, and the smallest parity cases against diffusers. Needs lavapipe (Debian:
-# mesa-vulkan-drivers); VK_ICD_FILENAMES, if set, names another driver. Arguments go to the test
-# program.
+# Tests the wgpu backend on Mesa's lavapipe, which computes on the CPU: compares the fused ops with their
+# default bodies, and the pipeline with diffusers in the smallest parity cases. Needs lavapipe (Debian:
+# mesa-vulkan-drivers); VK_ICD_FILENAMES, if set, selects another Vulkan driver. Arguments are passed to the
+# test program.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -14,8 +14,8 @@ if [ -z "${VK_ICD_FILENAMES:-}" ]; then
     fi
     export VK_ICD_FILENAMES=$driver
 fi
-# CubeCL reads its settings from the folder that the tests run in: as few candidates for each kernel
-# as it allows, and what was chosen is kept for the next run.
+# CubeCL reads its settings from the tests' working folder: it autotunes with as few candidates as
+# possible, and caches the results for the next run.
 folder=$(realpath -m "${CARGO_TARGET_DIR:-target}")/wgpu
 mkdir -p "$folder"
 printf '[autotune]\nlevel = "minimal"\ncache = { file = "%s" }\n' "$folder" > "$folder/cubecl.toml"

@@ -1,4 +1,4 @@
-//! How long a pipeline takes for the same work, again and again, and what that is in operations.
+//! Times repeated runs of the same workload, and relates the times to operation counts.
 
 use std::fmt;
 
@@ -8,30 +8,31 @@ use kiln_models::job::{Job, JobId};
 use kiln_models::pipeline::{ModelInfo, Pipeline};
 use serde::Serialize;
 
-use crate::compare::{Cost, Table, measured};
 use crate::engine::JobError;
+use crate::measure::{Cost, Table, measure_call, median};
 use crate::request::{GenerationRequest, PromptTokens};
 
-/// Tokens of a blank negative prompt: one, and the five that the template puts after it.
+/// Tokens of a blank negative prompt: one, plus the five of the template's suffix.
 pub const NEGATIVE_PROMPT_TOKENS: usize = 6;
 
-/// The work of one run, but for the words of its prompts.
+/// The work of one run: everything but the token ids of the prompts.
 #[derive(Debug, Clone)]
 pub struct Workload {
-    /// Size, steps, images, scale. With a negative prompt, whatever it says, guidance runs if the
-    /// scale is above 1.
+    /// Size, steps, number of images and scale. The texts of the prompts are not used; a negative
+    /// prompt enables guidance if the scale is above 1.
     pub request: GenerationRequest,
-    /// Tokens of the prompt, without the template's first ones.
+    /// Tokens of the prompt and the template's suffix, without the template's dropped prefix.
     pub prompt_tokens: usize,
     pub template: &'static PromptTemplate,
 }
 
 impl Workload {
-    /// The job of one run. Every run has other prompts, so that none finds them encoded.
+    /// The job of one run. Every run has prompts of its own, so that none is served from the cache
+    /// of prompt embeddings.
     pub fn job(&self, run: usize, vocab_size: usize) -> Job {
         let prompt = |tokens: usize, which: usize| {
             (0..self.template.dropped_tokens + tokens)
-                .map(|place| made_up_id([run, which, place], vocab_size))
+                .map(|place| random_id([run, which, place], vocab_size))
                 .collect()
         };
         let guided = self.request.guidance().is_some();
@@ -43,8 +44,8 @@ impl Workload {
     }
 }
 
-/// Scatters numbers over a vocabulary (the finaliser of `SplitMix64`).
-fn made_up_id(seed: [usize; 3], vocab_size: usize) -> u32 {
+/// A pseudorandom token id (the finaliser of `SplitMix64`).
+fn random_id(seed: [usize; 3], vocab_size: usize) -> u32 {
     let mix = |state: u64, value: usize| {
         let mut x = (state ^ value as u64).wrapping_add(0x9e37_79b9_7f4a_7c15);
         x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
@@ -54,29 +55,29 @@ fn made_up_id(seed: [usize; 3], vocab_size: usize) -> u32 {
     (seed.into_iter().fold(0, mix) % vocab_size as u64) as u32
 }
 
-/// What each stage of a run took, in seconds.
+/// Duration of each stage of a run, in seconds.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Run {
-    /// Prompts, noise and schedule.
+    /// Text encoder, noise and schedule.
     pub encode: f64,
     pub steps: Vec<f64>,
     pub decode: f64,
     pub total: f64,
-    /// The most memory held at once, in bytes, if the backend counts.
+    /// Peak memory in bytes, `None` if the backend does not count it.
     pub peak_memory_bytes: Option<u64>,
 }
 
 impl Run {
-    /// Runs a job alone on a pipeline.
+    /// Runs one job on a pipeline and measures its stages.
     pub fn measure(pipeline: &mut dyn Pipeline, job: Job) -> Result<Self, JobError> {
         const ID: JobId = 0;
         let total_steps = job.sampling.steps;
-        let ((), encode) = measured(pipeline, |pipeline| pipeline.start(ID, job))?;
+        let ((), encode) = measure_call(pipeline, |pipeline| pipeline.start(ID, job))?;
         let mut steps = Vec::with_capacity(total_steps);
         for _ in 0..total_steps {
-            steps.push(measured(pipeline, |pipeline| pipeline.step(&[ID]))?.1);
+            steps.push(measure_call(pipeline, |pipeline| pipeline.step(&[ID]))?.1);
         }
-        let (_, decode) = measured(pipeline, |pipeline| pipeline.finish(ID))?;
+        let (_, decode) = measure_call(pipeline, |pipeline| pipeline.finish(ID))?;
 
         let costs = || steps.iter().chain([&encode, &decode]);
         Ok(Self {
@@ -89,41 +90,42 @@ impl Run {
     }
 }
 
-/// The most memory of a stage. GPU backends keep what they took from the device, so that what is
-/// reserved at the end is what was needed.
+/// Peak memory of a stage in bytes. GPU backends do not return memory to the device, so memory
+/// reserved after a stage is its peak.
 fn peak(cost: &Cost) -> Option<u64> {
     cost.memory_peak.or(cost.memory_reserved)
 }
 
-/// The same figure of every stage.
+/// One value for each stage.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 pub struct Stages {
     pub encode: f64,
     /// One step.
     pub step: f64,
     pub decode: f64,
-    /// A whole run.
+    /// The whole run.
     pub total: f64,
 }
 
 impl Stages {
-    /// Medians over the runs, of a step over the steps of all runs.
+    /// Medians over the runs; `step` is the median over the steps of all runs.
     fn medians(runs: &[Run]) -> Self {
-        let over = |figure: &dyn Fn(&Run) -> f64| median(runs.iter().map(figure).collect());
+        let of = |values: Vec<f64>| median(values).unwrap_or(0.0);
+        let over = |stage: &dyn Fn(&Run) -> f64| of(runs.iter().map(stage).collect());
         Self {
             encode: over(&|run| run.encode),
-            step: median(runs.iter().flat_map(|run| run.steps.clone()).collect()),
+            step: of(runs.iter().flat_map(|run| run.steps.clone()).collect()),
             decode: over(&|run| run.decode),
             total: over(&|run| run.total),
         }
     }
 
-    /// 10¹² floating-point operations: two for each multiply-add. Without the modulation of the
-    /// schedule, which only the warm-up computes.
-    fn tflop(operations: FlopCount, steps: usize) -> Self {
+    /// Floating-point operations in units of 10¹², two for each multiply-add. Excludes the
+    /// modulation table of the schedule, which only the warm-up computes.
+    fn tflop(counts: FlopCount, steps: usize) -> Self {
         let tera = |multiply_adds: u64| 2e-12 * multiply_adds as f64;
-        let (encode, step) = (tera(operations.encode), tera(operations.step));
-        let decode = tera(operations.decode);
+        let (encode, step) = (tera(counts.encode), tera(counts.step));
+        let decode = tera(counts.decode);
         Self {
             encode,
             step,
@@ -160,28 +162,18 @@ impl Stages {
     }
 }
 
-/// The middle value, or the mean of the two in the middle; 0 of none.
-fn median(mut values: Vec<f64>) -> f64 {
-    values.sort_by(f64::total_cmp);
-    match values.len() {
-        0 => 0.0,
-        count if count % 2 == 1 => values[count / 2],
-        count => f64::midpoint(values[count / 2 - 1], values[count / 2]),
-    }
-}
-
-/// A model that was loaded and run.
+/// Costs of loading a model and of its runs.
 #[derive(Debug, Clone)]
 pub struct Measurement {
     pub load: Cost,
-    /// The first run, which also compiles, tunes and fills caches.
+    /// The first run, which also compiles and tunes kernels and fills caches.
     pub warm_up: Run,
     pub runs: Vec<Run>,
 }
 
 impl Measurement {
-    /// Runs the workload once to warm up, then `runs` times. `on_run` hears of every run that is
-    /// over; the warm-up is number 0.
+    /// Runs the workload once to warm up, then `runs` times. Calls `on_run` with the number and the
+    /// durations of every finished run; the warm-up is number 0.
     pub fn take(
         pipeline: &mut dyn Pipeline,
         load: Cost,
@@ -203,12 +195,12 @@ impl Measurement {
     }
 }
 
-/// All that was measured, and of what. Times are in seconds.
+/// The workload and the measurements, as `kiln bench --json` prints them. Durations are in seconds.
 #[derive(Debug, Clone, Serialize)]
-pub struct Report {
-    /// Version.
+pub struct BenchReport {
+    /// kiln's version.
     pub kiln: &'static str,
-    /// As messages name it.
+    /// The model's name, as in messages.
     pub model: String,
     pub device: String,
     pub dtype: &'static str,
@@ -216,29 +208,30 @@ pub struct Report {
     pub height: usize,
     pub images: usize,
     pub num_inference_steps: usize,
-    /// Whether each step runs the transformer on a negative prompt too.
+    /// Whether each step also runs the transformer on a negative prompt.
     pub guidance: bool,
     pub prompt_tokens: usize,
     pub load_seconds: f64,
     pub warm_up: Run,
     pub runs: Vec<Run>,
     pub median_seconds: Stages,
-    /// Counted, not measured.
+    /// Operations of each stage in TFLOP, counted from the model's shapes.
     pub tflop: Stages,
     pub tflop_per_second: Stages,
-    /// TFLOP/s that the device is said to reach.
+    /// Peak TFLOP/s of the device, as given by the user.
     pub peak_tflops: Option<f64>,
+    /// `tflop_per_second` divided by `peak_tflops`.
     pub share_of_peak: Option<Stages>,
-    /// Of all stages, loading with them.
+    /// Peak memory over all stages, loading included.
     pub peak_memory_bytes: Option<u64>,
 }
 
-impl Report {
+impl BenchReport {
     pub fn new(
         model: String,
         info: &ModelInfo,
         workload: &Workload,
-        operations: FlopCount,
+        counts: FlopCount,
         measurement: Measurement,
         peak_tflops: Option<f64>,
     ) -> Self {
@@ -249,7 +242,7 @@ impl Report {
         } = measurement;
         let request = &workload.request;
         let median_seconds = Stages::medians(&runs);
-        let tflop = Stages::tflop(operations, request.sampling.steps);
+        let tflop = Stages::tflop(counts, request.sampling.steps);
         let ratio = |a, b| a / b;
         let tflop_per_second = tflop.zip_with(median_seconds, ratio);
         let peaks = runs
@@ -305,8 +298,8 @@ impl Report {
     }
 }
 
-/// As Markdown.
-impl fmt::Display for Report {
+/// Formats the report as Markdown.
+impl fmt::Display for BenchReport {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         let (width, height) = (self.width, self.height);
         writeln!(
@@ -365,7 +358,7 @@ mod tests {
     }
 
     #[test]
-    fn every_run_has_prompts_of_its_own_in_the_vocabulary() {
+    fn runs_have_different_prompts_within_the_vocabulary() {
         let negative = |job: &Job| job.guidance.clone().map(|it: Guidance| it.negative.tokens);
         let jobs = [0, 1].map(|run| workload(4.0).job(run, 100));
         for job in &jobs {
@@ -415,15 +408,15 @@ mod tests {
     }
 
     #[test]
-    fn a_run_is_its_stages() {
-        let operations = FlopCount {
+    fn total_operations_are_the_sum_of_the_stages() {
+        let counts = FlopCount {
             encode: 1_000_000_000_000,
             modulation: 7,
             step: 2_000_000_000_000,
             decode: 500_000_000_000,
         };
         assert_eq!(
-            Stages::tflop(operations, 10),
+            Stages::tflop(counts, 10),
             Stages {
                 encode: 2.0,
                 step: 4.0,

@@ -1,14 +1,17 @@
-//! Image files: PNG, JPEG and WebP.
+//! Encodes images as PNG, JPEG and WebP files.
+//!
+//! Uses the crates `png`, `jpeg-encoder` and `webp` instead of `image`: the PNG encoder of `image`
+//! 0.25 cannot write text chunks, and its WebP encoder is lossless only.
 
 use kiln_models::job::RgbImage;
 use png::text_metadata::{ITXtChunk, TEXtChunk};
 
-/// Name of the PNG text that says how an image was made; image tools look for it.
+/// Keyword of the PNG text chunk with the generation parameters; image tools look for this name.
 const METADATA_KEYWORD: &str = "parameters";
-/// Largest height or width of a WebP file.
+/// Largest height or width of a WebP image, in pixels.
 pub const MAX_WEBP_SIDE: usize = 16_383;
 
-/// What images are written as.
+/// Format of an image file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ImageFormat {
     Png,
@@ -17,7 +20,7 @@ pub enum ImageFormat {
 }
 
 impl ImageFormat {
-    /// By the extension of a file name, whatever its case.
+    /// The format of a file extension, ignoring case.
     pub fn from_extension(extension: &str) -> Option<Self> {
         match extension.to_ascii_lowercase().as_str() {
             "png" => Some(Self::Png),
@@ -27,7 +30,7 @@ impl ImageFormat {
         }
     }
 
-    /// The usual extension, which is also `OpenAI`'s name for the format.
+    /// The usual file extension, which is also the name of the format in `OpenAI`'s API.
     pub fn name(self) -> &'static str {
         match self {
             Self::Png => "png",
@@ -45,12 +48,12 @@ impl ImageFormat {
     }
 }
 
-/// How an image is written.
+/// Format and quality of an image file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Encoding {
     pub format: ImageFormat,
-    /// From 0 to 100: the quality of JPEG and WebP. A PNG keeps every pixel; up to 66 more time is
-    /// spent on a smaller file.
+    /// Quality of JPEG and WebP, from 0 to 100. PNG is always lossless; up to 66 its compression is
+    /// slower and the file smaller.
     pub quality: u8,
 }
 
@@ -61,7 +64,7 @@ impl Encoding {
     }
 }
 
-/// Why an image could not be written.
+/// Why an image cannot be encoded.
 #[derive(Debug, thiserror::Error)]
 pub enum EncodeError {
     #[error("the PNG encoder failed")]
@@ -78,8 +81,8 @@ pub enum EncodeError {
     },
 }
 
-/// The bytes of an image file. `metadata`, the text that says how the image was made, goes into
-/// PNG files only.
+/// Encodes an image as a file. `metadata`, the text of the generation parameters, is written to PNG
+/// files only.
 pub fn encode(
     image: &RgbImage,
     encoding: Encoding,
@@ -106,19 +109,19 @@ fn encode_png(
     metadata: Option<&str>,
 ) -> Result<Vec<u8>, EncodeError> {
     let mut file = Vec::new();
-    // No side is above 2^31: the request's limits are far below.
+    // The limits of a request keep both sides far below 2^31.
     let mut encoder = png::Encoder::new(&mut file, image.width as u32, image.height as u32);
     encoder.set_color(png::ColorType::Rgb);
     encoder.set_depth(png::BitDepth::Eight);
-    // At 1024 x 1024 the fast settings take some 5 ms of a core, the balanced ones 500 for a file
-    // that is hardly smaller: they are for those who ask.
+    // At 1024 x 1024 fast compression takes about 5 ms of one core, balanced compression 500 ms for
+    // a slightly smaller file.
     encoder.set_compression(match quality {
         0..=66 => png::Compression::Balanced,
         _ => png::Compression::Fast,
     });
     let mut writer = encoder.write_header()?;
     if let Some(text) = metadata {
-        // A plain text chunk is Latin-1, and not all readers know the other kind.
+        // tEXt chunks hold Latin-1 only, and not every reader knows iTXt chunks.
         if text.chars().all(|character| u32::from(character) < 256) {
             writer.write_text_chunk(&TEXtChunk::new(METADATA_KEYWORD, text))?;
         } else {
@@ -132,7 +135,7 @@ fn encode_png(
 
 fn encode_jpeg(image: &RgbImage, quality: u8) -> Result<Vec<u8>, EncodeError> {
     let mut file = Vec::new();
-    // The encoder's scale begins at 1.
+    // The encoder's lowest quality is 1.
     let encoder = jpeg_encoder::Encoder::new(&mut file, quality.max(1));
     let side = |side: usize| u16::try_from(side).unwrap_or(u16::MAX);
     encoder.encode(
@@ -156,7 +159,7 @@ fn encode_webp(image: &RgbImage, quality: u8) -> Result<Vec<u8>, EncodeError> {
 mod tests {
     use super::*;
 
-    /// Two colours with a soft border, so that a lossy format comes close.
+    /// A smooth gradient, so that lossy formats lose little.
     fn image() -> RgbImage {
         let pixel = |x: usize| {
             let share = (x * 5).min(240) as u8;
@@ -177,7 +180,7 @@ mod tests {
     }
 
     #[test]
-    fn a_png_reads_back_as_it_was_at_every_quality() {
+    fn png_is_lossless_at_every_quality() {
         let image = image();
         for quality in [0, 50, 100] {
             let encoding = Encoding {
@@ -194,7 +197,7 @@ mod tests {
     }
 
     #[test]
-    fn metadata_is_plain_text_where_latin_1_will_do() {
+    fn metadata_is_a_text_chunk_if_it_is_latin_1() {
         let png = |text| {
             let file = encode(&image(), Encoding::new(ImageFormat::Png), Some(text)).unwrap();
             reader(file).info().clone()
@@ -209,7 +212,7 @@ mod tests {
     }
 
     #[test]
-    fn jpeg_and_webp_are_smaller_with_less_quality() {
+    fn lower_quality_makes_jpeg_and_webp_smaller() {
         for (format, start) in [
             (ImageFormat::Jpeg, b"\xff\xd8\xff".as_slice()),
             (ImageFormat::Webp, b"RIFF"),
@@ -225,7 +228,7 @@ mod tests {
     }
 
     #[test]
-    fn a_webp_shows_the_image() {
+    fn webp_decodes_to_a_similar_image() {
         let image = image();
         let file = encode(&image, Encoding::new(ImageFormat::Webp), None).unwrap();
         let decoded = webp::Decoder::new(&file).decode().unwrap();
@@ -236,7 +239,7 @@ mod tests {
     }
 
     #[test]
-    fn too_few_pixels_are_an_error_in_every_format() {
+    fn a_wrong_number_of_values_is_an_error_in_every_format() {
         let image = RgbImage {
             height: 4,
             width: 4,

@@ -1,9 +1,9 @@
-//! Kernels that were compiled, and which of them were found to be the fastest, kept for the next
-//! start.
+//! Cache of compiled GPU kernels and autotuning results on disk.
 //!
-//! Each program, driver, compiler and GPU has a folder of its own, as what is kept for one is of no
-//! use to another. Several processes may use a folder at a time: each holds a lock on its file
-//! `in-use`, and only who is alone with a folder repairs or removes it.
+//! Each combination of kiln build, driver, compiler and GPU has a folder of its own, as their entries
+//! are not interchangeable. Several processes may use a folder at the same time: each holds a shared
+//! lock on the folder's file `in-use`, and only a process that gets the exclusive lock repairs or
+//! removes the folder.
 
 use std::env;
 use std::fs::{self, File, TryLockError};
@@ -13,40 +13,43 @@ use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 use std::time::SystemTime;
 
-/// The most that is kept, in bytes: what was used longest ago goes first.
+/// Largest size of all folders together, in bytes. The least recently used folders are removed
+/// first.
 const MAX_BYTES: u64 = 1 << 30;
-/// Folders that are kept.
+/// Largest number of folders.
 const MAX_FOLDERS: usize = 4;
-/// With less free on the disk nothing is kept: `CubeCL` panics where it cannot write.
+/// Smallest free space on the disk for using the cache: `CubeCL` panics if it cannot write.
 const MIN_FREE_BYTES: u64 = 512 << 20;
 
 const IN_USE: &str = "in-use";
 
-/// The locks of this process, held until it ends.
+/// The locked files of this process, held until it ends.
 static HELD: Mutex<Vec<File>> = Mutex::new(Vec::new());
 
-/// The folder of all folders.
+/// The folder that contains the cache folders.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct KernelCache {
     root: PathBuf,
 }
 
-/// What is kept for one program, driver, compiler and GPU.
+/// Contents of the cache folder of one kiln build, driver, compiler and GPU.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct KernelFolder {
     pub name: String,
     pub bytes: u64,
-    /// Compiled.
+    /// Number of compiled kernels.
     pub kernels: usize,
-    /// Of the fastest among several kernels.
+    /// Number of autotuning results: choices of the fastest of several kernels.
     pub choices: usize,
     pub last_used: Option<SystemTime>,
 }
 
-/// What was removed, and what was not as a process uses it.
+/// Result of clearing the cache.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Cleared {
+    /// Size of the removed folders.
     pub bytes: u64,
+    /// Names of the folders that were kept because a process uses them.
     pub in_use: Vec<String>,
 }
 
@@ -72,8 +75,11 @@ impl KernelCache {
         &self.root
     }
 
-    /// The folder for kernels of this program that depend on `device`, ready to be used until the
-    /// process ends. Removes what is damaged or too much.
+    /// Creates the cache folder of this kiln build for `device`, and locks it until the process ends.
+    /// Removes damaged entries, and other folders that exceed the limits.
+    ///
+    /// # Errors
+    /// If the folder cannot be written, or the disk has too little free space.
     pub fn take(&self, device: &str) -> io::Result<PathBuf> {
         let name = folder_name(device, &program());
         let folder = self.root.join(&name);
@@ -85,14 +91,14 @@ impl KernelCache {
             .write(true)
             .open(folder.join(IN_USE))?;
         in_use.set_modified(SystemTime::now())?;
-        // Nothing else tells whether files can be written here.
+        // Only writing a file shows whether the folder is writable.
         let probe = folder.join(format!("probe-{}", std::process::id()));
         fs::write(&probe, [0; 4096]).and_then(|()| fs::remove_file(&probe))?;
         if in_use.try_lock().is_ok() {
             repair(&folder)?;
             in_use.unlock()?;
         }
-        // Where there are no locks, nobody removes what is in use either.
+        // On file systems without locks no process gets the exclusive lock that removing needs.
         in_use.try_lock_shared().ok();
         HELD.lock()
             .unwrap_or_else(PoisonError::into_inner)
@@ -101,7 +107,7 @@ impl KernelCache {
         Ok(folder)
     }
 
-    /// All folders, the last used first.
+    /// All cache folders, the most recently used first.
     pub fn folders(&self) -> io::Result<Vec<KernelFolder>> {
         let entries = match fs::read_dir(&self.root) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
@@ -118,7 +124,7 @@ impl KernelCache {
         Ok(folders)
     }
 
-    /// Removes every folder that no process uses.
+    /// Removes every cache folder that no process uses.
     pub fn clear(&self) -> io::Result<Cleared> {
         let mut cleared = Cleared::default();
         for folder in self.folders()? {
@@ -131,11 +137,11 @@ impl KernelCache {
         Ok(cleared)
     }
 
-    /// Removes what was used longest ago, down to the limits. `current` stays.
+    /// Removes the least recently used folders that exceed the limits. `current` is kept.
     fn prune(&self, current: &str) -> io::Result<()> {
         let folders = self.folders()?;
         let (mut count, mut bytes) = (0, 0);
-        // The current one first: it was used last, but clocks differ.
+        // The current folder comes first whatever its timestamp, as clocks may differ.
         let (current, others): (Vec<_>, Vec<_>) =
             folders.iter().partition(|folder| folder.name == current);
         for folder in current.into_iter().chain(others) {
@@ -149,26 +155,27 @@ impl KernelCache {
     }
 }
 
-/// Where kernels for a device are kept, if that is possible. A cache that does not work is a
-/// warning, and a path where nothing can be is used.
+/// The cache folder for a device. If the cache cannot be used, logs a warning and returns a path that
+/// cannot exist.
 pub(crate) fn folder_for(device: &str) -> PathBuf {
     let Some(cache) = KernelCache::from_env() else {
-        tracing::warn!("kernels are not kept: neither XDG_CACHE_HOME nor HOME is set");
-        return nowhere();
+        tracing::warn!("kernels are not cached: neither XDG_CACHE_HOME nor HOME is set");
+        return impossible_path();
     };
     cache.take(device).unwrap_or_else(|error| {
         let root = cache.root().display();
-        tracing::warn!("kernels are not kept, so each start takes longer: {root}: {error}");
-        nowhere()
+        tracing::warn!("kernels are not cached, so each start takes longer: {root}: {error}");
+        impossible_path()
     })
 }
 
-/// A path in which no file can be, as it is below a file.
-fn nowhere() -> PathBuf {
+/// A path that cannot exist, as it is below a file.
+fn impossible_path() -> PathBuf {
     env::current_exe().unwrap_or_default().join("kernels")
 }
 
-/// This build of kiln: kernels are kept by name, and what a name stands for changes with it.
+/// Identifies this build of kiln: kernels are cached by name, and another build may have another
+/// kernel of the same name.
 fn program() -> String {
     let file = env::current_exe().and_then(fs::metadata);
     let mut hasher = DefaultHasher::new();
@@ -206,37 +213,37 @@ fn require_space(_folder: &Path) -> io::Result<()> {
     Ok(())
 }
 
-/// Leaves nothing in a folder that a process which was killed may have left behind. To be called
-/// by who is alone with it.
+/// Removes the lock files of killed processes, and all entries if one is damaged or they exceed the
+/// size limit. The caller holds the exclusive lock.
 fn repair(folder: &Path) -> io::Result<()> {
     let mut bytes = 0;
     let mut damaged = None;
     for file in files(folder)? {
         let is = |extension| file.extension().is_some_and(|it| it == extension);
-        // Whoever wants it next would wait for half a minute, or for ever.
+        // CubeCL would wait for this lock for half a minute, or for ever.
         if is("lock") {
             fs::remove_file(&file)?;
             continue;
         }
         bytes += fs::metadata(&file)?.len();
-        if is("cbor") && !is_whole(&fs::read(&file)?) {
+        if is("cbor") && !is_complete(&fs::read(&file)?) {
             damaged = Some(file);
         }
     }
     let reason = match damaged {
         Some(file) => format!("{} is damaged", file.display()),
-        None if bytes > MAX_BYTES => format!("there are {} MiB of them", bytes >> 20),
+        None if bytes > MAX_BYTES => format!("they take {} MiB", bytes >> 20),
         None => return Ok(()),
     };
-    tracing::warn!("kept kernels are removed and compiled again: {reason}");
+    tracing::warn!("cached kernels are removed and compiled again: {reason}");
     files(folder)?
         .iter()
         .filter(|file| !file.ends_with(IN_USE))
         .try_for_each(fs::remove_file)
 }
 
-/// Whether a file holds whole entries and nothing else: maps of `key` and `value` in CBOR.
-fn is_whole(bytes: &[u8]) -> bool {
+/// Whether a file consists of complete entries: CBOR maps of `key` and `value`.
+fn is_complete(bytes: &[u8]) -> bool {
     const ENTRY: &[u8] = b"\xa2\x63key";
     let mut rest = bytes;
     while !rest.is_empty() {
@@ -251,7 +258,8 @@ fn is_whole(bytes: &[u8]) -> bool {
     true
 }
 
-/// What follows a CBOR item of a definite length; `None` if it is not whole, or nested too deeply.
+/// The bytes after a CBOR item of definite length; `None` if the item is incomplete or nested too
+/// deeply.
 fn after_item(bytes: &[u8], depth: u32) -> Option<&[u8]> {
     let depth = depth.checked_sub(1)?;
     let (&first, rest) = bytes.split_first()?;
@@ -268,13 +276,13 @@ fn after_item(bytes: &[u8], depth: u32) -> Option<&[u8]> {
             .fold(0, |number, &byte| number << 8 | u64::from(byte)),
     };
     let items = match first >> 5 {
-        // Numbers, and simple values.
+        // Integers and simple values.
         0 | 1 | 7 => return Some(rest),
-        // Bytes, and text.
+        // Byte strings and text strings.
         2 | 3 => return rest.get(usize::try_from(argument).ok()?..),
         4 => argument,
         5 => argument.checked_mul(2)?,
-        // A tag, of one item.
+        // A tag contains one item.
         _ => 1,
     };
     for _ in 0..items {
@@ -293,7 +301,7 @@ fn describe(folder: &Path) -> io::Result<KernelFolder> {
         last_used: None,
     };
     for file in files(folder)? {
-        // Others may remove it meanwhile.
+        // Another process may have removed the file.
         let Ok(metadata) = fs::metadata(&file) else {
             continue;
         };
@@ -331,7 +339,7 @@ fn files(folder: &Path) -> io::Result<Vec<PathBuf>> {
     Ok(found)
 }
 
-/// False if a process uses the folder.
+/// Removes a folder unless a process uses it. Returns whether it was removed.
 fn remove_unused(folder: &Path) -> io::Result<bool> {
     let in_use = match File::options().write(true).open(folder.join(IN_USE)) {
         Ok(file) => Some(file),
@@ -355,34 +363,34 @@ mod tests {
     /// `{"key": 1, "value": {"ptx": [-2, "ab", tag h'00']}}`
     const ENTRY: &[u8] = b"\xa2\x63key\x01\x65value\xa1\x63ptx\x83\x21\x62ab\xc2\x41\x00";
 
-    fn keep(folder: &Path, path: &str, bytes: &[u8]) {
+    fn write(folder: &Path, path: &str, bytes: &[u8]) {
         let file = folder.join(path);
         fs::create_dir_all(file.parent().unwrap()).unwrap();
         fs::write(file, bytes).unwrap();
     }
 
     #[test]
-    fn only_whole_entries_are_whole() {
-        assert!(is_whole(b""));
-        assert!(is_whole(&ENTRY.repeat(3)));
+    fn incomplete_entries_are_detected() {
+        assert!(is_complete(b""));
+        assert!(is_complete(&ENTRY.repeat(3)));
         for end in 1..ENTRY.len() {
-            assert!(!is_whole(&ENTRY[..end]), "{end}");
+            assert!(!is_complete(&ENTRY[..end]), "{end}");
         }
-        // What was written after a part of an entry.
+        // A complete entry after an incomplete one.
         let part = &ENTRY[..ENTRY.len() - 1];
-        assert!(!is_whole(&[ENTRY, part, ENTRY].concat()));
-        // What a disk gives for bytes that were not written before the power failed.
-        assert!(!is_whole(&[ENTRY, &[0; 64]].concat()));
-        assert!(!is_whole(
+        assert!(!is_complete(&[ENTRY, part, ENTRY].concat()));
+        // Zeros, as after a power failure.
+        assert!(!is_complete(&[ENTRY, &[0; 64]].concat()));
+        assert!(!is_complete(
             b"\xa2\x63key\x9b\xff\xff\xff\xff\xff\xff\xff\xff\x00"
         ));
-        assert!(!is_whole(
+        assert!(!is_complete(
             &[b"\xa2\x63key".as_slice(), &vec![0x81; 100_000]].concat()
         ));
     }
 
     #[test]
-    fn a_folder_is_named_by_what_its_kernels_depend_on() {
+    fn folder_names_combine_build_and_device() {
         assert_eq!(
             folder_name(
                 "cuda 12.8, nvrtc 12.8, sm_90, NVIDIA H100 80GB/HBM3",
@@ -394,22 +402,22 @@ mod tests {
     }
 
     #[test]
-    fn what_a_killed_process_left_is_removed() {
+    fn remains_of_killed_processes_are_removed() {
         let root = tempfile::tempdir().unwrap();
         let cache = KernelCache::at(root.path());
         let folder = root.path().join(folder_name("gpu", &program()));
-        keep(&folder, "cuda/1/ptx/chunk0.cbor", &ENTRY.repeat(2));
-        keep(&folder, "cuda/1/ptx/toc.json.log", b"{}\n{}\n");
-        keep(&folder, "cuda/1/ptx/toc.json.log.lock", b"");
-        keep(&folder, "autotune/1/d/matmul.json.log", b"{}\n{}\n{}\n");
+        write(&folder, "cuda/1/ptx/chunk0.cbor", &ENTRY.repeat(2));
+        write(&folder, "cuda/1/ptx/toc.json.log", b"{}\n{}\n");
+        write(&folder, "cuda/1/ptx/toc.json.log.lock", b"");
+        write(&folder, "autotune/1/d/matmul.json.log", b"{}\n{}\n{}\n");
         assert_eq!(cache.take("gpu").unwrap(), folder);
         let kept = cache.folders().unwrap().remove(0);
         assert_eq!((kept.kernels, kept.choices), (2, 3));
         assert!(!folder.join("cuda/1/ptx/toc.json.log.lock").exists());
-        // It is in use now, so nobody touches it.
+        // The folder is in use, so it is neither removed nor repaired.
         let cleared = cache.clear().unwrap();
         assert_eq!(cleared.in_use, [kept.name]);
-        keep(&folder, "cuda/1/ptx/chunk0.cbor", &ENTRY[..9]);
+        write(&folder, "cuda/1/ptx/chunk0.cbor", &ENTRY[..9]);
         cache.take("gpu").unwrap();
         assert!(folder.join("cuda/1/ptx/chunk0.cbor").exists());
 
@@ -420,12 +428,12 @@ mod tests {
     }
 
     #[test]
-    fn the_oldest_folders_go() {
+    fn the_least_recently_used_folders_are_removed() {
         let root = tempfile::tempdir().unwrap();
         let cache = KernelCache::at(root.path());
         for age in 1..8 {
             let folder = root.path().join(format!("age-{age}"));
-            keep(&folder, IN_USE, b"");
+            write(&folder, IN_USE, b"");
             let file = File::options()
                 .write(true)
                 .open(folder.join(IN_USE))
@@ -450,17 +458,17 @@ mod tests {
     }
 
     #[test]
-    fn a_folder_that_cannot_be_is_an_error() {
+    fn a_folder_that_cannot_be_created_is_an_error() {
         let root = tempfile::tempdir().unwrap();
         fs::write(root.path().join("file"), "").unwrap();
         let cache = KernelCache::at(&root.path().join("file/kernels"));
         cache.take("gpu").unwrap_err();
-        assert!(!nowhere().exists());
-        fs::create_dir_all(nowhere()).unwrap_err();
+        assert!(!impossible_path().exists());
+        fs::create_dir_all(impossible_path()).unwrap_err();
     }
 
     #[test]
-    fn nothing_is_kept_in_a_folder_that_is_not_there() {
+    fn a_missing_cache_is_empty() {
         let root = tempfile::tempdir().unwrap();
         let cache = KernelCache::at(&root.path().join("none"));
         assert_eq!(cache.folders().unwrap(), []);

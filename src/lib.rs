@@ -1,10 +1,20 @@
-//! `kiln` serves Qwen-Image text-to-image from one binary, on any burn backend.
+//! `kiln` serves text-to-image generation with Qwen-Image from one binary, on any burn backend.
 //!
-//! A request goes down one way: [`request`] checks it, [`tokenizer`] turns its prompts into ids,
-//! [`engine`] runs it on the thread that owns the pipeline, [`image`] encodes what comes out;
-//! [`jobs`] keeps track of requests by id.
-//! [`server`] and [`cli`] are the two doors. [`compare`] says how far apart two runs are,
-//! [`mod@bench`] how long they take.
+//! The path of a request:
+//!
+//! 1. [`server`] or [`cli`] reads it.
+//! 2. [`request`] checks it against the limits.
+//! 3. [`tokenizer`] encodes its prompts as token ids.
+//! 4. [`engine`] runs it on the thread that owns the pipeline.
+//! 5. [`image`] encodes the generated images as files.
+//!
+//! [`jobs`] keeps the state of requests by id.
+//!
+//! Loading a model: [`hub`] resolves its name to a folder, [`checkpoint`] opens its files,
+//! [`mod@backend`] loads it onto a device, and [`kernel_cache`] keeps compiled GPU kernels.
+//!
+//! [`compare`] compares the same run on several backends, [`mod@bench`] times runs; both measure
+//! with [`measure`].
 
 pub mod backend;
 pub mod bench;
@@ -16,11 +26,12 @@ pub mod hub;
 pub mod image;
 pub mod jobs;
 pub mod kernel_cache;
+pub mod measure;
 pub mod request;
 pub mod server;
 pub mod tokenizer;
 
-/// An error and its causes on one line.
+/// Formats an error and its causes on one line.
 fn error_chain(error: &dyn std::error::Error) -> String {
     let mut line = error.to_string();
     let mut source = error.source();

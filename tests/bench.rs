@@ -1,10 +1,10 @@
-//! `kiln bench`, run with the demo model.
+//! `kiln bench` with the demo model.
 
 use std::process::{Command, Stdio};
 
 use serde_json::Value;
 
-/// `kiln bench` on 32x48 pixels and 3 steps: what it prints.
+/// Runs `kiln bench` at 48x32 pixels and 3 steps, and returns its stdout.
 fn bench(args: &[&str]) -> String {
     let output = Command::new(env!("CARGO_BIN_EXE_kiln"))
         .args(["bench", "--size", "48x32", "--steps", "3"])
@@ -32,7 +32,7 @@ fn close(a: f64, b: f64) -> bool {
 }
 
 #[test]
-fn figures_follow_from_each_other() {
+fn totals_medians_and_rates_are_consistent() {
     let args = ["--json", "--peak-tflops", "2.5", "--batch", "2"];
     let json: Value = serde_json::from_str(&bench(&args)).unwrap();
     for (field, expected) in [
@@ -63,7 +63,7 @@ fn figures_follow_from_each_other() {
         let sum = number(run, "/encode") + steps.iter().sum::<f64>() + number(run, "/decode");
         assert!(close(number(run, "/total"), sum));
     }
-    // Of two runs the median is the mean.
+    // The median of two values is their mean.
     let mean = f64::midpoint(number(&runs[0], "/total"), number(&runs[1], "/total"));
     assert!(close(number(&json, "/median_seconds/total"), mean));
     assert!(number(&json, "/load_seconds") > 0.0);
@@ -105,7 +105,7 @@ fn guidance_doubles_the_work_of_a_step() {
 }
 
 #[test]
-fn random_weights_are_timed_too_and_the_table_has_every_stage() {
+fn random_weights_can_be_timed_and_the_table_has_every_stage() {
     let text = bench(&[
         "--load-format",
         "dummy",

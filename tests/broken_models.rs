@@ -1,5 +1,5 @@
-//! Checkpoints that cannot be loaded: each is one line that names what is wrong and where, with
-//! exit code 1, no panic and no backtrace.
+//! Invalid checkpoints: `kiln generate` prints one error line that names the problem and the file,
+//! without panic or backtrace, and exits with 1.
 
 use std::fs;
 use std::path::Path;
@@ -9,7 +9,8 @@ use safetensors::SafeTensors;
 use safetensors::tensor::TensorView;
 use serde_json::Value;
 
-/// Copies a fixture's checkpoint, breaks it, tries to draw with it, and expects parts of a message.
+/// Copies a checkpoint of the fixtures, breaks it with `how`, runs `kiln generate` with it, and checks
+/// that the error message contains every part of `expected`.
 fn breaks(checkpoint: &str, how: impl Fn(&Path), expected: &[&str]) {
     let folder = tempfile::tempdir().unwrap();
     let model = folder.path().join("model");
@@ -42,7 +43,7 @@ fn breaks(checkpoint: &str, how: impl Fn(&Path), expected: &[&str]) {
     assert!(!out.exists());
 }
 
-/// Runs a command that ends with an exit code and says why, without a panic; returns what it said.
+/// Runs a command, checks its exit code and that stderr has no panic, and returns stderr.
 fn refused(code: i32, command: &mut Command) -> String {
     let output = command
         .env("RUST_BACKTRACE", "1")
@@ -79,7 +80,7 @@ fn edit_json(path: &Path, edit: impl Fn(&mut Value)) {
     fs::write(path, value.to_string()).unwrap();
 }
 
-/// Rewrites a weights file without, or with other, tensors.
+/// Rewrites a safetensors file with its list of tensors edited.
 fn edit_tensors(path: &Path, edit: impl Fn(&mut Vec<(String, TensorView<'_>)>)) {
     let bytes = fs::read(path).unwrap();
     let mut tensors: Vec<_> = SafeTensors::deserialize(&bytes)
@@ -105,7 +106,7 @@ fn edit_tensors(path: &Path, edit: impl Fn(&mut Vec<(String, TensorView<'_>)>)) 
 const TRANSFORMER: &str = "transformer/diffusion_pytorch_model.safetensors";
 
 #[test]
-fn files_that_are_missing_or_cut() {
+fn missing_and_truncated_files_are_errors() {
     breaks(
         "base",
         |model| fs::remove_dir_all(model).unwrap(),
@@ -161,7 +162,7 @@ fn files_that_are_missing_or_cut() {
 }
 
 #[test]
-fn tensors_that_are_missing_misshapen_or_unknown() {
+fn missing_misshapen_and_unknown_tensors_are_errors() {
     let first = "transformer_blocks.0.attn.to_q.weight";
     breaks(
         "base",
@@ -214,7 +215,7 @@ fn tensors_that_are_missing_misshapen_or_unknown() {
 }
 
 #[test]
-fn configurations_that_cannot_be_honoured() {
+fn unsupported_configurations_are_errors() {
     let set = |file: &'static str, key: &'static str, value: Value| {
         move |model: &Path| edit_json(&model.join(file), |config| config[key] = value.clone())
     };
@@ -274,9 +275,9 @@ fn configurations_that_cannot_be_honoured() {
     );
 }
 
-/// With real weights behind it, a request is still refused with a usage error.
+/// A valid checkpoint with an invalid request.
 #[test]
-fn bad_requests_are_usage_errors() {
+fn invalid_requests_are_usage_errors() {
     let model = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/checkpoints/base");
     for (args, expected) in [
         (&["--height", "8"][..], "height"),
@@ -297,10 +298,10 @@ fn bad_requests_are_usage_errors() {
     }
 }
 
-/// A type that a device does not compute in.
+/// A dtype that the backend does not support.
 #[cfg(feature = "ndarray")]
 #[test]
-fn a_type_that_cannot_be_used() {
+fn an_unsupported_dtype_is_an_error() {
     let model = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/checkpoints/bf16");
     let folder = tempfile::tempdir().unwrap();
     let stderr = refused(

@@ -1,4 +1,4 @@
-//! `kiln compare` as a user runs it, on the demo model.
+//! `kiln compare` with the demo model.
 
 use std::fs;
 use std::path::Path;
@@ -6,8 +6,8 @@ use std::process::{Command, Output, Stdio};
 
 use serde_json::Value;
 
-/// A small picture in two steps with guidance, from a prompt that any format must escape.
-const PICTURE: [&str; 10] = [
+/// A small image in two steps with guidance. Every report format must escape the prompt.
+const REQUEST: [&str; 10] = [
     "--prompt",
     "a red circle | <b>\"one\"</b> & http://two",
     "--negative-prompt",
@@ -19,7 +19,7 @@ const PICTURE: [&str; 10] = [
     "--seed",
     "7",
 ];
-/// Of that picture: two prompts, the noise, two steps, two pictures.
+/// The stages of that request.
 const STAGES: [&str; 7] = [
     "prompt_embeds",
     "negative_prompt_embeds",
@@ -42,14 +42,14 @@ fn kiln(folder: &Path, args: &[&str]) -> Output {
 }
 
 fn compare(folder: &Path, args: &[&str]) -> Output {
-    kiln(folder, &[&["compare"], args, &PICTURE[..]].concat())
+    kiln(folder, &[&["compare"], args, &REQUEST[..]].concat())
 }
 
 fn text(bytes: &[u8]) -> String {
     String::from_utf8(bytes.to_vec()).unwrap()
 }
 
-/// The line of the error, of a run that ends with this code.
+/// The error message of a run that ended with exit code `code`.
 fn failure(output: &Output, code: i32) -> String {
     let stderr = text(&output.stderr);
     assert_eq!(output.status.code(), Some(code), "{stderr}");
@@ -108,7 +108,7 @@ fn flex_and_ndarray_agree_and_the_report_says_so() {
         assert!(number("cosine") > 0.999_999, "{stage}");
         assert_eq!(stage["within_tolerance"], true);
     }
-    // The noise is drawn on the host, the rest is not computed in the same order.
+    // The noise is generated on the host, so it is equal; the other stages sum in different orders.
     assert_eq!(stages[2]["max_abs"], 0.0);
     assert!(stages[4]["max_abs"].as_f64().unwrap() > 0.0);
     assert!(stages[5]["psnr_db"].as_f64().unwrap() > 80.0);
@@ -118,7 +118,7 @@ fn flex_and_ndarray_agree_and_the_report_says_so() {
 
 #[cfg(feature = "ndarray")]
 #[test]
-fn over_the_tolerance_the_first_stage_is_named_and_the_code_is_1() {
+fn exceeding_the_tolerance_names_the_stage_and_exits_with_1() {
     let folder = tempfile::tempdir().unwrap();
     let output = compare(
         folder.path(),
@@ -139,14 +139,14 @@ fn over_the_tolerance_the_first_stage_is_named_and_the_code_is_1() {
         stdout.contains("over the tolerance is the prompt embeddings."),
         "{stdout}"
     );
-    // The report is what one looks at then.
+    // The report is written nevertheless.
     let page = fs::read_to_string(folder.path().join("report.html")).unwrap();
     assert!(page.contains("class=\"over\""));
 }
 
 #[cfg(feature = "ndarray")]
 #[test]
-fn the_html_report_is_whole_and_loads_nothing() {
+fn the_html_report_is_well_formed_and_self_contained() {
     let folder = tempfile::tempdir().unwrap();
     let output = compare(
         folder.path(),
@@ -156,7 +156,7 @@ fn the_html_report_is_whole_and_loads_nothing() {
     let page = fs::read_to_string(folder.path().join("report.html")).unwrap();
     assert_well_formed(&page);
     assert!(page.starts_with("<!DOCTYPE html><html lang=\"en\">"));
-    // The prompt has the only link, and it is text.
+    // The only URL is in the text of the prompt.
     let prompt = "a red circle | &lt;b&gt;&quot;one&quot;&lt;/b&gt; &amp; http://two";
     assert!(page.contains(prompt));
     let rest = page
@@ -167,7 +167,7 @@ fn the_html_report_is_whole_and_loads_nothing() {
     ] {
         assert!(!rest.contains(loads), "{loads} in {rest}");
     }
-    // Two pictures and one heat map, each described; a drawing with a title and a description.
+    // Two images and a heat map with alternative texts, and a chart with title and description.
     let images: Vec<&str> = page.split("<img ").skip(1).collect();
     assert_eq!(images.len(), 3);
     for image in images {
@@ -177,7 +177,7 @@ fn the_html_report_is_whole_and_loads_nothing() {
     assert!(page.contains("role=\"img\" aria-labelledby=\"chart-title chart-text\""));
     assert!(page.contains("<polyline ") && page.contains("<title id=\"chart-title\">"));
     assert!(page.contains("prefers-color-scheme: dark"));
-    for stage in ["prompt embeddings", "latents after step 2", "8-bit picture"] {
+    for stage in ["prompt embeddings", "latents after step 2", "8-bit image"] {
         assert!(
             page.contains(&format!("<th scope=\"row\">{stage}</th>")),
             "{stage}"
@@ -213,7 +213,7 @@ fn the_markdown_report_has_every_stage() {
 
 #[cfg(feature = "flex")]
 #[test]
-fn a_dump_of_the_same_run_is_at_no_distance() {
+fn a_dump_of_the_same_run_has_no_differences() {
     let folder = tempfile::tempdir().unwrap();
     let generate = [
         "generate",
@@ -221,7 +221,7 @@ fn a_dump_of_the_same_run_is_at_no_distance() {
         "--dump=run.safetensors",
         "--backend=flex",
     ];
-    let output = kiln(folder.path(), &[&generate, &PICTURE[..]].concat());
+    let output = kiln(folder.path(), &[&generate, &REQUEST[..]].concat());
     assert!(output.status.success(), "{}", text(&output.stderr));
     let args = [
         "--backends=flex",
@@ -239,7 +239,7 @@ fn a_dump_of_the_same_run_is_at_no_distance() {
     for stage in stages {
         assert_eq!(stage["max_abs"], 0.0, "{stage}");
     }
-    // Equal pictures have no finite ratio.
+    // The ratio of equal images is infinite.
     assert_eq!(stages[6]["psnr_db"], Value::Null);
     assert_eq!(stages[6]["equal_share"], 1.0);
 
@@ -251,7 +251,7 @@ fn a_dump_of_the_same_run_is_at_no_distance() {
     let line = failure(&kiln(folder.path(), &other), 1);
     let expected = "run.safetensors is of another prompt: its token_ids differ";
     assert!(line.starts_with(expected), "{line}");
-    let smaller = [&other[..], &PICTURE[..], &["--size=32x32"]].concat();
+    let smaller = [&other[..], &REQUEST[..], &["--size=32x32"]].concat();
     let smaller: Vec<&str> = smaller
         .into_iter()
         .filter(|arg| !["--size", "48x32"].contains(arg))
@@ -260,7 +260,7 @@ fn a_dump_of_the_same_run_is_at_no_distance() {
     assert!(line.contains("initial_noise has the shape"), "{line}");
 }
 
-/// What diffusers 0.42.1 drew in f32; the fixture keeps no float picture.
+/// The fixture is a run of diffusers 0.42.1 in f32, without `image_float`.
 #[cfg(feature = "flex")]
 #[test]
 fn a_dump_of_diffusers_is_a_reference() {
@@ -294,7 +294,7 @@ fn a_dump_of_diffusers_is_a_reference() {
 }
 
 #[test]
-fn arguments_that_make_no_comparison_are_usage_errors() {
+fn invalid_arguments_are_usage_errors() {
     let folder = tempfile::tempdir().unwrap();
     for (args, expected) in [
         (
@@ -330,7 +330,7 @@ fn arguments_that_make_no_comparison_are_usage_errors() {
 }
 
 #[test]
-fn a_backend_that_is_not_there_is_named_before_anything_runs() {
+fn a_missing_backend_is_an_error_before_anything_runs() {
     let folder = tempfile::tempdir().unwrap();
     let missing = if cfg!(feature = "cuda") {
         "wgpu:99"
@@ -344,7 +344,7 @@ fn a_backend_that_is_not_there_is_named_before_anything_runs() {
     assert!(output.stdout.is_empty());
 }
 
-/// Every tag is closed, by the right one.
+/// Checks that every tag has its closing tag.
 fn assert_well_formed(page: &str) {
     const VOID: [&str; 3] = ["meta", "img", "br"];
     let mut open = Vec::new();

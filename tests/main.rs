@@ -1,19 +1,22 @@
-//! The one integration test binary: each module is a door of the program, or a comparison.
+//! The integration tests, in one binary: one module for each interface of the program, and for each
+//! comparison with the reference.
 
-#![expect(clippy::unwrap_used, reason = "a test that cannot go on should stop")]
+#![expect(clippy::unwrap_used, reason = "a failed precondition ends the test")]
 
-/// The real binary, timing itself.
+/// `kiln bench`, run as a process.
 mod bench;
-/// The real binary with checkpoints that cannot be loaded.
+/// What each module may name, read from the source files.
+mod boundaries;
+/// `kiln generate` with invalid checkpoints, run as a process.
 mod broken_models;
-/// The real binary, run with arguments.
+/// The command line, run as a process.
 mod cli;
-/// The real binary, comparing backends.
+/// `kiln compare`, run as a process.
 mod compare;
-/// A server in this process, asked over TCP.
+/// The HTTP server, in this process, over TCP.
 mod http;
-/// The real binary beside diffusers.
+/// `kiln generate` compared with diffusers.
 mod parity;
-/// The demo model in this process, job beside job.
+/// The demo model's pipeline, in this process, with one and several jobs.
 #[cfg(feature = "flex")]
 mod pipeline;

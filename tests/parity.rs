@@ -1,6 +1,6 @@
-//! `kiln generate` beside diffusers, stage by stage, for every case of tests/fixtures/cases.json
-//! (made by tests/reference/make_fixtures.py, which names the versions), on every CPU backend
-//! this test was built with.
+//! Compares `kiln generate` with diffusers stage by stage, for every case of
+//! `tests/fixtures/cases.json` (made by `tests/reference/make_fixtures.py`, which names the versions),
+//! on every CPU backend that this test was built with.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -9,27 +9,27 @@ use std::process::Command;
 use safetensors::{Dtype, SafeTensors};
 use serde_json::Value;
 
-/// Largest difference relative to a stage's largest magnitude. All is f32 here; rounding grows
-/// over encoder, steps and decoder, and torch's own results move by 1e-6 with the alignment of its
-/// weights in memory.
+/// Largest accepted difference relative to the largest magnitude of a stage. All runs are in f32.
+/// Rounding errors grow over encoder, steps and decoder, and torch's own results vary by 1e-6 with the
+/// alignment of its weights in memory.
 const TOLERANCE: f32 = 2e-5;
-/// Share of the 8-bit values that must be equal; no other may be off by more than 1.
+/// Smallest share of equal 8-bit values; the others may differ by 1.
 const EQUAL_PIXELS: f64 = 0.999;
 
 #[cfg(feature = "flex")]
 #[test]
-fn flex_draws_what_diffusers_draws() {
+fn flex_matches_diffusers() {
     every_case("flex");
 }
 
 #[cfg(feature = "ndarray")]
 #[test]
-fn ndarray_draws_what_diffusers_draws() {
+fn ndarray_matches_diffusers() {
     every_case("ndarray");
 }
 
-/// In bf16, weights are kept as they are, noise is the rounded f32 draw, and linear layers round
-/// what they multiply.
+/// In bf16 the weights are used as stored, the noise is f32 noise rounded to bf16, and linear layers
+/// round their inputs.
 #[cfg(feature = "flex")]
 #[test]
 fn bf16_rounds_only_what_the_reference_rounds() {
@@ -50,12 +50,12 @@ fn bf16_rounds_only_what_the_reference_rounds() {
     println!("{embeds}: {off:.2e}");
     assert!((1e-4..2e-2).contains(&off), "{off:e}");
     let noise = stage(&reference, "initial_noise").into_iter();
-    // To the nearest, ties to even, as torch rounds.
+    // Rounds to nearest, ties to even, as torch does.
     let rounded: Vec<f32> = noise
         .map(|x| f32::from_bits((x.to_bits() + 0x7fff + (x.to_bits() >> 16 & 1)) & 0xffff_0000))
         .collect();
     assert_eq!(stage(&dump, "initial_noise"), rounded);
-    // The rounded timesteps do move the picture; how far is the model's affair.
+    // The rounded timesteps change the image; how much depends on the model.
     let image = "image_float";
     let off = relative_difference(&stage(&dump, image), &stage(&reference, image));
     assert!(off > 1e-4, "{off:e}");
@@ -71,7 +71,7 @@ fn fixtures() -> PathBuf {
 
 fn every_case(backend: &str) {
     let cases = cases();
-    assert!(cases.len() >= 21, "cases are missing");
+    assert!(cases.len() >= 21, "{} cases, expected 21", cases.len());
     for case in &cases {
         let name = case["name"].as_str().unwrap();
         let folder = tempfile::tempdir().unwrap();
@@ -91,7 +91,7 @@ fn every_case(backend: &str) {
     }
 }
 
-/// Draws a case as a user would, and returns the dump's path.
+/// Runs `kiln generate` for a case, and returns the path of its dump.
 fn run(backend: &str, dtype: &str, case: &Value, folder: &Path) -> PathBuf {
     let dump = folder.join("dump.safetensors");
     let mut command = Command::new(env!("CARGO_BIN_EXE_kiln"));
@@ -174,7 +174,7 @@ fn compare_stages(case: &str, reference: &SafeTensors<'_>, dump: &SafeTensors<'_
         assert_eq!(ours.shape(), theirs.shape(), "{case} {name}");
         assert_eq!(ours.dtype(), Dtype::F32, "{case} {name}");
         let off = relative_difference(&floats(ours.data()), &floats(theirs.data()));
-        // The noise is PyTorch's own, bit for bit, down to how few values take another path.
+        // The noise is equal to PyTorch's bit for bit, whatever the number of values.
         let allowed = if name == "initial_noise" {
             0.0
         } else {

@@ -1,5 +1,5 @@
-//! The demo model's pipeline, called directly: what may differ between two runs of a job (what else
-//! is generated, what is kept of earlier jobs, previews) must not show in its picture.
+//! The demo model's pipeline, called directly. The images of a job must not depend on concurrent jobs,
+//! on caches filled by earlier jobs, or on previews.
 
 use kiln::backend::{self, DTypeChoice, LoadSettings};
 use kiln::checkpoint::Checkpoint;
@@ -52,11 +52,11 @@ fn values(image: &RgbImage) -> Vec<f64> {
 }
 
 #[test]
-fn previews_come_close_to_the_picture_and_do_not_change_it() {
+fn previews_approach_the_image_and_do_not_change_it() {
     let mut pipeline = pipeline();
     let job = || job("a large red circle on a blue background", 128, 8);
     let plain = generate(&mut *pipeline, 1, job());
-    let picture = values(&plain.images[0]);
+    let image = values(&plain.images[0]);
 
     pipeline.start(2, job()).unwrap();
     let too_early = pipeline.preview(2).unwrap_err();
@@ -67,18 +67,18 @@ fn previews_come_close_to_the_picture_and_do_not_change_it() {
         let preview = pipeline.preview(2).unwrap();
         assert_eq!((preview.height, preview.width), (128, 128));
         if steps_left == 0 {
-            // No noise is left: it is the picture.
+            // After the last step the preview is the image.
             assert_eq!(preview, plain.images[0]);
             break;
         }
-        closeness.push(psnr(&values(&preview), &picture));
+        closeness.push(psnr(&values(&preview), &image));
     }
     assert!(closeness.iter().all(|&close| close > 20.0), "{closeness:?}");
     assert!(closeness[6] > 50.0, "{closeness:?}");
     assert_eq!(pipeline.finish(2).unwrap(), plain);
 }
 
-/// Averages of squares of `factor` pixels a side.
+/// Averages each square of `factor` × `factor` pixels.
 fn shrunk(image: &RgbImage, factor: usize) -> Vec<f64> {
     let (height, width) = (image.height / factor, image.width / factor);
     let mut shrunk = vec![0.0; height * width * 3];
@@ -91,10 +91,9 @@ fn shrunk(image: &RgbImage, factor: usize) -> Vec<f64> {
     shrunk.iter().map(|sum| sum / pixels).collect()
 }
 
-/// Far from the sizes that the demo model has learned, so all that can be asked of the picture is
-/// its background.
+/// The demo model is not trained at this size, so only the background of the image is comparable.
 #[test]
-fn previews_of_large_pictures_are_small() {
+fn previews_of_large_images_are_scaled_down() {
     let mut pipeline = pipeline();
     let large = Job {
         size: Size {
@@ -113,7 +112,7 @@ fn previews_of_large_pictures_are_small() {
 }
 
 #[test]
-fn of_several_pictures_the_first_is_shown() {
+fn the_preview_of_several_images_shows_the_first() {
     let mut pipeline = pipeline();
     let two = Job {
         num_images: 2,
@@ -125,7 +124,7 @@ fn of_several_pictures_the_first_is_shown() {
     let [first, second] = pipeline.finish(1).unwrap().images.try_into().unwrap();
     assert_ne!(first, second);
     let closeness = [&first, &second].map(|image| psnr(&values(&preview), &values(image)));
-    // Decoded alone and not as one of two, so not to the bit.
+    // Decoding one image and decoding a batch of two differ by rounding.
     assert!(closeness[0] > 50.0, "{closeness:?}");
     assert!(closeness[1] < 40.0, "{closeness:?}");
 }
@@ -135,7 +134,7 @@ fn hits_and_misses(cache: CacheUse) -> (u64, u64) {
 }
 
 #[test]
-fn pictures_do_not_depend_on_what_is_kept_of_earlier_jobs() {
+fn images_do_not_depend_on_cached_values_of_earlier_jobs() {
     let (mut fresh, mut used) = (pipeline(), pipeline());
     let circle = || job("a large red circle on a blue background", 64, 3);
     let square = || job("a small yellow square on a purple background", 64, 3);
@@ -143,19 +142,19 @@ fn pictures_do_not_depend_on_what_is_kept_of_earlier_jobs() {
     assert_eq!(hits_and_misses(fresh.caches().embeddings), (0, 2));
     assert_eq!(hits_and_misses(fresh.caches().modulation), (0, 1));
 
-    // The negative prompt and the schedule are known from the square.
+    // The negative prompt and the schedule are cached from the square.
     generate(&mut *used, 1, square());
     let misses_only = generate(&mut *used, 2, circle());
     assert_eq!(hits_and_misses(used.caches().embeddings), (1, 3));
     assert_eq!(hits_and_misses(used.caches().modulation), (1, 1));
-    // Now everything is.
+    // Now both prompts and the schedule are cached.
     let hits_only = generate(&mut *used, 3, circle());
     assert_eq!(hits_and_misses(used.caches().embeddings), (3, 3));
     assert_eq!(hits_and_misses(used.caches().modulation), (2, 1));
     assert_eq!(misses_only, expected);
     assert_eq!(hits_only, expected);
 
-    // Another number of steps is another schedule.
+    // Another number of steps has another schedule.
     generate(&mut *used, 4, job("", 64, 2));
     assert_eq!(hits_and_misses(used.caches().modulation), (2, 2));
     let caches = used.caches();
@@ -172,7 +171,7 @@ fn pictures_do_not_depend_on_what_is_kept_of_earlier_jobs() {
 }
 
 #[test]
-fn pictures_do_not_depend_on_the_jobs_beside_them() {
+fn images_do_not_depend_on_concurrent_jobs() {
     let mut pipeline = pipeline();
     let jobs = || {
         [
@@ -187,7 +186,7 @@ fn pictures_do_not_depend_on_the_jobs_beside_them() {
     for (id, job) in (1..).zip(jobs()) {
         pipeline.start(id, job).unwrap();
     }
-    // Turn by turn, as the engine has it.
+    // Interleaved steps, as the engine makes them.
     for id in [1, 2, 1, 1, 2, 2, 1] {
         pipeline.step(&[id]).unwrap();
     }

@@ -2,7 +2,7 @@
 # requires-python = ">=3.11"
 # dependencies = ["numpy", "pillow"]
 # ///
-"""Draws the grid of eight pictures in kiln's README with a running `kiln serve`.
+"""Generates the grid of eight images in kiln's README with a running `kiln serve`.
 
     python models/demo/grid.py docs/demo.png --server http://127.0.0.1:8091
 """
@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from evaluate import server_draw
+from evaluate import server_generate
 
 PROMPTS = (
     "a large red circle on a blue background",
@@ -36,9 +36,9 @@ def main() -> None:
     parser.add_argument("--server", default="http://127.0.0.1:8091")
     parser.add_argument("--side", type=int, default=128)
     args = parser.parse_args()
-    draw = server_draw(args.server)
-    pictures = [draw(prompt, args.side, args.side, STEPS, SCALE, SEED) for prompt in PROMPTS]
-    framed = [np.pad(picture, ((GAP, 0), (GAP, 0), (0, 0)), constant_values=128) for picture in pictures]
+    generate = server_generate(args.server)
+    images = [generate(prompt, args.side, args.side, STEPS, SCALE, SEED) for prompt in PROMPTS]
+    framed = [np.pad(image, ((GAP, 0), (GAP, 0), (0, 0)), constant_values=128) for image in images]
     rows = [np.concatenate(framed[i : i + COLUMNS], axis=1) for i in range(0, len(framed), COLUMNS)]
     grid = np.pad(np.concatenate(rows), ((0, GAP), (0, GAP), (0, 0)), constant_values=128)
     Image.fromarray(grid).save(args.output)

@@ -1,6 +1,6 @@
-"""The world of the demo model: one coloured shape of a given size and place on a coloured background.
+"""The scenes of the demo model: one coloured shape of a given size and place on a coloured background.
 
-Draws scenes, words them as captions, and reads a picture back into a scene by plain geometry.
+Renders scenes as images, writes captions for them, and classifies an image by geometry.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ COLOURS = {
     "black": (18, 18, 20),
 }
 SHAPES = ("circle", "square", "triangle")
-# Side of the shape's bounding box, as a share of the picture's shorter side.
+# Side of the shape's bounding box, as a share of the image's shorter side.
 SIZES = {"small": 0.24, "large": 0.44}
 SMALLEST_LARGE = 0.34
-# Centre of the shape's bounding box, as shares of the picture's width and height.
+# Centre of the shape's bounding box, as shares of the image's width and height.
 NEAR, MIDDLE, FAR = 0.27, 0.5, 0.73
 PLACES = {
     "top left": (NEAR, NEAR),
@@ -72,13 +72,13 @@ SCENES = [
     for values in itertools.product(COLOURS, COLOURS, SHAPES, SIZES, PLACES)
     if values[0] != values[1]
 ]
-# A tenth of all combinations is never trained on; `evaluate.py` draws these.
+# A tenth of all combinations is held out from training; `evaluate.py` generates these.
 HELD_OUT = random.Random("held out").sample(SCENES, len(SCENES) // 10)
 TRAINED = [scene for scene in SCENES if scene not in HELD_OUT]
 
 
 def caption(scene: Scene, rng: random.Random) -> str:
-    """One of many wordings. A caption that names no place means the centre, one without a size a large shape."""
+    """A random caption of the scene. Without a place it means the centre, without a size a large shape."""
     if scene.place in PLACE_WORDS:
         place = " " + rng.choice(PLACE_WORDS[scene.place])
     else:
@@ -101,20 +101,23 @@ def caption(scene: Scene, rng: random.Random) -> str:
     return text + "." if rng.random() < 0.15 else text
 
 
-def draw(scene: Scene, height: int, width: int, rng: random.Random, jitter: float = 1.0) -> np.ndarray:
-    """Draws the scene with smooth edges, size and place slightly off by chance; uint8, [height, width, 3]."""
+def render(scene: Scene, height: int, width: int, rng: random.Random, jitter: float = 1.0) -> np.ndarray:
+    """Renders the scene antialiased, with random deviations of size and place in proportion to `jitter`.
+
+    Returns uint8 values, [height, width, 3].
+    """
     side = min(height, width)
     box = SIZES[scene.size] * side * (1 + jitter * rng.uniform(-0.07, 0.07))
     x, y = PLACES[scene.place]
     x = (x + jitter * rng.uniform(-0.025, 0.025)) * width
     y = (y + jitter * rng.uniform(-0.025, 0.025)) * height
-    return paint(scene.shape, scene.colour, scene.background, x, y, box, height, width)
+    return render_shape(scene.shape, scene.colour, scene.background, x, y, box, height, width)
 
 
-def paint(
+def render_shape(
     shape: str, colour: str, background: str, x: float, y: float, box: float, height: int, width: int
 ) -> np.ndarray:
-    """Paints a shape whose square bounding box of side `box` pixels is centred on (x, y)."""
+    """Renders a shape whose square bounding box of side `box` pixels is centred on (x, y)."""
     dx = np.abs(np.arange(width)[None, :] + 0.5 - x)
     dy = np.arange(height)[:, None] + 0.5 - y
     half = box / 2
@@ -123,40 +126,40 @@ def paint(
     elif shape == "square":
         distance = np.maximum(dx, np.abs(dy)) - half
     else:
-        # Two slopes from the apex at the top, which fall twice as far as they go sideways, and the base.
+        # Two sides of slope 2 from the apex at the top, and the base.
         distance = np.maximum((2 * dx - dy - half) / np.sqrt(5), dy - half)
     inside = np.clip(0.5 - distance, 0, 1)[..., None]
-    picture = np.array(COLOURS[background]) * (1 - inside) + np.array(COLOURS[colour]) * inside
-    return np.round(picture).astype(np.uint8)
+    image = np.array(COLOURS[background]) * (1 - inside) + np.array(COLOURS[colour]) * inside
+    return np.round(image).astype(np.uint8)
 
 
 def nearest_colour(pixels: np.ndarray, tolerance: float = 70) -> str | None:
-    """The colour nearest to the median of pixels [n, 3]; none when it is further off than `tolerance`."""
+    """The colour nearest to the median of pixels [n, 3]; None if its distance exceeds `tolerance`."""
     median = np.median(pixels, axis=0)
     distances = {name: np.linalg.norm(median - np.array(rgb)) for name, rgb in COLOURS.items()}
     name = min(distances, key=distances.get)
     return name if distances[name] <= tolerance else None
 
 
-def classify(picture: np.ndarray) -> dict[str, str | None]:
-    """Reads a picture (uint8, [height, width, 3]) back into the attributes of a scene.
+def classify(image: np.ndarray) -> dict[str, str | None]:
+    """Finds the attributes of the scene in an image (uint8, [height, width, 3]); None for those not found.
 
     The background is the median of the border. Pixels that differ from it are the shape; its bounding
     box gives place and size, and the share of the box that it fills gives the shape.
     """
-    height, width, _ = picture.shape
-    picture = picture.astype(np.float64)
-    border = np.concatenate([picture[:2].reshape(-1, 3), picture[-2:].reshape(-1, 3),
-                             picture[:, :2].reshape(-1, 3), picture[:, -2:].reshape(-1, 3)])  # fmt: skip
+    height, width, _ = image.shape
+    image = image.astype(np.float64)
+    border = np.concatenate([image[:2].reshape(-1, 3), image[-2:].reshape(-1, 3),
+                             image[:, :2].reshape(-1, 3), image[:, -2:].reshape(-1, 3)])  # fmt: skip
     found: dict[str, str | None] = dict.fromkeys(field.name for field in dataclasses.fields(Scene))
     found["background"] = nearest_colour(border)
     background = np.median(border, axis=0)
-    different = np.linalg.norm(picture - background, axis=-1) > 60
+    different = np.linalg.norm(image - background, axis=-1) > 60
     if different.sum() < 0.005 * height * width:
         return found
-    colour = np.median(picture[different], axis=0)
-    found["colour"] = nearest_colour(picture[different])
-    mask = np.linalg.norm(picture - colour, axis=-1) < np.linalg.norm(picture - background, axis=-1)
+    colour = np.median(image[different], axis=0)
+    found["colour"] = nearest_colour(image[different])
+    mask = np.linalg.norm(image - colour, axis=-1) < np.linalg.norm(image - background, axis=-1)
     columns, rows = (np.flatnonzero(mask.sum(axis=axis) >= 2) for axis in (0, 1))
     if len(columns) == 0 or len(rows) == 0:
         return found

@@ -2,13 +2,13 @@
 # requires-python = ">=3.11"
 # dependencies = ["torch==2.15.0", "diffusers==0.42.1", "transformers==5.23.0", "safetensors", "numpy"]
 # ///
-"""Trains the demo model: a small Qwen-Image that draws one coloured shape on a coloured background.
+"""Trains the demo model: a small Qwen-Image that generates one coloured shape on a coloured background.
 
     python models/demo/train.py                # writes the checkpoint beside this file
 
-First the VAE, then the text encoder and the transformer together, by flow matching. Every step's
-pictures, captions and noise come from a seed made of the step's number, so a run that was stopped goes
-on as if it had not been. Progress is kept in --work; delete that folder to start over. About three
+First the VAE, then the text encoder and the transformer together, by flow matching. The
+images, captions and noise of a step are seeded by its number, so an interrupted run resumes with the same
+result. Checkpoints of the training are in --work; delete that folder to start over. Takes about three
 hours on two CPU cores, minutes on a GPU.
 """
 
@@ -41,11 +41,11 @@ from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 
-from scenes import COLOURS, SCENES, SHAPES, TRAINED, Scene, caption, draw, paint
+from scenes import COLOURS, SCENES, SHAPES, TRAINED, Scene, caption, render, render_shape
 
 SIDE = 128
-# Sizes trained at, [height, width]: how many pictures of the trained scenes there are of each, as a
-# multiple of their number, and the share of the steps.
+# Training sizes, [height, width]: the number of images of each, as a multiple of the number of trained
+# scenes, and its share of the steps.
 BUCKETS = {
     (SIDE, SIDE): (2.0, 0.8),
     (96, 160): (0.5, 0.05),
@@ -66,9 +66,9 @@ TEXT = dict(
     num_key_value_heads=1, rms_norm_eps=1e-6, max_position_embeddings=4096,
     rope_parameters={"rope_type": "default", "rope_theta": 1000000.0, "mrope_section": [4, 6, 6]},
 )  # fmt: skip
-# Qwen-Image's scheduler, shifted further towards noise: flat scenes say little that noise could hide, so
-# size, shape and place are decided above a sigma of 0.9, and with Qwen-Image's own shift (0.5 to 0.9) too
-# little of the training is spent there: places were still drawn by chance after 3,000 steps.
+# Qwen-Image's scheduler, shifted further towards noise. Size, shape and place of flat scenes are visible
+# up to a sigma of 0.9, so they are decided above it. With Qwen-Image's own shift (0.5 to 0.9) too few
+# training steps are there: after 3,000 steps places were still random.
 SCHEDULER = dict(
     base_image_seq_len=256, base_shift=1.6, max_image_seq_len=8192, max_shift=2.0, shift_terminal=0.02,
     time_shift_type="exponential", use_dynamic_shifting=True,
@@ -78,19 +78,19 @@ BATCH, RATE, EMPTY_PROMPTS = 48, 1e-3, 0.1
 
 @dataclasses.dataclass(frozen=True)
 class Phase:
-    """One cycle of the learning rate over one bank of pictures."""
+    """One cycle of the learning rate over one bank of images."""
 
     steps: int
-    # How far size and place of a shape are off by chance (scenes.draw), and how many of the pictures that
-    # BUCKETS asks for are made.
+    # Random deviation of size and place (scenes.render).
     jitter: float
-    pictures: float
+    # Number of images, as a multiple of that in BUCKETS.
+    images: float
 
 
-# First roughly where things are; then with little left to chance, so that edges become sharp.
+# Large deviations first, for learning sizes and places; small ones later, for sharp edges.
 PHASES = (Phase(9000, 1.0, 1.0), Phase(3000, 0.3, 0.5), Phase(8000, 0.1, 1.0))
 
-# `prompt_template_encode` of diffusers' QwenImagePipeline, and how many tokens stand before the prompt.
+# `prompt_template_encode` of diffusers' QwenImagePipeline, and the number of tokens before the prompt.
 TEMPLATE = (
     "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, "
     "spatial relationships of the objects and background:<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n"
@@ -104,7 +104,7 @@ SPECIAL_TOKENS = [
 
 
 class Progress:
-    """Prints the mean loss and the time left, every `every` steps."""
+    """Prints the mean loss and the remaining time every `every` steps."""
 
     def __init__(self, stage: str, first: int, steps: int, every: int = 50):
         self.stage, self.first, self.steps, self.every = stage, first, steps, every
@@ -123,14 +123,14 @@ class Progress:
 
 
 def save(path: Path, value: object) -> None:
-    """Writes a file so that a stop while writing leaves the previous one."""
+    """Writes a file atomically: an interruption leaves the previous file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.save(value, path.with_suffix(".new"))
     os.replace(path.with_suffix(".new"), path)
 
 
 class Training:
-    """AdamW on some of a model's weights, through one cycle of the learning rate; kept in a file."""
+    """AdamW on some of a model's weights over one cycle of the learning rate, with its state in a file."""
 
     def __init__(
         self, path: Path, model: torch.nn.Module, trained: list[torch.nn.Parameter], rate: float, steps: int,
@@ -157,9 +157,9 @@ class Training:
             save(self.path, {name: part.state_dict() for name, part in self.parts.items()} | {"step": step + 1})
 
 
-def to_pixels(pictures: list[np.ndarray], device: torch.device) -> torch.Tensor:
-    """uint8 pictures [height, width, 3] as values in [-1, 1], [n, 3, height, width]."""
-    return torch.from_numpy(np.stack(pictures)).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
+def to_pixels(images: list[np.ndarray], device: torch.device) -> torch.Tensor:
+    """Converts uint8 images [height, width, 3] to values in [-1, 1], [n, 3, height, width]."""
+    return torch.from_numpy(np.stack(images)).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 # ---------------------------------------------------------------------------------------------
@@ -167,8 +167,8 @@ def to_pixels(pictures: list[np.ndarray], device: torch.device) -> torch.Tensor:
 
 
 def new_vae() -> AutoencoderKLQwenImage:
-    """A VAE with fresh weights. A picture is one frame, and of a causal kernel only the last temporal
-    slice sees it: that slice is initialised as a 2-D convolution would be, the others are zero."""
+    """A VAE with initial weights. An image is one frame, which only the last temporal slice of a causal
+    kernel reads: that slice is initialised like a 2-D convolution, the others are zero."""
     vae = AutoencoderKLQwenImage(**VAE)
     for module in vae.modules():
         if isinstance(module, QwenImageCausalConv3d):
@@ -183,8 +183,8 @@ def new_vae() -> AutoencoderKLQwenImage:
 
 
 def fold_to_2d(vae: AutoencoderKLQwenImage) -> None:
-    """Makes the causal convolutions compute with their last temporal slice alone, which for pictures of
-    one frame is the same and three times faster."""
+    """Makes the causal convolutions compute with their last temporal slice only, which is equivalent for
+    one frame and three times faster."""
 
     def fold(conv: QwenImageCausalConv3d):
         padding = (conv._padding[2], conv._padding[0])
@@ -201,11 +201,11 @@ def fold_to_2d(vae: AutoencoderKLQwenImage) -> None:
 
 
 def vae_scene(rng: random.Random) -> np.ndarray:
-    """A shape of any size and place, often cut by the border."""
+    """A shape of random size and place, often cut by the border."""
     background, colour = rng.sample(sorted(COLOURS), 2)
     box = rng.uniform(0.2, 0.9) * VAE_SIDE
     x, y = rng.uniform(0, VAE_SIDE), rng.uniform(0, VAE_SIDE)
-    return paint(rng.choice(SHAPES), colour, background, x, y, box, VAE_SIDE, VAE_SIDE)
+    return render_shape(rng.choice(SHAPES), colour, background, x, y, box, VAE_SIDE, VAE_SIDE)
 
 
 def train_vae(work: Path, device: torch.device) -> AutoencoderKLQwenImage:
@@ -220,11 +220,11 @@ def train_vae(work: Path, device: torch.device) -> AutoencoderKLQwenImage:
         torch.manual_seed(step)
         pixels = to_pixels([vae_scene(rng) for _ in range(VAE_BATCH)], device)
         posterior = vae.encode(pixels[:, :, None]).latent_dist
-        # The decoder itself, since `decode` clamps and a clamped pixel would not learn.
+        # Calls the decoder itself, as `decode` clamps its output, and clamped values have no gradient.
         vae.clear_cache()
         latents = vae.post_quant_conv(posterior.sample())
-        drawn = vae.decoder(latents, feat_cache=vae._feat_map, feat_idx=[0])[:, :, 0]
-        difference = drawn - pixels
+        decoded = vae.decoder(latents, feat_cache=vae._feat_map, feat_idx=[0])[:, :, 0]
+        difference = decoded - pixels
         loss = difference.abs().mean() + 0.5 * difference.square().mean()
         training.step(step, loss + 1e-5 * posterior.kl().mean() / latents[0].numel())
         progress.step(step, loss.item())
@@ -279,11 +279,11 @@ def new_text_encoder(tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLForConditionalGener
 def encode_prompts(
     model: torch.nn.Module, tokenizer: Qwen2Tokenizer, prompts: list[str]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Embeddings of the prompts as the pipeline makes them, with the text encoder's language model, and the
-    mask of those that are not padding.
+    """Encodes the prompts like the pipeline, with the text encoder's language model. Returns the embeddings
+    and the mask of those that are not padding.
 
-    The template's start is the same for all, so its keys and values are computed once. Padding is on the
-    right and attention is causal, so the encoder needs no mask.
+    The keys and values of the template's prefix are the same for all prompts and computed once. Padding is
+    on the right and attention is causal, so the encoder needs no mask.
     """
     device = model.device
     start, end = TEMPLATE.split("{}")
@@ -310,22 +310,22 @@ Bank = dict[tuple[int, int], tuple[list[Scene], torch.Tensor]]
 
 
 def encode_bank(work: Path, number: int, vae: AutoencoderKLQwenImage, device: torch.device) -> Bank:
-    """Draws the trained scenes at every size for a phase and encodes them: scenes and their latents,
-    [n, channels, height/8, width/8]; kept in --work."""
+    """Renders the trained scenes of a phase at every size and encodes them. Returns the scenes and their
+    latents, [n, channels, height/8, width/8]; cached in --work."""
     path, phase = work / f"bank-{number}.pt", PHASES[number]
     if path.exists():
         return torch.load(path, weights_only=False)
     bank = {}
     for (height, width), (copies, _) in BUCKETS.items():
         rng = random.Random(f"bank {number} {height} {width}")
-        copies *= phase.pictures
+        copies *= phase.images
         scenes = rng.sample(TRAINED * math.ceil(copies), round(copies * len(TRAINED)))
         progress = Progress(f"encoding {width}x{height}", 0, math.ceil(len(scenes) / 32))
         latents = []
         for step in range(progress.steps):
-            pictures = [draw(scene, height, width, rng, phase.jitter) for scene in scenes[step * 32 : (step + 1) * 32]]
+            images = [render(scene, height, width, rng, phase.jitter) for scene in scenes[step * 32 : (step + 1) * 32]]
             with torch.no_grad():
-                encoded = vae.encode(to_pixels(pictures, device)[:, :, None]).latent_dist.mode()[:, :, 0]
+                encoded = vae.encode(to_pixels(images, device)[:, :, None]).latent_dist.mode()[:, :, 0]
             latents.append(encoded.cpu())
             progress.step(step, math.nan)
         bank[height, width] = scenes, torch.cat(latents)
@@ -353,7 +353,7 @@ def train_transformer(
     scheduler: FlowMatchEulerDiscreteScheduler,
     device: torch.device,
 ) -> tuple[Qwen2_5_VLForConditionalGeneration, QwenImageTransformer2DModel]:
-    """Flow matching: the transformer learns the velocity from picture to noise, `noise - latents`."""
+    """Flow matching: the transformer learns the velocity from image to noise, `noise - latents`."""
     torch.manual_seed(1)
     text_encoder = new_text_encoder(tokenizer).to(device)
     transformer = QwenImageTransformer2DModel(**TRANSFORMER).to(device)
@@ -408,8 +408,8 @@ def train_phase(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="where the checkpoint goes")
-    parser.add_argument("--work", type=Path, default=Path("target/demo-training"), help="where progress is kept")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="folder for the checkpoint")
+    parser.add_argument("--work", type=Path, default=Path("target/demo-training"), help="folder for the state of the training")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     device = torch.device(args.device)

@@ -1,11 +1,11 @@
-//! The demo model of models/demo, embedded in the binary.
+//! The demo model of `models/demo`, embedded in the binary.
 
 use std::sync::Arc;
 
 use kiln_models::config::ConfigText;
 use kiln_models::families::{CheckpointConfigs, CheckpointParts};
 
-use super::weights::Weights;
+use super::safetensors::SafetensorsWeights;
 use super::{CheckpointError, PromptGuide};
 
 pub(super) static GUIDE: PromptGuide = PromptGuide {
@@ -42,12 +42,12 @@ pub(super) static GUIDE: PromptGuide = PromptGuide {
     ],
 };
 
-/// Weights are used where they lie if their address allows it. A safetensors header is padded to a
-/// multiple of 8 bytes.
+/// Aligns a weight file, so that its tensors can be used without copying. A safetensors header is
+/// padded to a multiple of 8 bytes.
 #[repr(C, align(8))]
 struct Aligned<T: ?Sized>(T);
 
-/// The path of a file of the demo model as messages name it, and its bytes.
+/// Embeds a weight file of the demo model.
 macro_rules! weights {
     ($path:literal) => {{
         static FILE: &Aligned<[u8]> = &Aligned(*include_bytes!(concat!(
@@ -55,12 +55,13 @@ macro_rules! weights {
             "/models/demo/",
             $path
         )));
-        let mut weights = Weights::new("demo".as_ref());
+        let mut weights = SafetensorsWeights::new("demo".as_ref());
         weights.add_embedded(concat!("demo/", $path).as_ref(), &FILE.0)?;
         Arc::new(weights)
     }};
 }
 
+/// Embeds a JSON file of the demo model.
 macro_rules! text {
     ($path:literal) => {
         ConfigText {
@@ -90,7 +91,7 @@ pub(super) fn parts() -> Result<CheckpointParts, CheckpointError> {
     })
 }
 
-/// tokenizer.json.
+/// The contents of `tokenizer.json`.
 pub(super) fn tokenizer() -> ConfigText {
     text!("tokenizer/tokenizer.json")
 }

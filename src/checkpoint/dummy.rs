@@ -1,4 +1,4 @@
-//! Weights made up on the spot, for measuring speed and memory without a model's files.
+//! Random weights, for measuring speed and memory without a model's files.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -9,44 +9,45 @@ use kiln_models::noise::{NoiseGenerator, randn};
 use kiln_models::{StoredDType, TensorInfo, TensorSource};
 use rayon::prelude::*;
 
-/// Values in the block that all weights repeat. A prime, so that the rows of no matrix are equal.
+/// Number of values in the block that all weights repeat. A prime, so that no matrix has equal rows.
 const BLOCK: usize = 1_048_573;
 
 const SEED: u64 = 0;
 
-/// Deviation of biases, and of the weights of norms from 1.
+/// Standard deviation of biases, and of norm weights around 1.
 const SMALL: f32 = 0.02;
 
-/// Every tensor that is asked for, in bf16, with values that keep activations of the size of 1.
+/// Fabricates any requested tensor in bf16, scaled so that activations keep unit variance.
 ///
-/// A tensor's values depend on its name and shape alone. They are made when they are read and are
-/// not kept, so a source holds no more memory than one block.
+/// The values of a tensor depend only on its component, name and shape. They are generated when they
+/// are read and not kept, so a source holds the memory of one block.
 #[derive(Debug)]
 struct DummyWeights {
     component: &'static str,
     block: Arc<[f32]>,
-    wanted: Mutex<HashMap<String, Vec<usize>>>,
+    /// Names and shapes of the requested tensors.
+    declared: Mutex<HashMap<String, Vec<usize>>>,
 }
 
-/// Sources for the components of one checkpoint.
+/// Creates one source for each component of a checkpoint; all share one block.
 pub(super) fn sources<const N: usize>(components: [&'static str; N]) -> [Arc<dyn TensorSource>; N] {
     let block: Arc<[f32]> = randn(NoiseGenerator::Cpu, SEED, BLOCK).into();
     components.map(|component| -> Arc<dyn TensorSource> {
         Arc::new(DummyWeights {
             component,
             block: Arc::clone(&block),
-            wanted: Mutex::default(),
+            declared: Mutex::default(),
         })
     })
 }
 
 impl DummyWeights {
     fn shape(&self, name: &str) -> Option<Vec<usize>> {
-        let wanted = self.wanted.lock().unwrap_or_else(PoisonError::into_inner);
-        wanted.get(name).cloned()
+        let declared = self.declared.lock().unwrap_or_else(PoisonError::into_inner);
+        declared.get(name).cloned()
     }
 
-    /// Where in the block a tensor begins (64-bit FNV-1a of its name).
+    /// Offset in the block of a tensor's first value (64-bit FNV-1a of component and name).
     fn offset(&self, name: &str) -> usize {
         let bytes = self.component.bytes().chain(name.bytes());
         let hash = bytes.fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
@@ -62,8 +63,8 @@ impl TensorSource for DummyWeights {
     }
 
     fn names(&self) -> Vec<String> {
-        let wanted = self.wanted.lock().unwrap_or_else(PoisonError::into_inner);
-        wanted.keys().cloned().collect()
+        let declared = self.declared.lock().unwrap_or_else(PoisonError::into_inner);
+        declared.keys().cloned().collect()
     }
 
     fn info(&self, name: &str) -> Option<TensorInfo> {
@@ -75,9 +76,9 @@ impl TensorSource for DummyWeights {
     }
 
     fn declare(&self, name: &str, shape: &[usize]) -> Option<TensorInfo> {
-        let mut wanted = self.wanted.lock().unwrap_or_else(PoisonError::into_inner);
-        wanted.insert(name.to_owned(), shape.to_vec());
-        drop(wanted);
+        let mut declared = self.declared.lock().unwrap_or_else(PoisonError::into_inner);
+        declared.insert(name.to_owned(), shape.to_vec());
+        drop(declared);
         self.info(name)
     }
 
@@ -95,7 +96,7 @@ impl TensorSource for DummyWeights {
         let block: Vec<u8> = values
             .flat_map(|value| bf16::from_f32(mean + deviation * value).to_le_bytes())
             .collect();
-        // The rest repeats what there is.
+        // A tensor larger than the block repeats it.
         let mut bytes = vec![0; count * size_of::<bf16>()];
         bytes
             .par_chunks_mut(block.len().max(1))
@@ -104,17 +105,18 @@ impl TensorSource for DummyWeights {
     }
 }
 
-/// Mean and deviation of a tensor's values, by what its name and shape say it is.
+/// Mean and standard deviation of a tensor's values, by the kind of layer that its name and shape
+/// indicate.
 fn distribution(name: &str, shape: &[usize]) -> (f32, f32) {
     match *shape {
         _ if name.ends_with("bias") => (0.0, SMALL),
-        // A layer that adds up so many products keeps the size of what it is given. Of a causal
-        // convolution only the last slice in time is used.
+        // 1/sqrt(fan-in) preserves the variance of the input. A causal convolution only uses its
+        // last temporal slice.
         [_, inputs] => (0.0, 1.0 / (inputs as f32).sqrt()),
         [_, inputs, height, width] | [_, inputs, _, height, width] if inputs > 1 => {
             (0.0, 1.0 / ((inputs * height * width) as f32).sqrt())
         }
-        // The weight of a norm, which may have trailing dimensions of 1.
+        // A norm weight, which may have trailing dimensions of 1.
         _ => (1.0, SMALL),
     }
 }
@@ -147,7 +149,7 @@ mod tests {
     }
 
     #[test]
-    fn layers_keep_the_size_of_what_they_are_given() {
+    fn weights_are_scaled_by_their_fan_in() {
         let [source] = sources(["vae"]);
         for (name, shape, mean, deviation) in [
             ("proj.weight", [256, 1024].as_slice(), 0.0, 1.0 / 32.0),
@@ -171,7 +173,7 @@ mod tests {
     }
 
     #[test]
-    fn values_depend_on_the_name_and_go_on_after_the_block() {
+    fn values_depend_on_component_and_name_and_repeat_after_the_block() {
         let [a, b] = sources(["a", "b"]);
         let first = values(&*a, "x.weight", &[8, 8]);
         assert_eq!(first, values(&*a, "x.weight", &[8, 8]));

@@ -1,4 +1,7 @@
+//! Opening folders: complete, incomplete and damaged ones.
+
 use std::error::Error;
+use std::fs;
 use std::iter;
 
 use kiln_models::StoredDType;
@@ -6,7 +9,7 @@ use tempfile::TempDir;
 
 use super::*;
 
-/// A safetensors file with this header, as JSON, and so many bytes of data: 0, 1, 2, ...
+/// A safetensors file with a JSON header and `data_bytes` bytes of data: 0, 1, 2, ...
 fn safetensors(header: &str, data_bytes: usize) -> Vec<u8> {
     let mut file = (header.len() as u64).to_le_bytes().to_vec();
     file.extend(header.as_bytes());
@@ -14,7 +17,7 @@ fn safetensors(header: &str, data_bytes: usize) -> Vec<u8> {
     file
 }
 
-/// A file with one f32 vector of two elements under each name.
+/// A safetensors file that has an f32 vector of two elements under each name.
 fn vectors(names: &[&str]) -> Vec<u8> {
     let entry = |(i, name): (usize, &&str)| {
         let (start, end) = (i * 8, i * 8 + 8);
@@ -34,7 +37,11 @@ fn write(folder: &Path, name: &str, content: impl AsRef<[u8]>) {
 fn model() -> TempDir {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path();
-    write(path, "model_index.json", "{}");
+    write(
+        path,
+        "model_index.json",
+        "{\"_class_name\": \"QwenImagePipeline\"}",
+    );
     write(
         path,
         "scheduler/scheduler_config.json",
@@ -66,7 +73,7 @@ fn model() -> TempDir {
     folder
 }
 
-/// The messages of the error and its sources, with the model folder's path as `DIR`.
+/// The messages of the error of opening `folder` and of its sources, with `base` replaced by `DIR`.
 fn open_error(folder: &Path, base: &Path) -> String {
     let error = Checkpoint::open(folder).unwrap_err();
     let chain = iter::successors(Some(&error as &dyn Error), |error| (*error).source());
@@ -77,7 +84,8 @@ fn open_error(folder: &Path, base: &Path) -> String {
     message.replace(&base.display().to_string(), "DIR")
 }
 
-/// The message after a file of a complete model has other content, or (`None`) is gone.
+/// The error of opening a complete model after one file was replaced by `content`, or deleted
+/// (`None`).
 fn error_with(name: &str, content: Option<&[u8]>) -> String {
     let folder = model();
     match content {
@@ -122,7 +130,7 @@ fn opens_single_and_sharded_components() {
 }
 
 #[test]
-fn types_that_cannot_be_read_do_not_stop_opening() {
+fn tensors_of_unsupported_dtypes_do_not_fail_opening() {
     let folder = model();
     let header = r#"{"__metadata__":{"format":"pt"},
         "bf16":{"dtype":"BF16","shape":[2,1],"data_offsets":[0,4]},
@@ -190,7 +198,7 @@ fn opens_the_fixtures_and_the_demo() {
     }
 }
 
-/// How much of the file is in this process's memory, in KiB.
+/// Resident memory of the file's map, in KiB.
 #[cfg(target_os = "linux")]
 fn resident(file: &Path) -> usize {
     let maps = fs::read_to_string("/proc/self/smaps").unwrap();
@@ -201,8 +209,8 @@ fn resident(file: &Path) -> usize {
 
 #[cfg(target_os = "linux")]
 #[test]
-fn the_last_clone_releases_the_pages_of_its_tensor_alone() {
-    const TENSOR: usize = (8 << 20) + 12; // not whole pages
+fn dropping_the_last_clone_releases_only_the_pages_of_its_tensor() {
+    const TENSOR: usize = (8 << 20) + 12; // not a multiple of the page size
     let folder = model();
     let header = format!(
         r#"{{"x":{{"dtype":"F32","shape":[{}],"data_offsets":[0,{TENSOR}]}},
@@ -217,7 +225,7 @@ fn the_last_clone_releases_the_pages_of_its_tensor_alone() {
     let checkpoint = Checkpoint::open(folder.path()).unwrap();
     let vae = &checkpoint.parts().vae;
 
-    // Where the data begins makes no difference to its content: 0, 1, ... from there.
+    // Reads every byte, so that all pages become resident.
     let sum = |bytes: &[u8]| bytes.iter().map(|it| usize::from(*it)).sum::<usize>();
     let (x, y) = (vae.bytes("x"), vae.bytes("y"));
     let sums = (sum(&x), sum(&y));
@@ -242,7 +250,7 @@ fn the_last_clone_releases_the_pages_of_its_tensor_alone() {
 }
 
 #[test]
-fn what_is_not_a_model_folder_is_told_apart() {
+fn errors_say_why_a_path_is_not_a_model_folder() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path();
     assert_eq!(
@@ -307,7 +315,7 @@ fn missing_parts_are_named() {
 }
 
 #[test]
-fn an_index_that_does_not_fit_is_refused() {
+fn invalid_and_mismatching_shard_indexes_are_refused() {
     let index = "transformer/diffusion_pytorch_model.safetensors.index.json";
     assert_eq!(
         error_with(index, Some(b"{\"weight_map\": [}")),
@@ -351,7 +359,7 @@ fn damaged_weight_files_are_refused() {
              incomplete or damaged, download this file again"
         )
     };
-    // 8 bytes of length, 57 of header and 8 of data.
+    // 8 bytes for the length, 57 for the header and 8 for the data.
     assert_eq!(whole.len(), 73);
     assert_eq!(error_with(name, Some(&whole[..72])), wrong_size(72, 73));
     assert_eq!(
@@ -402,7 +410,7 @@ fn damaged_weight_files_are_refused() {
 }
 
 #[test]
-fn random_weights_need_configurations_only() {
+fn random_weights_need_only_configurations() {
     let folder = model();
     for component in [
         "text_encoder/model.safetensors",
@@ -414,7 +422,7 @@ fn random_weights_need_configurations_only() {
     let shape = Shape::Folder(folder.path().to_owned());
     let checkpoint = Checkpoint::dummy(shape.clone()).unwrap();
     assert_eq!(checkpoint.parts().configs.vae.text, "{\"vae\": 1}");
-    // The demo model's stands in.
+    // Falls back to the demo model's tokenizer.
     assert!(checkpoint.tokenizer().is_ok());
 
     fs::remove_file(folder.path().join("vae/config.json")).unwrap();
@@ -426,7 +434,7 @@ fn random_weights_need_configurations_only() {
 }
 
 #[test]
-fn the_shape_of_qwen_image_is_in_the_binary() {
+fn random_weights_in_the_shape_of_qwen_image_need_no_files() {
     let checkpoint = Checkpoint::dummy(Shape::QwenImage).unwrap();
     let sizes = checkpoint.parts().configs.image_sizes().unwrap();
     assert_eq!((sizes.multiple, sizes.default_side), (16, 1024));
@@ -443,7 +451,7 @@ fn the_demo_model_knows_each_word_of_its_guide() {
     let guide = demo.prompt_guide().unwrap();
     let words = guide.words.iter().flat_map(|(_, words)| *words);
     for text in guide.examples.iter().chain(words) {
-        // Some words are one token only with the space before them.
+        // Some words are a single token only after a space.
         let text = format!("a {text}");
         let ids = tokenizer.encode_prompt(&text).unwrap();
         let words = text.split(' ').count();

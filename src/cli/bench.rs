@@ -3,8 +3,9 @@ use std::io::{self, Write};
 use kiln_models::noise::NoiseGenerator;
 
 use crate::backend;
-use crate::bench::{Measurement, Report, Run, Workload};
-use crate::compare::{CostMeter, ReportError};
+use crate::bench::{BenchReport as Report, Measurement, Run, Workload};
+use crate::compare::ReportError;
+use crate::measure::CostMeter;
 use crate::request::{GenerationRequest, Limits};
 
 use super::args::BenchArgs;

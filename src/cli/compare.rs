@@ -4,8 +4,10 @@ use std::path::Path;
 
 use crate::backend::{self, BackendChoice, DTypeChoice};
 use crate::compare::{
-    Comparison, CostMeter, Recording, Report, ReportFormat, RunReport, Settings, Tolerance, record,
+    CompareReport as Report, CompareSettings as Settings, Comparison, Recording, ReportFormat,
+    RunReport, Tolerance, record,
 };
+use crate::measure::CostMeter;
 use crate::request::{GenerationRequest, Limits, PromptTokens};
 
 use super::args::{CompareArgs, LoadFormat, Reference};
@@ -67,7 +69,7 @@ pub(super) fn run(args: &CompareArgs) -> Result<(), CliError> {
         reference: reference.name,
         runs,
         comparisons,
-        reference_picture: reference.picture,
+        reference_image: reference.image,
     };
     let mut stdout = io::stdout().lock();
     write!(stdout, "{}", report.summary()).map_err(CliError::Stdout)?;

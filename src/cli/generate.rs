@@ -90,7 +90,7 @@ fn generate(
         match handle.blocking_next_event() {
             Event::Queued { .. } | Event::Preview { .. } => {}
             Event::Started => progress.started(steps, decode_steps),
-            Event::Step { done, total } => progress.step(done, total),
+            Event::Step { done, total, .. } => progress.step(done, total),
             Event::Finished(finished) => return Ok(finished),
             Event::Failed(error) => return Err(error.into()),
         }

@@ -1,21 +1,22 @@
-//! How far values are from a reference's.
+//! Distances between values and reference values.
 
 use serde::Serialize;
 
-/// The distance between two stages, over all of their values.
+/// The distance between the values of a stage and those of the reference.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 pub struct Difference {
     pub max_abs: f64,
     pub mean_abs: f64,
-    /// The reference's largest magnitude.
+    /// Largest absolute value of the reference.
     pub magnitude: f64,
     /// `max_abs / magnitude`; 0 if both are 0.
     pub max_relative: f64,
     /// `mean_abs / magnitude`; 0 if both are 0.
     pub mean_relative: f64,
-    /// Of the angle between the two, as vectors; 1 if both are 0.
+    /// Cosine similarity; 1 if all values of both are 0.
     pub cosine: f64,
-    /// Places where either has an infinity or no number. They count in nothing else.
+    /// Number of positions at which either value is infinite or NaN. The other measures exclude
+    /// these positions.
     pub non_finite: usize,
 }
 
@@ -59,13 +60,12 @@ impl Difference {
     }
 }
 
-/// Peak signal-to-noise ratio in dB of values from 0 to `peak`; `None` if they are equal, where it
-/// is infinite.
+/// Peak signal-to-noise ratio in dB of values from 0 to `peak`; `None` (infinite) for equal values.
 ///
 /// # Panics
 /// If the lengths differ.
 pub(super) fn psnr(reference: &[f32], values: &[f32], peak: f64) -> Option<f64> {
-    assert_eq!(reference.len(), values.len(), "pictures of different sizes");
+    assert_eq!(reference.len(), values.len(), "images of different sizes");
     let squares = reference
         .iter()
         .zip(values)
@@ -97,7 +97,7 @@ mod tests {
     }
 
     #[test]
-    fn equal_values_are_at_no_distance() {
+    fn equal_values_have_distance_0() {
         let difference = Difference::between(&[0.3, -0.7], &[0.3, -0.7]);
         assert_eq!((difference.max_abs, difference.max_relative), (0.0, 0.0));
         assert!(close(difference.cosine, 1.0));
@@ -106,14 +106,14 @@ mod tests {
     }
 
     #[test]
-    fn from_a_reference_of_zeros_all_is_infinitely_far() {
+    fn the_relative_difference_from_zeros_is_infinite() {
         let difference = Difference::between(&[0.0, 0.0], &[0.0, 1e-20]);
         assert_eq!(difference.max_relative, f64::INFINITY);
         assert_eq!(difference.cosine, 0.0);
     }
 
     #[test]
-    fn what_is_not_finite_is_counted_and_left_out() {
+    fn non_finite_values_are_counted_and_excluded() {
         let reference = [1.0, f32::NAN, f32::INFINITY, 2.0, 1.0];
         let values = [1.0, 1.0, f32::INFINITY, 2.5, f32::NEG_INFINITY];
         let difference = Difference::between(&reference, &values);

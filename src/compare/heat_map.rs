@@ -1,10 +1,10 @@
-//! Pictures of differences.
+//! Heat maps of the differences between two images.
 
-/// A heat map tells differences apart from `10^-HEAT_MAP_DECADES` to 1, where 1 is that between
-/// black and white.
+/// A heat map resolves differences from `10^-HEAT_MAP_DECADES` to 1, the difference between black
+/// and white.
 pub(super) const HEAT_MAP_DECADES: i32 = 8;
 
-/// Five colours of matplotlib's map "inferno", evenly spaced.
+/// Five evenly spaced colours of matplotlib's colour map "inferno".
 const STOPS: [[f64; 3]; 5] = [
     [0.0, 0.0, 4.0],
     [87.0, 16.0, 110.0],
@@ -13,8 +13,8 @@ const STOPS: [[f64; 3]; 5] = [
     [252.0, 255.0, 164.0],
 ];
 
-/// The colour of a difference: black up to `10^-HEAT_MAP_DECADES`, then brighter in proportion to
-/// its logarithm.
+/// The colour of a difference: black up to `10^-HEAT_MAP_DECADES`, above it brighter in proportion
+/// to the logarithm.
 pub(super) fn heat_colour(difference: f64) -> [u8; 3] {
     let decades = f64::from(HEAT_MAP_DECADES);
     let share = if difference.is_nan() {
@@ -31,8 +31,11 @@ pub(super) fn heat_colour(difference: f64) -> [u8; 3] {
     })
 }
 
-/// The 8-bit RGB values of a picture that shows, pixel by pixel, the largest difference of the
-/// three channels. Takes RGB values from 0 to 1.
+/// Maps the largest difference of the three channels of each pixel to a colour. Takes RGB values
+/// from 0 to 1, returns 8-bit RGB values.
+///
+/// # Shapes
+/// - reference, values, output: `[height, width, 3]`
 pub(super) fn heat_map(reference: &[f32], values: &[f32]) -> Vec<u8> {
     let pixels = reference.chunks_exact(3).zip(values.chunks_exact(3));
     let colour = |(theirs, ours): (&[f32], &[f32])| {

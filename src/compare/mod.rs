@@ -1,9 +1,9 @@
-//! One generation on several backends, compared stage by stage.
+//! Compares runs of one request on several backends, stage by stage.
 //!
-//! A [`Recording`] is a run with all it went through; a [`Comparison`] says how far one run is from
-//! the reference, and a [`Report`] holds all of them, for a terminal or a file.
+//! A [`Recording`] holds the values of every stage of a run. A [`Comparison`] measures how far one
+//! recording is from the reference. A [`CompareReport`] presents all comparisons on a terminal or
+//! in a file.
 
-mod cost;
 mod difference;
 mod heat_map;
 mod recording;
@@ -18,58 +18,56 @@ use self::difference::psnr;
 use self::heat_map::heat_map;
 use self::ssim::ssim;
 
-pub use self::cost::{Cost, CostMeter};
 pub use self::difference::Difference;
-pub(crate) use self::recording::measured;
-pub use self::recording::{Costs, Recording, record};
-pub(crate) use self::report::Table;
-pub use self::report::{Report, ReportError, ReportFormat, RunReport, Settings};
-pub use self::tolerance::{PictureBound, Tolerance};
+pub use self::recording::{Recording, StageCosts, record};
+pub use self::report::{CompareReport, CompareSettings, ReportError, ReportFormat, RunReport};
+pub use self::tolerance::{ImageBound, Tolerance};
 
-/// The picture before it is rounded to 8 bits, values from 0 to 1.
-const FLOAT_PICTURE: &str = "image_float";
-/// The picture as it is written to files, values from 0 to 255.
-const PICTURE: &str = "image_u8";
+/// Name of the stage that is the image before rounding to 8 bits, with values from 0 to 1.
+const IMAGE_FLOAT: &str = "image_float";
+/// Name of the stage that is the image as written to files, with values from 0 to 255.
+const IMAGE_U8: &str = "image_u8";
 
-/// How far one run is from the reference.
+/// The differences between one run and the reference.
 #[derive(Debug, Serialize)]
 pub struct Comparison {
-    /// The backend.
+    /// Name of the backend.
     pub name: String,
-    /// In the order in which they were computed; the 8-bit picture comes last.
+    /// The stages in the order of computation; the 8-bit image is the last.
     pub stages: Vec<StageDifference>,
-    /// The first stage that is further off than the tolerance allows.
+    /// Name of the first stage that exceeds the tolerance.
     pub first_over_tolerance: Option<String>,
     #[serde(skip)]
-    pub picture: RgbImage,
-    /// Where the pictures differ, brighter in proportion to the logarithm of the difference.
+    pub image: RgbImage,
+    /// Map of the differences between the images; brightness is proportional to the logarithm of
+    /// the difference.
     #[serde(skip)]
     pub heat_map: RgbImage,
 }
 
-/// How far one stage of a run is from the reference's.
+/// The difference between one stage of a run and the same stage of the reference.
 #[derive(Debug, Serialize)]
 pub struct StageDifference {
-    /// As in the files of `kiln generate --dump`.
+    /// Name of the stage, as in the files of `kiln generate --dump`.
     pub name: String,
     pub shape: Vec<usize>,
     #[serde(flatten)]
     pub difference: Difference,
-    /// Of pictures only.
+    /// `None` if the stage is not an image.
     #[serde(flatten)]
-    pub picture: Option<PictureDifference>,
+    pub image: Option<ImageDifference>,
     pub within_tolerance: bool,
 }
 
-/// What is asked of pictures alone.
+/// Measures that are defined for images only.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
-pub struct PictureDifference {
-    /// Peak signal-to-noise ratio; `None` of equal pictures, whose ratio is infinite.
+pub struct ImageDifference {
+    /// Peak signal-to-noise ratio; `None` for equal images, whose ratio is infinite.
     pub psnr_db: Option<f64>,
-    /// Structural similarity of the luma (Wang et al. 2004), 1 of equal pictures; `None` of
-    /// pictures smaller than its window of 11×11.
+    /// Structural similarity of the luma (Wang et al. 2004), 1 for equal images; `None` for images
+    /// smaller than its window of 11×11 pixels.
     pub ssim: Option<f64>,
-    /// Share of the values that are equal, from 0 to 1.
+    /// Share of equal values, from 0 to 1.
     pub equal_share: f64,
 }
 
@@ -103,17 +101,17 @@ impl Comparison {
                 stages.push(StageDifference::of_trace(theirs, ours, tolerance));
             }
         }
-        let (theirs, ours) = (&reference.picture, &run.picture);
-        let shape = |picture: &RgbImage| vec![1, picture.height, picture.width, 3];
-        check_shapes(reference, run, PICTURE, &shape(theirs), &shape(ours))?;
-        stages.push(StageDifference::of_pictures(theirs, ours, tolerance));
+        let (theirs, ours) = (&reference.image, &run.image);
+        let shape = |image: &RgbImage| vec![1, image.height, image.width, 3];
+        check_shapes(reference, run, IMAGE_U8, &shape(theirs), &shape(ours))?;
+        stages.push(StageDifference::of_images(theirs, ours, tolerance));
 
         let first_over = stages.iter().find(|stage| !stage.within_tolerance);
         Ok(Self {
             name: run.name.clone(),
             first_over_tolerance: first_over.map(|stage| stage.name.clone()),
             stages,
-            picture: run.picture.clone(),
+            image: run.image.clone(),
             heat_map: heat_map_of(reference, run),
         })
     }
@@ -122,7 +120,7 @@ impl Comparison {
         self.first_over_tolerance.is_none()
     }
 
-    /// The first stage that is further off than the tolerance allows.
+    /// The first stage that exceeds the tolerance.
     fn first_over(&self) -> Option<&StageDifference> {
         self.stage(self.first_over_tolerance.as_deref()?)
     }
@@ -131,7 +129,7 @@ impl Comparison {
         self.stages.iter().find(|stage| stage.name == name)
     }
 
-    /// The step after which the latents are furthest off.
+    /// The step after which the latents have the largest relative difference.
     fn worst_step(&self) -> Option<&StageDifference> {
         let steps = self.stages.iter().filter(|stage| stage.step().is_some());
         steps.max_by(|a, b| {
@@ -144,8 +142,8 @@ impl Comparison {
 impl StageDifference {
     fn of_trace(theirs: &TraceTensor, ours: &TraceTensor, tolerance: Tolerance) -> Self {
         let difference = Difference::between(&theirs.values, &ours.values);
-        let picture = match ours.shape[..] {
-            [1, height, width, 3] if ours.name == FLOAT_PICTURE => Some(PictureDifference {
+        let image = match ours.shape[..] {
+            [1, height, width, 3] if ours.name == IMAGE_FLOAT => Some(ImageDifference {
                 psnr_db: psnr(&theirs.values, &ours.values, 1.0),
                 ssim: ssim(&theirs.values, &ours.values, [height, width], 1.0),
                 equal_share: equal_share(&theirs.values, &ours.values),
@@ -157,35 +155,35 @@ impl StageDifference {
             shape: ours.shape.clone(),
             within_tolerance: tolerance.allows(&difference),
             difference,
-            picture,
+            image,
         }
     }
 
-    fn of_pictures(theirs: &RgbImage, ours: &RgbImage, tolerance: Tolerance) -> Self {
+    fn of_images(theirs: &RgbImage, ours: &RgbImage, tolerance: Tolerance) -> Self {
         let size = [ours.height, ours.width];
         let (theirs, ours) = (floats(&theirs.pixels), floats(&ours.pixels));
-        let picture = PictureDifference {
+        let image = ImageDifference {
             psnr_db: psnr(&theirs, &ours, 255.0),
             ssim: ssim(&theirs, &ours, size, 255.0),
             equal_share: equal_share(&theirs, &ours),
         };
         Self {
-            name: PICTURE.to_owned(),
+            name: IMAGE_U8.to_owned(),
             shape: vec![1, size[0], size[1], 3],
             difference: Difference::between(&theirs, &ours),
-            picture: Some(picture),
-            within_tolerance: tolerance.picture.allows(&picture),
+            image: Some(image),
+            within_tolerance: tolerance.image.allows(&image),
         }
     }
 
-    /// The stage in words.
+    /// Human-readable name of the stage.
     fn label(&self) -> String {
         match self.name.as_str() {
             "prompt_embeds" => "prompt embeddings".to_owned(),
             "negative_prompt_embeds" => "negative prompt embeddings".to_owned(),
-            "initial_noise" => "starting noise".to_owned(),
-            FLOAT_PICTURE => "picture before rounding".to_owned(),
-            PICTURE => "8-bit picture".to_owned(),
+            "initial_noise" => "initial noise".to_owned(),
+            IMAGE_FLOAT => "image before rounding".to_owned(),
+            IMAGE_U8 => "8-bit image".to_owned(),
             name => match self.step() {
                 Some(step) => format!("latents after step {step}"),
                 None => name.to_owned(),
@@ -193,7 +191,7 @@ impl StageDifference {
         }
     }
 
-    /// Of the latents after a step, which step, counted from 1.
+    /// The number of the denoising step, counted from 1, if the stage is the latents after a step.
     fn step(&self) -> Option<usize> {
         let index: usize = self.name.strip_prefix("latents_step")?.parse().ok()?;
         Some(index + 1)
@@ -228,21 +226,21 @@ fn floats(pixels: &[u8]) -> Vec<f32> {
     pixels.iter().map(|&value| f32::from(value)).collect()
 }
 
-/// From the pictures before rounding if both runs have them, otherwise from the 8-bit ones.
+/// Uses the images before rounding if both runs have them, otherwise the 8-bit images.
 fn heat_map_of(reference: &Recording, run: &Recording) -> RgbImage {
-    let floats = reference.stage(FLOAT_PICTURE).zip(run.stage(FLOAT_PICTURE));
+    let floats = reference.stage(IMAGE_FLOAT).zip(run.stage(IMAGE_FLOAT));
     let pixels = if let Some((theirs, ours)) = floats {
         heat_map(&theirs.values, &ours.values)
     } else {
         let scaled = |recording: &Recording| -> Vec<f32> {
-            let pixels = recording.picture.pixels.iter();
+            let pixels = recording.image.pixels.iter();
             pixels.map(|&value| f32::from(value) / 255.0).collect()
         };
         heat_map(&scaled(reference), &scaled(run))
     };
     RgbImage {
-        height: run.picture.height,
-        width: run.picture.width,
+        height: run.image.height,
+        width: run.image.width,
         pixels,
     }
 }

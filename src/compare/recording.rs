@@ -1,38 +1,40 @@
+//! Records the stages of a run, and measures what they cost.
+
 use std::slice::from_ref;
 
 use kiln_models::job::{Job, JobId, RgbImage, TraceTensor};
-use kiln_models::pipeline::{Pipeline, PipelineError};
+use kiln_models::pipeline::Pipeline;
 use serde::Serialize;
 
-use crate::engine::{JobError, caught};
+use crate::engine::JobError;
+use crate::measure::{Cost, measure_call};
 
-use super::cost::{Cost, CostMeter};
-
-/// Everything one run of one request went through.
+/// The values of every stage of one run.
 #[derive(Debug, Clone)]
 pub struct Recording {
-    /// The backend, or the file.
+    /// Name of the backend or of the dump file.
     pub name: String,
-    /// In the order in which they were computed.
+    /// The stages before the 8-bit image, in the order of computation.
     pub trace: Vec<TraceTensor>,
-    pub picture: RgbImage,
+    pub image: RgbImage,
 }
 
-/// What the stages of a run cost.
+/// Time and memory of each stage of a run.
 #[derive(Debug, Clone, Serialize)]
-pub struct Costs {
-    /// Weights onto the device.
+pub struct StageCosts {
+    /// Loading the weights onto the device.
     pub load: Cost,
-    /// Prompts, noise and schedule.
+    /// Text encoder, noise and schedule.
     pub start: Cost,
-    /// Denoising; the first step may compile and tune kernels.
+    /// Denoising steps. The first may compile and tune kernels.
     pub steps: Vec<Cost>,
-    /// The VAE, and rounding to 8 bits.
+    /// VAE decoding and rounding to 8 bits.
     pub finish: Cost,
 }
 
-impl Costs {
-    /// Named parts of the run, in order. There are no later steps after a single one.
+impl StageCosts {
+    /// The phases of the run in order, each with its name and costs. "later steps" is empty if the
+    /// run has one step.
     pub(super) fn phases(&self) -> [(&'static str, &[Cost]); 5] {
         let (first, later) = self.steps.split_at(self.steps.len().min(1));
         [
@@ -40,7 +42,7 @@ impl Costs {
             ("prompts, noise, schedule", from_ref(&self.start)),
             ("first step", first),
             ("later steps", later),
-            ("VAE and picture", from_ref(&self.finish)),
+            ("VAE and image", from_ref(&self.finish)),
         ]
     }
 }
@@ -51,36 +53,38 @@ impl Recording {
     }
 }
 
-/// Runs a job of one image and records it; `on_step` hears how many steps are done.
+/// Runs a job of one image and records its stages. Calls `on_step` with the number of finished
+/// steps after each step.
 ///
-/// Recording reads every stage back from the device, so each stage's time is its own.
+/// Recording reads every stage back from the device, so queued work of one stage does not count
+/// towards the next.
 pub fn record(
     name: String,
     pipeline: &mut dyn Pipeline,
     load: Cost,
     job: Job,
     mut on_step: impl FnMut(usize),
-) -> Result<(Recording, Costs), JobError> {
+) -> Result<(Recording, StageCosts), JobError> {
     const ID: JobId = 0;
     let total = job.sampling.steps;
     let job = Job {
         record: true,
         ..job
     };
-    let ((), start) = measured(pipeline, |pipeline| pipeline.start(ID, job))?;
+    let ((), start) = measure_call(pipeline, |pipeline| pipeline.start(ID, job))?;
     let mut steps = Vec::with_capacity(total);
     for done in 1..=total {
-        let (_, cost) = measured(pipeline, |pipeline| pipeline.step(&[ID]))?;
+        let (_, cost) = measure_call(pipeline, |pipeline| pipeline.step(&[ID]))?;
         steps.push(cost);
         on_step(done);
     }
-    let (mut output, finish) = measured(pipeline, |pipeline| pipeline.finish(ID))?;
+    let (mut output, finish) = measure_call(pipeline, |pipeline| pipeline.finish(ID))?;
     let recording = Recording {
         name,
         trace: output.trace,
-        picture: output.images.swap_remove(0),
+        image: output.images.swap_remove(0),
     };
-    let costs = Costs {
+    let costs = StageCosts {
         load,
         start,
         steps,
@@ -89,49 +93,41 @@ pub fn record(
     Ok((recording, costs))
 }
 
-/// A call of a pipeline, and what it cost.
-pub(crate) fn measured<T>(
-    pipeline: &mut dyn Pipeline,
-    stage: impl FnOnce(&mut dyn Pipeline) -> Result<T, PipelineError>,
-) -> Result<(T, Cost), JobError> {
-    let meter = CostMeter::start();
-    let outcome = caught(|| stage(pipeline))?;
-    Ok((outcome, meter.stop(pipeline.memory())))
-}
-
 #[cfg(test)]
 mod tests {
     use kiln_models::pipeline::{MemoryUse, PipelineError};
     use kiln_models::testing::{Call, FakePipeline, job, model_info};
 
+    use crate::measure::CostMeter;
+
     use super::*;
 
-    /// Three steps of a pipeline that panics in the step of this number; and the numbers of the
-    /// steps that were reported.
-    fn run(panic_at: Option<usize>) -> (Result<(Recording, Costs), JobError>, Vec<usize>) {
+    /// Records three steps of a pipeline that panics in step `panic_at`. Returns the outcome and
+    /// the values that `on_step` was called with.
+    fn run(panic_at: Option<usize>) -> (Result<(Recording, StageCosts), JobError>, Vec<usize>) {
         let mut steps = 0;
         let on_call = move |call: Call<'_>| -> Result<(), PipelineError> {
             if let Call::Step(_) = call {
                 steps += 1;
-                assert_ne!(Some(steps), panic_at, "out of grey");
+                assert_ne!(Some(steps), panic_at, "planted panic");
             }
             Ok(())
         };
         let mut pipeline = FakePipeline::new(model_info()).on_call(on_call);
         let load = CostMeter::start().stop(MemoryUse::default());
         let mut reported = Vec::new();
-        let outcome = record("grey".to_owned(), &mut pipeline, load, job(16, 3), |done| {
+        let outcome = record("fake".to_owned(), &mut pipeline, load, job(16, 3), |done| {
             reported.push(done);
         });
         (outcome, reported)
     }
 
     #[test]
-    fn every_stage_is_recorded_and_has_its_cost() {
+    fn recording_holds_every_stage_and_its_cost() {
         let (outcome, reported) = run(None);
         let (recording, costs) = outcome.unwrap();
         assert_eq!(reported, [1, 2, 3]);
-        assert_eq!(recording.picture.pixels, [0; 16 * 16 * 3]);
+        assert_eq!(recording.image.pixels, [0; 16 * 16 * 3]);
         assert_eq!(recording.stage("image_float").unwrap().values, [0.5; 3]);
         assert!(recording.stage("initial_noise").is_none());
         let in_use: Vec<_> = costs.steps.iter().map(|cost| cost.memory_in_use).collect();
@@ -141,12 +137,12 @@ mod tests {
     }
 
     #[test]
-    fn a_panic_of_the_backend_is_an_error() {
+    fn a_panic_of_the_pipeline_is_an_error() {
         let (outcome, reported) = run(Some(2));
         assert_eq!(reported, [1]);
         let error = outcome.unwrap_err().to_string();
         assert!(
-            error.contains("panicked") && error.contains("out of grey"),
+            error.contains("panicked") && error.contains("planted panic"),
             "{error}"
         );
     }

@@ -1,4 +1,4 @@
-//! Structural similarity of pictures.
+//! Structural similarity of images.
 //!
 //! Z. Wang, A. C. Bovik, H. R. Sheikh, E. P. Simoncelli, "Image quality assessment: from error
 //! visibility to structural similarity", IEEE Transactions on Image Processing 13 (4), 2004.
@@ -12,14 +12,15 @@ const K2: f64 = 0.03;
 /// Luma of RGB, as in ITU-R BT.601.
 const LUMA: [f64; 3] = [0.299, 0.587, 0.114];
 
-/// Mean structural similarity of the luma of two RGB pictures, over all places where the window
-/// fits in whole; 1 if they are equal. `None` for pictures that are smaller than the window.
+/// Mean structural similarity of the luma of two RGB images, over all positions at which the window
+/// lies within the image; 1 for equal images. `None` for images smaller than the window.
 ///
 /// # Shapes
-/// - reference, values: `[height, width, 3]`, from 0 to `range`
+/// - reference, values: `[height, width, 3]`, values from 0 to `range`
+/// - size: `[height, width]`
 ///
 /// # Panics
-/// If the pictures have not `size`, which is height and width.
+/// If the number of values does not match `size`.
 pub(super) fn ssim(reference: &[f32], values: &[f32], size: [usize; 2], range: f64) -> Option<f64> {
     let [height, width] = size;
     assert_eq!([reference.len(), values.len()], [height * width * 3; 2]);
@@ -51,7 +52,7 @@ fn luma(rgb: &[f32]) -> Vec<f64> {
     rgb.chunks_exact(3).map(weigh).collect()
 }
 
-/// The window's weighted mean at every place where it fits in whole.
+/// The weighted mean of the window at every position at which it lies within the plane.
 fn blur(plane: &[f64], width: usize) -> Vec<f64> {
     let centre = (WINDOW / 2) as f64;
     let gaussian = |i: usize| (-(i as f64 - centre).powi(2) / (2.0 * SIGMA * SIGMA)).exp();
@@ -74,8 +75,8 @@ fn blur(plane: &[f64], width: usize) -> Vec<f64> {
 mod tests {
     use super::*;
 
-    /// As `picture` of `tests/reference/ssim_values.py`.
-    fn picture(height: usize, width: usize, change: usize) -> Vec<f32> {
+    /// The same values as `test_image` of `tests/reference/ssim_values.py`.
+    fn test_image(height: usize, width: usize, change: usize) -> Vec<f32> {
         let mut values = Vec::new();
         for y in 0..height {
             for x in 0..width {
@@ -90,31 +91,31 @@ mod tests {
 
     /// The numbers are printed by `tests/reference/ssim_values.py` (numpy 2.4.6).
     #[test]
-    fn values_are_those_of_a_direct_computation() {
+    fn values_match_the_reference_script() {
         for (height, width, off_by_1, off_by_5) in [
             (11, 11, 0.938_062_296_894_087, 0.907_201_574_009_762),
             (16, 29, 0.937_555_935_143_475, 0.905_859_879_847_150),
             (40, 24, 0.953_444_756_180_040, 0.934_087_347_573_150),
         ] {
-            let [a, b, c] = [0, 1, 5].map(|change| picture(height, width, change));
+            let [a, b, c] = [0, 1, 5].map(|change| test_image(height, width, change));
             let size = [height, width];
             let first = ssim(&a, &b, size, 255.0).unwrap();
             let second = ssim(&b, &c, size, 255.0).unwrap();
             assert!((first - off_by_1).abs() < 1e-10, "{first}");
             assert!((second - off_by_5).abs() < 1e-10, "{second}");
         }
-        let scaled: Vec<f32> = picture(16, 29, 0).iter().map(|v| v / 255.0).collect();
+        let scaled: Vec<f32> = test_image(16, 29, 0).iter().map(|v| v / 255.0).collect();
         let inverted: Vec<f32> = scaled.iter().map(|v| 1.0 - v).collect();
         let value = ssim(&scaled, &inverted, [16, 29], 1.0).unwrap();
-        // The values between 0 and 1 are f32 here.
+        // The looser bound is for f32: values between 0 and 1 are not exact in it.
         assert!((value - -0.395_048_813_190_259).abs() < 1e-5, "{value}");
     }
 
     #[test]
-    fn equal_pictures_have_1_and_small_ones_have_none() {
-        let a = picture(12, 13, 5);
+    fn equal_images_have_similarity_1_and_small_images_none() {
+        let a = test_image(12, 13, 5);
         assert!((ssim(&a, &a, [12, 13], 255.0).unwrap() - 1.0).abs() < 1e-12);
-        let small = picture(10, 64, 5);
+        let small = test_image(10, 64, 5);
         assert_eq!(ssim(&small, &small, [10, 64], 255.0), None);
     }
 }

@@ -1,9 +1,11 @@
+//! Comparisons of recordings of one pixel.
+
 use super::heat_map::heat_colour;
 use super::*;
 
 const TOLERANCE: Tolerance = Tolerance {
     max_relative: 1e-3,
-    picture: PictureBound::EqualShare(0.999),
+    image: ImageBound::EqualShare(0.999),
 };
 
 fn stage(name: &str, shape: &[usize], values: &[f32]) -> TraceTensor {
@@ -14,20 +16,20 @@ fn stage(name: &str, shape: &[usize], values: &[f32]) -> TraceTensor {
     }
 }
 
-/// A run of two steps whose picture has one pixel.
-fn recording(name: &str, latents: [f32; 2], picture: f32) -> Recording {
+/// A run of two steps whose image has one pixel; `red` is its first channel.
+fn recording(name: &str, latents: [f32; 2], red: f32) -> Recording {
     Recording {
         name: name.to_owned(),
         trace: vec![
             stage("prompt_embeds", &[1, 1, 2], &[1.0, -2.0]),
             stage("latents_step0", &[1, 1, 2], &[latents[0], 4.0]),
             stage("latents_step1", &[1, 1, 2], &[latents[1], 4.0]),
-            stage("image_float", &[1, 1, 1, 3], &[picture, 0.5, 0.5]),
+            stage("image_float", &[1, 1, 1, 3], &[red, 0.5, 0.5]),
         ],
-        picture: RgbImage {
+        image: RgbImage {
             height: 1,
             width: 1,
-            pixels: vec![(picture * 255.0).round() as u8, 128, 128],
+            pixels: vec![(red * 255.0).round() as u8, 128, 128],
         },
     }
 }
@@ -46,8 +48,8 @@ fn equal_runs_agree_at_every_stage() {
         "prompt embeddings",
         "latents after step 1",
         "latents after step 2",
-        "picture before rounding",
-        "8-bit picture",
+        "image before rounding",
+        "8-bit image",
     ];
     assert_eq!(labels, expected);
     let differences = comparison.stages.iter().map(|stage| stage.difference);
@@ -75,16 +77,16 @@ fn the_first_stage_over_the_tolerance_is_named() {
 }
 
 #[test]
-fn the_8_bit_picture_has_a_bound_of_its_own() {
+fn the_8_bit_image_has_its_own_bound() {
     let reference = recording("a", [1.0, 2.0], 0.2529);
-    // Less than 1e-3 apart, and rounded to neighbours.
+    // They differ by less than 1e-3 and round to neighbouring values.
     let run = recording("b", [1.0, 2.0], 0.2530);
     let comparison = Comparison::new(&reference, &run, TOLERANCE).unwrap();
-    assert_eq!(comparison.first_over().unwrap().label(), "8-bit picture");
-    let picture = comparison.stage(PICTURE).unwrap().picture.unwrap();
-    assert!((picture.equal_share - 2.0 / 3.0).abs() < 1e-12);
+    assert_eq!(comparison.first_over().unwrap().label(), "8-bit image");
+    let image = comparison.stage(IMAGE_U8).unwrap().image.unwrap();
+    assert!((image.equal_share - 2.0 / 3.0).abs() < 1e-12);
     let by_psnr = Tolerance {
-        picture: PictureBound::PsnrDb(36.0),
+        image: ImageBound::PsnrDb(36.0),
         ..TOLERANCE
     };
     let comparison = Comparison::new(&reference, &run, by_psnr).unwrap();
@@ -92,14 +94,14 @@ fn the_8_bit_picture_has_a_bound_of_its_own() {
 }
 
 #[test]
-fn stages_that_the_reference_lacks_are_left_out() {
+fn stages_missing_from_the_reference_are_skipped() {
     let mut reference = recording("a", [1.0, 2.0], 0.25);
-    reference.trace.retain(|stage| stage.name != FLOAT_PICTURE);
+    reference.trace.retain(|stage| stage.name != IMAGE_FLOAT);
     let run = recording("b", [1.0, 2.0], 0.5);
     let comparison = Comparison::new(&reference, &run, TOLERANCE).unwrap();
-    assert!(comparison.stage(FLOAT_PICTURE).is_none());
-    assert!(comparison.stage(PICTURE).is_some());
-    // Made from the 8-bit pictures then: 64 and 128 of 255.
+    assert!(comparison.stage(IMAGE_FLOAT).is_none());
+    assert!(comparison.stage(IMAGE_U8).is_some());
+    // Made from the 8-bit images then: 64 and 128 of 255.
     assert_eq!(comparison.heat_map.pixels, heat_colour(64.0 / 255.0));
 }
 
@@ -117,7 +119,7 @@ fn runs_of_different_shapes_are_not_compared() {
     );
     let mut run = recording("b", [1.0, 2.0], 0.25);
     run.trace.truncate(3);
-    run.picture = RgbImage {
+    run.image = RgbImage {
         height: 1,
         width: 2,
         pixels: vec![0; 6],

@@ -1,45 +1,73 @@
-//! One job, from its submission to its end.
+//! What the scheduler knows of one job, from its submission to its end.
 
+use std::num::NonZeroUsize;
 use std::time::{Duration, Instant};
 
 use kiln_models::job::{Job, JobId};
-use tokio::sync::mpsc::UnboundedSender;
 
+use super::cost::{Speed, Stage, Work};
 use super::policy::Candidate;
-use super::work::{Speed, Work};
-use super::{Event, SubmitOptions, Timings};
+use super::{SubmitOptions, Timings};
 
 #[derive(Debug)]
 pub(super) struct Entry {
     pub(super) id: JobId,
-    /// Until the pipeline has it.
+    /// The job, until the pipeline is given it.
     pub(super) waiting: Option<Job>,
     pub(super) work: Work,
-    pub(super) options: SubmitOptions,
+    pub(super) deadline: Option<Instant>,
+    preview_every: Option<NonZeroUsize>,
     pub(super) submitted: Instant,
     pub(super) total_steps: usize,
     pub(super) steps_left: usize,
     pub(super) timings: Timings,
     pub(super) is_warm_up: bool,
-    /// Nobody listens any more.
+    /// Whether the job's handle has been dropped.
     pub(super) is_abandoned: bool,
-    pub(super) events: UnboundedSender<Event>,
-    /// The position that the handle has heard last.
-    pub(super) told_position: Option<usize>,
-    /// How long its last turn took; zero before the first.
-    pub(super) last_turn: Duration,
-    /// The queue's device time at the end of its last turn, or when it came.
-    pub(super) last_turn_end: Duration,
+    /// Whether the pipeline should make a preview before anything else.
+    pub(super) is_preview_due: bool,
+    /// The position in the last `Queued` event.
+    pub(super) reported_position: Option<usize>,
+    /// How long the job's last turn took; zero before the first.
+    last_turn: Duration,
+    /// The scheduler's device time at the end of the job's last turn, or at its submission.
+    last_turn_end: Duration,
 }
 
 impl Entry {
+    pub(super) fn new(
+        id: JobId,
+        job: Job,
+        work: Work,
+        options: &SubmitOptions,
+        now: Instant,
+        device_time: Duration,
+    ) -> Self {
+        Self {
+            id,
+            work,
+            deadline: options.deadline,
+            preview_every: options.preview_every,
+            submitted: now,
+            total_steps: job.sampling.steps,
+            steps_left: job.sampling.steps,
+            waiting: Some(job),
+            timings: Timings::default(),
+            is_warm_up: false,
+            is_abandoned: false,
+            is_preview_due: false,
+            reported_position: None,
+            last_turn: Duration::ZERO,
+            last_turn_end: device_time,
+        }
+    }
+
     pub(super) fn is_started(&self) -> bool {
         self.waiting.is_none()
     }
 
-    /// Tells the handle. Nobody may be listening any more; then it is dropped soon.
-    pub(super) fn tell(&self, event: Event) {
-        drop(self.events.send(event));
+    pub(super) fn steps_done(&self) -> usize {
+        self.total_steps.saturating_sub(self.steps_left)
     }
 
     pub(super) fn candidate(&self, device_time: Duration, speed: &Speed) -> Candidate {
@@ -54,16 +82,32 @@ impl Entry {
         }
     }
 
-    /// How long the device will probably work on the rest of it.
+    /// How long the device will probably work on the rest of the job.
     pub(super) fn expected_rest(&self, speed: &Speed) -> Option<Duration> {
         speed.rest(&self.work, self.is_started(), self.steps_left)
     }
 
+    /// Books a turn that ended at `device_time`.
+    pub(super) fn book_turn(&mut self, stage: Stage, took: Duration, device_time: Duration) {
+        self.last_turn = took;
+        self.last_turn_end = device_time;
+        match stage {
+            Stage::Encode => self.timings.encode = took,
+            Stage::Step => self.timings.denoise += took,
+            Stage::Decode => self.timings.decode = took,
+        }
+    }
+
+    /// Books a preview, which belongs to the turn of the step before it.
+    pub(super) fn book_preview(&mut self, took: Duration, device_time: Duration) {
+        self.last_turn += took;
+        self.last_turn_end = device_time;
+        self.timings.previews += took;
+    }
+
+    /// Whether the step that was just made should be followed by a preview.
     pub(super) fn wants_preview(&self) -> bool {
-        let done = self.total_steps.saturating_sub(self.steps_left);
-        let every = self.options.preview_every;
-        !self.is_abandoned
-            && self.steps_left > 0
-            && every.is_some_and(|n| done.is_multiple_of(n.get()))
+        let is_turn = |every: NonZeroUsize| self.steps_done().is_multiple_of(every.get());
+        !self.is_abandoned && self.steps_left > 0 && self.preview_every.is_some_and(is_turn)
     }
 }

@@ -1,16 +1,19 @@
-//! The one thread that owns the pipeline. Everyone else sends it jobs and listens.
+//! The thread that owns the pipeline, and the handle through which jobs are given to it.
 //!
-//! Jobs are advanced one denoising step at a time, so each can be reported on, overtaken and ended
-//! at every step. The queue is bounded, and told how long it will take; small jobs do not wait for
-//! large ones, and large ones do not starve: see [`Engine`]. A panic or an error of the pipeline
-//! ends the job that it was working on and nothing else.
+//! The thread repeats one cycle: the scheduler plans a call, the worker executes the call, and the
+//! scheduler books the outcome. No call makes more than one denoising step, so each job can be
+//! reported on, overtaken and ended at every step. The queue is bounded and reports how long a job
+//! will wait; small jobs do not wait for large ones, and large ones do not starve: see [`Engine`].
+//! A panic or an error of the pipeline ends the job that the call was for and nothing else.
 
+mod cost;
 mod entry;
-mod job;
+mod events;
+mod plan;
 mod policy;
-mod queue;
+mod scheduler;
+mod shared;
 mod stats;
-mod work;
 mod worker;
 
 use std::sync::{Arc, Mutex, PoisonError};
@@ -21,65 +24,63 @@ use kiln_models::job::{Job, JobId};
 use kiln_models::pipeline::{ModelInfo, Pipeline};
 use tokio::sync::mpsc::UnboundedReceiver;
 
-pub use self::job::{
+pub use self::events::{
     Event, Finished, Forecast, JobError, StartError, State, SubmitError, SubmitOptions, Timings,
 };
 pub use self::stats::{BUCKET_BOUNDS, EngineStats, Histogram, Outcomes};
 
-use self::queue::{Shared, SystemClock};
+use self::shared::{Shared, SystemClock};
 use self::worker::Worker;
 
 pub(crate) use self::worker::caught;
 
-/// Jobs that may wait, unless told otherwise.
+/// Default of [`EngineSettings::max_queue`].
 pub const DEFAULT_MAX_QUEUE: usize = 32;
-/// Jobs that may be in work side by side, unless told otherwise.
+/// Default of [`EngineSettings::max_started`].
 pub const DEFAULT_MAX_STARTED: usize = 8;
 
-/// How an engine works.
+/// Limits of an engine, and its warm-up.
 #[derive(Debug, Clone)]
 pub struct EngineSettings {
-    /// Jobs that may be unfinished besides the one that the device works on. With 0 a job is
-    /// accepted only by an idle engine.
+    /// Largest number of unfinished jobs besides the one that the device works on. With 0, a job
+    /// is accepted only by an idle engine.
     pub max_queue: usize,
-    /// Jobs that may be in work, and so in the device's memory, at a time; at least 1. A job in
-    /// work holds its latents, embeddings and modulation table; what a step needs besides is
-    /// needed once, as steps are made one after the other. With 1 no job overtakes another.
+    /// Largest number of jobs that are started and not finished, and so in the device's memory, at
+    /// a time; at least 1. Each holds its latents, embeddings and modulation table; the scratch
+    /// memory of a step is needed once, because steps are made one after the other. With 1, no job
+    /// overtakes another.
     pub max_started: usize,
-    /// Generated before anything else; the engine is [`State::Starting`] until that is done.
+    /// A job that is generated before all others; the engine is [`State::Starting`] until it has
+    /// ended. Its output is dropped.
     pub warm_up: Option<Job>,
 }
 
-/// A handle to the thread. Clones share it; the last one to be dropped stops and joins it.
+/// A handle to the thread. Clones share the thread; dropping the last one stops and joins it.
 ///
 /// # Order
 ///
 /// Before every step the engine chooses the job that is advanced. A waiting job that is at most
-/// half as large as the smallest one in work overtakes it, so that a small job waits for one step
-/// of a large one and not for the whole of it; otherwise jobs are finished in the order they came.
-/// The oldest job has at least a quarter of the device's time, whatever overtakes it. A job's size
-/// is estimated from its tokens, steps and images.
+/// half as large as the smallest started one overtakes it, so that a small job waits for one step
+/// of a large one and not for the whole of it; otherwise jobs are finished in the order of their
+/// submission. The oldest job has at least a quarter of the device's time, whatever overtakes it. A
+/// job's size is its number of multiply-adds.
 ///
 /// # Ends
 ///
 /// A job ends early when its [`JobHandle`] is dropped, when its deadline passes, and when the
-/// engine is stopped or has been draining for too long. The device is free for others after the
-/// step (or the encoding of prompts, or the decoding of images) that it is at.
+/// engine is stopped or the time to drain is over. The device is free for other jobs after the step
+/// (or the encoding of prompts, or the decoding of images) that runs then.
 #[derive(Debug, Clone)]
 pub struct Engine {
     thread: Arc<Thread>,
 }
 
 impl Engine {
-    /// Gives the pipeline a thread of its own. Returns at once; [`Engine::ready`] waits for the
-    /// warm-up.
+    /// Starts the pipeline's thread. Returns at once; [`Engine::ready`] waits for the warm-up.
     pub fn start(pipeline: Box<dyn Pipeline>, settings: EngineSettings) -> Self {
         let info = pipeline.info().clone();
-        let shared = Arc::new(Shared::new(
-            settings,
-            pipeline.cost_model(),
-            Arc::new(SystemClock),
-        ));
+        let shared = Shared::new(settings, pipeline.as_ref(), Arc::new(SystemClock));
+        let shared = Arc::new(shared);
         let worker = Worker::new(pipeline, Arc::clone(&shared));
         let join = std::thread::Builder::new()
             .name("pipeline".into())
@@ -100,16 +101,20 @@ impl Engine {
     }
 
     /// Accepts a job or refuses it, at once. The handle's first event is [`Event::Queued`].
+    ///
+    /// # Errors
+    ///
+    /// If the queue is full, or the engine is draining or has stopped.
     pub fn submit(&self, job: Job, options: SubmitOptions) -> Result<JobHandle, SubmitError> {
         self.thread.shared.submit(job, options)
     }
 
-    /// What would become of a job. Others that come before it is submitted are not foreseen.
+    /// What would happen to a job if it were submitted now.
     pub fn forecast(&self, job: &Job) -> Forecast {
         self.thread.shared.forecast(job)
     }
 
-    /// What the engine has done so far, and what it holds now.
+    /// What the engine has done so far, and what the device and the caches hold now.
     pub fn stats(&self) -> EngineStats {
         self.thread.shared.stats()
     }
@@ -120,6 +125,10 @@ impl Engine {
     }
 
     /// Waits until the warm-up has been generated, if there is one.
+    ///
+    /// # Errors
+    ///
+    /// If the warm-up failed, or the engine was drained or stopped before it ended.
     pub async fn ready(&self) -> Result<(), StartError> {
         let mut state = self.thread.shared.state();
         let state = state.wait_for(|state| !matches!(state, State::Starting));
@@ -130,9 +139,10 @@ impl Engine {
         }
     }
 
-    /// Accepts no jobs from now on. Those there are, are generated for at most `timeout`; then the
-    /// rest end with [`JobError::Stopped`] and the engine is [`State::Stopped`]. Returns at once,
-    /// [`Engine::stopped`] waits for that. A second call can shorten the time, not prolong it.
+    /// Accepts no more jobs. The accepted ones are generated for at most `timeout`; then the
+    /// remaining ones end with [`JobError::Stopped`] and the engine is [`State::Stopped`]. Returns
+    /// at once, [`Engine::stopped`] waits for the end. A second call can shorten the time, not
+    /// prolong it.
     pub fn drain(&self, timeout: Duration) {
         self.thread.shared.drain(timeout);
     }
@@ -145,13 +155,13 @@ impl Engine {
         drop(state.wait_for(is_over).await);
     }
 
-    /// Ends all jobs with [`JobError::Stopped`], the running ones after the current step. Does not
-    /// wait for that.
+    /// Ends all jobs with [`JobError::Stopped`], the running ones after the current step. Returns
+    /// at once.
     pub fn stop(&self) {
         self.thread.shared.stop();
     }
 
-    /// As [`Engine::stop`], and waits until the pipeline has been dropped.
+    /// Stops the engine as [`Engine::stop`] does, and waits until the pipeline has been dropped.
     pub fn shutdown(&self) {
         self.thread.shutdown();
     }
@@ -166,7 +176,7 @@ pub struct JobHandle {
 }
 
 impl JobHandle {
-    /// Waits for what happens next.
+    /// Waits for the next event.
     pub async fn next_event(&mut self) -> Event {
         self.events
             .recv()
@@ -185,7 +195,11 @@ impl JobHandle {
             .unwrap_or(Event::Failed(JobError::Stopped))
     }
 
-    /// Waits for the end.
+    /// Waits for the end of the job.
+    ///
+    /// # Errors
+    ///
+    /// If the job ended without an output.
     pub async fn finished(mut self) -> Result<Finished, JobError> {
         loop {
             match self.next_event().await {

@@ -2,37 +2,42 @@
 //!
 //! Two rules, applied before every step:
 //!
-//! 1. **Small jobs overtake.** The device stays with the smallest job in work until it is
-//!    finished; a waiting job is begun before that only if it is at most half as large. So a small
-//!    job waits for one step of a large one, comparable jobs are finished in the order they came,
-//!    and of the jobs in work each is at most half the one before, which keeps them few.
-//! 2. **Nothing starves.** Whenever the oldest job has been idle for three times as long as a turn
-//!    of it takes, it has the next one. So it has at least a quarter of the device, and a job
-//!    is done after at most four times the work of those that came before it and its own.
+//! 1. **Small jobs overtake.** The device works on the smallest started job until that job is
+//!    finished; a waiting job is started before that only if it is at most half as large. So a
+//!    small job waits for one step of a large one, jobs of comparable size are finished in the
+//!    order of their submission, and each started job is at most half as large as the one started
+//!    before it, which keeps their number small.
+//! 2. **Nothing starves.** When the oldest job has been idle for three times as long as one of its
+//!    turns takes, it has the next turn. So the oldest job has at least a quarter of the device's
+//!    time, and a job is finished after at most four times the sum of its own work and the work of
+//!    the jobs submitted before it.
 //!
-//! Jobs in work take memory, so there are at most `max_started`, and one of these places is kept
-//! for the oldest job. With eight, the seventh in a row of halves is smaller than one step of a
-//! job of 64 steps: even when all places are taken, a small job waits no longer than that.
+//! Started jobs take memory, so there are at most `max_started` of them, and one of these places is
+//! reserved for the oldest job. With eight places, the seventh job in a row of halves is smaller
+//! than one step of a job of 64 steps: a small job waits no longer than that even when all places
+//! are taken.
 
 use std::time::Duration;
 
-/// The oldest job is idle at most this many times as long as a turn of it takes.
+/// The oldest job is idle for at most this many times the duration of its turn.
 const MAX_IDLE: u32 = 3;
 
 /// A job as the policy sees it.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(super) struct Candidate {
-    /// All of the job's work, done or not, in any unit.
+    /// The whole work of the job, done or not, in any unit.
     pub(super) size: f64,
-    /// Whether it takes up memory on the device.
+    /// Whether the job has been started and so takes memory on the device.
     pub(super) started: bool,
-    /// How long the device has worked on other jobs since this one's last turn, or since it came.
+    /// How long the device has worked on other jobs since this job's last turn, or since its
+    /// submission.
     pub(super) idle: Duration,
-    /// How long a turn of it takes: the last one, or a step if that is expected to take longer.
+    /// How long a turn of the job takes: as long as its last turn, or as a step if a step is
+    /// expected to take longer.
     pub(super) turn: Duration,
 }
 
-/// The job that has the next turn, of `jobs` in the order in which they came.
+/// Index of the job that has the next turn. `jobs` are in the order of their submission.
 pub(super) fn next_turn(jobs: &[Candidate], max_started: usize) -> Option<usize> {
     let oldest = jobs.first()?;
     let others_had_a_turn = !oldest.idle.is_zero();
@@ -42,7 +47,7 @@ pub(super) fn next_turn(jobs: &[Candidate], max_started: usize) -> Option<usize>
     favourite(jobs, max_started)
 }
 
-/// The order in which jobs will be finished if no other comes, by the first rule alone.
+/// The order in which the jobs will be finished if no other is submitted, by the first rule alone.
 pub(super) fn expected_order(jobs: &[Candidate], max_started: usize) -> Vec<usize> {
     let mut left: Vec<usize> = (0..jobs.len()).collect();
     let mut order = Vec::with_capacity(jobs.len());

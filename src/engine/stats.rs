@@ -5,7 +5,9 @@ use std::time::Duration;
 use kiln_models::job::Output;
 use kiln_models::pipeline::{CacheUse, MemoryUse};
 
-use super::Timings;
+use super::cost::Stage;
+use super::plan::Holdings;
+use super::{JobError, Timings};
 
 /// Upper bounds of the buckets of every [`Histogram`], in seconds. A value equal to a bound is in
 /// its bucket.
@@ -14,13 +16,13 @@ pub const BUCKET_BOUNDS: [f64; 19] = [
     100.0, 250.0, 500.0, 1000.0,
 ];
 
-/// How often something took how long.
+/// A distribution of durations.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Histogram {
-    /// Values of each bucket of [`BUCKET_BOUNDS`] alone, not cumulative; the last are those above
-    /// all bounds.
+    /// Number of values in each bucket of [`BUCKET_BOUNDS`], not cumulative; the last number is
+    /// that of the values above all bounds.
     pub counts: [u64; BUCKET_BOUNDS.len() + 1],
-    /// Of all values, in seconds.
+    /// Sum of all values, in seconds.
     pub sum: f64,
 }
 
@@ -37,23 +39,33 @@ impl Histogram {
     }
 }
 
-/// How jobs have ended.
+/// Number of jobs by the way they ended.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Outcomes {
     pub finished: u64,
-    /// The client went away.
+    /// The handle was dropped, because the client disconnected.
     pub cancelled: u64,
     /// The deadline passed.
     pub deadline_passed: u64,
-    /// The pipeline returned an error or panicked.
+    /// A pipeline call returned an error or panicked.
     pub failed: u64,
-    /// The engine was stopped, or its time to drain was over.
+    /// The engine was stopped, or the time to drain was over.
     pub stopped: u64,
     /// Not accepted: the queue was full, or the engine was draining or had stopped.
     pub rejected: u64,
 }
 
-/// A snapshot of the engine. Counters and histograms only grow. The warm-up is in none of them.
+impl Outcomes {
+    pub(super) fn add_failed(&mut self, error: &JobError) {
+        match error {
+            JobError::Pipeline(_) | JobError::Panicked(_) => self.failed += 1,
+            JobError::DeadlinePassed => self.deadline_passed += 1,
+            JobError::Stopped => self.stopped += 1,
+        }
+    }
+}
+
+/// A snapshot of the engine. Counters and histograms only grow. None of them contains the warm-up.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct EngineStats {
     /// Accepted jobs that have not been started.
@@ -61,35 +73,56 @@ pub struct EngineStats {
     /// Jobs that have been started and not ended.
     pub running: usize,
     pub outcomes: Outcomes,
-    /// Denoising steps, of unfinished jobs too.
+    /// Number of denoising steps, those of unfinished jobs included.
     pub steps: u64,
-    /// Images of finished jobs.
+    /// Number of images of finished jobs.
     pub images: u64,
-    /// Pixels of those images.
+    /// Number of pixels of those images.
     pub pixels: u64,
     /// From the submission of a job to its start.
     pub waiting_time: Histogram,
-    /// Prompts, noise and schedule of one job.
+    /// Encoding the prompts, generating the noise and making the schedule of one job.
     pub encode_time: Histogram,
-    /// One denoising step of one job.
+    /// One denoising step of one job: its part of the time, if several jobs shared the step.
     pub step_time: Histogram,
     /// All denoising steps of one finished job.
     pub denoise_time: Histogram,
-    /// Decoding of all images of one job.
+    /// Decoding all images of one job.
     pub decode_time: Histogram,
     /// One preview.
     pub preview_time: Histogram,
     /// From the submission of a job to its output.
     pub total_time: Histogram,
-    /// Prompt embeddings that are kept.
+    /// The cache of prompt embeddings.
     pub embedding_cache: CacheUse,
-    /// Modulation tables that are kept.
+    /// The cache of modulation tables.
     pub modulation_cache: CacheUse,
-    /// Of the device, after the pipeline's last work.
+    /// Device memory after the pipeline's last call.
     pub memory: MemoryUse,
 }
 
 impl EngineStats {
+    pub(super) fn set_holdings(&mut self, holdings: Holdings) {
+        self.memory = holdings.memory;
+        self.embedding_cache = holdings.caches.embeddings;
+        self.modulation_cache = holdings.caches.modulation;
+    }
+
+    /// Adds a successful turn of one job, whose timings contain it already.
+    pub(super) fn add_turn(&mut self, stage: Stage, took: Duration, timings: &Timings) {
+        match stage {
+            Stage::Encode => {
+                self.waiting_time.add(timings.queue);
+                self.encode_time.add(took);
+            }
+            Stage::Step => {
+                self.steps += 1;
+                self.step_time.add(took);
+            }
+            Stage::Decode => self.decode_time.add(took),
+        }
+    }
+
     pub(super) fn add_finished(&mut self, output: &Output, timings: &Timings) {
         self.outcomes.finished += 1;
         self.images += output.images.len() as u64;

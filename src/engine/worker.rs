@@ -1,98 +1,119 @@
-//! The thread's side: it does what the queue says, one call of the pipeline at a time.
+//! The pipeline's thread: carries out one plan at a time.
 
+use std::collections::HashMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::time::Duration;
 
-use kiln_models::job::{Job, JobId};
+use kiln_models::job::JobId;
 use kiln_models::panic_message;
 use kiln_models::pipeline::{Pipeline, PipelineError, StepOutcome};
+use tracing::Span;
 
 use super::JobError;
-use super::queue::{Next, Shared};
+use super::plan::{Booked, Holdings, Outcome, Plan};
+use super::shared::{Shared, Task};
 
 pub(super) struct Worker {
     pipeline: Box<dyn Pipeline>,
     shared: Arc<Shared>,
 }
 
+/// What a step gave for each job: the number of steps that are left.
+type Steps = Vec<(JobId, Result<usize, JobError>)>;
+
 impl Worker {
     pub(super) fn new(pipeline: Box<dyn Pipeline>, shared: Arc<Shared>) -> Self {
-        let worker = Self { pipeline, shared };
-        worker.report_holdings();
-        worker
+        Self { pipeline, shared }
     }
 
-    /// Works until the engine is stopped.
+    /// Works until the engine has stopped.
     pub(super) fn run(mut self) {
-        while self.turn(self.shared.next()) {}
-    }
-
-    /// Does one thing. False if it was the end.
-    pub(super) fn turn(&mut self, next: Next) -> bool {
-        match next {
-            Next::Start(id, job) => self.start(id, job),
-            Next::Step(id) => self.step(id),
-            Next::Finish(id) => self.finish(id),
-            Next::Discard(id) => self.discard(id),
-            Next::Sleep => return true,
-            Next::End => return false,
-        }
-        self.report_holdings();
-        true
-    }
-
-    fn start(&mut self, id: JobId, job: Job) {
-        match self.call(|pipeline| pipeline.start(id, job)) {
-            (Ok(()), took) => self.shared.started(id, took),
-            (Err(error), took) => self.fail(id, error, took),
+        let mut task = self.shared.next(None);
+        while let Some(booked) = self.execute(task) {
+            task = self.shared.next(Some(booked));
         }
     }
 
-    fn step(&mut self, id: JobId) {
-        let steps_left = |outcomes: Vec<StepOutcome>| match outcomes.first() {
-            Some(outcome) => Ok(outcome.steps_left),
-            None => Err(PipelineError::UnknownJob(id)),
+    /// Carries out a plan. `None` if there is nothing to do.
+    pub(super) fn execute(&mut self, task: Task) -> Option<Booked> {
+        let Task { plan, spans } = task;
+        let span = match plan.jobs() {
+            [id] => span_of(*id, &spans),
+            _ => Span::none(),
         };
-        match self.call(|pipeline| pipeline.step(&[id]).and_then(steps_left)) {
-            (Ok(steps_left), took) => {
-                if self.shared.stepped(id, steps_left, took) {
-                    self.preview(id);
-                }
+        let entered = span.enter();
+        let (outcome, took) = match plan {
+            Plan::Start(id, job) => {
+                let (started, took) = self.call(|pipeline| pipeline.start(id, job));
+                (Outcome::Started(id, self.discard_failed(id, started)), took)
             }
-            (Err(error), took) => self.fail(id, error, took),
-        }
+            Plan::Step(ids) => {
+                let (steps, took) = self.step(&ids, &spans);
+                (Outcome::Stepped(steps), took)
+            }
+            Plan::Preview(id) => {
+                let (preview, took) = self.call(|pipeline| pipeline.preview(id));
+                if let Err(error) = &preview {
+                    tracing::warn!(job = id, %error, "a preview could not be made");
+                }
+                (Outcome::Previewed(id, preview.ok()), took)
+            }
+            Plan::Finish(id) => {
+                let (output, took) = self.call(|pipeline| pipeline.finish(id));
+                (Outcome::Finished(id, self.discard_failed(id, output)), took)
+            }
+            Plan::Discard(id) => {
+                self.discard(id);
+                (Outcome::Discarded, Duration::ZERO)
+            }
+            Plan::Sleep | Plan::End => return None,
+        };
+        let mut errors = outcome.errors().into_iter();
+        let device_lost = if errors.any(JobError::may_be_of_device) {
+            self.probe().err()
+        } else {
+            None
+        };
+        drop(entered);
+        Some(Booked {
+            outcome,
+            took,
+            device_lost,
+            holdings: Holdings::of(self.pipeline.as_ref()),
+        })
     }
 
-    fn preview(&mut self, id: JobId) {
-        let (preview, took) = self.call(|pipeline| pipeline.preview(id));
-        if let Err(error) = &preview {
-            tracing::warn!(job = id, %error, "a preview could not be made");
-        }
-        self.shared.previewed(id, preview.ok(), took);
+    /// Steps the jobs together. If that fails, no job has advanced, and each is stepped alone, so
+    /// that only the jobs fail that fail alone.
+    fn step(&mut self, ids: &[JobId], spans: &HashMap<JobId, Span>) -> (Steps, Duration) {
+        let (together, mut took) = self.call(|pipeline| steps_left(ids, &pipeline.step(ids)?));
+        let steps = match (together, ids) {
+            (Ok(steps_left), _) => {
+                let steps = ids.iter().zip(steps_left);
+                steps.map(|(&id, left)| (id, Ok(left))).collect()
+            }
+            (Err(error), &[id]) => vec![(id, self.discard_failed(id, Err(error)))],
+            (Err(error), _) => {
+                tracing::warn!(?ids, %error, "a step of several jobs failed, each is stepped alone");
+                let mut steps = Steps::with_capacity(ids.len());
+                for id in ids {
+                    let _entered = span_of(*id, spans).entered();
+                    let (step, alone) = self.step(&[*id], spans);
+                    steps.extend(step);
+                    took += alone;
+                }
+                steps
+            }
+        };
+        (steps, took)
     }
 
-    fn finish(&mut self, id: JobId) {
-        match self.call(|pipeline| pipeline.finish(id)) {
-            (Ok(output), took) => self.shared.finished(id, output, took),
-            (Err(error), took) => self.fail(id, error, took),
+    fn discard_failed<T>(&mut self, id: JobId, result: Result<T, JobError>) -> Result<T, JobError> {
+        if result.is_err() {
+            self.discard(id);
         }
-    }
-
-    fn fail(&mut self, id: JobId, error: JobError, took: Duration) {
-        self.discard(id);
-        let device_failed = matches!(&error, JobError::Panicked(_))
-            || matches!(&error, JobError::Pipeline(error) if matches!(**error, PipelineError::Device(_)));
-        if device_failed && let Err(error) = self.probe() {
-            self.shared.lost(error);
-        }
-        self.shared.failed(id, error, took);
-    }
-
-    /// Whether the device still computes; it is asked twice.
-    fn probe(&mut self) -> Result<(), JobError> {
-        let (first, _) = self.call(|pipeline| pipeline.probe());
-        first.or_else(|_| self.call(|pipeline| pipeline.probe()).0)
+        result
     }
 
     fn discard(&mut self, id: JobId) {
@@ -105,25 +126,40 @@ impl Worker {
         }
     }
 
-    /// A call of the pipeline whose panic is an error, and how long it took.
+    /// Tests whether the device still computes. A device that fails once is tested again.
+    fn probe(&mut self) -> Result<(), JobError> {
+        let (first, _) = self.call(|pipeline| pipeline.probe());
+        first.or_else(|_| self.call(|pipeline| pipeline.probe()).0)
+    }
+
+    /// Calls the pipeline. Returns the result and the time of the call; a panic is an error.
     fn call<T>(
         &mut self,
         call: impl FnOnce(&mut dyn Pipeline) -> Result<T, PipelineError>,
     ) -> (Result<T, JobError>, Duration) {
         let started = self.shared.clock.now();
         let pipeline = self.pipeline.as_mut();
-        let outcome = caught(|| call(pipeline));
+        let result = caught(|| call(pipeline));
         let took = self.shared.clock.now().saturating_duration_since(started);
-        (outcome, took)
-    }
-
-    fn report_holdings(&self) {
-        let (memory, caches) = (self.pipeline.memory(), self.pipeline.caches());
-        self.shared.set_holdings(memory, caches);
+        (result, took)
     }
 }
 
-/// What a call of a pipeline gives; its panic is an error.
+fn span_of(id: JobId, spans: &HashMap<JobId, Span>) -> Span {
+    spans.get(&id).cloned().unwrap_or_else(Span::none)
+}
+
+/// The steps that are left of each job, in the order of `ids`.
+fn steps_left(ids: &[JobId], outcomes: &[StepOutcome]) -> Result<Vec<usize>, PipelineError> {
+    let steps_left = |id: &JobId| {
+        let outcome = outcomes.iter().find(|outcome| outcome.id == *id);
+        let outcome = outcome.ok_or(PipelineError::UnknownJob(*id))?;
+        Ok(outcome.steps_left)
+    };
+    ids.iter().map(steps_left).collect()
+}
+
+/// Runs a call of a pipeline. A panic is an error.
 pub(crate) fn caught<T>(call: impl FnOnce() -> Result<T, PipelineError>) -> Result<T, JobError> {
     match catch_unwind(AssertUnwindSafe(call)) {
         Ok(outcome) => Ok(outcome?),
@@ -131,7 +167,7 @@ pub(crate) fn caught<T>(call: impl FnOnce() -> Result<T, PipelineError>) -> Resu
     }
 }
 
-/// However the thread ends, nobody waits for it for ever.
+/// However the thread ends, every job ends, so that no handle waits for ever.
 impl Drop for Worker {
     fn drop(&mut self) {
         self.shared.abandon();

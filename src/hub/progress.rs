@@ -1,4 +1,4 @@
-//! Shows how far a download is.
+//! Progress of a download.
 
 use std::collections::HashMap;
 use std::sync::Mutex;
@@ -13,7 +13,7 @@ use indicatif::MultiProgress;
 use indicatif::ProgressBar;
 use indicatif::ProgressStyle;
 
-/// A bar for all and one for each file, or log lines where stderr is not a terminal.
+/// One progress bar for all files and one for each file, or log lines if stderr is not a terminal.
 pub(super) struct Bars {
     all: MultiProgress,
     total: ProgressBar,
@@ -29,7 +29,7 @@ impl Bars {
         }
     }
 
-    /// Leaves nothing of the bars on the terminal.
+    /// Removes the bars from the terminal.
     pub(super) fn clear(&self) {
         self.all.clear().ok();
     }
@@ -42,11 +42,11 @@ impl Bars {
             bar
         });
         if bar.is_finished() {
-            return; // that a file is complete is said more than once
+            return; // completion may be reported more than once
         }
-        let news = file.bytes_completed.saturating_sub(bar.position());
-        bar.inc(news);
-        self.total.inc(news);
+        let added = file.bytes_completed.saturating_sub(bar.position());
+        bar.inc(added);
+        self.total.inc(added);
         if file.status == FileStatus::Complete {
             bar.finish_and_clear();
             if self.all.is_hidden() && file.total_bytes > 0 {
@@ -59,7 +59,7 @@ impl Bars {
 impl ProgressHandler for Bars {
     fn on_progress(&self, event: &ProgressEvent) {
         match event {
-            // The first is about all files. Those that follow are about one each.
+            // The first event is for all files, the following ones for one file each.
             ProgressEvent::Download(DownloadEvent::Start { total_bytes, .. })
                 if self.total.length().is_none() =>
             {

@@ -1,3 +1,5 @@
+//! Downloads from a fake Hub in this process.
+
 use std::collections::HashMap;
 use std::error::Error;
 use std::io::BufRead;
@@ -16,7 +18,7 @@ use super::*;
 
 const COMMIT: &str = "0123456789abcdef0123456789abcdef01234567";
 
-/// Of a repository's files, those that text-to-image needs.
+/// Files of a repository that text-to-image generation needs.
 const NEEDED: [&str; 14] = [
     "model_index.json",
     "scheduler/scheduler_config.json",
@@ -37,7 +39,7 @@ const NEEDED: [&str; 14] = [
 const NOT_NEEDED: [&str; 11] = [
     ".gitattributes",
     "README.md",
-    "assets/picture.png",
+    "assets/image.png",
     "processor/tokenizer.json",
     "qwen_image_bf16.safetensors",
     "text_encoder/model.fp16.safetensors",
@@ -52,7 +54,7 @@ const NOT_NEEDED: [&str; 11] = [
 #[derive(Clone)]
 struct FakeHub {
     endpoint: String,
-    /// The head of every request so far.
+    /// The head of every request since the last call of [`Self::take_requests`].
     requests: Arc<Mutex<Vec<String>>>,
 }
 
@@ -83,7 +85,7 @@ impl FakeHub {
         }
     }
 
-    /// What was asked for since the last time, as method and path.
+    /// Method and path of every request since the last call, sorted.
     fn take_requests(&self) -> Vec<String> {
         let heads = std::mem::take(&mut *self.requests.lock().unwrap());
         let mut requests = heads
@@ -106,7 +108,7 @@ impl FakeHub {
             requests.push(head.clone());
             !requests.iter().rev().skip(1).any(|it| *it == head)
         };
-        // A HEAD is answered as a GET would be, but for the body.
+        // The response to HEAD is that to GET without the body.
         let mut answer = format!(
             "HTTP/1.1 {status}\r\n{headers}Content-Length: {}\r\nConnection: close\r\n\r\n",
             body.len()
@@ -176,7 +178,7 @@ impl FakeHub {
             }
             "own/renamed" => moved(),
             _ if is_large(file) => {
-                // Another host by name.
+                // `localhost` counts as another host than `127.0.0.1`.
                 let storage = self.endpoint.replace("127.0.0.1", "localhost") + "/storage";
                 let folder = if model == "own/expired" {
                     "own/expired/"
@@ -195,7 +197,7 @@ impl FakeHub {
     }
 }
 
-/// The answer about a revision's files.
+/// The response body that lists the files of a revision.
 fn list(files: &[&str]) -> Vec<u8> {
     let folder = serde_json::json!({"type": "directory", "oid": "0", "size": 0, "path": "vae"});
     let files = files.iter().map(|path| {
@@ -214,7 +216,7 @@ fn is_large(path: &str) -> bool {
     path.ends_with("safetensors")
 }
 
-/// Stands in for a hash.
+/// A stand-in for the hash of a file.
 fn hash(path: &str) -> String {
     path.replace('/', "-")
 }
@@ -224,7 +226,7 @@ fn content(path: &str) -> Vec<u8> {
         .into_bytes()
 }
 
-/// Every file below a folder, by path, through links.
+/// Every file below a folder by relative path, with links followed.
 fn tree(folder: &Path) -> HashMap<String, Vec<u8>> {
     let mut files = HashMap::new();
     let mut folders = vec![folder.to_owned()];
@@ -247,7 +249,7 @@ fn tree(folder: &Path) -> HashMap<String, Vec<u8>> {
     files
 }
 
-/// The messages of the error and its sources, with what differs between runs replaced.
+/// The messages of the error and its sources, with endpoint and cache replaced by placeholders.
 fn resolve_error(model: &str, settings: &HubSettings) -> String {
     let error = resolve(model, settings).unwrap_err();
     let chain = iter::successors(Some(&error as &dyn Error), |error| (*error).source());
@@ -274,7 +276,7 @@ fn downloads_what_is_needed_then_works_offline() {
     let got = got.iter().filter(|it| it.starts_with("GET /own/"));
     assert_eq!(got.count(), NEEDED.len(), "every file is fetched once");
 
-    // A second time no file is fetched; with the same commit by another name neither.
+    // A second call downloads no file, nor does another name of the same commit.
     for model in ["own/model", "own/model@refs/pr/1"] {
         assert_eq!(resolve(model, &settings).unwrap(), folder);
         let requests = hub.take_requests();
@@ -311,7 +313,7 @@ fn downloads_what_is_needed_then_works_offline() {
 }
 
 #[test]
-fn a_download_that_broke_off_goes_on_the_next_time() {
+fn an_interrupted_download_resumes() {
     let (hub, home) = (FakeHub::start(), tempfile::tempdir().unwrap());
     let settings = hub.settings(&home);
     let mut attempts = iter::repeat_with(|| resolve("own/flaky", &settings));
@@ -319,7 +321,7 @@ fn a_download_that_broke_off_goes_on_the_next_time() {
         attempts.next(),
         Some(Err(HubError::Network { .. }))
     ));
-    // At most every file has broken off once.
+    // Every download is interrupted at most once.
     let folder = attempts.take(NEEDED.len()).find_map(Result::ok).unwrap();
     assert_eq!(
         tree(&folder),
@@ -328,7 +330,7 @@ fn a_download_that_broke_off_goes_on_the_next_time() {
 }
 
 #[test]
-fn a_file_that_is_not_what_the_hub_lists_is_not_kept() {
+fn files_of_another_size_than_the_hub_lists_are_removed() {
     let (hub, home) = (FakeHub::start(), tempfile::tempdir().unwrap());
     let settings = hub.settings(&home);
     let snapshot = home
@@ -361,7 +363,7 @@ fn processes_can_download_at_the_same_time() {
 }
 
 #[test]
-fn the_token_opens_private_models() {
+fn private_models_need_a_valid_token() {
     let (hub, home) = (FakeHub::start(), tempfile::tempdir().unwrap());
     let mut settings = hub.settings(&home);
     for token in [None, HubToken::new("wrong\n")] {
@@ -380,7 +382,7 @@ fn the_token_opens_private_models() {
 }
 
 #[test]
-fn refusals_say_what_to_do() {
+fn errors_of_the_hub_say_how_to_fix_them() {
     let (hub, home) = (FakeHub::start(), tempfile::tempdir().unwrap());
     let settings = hub.settings(&home);
     let assert_error = |model: &str, expected: &str| {
@@ -421,9 +423,9 @@ fn refusals_say_what_to_do() {
 }
 
 #[test]
-fn a_hub_that_cannot_be_reached_is_named() {
+fn the_error_of_an_unreachable_hub_names_it() {
     let home = tempfile::tempdir().unwrap();
-    // Nobody listens on the port of a listener that is gone.
+    // Nothing listens on the port of a dropped listener.
     let port = TcpListener::bind("127.0.0.1:0")
         .unwrap()
         .local_addr()
@@ -449,7 +451,7 @@ fn a_hub_that_cannot_be_reached_is_named() {
 }
 
 #[test]
-fn a_cache_that_cannot_be_written_is_named() {
+fn the_error_of_an_unusable_cache_names_it() {
     let (hub, home) = (FakeHub::start(), tempfile::tempdir().unwrap());
     fs::write(home.path().join("hub"), "a file in the way").unwrap();
     let error = resolve_error("own/model", &hub.settings(&home));
@@ -459,7 +461,7 @@ fn a_cache_that_cannot_be_written_is_named() {
 }
 
 #[test]
-fn paths_and_ids_are_told_apart() {
+fn paths_and_hub_ids_are_distinguished() {
     let home = tempfile::tempdir().unwrap();
     let settings = HubSettings {
         endpoint: Some("http://unused.invalid".to_owned()),
@@ -508,7 +510,7 @@ fn paths_and_ids_are_told_apart() {
     );
 }
 
-/// Runs itself once more as a process that has the variables.
+/// Runs this test again in a child process that has the variables set.
 #[test]
 fn settings_come_from_the_variables_of_huggingface_hub() {
     if env::var_os("KILN_TEST_INNER").is_some() {

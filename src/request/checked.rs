@@ -1,4 +1,4 @@
-//! A checked request: every value is within its bounds and none is a default any more.
+//! A checked request, with every value given and within its limits.
 
 use kiln_models::job::{Guidance, Noise, Sampling, Size};
 use kiln_models::noise::NoiseGenerator;
@@ -8,23 +8,23 @@ use super::limits::{
 };
 use super::params::GenerationParams;
 
-/// A request that can be generated.
+/// A valid request with all defaults filled in.
 #[derive(Debug, Clone, PartialEq)]
 pub struct GenerationRequest {
     pub prompt: String,
-    /// The negative prompt as it was given. [`Self::guidance`] says whether it is used.
+    /// The negative prompt as given. [`Self::guidance`] is `None` if it is not used.
     pub negative_prompt: Option<String>,
     /// Finite, at least 0.
     pub true_cfg_scale: f64,
-    /// Size of the images: the given one, rounded down to a multiple the model can generate.
+    /// Size of the images: the given size, rounded down to a multiple that the model can generate.
     pub size: Size,
     pub sampling: Sampling,
     pub num_images: usize,
-    /// The seed is the given one, or one that was chosen from 0 to 2^31 - 1.
+    /// The seed is the given one, or a random number from 0 to 2^31 - 1.
     pub noise: Noise,
 }
 
-/// Why a request cannot be generated. [`InvalidRequest::param`] names the culprit.
+/// Why a request is invalid. [`InvalidRequest::param`] names the parameter.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 pub enum InvalidRequest {
     #[error("{param} must be from {min} to {max} pixels, got {got}")]
@@ -64,7 +64,7 @@ pub enum InvalidRequest {
 }
 
 impl InvalidRequest {
-    /// Name of the [`GenerationParams`] field that is to blame.
+    /// Name of the invalid [`GenerationParams`] field.
     pub fn param(&self) -> &'static str {
         match self {
             Self::Side { param, .. } | Self::PromptTooLong { param, .. } => param,
@@ -78,8 +78,8 @@ impl InvalidRequest {
 }
 
 impl GenerationRequest {
-    /// Fills in the defaults, floors the size, chooses a seed if there is none, and checks the
-    /// rest against the limits.
+    /// Fills in the defaults, rounds the size down, chooses a random seed if none is given, and checks
+    /// every value against the limits.
     pub fn new(
         params: GenerationParams,
         limits: &Limits,
@@ -142,7 +142,7 @@ impl GenerationRequest {
         })
     }
 
-    /// The guidance that runs, if any.
+    /// Negative prompt and scale, if guidance is enabled.
     pub fn guidance(&self) -> Option<Guidance<&str>> {
         Guidance::new(self.negative_prompt.as_deref(), self.true_cfg_scale)
     }
@@ -156,13 +156,13 @@ fn check_length(param: &'static str, prompt: &str) -> Result<(), InvalidRequest>
     Ok(())
 }
 
-/// A height or width as the image will have it: floored as the reference does.
+/// The height or width of the image: the given value rounded down to a multiple, as in diffusers.
 fn side(
     param: &'static str,
-    asked: Option<i128>,
+    given: Option<i128>,
     limits: &Limits,
 ) -> Result<usize, InvalidRequest> {
-    let Some(got) = asked else {
+    let Some(got) = given else {
         return Ok(limits.sizes.default_side);
     };
     let multiple = limits.sizes.multiple;
@@ -172,8 +172,8 @@ fn side(
         min: multiple,
         max: limits.sizes.max_side,
     };
-    let asked = usize::try_from(got).map_err(|_| refused.clone())?;
-    let floored = asked / multiple * multiple;
+    let given = usize::try_from(got).map_err(|_| refused.clone())?;
+    let floored = given / multiple * multiple;
     within(floored as i128, multiple, limits.sizes.max_side).ok_or(refused)
 }
 
@@ -183,9 +183,9 @@ fn within(value: i128, min: usize, max: usize) -> Option<usize> {
         .filter(|value| (min..=max).contains(value))
 }
 
-/// A number from the operating system's randomness.
+/// A random number of the operating system.
 pub fn random_u64() -> u64 {
-    getrandom::u64().expect("the operating system gives out random numbers")
+    getrandom::u64().expect("the operating system provides random numbers")
 }
 
 #[cfg(test)]
@@ -221,7 +221,7 @@ mod tests {
     }
 
     #[test]
-    fn an_empty_request_gets_the_references_defaults() {
+    fn an_empty_request_gets_the_defaults_of_diffusers() {
         let request = check(GenerationParams::default()).unwrap();
         assert_eq!((request.size.height, request.size.width), (1024, 1024));
         assert_eq!((request.sampling.steps, request.num_images), (50, 1));
@@ -231,21 +231,21 @@ mod tests {
     }
 
     #[test]
-    fn chosen_seeds_differ() {
+    fn random_seeds_differ() {
         let seed = || check(GenerationParams::default()).unwrap().noise.seed;
         let first = seed();
         assert!((0..8).any(|_| seed() != first));
     }
 
     #[test]
-    fn sizes_are_floored_to_the_multiple() {
+    fn sizes_are_rounded_down_to_the_multiple() {
         assert_eq!(sized(1023, 1040).unwrap(), (1008, 1040));
         assert_eq!(sized(16, 31).unwrap(), (16, 16));
         assert_eq!(sized(16, 8192 + 15).unwrap(), (16, 8192));
     }
 
     #[test]
-    fn sizes_out_of_bounds_are_refused_with_the_bounds() {
+    fn errors_of_sizes_name_the_bounds() {
         for got in [-16, 0, 15, 8192 + 16, i128::MAX, i128::MIN] {
             let error = sized(got, 64).unwrap_err();
             assert_eq!(error.param(), "height");
@@ -283,7 +283,7 @@ mod tests {
     }
 
     #[test]
-    fn prompts_have_a_length() {
+    fn long_prompts_are_refused() {
         let long = "x".repeat(MAX_PROMPT_BYTES + 1);
         let params = GenerationParams {
             prompt: long.clone(),
@@ -298,7 +298,7 @@ mod tests {
     }
 
     #[test]
-    fn the_metadata_is_what_image_tools_read() {
+    fn metadata_has_the_format_of_the_web_ui() {
         let request = check(GenerationParams {
             prompt: "a fox, 雪".to_owned(),
             negative_prompt: Some("blurry".to_owned()),
@@ -332,7 +332,7 @@ mod tests {
     }
 
     #[test]
-    fn steps_and_images_have_bounds() {
+    fn numbers_of_steps_and_images_are_limited() {
         for got in [-1, 0, 1001, i128::MAX] {
             let params = GenerationParams {
                 num_inference_steps: Some(got),
@@ -350,7 +350,7 @@ mod tests {
     }
 
     #[test]
-    fn the_scale_is_finite_and_not_negative() {
+    fn negative_and_non_finite_scales_are_refused() {
         for got in [-0.1, f64::NAN, f64::INFINITY, f64::NEG_INFINITY] {
             let params = GenerationParams {
                 true_cfg_scale: Some(got),
@@ -366,7 +366,7 @@ mod tests {
     }
 
     #[test]
-    fn any_u64_is_a_seed_and_nothing_else_is() {
+    fn seeds_are_64_bit_unsigned_integers() {
         let seeded = |seed| {
             check(GenerationParams {
                 seed: Some(seed),

@@ -1,4 +1,4 @@
-//! Tokenizing a request, and making a job of it.
+//! Tokenizes a request and converts it to a job.
 
 use kiln_models::job::{Guidance, Job};
 
@@ -6,24 +6,24 @@ use crate::tokenizer::{PromptTokenizer, TokenizerError};
 
 use super::GenerationRequest;
 
-/// Token ids of a request's prompts, each inside the template.
+/// Token ids of the prompts of a request, each within the prompt template.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PromptTokens {
     pub prompt: Vec<u32>,
     pub negative_prompt: Option<Vec<u32>>,
 }
 
-/// The tokenizer takes the prompt, or the negative prompt, for no prompt.
+/// The tokenizer refuses the prompt or the negative prompt.
 #[derive(Debug, thiserror::Error)]
 #[error("{param} cannot be used")]
 pub struct InvalidPrompt {
-    /// Name of the [`GenerationParams`] field.
+    /// Name of the [`GenerationParams`](super::GenerationParams) field.
     pub param: &'static str,
     pub source: TokenizerError,
 }
 
 impl GenerationRequest {
-    /// Both prompts as token ids.
+    /// Encodes the prompt and the negative prompt as token ids.
     pub fn tokenize(&self, tokenizer: &PromptTokenizer) -> Result<PromptTokens, InvalidPrompt> {
         let encode = |text: &str, param| {
             tokenizer
@@ -39,7 +39,7 @@ impl GenerationRequest {
         })
     }
 
-    /// Makes the job of this request. With `record` its output carries a trace.
+    /// Converts the request to a job. With `record` the output has the values of every stage.
     pub fn into_job(self, tokens: PromptTokens, record: bool) -> Job {
         let negative = tokens.negative_prompt.map(Into::into);
         Job {

@@ -1,27 +1,27 @@
-//! Defaults of a request, and the bounds that it is checked against.
+//! Defaults and limits of a request.
 
 use kiln_models::pipeline::ImageSizes;
 
-/// Steps when a request names none, as in diffusers.
+/// Number of denoising steps if a request gives none, as in diffusers.
 pub const DEFAULT_NUM_INFERENCE_STEPS: u32 = 50;
-/// Guidance scale when a request names none, as in diffusers.
+/// Guidance scale if a request gives none, as in diffusers.
 pub const DEFAULT_TRUE_CFG_SCALE: f64 = 4.0;
-/// Pixels of all images of a request: one of 7680x4320, the limit of vLLM-Omni.
+/// Largest number of pixels of all images of a request: 7680x4320, the limit of vLLM-Omni.
 pub const DEFAULT_MAX_IMAGE_PIXELS: usize = 33_177_600;
-/// The scheduler was trained with 1,000 timesteps: more steps than that add nothing.
+/// Largest number of steps: the model was trained with 1,000 timesteps, more steps add nothing.
 pub const DEFAULT_MAX_STEPS: usize = 1000;
-/// Images of one request, as in the API of `OpenAI`.
+/// Largest number of images of a request, as in the API of `OpenAI`.
 pub const DEFAULT_MAX_NUM_IMAGES: usize = 10;
-/// Bytes of a prompt. A longer one has more tokens than the model takes, and is not worth
-/// splitting into them.
+/// Largest size of a prompt in bytes. Longer prompts have more tokens than the models accept, and are
+/// refused before they are tokenized.
 pub const MAX_PROMPT_BYTES: usize = 64 << 10;
 
-/// Bounds of what may be asked for.
+/// Limits of a request.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Limits {
-    /// Heights and widths are floored to a multiple.
+    /// The sizes that the model can generate. Heights and widths are rounded down to its multiple.
     pub sizes: ImageSizes,
-    /// Largest `height * width`, of all images of a request together.
+    /// Largest number of pixels of all images of a request together.
     pub max_image_pixels: usize,
     /// Largest number of denoising steps.
     pub max_steps: usize,
@@ -30,7 +30,7 @@ pub struct Limits {
 }
 
 impl Limits {
-    /// The sizes of a loaded model, and the default limits on cost.
+    /// The default limits, with the image sizes of a model.
     pub fn for_sizes(sizes: ImageSizes) -> Self {
         Self {
             sizes,
@@ -38,8 +38,8 @@ impl Limits {
         }
     }
 
-    /// What can be refused before a model is loaded. The models differ in the sizes they take, so
-    /// here only the pixels of an image bound its sides.
+    /// Limits that hold for every model, for refusing a request before a model is opened. The image
+    /// sizes depend on the model, so only the number of pixels limits the sides.
     pub fn for_any_model() -> Self {
         Self {
             sizes: ImageSizes {

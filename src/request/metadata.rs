@@ -1,12 +1,12 @@
-//! The text in a PNG file that says how the image was generated.
+//! The text in a PNG file that lists the parameters of its image.
 
 use kiln_models::noise::NoiseGenerator;
 
 use super::GenerationRequest;
 
 impl GenerationRequest {
-    /// The parameters of image `index` of the request, in the form that AUTOMATIC1111's web UI
-    /// writes and image tools read. `model` is the name of the model.
+    /// Formats the parameters of image `index` of the request as AUTOMATIC1111's web UI does, which
+    /// image tools read. `model` is the name of the model.
     pub fn metadata_text(&self, model: &str, index: usize) -> String {
         let guidance = self.guidance();
         let scale = guidance.map_or(1.0, |guidance| guidance.scale);

@@ -1,8 +1,9 @@
-//! A request, from what a client wrote to what the engine runs.
+//! A request, from the parameters of a client to the job of the engine.
 //!
-//! [`GenerationParams`] holds what was written. [`GenerationRequest::new`] fills in the defaults and
-//! checks every value against [`Limits`], so that a bad size, step count or scale cannot exist after
-//! it. [`GenerationRequest::tokenize`] and [`GenerationRequest::into_job`] make the [`Job`] of it.
+//! [`GenerationParams`] holds the parameters as given. [`GenerationRequest::new`] fills in the
+//! defaults and checks every value against [`Limits`], so that a [`GenerationRequest`] is always
+//! valid. [`GenerationRequest::tokenize`] and [`GenerationRequest::into_job`] convert it to a
+//! [`Job`].
 //!
 //! [`Job`]: kiln_models::job::Job
 

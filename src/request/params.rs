@@ -1,14 +1,14 @@
-//! A request as its client wrote it.
+//! The parameters of a request as the client gave them.
 
-/// What a client wrote, `None` where it wrote nothing.
+/// Unchecked parameters of a request; `None` for a parameter that was not given.
 ///
-/// The integers hold any number that JSON or a command line can carry, so that all bounds are
-/// checked, and explained, in one place.
+/// The integers are wide enough for any plausible number of JSON or a command line, so that all
+/// bounds are checked in one place, with one error message each.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct GenerationParams {
-    /// May be empty.
+    /// The prompt; it may be empty.
     pub prompt: String,
-    /// An empty one counts as given.
+    /// An empty negative prompt counts as given and enables guidance.
     pub negative_prompt: Option<String>,
     pub true_cfg_scale: Option<f64>,
     pub height: Option<i128>,

@@ -61,10 +61,6 @@ pub(super) struct RunningRequest {
     received: Instant,
     /// Number of previews so far.
     previews: usize,
-    /// The span of the HTTP request.
-    span: Span,
-    /// Whether the request has ended. If not, dropping this is a cancellation.
-    has_ended: bool,
 }
 
 /// What is known about a request before its images exist.
@@ -163,19 +159,13 @@ impl ParsedRequest {
         let received = Instant::now();
         let (info, job) = self.prepare(app, id, model).await?;
         let steps = info.request.sampling.steps;
-        let span = Span::current();
-        #[allow(
-            clippy::needless_update,
-            reason = "the engine's options will have more fields"
-        )]
         let options = SubmitOptions {
             deadline: app
                 .settings
                 .request_timeout
                 .and_then(|timeout| received.checked_add(timeout)),
             preview_every: previews.interval(steps),
-            // TODO(engine span): `span: span.clone(),` once the engine has the field.
-            ..SubmitOptions::default()
+            span: Span::current(),
         };
         let handle = app.engine.submit(job, options)?;
         tracing::debug!(id = info.id, "accepted");
@@ -185,8 +175,6 @@ impl ParsedRequest {
             handle,
             received,
             previews: 0,
-            span,
-            has_ended: false,
         })
     }
 
@@ -260,24 +248,13 @@ impl RunningRequest {
         &self.info
     }
 
-    /// Cancels the job at the client's request.
-    pub(super) fn cancel(mut self) {
-        self.has_ended = true;
-    }
-
-    async fn next_event(&mut self) -> Event {
-        let event = self.handle.next_event().await;
-        self.has_ended = matches!(event, Event::Failed(_));
-        event
-    }
-
     /// Waits for the images, and makes the response on a thread that may block.
     pub(super) async fn finish<T: Send + 'static>(
         mut self,
         respond: impl FnOnce(EncodedImages) -> Result<T, ApiError> + Send + 'static,
     ) -> Result<T, ApiError> {
         loop {
-            match self.next_event().await {
+            match self.handle.next_event().await {
                 Event::Finished(finished) => return self.respond(finished, respond).await,
                 Event::Failed(error) => return Err(error.into()),
                 Event::Queued { .. }
@@ -291,7 +268,7 @@ impl RunningRequest {
     /// Waits for the next update.
     pub(super) async fn update(&mut self) -> Result<RequestProgress, ApiError> {
         loop {
-            match self.next_event().await {
+            match self.handle.next_event().await {
                 Event::Queued {
                     position,
                     estimated_wait,
@@ -302,7 +279,9 @@ impl RunningRequest {
                     });
                 }
                 Event::Started => {}
-                Event::Step { done, total } => return Ok(RequestProgress::Step { done, total }),
+                Event::Step { done, total, .. } => {
+                    return Ok(RequestProgress::Step { done, total });
+                }
                 Event::Preview { step, image } => {
                     let number = self.previews;
                     self.previews += 1;
@@ -327,7 +306,7 @@ impl RunningRequest {
     }
 
     async fn respond<T: Send + 'static>(
-        &mut self,
+        &self,
         finished: Finished,
         respond: impl FnOnce(EncodedImages) -> Result<T, ApiError> + Send + 'static,
     ) -> Result<T, ApiError> {
@@ -341,9 +320,7 @@ impl RunningRequest {
                 timings: timings.into(),
             })
         })
-        .await;
-        self.has_ended = true;
-        let response = response??;
+        .await??;
         self.log_finished(timings);
         Ok(response)
     }
@@ -363,20 +340,6 @@ impl RunningRequest {
             timings.denoise.as_secs_f64(),
             timings.decode.as_secs_f64(),
         );
-    }
-}
-
-impl Drop for RunningRequest {
-    /// Logs the end of a request whose client has disconnected.
-    fn drop(&mut self) {
-        if !self.has_ended {
-            tracing::info!(
-                parent: &self.span,
-                id = self.info.id,
-                "cancelled after {:.3} s: the client has disconnected",
-                self.received.elapsed().as_secs_f64(),
-            );
-        }
     }
 }
 

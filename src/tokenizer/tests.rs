@@ -1,3 +1,5 @@
+//! Token ids compared with those of transformers, and errors of damaged files.
+
 use std::env;
 use std::error::Error;
 use std::iter;
@@ -10,13 +12,14 @@ use super::*;
 
 const FIXTURES: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures");
 
-/// The tiny vocabulary as vocab.json and merges.txt ("base") or as tokenizer.json ("odd").
+/// The small vocabulary of the fixtures, as `vocab.json` and `merges.txt` ("base") or as
+/// `tokenizer.json` ("odd").
 fn tiny(checkpoint: &str) -> PromptTokenizer {
     let folder = format!("{FIXTURES}/checkpoints/{checkpoint}/tokenizer");
     PromptTokenizer::load(Path::new(&folder), &TEMPLATE).unwrap()
 }
 
-/// The real vocabulary, which is too large to be kept here.
+/// The vocabulary of Qwen-Image, which is too large for the repository; `None` if it is not available.
 fn real() -> Option<PromptTokenizer> {
     let Some(folder) = env::var_os("KILN_QWEN_TOKENIZER") else {
         println!("SKIPPED: KILN_QWEN_TOKENIZER does not name the tokenizer folder of Qwen-Image");
@@ -25,7 +28,7 @@ fn real() -> Option<PromptTokenizer> {
     Some(PromptTokenizer::load(Path::new(&folder), &TEMPLATE).unwrap())
 }
 
-/// A copy of the tiny vocabulary's folder, to be damaged.
+/// A copy of the small vocabulary's folder, for damaging its files.
 fn copy() -> TempDir {
     let copy = tempfile::tempdir().unwrap();
     for file in fs::read_dir(format!("{FIXTURES}/checkpoints/base/tokenizer")).unwrap() {
@@ -35,7 +38,7 @@ fn copy() -> TempDir {
     copy
 }
 
-/// The messages of the error and its sources, with the folder's path as `DIR`.
+/// The messages of the error and its sources, with the folder's path replaced by `DIR`.
 fn load_error(folder: &Path) -> String {
     let error = PromptTokenizer::load(folder, &TEMPLATE).unwrap_err();
     let chain = iter::successors(Some(&error as &dyn Error), |error| (*error).source());
@@ -47,7 +50,7 @@ fn load_error(folder: &Path) -> String {
 }
 
 #[test]
-fn ids_are_those_of_transformers() {
+fn ids_match_transformers() {
     // Made by tests/reference/make_tokenizer_cases.py.
     let text = fs::read_to_string(format!("{FIXTURES}/tokenizer_cases.json")).unwrap();
     let cases: Vec<(String, Vec<u32>)> = serde_json::from_str(&text).unwrap();
@@ -60,7 +63,7 @@ fn ids_are_those_of_transformers() {
 }
 
 #[test]
-fn the_prompt_stands_in_the_template() {
+fn prompts_are_encoded_within_the_template() {
     let tokenizer = tiny("odd"); // tokenizer.json has a decoder
     let ids = tokenizer.encode_prompt("A {} fox").unwrap();
     let whole = tokenizer
@@ -78,7 +81,7 @@ fn the_prompt_stands_in_the_template() {
 }
 
 #[test]
-fn special_tokens_in_the_prompt_are_special() {
+fn special_tokens_in_the_prompt_are_encoded_as_such() {
     let tokenizer = tiny("base");
     // Ids 376 to 385 are the added tokens.
     assert_eq!(
@@ -92,13 +95,13 @@ fn special_tokens_in_the_prompt_are_special() {
 }
 
 #[test]
-fn vocab_size_is_beyond_the_last_added_token() {
+fn vocab_size_includes_added_tokens() {
     assert_eq!(tiny("base").vocab_size(), 386);
     assert_eq!(tiny("odd").vocab_size(), 386);
 }
 
 #[test]
-fn a_prompt_of_1024_tokens_is_the_longest() {
+fn prompts_of_more_than_1024_tokens_are_refused() {
     let tokenizer = tiny("base");
     let prompt = "<|endoftext|>".repeat(1024);
     assert_eq!(
@@ -115,14 +118,14 @@ fn a_prompt_of_1024_tokens_is_the_longest() {
 #[test]
 fn the_real_vocabulary_has_34_tokens_before_the_prompt() {
     let Some(tokenizer) = real() else { return };
-    // diffusers cuts this many off: `prompt_template_encode_start_idx` of pipeline_qwenimage.py.
+    // diffusers drops this many: `prompt_template_encode_start_idx` of pipeline_qwenimage.py.
     assert_eq!(tokenizer.encode(TEMPLATE.prefix).unwrap().len(), 34);
     assert_eq!(tokenizer.template_tokens, 39);
     assert_eq!(tokenizer.vocab_size(), 151_665);
 }
 
 #[test]
-fn the_real_vocabulary_gives_transformers_ids() {
+fn ids_of_the_real_vocabulary_match_transformers() {
     let Some(tokenizer) = real() else { return };
     // transformers 5.23.0, Qwen2Tokenizer.
     let hello = [
@@ -141,7 +144,7 @@ fn the_real_vocabulary_gives_transformers_ids() {
 }
 
 #[test]
-fn added_tokens_json_stands_in_for_the_decoder() {
+fn added_tokens_json_replaces_a_missing_decoder() {
     let folder = copy();
     fs::write(folder.path().join("tokenizer_config.json"), "{}").unwrap();
     let old = PromptTokenizer::load(folder.path(), &TEMPLATE).unwrap();
@@ -164,7 +167,7 @@ fn errors_name_the_file() {
     .unwrap();
     assert_eq!(
         load_error(folder.path()),
-        "DIR/tokenizer_config.json is not the JSON that a tokenizer needs: download this file \
+        "DIR/tokenizer_config.json is not valid JSON of a tokenizer: download this file \
          again: missing field `content` at line 1 column 35"
     );
 
@@ -174,14 +177,14 @@ fn errors_name_the_file() {
     fs::write(file("tokenizer_config.json"), config(380)).unwrap();
     assert_eq!(
         load_error(folder.path()),
-        "DIR/tokenizer_config.json gives the token <|im_start|> the id 380, but the vocabulary \
-         leaves it 376: the tokenizer's files are not of the same version, download them again"
+        "DIR/tokenizer_config.json gives the token <|im_start|> the id 380, but the next id of \
+         the vocabulary is 376: the tokenizer's files are not of the same version, download them again"
     );
 
     fs::write(file("tokenizer_config.json"), config(376)).unwrap();
     assert_eq!(
         load_error(folder.path()),
-        "the tokenizer in DIR has no token <|im_end|>, which the prompt template is made of: it \
+        "the tokenizer in DIR has no token <|im_end|>, which the prompt template needs: it \
          is not a Qwen2 tokenizer, or the copy is incomplete"
     );
 
@@ -195,28 +198,28 @@ fn errors_name_the_file() {
     fs::write(file("merges.txt"), "t zzz\n").unwrap();
     assert_eq!(
         load_error(folder.path()),
-        "DIR/merges.txt does not make a tokenizer: download the tokenizer's files again: Token \
+        "DIR/merges.txt does not define a valid tokenizer: download the tokenizer's files again: Token \
          `zzz` out of vocabulary"
     );
 
     fs::remove_file(file("merges.txt")).unwrap();
     assert_eq!(
         load_error(folder.path()),
-        "DIR/merges.txt is missing, and so is tokenizer.json, which could stand in for it: the \
+        "DIR/merges.txt is missing, and there is no tokenizer.json to use instead: the \
          copy of the model is incomplete, download it again"
     );
 
     fs::write(file("vocab.json"), "{\"a\": \"b\"}").unwrap();
     assert_eq!(
         load_error(folder.path()),
-        "DIR/vocab.json is not the JSON that a tokenizer needs: download this file again: invalid \
+        "DIR/vocab.json is not valid JSON of a tokenizer: download this file again: invalid \
          type: string \"b\", expected u32 at line 1 column 9"
     );
 
     fs::write(file("tokenizer.json"), "{}").unwrap();
     let error = load_error(folder.path());
     assert!(
-        error.starts_with("DIR/tokenizer.json does not make a tokenizer"),
+        error.starts_with("DIR/tokenizer.json does not define a valid tokenizer"),
         "{error}"
     );
 

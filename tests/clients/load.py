@@ -1,11 +1,11 @@
-"""More clients than a running `kiln serve` can take: nothing may be lost, leak or hang.
+"""Overloads a running `kiln serve`: no request may get lost or hang, and no memory may leak.
 
-Usage: python load.py URL PID [SECONDS]. For a server with the demo model and --max-queue 8, and for
-Linux, whose /proc tells the memory of the process PID. Needs nothing but Python.
+Usage: python load.py URL PID [SECONDS]. For a server with the demo model and --max-queue 8, on Linux,
+as the memory of the process PID is read from /proc. Needs only Python.
 
-64 clients ask at once, again and again, for pictures of mixed sizes and steps; half of the requests
-are given up midway. Every other one must end in 200 or 429, /health/live must answer within 100 ms
-all along, and afterwards the server must hold no job and about as much memory as before.
+64 concurrent clients request images of various sizes and steps; half of the requests are cancelled
+midway. Every other request must end with 200 or 429, /health/live must answer within 100 ms
+throughout, and afterwards the server must have no job and about as much memory as before.
 """
 
 import collections
@@ -70,14 +70,14 @@ def client(number: int) -> None:
     rng = random.Random(number)
     while time.monotonic() < end:
         body = dict(rng.choice(REQUESTS), prompt="a large red circle", seed=rng.randrange(2**32))
-        gives_up = rng.random() < 0.5
+        cancels = rng.random() < 0.5
         connection = connect()
         try:
             connection.request(
                 "POST", "/v1/images/generations", json.dumps(body),
                 {"Content-Type": "application/json"},
             )
-            if gives_up:
+            if cancels:
                 connection.sock.settimeout(rng.uniform(0.01, 0.3))
             answer = connection.getresponse()
             content = json.loads(answer.read())
@@ -92,8 +92,8 @@ def client(number: int) -> None:
                 time.sleep(rng.uniform(0.05, 0.3))
         except TimeoutError:
             with lock:
-                outcomes["given up"] += 1
-            if not gives_up:
+                outcomes["cancelled"] += 1
+            if not cancels:
                 problems.append("no answer in two minutes")
         except OSError as error:
             problems.append(f"connection: {error}")
@@ -126,19 +126,19 @@ def run(duration: float) -> None:
 
 
 def settle() -> float:
-    """Seconds until the server holds no job."""
+    """Waits until the server has no job, and returns the seconds."""
     started = time.monotonic()
     while time.monotonic() < started + 30:
         numbers = metrics()
         if numbers["kiln_requests_running"] + numbers["kiln_requests_waiting"] == 0:
             return time.monotonic() - started
         time.sleep(0.01)
-    problems.append("jobs are left over")
+    problems.append("the server still has jobs after 30 s")
     return float("nan")
 
 
 def main() -> None:
-    # Buffers and threads that are kept are there before anything is measured.
+    # Warms up, so that reused buffers and threads exist before memory is measured.
     run(min(10, seconds / 3))
     settle()
     before, threads_before = memory(), threads_of_server()
@@ -155,12 +155,12 @@ def main() -> None:
     for name in sorted(numbers):
         if name.startswith("kiln_requests_total"):
             print(f"{name} +{numbers[name] - counted[name]:.0f}")
-    print(f"the device is free {free_after:.3f} s after the last client; a step takes {step:.4f} s")
+    print(f"the device is idle {free_after:.3f} s after the last client; a step takes {step:.4f} s")
     print(f"/health/live: median {health[len(health) // 2] * 1e3:.1f} ms, "
           f"99 % {health[len(health) * 99 // 100] * 1e3:.1f} ms, longest {health[-1] * 1e3:.1f} ms")
     print(f"memory {before:.0f} MiB, then {after:.0f}; threads {threads_before}, then {threads_of_server()}")
-    if not outcomes[200] or not outcomes[429] or not outcomes["given up"]:
-        problems.append("the load was not one")
+    if not outcomes[200] or not outcomes[429] or not outcomes["cancelled"]:
+        problems.append("the load did not have all three outcomes: 200, 429 and cancelled")
     if after > before * 1.2 + 20:
         problems.append("memory has grown")
     if health[len(health) * 99 // 100] > 0.1:

@@ -1,7 +1,7 @@
-"""Answers as the reference does: chat completions and images in vLLM-Omni's form, of a given number.
+"""A fake server whose chat completions and image responses have the form of vLLM-Omni's.
 
-What it answers is set by its `mode`: a status code, or "text" for the completion without an image
-that the reference sends with status 200. It keeps the bodies of the requests.
+Its `mode` sets the response: "images", a status code, or "text" for the completion without an image
+that vLLM-Omni sends with status 200. `bodies` has the bodies of all requests.
 """
 
 import base64

@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# curl against a running `kiln serve` with the demo model: test_curl.sh URL KEY
+# Tests a running `kiln serve` with the demo model with curl: test_curl.sh URL KEY
 set -euo pipefail
 server="$1"
 key="$2"
 folder="$(mktemp -d)"
 trap 'rm -rf "$folder"' EXIT
 
+# Sends a request with the API key.
 ask() { curl --silent --show-error --header "Authorization: Bearer $key" "$@"; }
 json=(--header 'Content-Type: application/json')
 
@@ -17,6 +18,7 @@ expect() {
     fi
     echo "curl: $1 ok"
 }
+# The first four bytes of a file, in hexadecimal.
 kind() { head -c 4 "$1" | od -An -tx1 | tr -d ' \n'; }
 
 ask --fail "${json[@]}" "$server/v1/chat/completions" -d '{

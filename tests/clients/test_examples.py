@@ -1,5 +1,5 @@
-"""The programs in examples/ against a running `kiln serve` with the demo model, and against a server
-that answers in the reference's form.
+"""Tests the programs in examples/ with a running `kiln serve` with the demo model, and with a fake
+server whose responses have the form of vLLM-Omni's.
 
 Usage: python test_examples.py URL KEY KILN
 """
@@ -22,7 +22,7 @@ from reference_server import MESSAGES, ReferenceServer
 EXAMPLES = Path(__file__).parents[2] / "examples"
 KILN_URL, KEY, KILN = sys.argv[1:]
 
-# What breaks programs that put a prompt together with something else.
+# Characters that break programs that insert a prompt into other text without escaping it.
 PROMPT = "a \"large\" red 'circle'\non $HOME `blue` \\n {background} 红色的圆"
 NEGATIVE = "a \"small\" 'square'\n模糊"
 
@@ -33,13 +33,13 @@ SDK_CHAT = [*SDK_IMAGES, "--api", "chat"]
 
 
 def variables(url: str, **others: str) -> dict[str, str]:
-    """The environment of a program, with UTF-8 and without what this one was given."""
+    """The environment of a program: UTF-8, and none of the variables that programs read."""
     kept = {name: os.environ[name] for name in ["PATH", "HOME", "TMPDIR"] if name in os.environ}
     return {**kept, "LANG": "C.UTF-8", "API_KEY": KEY, "SERVER": url, **others}
 
 
 def run(program: list[str], url: str, folder: Path, count: int) -> subprocess.CompletedProcess:
-    """Draws so many small pictures into out.png in the folder."""
+    """Runs a program that generates `count` small images into out.png in the folder."""
     others = {}
     arguments = ["--prompt", PROMPT, "--negative", NEGATIVE, "--output", "out.png"]
     arguments += ["--server", url, "--steps", "2", "--seed", "7", "--num-images", str(count)]
@@ -72,7 +72,7 @@ def png_size(file: bytes) -> tuple[int, int]:
     return struct.unpack(">II", file[16:24])
 
 
-def pictures_are_saved(program: list[str], url: str) -> None:
+def images_are_saved(program: list[str], url: str) -> None:
     for count, expected in [(1, ["out.png"]), (3, ["out-0.png", "out-1.png", "out-2.png"])]:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
@@ -85,11 +85,11 @@ def pictures_are_saved(program: list[str], url: str) -> None:
             for name in expected:
                 assert f"Image saved to: {name}" in done.stdout, done
             if url == KILN_URL:
-                # The file says how it was made.
+                # The file has the prompt in its metadata.
                 assert all(PROMPT.encode() in file for file in files), "another prompt"
 
 
-def errors_are_told(program: list[str], reference: ReferenceServer) -> None:
+def errors_are_printed(program: list[str], reference: ReferenceServer) -> None:
     for mode in [429, 500, "text"]:
         reference.mode = mode
         with tempfile.TemporaryDirectory() as name:
@@ -97,8 +97,8 @@ def errors_are_told(program: list[str], reference: ReferenceServer) -> None:
             done = run(program, reference.url, folder, 1)
             assert done.returncode == 1, done
             assert names(folder) == [], names(folder)
-            told = MESSAGES[mode] if isinstance(mode, int) else ""
-            assert "Error: " in done.stderr and told in done.stderr, done
+            message = MESSAGES[mode] if isinstance(mode, int) else ""
+            assert "Error: " in done.stderr and message in done.stderr, done
     reference.mode = "images"
     with tempfile.TemporaryDirectory() as name:
         with socket.socket() as unused:
@@ -109,9 +109,9 @@ def errors_are_told(program: list[str], reference: ReferenceServer) -> None:
         assert names(Path(name)) == [], done
 
 
-def the_reference_gets_what_it_expects(program: list[str], reference: ReferenceServer) -> None:
+def requests_have_the_expected_form(program: list[str], reference: ReferenceServer) -> None:
     reference.bodies.clear()
-    pictures_are_saved(program, reference.url)
+    images_are_saved(program, reference.url)
     body = reference.bodies[-1]
     if program is SDK_IMAGES:
         assert (body["prompt"], body["n"], body["size"]) == (PROMPT, 3, "96x64"), body
@@ -124,8 +124,8 @@ def the_reference_gets_what_it_expects(program: list[str], reference: ReferenceS
     assert (parameters["num_inference_steps"], parameters["seed"]) == (2, 7), body
 
 
-def the_defaults_are_the_references(reference: ReferenceServer) -> None:
-    """What is sent, and where to, if nothing is said."""
+def defaults_are_those_of_the_reference(reference: ReferenceServer) -> None:
+    """The requests and file names of programs that are run without arguments."""
     common = {"height": 1024, "width": 1024, "true_cfg_scale": 4.0, "seed": 42}
     common["num_outputs_per_prompt"] = 1
     for program, prompt, steps, output in [
@@ -176,9 +176,9 @@ def server_script() -> None:
         )
         wait_for(f"http://127.0.0.1:{port}/health", process)
         process.send_signal(signal.SIGTERM)
-        told, _ = process.communicate(timeout=60)
+        stdout, _ = process.communicate(timeout=60)
         assert process.returncode == 0, process.returncode
-        assert f"Port: {port}" in told, told
+        assert f"Port: {port}" in stdout, stdout
     without = subprocess.run([script], env=variables("", KILN="no-such-kiln"), capture_output=True)
     assert without.returncode == 127 and b"no-such-kiln" in without.stderr, without
 
@@ -195,10 +195,10 @@ def gradio_demo(reference: ReferenceServer) -> None:
             page = f"http://127.0.0.1:{port}"
             wait_for(page, process)
             client = gradio_client.Client(page, verbose=False)
-            picture = dict(prompt=PROMPT, negative_prompt=NEGATIVE, height=256, width=320, steps=10)
-            picture |= dict(cfg_scale=1.0, seed=-1, api_name="/generate")
-            drawn = client.predict(**picture)
-            path = drawn["path"] if isinstance(drawn, dict) else drawn
+            request = dict(prompt=PROMPT, negative_prompt=NEGATIVE, height=256, width=320, steps=10)
+            request |= dict(cfg_scale=1.0, seed=-1, api_name="/generate")
+            result = client.predict(**request)
+            path = result["path"] if isinstance(result, dict) else result
             assert png_size(Path(path).read_bytes()) == (320, 256)
             if url == reference.url:
                 body = reference.bodies[-1]
@@ -206,7 +206,7 @@ def gradio_demo(reference: ReferenceServer) -> None:
                 assert "seed" not in body["extra_body"], body
                 reference.mode = 429
                 try:
-                    client.predict(**picture)
+                    client.predict(**request)
                 except gradio_client.exceptions.AppError as error:
                     assert MESSAGES[429] in str(error), error
                 else:
@@ -226,11 +226,11 @@ def main() -> None:
         ("openai_sdk_client.py --api chat", SDK_CHAT),
     ]:
         started = time.monotonic()
-        pictures_are_saved(program, KILN_URL)
-        the_reference_gets_what_it_expects(program, reference)
-        errors_are_told(program, reference)
+        images_are_saved(program, KILN_URL)
+        requests_have_the_expected_form(program, reference)
+        errors_are_printed(program, reference)
         print(f"examples: {name} ok ({time.monotonic() - started:.1f} s)")
-    the_defaults_are_the_references(reference)
+    defaults_are_those_of_the_reference(reference)
     print("examples: defaults ok")
     server_script()
     print("examples: run_server.sh ok")

@@ -1,6 +1,6 @@
-"""The official openai package against a running `kiln serve` with the demo model.
+"""Tests the official openai package with a running `kiln serve` with the demo model.
 
-Usage: python test_openai.py http://127.0.0.1:8091
+Usage: python test_openai.py URL KEY
 """
 
 import base64
@@ -53,19 +53,19 @@ def chat_stream(client: openai.OpenAI) -> None:
         stream_options={"include_usage": True},
         extra_body={"num_inference_steps": 4, "preview_every": 2},
     )
-    stages, pictures, finish, usage = [], [], None, None
+    stages, parts, finish, usage = [], [], None, None
     for chunk in stream:
         progress = (chunk.model_extra or {}).get("progress")
         if progress:
             stages.append(progress["stage"])
         for choice in chunk.choices:
-            pictures += choice.delta.content or []
+            parts += choice.delta.content or []
             finish = choice.finish_reason or finish
         usage = chunk.usage or usage
     assert stages[0] == "queued", stages
     assert stages.count("step") == 4, stages
     assert stages.count("preview") == 1, stages
-    assert [png_size(data_url(part["image_url"]["url"])) for part in pictures] == [(128, 128)]
+    assert [png_size(data_url(part["image_url"]["url"])) for part in parts] == [(128, 128)]
     assert finish == "stop"
     assert usage.completion_tokens == 64
 

@@ -1,9 +1,9 @@
-"""The calls that Open WebUI and SillyTavern make to draw, and the package webuiapi, against a running
-`kiln serve --enable-sdapi` with the demo model.
+"""Tests a running `kiln serve --enable-sdapi` with the demo model with the calls that Open WebUI and
+SillyTavern make to generate images, and with the package webuiapi.
 
 Usage: python test_programs.py URL KEY
 
-Read in Open WebUI 0.12.4 (open_webui/routers/images.py of the package on PyPI) and SillyTavern 1.19.0
+The calls are those of Open WebUI 0.12.4 (open_webui/routers/images.py of the package on PyPI) and SillyTavern 1.19.0
 (src/endpoints/stable-diffusion.js and public/scripts/extensions/stable-diffusion/index.js of the
 package on npm). Names in parentheses are the functions that make the calls.
 """
@@ -34,8 +34,8 @@ def basic(typed: str) -> dict[str, str]:
 
 
 def open_webui_openai() -> None:
-    """The engine `openai` (image_generations): the models are built in, one of them is the default,
-    and models named gpt-image-… are not asked for a response_format."""
+    """The engine `openai` (image_generations). The models are built in, one of them is the default;
+    requests for models named gpt-image-… have no response_format."""
     for model, size, settings in [
         ("dall-e-2", "512x512", {}),
         ("dall-e-3", "96x64", {"num_inference_steps": 2}),
@@ -54,14 +54,14 @@ def open_webui_openai() -> None:
         )
         answer.raise_for_status()
         images = answer.json()["data"]
-        # A url would be fetched; without one it is b64_json.
+        # Open WebUI fetches a url if there is one, and otherwise uses b64_json.
         assert len(images) == 2 and not any(image.get("url") for image in images), answer.json()
         expected = (128, 128) if size == "auto" else tuple(map(int, size.split("x")))
         assert [png_size(image["b64_json"]) for image in images] == [expected] * 2
 
 
 def open_webui_automatic1111() -> None:
-    """The engine `automatic1111`, with the setting AUTOMATIC1111_API_AUTH as these texts."""
+    """The engine `automatic1111`, with two values of the setting AUTOMATIC1111_API_AUTH."""
     for typed in [f"kiln:{KEY}", KEY]:
         headers = {"authorization": basic(typed)["Authorization"]}
         options = f"{SERVER}/sdapi/v1/options"
@@ -73,11 +73,11 @@ def open_webui_automatic1111() -> None:
         assert choices == [{"id": "demo", "name": "demo"}], choices
         current = requests.get(options, headers=headers).json()
         assert current["sd_model_checkpoint"] == "demo"
-        # A model is chosen (set_image_model): all options are sent back.
+        # Choosing a model (set_image_model) sends all options back.
         chosen = {**current, "sd_model_checkpoint": "left over from another engine"}
         requests.post(options, json=chosen, headers=headers).raise_for_status()
-        # A chat asks for a picture (image_generations): as it does without any setting, but for
-        # the steps, and with what there is to set.
+        # An image request of a chat (image_generations): with the default settings except the
+        # steps, and with every setting.
         everything = {"steps": 2, "negative_prompt": "", "cfg_scale": 4, "sampler_name": "Euler a"}
         for size, count, extra in [(512, 1, {"steps": 1}), (64, 2, everything)]:
             data = {"prompt": PROMPT, "batch_size": count, "width": size, "height": size}
@@ -85,9 +85,9 @@ def open_webui_automatic1111() -> None:
                 f"{SERVER}/sdapi/v1/txt2img", json={**data, **extra}, headers=headers
             ).json()
             assert [png_size(image) for image in answer["images"]] == [(size, size)] * count
-            # Kept with the file.
+            # Open WebUI stores `info` with the file.
             assert json.loads(answer["info"])["prompt"] == PROMPT
-    # The version 0.6 shows what is under this key.
+    # Version 0.6 shows the value of this key.
     refused = requests.post(
         f"{SERVER}/sdapi/v1/txt2img", json={"prompt": "", "width": 1}, headers=basic(KEY)
     ).json()
@@ -96,7 +96,7 @@ def open_webui_automatic1111() -> None:
 
 
 class SillyTavern:
-    """The source "Stable Diffusion Web UI (AUTOMATIC1111)", called `auto`."""
+    """The source "Stable Diffusion Web UI (AUTOMATIC1111)", named `auto`."""
 
     def __init__(self, typed: str) -> None:
         self.auth = typed
@@ -104,7 +104,7 @@ class SillyTavern:
 
     def get(self, path: str):
         answer = requests.get(f"{SERVER}/sdapi/v1/{path}", headers=self.headers)
-        # fetch() is asked for `ok`, else there is an error.
+        # SillyTavern checks `ok` of the response.
         assert answer.ok, answer.text
         return answer.json()
 
@@ -119,7 +119,7 @@ class SillyTavern:
         assert upscalers == ["None"]
         assert [scheduler["name"] for scheduler in self.get("schedulers")] == ["automatic"]
         assert [vae["model_name"] for vae in self.get("sd-vae")] == []
-        # Asked at the same time; only Forge has it.
+        # Requested at the same time; only Forge has this route.
         assert requests.get(f"{SERVER}/sdapi/v1/sd-modules", headers=self.headers).status_code == 404
 
     def choose_model(self) -> None:
@@ -130,8 +130,8 @@ class SillyTavern:
         progress = self.get("progress")
         assert progress["progress"] == 0.0 and progress["state"]["job_count"] == 0, progress
 
-    def draw(self, **settings) -> requests.Response:
-        """generateAutoImage with the settings that it has from the start, then /generate."""
+    def generate(self, **settings) -> requests.Response:
+        """generateAutoImage with the default settings, then /generate."""
         assert "forge_preset" not in self.get("options")
         body = {
             "url": SERVER,
@@ -162,10 +162,10 @@ class SillyTavern:
         }
         return requests.post(f"{SERVER}/sdapi/v1/txt2img", json=body, headers=self.headers)
 
-    def draw_and_abort(self) -> None:
-        """The user aborts: its own server interrupts this one."""
+    def generate_and_abort(self) -> None:
+        """The user aborts: SillyTavern's server sends an interrupt."""
         answers = []
-        thread = threading.Thread(target=lambda: answers.append(self.draw(steps=1000)))
+        thread = threading.Thread(target=lambda: answers.append(self.generate(steps=1000)))
         thread.start()
         progress = self.get("progress")
         while not progress["current_image"]:
@@ -184,27 +184,27 @@ def silly_tavern() -> None:
     program = SillyTavern(f"kiln:{KEY}")
     program.connect()
     program.choose_model()
-    answer = program.draw(steps=2, seed=7)
+    answer = program.generate(steps=2, seed=7)
     assert answer.ok, answer.text
-    # It shows the first one, as PNG.
+    # SillyTavern shows the first image, as PNG.
     assert png_size(answer.json()["images"][0]) == (512, 512)
     assert answer.json()["parameters"]["seed"] == 7
-    # ADetailer, an extension of the web UI, cannot be had.
+    # ADetailer, an extension of the web UI, is not supported.
     scripts = {"ADetailer": {"args": [True, True, {"ad_model": "face_yolov8n.pt"}]}}
-    refused = program.draw(alwayson_scripts=scripts)
+    refused = program.generate(alwayson_scripts=scripts)
     assert refused.status_code == 400 and "alwayson_scripts" in refused.json()["detail"]
-    program.draw_and_abort()
+    program.generate_and_abort()
 
 
 def webuiapi_package() -> None:
     """A client that sends every field that the web UI has."""
     url = urllib.parse.urlsplit(SERVER)
     api = webuiapi.WebUIApi(host=url.hostname, port=url.port, username="kiln", password=KEY)
-    drawn = api.txt2img(
+    result = api.txt2img(
         prompt=PROMPT, negative_prompt="blurry", steps=2, width=96, height=64, seed=5, batch_size=2
     )
-    assert [image.size for image in drawn.images] == [(96, 64)] * 2
-    assert drawn.info["all_seeds"] == [5, 5], drawn.info
+    assert [image.size for image in result.images] == [(96, 64)] * 2
+    assert result.info["all_seeds"] == [5, 5], result.info
     assert api.util_get_model_names() == ["demo"]
     api.util_set_model("demo")
     assert api.util_get_current_model() == "demo"

@@ -35,12 +35,12 @@ struct Fiber {
     void *stack_pointer;
     uint3 thread;
     Kind waits;
-    int line, barrier;  // the number, of a named one
+    int line, barrier;  // number of a named barrier
     bool done;
-    unsigned groups;  // of copies, committed so far
+    unsigned groups;  // copy groups committed so far
     std::vector<Copy> copies;
     unsigned products, product_groups;  // issued and committed so far
-    bool fenced;                        // a wgmma_fence since sums were last given back
+    bool fenced;                        // a wgmma_fence since accumulators were last released
 };
 
 // Lanes of a warp that wait for each other.
@@ -57,25 +57,25 @@ struct Warp {
     void *slots[32];
 };
 
-// A barrier of barrier_sync and barrier_arrive. Warps come to it as a whole.
+// A barrier of barrier_sync and barrier_arrive. Warps arrive as a whole.
 constexpr int NAMED_BARRIERS = 16;
 struct Named {
     unsigned arrived, threads;
-    uint32_t warps, waiting;  // that have arrived, and those of them that wait
-    int line;                 // of the last of them
+    uint32_t warps, waiting;  // warps that have arrived, and those of them that wait
+    int line;                 // line of the last arrival
 };
 struct NamedCall {
     int number;
     unsigned threads;
 };
 
-// Products of a warpgroup: four warps.
+// Products of a warpgroup of four warps.
 constexpr unsigned GROUP_THREADS = 128;
 struct Sums {
-    float *registers[GROUP_THREADS];  // of each thread, as far as it has issued a product on them
+    float *registers[GROUP_THREADS];  // accumulators of each thread that has issued a product on them
     int count, pitch;
-    unsigned pending;  // products
-    int line;          // of the last of them
+    unsigned pending;  // pending products
+    int line;          // line of the last product
     alignas(64) float matrix[GROUP_ROWS * MOST_COLUMNS];
 };
 struct PendingProduct {
@@ -83,7 +83,7 @@ struct PendingProduct {
     int line;
     unsigned group, arrived;
     bool done;
-    unsigned number;  // of the hazard detector
+    unsigned number;  // number in the hazard detector
     Sums *sums;
     bool present[GROUP_THREADS];
     uint32_t left[GROUP_THREADS][4], issued[GROUP_THREADS];
@@ -91,7 +91,7 @@ struct PendingProduct {
 struct Warpgroup {
     std::vector<PendingProduct *> products;
     std::vector<Sums *> in_flight;
-    unsigned retired = 0;  // products before the first of these
+    unsigned retired = 0;  // number of products before the first of these
     unsigned waiting = 0, goal = 0;
 };
 
@@ -104,7 +104,7 @@ struct Runner : Block {
     unsigned count = 0, alive = 0, arrived = 0;
     Named named[NAMED_BARRIERS];
     uint32_t ready_warps = 0;
-    unsigned long spins = 0;  // yields since anything else happened
+    unsigned long spins = 0;  // yields since the last progress
     uint64_t random_state = 1;
     void *main_stack = nullptr;
     std::vector<char> shared_memory;
@@ -137,13 +137,13 @@ unsigned random_bit(Runner *r, uint32_t bits) {
     while (n--) bits &= bits - 1;
     return (unsigned)__builtin_ctz(bits);
 }
-// The first set bit above `after`, or else the first.
+// The first set bit above `after`, otherwise the first set bit.
 unsigned next_bit(uint32_t bits, unsigned after) {
     uint32_t above = after >= 31 ? 0 : bits & (~0u << (after + 1));
     return (unsigned)__builtin_ctz(above ? above : bits);
 }
 
-// Saves what a call must keep, and goes on with another stack.
+// Saves the callee-saved registers and switches to another stack.
 __attribute__((naked, noinline)) void change(void ** /* rdi: from */, void * /* rsi: to */) {
     asm volatile(
         "pushq %rbp\n pushq %rbx\n pushq %r12\n pushq %r13\n pushq %r14\n pushq %r15\n"
@@ -161,7 +161,7 @@ void go(Runner *r, unsigned to) {
 
 [[noreturn]] void stuck(Runner *r);
 
-// Which thread runs next: another lane of this warp as long as there is one.
+// The next thread to run: another lane of this warp if there is one.
 unsigned pick(Runner *r) {
     if (!r->ready_warps) stuck(r);
     unsigned w = r->index / 32;
@@ -186,7 +186,7 @@ void sleep_now(Runner *r) {
     clear_ready(r, r->index);
     go(r, pick(r));
 }
-// Where several threads can go on, any of them may be the first.
+// If several threads can continue, chooses a random one to be the first.
 void shuffle_order(Runner *r) {
     if (r->launch->random) go(r, pick(r));
 }
@@ -238,7 +238,7 @@ void stuck(Runner *r) {
     fail(r, named ? "named-barrier" : barrier ? "divergent-barrier" : "deadlock", first, r->fibers[first].line, "no thread can go on: " + waiting_text(r));
 }
 
-// ---- what kernels call ---------------------------------------------------------------------------
+// ---- calls of kernels ----------------------------------------------------------------------------
 
 void release_block(Runner *r) {
     if (r->launch->check) {
@@ -283,7 +283,7 @@ void block_barrier(Block *b, int line) {
 
 bool all_lanes(Kind kind) { return kind == MATRIX_PRODUCT || kind == LOAD_MATRIX || kind == STORE_MATRIX || kind == FRAGMENT; }
 
-// All lanes of a warp have come to barrier_sync or barrier_arrive. Those that wait then go on with the others.
+// All lanes of a warp have reached barrier_sync or barrier_arrive. Waiting warps continue when the barrier completes.
 void named_arrival(Runner *r, unsigned warp, const Group &group) {
     Check *check = r->launch->check;
     unsigned first = warp * 32 + (unsigned)__builtin_ctz(group.arrived);
@@ -422,7 +422,7 @@ void copy_async(Block *b, void *to, const void *from, unsigned size, unsigned gi
     if (given) __builtin_prefetch(from);
     auto when = Copy::AT_WAIT;
     if (r->launch->random) when = (decltype(when))(draw(r) % 3);
-    // Written in place: a copy of it just after is slow.
+    // Written in place, as a copy right after writing is slow.
     auto &copies = r->fibers[r->index].copies;
     copies.emplace_back();
     Copy &c = copies.back();
@@ -492,7 +492,7 @@ struct Product {
     const float *c;
     float *d;
 };
-// A row by row, B column by column, in the registers that PTX lays down: each holds two halves or one float.
+// A is row-major and B column-major, in the registers that PTX defines: each holds two halves or one float.
 template <int element, int K> void mma_work(void *const *slots, uint32_t) {
     constexpr int per = element == 2 ? 1 : 2, a_registers = 16 * K / 32 / per, b_registers = 8 * K / 32 / per;
     float left[16][K], right[K][8], sums[16][8];
@@ -538,7 +538,7 @@ void report_rows(void *const *slots, unsigned flags) {
     auto *first = (const Rows *)slots[0];
     Runner *r = first->runner;
     if (!r->launch->check) return;
-    // The lane that brings a row's address counts as the one that reads or writes it.
+    // The lane that provides a row's address counts as its reader or writer.
     for (int i = 0; i < 8 * first->count; i++)
         check_access(r->launch->check, r, (r->index & ~31u) + (unsigned)i, ((const Rows *)slots[i])->row, 16, flags | NATURAL, {0, first->line});
 }
@@ -580,9 +580,9 @@ void store_matrix(Block *b, const uint32_t *const *registers, int count, bool tr
 
 // ---- products of warpgroups -----------------------------------------------------------------------
 //
-// Each thread records what it issues; there is nothing to wait for then. Products are made when the last thread of
-// the warpgroup has come to the wait that needs them, from what shared memory holds by then. Sums in flight are
-// kept as a matrix, and are NaN in the registers until no product on them is pending.
+// Each thread records the products that it issues, without waiting. Products are computed when the last thread of
+// the warpgroup reaches the wait that needs them, from the contents of shared memory at that time. Accumulators in
+// flight are stored as a matrix, and are NaN in the registers until no product on them is pending.
 
 void group_fence(Block *b) {
     Runner *r = (Runner *)b;
@@ -611,7 +611,7 @@ void stuck_products(Runner *r) {
     }
 }
 
-// Calls f(pair of sums in the matrix, the same in the registers) for all sums of a thread.
+// Calls f(pair of sums in the matrix, the same pair in the registers) for all sums of a thread.
 template <typename F> void each_pair(Sums &s, unsigned thread, F f) {
     float *row = s.matrix + (thread / 32 * 16 + thread % 32 / 4) * (unsigned)s.pitch + thread % 4 * 2, *registers = s.registers[thread];
     for (int j = 0; j < s.count / 4; j++) {
@@ -622,7 +622,7 @@ template <typename F> void each_pair(Sums &s, unsigned thread, F f) {
 
 void check_tile(Runner *r, uint64_t descriptor, bool transposed, unsigned count, int line) {
     Tile tile(descriptor);
-    // The pattern of the swizzle takes 8 rows.
+    // The swizzle pattern has a period of 8 rows.
     if ((descriptor & NO_TILE) || (tile.base & 0x380))
         fail(r, "misaligned", r->index, line, "a tile of a product that does not begin at a multiple of 1024 bytes of shared memory");
     if ((descriptor & ~(0x3fffull | 0x3fffull << 16 | 0x3fffull << 32)) != 1ull << 62)
@@ -731,7 +731,7 @@ void retire(Runner *r, unsigned g) {
     while (count < group.products.size() && group.products[count]->group < group.goal) count++;
     if (!r->operands) r->operands.reset(new Operands);
     for (size_t i = 0; i < count; i++) {
-        // Together with the next ones on the same sums; others do not depend on them.
+        // Computed together with the next products on the same sums; other products do not depend on them.
         PendingProduct *list[MOST_STEPS];
         int steps = 0;
         for (size_t j = i; j < count && steps < MOST_STEPS; j++) {
@@ -784,7 +784,7 @@ void group_wait(Block *b, unsigned left, int line) {
     for (unsigned w = 0; w < 4; w++) set_ready(r, g * 4 + w, ~0u);
     shuffle_order(r);
 }
-// Where threads read or write sums that are in flight.
+// Called when threads read or write accumulators that are in flight.
 void sums_access(Block *b, const char *address, size_t size, unsigned flags, Place place) {
     Runner *r = (Runner *)b;
     unsigned g = r->index / GROUP_THREADS;
@@ -834,7 +834,7 @@ void finish() {
     clear_ready(r, r->index);
     r->alive--;
     r->spins = 0;
-    // The others of the warp, or of the block, do not wait for this thread any more.
+    // The other threads of the warp and of the block no longer wait for this thread.
     for (unsigned i = 0; i < w.group_count;) {
         if (w.groups[i].arrived == (w.groups[i].mask & w.alive)) release_group(r, number, i), i = 0;
         else i++;
@@ -863,7 +863,7 @@ void enter() {
 }
 
 void *fresh_stack(Runner *r, unsigned i) {
-    // Stacks begin at different places of a page, as a cache cannot hold many lines at one distance.
+    // Stacks begin at different offsets in a page, to avoid conflicts of cache sets.
     void **top = (void **)(r->stacks + (i + 1) * STACK - (i & 63) * 320);
     *--top = nullptr;
     *--top = (void *)enter;
@@ -936,7 +936,7 @@ void work(Runner *r, Launch *l) {
         r->stacks_size = needed;
         r->stacks_end = r->stacks + needed;
     }
-    // NaN, so that what is read before it is written shows.
+    // NaN, so that reads of uninitialised values are visible.
     size_t dynamic = (l->shared + 127) / 128 * 128;
     r->shared_memory.assign(dynamic + l->kernel->shared_span + 2048, (char)0xff);
     r->shared = (char *)(((size_t)r->shared_memory.data() + 1023) / 1024 * 1024);
@@ -993,7 +993,7 @@ const char *name_of(Kind kind) {
 }
 
 int run(Launch &l, unsigned host_threads) {
-    // One launch at a time; never destroyed, as the helpers use them to the end of the process.
+    // One launch at a time; never destroyed, as the host threads use them until the process ends.
     static std::mutex &one = *new std::mutex;
     static Helpers &helpers = *new Helpers;
     static Runner &own = *new Runner{};
@@ -1008,7 +1008,7 @@ int run(Launch &l, unsigned host_threads) {
             std::swap(l.order[i - 1], l.order[(x >> 33) % i]);
         }
     }
-    // One thread where hazards are looked for, so that the same seed finds the same.
+    // One host thread for checked kernels, so that a seed gives the same order each time.
     if (l.check || blocks == 1 || host_threads < 2) {
         work(&own, &l);
         return l.error;

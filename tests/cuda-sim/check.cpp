@@ -1,20 +1,20 @@
 // The hazard detector.
 //
-// Shared memory. Time is counted in events that order something. Each thread has the time up to which
-// it has seen all of its block (a block barrier, a barrier's phase), and the time up to which it has
-// seen each lane of its warp (__syncwarp). Each warp has the time up to which it has seen each warp of
-// its block (named barriers: those that wait see what the others had seen and done when they came). For every two bytes the last write and the last reads are
-// kept, with their time and thread; an access that conflicts with one that its thread has not seen is a
-// race, in whatever order the two ran. Barriers of phases (cuda::barrier) order all that ran before the
-// phase was complete, which is more than they promise: a race across one can be missed.
+// Shared memory. Time is counted in synchronisation events. Each thread has the time up to which it has
+// seen its whole block (block barrier, phase barrier), and the time up to which it has seen each lane of
+// its warp (__syncwarp). Each warp has the time up to which it has seen each warp of its block (named
+// barriers: threads that wait see what the others had seen and done on arrival). The last write and the
+// last reads of every two bytes are stored with their time and thread; an access that conflicts with one
+// that its thread has not seen is a race, whatever the order in which the two ran. Phase barriers
+// (cuda::barrier) order all accesses before the phase completed, more than guaranteed, so races may be missed.
 //
-// Products of warpgroups read shared memory from when all threads have issued them to when they have been
-// waited for. For every 16 bytes the last product of each warpgroup is kept. What they read has to be seen by
-// all threads of the warpgroup, as has a fence_async_proxy that the writer did after it.
+// Warpgroup products read shared memory from when all threads have issued them until the wait. The last
+// product of each warpgroup is stored for every 16 bytes. All threads of the warpgroup must have seen the
+// writes that the product reads, and a later fence_async_proxy of the writer.
 //
-// Global memory. Bounds are those of allocations. Which bytes were written is kept for the life of an
+// Global memory. Bounds are those of allocations. The written bytes are recorded for the life of an
 // allocation, and for every two bytes the last block that wrote and read them. Two blocks that have both
-// done a __threadfence and then an atomic operation are taken to have an order.
+// executed a __threadfence and then an atomic operation count as ordered.
 #include "check.h"
 
 #include <dlfcn.h>
@@ -98,7 +98,7 @@ Totals &totals() {
 }
 constexpr unsigned MOST_REPORTS = 200;
 
-// What an access was, in 32 bits: a line, or an offset in the kernel's code.
+// The place of an access in 32 bits: a line, or an offset in the kernel's code.
 constexpr uint32_t LINE = 1u << 31;
 
 struct Access {
@@ -107,12 +107,12 @@ struct Access {
     uint8_t flags = 0, bytes = 0;
     uint32_t place = 0;
 };
-constexpr uint8_t PENDING = 128;  // a flag: an asynchronous copy that has not been waited for
+constexpr uint8_t PENDING = 128;  // flag: a pending asynchronous copy
 struct Cell {
     Access write, read, read_same_warp, read_other_warp;
 };
 
-// A write where another one was: no hazard if it turns out to write the same.
+// A write that conflicts with another one: no hazard if both write the same value.
 struct SecondWrite {
     const char *kind;
     unsigned thread;
@@ -147,21 +147,21 @@ struct Check {
         uint32_t all = 0;
         std::array<uint32_t, 32> warps{};
     };
-    std::array<std::array<uint32_t, 32>, 32> seen_warp;  // of each warp, by all of its lanes
-    View named[16];                                      // what those that have come to a barrier had seen
+    std::array<std::array<uint32_t, 32>, 32> seen_warp;  // time up to which all lanes of a warp have seen each warp
+    View named[16];                                      // what the threads at a barrier had seen
     std::unordered_map<const void *, uint32_t> phases;
     struct Product {
         int line;
         bool done;
-        uint32_t time;  // when it had been waited for
+        uint32_t time;  // time of the wait
     };
-    std::vector<Product> products;                        // of the block, from 1
-    std::vector<std::array<uint32_t, 8>> product_reads;   // of each 16 bytes, the last product of each warpgroup
-    std::vector<std::vector<uint32_t>> async_fences;      // of each thread, their times
+    std::vector<Product> products;                        // products of the block, from 1
+    std::vector<std::array<uint32_t, 8>> product_reads;   // last product of each warpgroup, for each 16 bytes
+    std::vector<std::vector<uint32_t>> async_fences;      // times, for each thread
     bool fenced = false;
     uint32_t block_number = 0;
 
-    // Of the access that comes next: g++ calls before it.
+    // The next access: g++ calls the function before the access.
     std::vector<SecondWrite> second_writes;
 
     std::vector<bool> ordered_blocks;
@@ -181,7 +181,7 @@ std::string place_text(Check *c, uint32_t place) {
     text = "code+" + std::to_string(place);
     if (FILE *f = popen(command, "r")) {
         char line[4096];
-        // Functions of the shim are inlined into the kernel: the first frame that is not theirs.
+        // Functions of the shim are inlined into the kernel: finds the first frame outside of them.
         while (fgets(line, sizeof line, f)) {
             const char *colon = strrchr(line, ':');
             if (!colon || strstr(line, "/shim/") || atoi(colon + 1) <= 0) continue;
@@ -215,7 +215,7 @@ void report(Check *c, Block *b, const char *kind, unsigned thread, uint32_t plac
     char head[400];
     snprintf(head, sizeof head, "cuda-sim: hazard %s in %s at %s: block (%u,%u,%u) thread %s: ", kind, c->launch->kernel->name, where.c_str(), b->block.x,
              b->block.y, b->block.z, thread_text(*c->launch, thread).c_str());
-    // The source is beside the library, under the same name.
+    // The source is beside the library, with the same name.
     std::string source = c->library.substr(c->library.rfind('/') + 1);
     std::string line = head + text + " [" + source.substr(0, source.find('.')) + ".cu]\n";
     fputs(line.c_str(), stderr);
@@ -233,7 +233,7 @@ void settle(Check *c, Block *b) {
         if (memcmp(w.before, w.address, w.size)) report(c, b, w.kind, w.thread, w.place, w.other, w.text);
     c->second_writes.clear();
 }
-// Reports it, unless both accesses are writes of the same. What the second one writes is known only where
+// Reports a race, unless both accesses write the same value. The value of the second write is known only if
 // it is an access of the kernel's own code.
 void report_conflict(Check *c, Block *b, const char *kind, unsigned thread, uint32_t place, uint32_t other, const std::string &text, bool both_write,
                      const void *address, size_t size) {
@@ -248,14 +248,14 @@ void report_conflict(Check *c, Block *b, const char *kind, unsigned thread, uint
 
 std::string size_text(size_t size) { return size == 1 ? "1 byte" : std::to_string(size) + " bytes"; }
 
-// Whether `thread` comes after that access by what the kernel says.
+// Whether the kernel's synchronisation orders `thread` after that access.
 bool comes_after(Check *c, unsigned thread, const Access &a) {
     if (a.flags & PENDING) return false;
     if (a.thread == thread || a.time <= c->seen[thread] || a.time <= c->seen_warp[thread / 32][a.thread / 32]) return true;
     return a.thread / 32 == thread / 32 && a.time <= c->seen_lane[thread][a.thread & 31];
 }
 
-// Bytes of shared memory by name, as far as they have one.
+// Describes bytes of shared memory, with the name of the variable if there is one.
 std::string shared_text(const Check *c, const Block *b, size_t offset) {
     size_t statics = (size_t)(b->statics - b->shared);
     const Kernel &k = *c->launch->kernel;
@@ -318,7 +318,7 @@ void shared_bounds(Check *c, Block *b, unsigned thread, size_t offset, size_t si
     }
 }
 
-// Products of warpgroups that read what is now overwritten.
+// Pending warpgroup products that read the overwritten bytes.
 void overwrites_products(Check *c, Block *b, unsigned thread, size_t offset, size_t size, uint32_t place) {
     for (size_t at = offset / 16; at <= (offset + size - 1) / 16; at++)
         for (unsigned group = 0; group < 8; group++) {
@@ -339,7 +339,7 @@ void overwrites_products(Check *c, Block *b, unsigned thread, size_t offset, siz
 void shared_access(Check *c, Block *b, unsigned thread, size_t offset, size_t size, unsigned flags, uint32_t place) {
     shared_bounds(c, b, thread, offset, size, flags, place);
     if ((flags & WRITE) && c->products.size() > 1) overwrites_products(c, b, thread, offset, size, place);
-    // Bytes that nothing wrote.
+    // Uninitialised bytes.
     for (size_t i = 0; i < size; i += 16) {
         unsigned n = (unsigned)std::min<size_t>(16, size - i);
         if ((!(flags & WRITE) || (flags & ATOMIC)) && bits_at(c->written.data(), offset + i, n) != (1u << n) - 1)
@@ -465,7 +465,7 @@ Check *begin_launch(Launch &l) {
     if (dladdr1((const void *)l.kernel->bind, &info, (void **)&map, RTLD_DL_LINKMAP)) {
         c->library = info.dli_fname;
         c->code = (uintptr_t)info.dli_fbase;
-        // The segments of a library lie one after another.
+        // The segments of a library are consecutive.
         struct Find {
             uintptr_t base, end;
         } find{c->code, c->code};
@@ -582,7 +582,7 @@ unsigned check_product_reads(Check *c, Block *b, unsigned group, const std::vect
     settle(c, b);
     unsigned first = group * 128;
     uint32_t place = (uint32_t)line | LINE;
-    // Up to when all threads of the warpgroup have seen each warp.
+    // The time up to which all threads of the warpgroup have seen each warp.
     std::array<uint32_t, 32> seen;
     seen.fill(~0u);
     for (unsigned w = 0; w < 4; w++) {
@@ -593,7 +593,7 @@ unsigned check_product_reads(Check *c, Block *b, unsigned group, const std::vect
     auto number = (uint32_t)c->products.size();
     c->products.push_back({line, false, 0});
     bool found = false;
-    // The last write that was found to be in order: the next one is mostly by the same thread.
+    // The last write that was checked to be ordered: the next one is mostly by the same thread.
     uint32_t right_time = 0;
     unsigned right_thread = 0;
     for (uint32_t offset : offsets) {

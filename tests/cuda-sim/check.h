@@ -1,4 +1,4 @@
-// The hazard detector: sees every access of a checked kernel to memory, and what orders accesses.
+// The hazard detector: gets every memory access and every synchronisation of a checked kernel.
 #pragma once
 #include <stddef.h>
 #include <stdint.h>
@@ -10,13 +10,13 @@
 
 namespace sim {
 
-// Which bytes of an allocation have been written, and by which block of which launch. Lies beside the
-// allocation and is backed by memory only where it is used.
+// Which bytes of an allocation have been written, and by which block of which launch. A shadow beside the
+// allocation, backed by memory only where it is used.
 struct Shadow {
     struct Cell {
-        uint64_t writer, reader;  // launch << 32 | block, of two bytes
+        uint64_t writer, reader;  // launch << 32 | block, for two bytes
     };
-    uint8_t *written = nullptr;  // one bit a byte
+    uint8_t *written = nullptr;  // one bit per byte
     Cell *cells = nullptr;
 };
 struct Allocation {
@@ -29,13 +29,13 @@ void drop_shadow(Allocation &);
 void mark_written(const Allocation &, size_t offset, size_t size);
 void copy_written(const Allocation &to, size_t to_offset, const Allocation &from, size_t from_offset, size_t size);
 
-// Supplied by the driver: the allocation with the highest address that is not above this one.
+// Provided by the driver: the allocation with the highest address that is not above `address`.
 bool allocation_below(unsigned long address, Allocation &found);
-// Raised by the driver at every allocation and free, so that what was looked up is looked up again.
+// Incremented by the driver at every allocation and free; invalidates cached lookups.
 extern unsigned long allocation_changes;
 
 Check *begin_launch(Launch &);
-// Returns the number of hazards found in it.
+// Returns the number of hazards in the launch.
 unsigned end_launch(Check *);
 unsigned long launches_checked(), hazards_found();
 
@@ -44,7 +44,7 @@ void check_end_block(Check *, Block *);
 void check_access(Check *, Block *, unsigned thread, const void *address, size_t size, unsigned flags, Place);
 void check_block_barrier(Check *);
 void check_warp_barrier(Check *, unsigned warp, uint32_t lanes);
-// A warp has come to a named barrier. When it is complete, the warps of `waiting` have waited for it.
+// A warp has arrived at a named barrier. If that completes the barrier, the warps of `waiting` have waited for it.
 void check_named_arrival(Check *, unsigned number, unsigned warp, uint32_t lanes);
 void check_named_complete(Check *, unsigned number, uint32_t waiting);
 void check_phase_completed(Check *, const void *barrier);
@@ -52,8 +52,8 @@ void check_phase_seen(Check *, unsigned thread, const void *barrier);
 void check_fence(Check *, Block *);
 void check_copy_issued(Check *, Block *, void *to, const void *from, unsigned size, unsigned given, int line);
 void check_copy_arrived(Check *, Block *, void *to, unsigned size);
-// Products of warpgroups. A product counts as issued by the thread at the time that this returns; when all threads
-// have issued it, it reads 16 bytes of shared memory at each of the offsets, until it has been waited for.
+// Warpgroup products. The thread has issued the product when this returns. From when all threads have issued it
+// until the wait, the product reads 16 bytes of shared memory at each of the offsets.
 uint32_t check_product_issued(Check *);
 unsigned check_product_reads(Check *, Block *, unsigned group, const std::vector<uint32_t> &offsets, const uint32_t *issued, int line);
 void check_product_done(Check *, unsigned product);

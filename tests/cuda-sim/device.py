@@ -1,5 +1,5 @@
-"""The few calls of the driver and of NVRTC that the tests make, through ctypes. The libraries are found through
-SIM_LIBRARIES, the folder that scripts/cuda-sim.sh built them in."""
+"""Bindings of the calls of the driver and of NVRTC that the tests make, with ctypes. SIM_LIBRARIES is the folder in
+which scripts/cuda-sim.sh built the libraries."""
 import ctypes
 import os
 
@@ -28,7 +28,7 @@ def start():
 
 
 def compile_source(source, *options):
-    """PTX, or what stands for it on the CPU device; RuntimeError with the log where it does not compile."""
+    """Compiles to PTX, or to its replacement on the CPU device. Raises RuntimeError with the log on failure."""
     program = ctypes.c_void_p()
     nvrtc.nvrtcCreateProgram(ctypes.byref(program), source.encode(), None, 0, None, None)
     given = (ctypes.c_char_p * len(options))(*[o.encode() for o in options])
@@ -59,7 +59,7 @@ class Module:
 
 
 class Buffer:
-    """Memory of the device, with these bytes or as it comes."""
+    """Memory of the device, filled with the given bytes or uninitialised."""
 
     def __init__(self, content):
         self.pointer = ctypes.c_uint64()
@@ -79,7 +79,7 @@ class Buffer:
 
 
 def launch(function, grid, block, arguments, shared=0):
-    """Arguments are buffers, whole numbers (32 bits), or objects of ctypes."""
+    """Arguments are buffers, integers (32 bits), or ctypes objects."""
     values = []
     for a in arguments:
         values.append(a.pointer if isinstance(a, Buffer) else ctypes.c_int32(a) if isinstance(a, int) else a)

@@ -1,9 +1,9 @@
-// A stand-in for NVIDIA's driver library (libcuda.so.1) on machines without a GPU. README.md beside this
-// file says how it is built and which environment variables it reads.
+// A stand-in for NVIDIA's driver library (libcuda.so.1) on machines without a GPU. README.md in this folder
+// describes how it is built and which environment variables it reads.
 //
-// Null device: allocations are host memory that is backed where it is used, copies are real, launches do
-// nothing but are checked against the limits of the device, and logged.
-// CPU device: modules that the NVRTC stand-in compiled for the host are run; see blocks.h.
+// Null device: allocations are host memory that is backed where it is used, copies are executed, and launches
+// are checked against the limits of the device and logged, but not executed.
+// CPU device: launches run modules that the NVRTC stand-in compiled for the host; see blocks.h.
 #include <cuda.h>
 
 #include <dirent.h>
@@ -68,7 +68,7 @@ struct Module {
     std::map<std::string, Function *> functions;
 };
 
-// Guards everything below. Never destroyed: other threads may call while the process ends.
+// Guards the state below. Never destroyed, as other threads may call while the process ends.
 std::mutex &lock = *new std::mutex;
 FILE *logfile = nullptr;
 unsigned long sequence = 0;
@@ -87,7 +87,7 @@ long now() {
     return t.tv_sec * 1000000000L + t.tv_nsec;
 }
 
-// ---- what is reported ----------------------------------------------------------------------------
+// ---- reports -------------------------------------------------------------------------------------
 
 void report() {
     fprintf(stderr,
@@ -96,7 +96,7 @@ void report() {
             launches, complaints, live_peak / 1048576.0, live_bytes / 1048576.0, pinned_peak / 1048576.0, allocations, copies_in,
             bytes_in / 1048576.0, copies_out, bytes_out / 1048576.0, syncs);
     if (settings().check) fprintf(stderr, "cuda-sim: %lu launches checked, %lu hazards\n", sim::launches_checked(), sim::hazards_found());
-    // Seconds of the processor by thread, of those that are still there.
+    // Processor time of each thread that still exists.
     DIR *tasks = env("SIM_LOG") ? opendir("/proc/self/task") : nullptr;
     while (dirent *task = tasks ? readdir(tasks) : nullptr) {
         if (task->d_name[0] == '.') continue;
@@ -116,7 +116,7 @@ void report() {
     }
     if (tasks) closedir(tasks);
     if (logfile) fflush(logfile);
-    // A program may have overlooked that a launch failed.
+    // The program may have ignored a failed launch.
     if (settings().check && sim::hazards_found()) {
         fflush(nullptr);
         _exit(HAZARDS_EXIT_CODE);
@@ -199,7 +199,7 @@ struct Failures {
             text.assign(buffer, fread(buffer, 1, sizeof buffer, f));
             fclose(f);
         }
-        // Calls are counted from when the text is first seen.
+        // Calls are counted from the first read of a text.
         if (text == file_text) return;
         file_text = text;
         file_rules = parse(text);
@@ -231,7 +231,7 @@ CUresult failure(const char *call, CUresult natural, bool device_work) {
     static Failures &failures = *new Failures;
     return failures.of(call, natural, device_work);
 }
-// Every call begins with one of these. WORK is what a lost device is first noticed at.
+// Every call begins with one of these. A lost device is first noticed at a call with WORK.
 #define CALL(name, natural) \
     if (CUresult failed = failure(name, natural, false)) return failed
 #define WORK(name, natural) \
@@ -241,7 +241,7 @@ CUresult failure(const char *call, CUresult natural, bool device_work) {
 
 void *reserve(size_t size) {
     size = (size + 4095) & ~4095ull;
-    // A page that faults lies behind.
+    // Followed by a guard page.
     void *p = mmap(nullptr, size + 4096, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (p == MAP_FAILED) return nullptr;
     if (mprotect(p, size, PROT_READ | PROT_WRITE)) return nullptr;
@@ -249,7 +249,7 @@ void *reserve(size_t size) {
 }
 void release(void *p, size_t size) { munmap(p, ((size + 4095) & ~4095ull) + 4096); }
 
-// The allocation that these bytes are in. Called with the lock.
+// The allocation that contains these bytes. The caller holds the lock.
 const sim::Allocation *allocation_of(unsigned long p, size_t size = 1) {
     auto it = live.upper_bound(p);
     if (it == live.begin()) return nullptr;
@@ -352,7 +352,7 @@ int threads_per_processor() {
 
 size_t type_size(const std::string &t) { return t == "8" ? 1 : t == "16" ? 2 : t == "32" ? 4 : 8; }
 
-// What a launch has to be checked against, from the text of the PTX.
+// The limits of a kernel that launches are checked against, from the text of the PTX.
 void parse_ptx(const std::string &ptx, Module *module) {
     static const std::regex entry(R"(\.entry\s+([A-Za-z_$][\w$]*)\s*\()");
     static const std::regex param(
@@ -426,7 +426,7 @@ CUresult run_on_host(Function *f, const unsigned *g, const unsigned *b, size_t s
     if (check) {
         launch.check = sim::begin_launch(launch);
     } else if (settings().check) {
-        // What a kernel that is not checked writes is not known: all that it could.
+        // The writes of an unchecked kernel are unknown: everything it could write counts as written.
         std::lock_guard<std::mutex> guard(lock);
         for (size_t i = 0; i < f->params.size(); i++)
             if (f->params[i].pointer)
@@ -458,7 +458,7 @@ CUresult launch(Function *f, const unsigned *g, const unsigned *b, size_t shared
         return complain(CUDA_ERROR_INVALID_VALUE, "%s: %zu bytes of shared memory, of at most %zu", name, shared + f->static_shared, max_shared());
     for (size_t i = 0; i < f->params.size(); i++) {
         if (!params || !params[i]) return complain(CUDA_ERROR_INVALID_VALUE, "%s: argument %zu is missing", name, i);
-        // Kernels may be given pointers that they do not use.
+        // Kernels may have pointer arguments that they do not use.
         if (f->params[i].pointer && !allocation_of(*(unsigned long *)params[i]))
             complain(CUDA_SUCCESS, "%s: argument %zu is no live allocation: %#lx", name, i, *(unsigned long *)params[i]);
     }
@@ -522,7 +522,7 @@ API cuDriverGetVersion(int *version) {
     *version = settings().driver_version;
     return CUDA_SUCCESS;
 }
-// NVRTC 13 looks for a table of its own, and does without it; it does not check that there is the function.
+// NVRTC 13 asks for a table of its own and works without it, but it does not check that this function exists.
 API cuGetExportTable(const void **table, const CUuuid *) {
     *table = nullptr;
     return CUDA_ERROR_NOT_FOUND;
@@ -780,7 +780,7 @@ API cuModuleLoadData(CUmodule *out, const void *image) {
     std::lock_guard<std::mutex> guard(lock);
     m->id = ++next_module;
     const char *text = (const char *)image;
-    // What the NVRTC stand-in returns instead of PTX.
+    // The NVRTC stand-in returns this instead of PTX.
     static const char mark[] = "//HOSTMODULE ";
     if (!strncmp(text, mark, sizeof mark - 1)) {
         std::string rest = text + sizeof mark - 1;
@@ -826,7 +826,7 @@ API cuFuncGetAttribute(int *value, CUfunction_attribute attribute, CUfunction f)
         case CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES: *value = function->dynamic_limit; break;
         case CU_FUNC_ATTRIBUTE_BINARY_VERSION:
         case CU_FUNC_ATTRIBUTE_PTX_VERSION: *value = settings().capability; break;
-        case CU_FUNC_ATTRIBUTE_NUM_REGS: *value = 32; break;  // nothing here knows: see ptxas.py
+        case CU_FUNC_ATTRIBUTE_NUM_REGS: *value = 32; break;  // not known here: see ptxas.py
         default: *value = 0;
     }
     return CUDA_SUCCESS;

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """The cases of faults.sh, in an empty folder: faults.py kept|new [WORD].
 
-kept: on the CPU device with kernels and choices kept, so that pictures can be compared.
-new: on the null device with nothing kept, where kernels are measured and errors get lost most easily.
+kept: on the CPU device with cached kernels and autotuning results, so that images can be compared.
+new: on the null device with empty caches, so that kernels are autotuned, where errors are most easily lost.
 """
 import array
 import json
@@ -16,12 +16,12 @@ import urllib.request
 
 KILN = os.environ["KILN"]
 MAX_LINES, MAX_BYTES = 5, 1023
-# Kernels that fail when they are tried at the start are not used, and each says so in a line. Pictures
-# are within this of the others then.
+# Kernels that fail their test at the start are not used, with one line of log each. Images may then differ
+# by MAX_DIFFERENCE.
 NOT_USED = "a kernel of kiln's does not work on this device and is not used: "
 MAX_DIFFERENCE = 1e-3
 ARGS = ["--backend", "cuda", "--dtype", "f32"]
-# Calls of the driver, and which of them fail. Those of a whole run are more or fewer.
+# Calls of the driver and the numbers of those that fail. A run may make fewer calls.
 CALLS = {
     "cuInit": [1, 3],
     "cuDevicePrimaryCtxRetain": [1],
@@ -54,7 +54,7 @@ def environment(cache, **more):
 
 
 def generate(cache, **failing):
-    """Exit code, what kiln says, values of the picture if there is one."""
+    """Returns exit code, stderr, and the values of the image if there is one."""
     for name in ["out.png", "dump"]:
         if os.path.exists(name):
             os.remove(name)
@@ -65,7 +65,7 @@ def generate(cache, **failing):
 
 
 def values(dump):
-    """`image_float` of a safetensors file."""
+    """The values of `image_float` in a safetensors file."""
     file = open(dump, "rb").read()
     start = 8 + struct.unpack("<Q", file[:8])[0]
     first, end = json.loads(file[8:start])["image_float"]["data_offsets"]
@@ -110,14 +110,14 @@ def new():
 
 
 def uncompiled(cache, kernel, is_own):
-    """kiln's own kernels are tried at the start, and burn's are used where they fail."""
+    """kiln tests its own kernels at the start, and uses burn's if they fail."""
     ran = generate(cache, SIM_NVRTC_FAIL=kernel)
     if ran[0] == 0 and is_own:
         return "not used"
-    assert ran[0] != 0, "a picture was drawn without the kernel"
+    assert ran[0] != 0, "an image was generated without the kernel"
     said = check(ran, None)
     assert "does not compile" in said, said
-    # Now that choices are kept.
+    # Again, with cached autotuning results.
     assert "does not compile" in check(generate(cache, SIM_NVRTC_FAIL=kernel), None)
     return said
 
@@ -132,12 +132,12 @@ def answer(url, body=None):
         return error.code, json.loads(error.read())
 
 
-def drawn(body):
+def image_of(body):
     return body["data"][0]["b64_json"]
 
 
 def serve(failing, is_lost):
-    """Draws, fails, and draws the same again if the device is not lost."""
+    """Generates an image, fails, and generates the same image again if the device is not lost."""
     with open("log", "w") as log:
         command = [KILN, "serve", "--port", "0", "--no-warm-up", *ARGS]
         server = subprocess.Popen(command, env=environment("kept", SIM_FAIL_FILE="failing"), stderr=log)
@@ -148,25 +148,25 @@ def serve(failing, is_lost):
             listening = [line for line in open("log") if "listening on" in line]
             url = listening[0].split("listening on ")[1].strip() if listening else time.sleep(0.05)
         body = {"prompt": "a red circle", "num_inference_steps": 2, "seed": 1, "size": "128x128"}
-        draw = lambda: answer(f"{url}/v1/images/generations", body)
-        status, first = draw()
+        generate_image = lambda: answer(f"{url}/v1/images/generations", body)
+        status, first = generate_image()
         assert status == 200, first
         with open("failing.new", "w") as file:
             file.write(failing)
         os.rename("failing.new", "failing")
-        status, failed = draw()
-        assert status == 500 or not is_lost and drawn(failed) == drawn(first), failed
+        status, failed = generate_image()
+        assert status == 500 or not is_lost and image_of(failed) == image_of(first), failed
         ready, health = answer(f"{url}/health/ready")
         if is_lost:
             os.remove("failing")
             assert (ready, health["status"]) == (503, "failed") and health["reason"], health
-            assert draw()[0] == 503
+            assert generate_image()[0] == 503
         else:
             assert ready == 200, health
             os.remove("failing")
-            status, again = draw()
+            status, again = generate_image()
             assert status == 200, again
-            assert drawn(again) == drawn(first), "the picture is another one"
+            assert image_of(again) == image_of(first), "the image differs"
         said = [line for line in open("log") if "ERROR" in line or "WARN" in line]
         assert len(said) <= MAX_LINES and all(len(line) <= MAX_BYTES for line in said), said
         return "".join(said).strip()

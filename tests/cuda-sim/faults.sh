@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Makes calls of the driver fail under kiln, on the stand-in devices: faults.sh KILN [WORD], the latter to
-# run only the cases that contain it. A picture is either drawn as without the failure, or there is one
-# short line, no picture and another exit code.
+# Tests kiln with failing calls of the driver, on the stand-in devices: faults.sh KILN [WORD]; WORD selects
+# the cases whose name contains it. kiln either generates the same image as without the failure, or prints
+# one short line, writes no image and exits with an error code.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 # shellcheck source=scripts/cuda-sim.sh

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Compiles a CUDA C++ source for the host, to be run by the stand-in driver.
+"""Compiles a CUDA C++ source for the host, for the stand-in driver.
 
     host_kernel.py SOURCE.cu OUTPUT.so [--checked] [-DNAME=VALUE ...]
 
@@ -22,7 +22,7 @@ SHIM = os.path.join(HERE, "shim")
 
 
 class Unsupported(Exception):
-    """A feature that the CPU device does not have."""
+    """A feature that the CPU device does not support."""
 
 
 def line_of(text, at):
@@ -30,14 +30,14 @@ def line_of(text, at):
 
 
 def without_comments(text):
-    """The same text with comments blank, lines kept."""
+    """Blanks comments and keeps the line numbers."""
     blank = lambda m: m.group(0) if m.group(0)[0] in "\"'" else re.sub(r"[^\n]", " ", m.group(0))
     return re.sub(r'"(?:\\.|[^"\\\n])*"|\'(?:\\.|[^\'\\\n])*\'|//[^\n]*|/\*.*?\*/', blank, text, flags=re.S)
 
 
 def for_the_host(text):
-    """The same text with what is not compiled under KILN_HOST_SIM blank, lines kept."""
-    out, stack = [], []  # of [whether it is about KILN_HOST_SIM, whether lines are kept]
+    """Blanks the parts that are not compiled with KILN_HOST_SIM and keeps the line numbers."""
+    out, stack = [], []  # [whether the condition is KILN_HOST_SIM, whether lines are kept]
     for line in text.split("\n"):
         if m := re.match(r"\s*#\s*(ifdef|ifndef|if|else|elif|endif)\b(.*)", line):
             word, rest = m.group(1), m.group(2)
@@ -56,7 +56,7 @@ def for_the_host(text):
 
 
 def end_of_braces(text, start):
-    """Behind the closing brace of the first block after `start`."""
+    """The position after the closing brace of the first block after `start`."""
     depth, at = 0, text.index("{", start)
     while True:
         depth += {"{": 1, "}": -1}.get(text[at], 0)
@@ -77,7 +77,7 @@ def split_arguments(text):
     return parts + ([last.strip()] if last.strip() else [])
 
 
-# ---- what CubeCL generates -----------------------------------------------------------------------
+# ---- sources of CubeCL ----------------------------------------------------------------------------
 
 
 def mma_function(name, arguments):
@@ -107,7 +107,7 @@ def rows_function(name, arguments):
 
 
 def replace_ptx_functions(text):
-    """CubeCL's wrappers of one PTX instruction each become calls of the shim."""
+    """Replaces CubeCL's wrappers of single PTX instructions by calls of the shim."""
     head = re.compile(
         r"(?:template <(?:size_t _Copy_size)?>\s*)?inline __device__ void\s+"
         r"(__(?:mma|ldmatrix|stmatrix|cp_async)\w*|tma_load_im2col_\w+)(?:<16>)?\s*\("
@@ -141,8 +141,8 @@ def replace_ptx_functions(text):
 
 
 def add_steps(text):
-    """Generated kernels let lanes read shared memory that others of the warp wrote with nothing between. They
-    work on devices as long as lanes run together: `sim::step()` makes them do so."""
+    """Inserts `sim::step()`, which runs the lanes of a warp in lockstep. Generated kernels rely on it: their lanes
+    read shared memory that other lanes of the warp wrote, without synchronisation."""
     out, last, temporaries = [], None, set()
     for line in text.split("\n"):
         if m := re.search(r"\*(_tmp_\d+) = reinterpret_cast<.*>\(shared_memory_", line):
@@ -168,7 +168,7 @@ def add_steps(text):
 
 
 def replace_shared(text):
-    """Declarations of shared memory become references to the block's."""
+    """Replaces declarations of shared memory by references to that of the block."""
 
     def depth(at):
         return text.count("{", 0, at) - text.count("}", 0, at)
@@ -202,7 +202,7 @@ def replace_shared(text):
 
 
 def entries(text):
-    """Names and bounds of the kernels, and the text with them as plain functions."""
+    """Converts the kernels to plain functions. Returns their names and launch bounds, and the text."""
     found, at = [], 0
     head = re.compile(r'extern\s+"C"\s+__global__')
     while m := head.search(text, at):
@@ -250,7 +250,7 @@ def translate(text):
     plain = for_the_host(without_comments(replace_ptx_functions(text)))
     generated = re.search(r"\bshared_memory_\d+\b", plain) is not None
     refuse_unsupported(plain)
-    # Threads that never wait for each other need no fibers.
+    # Threads without synchronisation need no fibers.
     waits = r"__sync|_sync\s*\(|\bbarrier\b|\bbarrier_|mma_|__mma|ldmatrix|stmatrix|\bsim_elect\b|cooperative_groups|_async|__shared__"
     synchronises = re.search(waits, plain) is not None
     if generated and re.search(r"__mma_m16|wmma::|__shfl", plain):
@@ -272,7 +272,7 @@ def run(command):
 
 
 def precompiled(flags, cache):
-    """A folder with the shim precompiled for these flags; made by the first process that asks."""
+    """The folder with the shim precompiled for these flags; created by the first process that needs it."""
     key = hashlib.sha256(" ".join(flags).encode())
     for folder, _, names in sorted(os.walk(SHIM)):
         for name in sorted(names):
@@ -314,7 +314,7 @@ def main():
     with open(temporary + ".cpp", "w") as f:
         f.write(f'#line 1 "{os.path.basename(source)}"\n' + text)
     run(["g++", *flags, *defines, "-I", headers, "-I", SHIM, "-include", "simcuda.h", "-c", temporary + ".cpp", "-o", temporary + ".o"])
-    # Linked without the sanitizer's option: its library is not wanted.
+    # Linked without the sanitizer's option, as that would link its library.
     run(["g++", "-shared", "-Wl,-z,defs", temporary + ".o", "-o", temporary + ".so"])
     os.rename(temporary + ".so", output)
     os.remove(temporary + ".o")

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""What a log of the driver (SIM_LOG) holds: calls by kind, launches by kernel and shape, copies by size.
+"""Summarises a log of the driver (SIM_LOG): calls by kind, launches by kernel and shape, copies by size.
 
-    log.py LOG.csv                  all of it
-    log.py LONG.csv SHORT.csv N     a step, where LONG ran N steps more than SHORT
+    log.py LOG.csv                  the whole log
+    log.py LONG.csv SHORT.csv N     one step, where LONG ran N steps more than SHORT
 """
 import collections
 import csv

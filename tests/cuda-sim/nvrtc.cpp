@@ -1,6 +1,6 @@
-// A stand-in for NVIDIA's run-time compiler (libnvrtc.so): stands before the real one and keeps what it
-// was given and what came out, or compiles for the host instead (SIM_HOST=1). README.md beside this file
-// says how it is built and which environment variables it reads.
+// A stand-in for NVIDIA's run-time compiler (libnvrtc.so): forwards to the real one and caches its inputs and
+// outputs, or compiles for the host instead (SIM_HOST=1). README.md in this folder describes how it is built
+// and which environment variables it reads.
 #include <dirent.h>
 #include <dlfcn.h>
 #include <stdint.h>
@@ -25,7 +25,7 @@ typedef struct Program {
 
 namespace {
 
-constexpr int COMPILATION = 6, INTERNAL_ERROR = 11;  // of nvrtcResult
+constexpr int COMPILATION = 6, INTERNAL_ERROR = 11;  // values of nvrtcResult
 
 const char *env(const char *name) {
     const char *value = getenv(name);
@@ -53,7 +53,7 @@ bool read(const std::string &path, std::string &to) {
     fclose(f);
     return true;
 }
-// A file is there as a whole or not at all, whoever else writes it.
+// Writes a file atomically, as several processes may write it.
 void write(const std::string &path, const std::string &text) {
     std::string temporary = path + "." + std::to_string(getpid());
     if (FILE *f = fopen(temporary.c_str(), "wb")) {
@@ -78,7 +78,7 @@ double now() {
     return (double)t.tv_sec + (double)t.tv_nsec * 1e-9;
 }
 
-// Where host_kernel.py and the shim are.
+// The folder of host_kernel.py and the shim.
 std::string sources() { return env("SIM_SOURCES") ? env("SIM_SOURCES") : SIM_SOURCES; }
 
 std::string folder() {
@@ -93,7 +93,7 @@ std::string folder() {
     return path;
 }
 
-// Everything that a compiled program depends on beside its source.
+// Everything except the source that a compiled program depends on.
 uint64_t hash_of_tools() {
     static const uint64_t result = [] {
         uint64_t h = hash("tools");
@@ -125,7 +125,7 @@ uint64_t hash_of_tools() {
     return result;
 }
 
-// Lines next to each other that declare variables of CubeCL's, which may stand in any order.
+// Adjacent lines that declare CubeCL's variables, in any order.
 bool free_declaration(const std::string &line) {
     static const std::regex local(R"(\w+ l_mut_\d+;\n)");
     static const std::regex shared(R"([\w:<>]+ \*shared_memory_\d+ = reinterpret_cast<[\w:<> ]+\*>\(&dynamic_shared_mem\[\d+\]\);\n)");
@@ -134,8 +134,8 @@ bool free_declaration(const std::string &line) {
 }
 
 // CubeCL writes type definitions and variables in an order that differs between processes. For the hash
-// they are sorted: definitions that stand before the first function, each as a whole, and declarations.
-// None of them depends on its place among the others.
+// they are sorted: the definitions before the first function, each as a whole, and the declarations.
+// None of them depends on the order.
 std::string normalised(const std::string &source) {
     size_t end = std::min(source.find("__device__"), source.find("__global__"));
     if (end == std::string::npos) return source;
@@ -150,7 +150,7 @@ std::string normalised(const std::string &source) {
         depth += c == '{' ? 1 : c == '}' ? -1 : 0;
         if (c == '\n' && depth == 0) {
             if (piece != "\n") pieces.push_back(piece);
-            // Macros and conditions do depend on their place.
+            // Macros and conditions depend on their position.
             if (piece[0] == '#' && piece.compare(0, 8, "#include")) return source;
             piece.clear();
         }
@@ -195,7 +195,7 @@ std::string kernel_name(const std::string &source) {
     return std::regex_search(rest, m, head) ? m[1].str() : "";
 }
 
-// Whether the hazard detector is wanted for this kernel.
+// Whether the hazard detector is enabled for this kernel.
 bool checked(const std::string &source) {
     if (!on("SIM_CHECK")) return false;
     return !env("SIM_CHECK_ONLY") || std::regex_search(kernel_name(source), std::regex(env("SIM_CHECK_ONLY")));
@@ -205,7 +205,7 @@ int compile_for_host(Handle p, const std::string &base, const std::vector<std::s
     std::string command = "python3 " + quoted(sources() + "/host_kernel.py") + " " + quoted(base + ".cu") + " " + quoted(base + ".so");
     if (check) command += " --checked";
     for (auto &d : defines) command += " " + quoted(d);
-    // The log has a name of this process: another may compile the same program at the same time.
+    // The name of the log contains the process id, as another process may compile the same program.
     std::string log = base + ".log." + std::to_string(getpid());
     int result = system((command + " > " + quoted(log) + " 2>&1").c_str()) ? COMPILATION : 0;
     read(log, p->log);
@@ -282,7 +282,7 @@ API nvrtcCompileProgram(Handle p, int count, const char *const *given) {
         if (env("SIM_ARCH") && o.compare(0, 19, "--gpu-architecture=") == 0) o = "--gpu-architecture=" + std::string(env("SIM_ARCH"));
         bool define = o.compare(0, 2, "-D") == 0;
         if (define) defines.push_back(o);
-        // Where the headers lie does not matter, nor does a device for the host.
+        // The path of the headers does not matter, nor does the device when compiling for the host.
         bool path = o.compare(0, 2, "-I") == 0 || o.compare(0, 14, "--include-path") == 0;
         if (host ? define : !path) key += o + "\n";
     }

@@ -1,4 +1,4 @@
-// The arithmetic of a warpgroup's products (wgmma): tiles of shared memory by their descriptors, and sums.
+// The arithmetic of warpgroup products (wgmma): tiles in shared memory by their descriptors, and sums.
 #pragma once
 #include <stdint.h>
 #include <string.h>
@@ -7,7 +7,7 @@
 namespace sim {
 
 constexpr int GROUP_ROWS = 64, GROUP_DEPTH = 16, MOST_COLUMNS = 256;
-// Products on the same sums that are made in one pass.
+// Largest number of products on the same sums that are computed in one pass.
 constexpr int MOST_STEPS = 4, MOST_DEPTH = MOST_STEPS * GROUP_DEPTH;
 
 #ifdef __AVX512F__
@@ -15,7 +15,7 @@ constexpr int LANES = 16, VECTORS = 4;
 #else
 constexpr int LANES = 8, VECTORS = 2;
 #endif
-// The right side lies in panels of this many columns, each row by row.
+// The right operand is stored in panels of this many columns, each row-major.
 constexpr int PANEL = LANES * VECTORS;
 typedef float Vector __attribute__((vector_size(LANES * 4)));
 typedef uint16_t Chunk __attribute__((vector_size(16)));
@@ -27,7 +27,7 @@ struct Operands {
     alignas(64) float right[MOST_DEPTH * MOST_COLUMNS];
 };
 
-// A tile as a descriptor gives it: 128-byte swizzle, offsets in bytes from the block's shared memory.
+// A tile given by a descriptor: 128-byte swizzle, offsets in bytes from the block's shared memory.
 struct Tile {
     uint32_t base, leading, stride;
     explicit Tile(uint64_t descriptor)
@@ -38,7 +38,7 @@ struct Tile {
     // The 8 values of depth `k` from column 8 * `chunk`; MN-major.
     uint32_t by_depth(unsigned k, unsigned chunk) const { return swizzled(base + chunk / 8 * leading + k / 8 * stride + k % 8 * 128 + chunk % 8 * 16); }
 };
-// Calls f(offset) for each 16 bytes of the tile of so many rows, or columns if transposed.
+// Calls f(offset) for each 16 bytes of a tile with the given number of rows, or of columns if transposed.
 template <typename F> void each_chunk(const Tile &tile, bool transposed, unsigned count, F f) {
     if (transposed) {
         for (unsigned k = 0; k < GROUP_DEPTH; k++)
@@ -83,7 +83,7 @@ template <int element> void read_left(Operands &o, int step, const char *shared,
     for (unsigned r = 0; r < GROUP_ROWS; r++)
         for (unsigned c = 0; c < 2; c++) store_floats<element>(&o.left[r][step * GROUP_DEPTH + c * 8], load_chunk(shared + tile.by_rows(r, c)));
 }
-// Registers of the 128 threads, as mma.sync.m16n8k16 lays them out in each warp.
+// Registers of the 128 threads, in the layout of mma.sync.m16n8k16 for each warp.
 template <int element> void read_left(Operands &o, int step, const uint32_t (*a)[4]) {
     for (int t = 0; t < 128; t++)
         for (int i = 0; i < 4; i++) {

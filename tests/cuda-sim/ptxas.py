@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""What ptxas says of compiled kernels: registers, spills, and how many of which instructions.
+"""Assembles compiled kernels with ptxas, and prints registers, spills and instruction counts.
 
     ptxas.py FOLDER [PATTERN] [--arch sm_90a] [--no-spills] [--ptxas PATH]
 
-FOLDER holds .ptx files, as SIM_CACHE or SIM_DUMP does; PATTERN is searched in the names of kernels. ptxas is looked
-for in $CUDA_PATH/bin.
+FOLDER has .ptx files, such as SIM_CACHE or SIM_DUMP. PATTERN is a regular expression that selects kernels by name.
+ptxas is by default that of $CUDA_PATH/bin.
 """
 import argparse
 import glob
@@ -38,7 +38,7 @@ def main():
     parser.add_argument("pattern", nargs="?", default="")
     parser.add_argument("--arch", default="sm_90a")
     parser.add_argument("--ptxas", default=os.path.join(os.environ.get("CUDA_PATH", "/usr/local/cuda"), "bin", "ptxas"))
-    parser.add_argument("--no-spills", action="store_true", help="end with code 1 if a kernel spills or does not assemble, or if there is none")
+    parser.add_argument("--no-spills", action="store_true", help="exit with code 1 if a kernel spills or does not assemble, or if there is none")
     options = parser.parse_args()
     kernels = faults = 0
     for path in sorted(glob.glob(os.path.join(options.folder, "*.ptx")), key=os.path.getsize):

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Tests of the stand-in CUDA devices, run by test.sh: each case in a process of its own, one line each.
+"""Tests of the stand-in CUDA devices, run by test.sh: each case runs in its own process and prints one line.
 
     test.py              all cases
     test.py WORD         those whose name contains it
@@ -33,10 +33,10 @@ def floats(values):
     return struct.pack(f"{len(values)}f", *values)
 
 
-# ---- kernels with a fault, and without -----------------------------------------------------------
+# ---- kernels with and without faults -------------------------------------------------------------
 
 WGMMA = 2 * 64 * 64 * 2  # bytes of two tiles
-# File, kernel, kind of hazard that has to be found, what else may be, bytes of dynamic shared memory.
+# File, kernel, kind of hazard that must be found, kinds that may be found, bytes of dynamic shared memory.
 FAULTS = [
     ("race_between_warps", "faulty", "shared-race", {"uninitialised-shared", "warp-race"}, 0),
     ("race_between_lanes", "faulty", "warp-race", {"uninitialised-shared"}, 256),
@@ -120,7 +120,7 @@ THREADS = {"wgmma": 128, "wgmma_groups": 192, "wgmma_barriers": 256}
 
 
 def run_planted(file, kernel, seeds, shared, initialised):
-    """Output of each seed; hazards go to SIM_REPORT."""
+    """Returns the output for each seed; hazards are written to SIM_REPORT."""
     import device
 
     device.start()
@@ -169,7 +169,7 @@ def correct(file, kernel, shared):
         assert r == results[0], "another result with another seed"
 
 
-# ---- numbers -------------------------------------------------------------------------------------
+# ---- results -------------------------------------------------------------------------------------
 
 
 def bfloat(x):
@@ -184,7 +184,7 @@ def product(kind, seeds):
     module = device.Module(planted("product"))
     m, n, k = 50, 72, 96
     random.seed(7)
-    # Whole numbers, so that sums are exact whatever their order.
+    # Integers, so that sums are exact in any order.
     a = [random.randint(-8, 8) for _ in range(m * k)]
     b = [random.randint(-8, 8) for _ in range(k * n)]
     if kind == "bf16":
@@ -196,7 +196,7 @@ def product(kind, seeds):
     columns = [b[j::n] for j in range(n)]
     wanted = [float(sum(x * y for x, y in zip(a[i * k : i * k + k], column))) for i in range(m) for column in columns]
     left, right = device.Buffer(pack(a)), device.Buffer(pack(stored))
-    # Every lane of a row that is copied has to be inside of the memory: columns are padded to 32.
+    # Every copied lane of a row must be within the memory, so columns are padded to 32.
     if kind == "f16":
         right = device.Buffer(pack(stored) + bytes(64))
     for seed in seeds:
@@ -223,7 +223,7 @@ def compare(out, wanted, columns):
 
 
 def wgmma_product(kind, seeds):
-    """Several stages in flight; rows, columns and depth that do not fill the tiles."""
+    """Several stages in flight; rows, columns and depth that are not multiples of the tiles."""
     import device
 
     device.start()
@@ -246,7 +246,7 @@ def wgmma_product(kind, seeds):
 
 
 def wgmma_shapes(kind, columns, seeds):
-    """Each function of products, with registers or a tile on the left, tiles of both orders on the right."""
+    """Every product function: registers or a tile as the left operand, tiles of both orders as the right one."""
     import device
 
     device.start()
@@ -263,7 +263,7 @@ def wgmma_shapes(kind, columns, seeds):
             if seed is not None:
                 os.environ["SIM_SEED"] = str(seed)
             out = device.Buffer(floats(c))
-            # Blocks of 64 columns are whole.
+            # Blocks have 64 columns.
             shared = (m + -(-columns // 64) * 64) * 128
             device.launch(module.function(name), 1, 128, [device.Buffer(packed(kind, a)), device.Buffer(packed(kind, b)), out], shared)
             compare(out, wanted, columns)
@@ -294,16 +294,16 @@ def powers_and_votes():
 
 
 def wgmma_sums_early():
-    """Sums are not numbers before the wait, in kernels that are not checked, too."""
+    """Accumulators are NaN before the wait, in unchecked kernels, too."""
     early, = run_planted("wgmma", "faulty_sums", [1], WGMMA, False)
     assert all(x != x for x in struct.unpack(f"{len(early) // 4}f", early)), "numbers before the wait"
-    # What a product reads is read as late as at the wait.
+    # A product reads its tiles at the wait.
     early, late = (run_planted("wgmma", kernel, [1], WGMMA, False)[0] for kernel in ("faulty", "faulty_overwrite"))
     assert early != late, "a tile was read before the wait"
 
 
 def generated():
-    """What CubeCL writes: wrappers of PTX, one lane of a warp, shared memory by offsets, steps of lanes."""
+    """Code of CubeCL: wrappers of PTX, election of a lane, shared memory by offsets, lockstep of lanes."""
     import device
 
     device.start()
@@ -314,9 +314,9 @@ def generated():
     got = struct.unpack("160f", out.read())
     for lane in range(32):
         assert got[lane] == float((lane + 1) % 32), ("neighbour", lane, got[lane])
-        # Two of each row of 16 ones times two.
+        # The sum over 16 products of 1 and 2.
         assert got[32 + 4 * lane : 36 + 4 * lane] == (32.0,) * 4, ("product", lane, got[32 + 4 * lane])
-    # The same with its types in another order, as the next process may write them.
+    # The same source with its types in another order, as another process may write them.
     types = ["typedef unsigned int uint32;\n", "typedef unsigned char uint8;\n"]
     device.compile_source(source.replace("".join(types), "".join(reversed(types))))
     uses = open(os.path.join(os.environ["SIM_CACHE"], "use.csv")).read()
@@ -382,7 +382,7 @@ def failing_launch():
     out = device.Buffer(256)
     launch = lambda: device.launch(module.function("one"), 1, 64, [out])
     assert [fails(launch) for _ in range(3)] == [None, "CUDA_ERROR_LAUNCH_FAILED", None]
-    # Limits that hold without being asked for.
+    # Limits that hold without launch bounds.
     assert fails(lambda: device.launch(module.function("one"), 1, 2048, [out])) == "CUDA_ERROR_INVALID_VALUE"
     assert fails(lambda: device.launch(module.function("one"), (1, 70000), 64, [out])) == "CUDA_ERROR_INVALID_VALUE"
     assert fails(lambda: module.function("two")) == "CUDA_ERROR_NOT_FOUND"
@@ -465,7 +465,7 @@ def only_some_checked():
 
 
 def two_processes():
-    """Compile the same at the same time, with nothing in the cache."""
+    """Compiles the same source in several processes at the same time, with an empty cache."""
     code = f"import sys; sys.path.insert(0, {HERE!r}); import device; print(len(device.compile_source({planted('race_between_lanes')!r})))"
     both = [subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE) for _ in range(2)]
     for p in both:
@@ -474,7 +474,7 @@ def two_processes():
 
 
 def real_compiler():
-    """The kernels of these tests pass NVIDIA's compiler, and the null device takes its PTX."""
+    """The kernels of these tests compile with NVRTC, and the null device loads their PTX."""
     import device
 
     device.start()
@@ -485,11 +485,11 @@ def real_compiler():
     out = device.Buffer(1024)
     shape = (ctypes.c_int * 3)(1, 1, 1)
     device.launch(module.function("product_bf16"), 1, 128, [out, out, out, shape], 20480)
-    # Bounds of the kernel are read from the PTX.
+    # Launch bounds are read from the PTX.
     too_many = fails(lambda: device.launch(module.function("product_bf16"), 1, 256, [out, out, out, shape], 20480))
     assert too_many == "CUDA_ERROR_INVALID_VALUE", too_many
     for name in sorted(os.listdir(os.path.join(HERE, "planted"))):
-        # cuda/barrier is in none of the packages that are installed.
+        # No installed package has cuda/barrier.
         if name.endswith(".cu") and "cuda/barrier" not in planted(name[:-3]):
             arch = "sm_90a" if name.startswith("wgmma") else "sm_90" if name == "generated.cu" else "sm_80"
             device.compile_source(planted(name[:-3]), "--gpu-architecture=" + arch, options[1], "-DCOLUMNS=64", "-DHALF=1")
@@ -537,7 +537,7 @@ def run_case(name):
             environment["SIM_CACHE"] = folder + "/cache"
         command = [sys.executable, __file__, "--case", name]
         result = subprocess.run(command, env=environment | extra, capture_output=True, text=True, timeout=300)
-        # Hazards end a process with this code, whatever it made of its launches; `fault` says on stdout that all went well.
+        # Hazards end a process with this code even if it ignores the errors of its launches; `fault` prints its success.
         wanted = 99 if name.startswith("found: ") else 0
         passed = result.returncode == wanted and (wanted == 0 or "as planted" in result.stdout)
         return passed, result.stdout + result.stderr

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Tests the stand-in CUDA devices: one line a case. What is compiled is not kept from run to run.
+# Tests the stand-in CUDA devices, with one line per case. Each run starts with an empty cache.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 # shellcheck source=scripts/cuda-sim.sh

@@ -1,4 +1,4 @@
-"""`kiln serve` with the demo model as a process, and what a test asks it beside the page."""
+"""Runs `kiln serve` with the demo model as a process, and sends it requests beside the page."""
 
 import json
 import os
@@ -12,7 +12,7 @@ import urllib.request
 
 
 class Server:
-    """A running server; `kill` and `start` may follow one another on the same port."""
+    """A running server. After `kill`, `start` uses the same port."""
 
     def __init__(self, binary: str, *arguments: str, key: str | None = None):
         self.binary, self.arguments, self.key = binary, arguments, key
@@ -46,8 +46,8 @@ class Server:
     def __exit__(self, *_) -> None:
         self.kill()
 
-    def ask(self, path: str, body: dict | None = None) -> bytes:
-        """The answer's body, also of an error."""
+    def request(self, path: str, body: dict | None = None) -> bytes:
+        """Sends a request and returns the body of the response, also of an error response."""
         headers = {"Content-Type": "application/json"}
         if self.key:
             headers["Authorization"] = f"Bearer {self.key}"
@@ -60,7 +60,7 @@ class Server:
             return error.read()
 
     def metric(self, name: str) -> float:
-        for line in self.ask("/metrics").decode().splitlines():
+        for line in self.request("/metrics").decode().splitlines():
             if line.startswith(f"{name} "):
                 return float(line.split()[-1])
         raise AssertionError(f"no metric {name}")
@@ -73,7 +73,7 @@ class Server:
 
 
 class OtherClient:
-    """Someone else's long request, until they hang up."""
+    """A long request of another client, until `hang_up` closes its connection."""
 
     def __init__(self, server: Server):
         body = json.dumps({"prompt": "a red circle", "num_inference_steps": 1000})

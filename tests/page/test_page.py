@@ -1,9 +1,9 @@
-"""The page of a running `kiln serve` with the demo model, used by headless Chromium.
+"""Tests the web page of `kiln serve` with the demo model in headless Chromium.
 
 Usage: python test_page.py path/to/kiln [name of a test ...]
 
-CHROMIUM names the browser if it is not /usr/bin/chromium. With KILN_SCREENSHOTS=FOLDER, pictures of the
-page for the README are made there instead.
+CHROMIUM is the path of the browser, by default /usr/bin/chromium. With KILN_SCREENSHOTS=FOLDER the
+screenshots of docs/serving.md are written to the folder instead of testing.
 """
 
 import contextlib
@@ -26,13 +26,13 @@ FLAGS = [
     "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
     "--disable-background-networking", "--disable-component-update", "--disable-sync",
 ]
-# A picture in a development build may take its time on a busy machine.
-PATIENCE = 30_000
+# Milliseconds; a development build may be slow on a busy machine.
+TIMEOUT = 30_000
 RED, BLUE, YELLOW, PURPLE = (214, 40, 44), (38, 84, 204), (252, 222, 64), (136, 52, 164)
 A_STEP = re.compile(r"Step \d+ of 1000")
 CIRCLE = "a large red circle on a blue background"
 SQUARE = "a small yellow square in the top left corner on a purple background"
-# Controls that cannot be touched: out of sight, too small, or under something else.
+# Controls that cannot be touched: outside the window, too small, or covered.
 OUT_OF_REACH = """[...document.querySelectorAll('button, a:not(.skip), input, textarea, summary')]
     .filter((control) => control.checkVisibility())
     .filter((control) => {
@@ -42,31 +42,31 @@ OUT_OF_REACH = """[...document.querySelectorAll('button, a:not(.skip), input, te
         return left < 0 || right > innerWidth || bottom - top < 24 || !(control.contains(there));
     })
     .map((control) => control.outerHTML)"""
-SHOWN = [
+SCREENSHOT_PROMPTS = [
     CIRCLE,
     "black background with a tiny orange circle on the right",
     SQUARE,
     "a big white triangle at the bottom on a green background",
 ]
 
-expect.set_options(timeout=PATIENCE)
+expect.set_options(timeout=TIMEOUT)
 
 
 @contextlib.contextmanager
-def opened(browser: Browser, server: Server, trouble: tuple[str, ...] = (), **options):
-    """The page in a window of its own. Nothing may be wrong in it but the `trouble` that its
-    console is expected to tell of, and it may ask nobody but the server."""
+def opened(browser: Browser, server: Server, expected_messages: tuple[str, ...] = (), **options):
+    """Opens the page in a new context. Afterwards checks that the console has no messages but those
+    that contain a text of `expected_messages`, and that all requests went to the server."""
     options = {"viewport": {"width": 1280, "height": 800}, **options}
     context = browser.new_context(**options)
-    context.set_default_timeout(PATIENCE)
+    context.set_default_timeout(TIMEOUT)
     page = context.new_page()
-    told, hosts = [], set()
-    page.on("console", lambda message: told.append(f"{message.type}: {message.text}"))
-    page.on("pageerror", lambda error: told.append(f"exception: {error}"))
+    messages, hosts = [], set()
+    page.on("console", lambda message: messages.append(f"{message.type}: {message.text}"))
+    page.on("pageerror", lambda error: messages.append(f"exception: {error}"))
     page.on("request", lambda request: hosts.add(urllib.parse.urlsplit(request.url)[:2]))
     page.goto(server.url)
     yield page
-    unexpected = [line for line in told if not any(text in line for text in trouble)]
+    unexpected = [line for line in messages if not any(text in line for text in expected_messages)]
     assert not unexpected, unexpected
     hosts = {host for host in hosts if host[0] != "blob"}
     assert hosts == {("http", f"127.0.0.1:{server.port}")}, hosts
@@ -74,7 +74,7 @@ def opened(browser: Browser, server: Server, trouble: tuple[str, ...] = (), **op
 
 
 def set_numbers(page: Page, **values: object) -> None:
-    """Writes into the fields under "More settings"."""
+    """Fills in fields under "More settings"."""
     page.locator("#more").evaluate("details => details.open = true")
     for name, value in values.items():
         page.fill(f"#{name}", str(value))
@@ -89,14 +89,14 @@ def draw(page: Page, prompt: str | None = None) -> None:
 
 
 def wait_for_picture(page: Page) -> None:
-    """Until a picture that was being drawn is on the stage."""
+    """Waits until a drawn picture is shown."""
     expect(page.locator("#draw")).not_to_have_attribute("aria-disabled", "true")
     expect(page.locator("#stage")).to_have_attribute("data-state", "done")
     page.wait_for_function("document.querySelector('#picture').complete")
 
 
 def colour(page: Page, x: float, y: float) -> tuple[int, int, int]:
-    """Of a pixel of the picture on the stage; x and y are from 0 to 1."""
+    """The colour of a pixel of the shown picture; x and y are from 0 to 1."""
     return tuple(page.evaluate(
         """([x, y]) => {
             const image = document.querySelector('#picture');
@@ -111,28 +111,29 @@ def colour(page: Page, x: float, y: float) -> tuple[int, int, int]:
 
 
 def assert_colour(page: Page, x: float, y: float, expected: tuple[int, int, int]) -> None:
-    """Sooner or later: a picture that was chosen is not on the stage at once."""
-    given_up = time.monotonic() + PATIENCE / 1000
+    """Waits until a pixel has a colour, as a chosen picture takes time to load."""
+    deadline = time.monotonic() + TIMEOUT / 1000
     while True:
         seen = colour(page, x, y)
         if max(abs(a - b) for a, b in zip(seen, expected)) < 48:
             return
-        assert time.monotonic() < given_up, f"{seen} at {x}, {y} instead of {expected}"
+        assert time.monotonic() < deadline, f"{seen} at {x}, {y} instead of {expected}"
         page.wait_for_timeout(50)
 
 
 def expect_pictures(page: Page, count: int) -> None:
-    """That the history comes to have so many."""
+    """Waits until the history has `count` pictures."""
     expect(page.locator("#pictures li")).to_have_count(count)
 
 
 def assert_fits(page: Page) -> None:
-    """Nothing lies beyond the right edge."""
+    """Checks that the page is not wider than the window."""
     width, room = page.evaluate("[document.documentElement.scrollWidth, innerWidth]")
     assert width <= room, f"the page is {width} pixels wide, the window {room}"
 
 
 def assert_accessible(page: Page, state: str) -> None:
+    """Checks the page with axe."""
     found = Axe().run(page).response["violations"]
     found = [(v["id"], v["impact"], [node["html"] for node in v["nodes"]]) for v in found]
     assert not found, f"{state}: {json.dumps(found, indent=1)}"
@@ -184,7 +185,7 @@ def test_a_picture_is_drawn_and_can_be_downloaded(browser: Browser, server: Serv
             "prompt": CIRCLE, "num_inference_steps": 20, "seed": 42, "negative_prompt": " ",
             "response_format": "file",
         }
-        assert file == server.ask("/v1/images/generations", body)
+        assert file == server.request("/v1/images/generations", body)
 
 
 def test_several_pictures_of_another_shape(browser: Browser, server: Server) -> None:
@@ -215,7 +216,7 @@ def test_a_long_drawing_can_be_cancelled(browser: Browser, server: Server) -> No
         page.click("#draw")
         expect(page.locator("#progress-text")).to_contain_text(A_STEP)
         assert server.metric("kiln_requests_running") == 1
-        # There is one drawing at a time.
+        # A second click has no effect while a picture is drawn.
         page.click("#draw", force=True)
         page.click("#cancel")
         server.wait_until("kiln_requests_running", 0)
@@ -228,13 +229,13 @@ def test_a_long_drawing_can_be_cancelled(browser: Browser, server: Server) -> No
         set_numbers(page, steps=1000)
         page.click("#draw")
         expect(page.locator("#progress-text")).to_contain_text(A_STEP)
-    # Who closes the window has cancelled, too.
+    # Closing the window cancels, too.
     server.wait_until("kiln_requests_running", 0)
     server.wait_until('kiln_requests_total{outcome="cancelled"}', 2)
 
 
-def test_the_servers_own_words_for_a_refusal(browser: Browser, server: Server) -> None:
-    with opened(browser, server, trouble=("status of 400",)) as page:
+def test_error_messages_of_the_server_are_shown_at_their_field(browser: Browser, server: Server) -> None:
+    with opened(browser, server, expected_messages=("status of 400",)) as page:
         page.fill("#prompt", CIRCLE)
         for name, value, body in [
             ("width", "1", {"width": 1, "height": 128}),
@@ -252,7 +253,7 @@ def test_the_servers_own_words_for_a_refusal(browser: Browser, server: Server) -
             before = page.input_value(f"#{name}")
             page.fill(f"#{name}", value)
             page.click("#draw")
-            answer = json.loads(server.ask("/v1/images/generations", {"prompt": CIRCLE, **body}))
+            answer = json.loads(server.request("/v1/images/generations", {"prompt": CIRCLE, **body}))
             message = answer["error"]["message"]
             expect(page.locator("#error-text")).to_have_text(message)
             field = page.locator(f"#{name}")
@@ -262,7 +263,7 @@ def test_the_servers_own_words_for_a_refusal(browser: Browser, server: Server) -
             assert any(page.text_content(f"#{id}") == message for id in described), described
             field.fill(before)
             expect(field).not_to_have_attribute("aria-invalid", "true")
-        # The largest seed is more than a number in JavaScript holds.
+        # The largest seed exceeds the integers that JavaScript represents exactly.
         set_numbers(page, steps=1, seed=2**64 - 1)
         draw(page)
         expect(page.locator("#facts")).to_contain_text("seed 18446744073709551615")
@@ -304,13 +305,13 @@ def test_settings_come_back_from_the_history(browser: Browser, server: Server) -
         expect(page.locator("#server")).to_have_text("demo is ready")
         expect_pictures(page, 0)
 
-    # Another session has its own.
+    # Another session has its own history.
     with opened(browser, server) as page:
         expect(page.locator("#server")).to_have_text("demo is ready")
         expect_pictures(page, 0)
 
 
-def test_the_history_does_not_grow_for_ever(browser: Browser, server: Server) -> None:
+def test_the_history_is_limited(browser: Browser, server: Server) -> None:
     with opened(browser, server) as page:
         page.get_by_role("radio", name="Other").check()
         page.fill("#width", "16")
@@ -329,7 +330,7 @@ def test_the_history_does_not_grow_for_ever(browser: Browser, server: Server) ->
 
 def test_the_words_of_the_demo_model(browser: Browser, server: Server) -> None:
     with opened(browser, server) as page:
-        guide = json.loads(server.ask("/v1/status"))["prompt_guide"]
+        guide = json.loads(server.request("/v1/status"))["prompt_guide"]
         for example in guide["examples"]:
             page.get_by_role("button", name=example, exact=True).click()
             assert page.input_value("#prompt") == example
@@ -343,11 +344,11 @@ def test_the_words_of_the_demo_model(browser: Browser, server: Server) -> None:
         assert shown == [word for group in guide["words"] for word in group["words"]]
 
 
-def test_sizes_and_bounds_are_the_servers(browser: Browser, binary: str) -> None:
+def test_sizes_and_limits_come_from_the_server(browser: Browser, binary: str) -> None:
     folder = ROOT / "tests/fixtures/checkpoints/base"
     arguments = [str(folder), "--max-steps", "30", "--max-num-images", "2"]
     with Server(binary, *arguments) as server, opened(browser, server) as page:
-        status = json.loads(server.ask("/v1/status"))
+        status = json.loads(server.request("/v1/status"))
         defaults, limits = status["defaults"], status["limits"]
         assert (limits["max_steps"], limits["max_num_images"]) == (30, 2)
         expect(page.locator("#size-text")).to_have_text(f"{defaults['width']} × {defaults['height']}")
@@ -362,7 +363,7 @@ def test_sizes_and_bounds_are_the_servers(browser: Browser, binary: str) -> None
                 assert limits["side_multiple"] <= value <= limits["max_side"]
 
 
-def test_the_keyboard_is_enough(browser: Browser, server: Server) -> None:
+def test_the_page_works_with_the_keyboard_alone(browser: Browser, server: Server) -> None:
     with opened(browser, server) as page:
         expect(page.locator("#server")).to_have_text("demo is ready")
 
@@ -413,7 +414,7 @@ def test_the_keyboard_is_enough(browser: Browser, server: Server) -> None:
         expect(page.locator("#draw")).to_be_focused()
 
 
-def test_a_phone_has_all_of_it(browser: Browser, server: Server) -> None:
+def test_the_page_works_on_a_phone(browser: Browser, server: Server) -> None:
     phone = {"viewport": {"width": 360, "height": 640}, "has_touch": True, "is_mobile": True}
     with opened(browser, server, **phone) as page:
         expect(page.locator("#forecast")).to_contain_text("Starts at once")
@@ -437,14 +438,14 @@ def test_a_phone_has_all_of_it(browser: Browser, server: Server) -> None:
         expect(page.locator("#picture")).to_be_in_viewport()
         shown = page.locator("#picture").bounding_box()
         assert shown["width"] > 300, shown
-        # Everything that can be used can be touched, and is large enough for it.
+        # Every control can be touched and is large enough.
         assert page.evaluate(OUT_OF_REACH) == []
 
 
 def test_accessible_in_every_state_and_both_schemes(browser: Browser, server: Server) -> None:
     grounds = {}
     for scheme in ["light", "dark"]:
-        with opened(browser, server, trouble=("status of 400",), color_scheme=scheme) as page:
+        with opened(browser, server, expected_messages=("status of 400",), color_scheme=scheme) as page:
             expect(page.locator("#server")).to_have_text("demo is ready")
             grounds[scheme] = page.evaluate("getComputedStyle(document.body).backgroundColor")
             assert_accessible(page, f"{scheme}, empty")
@@ -461,7 +462,7 @@ def test_accessible_in_every_state_and_both_schemes(browser: Browser, server: Se
             assert_accessible(page, f"{scheme}, drawing")
             expect(page.locator("#stage")).to_have_attribute("data-state", "drawing")
             page.click("#cancel")
-            # What was there before is there again.
+            # The previous picture is shown again.
             expect(page.locator("#stage")).to_have_attribute("data-state", "done")
             page.fill("#width", "1")
             page.click("#draw")
@@ -471,7 +472,7 @@ def test_accessible_in_every_state_and_both_schemes(browser: Browser, server: Se
     assert light > 600 and dark < 120, grounds
 
 
-def test_motion_is_left_out_on_request(browser: Browser, server: Server) -> None:
+def test_reduced_motion_is_respected(browser: Browser, server: Server) -> None:
     moving = """[...document.querySelectorAll('*')].filter((element) => {
         const { transitionDuration, animationName, scrollBehavior } = getComputedStyle(element);
         return transitionDuration !== '0s' || animationName !== 'none' || scrollBehavior !== 'auto';
@@ -484,7 +485,7 @@ def test_motion_is_left_out_on_request(browser: Browser, server: Server) -> None
 
 def test_a_key_is_asked_for_and_kept_in_the_tab(browser: Browser, binary: str) -> None:
     with Server(binary, key="right-key") as server:
-        with opened(browser, server, trouble=("status of 401",)) as page:
+        with opened(browser, server, expected_messages=("status of 401",)) as page:
             expect(page.locator("#key-card")).to_be_visible()
             expect(page.locator("#server")).to_contain_text("needs a key")
             expect(page.locator("#fields")).to_be_hidden()
@@ -508,7 +509,7 @@ def test_a_key_is_asked_for_and_kept_in_the_tab(browser: Browser, binary: str) -
             assert not page.evaluate("Object.values(sessionStorage).includes('right-key')")
 
 
-def test_the_wait_is_told_before_and_while(browser: Browser, server: Server) -> None:
+def test_the_wait_is_shown_before_and_while_waiting(browser: Browser, server: Server) -> None:
     with opened(browser, server) as page, OtherClient(server) as other, OtherClient(server) as another:
         server.wait_until("kiln_requests_running", 1)
         server.wait_until("kiln_requests_waiting", 1)
@@ -517,7 +518,7 @@ def test_the_wait_is_told_before_and_while(browser: Browser, server: Server) -> 
         forecast = page.locator("#forecast")
         expect(forecast).to_contain_text("2 pictures come before yours; it starts in")
         expect(forecast).to_contain_text("and takes about")
-        # A small one would not wait.
+        # A small request would not wait.
         set_numbers(page, steps=10)
         expect(forecast).to_contain_text("Starts at once")
         set_numbers(page, steps=1000)
@@ -531,27 +532,27 @@ def test_the_wait_is_told_before_and_while(browser: Browser, server: Server) -> 
         server.wait_until("kiln_requests_running", 0)
 
 
-def test_a_full_queue_is_waited_for(browser: Browser, binary: str) -> None:
+def test_draw_waits_for_a_full_queue(browser: Browser, binary: str) -> None:
     with Server(binary, "--max-queue", "0") as server, OtherClient(server) as other:
         server.wait_until("kiln_requests_running", 1)
-        with opened(browser, server, trouble=("status of 429",)) as page:
+        with opened(browser, server, expected_messages=("status of 429",)) as page:
             set_numbers(page, steps=2)
             expect(page.locator("#forecast")).to_contain_text("The queue is full")
             page.fill("#prompt", CIRCLE)
             page.click("#draw")
             expect(page.locator("#progress-text")).to_contain_text("no more are taken")
-            expect(page.locator("#progress-text")).to_contain_text("Asking again within")
+            expect(page.locator("#progress-text")).to_contain_text("Trying again within")
             page.click("#cancel")
             expect(page.locator("#stage")).to_have_attribute("data-state", "empty")
             page.click("#draw")
-            expect(page.locator("#progress-text")).to_contain_text("Asking again within")
+            expect(page.locator("#progress-text")).to_contain_text("Trying again within")
             other.hang_up()
             wait_for_picture(page)
 
 
-def test_a_server_that_goes_and_comes_back(browser: Browser, binary: str) -> None:
-    trouble = ("ERR_CONNECTION_REFUSED", "ERR_INCOMPLETE_CHUNKED_ENCODING", "ERR_CONNECTION_RESET")
-    with Server(binary) as server, opened(browser, server, trouble=trouble) as page:
+def test_the_page_recovers_when_the_server_restarts(browser: Browser, binary: str) -> None:
+    expected = ("ERR_CONNECTION_REFUSED", "ERR_INCOMPLETE_CHUNKED_ENCODING", "ERR_CONNECTION_RESET")
+    with Server(binary) as server, opened(browser, server, expected_messages=expected) as page:
         set_numbers(page, steps=1000)
         page.fill("#prompt", CIRCLE)
         page.click("#draw")
@@ -568,7 +569,7 @@ def test_a_server_that_goes_and_comes_back(browser: Browser, binary: str) -> Non
         wait_for_picture(page)
 
 
-def test_a_failure_half_way_is_told(browser: Browser, server: Server) -> None:
+def test_failures_during_a_stream_are_shown(browser: Browser, server: Server) -> None:
     begin = 'data: {"choices":[{"index":0,"delta":{"role":"assistant"}}]}\n\n'
     step = 'data: {"choices":[],"progress":{"stage":"step","step":1,"steps":4}}\n\n'
     error = 'data: {"error":{"message":"the log says why","type":"server_error","param":null,"code":500}}\n\n'
@@ -587,10 +588,10 @@ def test_a_failure_half_way_is_told(browser: Browser, server: Server) -> None:
             page.unroute("**/v1/chat/completions")
 
 
-def make_pictures_of_the_page(browser: Browser, server: Server) -> None:
+def make_screenshots(browser: Browser, server: Server) -> None:
     folder = pathlib.Path(os.environ["KILN_SCREENSHOTS"])
     with opened(browser, server, viewport={"width": 1280, "height": 900}, color_scheme="light") as page:
-        for seed, prompt in enumerate(SHOWN, 1):
+        for seed, prompt in enumerate(SCREENSHOT_PROMPTS, 1):
             set_numbers(page, seed=seed)
             draw(page, prompt)
         page.click("#random-seed")
@@ -615,7 +616,7 @@ def main() -> None:
     binary, *names = sys.argv[1:]
     tests = {name[5:]: test for name, test in globals().items() if name.startswith("test_")}
     if "KILN_SCREENSHOTS" in os.environ:
-        tests = {"pictures_of_the_page": make_pictures_of_the_page}
+        tests = {"screenshots": make_screenshots}
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(
             executable_path=os.environ.get("CHROMIUM", "/usr/bin/chromium"), args=FLAGS

@@ -1,9 +1,9 @@
-"""Makes a Qwen-Image checkpoint of full width and two layers, runs diffusers on it, compares dumps.
+"""Builds a Qwen-Image checkpoint of full width and two layers, runs diffusers on it, compares dumps.
 
-The real model is 58 GB; this one has its real configuration in everything but depth (2 transformer
-and 2 text encoder layers, a toy vision tower), random bf16 weights in shards, the real vocabulary and
-the whole VAE: what is too large for fixtures, but decides whether memory layout, dtype handling and
-speed are right. Not run in CI. Needs the versions pinned in requirements.txt (torch 2.15.0,
+The real model has 58 GB. This checkpoint has its configuration except for the depth (2 transformer and 2
+text encoder layers, a minimal vision tower), sharded random bf16 weights, the real vocabulary and the
+whole VAE. It is too large for the fixtures, and serves to test memory layout, dtypes and speed at full
+width. Not run in CI. Needs the versions pinned in requirements.txt (torch 2.15.0,
 diffusers 0.42.1, transformers 5.23.0), about 12 GB of memory (mostly for f32), and a folder outside the repository:
 
     python tests/reference/full_width.py make DIR --tokenizer TOKENIZER_DIR
@@ -49,7 +49,7 @@ VISION = dict(
 
 
 def make(folder: Path, tokenizer: Path, seed: int) -> None:
-    """Builds the modules in bf16 from the start (5 GB instead of 10) and saves them with the pipeline."""
+    """Builds the modules directly in bf16 (5 GB instead of 10) and saves them with the pipeline."""
     torch.set_default_dtype(torch.bfloat16)
     text_encoder = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=TEXT, vision_config=VISION))
     transformer = QwenImageTransformer2DModel(**TRANSFORMER)
@@ -73,7 +73,7 @@ def make(folder: Path, tokenizer: Path, seed: int) -> None:
 
 
 def reference(folder: Path, out: Path, case: Case, dtype: torch.dtype) -> None:
-    """Runs diffusers once and writes its stages."""
+    """Runs diffusers once and writes the stages to a file."""
     stages = run(load(folder, dtype), case)
     save_file(stages, out)
     image = stages["image_float"]
@@ -81,7 +81,7 @@ def reference(folder: Path, out: Path, case: Case, dtype: torch.dtype) -> None:
 
 
 def compare(path_a: Path, path_b: Path) -> None:
-    """Prints how far B's stages are from A's; distances are relative to A's largest magnitude."""
+    """Prints the differences between the stages, relative to the largest magnitude of each stage of A."""
     a, b = load_file(path_a), load_file(path_b)
     for path, names in ((path_a, a.keys() - b.keys()), (path_b, b.keys() - a.keys())):
         if names:
@@ -112,7 +112,7 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
 
     command = commands.add_parser("make", help="build the checkpoint")
-    command.add_argument("folder", type=Path, help="where to; outside the repository, 5 GB")
+    command.add_argument("folder", type=Path, help="output folder outside the repository, 5 GB")
     command.add_argument("--tokenizer", type=Path, required=True, help="folder with Qwen's tokenizer files")
     command.add_argument("--seed", type=int, default=1000)
 

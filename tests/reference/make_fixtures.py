@@ -1,14 +1,14 @@
-"""Makes the tiny Qwen-Image checkpoints and the reference stages that the parity tests compare with.
+"""Creates the small Qwen-Image checkpoints and the reference stages of the parity tests.
 
 Needs the pinned versions in requirements.txt (torch 2.15.0, diffusers 0.42.1, transformers 5.23.0);
 other versions may round differently. CPU only, no network, about ten seconds:
 
     python tests/reference/make_fixtures.py [--out tests/fixtures] [--only CASE ...]
 
-Every checkpoint is built from diffusers' and transformers' own classes with random weights, saved in
-the layout of the Hub, loaded again with `QwenImagePipeline.from_pretrained` and run unmodified; the
-stages are taken with hooks from outside. Weights are random, but none of them is idle: norm weights
-are near 1 and not 1, biases are not 0, so a tensor that is read wrongly changes the picture.
+Every checkpoint is built from diffusers' and transformers' classes with random weights, saved in the
+layout of the Hub, loaded again with `QwenImagePipeline.from_pretrained` and run unmodified; hooks record
+the stages. Every tensor affects the image: norm weights are near but not equal to 1, and biases are not
+0, so a tensor that is read wrongly changes the image.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from transformers import AutoTokenizer, Qwen2_5_VLConfig, Qwen2_5_VLForCondition
 Tensors = dict[str, torch.Tensor]
 
 # ---------------------------------------------------------------------------------------------
-# Tokenizer: 256 byte symbols, a few merges learnt from the sentences below, special tokens.
+# Tokenizer: 256 byte symbols, a few merges learned from the sentences below, special tokens.
 
 SENTENCES = [
     "Describe the image by detailing the color, shape, size, texture, quantity, text, spatial "
@@ -67,7 +67,7 @@ def byte_symbols() -> list[str]:
 
 
 def learn_merges(sentences: Iterable[str], count: int) -> list[tuple[str, str]]:
-    """Plain byte-pair encoding: joins the most frequent neighbours (of equals the smallest) `count` times."""
+    """Byte-pair encoding: merges the most frequent pair, the smallest one of equals, `count` times."""
     splitter = Qwen2Tokenizer()._tokenizer.pre_tokenizer
     words = [list(piece) for text in sentences for piece, _ in splitter.pre_tokenize_str(text)]
     merges = []
@@ -83,8 +83,8 @@ def learn_merges(sentences: Iterable[str], count: int) -> list[tuple[str, str]]:
 
 
 def write_tokenizer(folder: Path, single_file: bool) -> dict[str, int]:
-    """Writes the tokenizer as the Hub has it (vocab.json, merges.txt and the rest), or as one
-    tokenizer.json with its config; returns the ids of the added tokens."""
+    """Writes the tokenizer with the files of the Hub (vocab.json, merges.txt and others), or as one
+    tokenizer.json with its config. Returns the ids of the added tokens."""
     folder.mkdir(parents=True, exist_ok=True)
     symbols = byte_symbols()
     assert sorted(symbols) == sorted(ByteLevel.alphabet())
@@ -133,7 +133,7 @@ def write_tokenizer(folder: Path, single_file: bool) -> dict[str, int]:
 
 
 def check_tokenizer(folder: Path, added: dict[str, int]) -> None:
-    """Loads the folder in both ways that transformers offers and checks what the ids depend on."""
+    """Loads the folder with both classes of transformers, and checks added tokens, merges and NFC."""
     for tokenizer in (AutoTokenizer.from_pretrained(folder), Qwen2Tokenizer.from_pretrained(folder)):
         for token, i in added.items():
             assert tokenizer(token).input_ids == [i], (folder, token)
@@ -167,8 +167,8 @@ BASE_VAE = dict(base_dim=4, z_dim=16, dim_mult=[1, 2, 4, 4], num_res_blocks=1)
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """One tiny checkpoint; `text_names` and `text_config` say how the text encoder is written down,
-    since both spellings of its tensors and three shapes of its config.json are about."""
+    """One small checkpoint. `text_names` and `text_config` select the names of the text encoder's tensors
+    and the form of its config.json, as two namings and three forms are in use."""
 
     name: str
     seed: int
@@ -215,7 +215,7 @@ CHECKPOINTS = [
 
 
 def fill(module: torch.nn.Module, seed: int) -> None:
-    """Gives every tensor a random value of its own such that activations stay of order 1."""
+    """Fills every tensor with random values, scaled so that activations stay of order 1."""
     generator = torch.Generator("cpu").manual_seed(seed)
     for name, tensor in sorted(module.named_parameters()):
         noise = torch.randn(tensor.shape, generator=generator)
@@ -226,7 +226,7 @@ def fill(module: torch.nn.Module, seed: int) -> None:
         elif name.endswith("gamma") or tensor.ndim == 1:
             value = 1 + 0.2 * noise
         else:
-            # A causal convolution sees one frame, so only one temporal slice of its kernel counts.
+            # With one frame, only one temporal slice of a causal kernel contributes.
             fan_in = math.prod(tensor.shape[1:]) / (tensor.shape[2] if tensor.ndim == 5 else 1)
             gain = 0.6 if name == "decoder.conv_out.weight" else 1.0
             value = gain * noise / math.sqrt(fan_in)
@@ -273,30 +273,30 @@ def build(checkpoint: Checkpoint, folder: Path) -> None:
     shutil.rmtree(folder / "tokenizer")
     write_tokenizer(folder / "tokenizer", checkpoint.tokenizer_json)
     (folder / "text_encoder" / "generation_config.json").unlink(missing_ok=True)
-    respell_text_encoder(folder / "text_encoder", checkpoint.text_names)
+    rename_text_encoder(folder / "text_encoder", checkpoint.text_names)
     rewrite_text_config(folder / "text_encoder" / "config.json", checkpoint.text_config)
     for path in folder.rglob("*.safetensors"):
-        path.chmod(0o644)  # the savers make files that only their owner can read
+        path.chmod(0o644)  # the files are saved readable for their owner only
     rope = load(folder).text_encoder.config.text_config.rope_parameters
     assert rope["rope_theta"] == checkpoint.text["rope_parameters"]["rope_theta"], "config.json was misread"
 
 
-def respell_text_encoder(folder: Path, spelling: str) -> None:
-    """Renames the text encoder's tensors to one of the two spellings found on the Hub."""
+def rename_text_encoder(folder: Path, naming: str) -> None:
+    """Renames the text encoder's tensors to one of the two namings in use on the Hub."""
 
-    def respell(name: str) -> str:
+    def rename(name: str) -> str:
         short = name.replace("model.language_model.", "model.").replace("model.visual.", "visual.")
-        if spelling == "old" or short.startswith("lm_head."):
+        if naming == "old" or short.startswith("lm_head."):
             return short
         if short.startswith("visual."):
             return "model." + short
         return "model.language_model." + short.removeprefix("model.")
 
     for path in folder.glob("*.safetensors"):
-        save_file({respell(name): tensor for name, tensor in load_file(path).items()}, path, {"format": "pt"})
+        save_file({rename(name): tensor for name, tensor in load_file(path).items()}, path, {"format": "pt"})
     for path in folder.glob("*.index.json"):
         index = json.loads(path.read_text())
-        index["weight_map"] = {respell(name): file for name, file in index["weight_map"].items()}
+        index["weight_map"] = {rename(name): file for name, file in index["weight_map"].items()}
         write_json(path, index)
 
 
@@ -325,8 +325,8 @@ def rewrite_text_config(path: Path, style: str) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One pipeline run; `details` adds the stages inside the transformer and around the VAE, `brief`
-    leaves out the float picture and all latents but those after the first and the last step."""
+    """One pipeline run. `details` adds the stages inside the transformer and around the VAE; `brief` omits
+    the float image and all latents except those after the first and the last step."""
 
     name: str
     checkpoint: str = "base"
@@ -366,14 +366,14 @@ CASES = [
     Case("long_prompt", prompt=LONG_PROMPT, negative_prompt=None, height=32, width=32, seed=10),
     Case("empty_negative", negative_prompt="", seed=11),
     Case("bf16", "bf16", seed=12, num_inference_steps=3),
-    # On `odd`, because with a shift_terminal a single step divides zero by zero and paints NaN.
+    # On `odd`, as with a shift_terminal a single step divides zero by zero and gives NaN.
     Case("one_step", "odd", num_inference_steps=1, seed=13),
     Case("markup", prompt='{a} "quoted" {{0}} it\'s\n\n  <|im_end|>\n<|im_start|>user\t<not a token|>  ', seed=14),
     Case("decomposed", prompt=unicodedata.normalize("NFD", "Café Ångström, déjà vu, 한국"), seed=15),
     Case("large_seed", seed=2**63 + 12345),
     Case("tiled", height=80, width=96, vae_tile=(32, 24), seed=16),
     Case("tiled_odd", "odd", height=40, width=56, vae_tile=(24, 16), seed=17, num_inference_steps=1),
-    # The last tiles are narrower than the overlap: 8 x 4 latents in tiles of 5, stride 3.
+    # The last tiles are narrower than the overlap: 8 × 4 latents in tiles of 5, stride 3.
     Case("tiled_uneven", height=64, width=32, vae_tile=(40, 24), num_images=2, seed=18),
     Case("demo", "demo", "a large red circle on a blue background", height=128, width=128, num_inference_steps=20,
          seed=7, brief=True),
@@ -382,9 +382,9 @@ DEMO = Path(__file__).parents[2] / "models/demo"
 
 
 class Recorder:
-    """Takes the stages of one run of an unmodified pipeline by hooks on its parts.
+    """Records the stages of one run of an unmodified pipeline with hooks on its parts.
 
-    With CFG the transformer runs twice a step, first for the prompt, then for the negative prompt.
+    With CFG the transformer runs twice per step, first for the prompt, then for the negative prompt.
     """
 
     def __init__(self, pipe: QwenImagePipeline, cfg: bool, details: bool):
@@ -417,11 +417,11 @@ class Recorder:
 
     @property
     def positive(self) -> bool:
-        """Whether the forward under way is the prompt's."""
+        """Whether the current forward is that of the prompt."""
         return not self.cfg or self.forwards % 2 == 0
 
     def row(self, name: str, module: torch.nn.Module) -> None:
-        """Collects the module's output, one row a step (the images of a batch have equal rows)."""
+        """Collects the module's output, one row per step (the images of a batch have equal rows)."""
 
         def hook(_module: object, _inputs: object, output: torch.Tensor) -> None:
             if self.positive:
@@ -432,7 +432,7 @@ class Recorder:
     @staticmethod
     def wrap(function: Any, after: Any) -> Any:
         def wrapped(*args: Any, **kwargs: Any) -> Any:
-            args = (args[0].clone(), *args[1:])  # a later in-place change must not reach the record
+            args = (args[0].clone(), *args[1:])  # protects the record from later in-place changes
             result = function(*args, **kwargs)
             after(args[0], result)
             return result
@@ -472,14 +472,14 @@ class Recorder:
 
 
 def token_ids(pipe: QwenImagePipeline, prompt: str) -> torch.Tensor:
-    """The ids the pipeline computes for a prompt, template included."""
+    """The token ids of a prompt in the template, as the pipeline computes them."""
     text = pipe.prompt_template_encode.format(prompt)
     limit = pipe.tokenizer_max_length + pipe.prompt_template_encode_start_idx
     return torch.tensor(pipe.tokenizer(text, max_length=limit, truncation=True).input_ids)
 
 
 def run(pipe: QwenImagePipeline, case: Case) -> Tensors:
-    """Runs one case and returns its stages, everything but ids and bytes in f32."""
+    """Runs one case and returns its stages; floating-point stages are f32."""
     cfg = case.true_cfg_scale > 1 and case.negative_prompt is not None
     pipe.vae.use_tiling = False
     if case.vae_tile is not None:
@@ -516,8 +516,8 @@ def run(pipe: QwenImagePipeline, case: Case) -> Tensors:
         dtype=stages["packed_noise"].dtype,
     )
     packed = pipe._pack_latents(noise, batch, channels, height, width)
-    assert torch.equal(packed, stages.pop("packed_noise")), "the pipeline started from other noise"
-    pixels = np.stack([np.asarray(picture) for picture in pipe.image_processor.numpy_to_pil(image)])
+    assert torch.equal(packed, stages.pop("packed_noise")), "the initial noise of the pipeline differs"
+    pixels = np.stack([np.asarray(image_u8) for image_u8 in pipe.image_processor.numpy_to_pil(image)])
     stages |= {
         "initial_noise": noise,
         "sigmas": pipe.scheduler.sigmas,
@@ -551,7 +551,7 @@ def write_json(path: Path, value: Any, indent: int | None = 2) -> None:
 
 
 def report(case: Case, stages: Tensors, size: int) -> None:
-    """Prints one line and complains about a picture that would hide errors."""
+    """Prints one line, and checks that the image is neither flat nor saturated, which would hide errors."""
     image = stages["image_u8"] / 255
     clipped = ((image <= 0) | (image >= 1)).float().mean().item()
     shape = "x".join(map(str, image.shape))
@@ -560,13 +560,13 @@ def report(case: Case, stages: Tensors, size: int) -> None:
         f"{size // 1024:6} KB{image.mean():7.3f}{image.std():7.3f}{100 * clipped:7.2f} %",
         flush=True,
     )
-    assert image.std() > 0.1 and clipped < 0.05, "the picture is flat or saturated"
+    assert image.std() > 0.1 and clipped < 0.05, "the image is flat or saturated"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "fixtures")
-    parser.add_argument("--only", nargs="*", help="names of cases; the list in cases.json is whole in any case")
+    parser.add_argument("--only", nargs="*", help="names of cases to run; cases.json always lists all")
     args = parser.parse_args()
     torch.set_num_threads(1)
 

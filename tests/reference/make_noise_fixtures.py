@@ -5,14 +5,14 @@ Needs torch==2.15.0, numpy==2.4.6, safetensors==0.8.0, an x86-64 CPU with AVX2, 
 
 Tensors, by name:
 - `cpu/<seed>/<count>`: `torch.randn(count)` of a CPU generator, f32.
-- `cpu_checksum/<seed>/<count>`: one u64 for a longer draw: the sum over i of (i + 1) * bits of value i,
+- `cpu_checksum/<seed>/<count>`: one u64 for a longer sequence: the sum over i of (i + 1) * bits of value i,
   modulo 2^64.
-- `cuda/<seed>/<count>/<multiprocessors>`: what a CUDA generator gives on a GPU with 2048 threads per
-  multiprocessor. There is no GPU in this: the launch is simulated with numpy, thread by thread, from
-  the published Philox4x32-10, in f64 after the random integers. It is checked against the known
-  answers of Random123 and against torch's own Philox on the CPU.
+- `cuda/<seed>/<count>/<multiprocessors>`: the values of a CUDA generator on a GPU with 2048 threads per
+  multiprocessor. No GPU is used: the launch is simulated with numpy, thread by thread, from the
+  published Philox4x32-10, in f64 after the random integers. It is checked against the known answers of
+  Random123 and against torch's own Philox on the CPU.
 
-With `--check` it also prints the facts that the module's documentation states.
+With `--check` it also prints the measurements that the module's documentation states.
 """
 
 import sys
@@ -38,7 +38,7 @@ def checksum(values: np.ndarray) -> np.ndarray:
 
 
 def philox(counter: np.ndarray, key: tuple[int, int]) -> np.ndarray:
-    """Philox4x32-10 of counters `[n, 4]`, as words `[n, 4]`."""
+    """Philox4x32-10: counters `[n, 4]` to words `[n, 4]`."""
     low = np.uint64(0xFFFFFFFF)
     word = [counter[:, i].astype(np.uint64) for i in range(4)]
     for turn in range(10):
@@ -53,7 +53,7 @@ def philox(counter: np.ndarray, key: tuple[int, int]) -> np.ndarray:
 
 
 def normal4(words: np.ndarray) -> np.ndarray:
-    """cuRAND's four normals of four words: two pairs, sine before cosine."""
+    """Converts four words to four normal values as cuRAND does: two pairs, sine before cosine."""
     unit = 2.0**-32
     turn = float(np.float32(unit) * np.float32(2 * np.pi))
     as_f32 = words.astype(np.float32).astype(np.float64)
@@ -65,7 +65,7 @@ def normal4(words: np.ndarray) -> np.ndarray:
 
 
 def cuda(seed: int, count: int, multiprocessors: int) -> np.ndarray:
-    """The grid-stride loop of PyTorch's distribution kernels, all threads of a turn at once."""
+    """The grid-stride loop of PyTorch's distribution kernels, all threads of an iteration at once."""
     blocks = min(-(-count // BLOCK), multiprocessors * (2048 // BLOCK))
     threads = np.arange(blocks * BLOCK)
     out = np.full(count, np.nan, np.float32)
@@ -94,7 +94,7 @@ def check_philox() -> None:
     for counter, key, answer in known:
         words = philox(np.array([counter], np.uint64), key)[0]
         assert " ".join(f"{word:08x}" for word in words) == answer
-    # torch's stateless Philox is the stream of thread 0, with each pair the other way round.
+    # torch's stateless Philox is the stream of thread 0, with the values of each pair swapped.
     seed, count = 2**40 + 5, 4096
     key = torch.tensor([seed, 0], dtype=torch.uint64)
     expected = torch.ops.aten._philox_normal(torch.empty(count), key).numpy()

@@ -1,5 +1,5 @@
-"""Writes tests/fixtures/tokenizer_cases.json: awkward texts with the ids that transformers gives
-them in the tiny vocabulary of the checkpoint "base" (made by make_fixtures.py; run this after it).
+"""Writes tests/fixtures/tokenizer_cases.json: unusual texts with their token ids in transformers, for
+the small vocabulary of the checkpoint "base" (made by make_fixtures.py; run that first).
 
 One line for each text, `[text, ids]`, without the prompt template.
 

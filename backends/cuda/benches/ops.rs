@@ -1,4 +1,4 @@
-//! The fused ops on cuda beside their default bodies: `cargo bench -p kiln-cuda`.
+//! Times the fused ops and their default bodies on cuda: `cargo bench -p kiln-cuda`.
 
 #[path = "../../ops/benches/cases/mod.rs"]
 mod cases;

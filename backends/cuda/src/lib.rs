@@ -15,11 +15,15 @@ use kiln_models::pipeline::Pipeline;
 
 const NAME: &str = "cuda";
 
-/// The GPUs that the driver lists, if kernels can be compiled for them.
+/// Lists the driver's GPUs, with the dtypes that kernels can be compiled for.
+///
+/// # Errors
+/// Returns [`OpenError::NoDevice`], with what to install, if the driver, NVRTC or CUDA's headers are
+/// missing, or there is no GPU.
 pub fn devices() -> Result<Vec<DeviceInfo>, OpenError> {
     let missing = missing_software().map(no_device);
     missing.map_or(Ok(()), Err)?;
-    // The libraries are loaded as they are used, and what lacks a function in them panics.
+    // cudarc loads functions of the driver on first use, and panics if the driver lacks one.
     let devices = catch_unwind(list)
         .map_err(|_| no_device("NVIDIA's driver is too old; install a newer one"))?
         .map_err(|error| no_device(&driver_message(error)))?;
@@ -31,7 +35,11 @@ pub fn devices() -> Result<Vec<DeviceInfo>, OpenError> {
     Ok(devices)
 }
 
-/// Loads a checkpoint.
+/// Loads a checkpoint onto a device that [`devices`] listed.
+///
+/// # Errors
+/// Returns an error if the settings files or `KILN_KERNELS` are invalid, the GPU is too old or does
+/// not open, or the checkpoint cannot be loaded onto it.
 pub fn open(
     info: &DeviceInfo,
     parts: &CheckpointParts,
@@ -68,10 +76,10 @@ fn no_device(reason: &str) -> OpenError {
     }
 }
 
-/// What is to be installed before anything of CUDA can be called.
+/// Message about the first missing part of CUDA's software, if any.
 #[expect(
     unsafe_code,
-    reason = "the functions only try to open a library and say if they could"
+    reason = "the functions only try to open a library and return whether that worked"
 )]
 fn missing_software() -> Option<&'static str> {
     // SAFETY: opening these libraries runs their initialisers, which CUDA itself relies on.
@@ -95,8 +103,8 @@ fn missing_software() -> Option<&'static str> {
     }
 }
 
-/// Whether kernels of either kind can be compiled: those that multiply on tensor cores include
-/// headers that NVIDIA packs apart from the rest.
+/// Whether the folder has the headers of all kernels: burn's tensor core kernels include `crt/mma.h`,
+/// which NVIDIA ships in a package of its own.
 fn has_headers(cuda: &Path) -> bool {
     let headers = ["cuda_fp16.h", "crt/mma.h"];
     headers
@@ -104,7 +112,7 @@ fn has_headers(cuda: &Path) -> bool {
         .all(|header| cuda.join("include").join(header).exists())
 }
 
-/// Where burn's cuda looks for CUDA's headers.
+/// The folder in which burn's cuda backend looks for CUDA's headers.
 fn cuda_folder() -> Option<PathBuf> {
     if let Some(folder) = env::var_os("CUDA_PATH") {
         return Some(folder.into());
@@ -129,11 +137,11 @@ fn driver_message(error: DriverError) -> String {
              install the same version of both"
                 .to_owned()
         }
-        _ => format!("NVIDIA's driver answers with {code:?}"),
+        _ => format!("NVIDIA's driver returned {code:?}"),
     }
 }
 
-/// NVRTC's, as 12.8.
+/// Version of NVRTC, such as `12.8`.
 #[expect(unsafe_code, reason = "the compiler is called directly")]
 fn compiler_version() -> String {
     let (mut major, mut minor): (c_int, c_int) = (0, 0);
@@ -190,8 +198,8 @@ fn list() -> Result<Vec<DeviceInfo>, DriverError> {
         .collect()
 }
 
-/// The types a GPU of this compute capability has instructions for. CUDA's headers emulate the others
-/// in f32; below 7.0 kernels cannot take their arguments as kiln's do.
+/// The dtypes that a GPU of this compute capability has instructions for; CUDA's headers would emulate
+/// the others in f32. None below 7.0, where kernels cannot take `__grid_constant__` arguments.
 fn dtypes(major: i32, minor: i32) -> Vec<ModelDType> {
     let since = |dtype| match dtype {
         ModelDType::F32 | ModelDType::F16 => (7, 0),
@@ -208,7 +216,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn types_follow_the_compute_capability() {
+    fn dtypes_depend_on_the_compute_capability() {
         use ModelDType::{Bf16, F16, F32};
         assert_eq!(dtypes(9, 0), [F32, Bf16, F16]);
         assert_eq!(dtypes(8, 0), [F32, Bf16, F16]);

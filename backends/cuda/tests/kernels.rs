@@ -1,8 +1,10 @@
-//! Each kernel of `kiln_ops::cuda` by itself, launched through NVIDIA's driver with every buffer an
-//! allocation of its own, against sums in f64. `scripts/test-cuda.sh` runs it without a GPU, where
-//! accesses out of bounds, races and values that nobody wrote are found too.
+//! Compares each kernel of `kiln_ops::cuda` with sums in f64. Kernels are launched through NVIDIA's
+//! driver, with an allocation of its own for every buffer. `scripts/test-cuda.sh` runs the tests
+//! without a GPU on a stand-in device, which also detects out-of-bounds accesses, races and reads of
+//! uninitialised memory.
 //!
-//! `KILN_SEEDS` is the number of orders that blocks and warps are tried in there; one without it.
+//! On that device, `KILN_SEEDS` is the number of random orders of blocks and warps to test; 1 by
+//! default.
 
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on should stop")]
 #![expect(unsafe_code, reason = "the driver is called directly")]
@@ -22,10 +24,11 @@ use kiln_ops::cuda::{
     ElementwiseOp, Image, Launch, Product,
 };
 
-/// A type of the kernels' elements.
+/// An element type of the kernels.
 trait Element: Copy {
+    /// Name in CUDA C++.
     const NAME: &'static str;
-    /// Of the largest magnitude, for a sum of products that is rounded to the type.
+    /// Tolerance of a sum of products that is rounded to the type, relative to the largest magnitude.
     const TOLERANCE: f64;
     fn from_f32(value: f32) -> Self;
     fn to_f64(self) -> f64;
@@ -95,8 +98,8 @@ impl Gpu {
         self.architecture == 90
     }
 
-    /// The output of a kernel whose first buffers are `inputs`, and then the output of `len` values.
-    /// It is computed once for each seed, and must be the same to the bit.
+    /// Runs a kernel whose buffers are `inputs` and then an output of `len` values, once per seed.
+    /// Returns the output, which has to be bitwise identical for all seeds.
     fn run<K: CudaKernel, T: Element>(
         &self,
         launch: &Launch<K>,
@@ -113,13 +116,13 @@ impl Gpu {
             let first = first.get_or_insert_with(|| output.clone());
             assert!(
                 *first == output,
-                "{:?}, seed {seed}: another result",
+                "{:?}: the output with seed {seed} differs from that with seed 0",
                 launch.kernel
             );
         }
         let bytes = first.unwrap();
         let values = bytes.chunks_exact(size_of::<T>());
-        // SAFETY: a chunk has the bytes of a value, of which every pattern is one.
+        // SAFETY: a chunk has the size of a value, and every bit pattern is a valid value.
         values
             .map(|value| unsafe { value.as_ptr().cast::<T>().read_unaligned() })
             .collect()
@@ -133,7 +136,7 @@ impl Gpu {
             format!("--include-path={}/include", cuda.display()),
         ];
         let program = nvrtc::create_program(&CString::new(source).unwrap(), None).unwrap();
-        // SAFETY: the program was just made.
+        // SAFETY: the program was just created.
         unsafe {
             nvrtc::compile_program(program, &options).unwrap_or_else(|error| {
                 let log = nvrtc::get_program_log(program).unwrap();
@@ -151,7 +154,7 @@ impl Gpu {
         inputs: &[Vec<u8>],
         output_bytes: usize,
     ) -> Vec<u8> {
-        // SAFETY: buffers have the sizes that the launch is for, and live until it is over.
+        // SAFETY: the buffers have the sizes that the launch requires, and live until it has completed.
         unsafe {
             let module = module::load_data(ptx.as_ptr().cast()).unwrap();
             let name = CString::new(K::NAME).unwrap();
@@ -196,7 +199,7 @@ impl Gpu {
     }
 }
 
-/// Values from -2 to 2 that a type holds, and their bytes.
+/// Creates pseudo-random values from `-2 scale` to `2 scale`, rounded to `T`: in f64, and as bytes.
 fn input<T: Element>(seed: u32, len: usize, scale: f32) -> (Vec<f64>, Vec<u8>) {
     let mut state = seed.wrapping_mul(2_654_435_761).wrapping_add(12345);
     let mut values = Vec::with_capacity(len);
@@ -218,18 +221,18 @@ fn assert_close<T: Element>(what: &str, tested: &[T], expected: &[f64]) {
     let largest = expected.iter().fold(0.0_f64, |a, x| a.max(x.abs()));
     for (index, (tested, expected)) in tested.iter().zip(expected).enumerate() {
         let difference = (tested.to_f64() - expected).abs();
-        // What is not a number is not close.
+        // False for NaN.
         let is_close = difference <= T::TOLERANCE * largest;
         assert!(
             is_close,
-            "{what}: value {index} is {} for {expected}, off by {:.1e} of {largest}",
+            "{what}: value {index} is {}, expected {expected}: off by {:.1e} of {largest}",
             tested.to_f64(),
             difference / largest
         );
     }
 }
 
-/// Shapes with rows, columns and depths that fill no tile.
+/// Rows, columns and depth; most are not multiples of a tile.
 const PRODUCTS: [[usize; 3]; 6] = [
     [1, 3, 8],
     [65, 70, 40],
@@ -273,7 +276,7 @@ fn linear_on_tensor_cores<T: Element>(gpu: &Gpu) {
         let (b, b_bytes) = input::<T>(2, columns * depth, 1.0);
         let (bias, bias_bytes) = input::<T>(3, columns, 1.0);
         let expected = expected_product(&a, &b, &bias, shape);
-        // As if the GPU had few processors, or many: tiles of both sizes.
+        // Numbers of processors that select the large and the small tiles.
         for processors in [1, 1000] {
             let launch = product(rows, columns, depth).mma(T::NAME, T::NAME, true, processors);
             let inputs = [a_bytes.clone(), b_bytes.clone(), bias_bytes.clone()];
@@ -286,7 +289,7 @@ fn linear_on_tensor_cores<T: Element>(gpu: &Gpu) {
             let launch = product.wgmma(T::NAME, T::NAME, true, 1).unwrap();
             let tested = gpu.run::<_, T>(&launch, &inputs, rows * columns);
             assert_close(&format!("{shape:?} wgmma"), &tested, &expected);
-            // Without a bias, and with another type of the result.
+            // Without a bias, and with an output of another type.
             let none = vec![0.0; columns];
             let expected = expected_product(&a, &b, &none, shape);
             let launch = product.wgmma(T::NAME, f32::NAME, false, 1).unwrap();
@@ -467,7 +470,8 @@ fn convolution_bf16() {
     }
 }
 
-/// One case of attention: sequences, query heads, key/value heads, width, and whether it is causal.
+/// A case of attention: lengths of the sequences, query heads, key/value heads, head dimension, and
+/// whether it is causal.
 type AttentionCase<'a> = (&'a [usize], usize, usize, usize, bool);
 
 const ATTENTIONS: [AttentionCase<'static>; 11] = [
@@ -587,7 +591,7 @@ fn attention_f16() {
     }
 }
 
-/// Far beyond what f16 holds: nothing may become infinite on the way.
+/// Values far beyond the range of f16: no intermediate result may overflow.
 #[test]
 fn attention_of_large_values() {
     let gpu = Gpu::open();
@@ -598,7 +602,7 @@ fn attention_of_large_values() {
 }
 
 fn elementwise<T: Element>(gpu: &Gpu) {
-    // Rows of whole vectors, and others.
+    // Widths that are and are not multiples of a vector.
     for (tokens, dim) in [(5, 64), (3, 1), (70, 37), (1, 4099)] {
         let count = tokens * dim;
         let (a, a_bytes) = input::<T>(1, count, 2.0);
@@ -625,7 +629,7 @@ fn elementwise<T: Element>(gpu: &Gpu) {
             &a.iter().zip(&b).map(silu).collect::<Vec<f64>>(),
         );
 
-        // The first token has the second row.
+        // The first token uses row 1 of the table, the others row 0.
         let runs = [(1, 1), (tokens - 1, 0)].map(|(tokens, row)| TokenRun { tokens, row });
         let launches = of(ElementwiseOp::GatedResidual).launches(dim, &runs);
         let inputs = [a_bytes, b_bytes, gate_bytes];

@@ -1,19 +1,20 @@
-//! The fused ops against their definitions, and the pipeline against diffusers, on the first NVIDIA
-//! GPU. It needs the driver, NVRTC and the CUDA headers; `scripts/test-cuda.sh` runs it without.
+//! Compares the fused ops on cuda with their default bodies, and the pipeline with diffusers, on the
+//! first NVIDIA GPU. Needs the driver, NVRTC and the CUDA headers; `scripts/test-cuda.sh` runs it on
+//! stand-in devices without a GPU.
 
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on should stop")]
 #![expect(
     clippy::print_stdout,
-    reason = "--nocapture shows how close each stage is"
+    reason = "--nocapture prints the difference at each stage"
 )]
 
 #[path = "../../../models/tests/stages/backend_parity.rs"]
 mod backend_parity;
 #[path = "../../../models/tests/stages/fixtures.rs"]
-#[expect(dead_code, reason = "the models' own tests compare more stages")]
+#[expect(dead_code, reason = "the tests of models/ compare more stages")]
 mod fixtures;
 #[path = "../../ops/tests/properties/suite.rs"]
-#[expect(dead_code, reason = "what burn's own products compute is not tested")]
+#[expect(dead_code, reason = "attention by burn's own ops is not tested")]
 mod suite;
 
 use std::env;
@@ -26,7 +27,7 @@ use kiln_models::loading::LoadOptions;
 use kiln_models::pipeline::Pipeline;
 use suite::{Extent, suites, test_every_op};
 
-/// `KILN_CASES` is the number of cases of each op.
+/// Reads the number of cases per op from `KILN_CASES`; 8 by default.
 fn extent() -> Extent {
     let cases = env::var("KILN_CASES").map_or(8, |cases| cases.parse().unwrap());
     Extent {
@@ -38,19 +39,19 @@ fn extent() -> Extent {
     }
 }
 
-/// Guidance, and sizes that are powers of two.
+/// Covers true CFG, and sizes that are powers of two.
 #[test]
 fn base() {
     draws_what_diffusers_draws("base", open);
 }
 
-/// One step, odd sizes, and a VAE in tiles.
+/// Covers one step, odd sizes, and VAE tiling.
 #[test]
 fn tiled_odd() {
     draws_what_diffusers_draws("tiled_odd", open);
 }
 
-/// bf16 weights.
+/// Covers bf16 weights, with the bundled demo model.
 #[test]
 fn demo() {
     draws_what_diffusers_draws("demo", open);

@@ -6,16 +6,19 @@ use kiln_models::families::CheckpointParts;
 use kiln_models::loading::{self, DeviceInfo, LoadOptions, ModelDType, OpenError, Target};
 use kiln_models::pipeline::Pipeline;
 
-/// The CPU. Weights are kept in any of the types.
+/// Lists the CPU, with weights in any dtype.
 pub fn devices() -> Result<Vec<DeviceInfo>, OpenError> {
     Ok(vec![DeviceInfo::cpu(&ModelDType::ALL)])
 }
 
-/// Loads a checkpoint.
+/// Loads a checkpoint onto the CPU.
 ///
-/// Weights stay in the model's type, without a copy if the checkpoint is in it. Activations are
-/// f32 always, and linear layers round them to bf16 if their weights are in it: products are what
-/// CPUs have faster arithmetic for.
+/// Weights have the model's dtype, without a copy if the checkpoint has the same. Activations are
+/// always f32; linear layers with bf16 weights round their input to bf16, because matrix products are
+/// what CPUs have bf16 instructions for.
+///
+/// # Errors
+/// Returns an error if the checkpoint is invalid or does not fit the memory.
 pub fn open(
     info: &DeviceInfo,
     parts: &CheckpointParts,

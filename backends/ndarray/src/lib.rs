@@ -1,16 +1,20 @@
-//! kiln's pipeline on burn's CPU backend ndarray: slow, and independent of flex.
+//! kiln's pipeline on burn's CPU backend ndarray: slow, and independent of flex, so that it serves as
+//! a second reference.
 
 use burn_ndarray::{NdArray, NdArrayDevice};
 use kiln_models::families::CheckpointParts;
 use kiln_models::loading::{self, DeviceInfo, LoadOptions, ModelDType, OpenError, Target};
 use kiln_models::pipeline::Pipeline;
 
-/// The CPU, in f32: ndarray has no narrower type.
+/// Lists the CPU, in f32 only: ndarray has no bf16 and f16.
 pub fn devices() -> Result<Vec<DeviceInfo>, OpenError> {
     Ok(vec![DeviceInfo::cpu(&[ModelDType::F32])])
 }
 
-/// Loads a checkpoint.
+/// Loads a checkpoint onto the CPU.
+///
+/// # Errors
+/// Returns an error if the checkpoint is invalid or does not fit the memory.
 pub fn open(
     info: &DeviceInfo,
     parts: &CheckpointParts,

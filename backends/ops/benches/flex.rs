@@ -1,4 +1,4 @@
-//! The fused ops on flex beside their default bodies: `cargo bench -p kiln-ops --features flex`.
+//! Times the fused ops and their default bodies on flex: `cargo bench -p kiln-ops --features flex`.
 
 mod cases;
 

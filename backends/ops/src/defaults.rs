@@ -1,4 +1,4 @@
-//! The definition of every op in plain burn ops.
+//! The default body of every op in plain burn ops, which defines what the op computes.
 
 use burn_tensor::backend::Backend;
 use burn_tensor::module;
@@ -7,7 +7,8 @@ use burn_tensor::{Bool, DType, Tensor, activation};
 
 use crate::{Rope, TokenRun};
 
-/// The table row of every token: `[1, dim]` if all tokens use one row, else `[tokens, dim]`.
+/// Expands a modulation table `[rows, dim]` to the row of each token: `[1, dim]` if all tokens use
+/// the same row, else `[tokens, dim]`.
 pub fn per_token<B: Backend>(table: Tensor<B, 2>, runs: &[TokenRun]) -> Tensor<B, 2> {
     let [rows, dim] = table.dims();
     let runs = || runs.iter().filter(|run| run.tokens > 0);
@@ -30,6 +31,7 @@ pub fn per_token<B: Backend>(table: Tensor<B, 2>, runs: &[TokenRun]) -> Tensor<B
     Tensor::cat(parts, 0)
 }
 
+/// Computes [`FusedOps::fused_linear`](crate::FusedOps::fused_linear).
 pub fn fused_linear<B: Backend>(
     x: Tensor<B, 2>,
     weight: Tensor<B, 2>,
@@ -48,6 +50,7 @@ pub fn fused_linear<B: Backend>(
     }
 }
 
+/// Computes [`FusedOps::rms_norm`](crate::FusedOps::rms_norm).
 pub fn rms_norm<B: Backend>(x: Tensor<B, 2>, weight: Tensor<B, 1>, eps: f64) -> Tensor<B, 2> {
     let dtype = x.dtype();
     let x = x.cast(DType::F32);
@@ -56,6 +59,7 @@ pub fn rms_norm<B: Backend>(x: Tensor<B, 2>, weight: Tensor<B, 1>, eps: f64) -> 
     (normalised * weight.cast(DType::F32).unsqueeze()).cast(dtype)
 }
 
+/// Computes [`FusedOps::layer_norm_modulate`](crate::FusedOps::layer_norm_modulate).
 pub fn layer_norm_modulate<B: Backend>(
     x: Tensor<B, 2>,
     shift: Tensor<B, 2>,
@@ -72,6 +76,7 @@ pub fn layer_norm_modulate<B: Backend>(
     modulated.cast(dtype)
 }
 
+/// Computes [`FusedOps::gated_residual`](crate::FusedOps::gated_residual).
 pub fn gated_residual<B: Backend>(
     residual: Tensor<B, 2>,
     gate: Tensor<B, 2>,
@@ -88,6 +93,7 @@ pub fn gated_residual<B: Backend>(
     sum.cast(dtype)
 }
 
+/// Computes [`FusedOps::qk_norm_rope`](crate::FusedOps::qk_norm_rope).
 pub fn qk_norm_rope<B: Backend>(
     x: Tensor<B, 3>,
     weight: Tensor<B, 1>,
@@ -116,6 +122,7 @@ pub fn qk_norm_rope<B: Backend>(
     rotated.reshape([tokens, heads, head_dim]).cast(dtype)
 }
 
+/// Computes [`FusedOps::gelu_tanh`](crate::FusedOps::gelu_tanh).
 pub fn gelu_tanh<B: Backend>(x: Tensor<B, 2>) -> Tensor<B, 2> {
     let dtype = x.dtype();
     let x = x.cast(DType::F32);
@@ -124,10 +131,13 @@ pub fn gelu_tanh<B: Backend>(x: Tensor<B, 2>) -> Tensor<B, 2> {
     (x * (inner.tanh() + 1.0) * 0.5).cast(dtype)
 }
 
+/// Computes [`FusedOps::silu_mul`](crate::FusedOps::silu_mul).
 pub fn silu_mul<B: Backend>(gate: Tensor<B, 2>, up: Tensor<B, 2>) -> Tensor<B, 2> {
     activation::silu(gate) * up
 }
 
+/// Computes [`FusedOps::packed_attention`](crate::FusedOps::packed_attention), with burn's
+/// `module::attention` for each sequence.
 pub fn packed_attention<B: Backend>(
     query: Tensor<B, 3>,
     key: Tensor<B, 3>,
@@ -178,12 +188,12 @@ pub fn packed_attention<B: Backend>(
     }
 }
 
-/// Scores that [`attention_by_ops`] makes at a time: 64 MiB of f32.
-const MOST_SCORES: usize = 1 << 24;
+/// Largest number of attention scores that [`attention_by_ops`] holds at once: 64 MiB of f32.
+const MAX_SCORES: usize = 1 << 24;
 
-/// [`packed_attention`] without burn's `module::attention`, whose kernels for GPUs hold keys,
-/// values and weights in f16: products and softmax are ops of their own, in f32, for some query
-/// rows at a time.
+/// Computes [`packed_attention`] without burn's `module::attention`, whose GPU kernels hold keys,
+/// values and weights in f16: matrix products and softmax are separate ops in f32, over blocks of
+/// query rows.
 pub fn attention_by_ops<B: Backend>(
     query: Tensor<B, 3>,
     key: Tensor<B, 3>,
@@ -194,8 +204,8 @@ pub fn attention_by_ops<B: Backend>(
     attention_by_products(query, key, value, lengths, causal, Tensor::matmul)
 }
 
-/// [`attention_by_ops`] with another product of matrices than burn's, `[heads, m, k]` with
-/// `[heads, k, n]`.
+/// Computes [`attention_by_ops`] with the given matrix product of `[heads, m, k]` and
+/// `[heads, k, n]` instead of burn's.
 pub(crate) fn attention_by_products<B: Backend>(
     query: Tensor<B, 3>,
     key: Tensor<B, 3>,
@@ -226,8 +236,8 @@ pub(crate) fn attention_by_products<B: Backend>(
         let query = head_major(&query) * scale;
         let key = per_query_head(head_major(&key)).swap_dims(1, 2);
         let value = per_query_head(head_major(&value));
-        // Of equal size, so that the last has no single row.
-        let blocks = (heads * length * length).div_ceil(MOST_SCORES).min(length);
+        // The blocks are of nearly equal size, so that the last one is not a single row.
+        let blocks = (heads * length * length).div_ceil(MAX_SCORES).min(length);
         for block in 0..blocks {
             let (first, end) = (block * length / blocks, (block + 1) * length / blocks);
             let seen = if causal { end } else { length };
@@ -257,6 +267,7 @@ pub(crate) fn attention_by_products<B: Backend>(
     }
 }
 
+/// Computes [`FusedOps::conv2d_same`](crate::FusedOps::conv2d_same).
 pub fn conv2d_same<B: Backend>(
     x: Tensor<B, 4>,
     weight: Tensor<B, 4>,
@@ -269,6 +280,7 @@ pub fn conv2d_same<B: Backend>(
     module::conv2d(x, weight.cast(dtype), Some(bias.cast(dtype)), options)
 }
 
+/// Computes [`FusedOps::channel_norm`](crate::FusedOps::channel_norm).
 pub fn channel_norm<B: Backend>(x: Tensor<B, 4>, gamma: Tensor<B, 1>) -> Tensor<B, 4> {
     let dtype = x.dtype();
     let channels = x.dims()[1];
@@ -278,10 +290,12 @@ pub fn channel_norm<B: Backend>(x: Tensor<B, 4>, gamma: Tensor<B, 1>) -> Tensor<
     (x / norm * (channels as f64).sqrt() * gamma).cast(dtype)
 }
 
+/// Computes [`FusedOps::channel_norm_silu`](crate::FusedOps::channel_norm_silu).
 pub fn channel_norm_silu<B: Backend>(x: Tensor<B, 4>, gamma: Tensor<B, 1>) -> Tensor<B, 4> {
     activation::silu(channel_norm(x, gamma))
 }
 
+/// Computes [`FusedOps::upsample_nearest`](crate::FusedOps::upsample_nearest).
 pub fn upsample_nearest<B: Backend>(x: Tensor<B, 4>) -> Tensor<B, 4> {
     let [images, channels, height, width] = x.dims();
     x.reshape([images, channels, height, 1, width, 1])

@@ -1,10 +1,9 @@
-//! What goes wrong on a device, and where a caller would not see it.
+//! Detects device failures that burn does not report to the caller.
 //!
-//! burn's GPU backends queue what they are asked for, and report failures later, at the next wait
-//! or read. Two kinds of failure get lost on the way: a panic on one of the threads that burn has
-//! for a device is caught there, and the errors of ops that were queued before burn measures
-//! kernels are dropped when it begins to. [`FaultWatch`] sees the first, [`DeviceCheck`] tells of
-//! the second.
+//! burn's GPU backends queue ops and report failures later, at the next wait or read. Two kinds of
+//! failure are lost: burn catches a panic on one of its device threads, and it drops the errors of
+//! queued ops when it starts to time candidate kernels (autotuning). [`FaultWatch`] records the
+//! first kind, [`DeviceCheck`] detects the second.
 
 use std::panic::{self, PanicHookInfo};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -13,16 +12,17 @@ use std::thread;
 
 use burn_tensor::backend::Backend;
 
-/// How a device stood when it had done all that it was given.
+/// A point at which a device had completed all queued work.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Checkpoint {
-    /// The number of this measurement, where kernels are measured.
+    /// Sequence number of the profiling measurement made here; `None` on backends without
+    /// autotuning.
     measurement: Option<u64>,
 }
 
 impl Checkpoint {
-    /// Whether kernels were measured between the two. Errors of ops that were given to the device
-    /// in between may be lost then.
+    /// Whether kernels were timed since `earlier`, the checkpoint before this one. If so, errors
+    /// of ops queued in between may be lost.
     pub fn measured_since(self, earlier: Self) -> bool {
         self.measurement != earlier.measurement.map(|number| number + 1)
     }
@@ -35,10 +35,10 @@ impl Checkpoint {
     }
 }
 
-/// A backend that can be asked whether its device did what it was given.
+/// A backend that can report whether its device completed the queued work.
 pub trait DeviceCheck: Backend {
-    /// Waits until the device has done all that it was given on this thread. The error is the
-    /// device's report of what failed since it was last asked, which may be very long.
+    /// Waits until the device has completed all work queued on this thread. The error is the
+    /// device's report of failures since the last call, which may be very long.
     fn checkpoint(device: &Self::Device) -> Result<Checkpoint, String> {
         Self::sync(device).map_err(|error| error.to_string())?;
         Ok(Checkpoint { measurement: None })
@@ -59,7 +59,7 @@ where
     I: burn_cubecl::IntElement,
     BT: burn_cubecl::element::BoolElement,
 {
-    /// Begins and ends a measurement of nothing: measurements are numbered.
+    /// Starts and ends an empty profiling measurement to read the number of measurements so far.
     fn checkpoint(device: &Self::Device) -> Result<Checkpoint, String> {
         use burn_cubecl::cubecl::server::ComputeServer;
         use cubecl_common::device::Device;
@@ -78,7 +78,7 @@ where
                 .map(|_| token.id)
                 .map_err(|error| format!("{error:?}"))
         });
-        // What went wrong on that thread is for a watch to tell.
+        // A `FaultWatch` reports the panic that ended the device's thread.
         number
             .map_err(|_| "the device's thread failed".to_owned())?
             .map(Checkpoint::numbered)
@@ -88,38 +88,40 @@ where
 #[cfg(feature = "cubecl")]
 impl<B: burn_fusion::FusionBackend + DeviceCheck> DeviceCheck for burn_fusion::Fusion<B> {
     fn checkpoint(device: &Self::Device) -> Result<Checkpoint, String> {
-        // What is queued becomes work of the device.
+        // Flushes the ops that fusion holds back.
         Self::sync(device).map_err(|error| error.to_string())?;
         B::checkpoint(device)
     }
 }
 
-/// Notes the first panic on a thread of a device, from its start until it is dropped.
+/// Records the first panic on a device thread, from `start` until the watch is dropped.
 ///
-/// Such panics are not reported in any other way while there is a watch: who watches reports them.
-/// Nor are the panics of other threads that come after one, as they follow from it.
+/// While a watch exists, the panic hook prints no panic of a device thread, and none of another
+/// thread that follows one: the owner of the watch has to report the fault.
 #[derive(Debug)]
 pub struct FaultWatch {
     first: Slot,
 }
 
-/// The message of a panic.
+/// The message of the first panic, empty until there is one.
 type Slot = Arc<OnceLock<String>>;
 
-/// Whether a watch has ever seen a panic.
+/// Whether any watch has recorded a panic in this process.
 static HAS_FAILED: AtomicBool = AtomicBool::new(false);
 
-/// Those of all watches.
+/// The slots of all live watches.
 static WATCHES: Mutex<Vec<Slot>> = Mutex::new(Vec::new());
 
 impl FaultWatch {
+    /// Starts recording. Panics are seen only after [`watch_device_threads`] was called.
     pub fn start() -> Self {
         let first = Slot::default();
         lock_watches().push(Arc::clone(&first));
         Self { first }
     }
 
-    /// The message of the first panic on a device's thread, if there was one.
+    /// Message of the first panic on a device thread since the watch started, or of the first
+    /// failure that [`DeviceCheck`] or an upload reported.
     pub fn fault(&self) -> Option<&str> {
         self.first.get().map(String::as_str)
     }
@@ -135,50 +137,51 @@ fn lock_watches() -> std::sync::MutexGuard<'static, Vec<Slot>> {
     WATCHES.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Tells every watch of a failure that is no panic.
+/// Records a failure that is not a panic in every watch.
 #[cfg(feature = "cubecl")]
-pub(crate) fn note(report: &str) {
+pub(crate) fn record(report: &str) {
     for watch in lock_watches().iter() {
-        // The first one stays.
+        // A slot keeps its first message.
         watch.set(report.to_owned()).ok();
     }
 }
 
-/// Lets every [`FaultWatch`] see the panics of devices' threads from now on. Panics that no watch
-/// cares for go to the hook that was set before; a hook that is set later sees all of them.
+/// Installs the panic hook that [`FaultWatch`] relies on, once per process. Panics that no watch
+/// records go to the hook that was set before. A hook that is set later replaces this one.
 pub fn watch_device_threads() {
     static INSTALLED: Once = Once::new();
     INSTALLED.call_once(|| {
         let earlier = panic::take_hook();
         panic::set_hook(Box::new(move |info| {
-            if !noted(info) {
+            if !record_panic(info) {
                 earlier(info);
             }
         }));
     });
 }
 
-/// Whether a watch reports the panic.
-fn noted(info: &PanicHookInfo<'_>) -> bool {
+/// Records the panic if it is a device's. Returns whether the earlier hook should be skipped.
+fn record_panic(info: &PanicHookInfo<'_>) -> bool {
     let watches = lock_watches();
     let file = info.location().map_or("", panic::Location::file);
     if is_of_device(thread::current().name(), file) {
         let message = info.payload_as_str().unwrap_or("no message");
         for watch in watches.iter() {
-            // The first one stays.
+            // A slot keeps its first message.
             watch.set(message.to_owned()).ok();
         }
         let is_first = !HAS_FAILED.load(Ordering::Relaxed);
         HAS_FAILED.fetch_or(!watches.is_empty(), Ordering::Relaxed);
-        // What a device that failed once does while nobody watches, follows from that.
+        // Later panics of a failed device are consequences of the recorded one, even without a
+        // watch.
         !watches.is_empty() || !is_first
     } else {
         watches.iter().any(|watch| watch.get().is_some())
     }
 }
 
-/// Whether a thread is one of those that burn has for a device: two that have names, and some
-/// without, which run nothing but `CubeCL`'s code.
+/// Whether a thread belongs to one of burn's devices: two such threads have names, the others are
+/// unnamed and run only `CubeCL`'s code.
 fn is_of_device(thread: Option<&str>, panicked_in: &str) -> bool {
     match thread {
         Some(name) => name.starts_with("DSU-") || name.starts_with("DSD-"),
@@ -202,18 +205,18 @@ mod tests {
     fn a_watch_notes_the_first_panic_of_a_devices_thread() {
         watch_device_threads();
         let watch = FaultWatch::start();
-        panic_on_thread("pipeline", "not a device's");
+        panic_on_thread("pipeline", "not a device thread");
         assert_eq!(watch.fault(), None);
         panic_on_thread("DSD-0-7", "first");
         panic_on_thread("DSU-0-7", "second");
         assert_eq!(watch.fault(), Some("first"));
         assert_eq!(FaultWatch::start().fault(), None);
-        // What follows from a fault is not reported again.
-        catch_unwind(|| panic!("because of it")).unwrap_err();
+        // A panic that follows a fault is not printed.
+        catch_unwind(|| panic!("a consequence")).unwrap_err();
     }
 
     #[test]
-    fn threads_of_devices_are_known_by_name_or_place() {
+    fn device_threads_are_recognised_by_name_or_source_file() {
         let gc = "/cargo/cubecl-runtime-0.10.0/src/stream/event.rs";
         assert!(is_of_device(Some("DSD-0-0"), "anywhere"));
         assert!(is_of_device(Some("DSU-1-3"), "anywhere"));
@@ -223,7 +226,7 @@ mod tests {
     }
 
     #[test]
-    fn measurements_between_two_checkpoints_are_told() {
+    fn measurements_between_two_checkpoints_are_detected() {
         let none = Checkpoint { measurement: None };
         let numbered = |number| Checkpoint {
             measurement: Some(number),

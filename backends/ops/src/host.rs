@@ -1,11 +1,11 @@
-//! Facts about the machine that the CPU backends compute on, where Linux tells them.
+//! Processor and memory of the host, which the CPU backends compute on. Reads Linux's `/proc`.
 
 use std::fs;
 use std::thread;
 
 use crate::MemoryUse;
 
-/// Processor, for people: `AMD EPYC 7763, 8 threads`.
+/// Human-readable name of the processor: `AMD EPYC 7763, 8 threads`.
 pub fn cpu() -> String {
     let name = read_field("/proc/cpuinfo", "model name").unwrap_or_else(|| "CPU".to_owned());
     let threads = thread::available_parallelism().map_or(1, usize::from);
@@ -13,15 +13,15 @@ pub fn cpu() -> String {
     format!("{name}, {threads} thread{plural}")
 }
 
-/// Memory of the machine, in bytes.
+/// Memory of the host in bytes; `None` without `/proc`.
 pub fn memory() -> Option<u64> {
     kibibytes(&read_field("/proc/meminfo", "MemTotal")?)
 }
 
-/// Memory that this process holds, and the most it held at once.
+/// Resident memory of this process, and its peak.
 #[cfg_attr(
     not(any(feature = "flex", feature = "ndarray")),
-    expect(dead_code, reason = "of the CPU backends")
+    expect(dead_code, reason = "only the CPU backends use it")
 )]
 pub(crate) fn process_memory() -> MemoryUse {
     let status = |name| kibibytes(&read_field("/proc/self/status", name)?);
@@ -32,7 +32,7 @@ pub(crate) fn process_memory() -> MemoryUse {
     }
 }
 
-/// The value of a `name: value` line of a file in `/proc`.
+/// Reads the value of the `name: value` line of a file in `/proc`.
 fn read_field(path: &str, name: &str) -> Option<String> {
     field(&fs::read_to_string(path).ok()?, name)
 }
@@ -44,7 +44,7 @@ fn field(text: &str, name: &str) -> Option<String> {
         .map(|(_, value)| value.trim().to_owned())
 }
 
-/// `123 kB`, which means KiB in `/proc`, in bytes.
+/// Converts `123 kB` to bytes; `/proc` writes kB for KiB.
 fn kibibytes(value: &str) -> Option<u64> {
     let count: u64 = value.strip_suffix(" kB")?.parse().ok()?;
     count.checked_mul(1024)
@@ -71,14 +71,14 @@ mod tests {
 
     #[cfg(target_os = "linux")]
     #[test]
-    fn linux_tells_the_memory() {
+    fn linux_reports_memory_and_processor() {
         assert!(memory() > Some(64 << 20));
         assert!(cpu().contains(" thread"));
     }
 
     #[cfg(target_os = "linux")]
     #[test]
-    fn the_peak_remembers_what_was_let_go_of() {
+    fn the_peak_includes_freed_memory() {
         const BYTES: usize = 96 << 20;
         let before = process_memory();
         let held = std::hint::black_box(vec![1_u8; BYTES]);
@@ -86,7 +86,7 @@ mod tests {
         drop(held);
         let after = process_memory();
         assert!(during.in_use >= before.in_use.map(|bytes| bytes + (BYTES / 2) as u64));
-        // Linux counts with an error of some pages for each thread.
+        // Linux's counters are off by some pages per thread.
         assert!(after.peak.map(|bytes| bytes + (8 << 20)) >= during.in_use);
         assert!(after.in_use < during.in_use);
     }

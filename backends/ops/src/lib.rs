@@ -1,8 +1,8 @@
-//! The ops that kiln's models are written in, beyond burn's own.
+//! The fused ops that kiln's models use besides burn's own ops.
 //!
-//! Every op of [`FusedOps`] has a default body in plain burn ops, which is its definition. A
-//! backend overrides it only with a kernel that is tested against that body and measured faster, or
-//! where burn's own ops give it wrong results.
+//! Every op of [`FusedOps`] has a default body in plain burn ops, which defines it. A backend
+//! overrides the body only with a kernel that is tested against it and measured faster, or where
+//! burn's own ops compute wrong results on that backend.
 
 #[cfg(feature = "cubecl")]
 mod cubecl;
@@ -30,36 +30,38 @@ pub use upload::Upload;
 /// A run of consecutive packed tokens that share one row of a modulation table.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct TokenRun {
+    /// Number of tokens; may be 0.
     pub tokens: usize,
+    /// Index of the row.
     pub row: usize,
 }
 
-/// Rotary position tables, `[tokens, head_dim / 2]` each, f32.
+/// Cosines and sines of the rotary position embedding, `[tokens, head_dim / 2]` each, f32.
 #[derive(Debug, Clone)]
 pub struct Rope<B: Backend> {
     pub cos: Tensor<B, 2>,
     pub sin: Tensor<B, 2>,
 }
 
-/// A backend with the ops the models need.
+/// A backend with the fused ops of the models.
 ///
-/// Norms, softmax and rotations are computed in f32 whatever the type of the activations, and the
-/// result has the activations' type again.
+/// Norms, softmax and rotations are computed in f32 for every dtype of the activations, and the
+/// result is cast back to that dtype.
 pub trait FusedOps: MemoryReport + DeviceCheck + Upload {
-    /// Compares the backend's kernels with the default bodies on a device, with activations of a type,
-    /// at the sizes of a model. A kernel that differs or fails is not used again in this process, and a
-    /// warning says why.
+    /// Compares the backend's kernels with the default bodies on a device, with activations of
+    /// `dtype`, at the shapes of a model. A kernel that differs or fails is not used again in this
+    /// process, and a warning with the reason is logged.
     fn check_kernels(device: &Self::Device, dtype: DType, shapes: &[KernelShape]) {
         let _ = (device, dtype, shapes);
     }
 
-    /// `x · weightᵀ + bias`, in the type of `x`.
+    /// Computes `x · weightᵀ + bias` in the dtype of `x`.
     ///
-    /// With a weight in bf16, `x` is rounded to bf16 first, as it is in a model that computes in
-    /// bf16: processors multiply in it twice as fast as in f32. Sums are wider always.
+    /// If the weight is bf16, `x` is rounded to bf16 first, as in a model that computes in bf16:
+    /// CPUs multiply bf16 twice as fast as f32. Sums are always wider than bf16.
     ///
     /// # Shapes
-    /// - x: `[tokens, in]`, weight: `[out, in]` as PyTorch stores it, of any float type
+    /// - x: `[tokens, in]`, weight: `[out, in]` as PyTorch stores it, of any float dtype, bias: `[out]`
     /// - output: `[tokens, out]`
     fn fused_linear(
         x: Tensor<Self, 2>,
@@ -69,15 +71,18 @@ pub trait FusedOps: MemoryReport + DeviceCheck + Upload {
         defaults::fused_linear(x, weight, bias)
     }
 
-    /// `x / sqrt(mean(x²) + eps) * weight` over the last dimension of `[tokens, dim]`.
+    /// Computes `x / sqrt(mean(x²) + eps) * weight` over the last dimension.
+    ///
+    /// # Shapes
+    /// - x, output: `[tokens, dim]`, weight: `[dim]`
     fn rms_norm(x: Tensor<Self, 2>, weight: Tensor<Self, 1>, eps: f64) -> Tensor<Self, 2> {
         defaults::rms_norm(x, weight, eps)
     }
 
-    /// `layer_norm(x) * (1 + scale) + shift`; the layer norm has no weights of its own.
+    /// Computes `layer_norm(x) * (1 + scale) + shift`; the layer norm has no weights of its own.
     ///
     /// # Shapes
-    /// - x: `[tokens, dim]`, shift and scale: `[rows, dim]` f32, `runs` says which row a token uses
+    /// - x, output: `[tokens, dim]`, shift and scale: `[rows, dim]` f32; `runs` maps tokens to rows
     fn layer_norm_modulate(
         x: Tensor<Self, 2>,
         shift: Tensor<Self, 2>,
@@ -88,10 +93,10 @@ pub trait FusedOps: MemoryReport + DeviceCheck + Upload {
         defaults::layer_norm_modulate(x, shift, scale, runs, eps)
     }
 
-    /// `residual + gate * x`, saturating instead of overflowing in f16 as the reference does.
+    /// Computes `residual + gate * x`. In f16 the result saturates at ±65504, as in diffusers.
     ///
     /// # Shapes
-    /// - residual, x: `[tokens, dim]`, gate: `[rows, dim]` f32
+    /// - residual, x, output: `[tokens, dim]`, gate: `[rows, dim]` f32; `runs` maps tokens to rows
     fn gated_residual(
         residual: Tensor<Self, 2>,
         gate: Tensor<Self, 2>,
@@ -101,11 +106,11 @@ pub trait FusedOps: MemoryReport + DeviceCheck + Upload {
         defaults::gated_residual(residual, gate, x, runs)
     }
 
-    /// RMS norm over the head dimension, then the rotation of its consecutive pairs
-    /// `(2i, 2i + 1)` by the angles of `rope`.
+    /// Applies RMS norm over the head dimension, then rotates its consecutive pairs `(2i, 2i + 1)`
+    /// by the angles of `rope`.
     ///
     /// # Shapes
-    /// - x: `[tokens, heads, head_dim]`, weight: `[head_dim]`
+    /// - x, output: `[tokens, heads, head_dim]`, weight: `[head_dim]`
     fn qk_norm_rope(
         x: Tensor<Self, 3>,
         weight: Tensor<Self, 1>,
@@ -115,22 +120,24 @@ pub trait FusedOps: MemoryReport + DeviceCheck + Upload {
         defaults::qk_norm_rope(x, weight, rope, eps)
     }
 
-    /// `0.5 x (1 + tanh(√(2/π) (x + 0.044715 x³)))`.
+    /// Computes GELU by its tanh approximation, `0.5 x (1 + tanh(√(2/π) (x + 0.044715 x³)))`, of
+    /// `[tokens, dim]`.
     fn gelu_tanh(x: Tensor<Self, 2>) -> Tensor<Self, 2> {
         defaults::gelu_tanh(x)
     }
 
-    /// `silu(gate) * up`.
+    /// Computes `silu(gate) * up` of two `[tokens, dim]`.
     fn silu_mul(gate: Tensor<Self, 2>, up: Tensor<Self, 2>) -> Tensor<Self, 2> {
         defaults::silu_mul(gate, up)
     }
 
-    /// Softmax attention inside each of the packed sequences, scaled by `1/√head_dim`.
+    /// Computes softmax attention within each packed sequence, with scores scaled by `1/√head_dim`.
+    /// If `causal`, a query sees only the keys up to its own position.
     ///
     /// # Shapes
     /// - query: `[tokens, heads, head_dim]`, key and value: `[tokens, kv_heads, head_dim]`, where
     ///   each key/value head serves `heads / kv_heads` consecutive query heads
-    /// - lengths: tokens of each sequence, summing to `tokens`
+    /// - lengths: tokens of each sequence; their sum is `tokens`
     /// - output: `[tokens, heads * head_dim]`
     fn packed_attention(
         query: Tensor<Self, 3>,
@@ -142,10 +149,13 @@ pub trait FusedOps: MemoryReport + DeviceCheck + Upload {
         defaults::packed_attention(query, key, value, lengths, causal)
     }
 
-    /// Convolution of stride 1 with `kernel / 2` zeros around, so height and width stay.
+    /// Computes a 2-D convolution of stride 1 with zero padding `kernel / 2`, which keeps height and
+    /// width.
     ///
     /// # Shapes
-    /// - x: `[images, in, height, width]`, weight: `[out, in, kernel, kernel]`, kernel odd
+    /// - x: `[images, in, height, width]`, weight: `[out, in, kernel, kernel]` with odd `kernel`,
+    ///   bias: `[out]`
+    /// - output: `[images, out, height, width]`
     fn conv2d_same(
         x: Tensor<Self, 4>,
         weight: Tensor<Self, 4>,
@@ -154,17 +164,21 @@ pub trait FusedOps: MemoryReport + DeviceCheck + Upload {
         defaults::conv2d_same(x, weight, bias)
     }
 
-    /// `x / max(‖x‖₂, 1e-12) * √channels * gamma` over the channels of `[images, channels, h, w]`.
+    /// Computes `x / max(‖x‖₂, 1e-12) * √channels * gamma` over the channels.
+    ///
+    /// # Shapes
+    /// - x, output: `[images, channels, height, width]`, gamma: `[channels]`
     fn channel_norm(x: Tensor<Self, 4>, gamma: Tensor<Self, 1>) -> Tensor<Self, 4> {
         defaults::channel_norm(x, gamma)
     }
 
-    /// `silu` of [`FusedOps::channel_norm`].
+    /// Applies `silu` to the result of [`FusedOps::channel_norm`].
     fn channel_norm_silu(x: Tensor<Self, 4>, gamma: Tensor<Self, 1>) -> Tensor<Self, 4> {
         defaults::channel_norm_silu(x, gamma)
     }
 
-    /// Every pixel becomes a 2×2 square of itself: `[n, c, h, w]` to `[n, c, 2h, 2w]`.
+    /// Doubles height and width by nearest-neighbour interpolation: `[n, c, h, w]` to
+    /// `[n, c, 2h, 2w]`.
     fn upsample_nearest(x: Tensor<Self, 4>) -> Tensor<Self, 4> {
         defaults::upsample_nearest(x)
     }

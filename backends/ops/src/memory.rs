@@ -1,21 +1,22 @@
-//! What a device holds in memory.
+//! Memory use of devices.
 
 use burn_tensor::backend::Backend;
 
-/// Memory held for this program, in bytes; `None` where the backend does not count.
+/// Memory held for this process, in bytes; `None` where the backend does not count it.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct MemoryUse {
-    /// Of tensors that are alive; on a CPU all that the process holds.
+    /// Bytes of live tensors; on CPU backends the resident memory of the process.
     pub in_use: Option<u64>,
-    /// Taken from the device, with what is kept for tensors to come.
+    /// Bytes allocated on the device, including memory cached for later tensors.
     pub reserved: Option<u64>,
-    /// The most that was held at once since the program began.
+    /// Peak since the start of the process.
     pub peak: Option<u64>,
 }
 
-/// A backend that tells what its devices hold.
+/// A backend that reports the memory use of its devices.
 pub trait MemoryReport: Backend {
-    /// Call it on the thread that the device's tensors were made on: GPU backends count by thread.
+    /// Reads the memory use of a device. Call it on the thread that created the device's tensors:
+    /// GPU backends count per thread.
     fn memory_use(device: &Self::Device) -> MemoryUse;
 }
 
@@ -42,7 +43,7 @@ where
     BT: burn_cubecl::element::BoolElement,
 {
     fn memory_use(device: &Self::Device) -> MemoryUse {
-        // A device that failed has nothing to tell; what failed says so by itself.
+        // A failed device has no numbers; the failure itself is reported elsewhere.
         R::client(device).memory_usage().map_or_else(
             |_| MemoryUse::default(),
             |usage| MemoryUse {

@@ -1,6 +1,6 @@
-//! What a model asks of the ops, for kernels to be checked at before they are used.
+//! The shapes at which a model calls the ops, for [`FusedOps::check_kernels`](crate::FusedOps::check_kernels).
 
-/// An op at the sizes of a model's layer. The number of tokens or pixels is the checker's to choose.
+/// An op at the sizes of one of the model's layers. The check chooses the number of tokens or pixels.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum KernelShape {
     Linear {
@@ -31,7 +31,7 @@ pub enum KernelShape {
     ChannelNorm {
         channels: usize,
     },
-    /// GELU, `silu(gate) * up`, and a gated residual.
+    /// GELU, `silu(gate) * up` and gated residual, of `[tokens, dim]`.
     Elementwise {
         dim: usize,
     },

@@ -1,20 +1,21 @@
-//! Putting weights into a device's memory.
+//! Uploads of weights to a device's memory.
 
 use burn_tensor::backend::Backend;
 use burn_tensor::{DType, Shape, Tensor, TensorData};
 use half::{bf16, f16};
 
-/// A backend whose tensors can be written part by part.
+/// A backend to which tensors can be uploaded chunk by chunk.
 pub trait Upload: Backend {
-    /// Whether a tensor stays where its bytes lie in the host's memory, so that a tensor made of bytes
-    /// that are there already takes no more memory.
+    /// Whether tensors live in host memory, so that a tensor made of bytes that are already there
+    /// needs no copy and no further memory.
     const IS_IN_PLACE: bool = true;
 
-    /// A tensor of these bytes. `fill` is called with parts of the tensor in order, each with the place
-    /// of its first byte, and writes the whole part. Elements are in the machine's byte order.
+    /// Creates a tensor of `shape` and `dtype` from the bytes that `fill` writes. `fill(offset, chunk)`
+    /// is called with consecutive chunks of the tensor, `offset` in bytes, and has to fill each chunk
+    /// completely. Elements are in native byte order.
     ///
-    /// The host's memory holds few parts at a time, whatever the size of the tensor. What fails on the
-    /// device is for a [`crate::FaultWatch`] to tell.
+    /// Where tensors do not live in host memory, only a few chunks exist there at a time. Device
+    /// failures are reported by a [`crate::FaultWatch`].
     ///
     /// # Panics
     /// If `dtype` is not f32, f16 or bf16.

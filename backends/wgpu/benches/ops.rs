@@ -1,4 +1,4 @@
-//! The fused ops on wgpu beside their default bodies: `cargo bench -p kiln-wgpu`.
+//! Times the fused ops and their default bodies on wgpu: `cargo bench -p kiln-wgpu`.
 
 #[path = "../../ops/benches/cases/mod.rs"]
 mod cases;

@@ -11,20 +11,27 @@ use wgpu::DeviceType;
 
 const NAME: &str = "wgpu";
 
-/// The adapters of the graphics API that burn uses here: Metal on Apple's machines, Vulkan
+/// Lists the adapters of the graphics API that burn uses: Metal on Apple's machines, Vulkan
 /// elsewhere. GPUs come before adapters that compute on the CPU.
+///
+/// # Errors
+/// Returns [`OpenError::NoDevice`] if there is no adapter or the graphics driver does not start.
 pub fn devices() -> Result<Vec<DeviceInfo>, OpenError> {
     let devices: Vec<DeviceInfo> = adapters()?.into_iter().map(|(_, info)| info).collect();
     if devices.is_empty() {
         return Err(no_device(&format!(
-            "no {} adapter answers; install the driver of the GPU",
+            "no {} adapter was found; install the driver of the GPU",
             AutoGraphicsApi::backend()
         )));
     }
     Ok(devices)
 }
 
-/// Loads a checkpoint.
+/// Loads a checkpoint onto a device that [`devices`] listed.
+///
+/// # Errors
+/// Returns an error if the settings files or `KILN_KERNELS` are invalid, the device does not open,
+/// or the checkpoint cannot be loaded onto it.
 pub fn open(
     info: &DeviceInfo,
     parts: &CheckpointParts,
@@ -39,7 +46,7 @@ pub fn open(
     let device = adapters()?
         .into_iter()
         .find(|(_, found)| found == info)
-        .ok_or_else(|| no_device(&format!("{} no longer answers", info.name)))?
+        .ok_or_else(|| no_device(&format!("{} is no longer available", info.name)))?
         .0;
     loading::try_device::<Wgpu<f32, i32>>(&device)
         .map_err(|report| no_device(&format!("{} does not open: {report}", info.name)))?;
@@ -59,8 +66,9 @@ fn no_device(reason: &str) -> OpenError {
     }
 }
 
-/// Every adapter that burn can open, and what burn calls it: burn counts each type by itself, and
-/// has no name for adapters of no type and for software adapters after the first.
+/// Lists every adapter that burn can open, with burn's identifier of it. burn numbers the adapters of
+/// each type separately, and has no identifier for adapters of unknown type and for software adapters
+/// after the first.
 fn adapters() -> Result<Vec<(WgpuDevice, DeviceInfo)>, OpenError> {
     let list = || {
         let api = AutoGraphicsApi::backend();
@@ -113,11 +121,11 @@ fn describe(index: usize, adapter: &wgpu::Adapter) -> DeviceInfo {
     }
 }
 
-/// The largest heap that lies on the device, in bytes. wgpu itself does not tell.
+/// Size of the largest device-local heap in bytes, from Vulkan: wgpu has no query for it.
 #[cfg(target_os = "linux")]
-#[expect(unsafe_code, reason = "Vulkan is asked directly")]
+#[expect(unsafe_code, reason = "Vulkan is called directly")]
 fn memory(adapter: &wgpu::Adapter) -> Option<u64> {
-    // SAFETY: nothing is made or destroyed through the handles, which live as long as `adapter`.
+    // SAFETY: nothing is created or destroyed through the handles, which live as long as `adapter`.
     let properties = unsafe {
         let vulkan = adapter.as_hal::<wgpu::hal::api::Vulkan>()?;
         let instance = vulkan.shared_instance().raw_instance();

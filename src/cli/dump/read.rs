@@ -57,7 +57,7 @@ pub(in crate::cli) fn read(path: &Path, tokens: &PromptTokens) -> Result<Recordi
     Ok(Recording {
         name: format!("dump:{}", path.display()),
         trace,
-        picture: dump.picture()?,
+        image: dump.picture()?,
     })
 }
 
@@ -173,7 +173,7 @@ mod tests {
         let image = stage("image_float", &[1, 1, 1, 3], &[0.0, 0.5, 1.0]);
         let other = stage("temb", &[1], &[3.0]);
         let recording = read_back(&[embeds.clone(), image.clone(), other]).unwrap();
-        assert_eq!(recording.picture.pixels, [0, 128, 255]);
+        assert_eq!(recording.image.pixels, [0, 128, 255]);
         let mut trace = recording.trace;
         trace.sort_by(|a, b| b.name.cmp(&a.name));
         assert_eq!(trace, [embeds, image]);

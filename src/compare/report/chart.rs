@@ -1,26 +1,26 @@
-//! The error of every step, as a drawing.
+//! A chart of the difference after every step, as SVG.
 
 use maud::{Markup, html};
 
 use super::super::Comparison;
-use super::Report;
+use super::CompareReport;
 use super::tables::scientific;
 
 const WIDTH: f64 = 720.0;
 const HEIGHT: f64 = 320.0;
-/// Of the plotted area.
+/// Borders of the plotted area.
 const LEFT: f64 = 64.0;
 const RIGHT: f64 = WIDTH - 16.0;
-/// Room for the name of a line at the top.
+/// Leaves room for a label above the topmost line.
 const TOP: f64 = 24.0;
 const BOTTOM: f64 = HEIGHT - 44.0;
-/// Lines differ in more than their colour.
+/// Dash patterns, so that lines differ in more than colour.
 const DASHES: [&str; 4] = ["none", "8 4", "2 3", "10 3 2 3"];
-/// The style sheet has as many classes `series-0`, `series-1`, ...
+/// Number of classes `series-0`, `series-1`, ... in the style sheet.
 const COLOURS: usize = 4;
-/// Numbers along the axis of steps, about.
+/// Approximate number of labels on the axis of steps.
 const STEP_LABELS: usize = 10;
-/// Lines across, at most.
+/// Largest number of horizontal grid lines.
 const DECADE_LINES: i32 = 10;
 
 /// The range of a logarithmic axis, in powers of ten.
@@ -31,7 +31,8 @@ struct Decades {
 }
 
 impl Decades {
-    /// Around all positive values, at least one wide.
+    /// The smallest range of whole decades that contains all positive finite values; at least one
+    /// decade.
     fn around(values: impl Iterator<Item = f64>) -> Self {
         let logarithms = values.filter(|v| *v > 0.0 && v.is_finite()).map(f64::log10);
         let (low, high) = logarithms.fold((f64::INFINITY, f64::NEG_INFINITY), |(low, high), v| {
@@ -47,7 +48,7 @@ impl Decades {
         }
     }
 
-    /// How far down a value is drawn. What is 0, or outside, is drawn at the border.
+    /// The y coordinate of a value. Zero and values outside the range lie on the border.
     fn y(self, value: f64) -> f64 {
         let (low, high) = (f64::from(self.low), f64::from(self.high));
         let share = (value.log10() - low) / (high - low);
@@ -55,8 +56,9 @@ impl Decades {
     }
 }
 
-/// Largest relative difference over the steps, a line a comparison, and the tolerance.
-pub(super) fn errors_per_step(report: &Report) -> Markup {
+/// Plots the largest relative difference after every step, one line for each comparison, and the
+/// tolerance.
+pub(super) fn errors_per_step(report: &CompareReport) -> Markup {
     let comparisons = &report.comparisons;
     let tolerance = report.tolerance.max_relative;
     let values = comparisons.iter().flat_map(errors).map(|(_, error)| error);
@@ -72,7 +74,7 @@ pub(super) fn errors_per_step(report: &Report) -> Markup {
         svg class="chart" viewBox={ "0 0 " (WIDTH) " " (HEIGHT) } role="img"
             aria-labelledby="chart-title chart-text" {
             title id="chart-title" { "Largest relative difference after every step" }
-            desc id="chart-text" { (described(report)) }
+            desc id="chart-text" { (description(report)) }
             @for decade in (decades.low..=decades.high).step_by(decades_apart as usize) {
                 @let y = pixels(decades.y(10_f64.powi(decade)));
                 line class="grid" x1=(LEFT) x2=(RIGHT) y1=(y) y2=(y) {}
@@ -116,19 +118,19 @@ pub(super) fn errors_per_step(report: &Report) -> Markup {
     }
 }
 
-/// Lines of one colour have other dashes.
+/// The dash pattern of a line. Lines of the same colour have different patterns.
 fn dashes(index: usize) -> &'static str {
     DASHES[(index + index / COLOURS) % DASHES.len()]
 }
 
-/// The largest relative difference after every step.
+/// The number of every step and the largest relative difference after it.
 fn errors(comparison: &Comparison) -> impl Iterator<Item = (usize, f64)> {
     let stages = comparison.stages.iter();
     stages.filter_map(|stage| Some((stage.step()?, stage.difference.max_relative)))
 }
 
-/// The drawing for those who do not see it.
-fn described(report: &Report) -> String {
+/// Text alternative of the chart for screen readers.
+fn description(report: &CompareReport) -> String {
     let ends = |comparison: &Comparison| {
         let (mut errors, name) = (errors(comparison), &comparison.name);
         let first = errors.next()?.1;
@@ -155,7 +157,7 @@ fn points_attribute(points: &[(f64, f64)]) -> String {
     pairs.join(" ")
 }
 
-/// Tenths will do.
+/// Formats a coordinate with one decimal.
 fn pixels(value: f64) -> String {
     format!("{value:.1}")
 }
@@ -176,15 +178,15 @@ mod tests {
     }
 
     #[test]
-    fn no_two_of_sixteen_lines_look_alike() {
-        let looks: HashSet<_> = (0..16)
+    fn sixteen_lines_have_different_styles() {
+        let styles: HashSet<_> = (0..16)
             .map(|index| (index % COLOURS, dashes(index)))
             .collect();
-        assert_eq!(looks.len(), 16);
+        assert_eq!(styles.len(), 16);
     }
 
     #[test]
-    fn values_are_drawn_by_their_logarithm() {
+    fn the_y_coordinate_is_logarithmic() {
         let decades = Decades { low: -6, high: -2 };
         assert_eq!(decades.y(1e-6), BOTTOM);
         assert_eq!(decades.y(1e-2), TOP);

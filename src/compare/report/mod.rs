@@ -1,8 +1,7 @@
-//! What is said about a comparison, on a terminal and in files.
+//! Reports of comparisons, for a terminal and for files.
 
 mod chart;
 mod html;
-mod table;
 mod tables;
 
 use kiln_models::job::RgbImage;
@@ -12,28 +11,27 @@ use serde::Serialize;
 use crate::image::EncodeError;
 use crate::request::GenerationRequest;
 
-pub(crate) use self::table::Table;
-use super::{Comparison, Costs, PictureBound, Tolerance};
+use super::{Comparison, ImageBound, StageCosts, Tolerance};
 
-/// All runs of one request, each compared with the reference. Serialises to the JSON report.
+/// Comparisons of all runs of one request with the reference. Serialises to the JSON report.
 #[derive(Debug, Serialize)]
-pub struct Report {
+pub struct CompareReport {
     /// kiln's version.
     pub kiln: &'static str,
-    pub settings: Settings,
+    pub settings: CompareSettings,
     pub tolerance: Tolerance,
-    /// The run, or the file, that the others are compared with.
+    /// Name of the run or the dump file that the others are compared with.
     pub reference: String,
-    /// What ran, in that order.
+    /// The runs in order of execution.
     pub runs: Vec<RunReport>,
     pub comparisons: Vec<Comparison>,
     #[serde(skip)]
-    pub reference_picture: RgbImage,
+    pub reference_image: RgbImage,
 }
 
-/// What was drawn, and how.
+/// The request, the model and the dtype of all runs.
 #[derive(Debug, Serialize)]
-pub struct Settings {
+pub struct CompareSettings {
     pub model: String,
     pub dtype: &'static str,
     pub prompt: String,
@@ -43,40 +41,40 @@ pub struct Settings {
     pub width: usize,
     pub num_inference_steps: usize,
     pub seed: u64,
-    /// Whose noise the seed stands for: `cpu` or `cuda`.
+    /// The torch generator whose noise the seed selects: `cpu` or `cuda`.
     pub rng: &'static str,
 }
 
-/// One run.
+/// Device and costs of one run.
 #[derive(Debug, Serialize)]
 pub struct RunReport {
     pub name: String,
-    /// The backend's name and device, for people.
+    /// Human-readable names of the backend and the device.
     pub device: String,
-    pub costs: Costs,
+    pub costs: StageCosts,
 }
 
-/// A kind of report file.
+/// Format of a report file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ReportFormat {
-    /// One file with the pictures in it, that loads nothing.
+    /// One self-contained file with the images embedded.
     Html,
-    /// Every number.
+    /// All numbers.
     Json,
-    /// Every number of the stages, and the costs in brief.
+    /// All numbers of the stages, and a summary of the costs.
     Markdown,
 }
 
-/// Why a report could not be made.
+/// Why a report cannot be written.
 #[derive(Debug, thiserror::Error)]
 pub enum ReportError {
-    #[error("a picture cannot be encoded")]
-    Picture(#[from] EncodeError),
+    #[error("an image cannot be encoded")]
+    Image(#[from] EncodeError),
     #[error("the report cannot be written as JSON")]
     Json(#[from] serde_json::Error),
 }
 
-impl Settings {
+impl CompareSettings {
     pub fn new(model: &str, dtype: ModelDType, request: &GenerationRequest) -> Self {
         Self {
             model: model.to_owned(),
@@ -93,8 +91,8 @@ impl Settings {
     }
 }
 
-impl Report {
-    /// The file's text.
+impl CompareReport {
+    /// Formats the report as the text of a file.
     pub fn render(&self, format: ReportFormat) -> Result<String, ReportError> {
         Ok(match format {
             ReportFormat::Html => html::page(self)?,
@@ -103,12 +101,12 @@ impl Report {
         })
     }
 
-    /// What a terminal shows.
+    /// Formats the summary that is printed to the terminal.
     pub fn summary(&self) -> String {
         let mut parts = vec![tables::agreement(self).to_string()];
         parts.extend(tables::costs(self).iter().map(ToString::to_string));
         parts.push(self.verdicts().join("\n"));
-        parts.push(format!("The tolerance: {}.", self.tolerance.in_words()));
+        parts.push(format!("The tolerance: {}.", self.tolerance.describe()));
         parts.join("\n\n") + "\n"
     }
 
@@ -116,8 +114,8 @@ impl Report {
         let mut parts = vec![format!("# {}", self.title())];
         let verdicts = self.verdicts().into_iter();
         parts.extend(verdicts.map(|verdict| format!("- {verdict}")));
-        parts.push("## What was drawn".to_owned());
-        // Indented: what people write in prompts is not Markdown.
+        parts.push("## Request".to_owned());
+        // Indented as a code block: prompts are not Markdown.
         let facts = self.facts().into_iter();
         let facts = facts.map(|(name, value)| format!("    {name}: {value}"));
         parts.push(facts.collect::<Vec<_>>().join("\n"));
@@ -136,7 +134,7 @@ impl Report {
         format!("{} compared with {}", names.join(", "), self.reference)
     }
 
-    /// Settings and devices, in words.
+    /// Names and values of the settings and the devices.
     fn facts(&self) -> Vec<(&str, String)> {
         let settings = &self.settings;
         let guidance = match &settings.negative_prompt {
@@ -155,14 +153,14 @@ impl Report {
             ("seed", settings.seed.to_string()),
             ("noise", format!("of torch's {} generator", settings.rng)),
         ];
-        facts.push(("tolerance", self.tolerance.in_words()));
+        facts.push(("tolerance", self.tolerance.describe()));
         let runs = self.runs.iter();
         facts.extend(runs.map(|run| (run.name.as_str(), run.device.clone())));
         facts.push(("kiln", self.kiln.to_owned()));
         facts
     }
 
-    /// One sentence a comparison.
+    /// One sentence for each comparison.
     fn verdicts(&self) -> Vec<String> {
         let verdict = |comparison: &Comparison| {
             let (name, reference) = (&comparison.name, &self.reference);
@@ -180,18 +178,19 @@ impl Report {
 }
 
 impl Tolerance {
-    fn in_words(&self) -> String {
-        let picture = match self.picture {
-            PictureBound::EqualShare(share) => {
+    /// Human-readable description.
+    fn describe(&self) -> String {
+        let image = match self.image {
+            ImageBound::EqualShare(share) => {
                 format!(
-                    "{} of the 8-bit values must be equal",
+                    "at least {} of the 8-bit values must be equal",
                     tables::percent(share)
                 )
             }
-            PictureBound::PsnrDb(psnr) => format!("the 8-bit picture must have {psnr} dB"),
+            ImageBound::PsnrDb(psnr) => format!("the 8-bit image must have at least {psnr} dB"),
         };
         format!(
-            "a stage may be off by {:e} of its largest magnitude, and {picture}",
+            "a stage may differ by {:e} of its largest magnitude, and {image}",
             self.max_relative
         )
     }

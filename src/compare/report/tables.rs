@@ -1,11 +1,12 @@
 //! The tables of a report.
 
-use super::super::{Comparison, Cost, PICTURE, PictureDifference, StageDifference};
-use super::Report;
-use super::table::Table;
+use crate::measure::{Cost, Table, median};
 
-/// The stages that tell most, a column a comparison.
-pub(super) fn agreement(report: &Report) -> Table {
+use super::super::{Comparison, IMAGE_U8, ImageDifference, StageDifference};
+use super::CompareReport;
+
+/// A selection of the stages, with one column for each comparison.
+pub(super) fn agreement(report: &CompareReport) -> Table {
     let mut table = Table {
         caption: format!(
             "Largest difference from {}, relative to the stage's largest magnitude",
@@ -24,11 +25,11 @@ pub(super) fn agreement(report: &Report) -> Table {
             .push([label.to_owned()].into_iter().chain(cells).collect());
     };
 
-    // All runs are of the same request, and have the same stages.
+    // All runs are of the same request and therefore have the same stages.
     let stages = report.comparisons.first().map(|first| &first.stages[..]);
     let stages = stages.unwrap_or_default();
     let last_step = stages.iter().filter_map(StageDifference::step).max();
-    for stage in stages.iter().filter(|stage| stage.name != PICTURE) {
+    for stage in stages.iter().filter(|stage| stage.name != IMAGE_U8) {
         let step = stage.step();
         if step.is_none() || step == Some(1) || step == last_step {
             row(&stage.label(), &|comparison| {
@@ -42,17 +43,17 @@ pub(super) fn agreement(report: &Report) -> Table {
             });
         }
     }
-    let picture = |comparison: &Comparison, cell: fn(&PictureDifference) -> String| {
-        Some(cell(comparison.stage(PICTURE)?.picture.as_ref()?))
+    let image = |comparison: &Comparison, cell: fn(&ImageDifference) -> String| {
+        Some(cell(comparison.stage(IMAGE_U8)?.image.as_ref()?))
     };
     row("8-bit values equal", &|comparison| {
-        picture(comparison, |picture| percent(picture.equal_share))
+        image(comparison, |image| percent(image.equal_share))
     });
-    row("8-bit picture, PSNR", &|comparison| {
-        picture(comparison, |picture| decibels(picture.psnr_db))
+    row("8-bit image, PSNR", &|comparison| {
+        image(comparison, |image| decibels(image.psnr_db))
     });
-    row("8-bit picture, SSIM", &|comparison| {
-        picture(comparison, |picture| similarity(picture.ssim))
+    row("8-bit image, SSIM", &|comparison| {
+        image(comparison, |image| similarity(image.ssim))
     });
     row("first stage over the tolerance", &|comparison| {
         let stage = comparison.first_over();
@@ -61,8 +62,9 @@ pub(super) fn agreement(report: &Report) -> Table {
     table
 }
 
-/// Time, and memory as far as anybody counts it, a column a run.
-pub(super) fn costs(report: &Report) -> Vec<Table> {
+/// Time and memory with one column for each run; the memory table is left out if no backend counts
+/// memory.
+pub(super) fn costs(report: &CompareReport) -> Vec<Table> {
     let table = |caption: &str, cell: &dyn Fn(&[Cost]) -> Option<String>| {
         let phases: Vec<_> = report.runs.iter().map(|run| run.costs.phases()).collect();
         let mut table = Table {
@@ -81,11 +83,11 @@ pub(super) fn costs(report: &Report) -> Vec<Table> {
         }
         table
     };
-    let time = table("Seconds (of the later steps the median)", &|costs| {
+    let time = table("Seconds (later steps: median)", &|costs| {
         let seconds = costs.iter().map(|cost| cost.seconds).collect();
         median(seconds).map(|seconds| format!("{seconds:.3}"))
     });
-    let memory = table("Most memory held (in use after the stage), MiB", &|costs| {
+    let memory = table("Peak memory (in use after the stage), MiB", &|costs| {
         let largest = |bytes: fn(&Cost) -> Option<u64>| {
             let bytes = costs.iter().filter_map(bytes).max()?;
             Some(format!("{:.0}", bytes as f64 / f64::from(1 << 20)))
@@ -94,16 +96,16 @@ pub(super) fn costs(report: &Report) -> Vec<Table> {
         let in_use = largest(|cost| cost.memory_in_use)?;
         Some(format!("{most} ({in_use})"))
     });
-    let says_something = |table: &Table| {
+    let has_values = |table: &Table| {
         let mut cells = table.rows.iter().flat_map(|row| &row[1..]);
         cells.any(|cell| !cell.is_empty())
     };
     let tables = [time, memory].into_iter();
-    tables.filter(says_something).collect()
+    tables.filter(has_values).collect()
 }
 
 /// All stages of one comparison.
-pub(super) fn stages(report: &Report, comparison: &Comparison) -> Table {
+pub(super) fn stages(report: &CompareReport, comparison: &Comparison) -> Table {
     let head = [
         "stage",
         "shape",
@@ -119,9 +121,9 @@ pub(super) fn stages(report: &Report, comparison: &Comparison) -> Table {
     ];
     let row = |stage: &StageDifference| {
         let difference = &stage.difference;
-        let picture = stage.picture.as_ref();
-        let in_picture =
-            |cell: fn(&PictureDifference) -> String| picture.map_or_else(String::new, cell);
+        let image = stage.image.as_ref();
+        let image_cell =
+            |cell: fn(&ImageDifference) -> String| image.map_or_else(String::new, cell);
         vec![
             stage.label(),
             stage
@@ -135,9 +137,9 @@ pub(super) fn stages(report: &Report, comparison: &Comparison) -> Table {
             largest(stage),
             scientific(difference.mean_relative),
             format!("{:.9}", difference.cosine),
-            in_picture(|picture| decibels(picture.psnr_db)),
-            in_picture(|picture| similarity(picture.ssim)),
-            in_picture(|picture| percent(picture.equal_share)),
+            image_cell(|image| decibels(image.psnr_db)),
+            image_cell(|image| similarity(image.ssim)),
+            image_cell(|image| percent(image.equal_share)),
             if stage.within_tolerance { "yes" } else { "no" }.to_owned(),
         ]
     };
@@ -148,7 +150,7 @@ pub(super) fn stages(report: &Report, comparison: &Comparison) -> Table {
     }
 }
 
-/// The largest relative difference of a stage.
+/// Formats the largest relative difference of a stage.
 fn largest(stage: &StageDifference) -> String {
     let largest = scientific(stage.difference.max_relative);
     match stage.difference.non_finite {
@@ -165,9 +167,9 @@ pub(super) fn scientific(value: f64) -> String {
     }
 }
 
-/// A share in percent, rounded down: 100 % is all.
+/// Formats a share in percent, rounded down, so that only 1 gives 100 %.
 pub(super) fn percent(share: f64) -> String {
-    // What stands for 0.999 may be a little less.
+    // The f64 nearest to 0.999 may be slightly less.
     let thousandths = (share * 1e5 + 1e-6).floor();
     format!("{} %", thousandths / 1e3)
 }
@@ -180,29 +182,15 @@ fn similarity(ssim: Option<f64>) -> String {
     ssim.map_or_else(|| "too small".to_owned(), |ssim| format!("{ssim:.6}"))
 }
 
-fn median(mut values: Vec<f64>) -> Option<f64> {
-    values.sort_by(f64::total_cmp);
-    let (low, high) = (values.len().checked_sub(1)? / 2, values.len() / 2);
-    Some(f64::midpoint(values[low], values[high]))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
-    fn not_quite_all_is_not_100_percent() {
+    fn only_equality_is_100_percent() {
         assert_eq!(percent(1.0), "100 %");
         assert_eq!(percent(0.999_999), "99.999 %");
         assert_eq!(percent(0.999), "99.9 %");
         assert_eq!(percent(0.0), "0 %");
-    }
-
-    #[test]
-    fn the_median_is_in_the_middle() {
-        assert_eq!(median(vec![]), None);
-        assert_eq!(median(vec![3.0]), Some(3.0));
-        assert_eq!(median(vec![9.0, 1.0, 2.0]), Some(2.0));
-        assert_eq!(median(vec![9.0, 1.0, 2.0, 4.0]), Some(3.0));
     }
 }

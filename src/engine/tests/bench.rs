@@ -1,20 +1,23 @@
-use std::collections::VecDeque;
+//! A fake pipeline and a simulated clock, and an engine whose thread is the test.
+
+use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use kiln_models::flops::{CostModel, FlopCount};
 use kiln_models::job::{Conditioning, Job, Noise, RgbImage};
-use kiln_models::pipeline::{CacheUse, CacheUses, ImageSizes, ModelInfo, Pipeline, PipelineError};
+use kiln_models::pipeline::{CacheUse, CacheUses, ImageSizes, ModelInfo, PipelineError};
 use kiln_models::testing::{self, FakePipeline};
 
-use crate::engine::queue::{Clock, Next, Shared};
-use crate::engine::work::{Stage, Work};
+use crate::engine::cost::{Stage, Work};
+use crate::engine::plan::{Booked, Plan};
+use crate::engine::shared::{Clock, Shared, Task};
 use crate::engine::worker::Worker;
 use crate::engine::{
     EngineSettings, Event, Finished, JobError, JobHandle, SubmitError, SubmitOptions,
 };
 
-/// What a job does, in the first token of its prompt.
+/// How the pipeline behaves for a job, by the first token of the job's prompt.
 pub(super) const WELL: u32 = 0;
 pub(super) const PANIC_IN_START: u32 = 1;
 pub(super) const PANIC_IN_STEP: u32 = 2;
@@ -23,11 +26,11 @@ pub(super) const FAIL_IN_STEP: u32 = 4;
 pub(super) const PANIC_IN_PREVIEW: u32 = 5;
 pub(super) const LOSE_DEVICE_IN_STEP: u32 = 6;
 
-pub(super) fn ms(milliseconds: u64) -> Duration {
+pub(super) const fn ms(milliseconds: u64) -> Duration {
     Duration::from_millis(milliseconds)
 }
 
-/// What the pipeline was asked to do, for the job of which seed.
+/// A call of the pipeline, with the seed of its job.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Call {
     Start(u64),
@@ -37,7 +40,7 @@ pub(super) enum Call {
     Discard(u64),
 }
 
-/// A call, when it began and when it ended.
+/// A call, with the times at which it began and ended.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Logged {
     pub(super) call: Call,
@@ -47,7 +50,7 @@ pub(super) struct Logged {
 
 type Happening = Box<dyn FnOnce() + Send>;
 
-/// A clock, and what happens when.
+/// A clock that the pipeline moves, and what happens at which time.
 pub(super) struct SimulatedClock {
     start: Instant,
     elapsed: Mutex<Duration>,
@@ -77,7 +80,7 @@ impl SimulatedClock {
         self.start + time
     }
 
-    /// Lets time pass, and what is to happen until then.
+    /// Lets time pass, and runs what is to happen in that time.
     pub(super) fn advance(&self, by: Duration) {
         let end = self.elapsed() + by;
         loop {
@@ -264,11 +267,16 @@ impl Bench {
         let clock = Arc::new(SimulatedClock::new());
         let log = Arc::new(Mutex::new(Vec::new()));
         let pipeline = fake(Arc::clone(&clock), Arc::clone(&log));
-        let shared = Shared::new(
-            settings,
-            pipeline.cost_model(),
-            Arc::clone(&clock) as Arc<_>,
-        );
+        Self::with_pipeline(settings, pipeline, clock, log)
+    }
+
+    pub(super) fn with_pipeline(
+        settings: EngineSettings,
+        pipeline: FakePipeline,
+        clock: Arc<SimulatedClock>,
+        log: Arc<Mutex<Vec<Logged>>>,
+    ) -> Self {
+        let shared = Shared::new(settings, &pipeline, Arc::clone(&clock) as Arc<_>);
         let shared = Arc::new(shared);
         Self {
             worker: Worker::new(Box::new(pipeline), Arc::clone(&shared)),
@@ -312,12 +320,20 @@ impl Bench {
         happenings.insert(index, (time, Box::new(happening)));
     }
 
-    /// One turn of the thread. False if it has nothing to do or has ended.
+    /// One cycle of the thread. False if there is nothing to do or the engine has ended.
     pub(super) fn turn(&mut self) -> bool {
-        match self.shared.poll() {
-            Next::Sleep | Next::End => false,
-            next => self.worker.turn(next),
+        let booked = self.worker.execute(self.shared.poll());
+        let is_turn = booked.is_some();
+        if let Some(booked) = booked {
+            self.shared.book(booked);
         }
+        is_turn
+    }
+
+    /// Carries out a plan that no scheduler has made.
+    pub(super) fn execute(&mut self, plan: Plan) -> Booked {
+        let spans = HashMap::new();
+        self.worker.execute(Task { plan, spans }).unwrap()
     }
 
     /// Turns until nothing is left to do.
@@ -325,7 +341,7 @@ impl Bench {
         while self.turn() {}
     }
 
-    /// Turns until the pipeline has been called so.
+    /// Turns until the last call of the pipeline is this one.
     pub(super) fn turn_until(&mut self, call: Call) {
         while self
             .log
@@ -346,7 +362,7 @@ impl Bench {
         self.log().into_iter().map(|logged| logged.call).collect()
     }
 
-    /// The one time that a call was made.
+    /// The only call of this kind.
     pub(super) fn find(&self, call: Call) -> Logged {
         let mut found = self.log().into_iter().filter(|logged| logged.call == call);
         let first = found.next();
@@ -374,14 +390,14 @@ impl Later {
     }
 }
 
-/// What a handle has heard so far.
-pub(super) fn heard(handle: &mut JobHandle) -> Vec<Event> {
+/// The events that a handle has received so far.
+pub(super) fn received(handle: &mut JobHandle) -> Vec<Event> {
     std::iter::from_fn(|| handle.events.try_recv().ok()).collect()
 }
 
 /// How a job has ended.
 pub(super) fn outcome(mut handle: JobHandle) -> Result<Finished, JobError> {
-    match heard(&mut handle).pop() {
+    match received(&mut handle).pop() {
         Some(Event::Finished(finished)) => Ok(finished),
         Some(Event::Failed(error)) => Err(error),
         other => panic!("the job has not ended: {other:?}"),

@@ -1,10 +1,12 @@
+//! Jobs that end before they are finished.
+
 use std::time::Duration;
 
 use super::bench::{
-    Bench, Call, FAIL_IN_STEP, PANIC_IN_FINISH, PANIC_IN_START, PANIC_IN_STEP, behaving, cost,
-    heard, job, ms, outcome, settings,
+    Bench, Call, FAIL_IN_STEP, PANIC_IN_FINISH, PANIC_IN_START, PANIC_IN_STEP, behaving, cost, job,
+    ms, outcome, received, settings,
 };
-use crate::engine::work::Stage;
+use crate::engine::cost::Stage;
 use crate::engine::{Event, JobError, Outcomes};
 
 #[test]
@@ -31,7 +33,7 @@ fn a_job_that_is_dropped_while_it_is_generated_frees_the_device_after_the_step()
     let handle = bench.submit(job(1, 4, 9));
     bench.at(encode + step * 5 / 2, move || drop(handle));
     bench.run();
-    // It went in its third step.
+    // The handle was dropped during the third step.
     let (start, step) = (Call::Start(1), Call::Step(1));
     assert_eq!(bench.calls(), [start, step, step, step, Call::Discard(1)]);
     assert_eq!(bench.shared.stats().outcomes.cancelled, 1);
@@ -88,12 +90,12 @@ fn a_deadline_that_is_met_changes_nothing() {
 fn a_failure_ends_that_job_and_no_other() {
     for (behaviour, expected) in [
         (PANIC_IN_START, "the pipeline panicked: start went wrong"),
-        (PANIC_IN_STEP, "the pipeline panicked: step 2 went wrong"),
+        (PANIC_IN_STEP, "the pipeline panicked: step went wrong"),
         (PANIC_IN_FINISH, "the pipeline panicked: finish went wrong"),
         (FAIL_IN_STEP, "the device failed: out of memory"),
     ] {
         let mut bench = Bench::new(settings(8, 8));
-        // In work beside it, and interrupted by it.
+        // A started job that the failing job interrupts.
         let beside = bench.submit(job(1, 8, 10));
         bench.turn();
         bench.turn();
@@ -110,7 +112,7 @@ fn a_failure_ends_that_job_and_no_other() {
             ..Outcomes::default()
         };
         assert_eq!(stats.outcomes, outcomes, "{expected}");
-        // Nothing of it is left, and it was not tried again.
+        // The failed job has been removed, and was not started again.
         assert_eq!(stats.memory.in_use, Some(0), "{expected}");
         let starts = bench.calls().into_iter();
         assert_eq!(starts.filter(|call| *call == Call::Start(2)).count(), 1);
@@ -118,18 +120,18 @@ fn a_failure_ends_that_job_and_no_other() {
 }
 
 #[test]
-fn a_job_tells_what_happens_to_it_in_order() {
+fn the_events_of_a_job_come_in_order() {
     let mut bench = Bench::new(settings(8, 8));
     let mut handle = bench.submit(job(7, 2, 2));
     bench.run();
-    let events = heard(&mut handle);
+    let events = received(&mut handle);
     assert!(matches!(
         events.as_slice(),
         [
             Event::Queued { position: 0, .. },
             Event::Started,
-            Event::Step { done: 1, total: 2 },
-            Event::Step { done: 2, total: 2 },
+            Event::Step { done: 1, total: 2, .. },
+            Event::Step { done: 2, total: 2, .. },
             Event::Finished(finished),
         ] if finished.output.images[0].pixels[0] == 7
     ));

@@ -1,16 +1,13 @@
-//! A pipeline that generates nothing, on a clock that only the pipeline moves: what takes how long, and
-//! what comes when, is exact. Most tests do the thread's work themselves, turn by turn; those of
-//! [`thread`] have a real one.
+//! Tests on a fake pipeline and a clock that only the test moves, so that durations and orders are
+//! exact. Those of [`scheduler`] drive the scheduler alone, those of [`thread`] run the real thread,
+//! and the others do the thread's work themselves, cycle by cycle.
 
 mod bench;
-/// Jobs that end before they are finished.
 mod ends;
-/// Waiting times, and what is counted.
 mod numbers;
-/// Who has the device when.
 mod order;
 mod previews;
-/// Warm-up, draining, stopping.
+mod scheduler;
 mod states;
-/// The real thread, woken and joined.
 mod thread;
+mod worker;

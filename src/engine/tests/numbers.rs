@@ -1,13 +1,15 @@
+//! Waiting times, and what is counted.
+
 use std::time::Duration;
 
 use super::bench::{
-    Bench, Call, FAIL_IN_STEP, Logged, behaving, cost, heard, job, ms, outcome, settings,
+    Bench, Call, FAIL_IN_STEP, Logged, behaving, cost, job, ms, outcome, received, settings,
     whole_cost,
 };
-use crate::engine::work::Stage;
+use crate::engine::cost::Stage;
 use crate::engine::{BUCKET_BOUNDS, Event, Histogram, JobHandle, SubmitError};
 
-/// Positions and estimated waits that a handle has heard.
+/// Positions and estimated waits that a handle has received.
 fn queued(handle: &mut JobHandle) -> Vec<(usize, Option<Duration>)> {
     let queued = |event| match event {
         Event::Queued {
@@ -16,10 +18,10 @@ fn queued(handle: &mut JobHandle) -> Vec<(usize, Option<Duration>)> {
         } => Some((position, estimated_wait)),
         _ => None,
     };
-    heard(handle).into_iter().filter_map(queued).collect()
+    received(handle).into_iter().filter_map(queued).collect()
 }
 
-/// An engine that knows its speed.
+/// An engine that has measured the device's speed.
 fn measured(max_queue: usize) -> Bench {
     let mut bench = Bench::new(settings(max_queue, 8));
     let first = bench.submit(job(100, 5, 3));
@@ -44,32 +46,32 @@ fn the_estimated_wait_is_the_wait() {
         .zip(sizes)
         .map(|(seed, (side, steps))| bench.submit(job(seed, side, steps)))
         .collect();
-    let heard: Vec<_> = handles.iter_mut().map(queued).collect();
+    let reports: Vec<_> = handles.iter_mut().map(queued).collect();
     bench.run();
-    // The last one is small and goes first: those before it hear that they have moved.
-    let positions = |index: usize| -> Vec<usize> { heard[index].iter().map(|q| q.0).collect() };
+    // The last one is small and goes first: the jobs before it receive their new positions.
+    let positions = |index: usize| -> Vec<usize> { reports[index].iter().map(|q| q.0).collect() };
     assert_eq!(positions(0), [0, 1]);
     assert_eq!(positions(1), [1, 2]);
     assert_eq!(positions(2), [2, 3]);
     assert_eq!(positions(3), [0]);
-    for (seed, heard) in (0..).zip(&heard) {
+    for (seed, reports) in (0..).zip(&reports) {
         let began = bench.find(Call::Start(seed)).began;
-        let (_, estimate) = heard.last().unwrap();
+        let (_, estimate) = reports.last().unwrap();
         assert_close(now + estimate.unwrap(), began);
     }
 }
 
 #[test]
-fn a_forecast_is_what_the_job_hears_and_takes() {
+fn a_forecast_agrees_with_the_queue_and_the_work() {
     let bench = measured(4);
     let _others = [1, 2].map(|seed| bench.submit(job(seed, 16, 30)));
-    // A small job goes first, one of the same size last.
+    // A small job goes first, a job of the same size last.
     for (steps, position) in [(10, 0), (30, 2)] {
         let asked = job(3, 16, steps);
         let forecast = bench.shared.forecast(&asked);
         let mut handle = bench.submit(asked.clone());
-        let heard = [(forecast.position, forecast.estimated_wait)];
-        assert_eq!(queued(&mut handle), heard);
+        let expected = [(forecast.position, forecast.estimated_wait)];
+        assert_eq!(queued(&mut handle), expected);
         assert_eq!(forecast.position, position);
         assert!(forecast.is_accepted);
         assert_close(forecast.estimated_work.unwrap(), whole_cost(&asked));
@@ -124,7 +126,7 @@ fn a_full_queue_says_when_the_next_job_will_be_done() {
     assert_eq!(waiting, 2);
     assert_close(retry_after, whole_cost(&job(1, 8, 10)));
 
-    // After that time there is a place.
+    // After that time the queue has room.
     let full = bench.clock.elapsed();
     while bench.clock.elapsed() < full + retry_after {
         bench.turn();
@@ -170,7 +172,7 @@ fn one_slow_first_time_does_not_spoil_the_estimates() {
     assert_close(estimate.unwrap(), whole_cost(&job(2, 8, 50)));
 }
 
-/// The time of all calls of a kind, from the pipeline's own log.
+/// The time of all calls of a kind, from the pipeline's log.
 fn spent(log: &[Logged], is_kind: impl Fn(Call) -> bool) -> f64 {
     let calls = log.iter().filter(|logged| is_kind(logged.call));
     calls
@@ -221,7 +223,7 @@ fn what_was_done_is_counted() {
         stats.decode_time.sum,
         spent(&log, |c| matches!(c, Call::Finish(_))),
     );
-    // The step that failed is not one that was made.
+    // The step that failed is not counted.
     close(
         stats.step_time.sum,
         spent(&log, |c| matches!(c, Call::Step(1 | 4))),

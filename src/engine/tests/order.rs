@@ -1,3 +1,5 @@
+//! Which job has the device when.
+
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -5,9 +7,9 @@ use kiln_models::job::Job;
 
 use super::bench::{Bench, Call, Logged, cost, job, ms, outcome, settings, whole_cost};
 use crate::engine::SubmitOptions;
-use crate::engine::work::Stage;
+use crate::engine::cost::Stage;
 
-/// Steps of the job of a seed that were begun in a span of time.
+/// Number of steps of the job with this seed that began in a span of time.
 fn steps_begun(log: &[Logged], seed: u64, from: Duration, to: Duration) -> usize {
     let in_span = |logged: &&Logged| from <= logged.began && logged.began < to;
     let steps = log.iter().filter(|logged| logged.call == Call::Step(seed));
@@ -26,7 +28,7 @@ fn a_small_job_waits_for_one_step_of_a_large_one() {
     let began = bench.find(Call::Start(2)).began;
     let finished = bench.find(Call::Finish(2)).ended;
     assert!(began <= came + cost(&job(1, 32, 50), Stage::Step));
-    // Not one step of the large job was begun between.
+    // No step of the large job began in between.
     assert_eq!(steps_begun(&log, 1, came, finished), 0);
     outcome(small.handle()).unwrap();
     outcome(large).unwrap();
@@ -38,7 +40,7 @@ fn small_jobs_wait_for_one_step_even_with_every_place_taken() {
     let large = job(0, 40, 64);
     let step = cost(&large, Stage::Step);
     let mut handles = vec![bench.submit(large)];
-    // Each half as large as the one before, and each begun as soon as it comes.
+    // Each is half as large as the one before, and is started as soon as it is submitted.
     let halves = [
         (39, 31),
         (39, 15),
@@ -74,7 +76,7 @@ fn equal_jobs_are_finished_one_after_the_other_in_the_order_they_came() {
         most_running = most_running.max(bench.shared.stats().running);
     }
     assert_eq!(bench.finished(), [0, 1, 2, 3, 4, 5]);
-    // None of them was interrupted: no memory is taken by jobs that wait.
+    // No job was interrupted: waiting jobs take no memory.
     assert_eq!(most_running, 1);
     for handle in handles.into_iter().chain([late.handle()]) {
         assert_eq!(outcome(handle).unwrap().timings.paused, Duration::ZERO);
@@ -97,13 +99,13 @@ fn a_large_job_is_not_starved_by_small_ones_without_end() {
     let mut bench = Bench::new(settings(10, 8));
     let large = job(0, 16, 50);
     let handle = bench.submit(large.clone());
-    // Twice as much work as the device can do, for ever.
+    // Small jobs are submitted twice as fast as the device can generate them.
     let small = job(1, 8, 4);
     let every = whole_cost(&small) / 2;
     for index in 0..5000 {
         let (shared, job) = (Arc::clone(&bench.shared), job(1 + index, 8, 4));
         bench.at(every * index as u32, move || {
-            // Its client waits until it is refused or generated.
+            // The handle of an accepted job is never dropped.
             if let Ok(handle) = shared.submit(job, SubmitOptions::default()) {
                 std::mem::forget(handle);
             }
@@ -113,7 +115,7 @@ fn a_large_job_is_not_starved_by_small_ones_without_end() {
     let took = bench.find(Call::Finish(0)).ended;
     let (alone, turn) = (whole_cost(&large), cost(&small, Stage::Step));
     assert!(took > alone * 3, "there was no crowd: {took:?}");
-    // Four times its own time, and what others' last turns take too long each time.
+    // Four times the job's own time; each of its waits can be one turn of another job too long.
     assert!(took <= alone * 4 + turn * 52, "{took:?} and not {alone:?}");
     outcome(handle).unwrap();
 }
@@ -129,7 +131,7 @@ fn with_one_place_nothing_overtakes() {
     outcome(small.handle()).unwrap();
 }
 
-/// A plain generator of numbers below `below`, so that a failure can be repeated.
+/// A random number generator with a fixed seed, so that a failure can be repeated.
 struct Numbers(u64);
 
 impl Numbers {
@@ -147,7 +149,7 @@ struct Arrival {
     job: Job,
 }
 
-/// Random crowds, with the promises of the policy.
+/// Random arrivals, checked against the guarantees of the policy.
 #[test]
 fn every_crowd_is_served_in_bounded_time() {
     for crowd in 0..20 {
@@ -183,8 +185,9 @@ fn every_crowd_is_served_in_bounded_time() {
     }
 }
 
-/// Every job is done within four times the work of those that came before it, unfinished, and its
-/// own; but encoding and decoding wait as a step does, and others' turns can end a turn too late.
+/// Every job is finished within four times the sum of its own work and the work of the jobs that
+/// were unfinished when it came. Encoding and decoding wait as long as a step does, and each wait
+/// can be one turn of another job too long.
 fn nothing_starved(bench: &Bench, arrivals: &[Arrival], crowd: u64) {
     let turns = |job: &Job| job.sampling.steps as u32 + 2;
     let longest_turn = arrivals.iter().map(|a| cost(&a.job, Stage::Step)).max();

@@ -1,8 +1,10 @@
+//! When previews are made.
+
 use std::num::NonZeroUsize;
 
 use kiln_models::job::{Job, Output};
 
-use super::bench::{Bench, Call, PANIC_IN_PREVIEW, behaving, heard, job, ms, settings};
+use super::bench::{Bench, Call, PANIC_IN_PREVIEW, behaving, job, ms, received, settings};
 use crate::engine::{Event, SubmitOptions, Timings};
 
 /// Runs a job with a preview every so many steps. Returns the steps that were shown, the values
@@ -11,13 +13,13 @@ fn run(job: Job, every: usize) -> (Vec<usize>, Vec<u8>, Output, Timings, Vec<Cal
     let mut bench = Bench::new(settings(0, 1));
     let options = SubmitOptions {
         preview_every: NonZeroUsize::new(every),
-        deadline: None,
+        ..SubmitOptions::default()
     };
     let mut handle = bench.shared.submit(job, options).unwrap();
     bench.run();
     let (mut steps, mut marks) = (Vec::new(), Vec::new());
     let mut last_step = 0;
-    for event in heard(&mut handle) {
+    for event in received(&mut handle) {
         match event {
             Event::Step { done, .. } => last_step = done,
             Event::Preview { step, image } => {
@@ -73,7 +75,7 @@ fn nobody_who_has_gone_is_shown_a_preview() {
     let mut bench = Bench::new(settings(0, 1));
     let options = SubmitOptions {
         preview_every: NonZeroUsize::new(1),
-        deadline: None,
+        ..SubmitOptions::default()
     };
     let handle = bench.shared.submit(job(1, 4, 5), options).unwrap();
     bench.at(ms(10), move || drop(handle));

@@ -1,11 +1,13 @@
+//! Warm-up, draining, stopping.
+
 use std::time::Duration;
 
 use super::bench::{
     Bench, Call, FAIL_IN_STEP, LOSE_DEVICE_IN_STEP, PANIC_IN_STEP, behaving, cost, job, ms,
     outcome, settings, whole_cost,
 };
-use crate::engine::queue::Next;
-use crate::engine::work::Stage;
+use crate::engine::cost::Stage;
+use crate::engine::plan::Plan;
 use crate::engine::{EngineSettings, JobError, Outcomes, State, SubmitError};
 
 fn with_warm_up(behaviour: u32) -> Bench {
@@ -23,7 +25,7 @@ fn state(bench: &Bench) -> State {
 fn the_warm_up_is_generated_before_anything_else() {
     let mut bench = with_warm_up(super::bench::WELL);
     assert!(matches!(state(&bench), State::Starting));
-    // Much smaller, but it waits.
+    // Much smaller than the warm-up, but it waits.
     let small = bench.submit(job(1, 1, 1));
     while matches!(state(&bench), State::Starting) {
         assert!(bench.turn());
@@ -34,7 +36,7 @@ fn the_warm_up_is_generated_before_anything_else() {
     bench.run();
     let waited = outcome(small).unwrap().timings.queue;
     assert!(waited.abs_diff(whole_cost(&job(99, 16, 2))) < ms(1));
-    // It is not counted as one of the clients' pictures.
+    // The warm-up is not counted.
     let stats = bench.shared.stats();
     assert_eq!(
         (stats.outcomes.finished, stats.images, stats.steps),
@@ -79,7 +81,7 @@ fn a_device_that_is_lost_fails_the_engine_and_every_job() {
         bench.try_submit(job(5, 1, 1)),
         Err(SubmitError::Stopped)
     ));
-    assert!(matches!(bench.shared.poll(), Next::End));
+    assert!(matches!(bench.shared.poll().plan, Plan::End));
 }
 
 #[test]
@@ -105,17 +107,14 @@ fn a_failed_warm_up_fails_the_engine() {
     let State::Failed(error) = state(&bench) else {
         panic!("{:?}", state(&bench));
     };
-    assert_eq!(
-        error.to_string(),
-        "the pipeline panicked: step 2 went wrong"
-    );
+    assert_eq!(error.to_string(), "the pipeline panicked: step went wrong");
     assert!(matches!(outcome(waiting), Err(JobError::Stopped)));
     assert!(!bench.calls().contains(&Call::Start(1)));
     assert_eq!(
         bench.try_submit(job(2, 1, 1)).unwrap_err(),
         SubmitError::Stopped
     );
-    assert!(matches!(bench.shared.poll(), Next::End));
+    assert!(matches!(bench.shared.poll().plan, Plan::End));
     let outcomes = Outcomes {
         stopped: 1,
         rejected: 1,
@@ -140,7 +139,7 @@ fn draining_finishes_what_there_is_and_takes_nothing_new() {
         outcome(handle).unwrap();
     }
     assert!(matches!(state(&bench), State::Stopped));
-    assert!(matches!(bench.shared.poll(), Next::End));
+    assert!(matches!(bench.shared.poll().plan, Plan::End));
 }
 
 #[test]
@@ -184,9 +183,9 @@ fn draining_can_be_made_shorter_and_not_longer() {
 #[test]
 fn an_idle_engine_that_is_drained_ends_at_once() {
     let bench = Bench::new(settings(8, 8));
-    assert!(matches!(bench.shared.poll(), Next::Sleep));
+    assert!(matches!(bench.shared.poll().plan, Plan::Sleep));
     bench.shared.drain(Duration::from_hours(1));
-    assert!(matches!(bench.shared.poll(), Next::End));
+    assert!(matches!(bench.shared.poll().plan, Plan::End));
     assert!(matches!(state(&bench), State::Stopped));
 }
 
@@ -210,7 +209,7 @@ fn stopping_ends_all_jobs_after_the_step() {
     bench.turn();
     bench.turn();
     bench.shared.stop();
-    // Those that have not been started hear it at once.
+    // A job that has not been started ends at once.
     assert!(matches!(outcome(waiting), Err(JobError::Stopped)));
     bench.run();
     assert!(matches!(outcome(running), Err(JobError::Stopped)));

@@ -1,3 +1,5 @@
+//! The real thread, woken and joined.
+
 use std::sync::{Arc, Mutex};
 
 use super::bench::{
@@ -10,7 +12,7 @@ use crate::engine::{
 
 type Log = Arc<Mutex<Vec<Logged>>>;
 
-/// The clock is the pipeline's alone: its jobs take no time.
+/// An engine with a real thread. The pipeline's work takes simulated time only.
 fn start(settings: EngineSettings) -> (Engine, Log) {
     let log = Log::default();
     let pipeline = fake(Arc::new(SimulatedClock::new()), Arc::clone(&log));
@@ -81,13 +83,13 @@ fn a_drained_engine_stops() {
 #[test]
 fn shutting_down_fails_the_jobs_and_drops_the_pipeline() {
     let (engine, log) = start(settings(8, 8));
-    // Enough steps for the thread to be at them still.
+    // Enough steps for the job to be unfinished when the engine is shut down.
     let running = engine.submit(job(1, 1, usize::MAX), SubmitOptions::default());
     let mut running = running.unwrap();
     while !matches!(running.blocking_next_event(), Event::Started) {}
     let waiting = engine.submit(job(2, 1, usize::MAX), SubmitOptions::default());
     engine.shutdown();
-    // The pipeline held the other one.
+    // The pipeline, which held the other reference, has been dropped.
     assert_eq!(Arc::strong_count(&log), 1);
     assert!(matches!(wait(running), Err(JobError::Stopped)));
     assert!(matches!(wait(waiting.unwrap()), Err(JobError::Stopped)));

@@ -1,20 +1,20 @@
-// The server's API: requests with the key, errors as the server words them, and its streams.
+// Client of the server's API: requests with the API key, error responses, and event streams.
 
 const KEY = 'kiln-key';
 
-/** What the server refused, in its own words. */
+/** An error response of the server, with its message. */
 export class ServerError extends Error {
   constructor({ status, message, param = null, retryAfter = null }) {
     super(message);
     this.status = status;
-    /** The key of the request that is to blame. */
+    /** Name of the invalid request parameter, or null. */
     this.param = param;
-    /** Seconds. */
+    /** Seconds to wait before retrying, or null. */
     this.retryAfter = retryAfter;
   }
 }
 
-/** There was no answer, or only a part of it. */
+/** The server did not respond, or the response ended early. */
 export class ConnectionError extends Error {}
 
 export const key = {
@@ -23,7 +23,7 @@ export const key = {
   forget: () => sessionStorage.removeItem(KEY),
 };
 
-async function ask(path, options) {
+async function request(path, options) {
   const headers = { ...options.headers };
   if (key.get()) headers.Authorization = `Bearer ${key.get()}`;
   let response;
@@ -31,31 +31,31 @@ async function ask(path, options) {
     response = await fetch(path, { ...options, headers, cache: 'no-store' });
   } catch (error) {
     if (options.signal?.aborted) throw error;
-    throw new ConnectionError('The server does not answer. It may have ended, or the network may be down.');
+    throw new ConnectionError('The server does not answer. It may have stopped, or the network may be down.');
   }
-  if (!response.ok) throw await refusal(response);
+  if (!response.ok) throw await serverError(response);
   return response;
 }
 
-async function refusal(response) {
+async function serverError(response) {
   const { status, headers } = response;
   const body = await response.json().catch(() => null);
-  // A proxy between here and the server has its own form.
+  // The body may come from a proxy and have another form.
   const { message = `The server answered with status ${status}.`, param } = body?.error ?? {};
   const seconds = Number.parseInt(headers.get('Retry-After'), 10);
   return new ServerError({ status, message, param, retryAfter: Number.isNaN(seconds) ? null : seconds });
 }
 
 export function get(path) {
-  return ask(path, {}).then((response) => response.json());
+  return request(path, {}).then((response) => response.json());
 }
 
 export function post(path, body, signal) {
   const headers = { 'Content-Type': 'application/json' };
-  return ask(path, { method: 'POST', headers, body, signal });
+  return request(path, { method: 'POST', headers, body, signal });
 }
 
-/** The data of each server-sent event of an answer. */
+/** Yields the data of each server-sent event of a response. */
 export async function* events(response) {
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let text = '';
@@ -63,7 +63,7 @@ export async function* events(response) {
     const { done, value } = await reader.read();
     if (done) return;
     text += value;
-    // Only what has just come can hold the end of an event.
+    // Without a line break the new text does not end an event.
     if (!value.includes('\n')) continue;
     const blocks = text.split('\n\n');
     text = blocks.pop();

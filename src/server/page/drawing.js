@@ -1,13 +1,13 @@
-// One request for pictures, from the first byte that is sent to the last one that comes.
+// Generating pictures: the request, its progress and its result.
 
 import { ConnectionError, ServerError, events, post } from './api.js';
 
-/** Each costs device time. */
+/** Largest number of previews of a request; each costs device time. */
 const PREVIEWS = 6;
-/** Seconds between looks at a full queue. */
-const LOOK = 3;
+/** Seconds between checks whether a full queue has room. */
+const CHECK_INTERVAL = 3;
 
-/** How long it would take, as the server judges. The prompt stays here until it is to be drawn. */
+/** The server's estimate of waiting time and duration. The prompt is not sent. */
 export async function estimate(settings, signal) {
   const request = { ...settings, prompt: '', seed: undefined };
   const response = await post('v1/images/estimate', JSON.stringify(request), signal);
@@ -15,26 +15,28 @@ export async function estimate(settings, signal) {
 }
 
 /**
- * Draws, and tells what happens on the way: `{ stage: 'full' | 'queued' | 'step' | 'preview', … }`.
- * While the queue is full it waits for a place, at most as long as the server says, and asks again.
+ * Generates pictures. Calls `onProgress` with `{ stage: 'full' | 'queued' | 'step' | 'preview', … }`.
+ * If the queue is full, waits until it has room, at most for the time that the server suggests, and
+ * sends the request again.
  *
- * Returns the files as blobs, and the facts that the server gives with them.
+ * Returns the files as blobs, and the server's last event, which has the metadata.
  */
-export async function draw(settings, signal, tell) {
+export async function draw(settings, signal, onProgress) {
   for (;;) {
     try {
-      return await drawOnce(settings, signal, tell);
+      return await drawOnce(settings, signal, onProgress);
     } catch (error) {
       if (error.status !== 429 || error.retryAfter === null) throw error;
       for (let seconds = error.retryAfter; seconds > 0; seconds -= 1) {
-        tell({ stage: 'full', message: error.message, seconds });
+        onProgress({ stage: 'full', message: error.message, seconds });
         await second(signal);
-        if (seconds % LOOK === 0 && (await estimate(settings, signal)).accepted) break;
+        if (seconds % CHECK_INTERVAL === 0 && (await estimate(settings, signal)).accepted) break;
       }
     }
   }
 }
 
+/** Waits for one second. */
 function second(signal) {
   return new Promise((resolve, reject) => {
     const abort = () => {
@@ -49,7 +51,7 @@ function second(signal) {
   });
 }
 
-async function drawOnce(settings, signal, tell) {
+async function drawOnce(settings, signal, onProgress) {
   const response = await post('v1/chat/completions', requestBody(settings), signal);
   let files = null;
   try {
@@ -59,9 +61,9 @@ async function drawOnce(settings, signal, tell) {
       if (chunk.error) throw new ServerError({ ...chunk.error, status: chunk.error.code });
       const { progress, choices = [] } = chunk;
       if (progress?.stage === 'preview') {
-        tell({ ...progress, file: fileOf(progress.image_url.url) });
+        onProgress({ ...progress, file: fileOf(progress.image_url.url) });
       } else if (progress) {
-        tell(progress);
+        onProgress(progress);
       }
       files ??= choices[0]?.delta?.content?.map((part) => fileOf(part.image_url.url));
       if (choices[0]?.finish_reason) return { files, facts: chunk };
@@ -80,12 +82,12 @@ function requestBody({ prompt, seed, ...fields }) {
     ...fields,
   });
   if (seed === '') return body;
-  // A seed may have more digits than a number keeps here; what is none is for the server to refuse.
+  // Seeds have up to 64 bits, so they are inserted as text. The server refuses what is not a number.
   const digits = /^(0|[1-9]\d*)$/.test(seed) ? seed : JSON.stringify(seed);
   return `${body.slice(0, -1)},"seed":${digits}}`;
 }
 
-/** Of a `data:` URL. */
+/** The contents of a `data:` URL as a blob. */
 function fileOf(url) {
   const [head, data] = url.split(',');
   const bytes = Uint8Array.from(atob(data), (character) => character.charCodeAt(0));

@@ -1,4 +1,4 @@
-// What a model with few words knows: examples that can be taken, words that can be put in.
+// The prompt guide of a model with a small vocabulary: example prompts and words to insert.
 
 const byId = (id) => document.getElementById(id);
 

@@ -1,15 +1,15 @@
-// The pictures of the session as a list to choose from.
+// The list of the session's pictures.
 
 const byId = (id) => document.getElementById(id);
 
 export class History {
-  /** By picture: its entry and the URL that must be revoked when it goes. */
+  /** Picture to its list item and object URL. The URL is revoked when the picture is removed. */
   #entries = new Map();
 
-  /** Called with the picture that has been chosen. */
+  /** Called with the picture that was clicked. */
   onchoose = () => {};
 
-  /** Shows these, the first one first, and which of them is on the stage. */
+  /** Shows `pictures` in order and marks `chosen` as the current one. */
   show(pictures, chosen) {
     for (const [picture, { url }] of this.#entries) {
       if (pictures.includes(picture)) continue;
@@ -23,7 +23,7 @@ export class History {
       else button.removeAttribute('aria-current');
     }
     const items = pictures.map((picture) => this.#entries.get(picture).item);
-    // What is there already is left alone, so that it keeps the focus.
+    // Items in place are not moved, so that they keep the focus.
     const list = byId('pictures');
     items.forEach((item, index) => {
       if (list.children[index] !== item) list.insertBefore(item, list.children[index] ?? null);

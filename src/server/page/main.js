@@ -1,4 +1,4 @@
-// Joins the form, the stage, the history and the server.
+// Connects the form, the stage, the history and the server.
 
 import { ConnectionError, get, key } from './api.js';
 import { draw, estimate } from './drawing.js';
@@ -9,7 +9,9 @@ import { Stage } from './stage.js';
 import { Store } from './store.js';
 import { about, before, count } from './wording.js';
 
+/** Milliseconds between status requests. */
 const POLL = 4000;
+/** Milliseconds from a change of the settings to the next estimate. */
 const SETTLE = 250;
 
 const byId = (id) => document.getElementById(id);
@@ -20,7 +22,7 @@ const history = new History();
 const store = new Store();
 
 let status = null;
-/** What ends the drawing that is under way. */
+/** AbortController of the request in progress, or null. */
 let drawing = null;
 let chosen = null;
 let timer = null;
@@ -28,21 +30,21 @@ let timer = null;
 const STATES = {
   starting: 'is starting',
   ready: 'is ready',
-  draining: 'is about to end',
+  draining: 'is shutting down',
   stopped: 'has stopped',
   failed: 'has failed',
 };
 
-/** Learns what the server is, and then how long a picture would take; again and again. */
+/** Requests the server's status and an estimate, and repeats. */
 async function poll() {
   clearTimeout(timer);
   try {
     if (!document.hidden && !drawing) {
       showStatus(await get('v1/status'));
-      await foresee();
+      await updateForecast();
     }
   } catch (error) {
-    showTrouble(error);
+    showPollError(error);
   }
   clearTimeout(timer);
   timer = setTimeout(poll, POLL);
@@ -57,22 +59,22 @@ function showStatus(now) {
   byId('about-server').textContent = `kiln ${now.version}, ${now.device}, ${now.dtype}`;
   byId('key-card').hidden = true;
   byId('forget-key').hidden = !key.get();
-  settings.offer(now);
+  settings.setLimits(now);
   if (isNew) {
     showGuide(now.prompt_guide, {
       onexample: (text) => {
         settings.write(text);
-        stage.say(`The prompt is: ${text}.`);
+        stage.announce(`The prompt is: ${text}.`);
       },
       onword: (word) => {
         settings.insert(word);
-        stage.say(`${word} put into the prompt.`);
+        stage.announce(`${word} added to the prompt.`);
       },
     });
   }
 }
 
-function showTrouble(error) {
+function showPollError(error) {
   byId('forecast').textContent = '';
   if (error.status === 401) {
     askForKey(error);
@@ -95,13 +97,13 @@ function askForKey(error) {
   }
 }
 
-/** How long it would take to draw what is in the form. */
-async function foresee() {
-  byId('forecast').textContent = settings.looksRight() ? forecast(await estimate(settings.request())) : '';
+/** Shows how long drawing with the current settings would take. */
+async function updateForecast() {
+  byId('forecast').textContent = settings.isPlausible() ? forecast(await estimate(settings.request())) : '';
 }
 
 function forecast({ accepted, position, estimated_wait: wait, estimated_time: time }) {
-  if (!accepted && status.state === 'ready') return 'The queue is full. Draw waits for a place.';
+  if (!accepted && status.state === 'ready') return 'The queue is full. Draw waits until there is room.';
   const takes = time === null ? '' : `takes ${about(time)}`;
   if (position === 0) return time === null ? 'Starts at once.' : `Starts at once, ${takes}.`;
   const starts = wait === null ? '' : `; it starts in ${about(wait)}`;
@@ -111,25 +113,25 @@ function forecast({ accepted, position, estimated_wait: wait, estimated_time: ti
 async function start() {
   if (drawing) return;
   settings.clearErrors();
-  const mistake = settings.mistake();
-  if (mistake) {
-    settings.showError(mistake.name, mistake.message);
+  const invalid = settings.inputError();
+  if (invalid) {
+    settings.showError(invalid.name, invalid.message);
     return;
   }
   drawing = new AbortController();
-  const asked = settings.values();
+  const requested = settings.values();
   const button = byId('draw');
   button.setAttribute('aria-disabled', 'true');
   button.textContent = 'Drawing';
   byId('forecast').textContent = '';
-  stage.begin(asked);
+  stage.begin(requested);
   try {
-    const tell = (update) => stage.tell(update);
-    await keep(asked, await draw(settings.request(), drawing.signal, tell));
+    const onProgress = (update) => stage.update(update);
+    await keep(requested, await draw(settings.request(), drawing.signal, onProgress));
   } catch (error) {
-    showFailure(error, asked);
+    showFailure(error, requested);
   }
-  // Nobody is left on a button that has gone.
+  // Moves the focus off an element that is hidden now.
   const active = document.activeElement;
   if (active === document.body || active.closest('[hidden]')) button.focus({ preventScroll: true });
   drawing = null;
@@ -138,17 +140,18 @@ async function start() {
   poll();
 }
 
-async function keep(asked, { files, facts }) {
+/** Stores and shows finished pictures. */
+async function keep(requested, { files, facts }) {
   const [width, height] = facts.size.split('x').map(Number);
   const used = {
-    ...asked,
+    ...requested,
     width,
     height,
     steps: facts.num_inference_steps,
-    scale: asked.scale ?? status.defaults.true_cfg_scale,
+    scale: requested.scale ?? status.defaults.true_cfg_scale,
     images: files.length,
-    // Numbers this large are not exact here; the person's own is.
-    seed: asked.seed || String(facts.seed),
+    // A given seed stays text, as large integers are not exact in JavaScript.
+    seed: requested.seed || String(facts.seed),
   };
   const seconds = Object.values(facts.timings).reduce((sum, time) => sum + time, 0);
   const pictures = files.map((file, index) => ({
@@ -162,20 +165,20 @@ async function keep(asked, { files, facts }) {
   }));
   const [first] = await store.add(pictures);
   choose(first);
-  stage.say(`${count(files.length, 'picture is', 'pictures are')} drawn.`);
+  stage.announce(`${count(files.length, 'picture is', 'pictures are')} drawn.`);
 }
 
-function showFailure(error, asked) {
+function showFailure(error, requested) {
   if (drawing.signal.aborted) {
-    stage.say('Cancelled.');
+    stage.announce('Cancelled.');
     if (chosen) choose(chosen);
-    else stage.showEmpty(asked);
+    else stage.showEmpty(requested);
     return;
   }
-  const name = settings.blamed(error.param);
-  const who = error.status < 500 ? 'The server refused this:' : 'The server failed:';
+  const name = settings.fieldOf(error.param);
+  const title = error.status < 500 ? 'The server refused the request:' : 'The server failed:';
   stage.showError({
-    title: error.status ? who : '',
+    title: error.status ? title : '',
     text: error.message,
     canRetry: !name && error.status !== 401,
   });
@@ -217,14 +220,14 @@ history.onchoose = (picture) => {
 byId('reuse').addEventListener('click', () => {
   settings.restore(chosen.settings);
   byId('draw').focus();
-  stage.say('The settings of this picture are in the form.');
+  stage.announce('The settings of this picture are in the form.');
 });
 byId('remove').addEventListener('click', async () => {
   const index = store.pictures.indexOf(chosen);
   await store.remove([chosen]);
   choose(store.pictures[Math.min(index, store.pictures.length - 1)] ?? null);
   byId('stage').focus({ preventScroll: true });
-  stage.say('Removed.');
+  stage.announce('Removed.');
 });
 byId('clear').addEventListener('click', async () => {
   if (drawing || !confirm('Remove all pictures of this session?')) return;

@@ -1,4 +1,4 @@
-// The form: what may be asked for comes from the server, what is asked for from the person.
+// The form with the prompt and the settings. Limits and defaults come from the server.
 
 import { size as sizeText, count } from './wording.js';
 
@@ -10,8 +10,8 @@ const RATIOS = [
   { across: 9, down: 16, name: 'tall' },
 ];
 
-/** Field of the form for each key that the server can blame. */
-const BLAMED = {
+/** Field of the form for each parameter that a server error may name. */
+const FIELDS = {
   messages: 'prompt',
   size: 'width',
   width: 'width',
@@ -33,7 +33,7 @@ export class Settings {
   #defaults = null;
   #sizes = [];
 
-  /** Called when anything but the prompts has been changed. */
+  /** Called when a setting other than the prompts changes. */
   onchange = () => {};
 
   constructor() {
@@ -51,8 +51,8 @@ export class Settings {
     });
   }
 
-  /** Offers what this server draws. What has been chosen is kept if the same model was there before. */
-  offer({ limits, defaults }) {
+  /** Applies the limits and defaults of a server status; keeps the values if they are unchanged. */
+  setLimits({ limits, defaults }) {
     const isKnown = JSON.stringify([limits, defaults]) === JSON.stringify([this.#limits, this.#defaults]);
     if (isKnown) return;
     [this.#limits, this.#defaults] = [limits, defaults];
@@ -68,7 +68,7 @@ export class Settings {
     }
     const megapixels = (limits.max_image_pixels / 1e6).toFixed(1);
     byId('sides-hint').textContent =
-      `Multiples of ${limits.side_multiple}; at most ${megapixels} megapixels in all pictures together.`;
+      `Multiples of ${limits.side_multiple}; at most ${megapixels} megapixels for all pictures together.`;
     this.#field('steps').max = limits.max_steps;
     this.#field('images').max = limits.max_num_images;
     this.#field('negative').placeholder = (defaults.negative_prompt ?? '').trim();
@@ -84,6 +84,7 @@ export class Settings {
     });
   }
 
+  /** Fills in the form. */
   restore(values) {
     for (const [name, value] of Object.entries(values)) {
       this.#field(name).value = value;
@@ -95,7 +96,7 @@ export class Settings {
     this.onchange();
   }
 
-  /** What is in the form, as [`Settings.restore`] takes it. */
+  /** The values of the form, as `restore` takes them. */
   values() {
     const text = (name) => this.#field(name).value;
     const numbers = NUMBERS.map((name) => [name, text(name) === '' ? undefined : Number(text(name))]);
@@ -107,7 +108,7 @@ export class Settings {
     };
   }
 
-  /** A request for the server, which judges it. */
+  /** The form as a request. The server checks the values. */
   request() {
     const { prompt, negative, seed, width, height, steps, scale, images } = this.values();
     const request = {
@@ -119,13 +120,13 @@ export class Settings {
       true_cfg_scale: scale,
       n: images,
     };
-    // Guidance needs something to steer away from, be it nothing.
-    const usual = this.#isGuided() && this.#defaults?.negative_prompt == null ? ' ' : undefined;
-    return { ...request, negative_prompt: negative === '' ? usual : negative };
+    // Guidance needs a negative prompt, which may be blank.
+    const blank = this.#isGuided() && this.#defaults?.negative_prompt == null ? ' ' : undefined;
+    return { ...request, negative_prompt: negative === '' ? blank : negative };
   }
 
-  /** Whether the server will probably take the numbers. */
-  looksRight() {
+  /** Whether the server will probably accept the numbers. */
+  isPlausible() {
     const { width, height, images } = this.values();
     const isWithin = NUMBERS.every((name) => {
       const { valid, stepMismatch, badInput, rangeOverflow, rangeUnderflow } = this.#field(name).validity;
@@ -134,8 +135,8 @@ export class Settings {
     return isWithin && width * height * images <= this.#limits?.max_image_pixels;
   }
 
-  /** What no server need be asked: the name of a field, and what is wrong with it. */
-  mistake() {
+  /** An error that is found without the server: the name of a field and a message. */
+  inputError() {
     if (this.#field('prompt').value.trim() === '') {
       const instead = byId('guide').hidden ? '' : ', or choose an example';
       return { name: 'prompt', message: `Say what to draw${instead}.` };
@@ -144,9 +145,9 @@ export class Settings {
     return name && { name, message: 'This is not a number.' };
   }
 
-  /** The field for a key that the server blames. */
-  blamed(param) {
-    return BLAMED[String(param).split('.')[0]];
+  /** The field for the parameter that a server error names. */
+  fieldOf(param) {
+    return FIELDS[String(param).split('.')[0]];
   }
 
   showError(name, message) {
@@ -172,7 +173,7 @@ export class Settings {
     [...NUMBERS, 'prompt', 'negative', 'seed'].forEach((name) => this.clearError(name));
   }
 
-  /** Puts text where the cursor is in the prompt. */
+  /** Inserts text into the prompt at the cursor. */
   insert(text) {
     const prompt = this.#field('prompt');
     const before = prompt.value.slice(0, prompt.selectionStart).trimEnd();
@@ -201,7 +202,7 @@ export class Settings {
     return this.#scale() > 1;
   }
 
-  /** A ratio by its index, or `other` for the sides as they are written. */
+  /** Selects a ratio by its index, or `other` for free width and height. */
   #choose(value) {
     const size = this.#sizes[value];
     if (size) {
@@ -213,7 +214,7 @@ export class Settings {
     byId('sides').hidden = value !== 'other';
   }
 
-  /** What is chosen, where it can be seen without opening anything. */
+  /** Updates the summaries of the size and of the collapsed settings. */
   #show() {
     const values = this.values();
     byId('size-text').textContent = sizeText({ width: values.width ?? '?', height: values.height ?? '?' });
@@ -231,7 +232,7 @@ function errorOf(name) {
   return byId(`${['width', 'height'].includes(name) ? 'size' : name}-error`);
 }
 
-/** About as many pixels as the model draws by itself, in another shape. */
+/** Width and height of a ratio with about as many pixels as the default size. */
 function sizeOf({ across, down }, { side_multiple: multiple, max_side: max }, defaults) {
   const area = defaults.width * defaults.height;
   const side = (a, b) => {
@@ -241,7 +242,7 @@ function sizeOf({ across, down }, { side_multiple: multiple, max_side: max }, de
   return { width: side(across, down), height: side(down, across) };
 }
 
-/** A radio button that shows its shape; the last one has none. */
+/** A radio button that shows the shape of a ratio; without a ratio, the button `Other`. */
 function tile(ratio, index) {
   const label = document.createElement('label');
   const radio = document.createElement('input');

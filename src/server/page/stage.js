@@ -1,4 +1,4 @@
-// The place of the picture: empty, being drawn, drawn, or why there is none.
+// The area of the picture: empty, in progress, done, or an error.
 
 import { about, before, count, measured, size as sizeText } from './wording.js';
 
@@ -8,9 +8,9 @@ export class Stage {
   #url = null;
   #stepsBegan = null;
   #quarter = 0;
-  #says = byId('live');
+  #live = byId('live');
 
-  /** The shape of the picture to come. */
+  /** Shows an empty frame in the shape of the next picture. */
   showEmpty(size) {
     this.#state('empty');
     this.#picture(null, '');
@@ -23,21 +23,21 @@ export class Stage {
     this.#frame(size);
     this.#stepsBegan = null;
     this.#quarter = 0;
-    this.#progress('Asking the server', null);
-    this.say('Drawing.');
+    this.#progress('Sending the request', null);
+    this.announce('Drawing.');
     byId('stage').scrollIntoView({ block: 'nearest' });
   }
 
-  /** What `draw` tells. */
-  tell(update) {
+  /** Shows a progress update of `draw`. */
+  update(update) {
     if (update.stage === 'full') {
-      this.#progress(`${update.message}. Asking again within ${update.seconds} s`, null);
-      if (this.#quarter === 0) this.say('The server is busy. Asking again soon.');
+      this.#progress(`${update.message}. Trying again within ${update.seconds} s`, null);
+      if (this.#quarter === 0) this.announce('The server is busy. Trying again soon.');
       this.#quarter = 1;
     } else if (update.stage === 'queued') {
       const text = queued(update);
       this.#progress(text, null);
-      if (update.position > 0) this.say(text);
+      if (update.position > 0) this.announce(text);
     } else if (update.stage === 'step') {
       this.#step(update.step, update.steps);
     } else if (update.stage === 'preview') {
@@ -54,7 +54,7 @@ export class Stage {
     const left = seconds >= 1 ? `, ${about(seconds)} left` : '';
     this.#progress(done < total ? `Step ${done} of ${total}${left}` : 'Finishing', done / total);
     const quarter = Math.floor((done / total) * 4);
-    if (quarter > this.#quarter && quarter < 4) this.say(`${quarter * 25} percent drawn.`);
+    if (quarter > this.#quarter && quarter < 4) this.announce(`${quarter * 25} percent drawn.`);
     this.#quarter = Math.max(quarter, this.#quarter);
     document.title = `${Math.floor((done / total) * 100)} % · kiln`;
   }
@@ -87,14 +87,14 @@ export class Stage {
     byId('again').hidden = !canRetry;
   }
 
-  /** For those who listen instead of looking. */
-  say(text) {
-    this.#says.textContent = text;
+  /** Announces a text to screen readers. */
+  announce(text) {
+    this.#live.textContent = text;
   }
 
   #state(name) {
     byId('stage').dataset.state = name;
-    // What is clicked there could not be shown.
+    // A picture of the history cannot be shown while another is drawn.
     byId('history').inert = name === 'drawing';
     byId('empty').hidden = name !== 'empty';
     byId('progress').hidden = name !== 'drawing';
@@ -135,7 +135,7 @@ function queued({ position, estimated_wait: wait }) {
   return wait ? `${before(position)}, starting in ${about(wait)}` : before(position);
 }
 
-/** Says what is in the picture, as far as file systems let it. */
+/** A file name from the words of the prompt and the seed. */
 function fileName({ settings, index, file }) {
   const words = settings.prompt.toLowerCase().match(/[\p{L}\p{N}]+/gu) ?? [];
   const name = [...words.join('-')].slice(0, 48).join('').replace(/-$/, '') || 'picture';

@@ -1,9 +1,9 @@
-// The pictures of this session. They are kept in IndexedDB, which has room for them, so that they
-// are there after a reload; where there is none (as in some private windows), only in memory.
+// Stores the pictures of this session in IndexedDB, so that they survive a reload, or in memory only
+// if IndexedDB is not available (as in some private windows).
 
 const MAX_PICTURES = 100;
 const MAX_BYTES = 256 * 2 ** 20;
-/** Nobody comes back to a session after that. */
+/** Age in milliseconds after which the pictures of other sessions are deleted. */
 const MAX_AGE = 24 * 3600 * 1000;
 const SESSION = 'kiln-session';
 
@@ -32,10 +32,10 @@ function session() {
 export class Store {
   #session = session();
   #database = null;
-  /** The newest first. */
+  /** Newest first. */
   pictures = [];
 
-  /** Brings back what this session has drawn, and drops what others have left. */
+  /** Loads the pictures of this session, and deletes old pictures of other sessions. */
   async load() {
     try {
       this.#database = await open();
@@ -50,17 +50,17 @@ export class Store {
     }
   }
 
-  /** Adds the pictures of one request; the oldest of the others may have to go. */
+  /** Adds the pictures of one request. Removes the oldest pictures beyond the limits. */
   async add(pictures) {
     const added = pictures.map((picture) => ({ ...picture, id: newId(), session: this.#session }));
     this.pictures.unshift(...added);
     await this.#try(() => Promise.all(added.map((picture) => done(this.#table().put(picture)))));
     let bytes = 0;
-    const kept = this.pictures.findIndex(({ file }, index) => {
+    const excess = this.pictures.findIndex(({ file }, index) => {
       bytes += file.size;
       return index >= MAX_PICTURES || (bytes > MAX_BYTES && index >= added.length);
     });
-    if (kept >= 0) await this.remove(this.pictures.slice(kept));
+    if (excess >= 0) await this.remove(this.pictures.slice(excess));
     return added;
   }
 
@@ -77,13 +77,13 @@ export class Store {
     return Promise.all(pictures.map(({ id }) => done(this.#table().delete(id))));
   }
 
-  /** A full disk costs the reload, not the picture. */
+  /** Logs a failure, such as a full disk: the picture is still in memory. */
   async #try(change) {
     if (!this.#database) return;
     try {
       await change();
     } catch (error) {
-      console.warn('The history could not be kept:', error);
+      console.warn('The history could not be saved:', error);
     }
   }
 }

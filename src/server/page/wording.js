@@ -1,10 +1,10 @@
-// How numbers are said.
+// Formats numbers and durations as text.
 
 export function count(number, one, many) {
   return `${number} ${number === 1 ? one : many}`;
 }
 
-/** Seconds that were estimated. */
+/** Formats an estimated duration in seconds. */
 export function about(seconds) {
   return seconds < 1 ? 'less than a second' : `about ${duration(seconds)}`;
 }
@@ -15,11 +15,12 @@ function duration(seconds) {
   return `${Math.round(seconds / 3600)} h`;
 }
 
-/** Seconds as they were measured. */
+/** Formats a measured duration in seconds. */
 export function measured(seconds) {
   return seconds < 90 ? `${seconds.toFixed(seconds < 10 ? 1 : 0)} s` : duration(seconds);
 }
 
+/** Formats a position in the queue. */
 export function before(position) {
   return `${count(position, 'picture comes', 'pictures come')} before yours`;
 }

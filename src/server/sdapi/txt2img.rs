@@ -223,10 +223,7 @@ async fn follow(
     loop {
         let update = tokio::select! {
             update = running.update() => update?,
-            () = job.cancelled() => {
-                running.cancel();
-                return Err(ApiError::Interrupted);
-            }
+            () = job.cancelled() => return Err(ApiError::Interrupted),
         };
         let now = Instant::now();
         match update {

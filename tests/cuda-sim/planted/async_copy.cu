@@ -1,4 +1,4 @@
-// Copies of 16 bytes that arrive some time before they have been waited for.
+// Asynchronous copies of 16 bytes.
 #include "ptx.cuh"
 
 extern "C" __global__ void __launch_bounds__(64) faulty(const float *in, float *out, int n) {
@@ -19,7 +19,7 @@ extern "C" __global__ void __launch_bounds__(64) faulty_group(const float *in, f
     out[blockIdx.x * 64 + threadIdx.x] = row[4 * (63 - threadIdx.x)];
 }
 
-// Waits for its own copies, but not for the other threads.
+// Waits for its own copies, but not for those of other threads.
 extern "C" __global__ void __launch_bounds__(64) faulty_barrier(const float *in, float *out, int n) {
     extern __shared__ __align__(16) float row[];
     cp_async_16(row + 4 * threadIdx.x, in + 4 * threadIdx.x, true);
@@ -28,7 +28,7 @@ extern "C" __global__ void __launch_bounds__(64) faulty_barrier(const float *in,
     out[blockIdx.x * 64 + threadIdx.x] = row[4 * (63 - threadIdx.x)];
 }
 
-// Two stages; what is not valid is zero, and its address is not read.
+// Two stages; invalid elements are zero, and their addresses are not read.
 extern "C" __global__ void __launch_bounds__(64) correct(const float *in, float *out, int n) {
     extern __shared__ __align__(16) float rows[];
     float sum = 0;

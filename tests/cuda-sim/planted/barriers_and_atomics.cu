@@ -1,5 +1,5 @@
-// A barrier of phases whose bytes come by an asynchronous copy, a copy that the whole block makes, and
-// counts in shared memory.
+// A phase barrier that an asynchronous copy completes, a copy of the whole block, and counters in
+// shared memory.
 #include <cooperative_groups.h>
 #include <cooperative_groups/memcpy_async.h>
 #include <cuda/barrier>
@@ -35,7 +35,7 @@ extern "C" __global__ void __launch_bounds__(64) correct(const float *in, float 
     out[blockIdx.x * 64 + threadIdx.x] = sum + copied[threadIdx.x ^ 1] + (float)counts[threadIdx.x % 5];
 }
 
-// The copy's barrier is not waited for by all.
+// Not all threads wait for the barrier of the copy.
 extern "C" __global__ void __launch_bounds__(64) faulty(const float *in, float *out, int n) {
     __shared__ alignas(16) float row[64];
     __shared__ cuda::barrier<cuda::thread_scope_block> full;

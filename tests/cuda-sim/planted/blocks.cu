@@ -1,4 +1,4 @@
-// Blocks of one launch that use the same memory.
+// Blocks of one launch that access the same memory.
 extern "C" __global__ void __launch_bounds__(64) faulty(const float *in, float *out, int n) {
     out[threadIdx.x] = in[blockIdx.x * 64 + threadIdx.x];
 }
@@ -10,7 +10,7 @@ extern "C" __global__ void __launch_bounds__(64) faulty_read(const float *in, fl
     if (blockIdx.x + 1 < gridDim.x && out[i + 64] > 1e30f) out[i] = 0;
 }
 
-// All write the same number to one place, which is no fault. Atomic sums, and a last block that reads what the others wrote, after a fence.
+// No fault: all blocks write the same value; atomic sums; the last block reads the others' writes after a fence.
 extern "C" __global__ void __launch_bounds__(64) correct(const float *in, float *out, int n) {
     __shared__ bool last;
     int *counter = (int *)(out + 64 * gridDim.x);

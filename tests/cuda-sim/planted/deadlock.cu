@@ -1,4 +1,4 @@
-// Waits for a phase that does not end, as one thread does not arrive.
+// Waits for a phase that never completes, as one thread does not arrive.
 #include <cuda/barrier>
 
 extern "C" __global__ void __launch_bounds__(64) faulty(const float *in, float *out, int n) {

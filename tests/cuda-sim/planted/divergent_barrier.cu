@@ -1,10 +1,10 @@
-// Barriers that not all threads of the block come to.
+// Barriers that not all threads of the block reach.
 extern "C" __global__ void __launch_bounds__(64) faulty(const float *in, float *out, int n) {
     if (threadIdx.x < 32) __syncthreads();
     out[blockIdx.x * 64 + threadIdx.x] = in[blockIdx.x * 64 + threadIdx.x];
 }
 
-// Half of a warp at one barrier, the other half at another.
+// Half of a warp is at one barrier, the other half at another.
 extern "C" __global__ void __launch_bounds__(64) faulty_in_warp(const float *in, float *out, int n) {
     if (threadIdx.x & 16) __syncthreads();
     else
@@ -12,7 +12,7 @@ extern "C" __global__ void __launch_bounds__(64) faulty_in_warp(const float *in,
     out[blockIdx.x * 64 + threadIdx.x] = in[blockIdx.x * 64 + threadIdx.x];
 }
 
-// One warp waits for its lanes, some of which wait for the block.
+// Some lanes of a warp wait for the warp, the others for the block.
 extern "C" __global__ void __launch_bounds__(64) faulty_deadlock(const float *in, float *out, int n) {
     if (threadIdx.x & 1) __syncthreads();
     else

@@ -1,4 +1,4 @@
-// Shuffles without lanes that their mask names.
+// Shuffles that some lanes of their mask do not execute.
 extern "C" __global__ void __launch_bounds__(64) faulty(const float *in, float *out, int n) {
     float v = in[blockIdx.x * 64 + threadIdx.x];
     if ((threadIdx.x & 31) >= 20) return;
@@ -6,7 +6,7 @@ extern "C" __global__ void __launch_bounds__(64) faulty(const float *in, float *
     out[blockIdx.x * 64 + threadIdx.x] = v;
 }
 
-// Two different shuffles at a time.
+// Two different shuffles at the same time.
 extern "C" __global__ void __launch_bounds__(64) faulty_branches(const float *in, float *out, int n) {
     float v = in[blockIdx.x * 64 + threadIdx.x];
     if (threadIdx.x & 1) v += __shfl_xor_sync(0xffffffffu, v, 2);
@@ -17,7 +17,7 @@ extern "C" __global__ void __launch_bounds__(64) faulty_branches(const float *in
 
 extern "C" __global__ void __launch_bounds__(64) correct(const float *in, float *out, int n) {
     float v = in[blockIdx.x * 64 + threadIdx.x];
-    // Lanes that take part name themselves.
+    // The mask has only the participating lanes.
     if ((threadIdx.x & 31) < 16) v += __shfl_xor_sync(0x0000ffffu, v, 1);
     for (int bits = 16; bits; bits /= 2) v += __shfl_xor_sync(0xffffffffu, v, bits);
     if (__any_sync(0xffffffffu, v < -1e30f)) v = 0;

@@ -1,4 +1,4 @@
-// Reads one element behind the end of `in`.
+// Reads one element beyond the end of `in`.
 extern "C" __global__ void __launch_bounds__(64) faulty(const float *in, float *out, int n) {
     int i = blockIdx.x * 64 + threadIdx.x;
     out[i] = in[i] + in[i + 1];

@@ -1,5 +1,5 @@
-// c = a * b in tiles of 32 x 32 with mma.sync: a is m x k and b is k x n (`plain`) or n x k (`transposed`), row by
-// row. Two stages of cp.async, rows beyond the end are zero; four warps of 16 x 16 each.
+// c = a * b in tiles of 32 x 32 with mma.sync: a is m x k and b is k x n (`plain`) or n x k (`transposed`), row-
+// major. Two stages of cp.async; rows beyond the end are zero; four warps of 16 x 16 each.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include "ptx.cuh"

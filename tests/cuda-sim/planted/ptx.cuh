@@ -1,4 +1,4 @@
-// One PTX instruction each. The CPU device has its own: shim/sim/ptx.h.
+// Functions of one PTX instruction each. The CPU device has its own in shim/sim/ptx.h.
 #ifndef KILN_HOST_SIM
 __device__ inline unsigned shared_address(const void *p) { return (unsigned)__cvta_generic_to_shared(p); }
 __device__ inline void cp_async_16(void *shared, const void *global, bool valid) {

@@ -15,7 +15,7 @@ extern "C" __global__ void __launch_bounds__(64) correct(const float *in, float 
         __syncwarp();
         mine += row[threadIdx.x ^ 1];
         __syncwarp();
-        // The two halves of a warp on their own.
+        // The two halves of a warp separately.
         unsigned half = threadIdx.x & 16 ? 0xffff0000u : 0x0000ffffu;
         row[threadIdx.x] = mine;
         __syncwarp(half);

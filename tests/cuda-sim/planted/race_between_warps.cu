@@ -1,4 +1,4 @@
-// Reverses 64 numbers through shared memory: what one warp wrote, another reads.
+// Reverses 64 numbers in shared memory: one warp reads what another wrote.
 extern "C" __global__ void __launch_bounds__(64) faulty(const float *in, float *out, int n) {
     __shared__ float row[64];
     row[threadIdx.x] = in[blockIdx.x * 64 + threadIdx.x];

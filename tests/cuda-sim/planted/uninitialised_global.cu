@@ -1,4 +1,4 @@
-// Adds to what nothing has written.
+// Adds to uninitialised memory.
 extern "C" __global__ void __launch_bounds__(64) faulty(const float *in, float *out, int n) {
     int i = blockIdx.x * 64 + threadIdx.x;
     out[i] += in[i];

@@ -1,4 +1,4 @@
-// Only half of the row is written.
+// Writes only half of the row.
 extern "C" __global__ void __launch_bounds__(64) faulty(const float *in, float *out, int n) {
     __shared__ float row[64];
     if (threadIdx.x < 32) row[threadIdx.x] = in[blockIdx.x * 64 + threadIdx.x];

@@ -1,7 +1,7 @@
-// Products of a warpgroup, each with something missing. Two tiles of 64 x 64.
+// Warpgroup products of two tiles of 64 x 64, each kernel with one fault.
 #include "wgmma_tiles.cuh"
 
-// The writers do no fence_async_proxy.
+// No fence_async_proxy.
 extern "C" __global__ void __launch_bounds__(128) faulty(const float *in, float *out, int n) {
     extern __shared__ __align__(1024) unsigned char memory[];
     T *left = (T *)memory, *right = left + TILE;
@@ -17,7 +17,7 @@ extern "C" __global__ void __launch_bounds__(128) faulty(const float *in, float 
     out[blockIdx.x * 128 + threadIdx.x] = total(sums);
 }
 
-// A fence behind the barrier.
+// The fence is after the barrier.
 extern "C" __global__ void __launch_bounds__(128) faulty_late_fence(const float *in, float *out, int n) {
     extern __shared__ __align__(1024) unsigned char memory[];
     T *left = (T *)memory, *right = left + TILE;
@@ -34,7 +34,7 @@ extern "C" __global__ void __launch_bounds__(128) faulty_late_fence(const float 
     out[blockIdx.x * 128 + threadIdx.x] = total(sums);
 }
 
-// A fence before the copies have arrived.
+// The fence is before the arrival of the copies.
 extern "C" __global__ void __launch_bounds__(128) faulty_early_fence(const float *in, float *out, int n) {
     extern __shared__ __align__(1024) unsigned char memory[];
     T *left = (T *)memory, *right = left + TILE;
@@ -71,7 +71,7 @@ extern "C" __global__ void __launch_bounds__(128) faulty_barrier(const float *in
     out[blockIdx.x * 128 + threadIdx.x] = total(sums);
 }
 
-// A tile is overwritten before the wait,
+// A tile is overwritten before the wait.
 extern "C" __global__ void __launch_bounds__(128) faulty_overwrite(const float *in, float *out, int n) {
     extern __shared__ __align__(1024) unsigned char memory[];
     T *left = (T *)memory, *right = left + TILE;
@@ -89,7 +89,7 @@ extern "C" __global__ void __launch_bounds__(128) faulty_overwrite(const float *
     out[blockIdx.x * 128 + threadIdx.x] = total(sums);
 }
 
-// by a copy,
+// A copy overwrites a tile before the wait.
 extern "C" __global__ void __launch_bounds__(128) faulty_prefetch(const float *in, float *out, int n) {
     extern __shared__ __align__(1024) unsigned char memory[];
     T *left = (T *)memory, *right = left + TILE;
@@ -110,7 +110,7 @@ extern "C" __global__ void __launch_bounds__(128) faulty_prefetch(const float *i
     out[blockIdx.x * 128 + threadIdx.x] = total(sums);
 }
 
-// and after it, but before other warps have waited.
+// A tile is overwritten after the wait of one warp, but before that of the others.
 extern "C" __global__ void __launch_bounds__(128) faulty_overwrite_warp(const float *in, float *out, int n) {
     extern __shared__ __align__(1024) unsigned char memory[];
     T *left = (T *)memory, *right = left + TILE;
@@ -128,7 +128,7 @@ extern "C" __global__ void __launch_bounds__(128) faulty_overwrite_warp(const fl
     out[blockIdx.x * 128 + threadIdx.x] = total(sums);
 }
 
-// Most of a tile was not written.
+// Most of a tile is uninitialised.
 extern "C" __global__ void __launch_bounds__(128) faulty_uninitialised(const float *in, float *out, int n) {
     extern __shared__ __align__(1024) unsigned char memory[];
     T *left = (T *)memory, *right = left + TILE;
@@ -145,7 +145,7 @@ extern "C" __global__ void __launch_bounds__(128) faulty_uninitialised(const flo
     out[blockIdx.x * 128 + threadIdx.x] = total(sums);
 }
 
-// Ends without a wait,
+// No wait before the end.
 extern "C" __global__ void __launch_bounds__(128) faulty_end(const float *in, float *out, int n) {
     extern __shared__ __align__(1024) unsigned char memory[];
     T *left = (T *)memory, *right = left + TILE;
@@ -161,7 +161,7 @@ extern "C" __global__ void __launch_bounds__(128) faulty_end(const float *in, fl
     out[blockIdx.x * 128 + threadIdx.x] = 1;
 }
 
-// or without a commit before it.
+// No commit before the wait.
 extern "C" __global__ void __launch_bounds__(128) faulty_uncommitted(const float *in, float *out, int n) {
     extern __shared__ __align__(1024) unsigned char memory[];
     T *left = (T *)memory, *right = left + TILE;
@@ -177,7 +177,7 @@ extern "C" __global__ void __launch_bounds__(128) faulty_uncommitted(const float
     out[blockIdx.x * 128 + threadIdx.x] = 1;
 }
 
-// Reads the sums before the wait,
+// Reads the accumulators before the wait.
 extern "C" __global__ void __launch_bounds__(128) faulty_sums(const float *in, float *out, int n) {
     extern __shared__ __align__(1024) unsigned char memory[];
     T *left = (T *)memory, *right = left + TILE;
@@ -196,7 +196,7 @@ extern "C" __global__ void __launch_bounds__(128) faulty_sums(const float *in, f
     out[blockIdx.x * 128 + threadIdx.x] = total(sums);
 }
 
-// when one of two products on them is left,
+// Reads the accumulators while one of two products on them is pending.
 extern "C" __global__ void __launch_bounds__(128) faulty_sums_group(const float *in, float *out, int n) {
     extern __shared__ __align__(1024) unsigned char memory[];
     T *left = (T *)memory, *right = left + TILE;
@@ -219,7 +219,7 @@ extern "C" __global__ void __launch_bounds__(128) faulty_sums_group(const float 
     out[blockIdx.x * 128 + threadIdx.x] = total(sums);
 }
 
-// or changes them.
+// Changes the accumulators before the wait.
 extern "C" __global__ void __launch_bounds__(128) faulty_sums_write(const float *in, float *out, int n) {
     extern __shared__ __align__(1024) unsigned char memory[];
     T *left = (T *)memory, *right = left + TILE;
@@ -237,7 +237,7 @@ extern "C" __global__ void __launch_bounds__(128) faulty_sums_write(const float 
     out[blockIdx.x * 128 + threadIdx.x] = total(sums);
 }
 
-// No wgmma_fence after a change.
+// No wgmma_fence after a change of the accumulators.
 extern "C" __global__ void __launch_bounds__(128) faulty_fence(const float *in, float *out, int n) {
     extern __shared__ __align__(1024) unsigned char memory[];
     T *left = (T *)memory, *right = left + TILE;
@@ -258,7 +258,7 @@ extern "C" __global__ void __launch_bounds__(128) faulty_fence(const float *in, 
     out[blockIdx.x * 128 + threadIdx.x] = total(sums);
 }
 
-// Tiles that begin at 128 bytes.
+// Tiles that begin at an offset of 128 bytes.
 extern "C" __global__ void __launch_bounds__(128) faulty_misaligned(const float *in, float *out, int n) {
     extern __shared__ __align__(1024) unsigned char memory[];
     T *left = (T *)memory, *right = left + TILE;
@@ -295,7 +295,7 @@ extern "C" __global__ void __launch_bounds__(128) faulty_bounds(const float *in,
     out[blockIdx.x * 128 + threadIdx.x] = total(sums);
 }
 
-// One warp of the four does not take part,
+// One of the four warps does not issue the product.
 extern "C" __global__ void __launch_bounds__(128) faulty_divergent(const float *in, float *out, int n) {
     extern __shared__ __align__(1024) unsigned char memory[];
     T *left = (T *)memory, *right = left + TILE;
@@ -314,7 +314,7 @@ extern "C" __global__ void __launch_bounds__(128) faulty_divergent(const float *
     out[blockIdx.x * 128 + threadIdx.x] = total(sums);
 }
 
-// or lanes of all of them.
+// Some lanes of every warp do not issue the product.
 extern "C" __global__ void __launch_bounds__(128) faulty_lanes(const float *in, float *out, int n) {
     extern __shared__ __align__(1024) unsigned char memory[];
     T *left = (T *)memory, *right = left + TILE;
@@ -333,7 +333,7 @@ extern "C" __global__ void __launch_bounds__(128) faulty_lanes(const float *in, 
     out[blockIdx.x * 128 + threadIdx.x] = total(sums);
 }
 
-// Two warps have other tiles.
+// Two warps use other tiles.
 extern "C" __global__ void __launch_bounds__(128) faulty_branches(const float *in, float *out, int n) {
     extern __shared__ __align__(1024) unsigned char memory[];
     T *left = (T *)memory, *right = left + TILE;
@@ -361,7 +361,7 @@ extern "C" __global__ void __launch_bounds__(128) correct(const float *in, float
     fence_async_proxy();
     __syncthreads();
     for (int i = 0; i < n; i++) {
-        // Two groups on the same sums, without a wait between.
+        // Two commit groups on the same accumulators without a wait in between.
         wgmma_fence();
         multiply(sums, left, right);
         wgmma_commit();

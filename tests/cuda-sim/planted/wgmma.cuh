@@ -1,4 +1,4 @@
-// Products of a warpgroup with 64 columns, as PTX. The CPU device has its own: shim/sim/ptx.h.
+// Warpgroup products with 64 columns, as PTX. The CPU device has its own in shim/sim/ptx.h.
 typedef unsigned long long u64;
 #ifndef KILN_HOST_SIM
 __device__ inline void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }

@@ -1,4 +1,4 @@
-// Named barriers between two warpgroups: the second fills two tiles of 64 x 64, the first multiplies them.
+// Named barriers between two warpgroups: the producer fills two tiles of 64 x 64, the consumer multiplies them.
 #include "wgmma_tiles.cuh"
 
 constexpr int FULL = 1, FREE = 2;
@@ -12,7 +12,7 @@ __device__ void multiply(float (&sums)[32], const T *tiles) {
     wgmma_commit();
 }
 
-// Those that fill the tiles do not arrive.
+// The producer does not arrive.
 extern "C" __global__ void __launch_bounds__(256) faulty(const float *in, float *out, int n) {
     extern __shared__ __align__(1024) unsigned char memory[];
     T *tiles = (T *)memory;
@@ -29,7 +29,7 @@ extern "C" __global__ void __launch_bounds__(256) faulty(const float *in, float 
     out[blockIdx.x * 256 + threadIdx.x] = total(sums);
 }
 
-// Those that multiply do not wait.
+// The consumer does not wait.
 extern "C" __global__ void __launch_bounds__(256) faulty_sync(const float *in, float *out, int n) {
     extern __shared__ __align__(1024) unsigned char memory[];
     T *tiles = (T *)memory;
@@ -46,7 +46,7 @@ extern "C" __global__ void __launch_bounds__(256) faulty_sync(const float *in, f
     out[blockIdx.x * 256 + threadIdx.x] = total(sums);
 }
 
-// A warp arrives before it has filled its part.
+// A warp of the producer arrives before it has filled its part.
 extern "C" __global__ void __launch_bounds__(256) faulty_publish(const float *in, float *out, int n) {
     extern __shared__ __align__(1024) unsigned char memory[];
     T *tiles = (T *)memory;
@@ -67,7 +67,7 @@ extern "C" __global__ void __launch_bounds__(256) faulty_publish(const float *in
     out[blockIdx.x * 256 + threadIdx.x] = total(sums);
 }
 
-// The fence comes after the barrier.
+// The fence is after the barrier.
 extern "C" __global__ void __launch_bounds__(256) faulty_fence(const float *in, float *out, int n) {
     extern __shared__ __align__(1024) unsigned char memory[];
     T *tiles = (T *)memory;
@@ -85,7 +85,7 @@ extern "C" __global__ void __launch_bounds__(256) faulty_fence(const float *in, 
     out[blockIdx.x * 256 + threadIdx.x] = total(sums);
 }
 
-// The tiles are given back before the product on them is complete,
+// The consumer releases the tiles before the product is complete.
 extern "C" __global__ void __launch_bounds__(256) faulty_release(const float *in, float *out, int n) {
     extern __shared__ __align__(1024) unsigned char memory[];
     T *tiles = (T *)memory;
@@ -106,7 +106,7 @@ extern "C" __global__ void __launch_bounds__(256) faulty_release(const float *in
     out[blockIdx.x * 256 + threadIdx.x] = total(sums);
 }
 
-// or by three of the four warps only.
+// Only three of the four warps release the tiles.
 extern "C" __global__ void __launch_bounds__(256) faulty_release_warp(const float *in, float *out, int n) {
     extern __shared__ __align__(1024) unsigned char memory[];
     T *tiles = (T *)memory;
@@ -127,7 +127,7 @@ extern "C" __global__ void __launch_bounds__(256) faulty_release_warp(const floa
     out[blockIdx.x * 256 + threadIdx.x] = total(sums);
 }
 
-// Who arrives does not see what others did before.
+// A thread that only arrives does not see earlier writes of the others.
 extern "C" __global__ void __launch_bounds__(256) faulty_arrive(const float *in, float *out, int n) {
     extern __shared__ __align__(1024) unsigned char memory[];
     float *numbers = (float *)memory;
@@ -137,7 +137,7 @@ extern "C" __global__ void __launch_bounds__(256) faulty_arrive(const float *in,
     out[blockIdx.x * 256 + threadIdx.x] = numbers[threadIdx.x ^ 128];
 }
 
-// A barrier that the warps of the other group do not come to.
+// The warps of the other group do not reach the barrier.
 extern "C" __global__ void __launch_bounds__(256) faulty_other(const float *in, float *out, int n) {
     extern __shared__ __align__(1024) unsigned char memory[];
     float *numbers = (float *)memory;
@@ -146,7 +146,7 @@ extern "C" __global__ void __launch_bounds__(256) faulty_other(const float *in, 
     out[blockIdx.x * 256 + threadIdx.x] = numbers[threadIdx.x ^ 128];
 }
 
-// Arrives a second time where the others have not yet waited.
+// Arrives a second time before the barrier is complete.
 extern "C" __global__ void __launch_bounds__(256) faulty_twice(const float *in, float *out, int n) {
     if (threadIdx.x < 128) {
         barrier_arrive(FULL, 256);
@@ -155,38 +155,38 @@ extern "C" __global__ void __launch_bounds__(256) faulty_twice(const float *in, 
     out[blockIdx.x * 256 + threadIdx.x] = 1;
 }
 
-// Different numbers of threads,
+// Different numbers of threads.
 extern "C" __global__ void __launch_bounds__(256) faulty_counts(const float *in, float *out, int n) {
     if (threadIdx.x < 128) barrier_arrive(FULL, 256);
     else barrier_sync(FULL, 128);
     out[blockIdx.x * 256 + threadIdx.x] = 1;
 }
 
-// more than there are,
+// More threads than the block has.
 extern "C" __global__ void __launch_bounds__(256) faulty_many(const float *in, float *out, int n) {
     barrier_sync(FULL, 288);
     out[blockIdx.x * 256 + threadIdx.x] = 1;
 }
 
-// fewer than come,
+// Fewer threads than arrive.
 extern "C" __global__ void __launch_bounds__(256) faulty_few(const float *in, float *out, int n) {
     barrier_sync(FULL, 96);
     out[blockIdx.x * 256 + threadIdx.x] = 1;
 }
 
-// or not of whole warps.
+// A number of threads that is not a multiple of the warp size.
 extern "C" __global__ void __launch_bounds__(256) faulty_part(const float *in, float *out, int n) {
     barrier_sync(FULL, 250);
     out[blockIdx.x * 256 + threadIdx.x] = 1;
 }
 
-// There is no such barrier.
+// An invalid barrier number.
 extern "C" __global__ void __launch_bounds__(256) faulty_number(const float *in, float *out, int n) {
     barrier_sync(n + 13, 256);
     out[blockIdx.x * 256 + threadIdx.x] = 1;
 }
 
-// Lanes of one warp at different ones.
+// Lanes of one warp at different barriers.
 extern "C" __global__ void __launch_bounds__(256) faulty_lanes(const float *in, float *out, int n) {
     barrier_sync(1 + threadIdx.x % 2, 256);
     out[blockIdx.x * 256 + threadIdx.x] = 1;
@@ -211,13 +211,13 @@ extern "C" __global__ void __launch_bounds__(256) correct(const float *in, float
             wgmma_wait<0>();
             if (i < n - 1) barrier_arrive(FREE, 256);
         }
-        // Among themselves.
+        // A barrier of the group's own warps.
         barrier_sync(3 + threadIdx.x / 64, 64);
         barrier_sync(15, 128);
         numbers[threadIdx.x] = sums[0];
         barrier_sync(3 + threadIdx.x / 64, 64);
         sums[0] += numbers[threadIdx.x ^ 32];
-        // Warps 0 and 1 see by way of warp 2 what warp 3 did.
+        // Warps 0 and 1 see the writes of warp 3 through warp 2.
         if (threadIdx.x >= 96) barrier_arrive(5, 64);
         else if (threadIdx.x >= 64) barrier_sync(5, 64), barrier_arrive(6, 96);
         else barrier_sync(6, 96), sums[0] += numbers[96 + threadIdx.x % 32];

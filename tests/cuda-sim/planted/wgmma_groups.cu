@@ -1,7 +1,7 @@
 // Warpgroups of a block of 6 warps.
 #include "wgmma_tiles.cuh"
 
-// Warps 1 to 4 are none.
+// Warps 1 to 4 are not a warpgroup.
 extern "C" __global__ void __launch_bounds__(192) faulty(const float *in, float *out, int n) {
     extern __shared__ __align__(1024) unsigned char memory[];
     T *left = (T *)memory, *right = left + TILE;
@@ -20,7 +20,7 @@ extern "C" __global__ void __launch_bounds__(192) faulty(const float *in, float 
     out[blockIdx.x * 192 + threadIdx.x] = total(sums);
 }
 
-// Only two warps exist of the second one.
+// The second warpgroup has only two warps.
 extern "C" __global__ void __launch_bounds__(192) faulty_half(const float *in, float *out, int n) {
     extern __shared__ __align__(1024) unsigned char memory[];
     T *left = (T *)memory, *right = left + TILE;
@@ -39,7 +39,7 @@ extern "C" __global__ void __launch_bounds__(192) faulty_half(const float *in, f
     out[blockIdx.x * 192 + threadIdx.x] = total(sums);
 }
 
-// A warp that has no part in the product overwrites a tile.
+// A warp outside of the warpgroup overwrites a tile.
 extern "C" __global__ void __launch_bounds__(192) faulty_overwrite(const float *in, float *out, int n) {
     extern __shared__ __align__(1024) unsigned char memory[];
     T *left = (T *)memory, *right = left + TILE;

@@ -1,5 +1,5 @@
-// out = a * b in tiles of 128 x 64 by two warpgroups: a is m x k and b is n x k, row by row. Four stages of cp.async,
-// loaded two steps ahead; the product of a step is waited for in the next one. k is a multiple of 8.
+// out = a * b in tiles of 128 x 64 by two warpgroups: a is m x k and b is n x k, row-major. Four stages of cp.async,
+// loaded two steps ahead; the wait for a step's product is in the next step. k is a multiple of 8.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include "ptx.cuh"

@@ -1,5 +1,5 @@
 // out += a * b with 64 rows and a depth of 64, by one warpgroup. Compiled with COLUMNS, and with HALF for __half. a is 64 x 64, and b
-// COLUMNS x 64 or, `transposed`, 64 x COLUMNS, row by row.
+// COLUMNS x 64 or, `transposed`, 64 x COLUMNS, row-major.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include "ptx.cuh"
@@ -18,7 +18,7 @@ __device__ int place(int row, int column) { return row * 64 + (column / 8 ^ row 
 __device__ void load(T *left, T *right, const T *a, const T *b, bool transposed) {
     for (int i = threadIdx.x; i < ROWS * DEPTH; i += 128) left[place(i / DEPTH, i % DEPTH)] = a[i];
     for (int i = threadIdx.x; i < COLUMNS * DEPTH; i += 128) {
-        // Blocks of 64 columns lie one after another.
+        // Blocks of 64 columns are consecutive.
         if (transposed) right[i % COLUMNS / 64 * DEPTH * 64 + place(i / COLUMNS, i % COLUMNS % 64)] = b[i];
         else right[place(i / DEPTH, i % DEPTH)] = b[i];
     }
@@ -29,7 +29,7 @@ __device__ int out_place(int i) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     return (warp * 16 + lane / 4 + i / 2 % 2 * 8) * COLUMNS + i / 4 * 8 + lane % 4 * 2 + i % 2;
 }
-// mma's layout.
+// The register layout of mma.
 __device__ void fragment(unsigned (&r)[4], const T *a, int k) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     for (int i = 0; i < 4; i++) r[i] = *(const unsigned *)(a + (warp * 16 + lane / 4 + i % 2 * 8) * DEPTH + k + lane % 4 * 2 + i / 2 * 8);
@@ -50,7 +50,7 @@ extern "C" __global__ void __launch_bounds__(128) both_shared(const T *a, const 
     wgmma_wait<0>();
     for (int i = 0; i < COLUMNS / 2; i++) out[out_place(i)] = sums[i];
 }
-// Sums that are overwritten: what they were, and the product before, do not count.
+// The second product overwrites the accumulators: their values and the first product are ignored.
 extern "C" __global__ void __launch_bounds__(128) overwritten(const T *a, const T *b, float *out) {
     extern __shared__ __align__(1024) unsigned char memory[];
     T *left = (T *)memory, *right = left + ROWS * DEPTH;
@@ -65,7 +65,7 @@ extern "C" __global__ void __launch_bounds__(128) overwritten(const T *a, const 
     wgmma_wait<0>();
     for (int i = 0; i < COLUMNS / 2; i++) out[out_place(i)] = sums[i];
 }
-// Two sums in flight, in turn.
+// Alternating products on two accumulators in flight.
 extern "C" __global__ void __launch_bounds__(128) registers(const T *a, const T *b, float *out) {
     extern __shared__ __align__(1024) unsigned char memory[];
     T *left = (T *)memory, *right = left + ROWS * DEPTH;

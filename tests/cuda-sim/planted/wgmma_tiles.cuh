@@ -1,4 +1,4 @@
-// Tiles of 64 x 64 in shared memory, and their product in 32 sums of a thread.
+// Tiles of 64 x 64 in shared memory, and their product in 32 accumulators per thread.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include "ptx.cuh"

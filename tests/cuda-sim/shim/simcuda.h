@@ -1,4 +1,4 @@
-// What kernels include instead of CUDA's headers when they are compiled for the host.
+// Replaces CUDA's headers when kernels are compiled for the host.
 #pragma once
 #include <assert.h>
 #include <math.h>
@@ -19,8 +19,7 @@
 #define __cluster_dims__(...)
 #define __grid_constant__
 #define __constant__
-// Kernels get the same buffer twice where an operation works in place; what a compiler may assume of
-// __restrict__ is not worth an error here.
+// In-place operations pass the same buffer twice, which __restrict__ does not allow; it is ignored here.
 #define __restrict__
 #define __restrict
 #define __align__(n) __attribute__((aligned(n)))

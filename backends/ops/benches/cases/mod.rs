@@ -1,16 +1,17 @@
-//! Times every fused op beside its default body, on any backend.
+//! Times every fused op and its default body, on any backend.
 //!
 //! Arguments, after `--`:
 //!
-//! - `--shapes small` (the default): those of a model of width 768 and of the real VAE at low
-//!   resolutions; `--shapes qwen-image`: those of Qwen-Image at 1024²
-//! - `--dtype f32|bf16|f16`: of activations and weights; `f32` is the default
-//! - `--only OP`: one op
-//! - `--no-default`: not the default bodies, whose kernels a GPU backend compiles for minutes
-//! - `--json`: a line of JSON for each, as `benches/ops_against_torch.py` reads them: also the first
-//!   call's time, in which GPU backends compile and choose kernels
+//! - `--shapes small` (the default): shapes of a model of width 768 and of Qwen-Image's VAE at low
+//!   resolutions; `--shapes qwen-image`: shapes of Qwen-Image at 1024²
+//! - `--dtype f32|bf16|f16`: dtype of activations and weights, `f32` by default
+//! - `--only OP`: times a single op
+//! - `--no-default`: skips the default bodies, whose kernels take a GPU backend minutes to compile
+//! - `--quick`: one small shape per op, called once: shows that the benchmark still runs
+//! - `--json`: prints one line of JSON per op, which `benches/ops_against_torch.py` reads. The first
+//!   call's time includes the compilation and autotuning of GPU kernels
 
-#![expect(clippy::print_stdout, reason = "a table is what a benchmark is for")]
+#![expect(clippy::print_stdout, reason = "the benchmark prints a table")]
 
 use std::any::Any;
 use std::time::Instant;
@@ -18,22 +19,23 @@ use std::time::Instant;
 use burn_tensor::{DType, Distribution, Tensor};
 use kiln_ops::{FusedOps, Rope, TokenRun, defaults};
 
-/// Batches of calls whose median is reported, after a first call.
+/// Timed batches of calls, after a warm-up call; their median is reported.
 const RUNS: usize = 5;
-/// Seconds that a batch of calls takes at least, if [`MAX_CALLS`] are enough: that the host waits for
-/// the device once in that time does not show.
+/// Minimum duration of a batch in seconds, within [`MAX_CALLS`]: one device synchronisation per batch
+/// is then negligible.
 const BATCH_SECONDS: f64 = 0.02;
-/// The most calls in a batch. Their results are held until all are computed.
+/// Largest number of calls per batch. Their results are held until all are computed.
 const MAX_CALLS: usize = 16;
 const EPS: f64 = 1e-6;
 
-/// Runs what the command line asks for.
+/// Runs the benchmark with the arguments of the command line.
 pub(crate) fn run<B: FusedOps>(device: &B::Device) {
     let mut bench = Bench::<B> {
         device: device.clone(),
         dtype: DType::F32,
         json: false,
         defaults: true,
+        quick: false,
     };
     let (mut shapes, mut only) = (SMALL, None);
     let mut arguments = std::env::args().skip(1);
@@ -42,7 +44,11 @@ pub(crate) fn run<B: FusedOps>(device: &B::Device) {
         match argument.as_str() {
             "--json" => bench.json = true,
             "--no-default" => bench.defaults = false,
-            // cargo adds it.
+            "--quick" => {
+                bench.quick = true;
+                shapes = QUICK;
+            }
+            // cargo passes this argument.
             "--bench" => {}
             "--only" => only = Some(value()),
             "--dtype" => {
@@ -70,8 +76,25 @@ pub(crate) fn run<B: FusedOps>(device: &B::Device) {
     }
 }
 
-/// An op's name; tokens and widths, heads, tokens and head dimension, channels and side.
+/// Cases: the op's name and its shape, which is `[tokens, widths..]`, `[heads, tokens, head_dim]` or
+/// `[channels, side]`.
 type Shapes = &'static [(&'static str, &'static [usize])];
+
+const QUICK: Shapes = &[
+    ("linear", &[16, 32, 64]),
+    ("linear_bf16", &[16, 32, 64]),
+    ("rms_norm", &[16, 32]),
+    ("layer_norm_modulate", &[16, 32]),
+    ("gated_residual", &[16, 32]),
+    ("qk_norm_rope", &[2, 16, 32]),
+    ("gelu_tanh", &[16, 32]),
+    ("silu_mul", &[16, 32]),
+    ("attention", &[2, 16, 32]),
+    ("causal_attention", &[2, 16, 32]),
+    ("conv2d_same", &[16, 16]),
+    ("channel_norm_silu", &[16, 16]),
+    ("upsample_nearest", &[16, 16]),
+];
 
 const SMALL: Shapes = &[
     ("linear", &[64, 3072, 3072]),
@@ -119,11 +142,13 @@ const QWEN_IMAGE: Shapes = &[
 
 struct Bench<B: FusedOps> {
     device: B::Device,
-    /// Of activations and weights.
+    /// Dtype of activations and weights.
     dtype: DType,
     json: bool,
     /// Whether the default bodies are timed as well.
     defaults: bool,
+    /// Whether a time is that of one call, rather than the median of batches.
+    quick: bool,
 }
 
 impl<B: FusedOps> Bench<B> {
@@ -253,17 +278,20 @@ impl<B: FusedOps> Bench<B> {
         }
     }
 
-    /// Milliseconds of a call: the median of some batches.
+    /// Milliseconds per call: the median over [`RUNS`] batches.
     fn median(&self, work: &dyn Fn() -> Box<dyn Any>) -> f64 {
         let one = self.time(work, 1) / 1e3;
+        if self.quick {
+            return one * 1e3;
+        }
         let calls = (BATCH_SECONDS / one).ceil().clamp(1.0, MAX_CALLS as f64) as usize;
         let mut times = [(); RUNS].map(|()| self.time(work, calls));
         times.sort_by(f64::total_cmp);
         times[RUNS / 2]
     }
 
-    /// Milliseconds of each of so many calls, until the device is idle, with the results still held:
-    /// one that nobody waits for is not written.
+    /// Mean milliseconds of `calls` calls, until the device is idle. The results are held until then,
+    /// because fusion does not compute a tensor that was dropped.
     fn time(&self, work: &dyn Fn() -> Box<dyn Any>, calls: usize) -> f64 {
         let start = Instant::now();
         let results: Vec<_> = (0..calls).map(|_| work()).collect();

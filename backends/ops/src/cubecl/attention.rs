@@ -1,4 +1,4 @@
-//! Attention, in f32 whatever the type of the tensors: burn 0.21's own attention kernels hold
+//! Attention computed in f32 for every dtype of the tensors: burn 0.21's own attention kernels hold
 //! keys, values and weights in f16.
 
 mod kernel;
@@ -11,10 +11,10 @@ use burn_cubecl::tensor::CubeTensor;
 use burn_tensor::{Shape, TensorMetadata};
 
 use super::lanes;
-use kernel::{FOUR, SLICE_STRIDE, Tiling};
+use kernel::{SLICE_STRIDE, Tiling, VEC4};
 
-/// [`FusedOps::packed_attention`](crate::FusedOps::packed_attention): one launch for each sequence.
-/// Query, key and value have the same type, and so has the output.
+/// Computes [`FusedOps::packed_attention`](crate::FusedOps::packed_attention) with one launch per
+/// sequence. Query, key and value have the same dtype, which the output has too.
 pub(super) fn packed_attention<R: CubeRuntime>(
     query: CubeTensor<R>,
     key: CubeTensor<R>,
@@ -36,8 +36,8 @@ pub(super) fn packed_attention<R: CubeRuntime>(
     let mut first = 0;
     for &length in lengths.iter().filter(|length| **length > 0) {
         let tiles = length.div_ceil(tiling.queries());
-        // SAFETY: a cube reads the keys and values of its sequence, and reads and writes its
-        // queries' values; there are none past the last token.
+        // SAFETY: a cube reads the keys and values of its sequence, and reads and writes the rows
+        // of its queries; it skips rows past the last token.
         unsafe {
             kernel::attention::launch_unchecked::<R>(
                 &output.client,
@@ -62,17 +62,17 @@ pub(super) fn packed_attention<R: CubeRuntime>(
 }
 
 impl Tiling {
-    /// The largest tiles whose slices, values and weights fit the shared memory of a cube, in
-    /// bytes, and whose sums fit a unit's registers.
+    /// Chooses the largest tiles whose slices, values and weights fit `shared_memory` bytes per cube,
+    /// and whose sums fit a unit's registers.
     fn new(head_dim: usize, causal: bool, shared_memory: usize) -> Self {
-        let fours = head_dim.div_ceil(FOUR);
+        let vec4s = head_dim.div_ceil(VEC4);
         // A narrow head has too few columns for 16 units.
-        let (units_x, units_y) = if fours <= 8 { (8, 16) } else { (16, 8) };
-        let most_rows = if fours <= 2 * units_x { 8 } else { 4 };
-        // Rows of weights that start in different banks are better, and need more memory.
+        let (units_x, units_y) = if vec4s <= 8 { (8, 16) } else { (16, 8) };
+        let max_rows = if vec4s <= 2 * units_x { 8 } else { 4 };
+        // Padding makes rows of weights start in different banks, but needs more memory.
         [(8, 1), (8, 0), (4, 1), (4, 0)]
             .into_iter()
-            .filter(|(rows, _)| *rows <= most_rows)
+            .filter(|(rows, _)| *rows <= max_rows)
             .map(|(rows, padding)| {
                 Self::of_units(head_dim, causal, [units_x, units_y, rows], padding)
             })
@@ -86,15 +86,15 @@ impl Tiling {
         [units_x, units_y, rows]: [usize; 3],
         padding: usize,
     ) -> Self {
-        let fours = head_dim.div_ceil(FOUR);
-        let keys = FOUR * units_x;
+        let vec4s = head_dim.div_ceil(VEC4);
+        let keys = VEC4 * units_x;
         let slices = (rows * units_y + keys) * SLICE_STRIDE;
-        let stage = slices.max(FOUR * fours);
+        let stage = slices.max(VEC4 * vec4s);
         let value_keys = (1..=units_x)
             .rev()
-            .map(|unit| FOUR * unit)
-            .find(|value_keys| keys.is_multiple_of(*value_keys) && value_keys * fours <= stage)
-            .unwrap_or(FOUR);
+            .map(|unit| VEC4 * unit)
+            .find(|value_keys| keys.is_multiple_of(*value_keys) && value_keys * vec4s <= stage)
+            .unwrap_or(VEC4);
         Self {
             head_dim,
             units_x,
@@ -107,8 +107,8 @@ impl Tiling {
         }
     }
 
-    /// Of a cube, in bytes.
+    /// Shared memory of a cube, in bytes.
     fn shared_memory(&self) -> usize {
-        (self.stage + self.queries() * self.weight_stride) * FOUR * size_of::<f32>()
+        (self.stage + self.queries() * self.weight_stride) * VEC4 * size_of::<f32>()
     }
 }

@@ -1,7 +1,7 @@
 //! Compares kernels with the default bodies of their ops before a model uses them.
 //!
-//! The default bodies run on the CPU, in f32: on the GPU they would be other kernels that nobody has
-//! looked at, and each would have to be compiled.
+//! The default bodies run on the CPU in f32. On the GPU they would be untested kernels themselves, and
+//! each would have to be compiled.
 
 use std::fmt::Display;
 
@@ -11,10 +11,10 @@ use burn_tensor::{DType, Tensor, TensorData};
 use super::{Kernel, KernelChoice};
 use crate::{FusedOps, KernelShape, Rope, TokenRun, defaults};
 
-/// Tokens of the two sequences that are tried: neither fills a tile of any kernel.
+/// Tokens of the two test sequences: neither is a multiple of any kernel's tile.
 const LENGTHS: [usize; 2] = [130, 67];
 const TOKENS: usize = LENGTHS[0] + LENGTHS[1];
-/// Their rows of a table, in another order.
+/// Modulation table rows of the two sequences, in reverse order.
 const RUNS: [TokenRun; 2] = [
     TokenRun {
         tokens: LENGTHS[0],
@@ -25,15 +25,15 @@ const RUNS: [TokenRun; 2] = [
         row: 0,
     },
 ];
-/// Pixels of the image that is tried.
+/// Height and width of the test image.
 const SIDES: [usize; 2] = [19, 27];
-/// Wider layers are tried at this width and what is left over of their own, so that a check takes
+/// Wider layers are tested at this width plus their remainder modulo the tile, so that a check takes
 /// milliseconds.
-const WIDEST: usize = 2048;
+const MAX_WIDTH: usize = 2048;
 const EPS: f64 = 1e-6;
 
-/// Compares the kernels that are in use with the default bodies at these shapes. Returns the kernels
-/// that differ or fail, and how.
+/// Compares the kernels in use with the default bodies at `shapes`. Returns the kernels that differ
+/// or fail, each with the reason.
 pub(super) fn faults<B, C>(
     device: &B::Device,
     dtype: DType,
@@ -51,11 +51,11 @@ where
             continue;
         }
         let mut outcome = check.run(*shape);
-        // Products of large sizes may have other kernels.
+        // Large matrix products use kernels with larger tiles.
         if outcome.is_ok() && matches!(kernel, Kernel::Linear | Kernel::Convolution) {
-            C::try_large(true);
+            C::force_large_tiles(true);
             outcome = check.run(*shape);
-            C::try_large(false);
+            C::force_large_tiles(false);
         }
         if let Err(reason) = outcome {
             faults.push((kernel, format!("{shape:?} in {dtype:?}: {reason}")));
@@ -69,7 +69,7 @@ struct Check<'a, B: FusedOps> {
     dtype: DType,
 }
 
-/// The same values on both sides.
+/// The same values on the tested backend and on flex.
 struct Input<B: FusedOps, const D: usize> {
     tested: Tensor<B, D>,
     reference: Tensor<Flex, D>,
@@ -195,7 +195,7 @@ impl<B: FusedOps> Check<'_, B> {
         self.input_of(self.dtype, seed, shape)
     }
 
-    /// Values from -1 to 1 that all types hold exactly.
+    /// Pseudo-random values from -1 to 1 that every dtype represents exactly.
     fn input_of<const D: usize>(&self, dtype: DType, seed: u32, shape: [usize; D]) -> Input<B, D> {
         let mut state = seed.wrapping_mul(2_654_435_761);
         let mut next = || {
@@ -210,7 +210,8 @@ impl<B: FusedOps> Check<'_, B> {
         }
     }
 
-    /// Fails unless the largest difference is within what the type rounds off of the largest magnitude.
+    /// Fails if the largest difference, relative to the largest magnitude, exceeds the rounding error
+    /// of the dtype.
     fn compare<const D: usize>(
         &self,
         tested: Tensor<B, D>,
@@ -230,7 +231,7 @@ impl<B: FusedOps> Check<'_, B> {
         for (x, y) in tested.iter::<f32>().zip(reference.iter::<f32>()) {
             let difference = (x - y).abs() / largest;
             if !difference.is_finite() {
-                return Err(format!("{x} for {y}"));
+                return Err(format!("got {x}, expected {y}"));
             }
             worst = worst.max(difference);
         }
@@ -242,19 +243,23 @@ impl<B: FusedOps> Check<'_, B> {
     }
 }
 
-/// A width with the same place past the last whole tile.
+/// Limits a width, and keeps its remainder modulo 128, the largest tile.
 fn shortened(width: usize) -> usize {
-    if width <= WIDEST + 128 {
+    if width <= MAX_WIDTH + 128 {
         width
     } else {
-        WIDEST + width % 128
+        MAX_WIDTH + width % 128
     }
 }
 
-/// The first line of a device's report that speaks of an error, or its first.
+/// The first line of a device's report that names an error, else the first line; at most 200
+/// characters.
 fn one_line(report: &impl Display) -> String {
     let text = report.to_string();
-    let says_why = |line: &&str| line.contains("error:") || line.contains("CUDA_ERROR");
-    let line = text.lines().find(says_why).or_else(|| text.lines().next());
+    let names_error = |line: &&str| line.contains("error:") || line.contains("CUDA_ERROR");
+    let line = text
+        .lines()
+        .find(names_error)
+        .or_else(|| text.lines().next());
     line.unwrap_or_default().trim().chars().take(200).collect()
 }

@@ -1,5 +1,5 @@
-//! burn's fusion in front of a GPU backend: it joins plain ops into kernels, and runs those that
-//! have a kernel already as they are.
+//! The fused ops on burn's fusion backend: ops with a kernel in use run unfused on the inner backend,
+//! the others take the default body, whose plain burn ops are fused.
 
 use std::fmt;
 use std::marker::PhantomData;
@@ -35,7 +35,7 @@ impl<B: FusionBackend + FusedOps + KernelChoice> FusedOps for Fusion<B> {
             if !B::ROUNDS_TO_TF32 || x.dtype() != DType::F32 {
                 return thin::fused_linear(x, weight, bias);
             }
-            // The definition rounds `x` where the weight is bf16.
+            // The default body rounds `x` if the weight is bf16.
             let x = if weight.dtype() == DType::BF16 {
                 x.cast(DType::BF16).cast(DType::F32)
             } else {
@@ -257,8 +257,8 @@ fn tensor<B: FusedOps, const D: usize>(x: FloatTensor<B>) -> Tensor<B, D> {
     Tensor::from_primitive(TensorPrimitive::Float(x))
 }
 
-/// Registers an op that fusion runs by itself, in the order of all ops: it calls `run` with the
-/// tensors of its backend. The result has this shape, and the type of the first input.
+/// Registers an op that fusion runs on its own, in order with all other ops, by calling `run` with
+/// the inner backend's tensors. The output has `shape` and the dtype of the first input.
 fn unfused<B, const INPUTS: usize, const D: usize>(
     name: &'static str,
     shape: [usize; D],
@@ -286,7 +286,7 @@ where
     tensor(outputs.remove(0))
 }
 
-/// What fusion calls when it is an op's turn.
+/// The operation that fusion executes for [`unfused`].
 struct Unfused<B, F, const INPUTS: usize> {
     ir: CustomOpIr,
     run: F,

@@ -1,4 +1,4 @@
-//! Which of kiln's kernels are in use.
+//! Selection of the kernels in use: `KILN_KERNELS`, and what [`crate::FusedOps::check_kernels`] found.
 
 use std::env;
 use std::sync::LazyLock;
@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
 use crate::KernelShape;
 
-/// The environment variable that says which kernels are used.
+/// Environment variable that selects which kernels are used.
 const VARIABLE: &str = "KILN_KERNELS";
 
 /// An op of [`crate::FusedOps`] that has a kernel on GPU backends.
@@ -23,6 +23,7 @@ pub enum Kernel {
 }
 
 impl Kernel {
+    /// The kernel that computes this shape's op.
     pub(super) fn of(shape: &KernelShape) -> Self {
         match shape {
             KernelShape::Linear { .. } => Self::Linear,
@@ -37,54 +38,55 @@ impl Kernel {
     }
 }
 
-/// The kernels that a runtime was found to compute wrong with, if any.
+/// The kernels of a runtime that are disabled because they computed wrong results or failed.
 #[derive(Debug)]
 pub struct Gate {
+    /// One bit per [`Kernel`].
     closed: AtomicU32,
-    tries_large: AtomicBool,
+    forces_large_tiles: AtomicBool,
 }
 
 impl Gate {
-    /// All kernels are in use.
+    /// Creates a gate with all kernels in use.
     pub const fn open() -> Self {
         Self {
             closed: AtomicU32::new(0),
-            tries_large: AtomicBool::new(false),
+            forces_large_tiles: AtomicBool::new(false),
         }
     }
 
-    /// Whether the kernel is to be used, rather than the default body of its op.
+    /// Whether the kernel is in use; if not, its op takes the default body.
     pub fn uses(&self, kernel: Kernel) -> bool {
         switch() != Ok(Switch::Off) && self.closed.load(Ordering::Relaxed) & 1 << kernel as u32 == 0
     }
 
-    /// Does not use the kernel again in this process.
+    /// Disables the kernel for the rest of the process.
     pub fn close(&self, kernel: Kernel) {
         self.closed.fetch_or(1 << kernel as u32, Ordering::Relaxed);
     }
 
-    /// Whether small sizes have the kernels of large ones, so that these can be tried fast.
-    pub fn tries_large(&self) -> bool {
-        self.tries_large.load(Ordering::Relaxed)
+    /// Whether small matrix products use the kernels of large ones, so that a check of those is fast.
+    pub fn forces_large_tiles(&self) -> bool {
+        self.forces_large_tiles.load(Ordering::Relaxed)
     }
 
-    pub(super) fn try_large(&self, on: bool) {
-        self.tries_large.store(on, Ordering::Relaxed);
+    pub(super) fn force_large_tiles(&self, on: bool) {
+        self.forces_large_tiles.store(on, Ordering::Relaxed);
     }
 }
 
-/// Which kernels a user wants.
+/// The value of `KILN_KERNELS`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Switch {
-    /// Those that were compared with the definitions of their ops.
+    /// Uses the kernels that pass the comparison with their default bodies.
     On,
-    /// None.
+    /// Uses no kernels.
     Off,
-    /// All, without a comparison: devices that compute nothing, for tests, would fail it.
+    /// Uses all kernels without a comparison, which test devices that compute nothing would fail.
     Unchecked,
 }
 
-/// What `KILN_KERNELS` says. The error is for people.
+/// Reads `KILN_KERNELS`. The error is a message for the user.
 pub(super) fn switch() -> Result<Switch, String> {
     static SWITCH: LazyLock<Result<Switch, String>> = LazyLock::new(|| {
         let value = env::var_os(VARIABLE).unwrap_or_default();

@@ -1,18 +1,18 @@
-//! The kernels.
+//! `CubeCL` kernels of the norms and the rotary embedding, for all GPU backends.
 //!
-//! Whatever the type of the activations, they compute in f32. Tensors are contiguous, and read in
-//! vectors of `N` values, which divides what lies consecutively.
+//! They compute in f32 for every dtype of the activations. Tensors are contiguous, and accessed in
+//! vectors of `N` values, where `N` divides the number of consecutive values.
 
 #![expect(
     clippy::trivially_copy_pass_by_ref,
     clippy::used_underscore_binding,
-    reason = "as the macro that makes kernels wants its arguments"
+    reason = "the `cube` macro requires these forms of arguments"
 )]
 
 use burn_cubecl::cubecl::{self, prelude::*};
 
-/// Sum over the units of a cube that have one `UNIT_POS_Y`; they are `width` many, a power of two.
-/// All units of the cube call it.
+/// Sums `value` over the `width` units of a cube with the same `UNIT_POS_Y`, of which there are
+/// `groups`. `width` is a power of two. All units of the cube have to call it.
 #[cube]
 fn sum_of_units(value: f32, #[comptime] width: u32, #[comptime] groups: u32) -> f32 {
     let mut sums = SharedMemory::<f32>::new(comptime!((width * groups) as usize));
@@ -28,7 +28,7 @@ fn sum_of_units(value: f32, #[comptime] width: u32, #[comptime] groups: u32) -> 
         sync_cube();
     }
     let sum = sums[(UNIT_POS_Y * width) as usize];
-    // Before anybody writes again.
+    // All units have read their sum before the next call overwrites it.
     sync_cube();
     sum
 }
@@ -43,7 +43,7 @@ fn sum_of_lanes<N: Size>(vector: Vector<f32, N>) -> f32 {
     sum
 }
 
-/// One cube for each token of a run.
+/// Layer norm and modulation of a run of tokens that share `row` of the tables. One cube per token.
 #[cube(launch_unchecked, address_type = "dynamic")]
 pub(super) fn layer_norm_modulate<F: Float, N: Size>(
     x: &Tensor<Vector<F, N>>,
@@ -93,7 +93,7 @@ pub(super) fn layer_norm_modulate<F: Float, N: Size>(
     }
 }
 
-/// One cube for each token.
+/// RMS norm over the last dimension. One cube per token.
 #[cube(launch_unchecked, address_type = "dynamic")]
 pub(super) fn rms_norm<F: Float, W: Float, N: Size>(
     x: &Tensor<Vector<F, N>>,
@@ -129,8 +129,9 @@ pub(super) fn rms_norm<F: Float, W: Float, N: Size>(
     }
 }
 
-/// One cube for each token; `groups` times `units` units, each group with a head at a time. `N` is
-/// even, so that pairs lie in one vector.
+/// RMS norm over the head dimension and rotary embedding. One cube per token, of `groups` groups of
+/// `units` units; each group computes one head at a time. `N` is even, so that a pair is in one
+/// vector.
 #[cube(launch_unchecked, address_type = "dynamic")]
 pub(super) fn qk_norm_rope<F: Float, W: Float, N: Size>(
     x: &Tensor<Vector<F, N>>,
@@ -152,7 +153,7 @@ pub(super) fn qk_norm_rope<F: Float, W: Float, N: Size>(
     let pairs = comptime!(size / 2);
     let angles = CUBE_POS * head_dim / 2;
 
-    // As many turns for every group, as all of them wait for each other.
+    // All groups take the same number of turns, because `sum_of_units` synchronises the cube.
     let turns = heads.div_ceil(groups as usize);
     for turn in 0..turns {
         let head = turn * groups as usize + UNIT_POS_Y as usize;
@@ -189,7 +190,7 @@ pub(super) fn qk_norm_rope<F: Float, W: Float, N: Size>(
     }
 }
 
-/// One unit for each vector of pixels.
+/// RMS norm over the channels, with `silu` if `activate`. One unit per vector of `N` pixels.
 #[cube(launch_unchecked, address_type = "dynamic")]
 pub(super) fn channel_norm<F: Float, W: Float, N: Size>(
     x: &Tensor<Vector<F, N>>,

@@ -1,12 +1,13 @@
-//! Kernels for burn's GPU backends, cuda and wgpu, where burn's fusion makes several passes.
+//! Kernels for burn's GPU backends, cuda and wgpu, of ops that burn's fusion computes in several
+//! passes.
 //!
-//! Gains are over the default bodies behind fusion, in f32 on Mesa's lavapipe, which computes on
-//! the CPU, at the small shapes of `cargo bench -p kiln-wgpu` (measured on 2026-11-25). No GPU has
-//! run them yet.
+//! Speedups are relative to the default bodies behind fusion, in f32 on Mesa's lavapipe, which
+//! computes on the CPU, at the small shapes of `cargo bench -p kiln-wgpu` (measured on 2026-11-25).
+//! Timings on an NVIDIA H200 are in `benches/results/2026-11-27-h200.md`.
 
 #![expect(
     unsafe_code,
-    reason = "launches without bounds checks: each kernel says which units work on what"
+    reason = "launches without bounds checks: each kernel documents which units access which values"
 )]
 
 mod attention;
@@ -35,26 +36,26 @@ pub use settings::read_settings;
 
 use crate::{FusedOps, Rope, TokenRun, defaults};
 
-/// Units that share a token's values.
+/// Units of a cube in the norms over a token.
 const UNITS: u32 = 128;
-/// Units that share a head's values.
+/// Units per head in [`kernels::qk_norm_rope`].
 const HEAD_UNITS: u32 = 32;
-/// Heads that a cube has at a time.
+/// Heads that a cube of [`kernels::qk_norm_rope`] computes at a time.
 const HEADS: u32 = 4;
-/// Units of a cube in which each works for itself.
+/// Units of a cube in [`kernels::channel_norm`], each with pixels of its own.
 const PIXELS: u32 = 128;
 
-/// A backend that says which ops have a kernel in use. For the others [`fusion`] takes the default
-/// body.
+/// The kernels that a backend uses. Ops without a kernel in use take the default body ([`fusion`]).
 pub trait KernelChoice {
-    /// Whether burn's own products of f32 may round what they multiply to TF32.
+    /// Whether burn's own f32 matrix products may round their operands to TF32.
     const ROUNDS_TO_TF32: bool;
 
+    /// Whether the backend has the kernel and it is in use.
     fn uses(kernel: Kernel) -> bool;
-    /// Does not use the kernel again in this process.
+    /// Disables the kernel for the rest of the process.
     fn close(kernel: Kernel);
-    /// Uses the kernels of large sizes for small ones as well, from now on or no longer.
-    fn try_large(on: bool);
+    /// Switches whether small matrix products use the kernels of large ones.
+    fn force_large_tiles(on: bool);
 }
 
 impl<R, F, I, BT> KernelChoice for CubeBackend<R, F, I, BT>
@@ -78,8 +79,8 @@ where
         R::gate().close(kernel);
     }
 
-    fn try_large(on: bool) {
-        R::gate().try_large(on);
+    fn force_large_tiles(on: bool) {
+        R::gate().force_large_tiles(on);
     }
 }
 
@@ -101,9 +102,9 @@ where
             .map_or_else(|| defaults::fused_linear(x, weight, bias), from_cube)
     }
 
-    /// burn's own kernels hold keys, values and weights in f16, so that pictures of more than 4,096
-    /// tokens are wrong. The kernel in f32 is 2.4 times as fast as the default body where it is causal,
-    /// else as fast.
+    /// burn's own kernels hold keys, values and weights in f16, so that images of more than 4,096
+    /// tokens come out wrong. The f32 kernel is 2.4 times as fast as the default body if causal, else
+    /// equally fast.
     fn packed_attention(
         query: Tensor<Self, 3>,
         key: Tensor<Self, 3>,
@@ -156,7 +157,7 @@ where
         let (x, weight) = (contiguous(x), contiguous(weight));
         let [tokens, dim] = x.shape().dims();
         let output = like(&x);
-        // SAFETY: a cube reads and writes the values of its token; there are none past the last.
+        // SAFETY: a cube reads and writes the values of its token; surplus cubes return at once.
         unsafe {
             kernels::rms_norm::launch_unchecked::<R>(
                 &output.client,
@@ -188,8 +189,8 @@ where
         let output = like(&x);
         let mut first = 0;
         for run in runs.iter().filter(|run| run.tokens > 0) {
-            // SAFETY: a cube reads and writes the values of its token; there are none past the last
-            // of the run.
+            // SAFETY: a cube reads and writes the values of its token; cubes past the last token of
+            // the run return at once.
             unsafe {
                 kernels::layer_norm_modulate::launch_unchecked::<R>(
                     &output.client,
@@ -225,7 +226,7 @@ where
         let (cos, sin) = (contiguous(rope.cos.clone()), contiguous(rope.sin.clone()));
         let [tokens, _, head_dim] = x.shape().dims();
         let output = like(&x);
-        // SAFETY: a cube reads and writes the values of its token; there are none past the last.
+        // SAFETY: a cube reads and writes the values of its token; surplus cubes return at once.
         unsafe {
             kernels::qk_norm_rope::launch_unchecked::<R>(
                 &output.client,
@@ -274,7 +275,8 @@ where
     let output = like(&x);
     let lanes = lanes(&output, height * width);
     let units = images * height * width / lanes;
-    // SAFETY: a unit reads and writes the values of its pixels; there are none past the last.
+    // SAFETY: a unit reads and writes the values of its pixels; units past the last pixel return at
+    // once.
     unsafe {
         kernels::channel_norm::launch_unchecked::<R>(
             &output.client,
@@ -322,18 +324,18 @@ where
     Tensor::from_primitive(TensorPrimitive::Float(x))
 }
 
-/// An output of the same shape and type.
+/// Allocates an output of the same shape and dtype.
 fn like<R: CubeRuntime>(x: &CubeTensor<R>) -> CubeTensor<R> {
     empty_device_contiguous_dtype(x.client.clone(), x.device.clone(), x.shape(), x.dtype)
 }
 
-/// At least so many cubes: kernels end those that are too many.
+/// A launch grid of at least `count` cubes; surplus cubes return at once.
 fn cubes<R: CubeRuntime>(x: &CubeTensor<R>, count: usize) -> CubeCount {
     calculate_cube_count_elemwise(&x.client, count, CubeDim::new_single())
 }
 
-/// Values that a unit reads at once, of `consecutive` ones: f32, which has the fewest, is among
-/// them.
+/// Vector width for a kernel whose tensors have `consecutive` contiguous values: the largest that
+/// the device loads in f32, the widest dtype a kernel accesses, and that divides `consecutive`.
 fn lanes<R: CubeRuntime>(x: &CubeTensor<R>, consecutive: usize) -> usize {
     let mut sizes = x.client.io_optimized_vector_sizes(size_of::<f32>());
     sizes

@@ -1,4 +1,4 @@
-//! What a runtime of `CubeCL` adds to the kernels that run on all of them.
+//! Kernels that exist for one `CubeCL` runtime only.
 
 use burn_cubecl::CubeRuntime;
 use burn_cubecl::tensor::CubeTensor;
@@ -6,20 +6,20 @@ use burn_cubecl::tensor::CubeTensor;
 use super::gate::Gate;
 use crate::TokenRun;
 
-/// A runtime of `CubeCL`, and the kernels that kiln has for it alone. A function returns `None` where
-/// it has no kernel for tensors like these.
+/// A `CubeCL` runtime with the kernels that kiln has for it alone. Each function implements an op of
+/// [`crate::FusedOps`], and returns `None` if it has no kernel for these tensors.
 pub trait KernelRuntime: CubeRuntime {
-    /// Whether [`KernelRuntime::linear`] and [`KernelRuntime::conv2d_same`] take all tensors. burn's
-    /// fusion joins nothing to them then, so that the elementwise ops have kernels too.
+    /// Whether [`KernelRuntime::linear`] and [`KernelRuntime::conv2d_same`] support all tensors. burn
+    /// cannot fuse elementwise ops with these kernels, so the runtime then has kernels for those too.
     const HAS_PRODUCTS: bool = false;
 
-    /// Whether burn's own products of f32 may round what they multiply to TF32.
+    /// Whether burn's own f32 matrix products may round their operands to TF32.
     const ROUNDS_TO_TF32: bool = false;
 
-    /// Which kernels are in use on this runtime's devices.
+    /// The kernels in use on this runtime's devices.
     fn gate() -> &'static Gate;
 
-    /// [`crate::FusedOps::fused_linear`].
+    /// Computes [`crate::FusedOps::fused_linear`].
     fn linear(
         x: &CubeTensor<Self>,
         weight: &CubeTensor<Self>,
@@ -29,7 +29,7 @@ pub trait KernelRuntime: CubeRuntime {
         None
     }
 
-    /// [`crate::FusedOps::conv2d_same`].
+    /// Computes [`crate::FusedOps::conv2d_same`].
     fn conv2d_same(
         x: &CubeTensor<Self>,
         weight: &CubeTensor<Self>,
@@ -39,19 +39,19 @@ pub trait KernelRuntime: CubeRuntime {
         None
     }
 
-    /// [`crate::FusedOps::gelu_tanh`].
+    /// Computes [`crate::FusedOps::gelu_tanh`].
     fn gelu_tanh(x: &CubeTensor<Self>) -> Option<CubeTensor<Self>> {
         let _ = x;
         None
     }
 
-    /// [`crate::FusedOps::silu_mul`].
+    /// Computes [`crate::FusedOps::silu_mul`].
     fn silu_mul(gate: &CubeTensor<Self>, up: &CubeTensor<Self>) -> Option<CubeTensor<Self>> {
         let _ = (gate, up);
         None
     }
 
-    /// [`crate::FusedOps::gated_residual`].
+    /// Computes [`crate::FusedOps::gated_residual`].
     fn gated_residual(
         residual: &CubeTensor<Self>,
         gate: &CubeTensor<Self>,
@@ -62,7 +62,7 @@ pub trait KernelRuntime: CubeRuntime {
         None
     }
 
-    /// [`crate::FusedOps::packed_attention`].
+    /// Computes [`crate::FusedOps::packed_attention`].
     fn packed_attention(
         query: &CubeTensor<Self>,
         key: &CubeTensor<Self>,

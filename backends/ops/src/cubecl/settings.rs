@@ -1,4 +1,4 @@
-//! The settings files of `CubeCL` and burn.
+//! The configuration files of `CubeCL` and burn, and the folder of the kernel cache.
 
 use std::panic::catch_unwind;
 use std::path::Path;
@@ -10,12 +10,15 @@ use burn_std::config::BurnConfig;
 
 use super::gate::switch;
 
-/// Has `CubeCL` and burn read their settings, which they would do later in a place where a file
-/// that does not parse ends a thread; `KILN_KERNELS` is read too. The error is for people.
+/// Loads the settings of `CubeCL` and burn, and reads `KILN_KERNELS`. Otherwise both would load their
+/// settings on a device thread, which a file that does not parse would end.
 ///
-/// Compiled kernels and the choice among them are kept in `cache`, or nowhere if that is no folder;
-/// `None` leaves that to `CubeCL`, and so do settings that name a place. What counts is the first
-/// call in a process, as there is one set of settings for all devices.
+/// Compiled kernels and autotune results are cached in the folder `cache`; compiled kernels are not
+/// cached if it does not exist. `None`, and settings that name a cache, leave this to `CubeCL`. Only
+/// the first call in a process has an effect: all devices share one set of settings.
+///
+/// # Errors
+/// Returns a message for the user if a settings file does not parse or `KILN_KERNELS` is invalid.
 pub fn read_settings(cache: Option<&Path>) -> Result<(), String> {
     switch()?;
     let read = || {
@@ -30,7 +33,7 @@ pub fn read_settings(cache: Option<&Path>) -> Result<(), String> {
         )
     })?;
     if let Some(cache) = cache {
-        keep_in(&mut settings, cache);
+        set_cache(&mut settings, cache);
     }
     CubeClRuntimeConfig::storage()
         .lock()
@@ -38,12 +41,13 @@ pub fn read_settings(cache: Option<&Path>) -> Result<(), String> {
     Ok(())
 }
 
-fn keep_in(settings: &mut CubeClRuntimeConfig, cache: &Path) {
-    // Its default, which is also what a file that says "target" asks for.
+fn set_cache(settings: &mut CubeClRuntimeConfig, cache: &Path) {
+    // `Target` is the default; a file that sets "target" looks the same.
     if matches!(settings.autotune.cache, CacheConfig::Target) {
         settings.autotune.cache = CacheConfig::File(cache.to_owned());
     }
-    // Choices that cannot be written are not kept; kernels that cannot be would end a thread.
+    // CubeCL ignores an autotune cache that cannot be written, but a compilation cache that cannot
+    // be written ends the device thread.
     if settings.compilation.cache.is_none() && cache.is_dir() {
         settings.compilation.cache = Some(CacheConfig::File(cache.to_owned()));
     }
@@ -56,12 +60,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn settings_that_name_a_place_are_left() {
+    fn settings_that_name_a_cache_are_kept() {
         let folder = env::temp_dir();
         let mut settings = CubeClRuntimeConfig::default();
         settings.autotune.cache = CacheConfig::Global;
         settings.compilation.cache = Some(CacheConfig::Local);
-        keep_in(&mut settings, &folder);
+        set_cache(&mut settings, &folder);
         assert!(matches!(settings.autotune.cache, CacheConfig::Global));
         assert!(matches!(
             settings.compilation.cache,
@@ -70,12 +74,12 @@ mod tests {
     }
 
     #[test]
-    fn kernels_are_kept_where_there_is_a_folder() {
-        for (folder, kept) in [(env::temp_dir(), true), ("no such folder".into(), false)] {
+    fn compiled_kernels_are_cached_only_in_an_existing_folder() {
+        for (folder, cached) in [(env::temp_dir(), true), ("no such folder".into(), false)] {
             let mut settings = CubeClRuntimeConfig::default();
-            keep_in(&mut settings, &folder);
+            set_cache(&mut settings, &folder);
             assert_eq!(settings.autotune.cache.root(), folder);
-            assert_eq!(settings.compilation.cache.is_some(), kept);
+            assert_eq!(settings.compilation.cache.is_some(), cached);
         }
     }
 }

@@ -1,13 +1,16 @@
-//! Linear layers of one row or one column, which burn's GPU backends must not be asked for.
+//! Linear layers with one row or one column, which burn 0.21's fused GPU kernels compute wrong.
 
 use burn_tensor::Tensor;
 use burn_tensor::backend::Backend;
 
 use crate::defaults;
 
-/// burn 0.21 fuses a product with the ops after it, and for products of one row or one column it
-/// then tries kernels that take the other matrix to lie row by row, without looking. So every
-/// product has two of each. (burn issue 5122, cubek pull request 262.)
+/// Computes [`defaults::fused_linear`] with at least two rows and two columns, by repeating a single
+/// one.
+///
+/// burn 0.21 fuses a matrix product with the ops after it. For products of one row or one column it
+/// then selects kernels that assume the other matrix is row-major, without checking its strides.
+/// (burn issue 5122, cubek pull request 262.)
 pub(super) fn fused_linear<B: Backend>(
     x: Tensor<B, 2>,
     weight: Tensor<B, 2>,

@@ -1,7 +1,7 @@
-//! Uploads to devices of `CubeCL`: from pinned memory where a runtime has it, in small parts.
+//! Uploads to `CubeCL` devices in small chunks, from pinned memory if the runtime has it.
 //!
-//! `CubeCL`'s own way in copies a whole tensor into ordinary memory first, and keeps that until kernels
-//! are launched.
+//! `CubeCL`'s own upload copies the whole tensor into pageable memory first, and keeps the copy until
+//! kernels are launched.
 
 use std::cell::Cell;
 
@@ -19,15 +19,15 @@ use cubecl_common::stream_id::StreamId;
 
 use crate::{Upload, faults};
 
-/// Bytes of a part. `CubeCL` takes pinned memory from pages that are many times as large as what is
-/// asked for, and keeps them.
-const PART: usize = 4 << 20;
-/// Bytes that may wait for the device to take them.
+/// Bytes of a chunk. `CubeCL` allocates pinned memory in pages many times as large as the request,
+/// and keeps them.
+const CHUNK: usize = 4 << 20;
+/// Largest number of bytes that are queued for the device at once.
 const IN_FLIGHT: usize = 64 << 20;
 
 thread_local! {
-    /// Bytes that this thread's queue was given since it was last waited for.
-    static GIVEN: Cell<usize> = const { Cell::new(0) };
+    /// Bytes queued on this thread's stream since the last flush.
+    static QUEUED: Cell<usize> = const { Cell::new(0) };
 }
 
 impl<R, F, I, BT> Upload for CubeBackend<R, F, I, BT>
@@ -51,20 +51,20 @@ where
         let tensor = empty_device_contiguous_dtype(client.clone(), device.clone(), shape, dtype);
         let server = DeviceHandle::<R::Server>::new(device.to_id());
         let stream = StreamId::current();
-        for first in (0..size).step_by(PART) {
-            let length = PART.min(size - first);
-            let mut part = staging(&server, length, stream);
-            fill(first, &mut part);
-            let place = tensor.handle.clone().offset_start(first as u64);
-            let place = place.offset_end((size - first - length) as u64);
-            let to = CopyDescriptor::new(place.binding(), [length].into(), [1].into(), 1);
-            server.submit(move |server| server.write(vec![(to, part)], stream));
-            GIVEN.set(GIVEN.get() + length);
-            if GIVEN.get() >= IN_FLIGHT {
-                GIVEN.set(0);
-                // The first one marks where the device must have come to, the second one waits for it.
+        for first in (0..size).step_by(CHUNK) {
+            let length = CHUNK.min(size - first);
+            let mut chunk = staging(&server, length, stream);
+            fill(first, &mut chunk);
+            let target = tensor.handle.clone().offset_start(first as u64);
+            let target = target.offset_end((size - first - length) as u64);
+            let to = CopyDescriptor::new(target.binding(), [length].into(), [1].into(), 1);
+            server.submit(move |server| server.write(vec![(to, chunk)], stream));
+            QUEUED.set(QUEUED.get() + length);
+            if QUEUED.get() >= IN_FLIGHT {
+                QUEUED.set(0);
+                // The first flush records an event on the stream, the second one waits for it.
                 if let Err(error) = (0..2).try_for_each(|_| client.flush()) {
-                    faults::note(&error.to_string());
+                    faults::record(&error.to_string());
                 }
             }
         }
@@ -72,15 +72,15 @@ where
     }
 }
 
-/// Memory to upload from: pinned if the runtime can give some.
+/// Allocates host memory to upload from, pinned if the runtime supports that.
 fn staging<S: ComputeServer + 'static>(
     server: &DeviceHandle<S>,
     length: usize,
     stream: StreamId,
 ) -> Bytes {
-    let given = server.submit_blocking(move |server| server.staging(&[length], stream).ok());
-    // If that thread has failed, a watch has seen it.
-    let pinned = given.ok().flatten().and_then(|mut parts| parts.pop());
+    let allocated = server.submit_blocking(move |server| server.staging(&[length], stream).ok());
+    // An error means that the device thread failed, which a `FaultWatch` reports.
+    let pinned = allocated.ok().flatten().and_then(|mut parts| parts.pop());
     pinned.unwrap_or_else(|| Bytes::from_bytes_vec(vec![0; length]))
 }
 

@@ -5,12 +5,12 @@ use burn_cubecl::tensor::CubeTensor;
 use burn_tensor::{DType, Shape, TensorMetadata};
 
 use super::source::{CudaKernel, Launch, element};
-use super::{allocate, has_tensor_cores, has_wgmma, is_aligned, rows};
+use super::{allocate, has_tensor_cores, has_wgmma, is_aligned, with_contiguous_rows};
 
-/// The most sequences of a launch.
+/// Largest number of sequences per launch.
 const SEQUENCES: usize = 32;
 
-/// `attention_mma.cu`.
+/// A compilation of `attention_mma.cu`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct AttentionMma {
     pub element: &'static str,
@@ -18,19 +18,19 @@ pub struct AttentionMma {
     pub causal: bool,
 }
 
-/// Sizes of packed sequences of attention.
+/// Sizes of attention over packed sequences.
 #[derive(Debug, Clone)]
 pub struct Attention {
     pub heads: usize,
     pub kv_heads: usize,
     pub head_dim: usize,
-    /// From token to token and from head to head, of query, key and value, in values.
+    /// Token stride and head stride of query, key and value, in values.
     pub strides: [[usize; 2]; 3],
 }
 
 impl Attention {
-    /// The launch of a kernel whose blocks have so many queries and 1 / `parts` of a head, for sequences
-    /// that begin at these tokens; the last of `starts` is where they end.
+    /// Launch of a kernel whose blocks compute `queries` queries and 1 / `parts` of a head's columns.
+    /// `starts` has the first token of each sequence, and the end of the last one.
     fn launch<K>(&self, kernel: K, queries: usize, parts: usize, starts: &[usize]) -> Launch<K> {
         let lengths = starts.windows(2).map(|pair| pair[1] - pair[0]);
         let tiles: usize = lengths.map(|length| length.div_ceil(queries)).sum();
@@ -47,24 +47,25 @@ impl Attention {
 }
 
 impl AttentionMma {
-    /// Queries of a block.
+    /// Queries per block.
     const QUERIES: usize = 64;
 
-    /// Whether the kernel has heads of this width.
+    /// Whether the kernel supports this head dimension.
     pub fn has_width(head_dim: usize) -> bool {
         head_dim.is_multiple_of(8) && (8..=384).contains(&head_dim)
     }
 
+    /// Head dimension in shared memory, padded for the tensor cores.
     fn depth(self) -> usize {
         self.head_dim.next_multiple_of(16)
     }
 
-    /// Blocks that share the columns of a head.
+    /// Number of blocks that share the columns of a head.
     fn parts(self) -> usize {
         self.head_dim.div_ceil(128)
     }
 
-    /// Columns of a block.
+    /// Output columns per block.
     fn columns(self) -> usize {
         self.head_dim.div_ceil(self.parts()).next_multiple_of(16)
     }
@@ -74,7 +75,7 @@ impl AttentionMma {
         if self.depth() <= 128 { 64 } else { 32 }
     }
 
-    /// The launch for sequences that begin at these tokens; the last of `starts` is where they end.
+    /// Launch over sequences; `starts` has the first token of each, and the end of the last one.
     pub fn launch(self, sizes: &Attention, starts: &[usize]) -> Launch<Self> {
         sizes.launch(self, Self::QUERIES, self.parts(), starts)
     }
@@ -112,7 +113,7 @@ impl CudaKernel for AttentionMma {
     }
 }
 
-/// `attention_wgmma.cu`.
+/// A compilation of `attention_wgmma.cu`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct AttentionWgmma {
     pub element: &'static str,
@@ -121,15 +122,15 @@ pub struct AttentionWgmma {
 }
 
 impl AttentionWgmma {
-    /// Queries of a block, and keys of a tile.
+    /// Queries per block, and keys of a tile.
     const ROWS: usize = 128;
 
-    /// Whether the kernel has heads of this width.
+    /// Whether the kernel supports this head dimension.
     pub fn has_width(head_dim: usize) -> bool {
         matches!(head_dim, 64 | 128)
     }
 
-    /// The launch for sequences that begin at these tokens; the last of `starts` is where they end.
+    /// Launch over sequences; `starts` has the first token of each, and the end of the last one.
     pub fn launch(self, sizes: &Attention, starts: &[usize]) -> Launch<Self> {
         sizes.launch(self, Self::ROWS, 1, starts)
     }
@@ -155,14 +156,14 @@ impl CudaKernel for AttentionWgmma {
         256
     }
 
-    /// One tile of queries, two of keys and two of values.
+    /// Space for one tile of queries, two of keys and two of values.
     fn shared_bytes(&self) -> usize {
         5 * Self::ROWS * self.head_dim * 2
     }
 }
 
-/// Attention as [`crate::FusedOps::packed_attention`] defines it, where tensor cores have the type and
-/// the width of the heads.
+/// Computes [`crate::FusedOps::packed_attention`]; `None` unless tensor cores support the dtype and the
+/// head dimension.
 pub(super) fn packed_attention(
     query: &CubeTensor<CudaRuntime>,
     key: &CubeTensor<CudaRuntime>,
@@ -180,7 +181,7 @@ pub(super) fn packed_attention(
     if !fits {
         return None;
     }
-    let [query, key, value] = [query, key, value].map(rows);
+    let [query, key, value] = [query, key, value].map(with_contiguous_rows);
     if ![&query, &key, &value].into_iter().all(is_aligned) {
         return None;
     }
@@ -214,7 +215,7 @@ pub(super) fn packed_attention(
     Some(out)
 }
 
-/// Where the sequences of each launch begin, and where the last one ends.
+/// For each launch, the first token of each of its sequences, and the end of the last one.
 fn starts(lengths: &[usize]) -> Vec<Vec<usize>> {
     let mut end = 0;
     let lengths: Vec<usize> = lengths

@@ -1,7 +1,7 @@
-//! Ops that go over their tensors once.
+//! Elementwise ops.
 //!
-//! Behind burn's fusion they would be one launch each too, but it takes none of them up between ops
-//! that it does not know: GELU alone was twelve passes over f32.
+//! burn's fusion could also run each as one launch, but it does not fuse between the custom ops that
+//! surround them: GELU alone took twelve passes in f32.
 
 use burn_cubecl::cubecl::cuda::CudaRuntime;
 use burn_cubecl::kernel::into_contiguous;
@@ -12,14 +12,14 @@ use super::allocate;
 use super::source::{CudaKernel, Launch, element};
 use crate::TokenRun;
 
-/// `elementwise.cu`.
+/// A compilation of `elementwise.cu`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Elementwise {
     pub element: &'static str,
     pub op: ElementwiseOp,
 }
 
-/// What is computed of each value.
+/// The op that the kernel computes; the discriminant is the kernel's macro `OP`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum ElementwiseOp {
     GeluTanh,
@@ -28,12 +28,12 @@ pub enum ElementwiseOp {
 }
 
 impl Elementwise {
-    /// The most runs of a launch.
+    /// Largest number of token runs per launch.
     const RUNS: usize = 32;
-    /// The most blocks of ops that have no tokens: each does more of them.
+    /// Largest number of blocks for GELU and `silu_mul`, which loop over the values.
     const BLOCKS: usize = 65_536;
 
-    /// The launch for so many values.
+    /// Launch of GELU or `silu_mul` over `count` values.
     pub fn launch(self, count: usize) -> Launch<Self> {
         let blocks = count.div_ceil(8 * self.threads() as usize);
         Launch {
@@ -46,7 +46,7 @@ impl Elementwise {
         }
     }
 
-    /// The launches for tokens of `dim` values.
+    /// Launches of the gated residual over tokens of `dim` values, up to 32 runs each.
     pub fn launches(self, dim: usize, runs: &[TokenRun]) -> Vec<Launch<Self>> {
         let runs: Vec<TokenRun> = runs.iter().filter(|run| run.tokens > 0).copied().collect();
         let mut first = 0;
@@ -97,7 +97,7 @@ impl CudaKernel for Elementwise {
     }
 }
 
-/// [`crate::FusedOps::gelu_tanh`] without `b`, [`crate::FusedOps::silu_mul`] with it.
+/// Computes [`crate::FusedOps::gelu_tanh`] of `a`, or [`crate::FusedOps::silu_mul`] of `a` and `b`.
 pub(super) fn activation(
     a: &CubeTensor<CudaRuntime>,
     b: Option<&CubeTensor<CudaRuntime>>,
@@ -113,7 +113,7 @@ pub(super) fn activation(
         .cloned()
         .map(into_contiguous)
         .collect();
-    if !tensors.iter().all(|x| is_whole(x, a)) {
+    if !tensors.iter().all(|x| is_supported(x, a)) {
         return None;
     }
     let kernel = Elementwise {
@@ -129,7 +129,7 @@ pub(super) fn activation(
     Some(out)
 }
 
-/// [`crate::FusedOps::gated_residual`].
+/// Computes [`crate::FusedOps::gated_residual`].
 pub(super) fn gated_residual(
     residual: &CubeTensor<CudaRuntime>,
     gate: &CubeTensor<CudaRuntime>,
@@ -137,8 +137,8 @@ pub(super) fn gated_residual(
     runs: &[TokenRun],
 ) -> Option<CubeTensor<CudaRuntime>> {
     let [residual, gate, x] = [residual, gate, x].map(|x| into_contiguous(x.clone()));
-    let is_whole = is_whole(&residual, &residual) && is_whole(&x, &residual);
-    if !is_whole || gate.dtype != DType::F32 {
+    let are_supported = is_supported(&residual, &residual) && is_supported(&x, &residual);
+    if !are_supported || gate.dtype != DType::F32 {
         return None;
     }
     let kernel = Elementwise {
@@ -152,7 +152,7 @@ pub(super) fn gated_residual(
     Some(out)
 }
 
-/// Whether a contiguous tensor has the type of another, and begins at a multiple of 16 bytes.
-fn is_whole(x: &CubeTensor<CudaRuntime>, like: &CubeTensor<CudaRuntime>) -> bool {
+/// Whether a contiguous tensor has the dtype of `like` and starts at a multiple of 16 bytes.
+fn is_supported(x: &CubeTensor<CudaRuntime>, like: &CubeTensor<CudaRuntime>) -> bool {
     x.dtype == like.dtype && x.handle.offset_start.unwrap_or(0).is_multiple_of(16)
 }

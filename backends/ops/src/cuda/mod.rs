@@ -1,8 +1,8 @@
-//! Kernels in CUDA C++ for NVIDIA's GPUs: products of matrices, convolutions, attention, elementwise ops.
+//! Kernels in CUDA C++ for NVIDIA GPUs: matrix products, convolutions, attention, elementwise ops.
 //!
-//! The texts lie in `kernels/`; NVRTC compiles them at run time for the GPU at hand. Products in bf16
-//! and f16 run on tensor cores where there are any (compute capability 8.0 and above), with f32 sums;
-//! all others in f32 arithmetic, never in TF32.
+//! The sources are in `kernels/`; NVRTC compiles them at run time for the GPU in use. Products in bf16
+//! and f16 run on tensor cores with f32 accumulation on compute capability 8.0 and above; all others
+//! run in f32 arithmetic, never in TF32.
 
 mod attention;
 mod elementwise;
@@ -77,21 +77,21 @@ impl KernelRuntime for CudaRuntime {
     }
 }
 
-/// Whether the GPU has what `*_mma.cu` are written with: `cp.async` came with the instructions for
-/// bf16, in compute capability 8.0.
+/// Whether the GPU has the instructions of `*_mma.cu` (compute capability 8.0 and above). `cp.async`
+/// was introduced together with bf16 products.
 fn has_tensor_cores(x: &CubeTensor<CudaRuntime>) -> bool {
     x.client.properties().features.copy_async
 }
 
-/// Whether the GPU has what `*_wgmma.cu` are written with: compute capability 9.0 and no other, which is
-/// told by the copies of tensors that came with it, and those that came with the next.
+/// Whether the GPU has the instructions of `*_wgmma.cu`: compute capability 9.0 only, which has TMA
+/// but not the wide im2col mode of later GPUs.
 fn has_wgmma(x: &CubeTensor<CudaRuntime>) -> bool {
     let tma = x.client.properties().features.tma;
     tma.contains(Tma::Base) && !tma.contains(Tma::Im2colWide)
 }
 
-/// Values of the last dimension beside each other, whatever the other strides.
-fn rows(x: &CubeTensor<CudaRuntime>) -> CubeTensor<CudaRuntime> {
+/// Makes the last dimension contiguous, with any other strides; copies only if needed.
+fn with_contiguous_rows(x: &CubeTensor<CudaRuntime>) -> CubeTensor<CudaRuntime> {
     if x.meta.strides().last() == Some(&1) {
         x.clone()
     } else {
@@ -99,7 +99,7 @@ fn rows(x: &CubeTensor<CudaRuntime>) -> CubeTensor<CudaRuntime> {
     }
 }
 
-/// Whether every row of a tensor of a 16-bit type begins at a multiple of 16 bytes.
+/// Whether every row of a tensor of a 16-bit dtype starts at a multiple of 16 bytes.
 fn is_aligned(x: &CubeTensor<CudaRuntime>) -> bool {
     let (_, outer) = x
         .meta

@@ -1,4 +1,4 @@
-//! Linear layers and convolutions: one product of matrices, on tensor cores or in f32.
+//! Linear layers and convolutions: one matrix product, on tensor cores or in f32 arithmetic.
 
 use burn_cubecl::cubecl::cuda::CudaRuntime;
 use burn_cubecl::kernel::{cast, into_contiguous};
@@ -6,35 +6,36 @@ use burn_cubecl::tensor::CubeTensor;
 use burn_tensor::{DType, Shape, TensorMetadata};
 
 use super::source::{CudaKernel, Launch, element};
-use super::{allocate, has_tensor_cores, has_wgmma, is_aligned, rows};
+use super::{allocate, has_tensor_cores, has_wgmma, is_aligned, with_contiguous_rows};
 use crate::cubecl::KernelRuntime;
 
-/// What the kernels of products share.
+/// Source that all product kernels include.
 const SIZES: &str = include_str!("kernels/product.cuh");
 
-/// Sizes of a product, as the kernels take them.
+/// Sizes of `out = a · bᵀ`, with `a` `[rows, depth]`, `b` `[columns, depth]` and `out`
+/// `[rows, columns]`.
 #[derive(Debug, Clone, Copy)]
 pub struct Product {
     pub rows: usize,
     pub columns: usize,
     pub depth: usize,
-    /// From row to row of the three matrices, in values.
+    /// Row strides of the three matrices, in values.
     pub a_stride: usize,
     pub b_stride: usize,
     pub out_stride: usize,
-    /// Of a convolution.
+    /// Set for a convolution: `a` is the weight, and `b` is the image, expanded by the kernel.
     pub image: Option<Image>,
 }
 
-/// What a convolution adds to the sizes of its product.
+/// Additional sizes of a convolution.
 #[derive(Debug, Clone, Copy)]
 pub struct Image {
     pub images: usize,
     pub height: usize,
     pub width: usize,
-    /// Side of the kernel.
+    /// Height and width of the kernel.
     pub kernel: usize,
-    /// Input channels as they lie in memory.
+    /// Input channels in memory, including padding.
     pub channels: usize,
 }
 
@@ -94,13 +95,14 @@ impl Product {
         }
     }
 
-    /// Whether a product in tiles of 128 keeps this many processors busy.
+    /// Whether the product has a 128 × 128 tile for each of this many processors.
     fn fills(&self, processors: usize) -> bool {
         let images = self.image.map_or(1, |image| image.images);
         self.rows.div_ceil(128) * self.columns.div_ceil(128) * images >= processors
     }
 
-    /// The launch on tensor cores, for matrices whose rows are 16-byte aligned.
+    /// Launch on tensor cores, for matrices whose rows are 16-byte aligned. `processors` is the number
+    /// of streaming multiprocessors, which selects the tile.
     pub fn mma(
         &self,
         element: &'static str,
@@ -119,8 +121,8 @@ impl Product {
         self.launch(kernel, [kernel.tile(); 2])
     }
 
-    /// The launch on tensor cores by Hopper's instructions, for matrices whose rows are 16-byte aligned.
-    /// `None` where it would leave most of the processors idle.
+    /// Launch on tensor cores with Hopper's warpgroup instructions (wgmma), for matrices whose rows are
+    /// 16-byte aligned. `None` if it would leave more than half of the processors idle.
     pub fn wgmma(
         &self,
         element: &'static str,
@@ -138,7 +140,7 @@ impl Product {
         (2 * launch.grid[0] as usize * launch.grid[1] as usize >= processors).then_some(launch)
     }
 
-    /// The launch in f32 arithmetic.
+    /// Launch in f32 arithmetic, for any element types and strides.
     pub fn fma(&self, elements: Elements, processors: usize) -> Launch<ProductFma> {
         let kernel = ProductFma {
             elements,
@@ -149,7 +151,7 @@ impl Product {
     }
 }
 
-/// `product_mma.cu`.
+/// A compilation of `product_mma.cu`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct ProductMma {
     pub element: &'static str,
@@ -199,7 +201,7 @@ impl CudaKernel for ProductMma {
     }
 }
 
-/// `product_wgmma.cu`.
+/// A compilation of `product_wgmma.cu`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct ProductWgmma {
     pub element: &'static str,
@@ -212,8 +214,8 @@ impl ProductWgmma {
     const STAGES: usize = 4;
     const DEPTH: usize = 64;
 
-    /// Rows and columns. Convolutions have few channels, and 192 columns leave fewer processors idle in
-    /// the last round.
+    /// Rows and columns of a tile. Convolutions have few channels, and 192 columns leave fewer
+    /// processors idle in the last wave of blocks.
     fn tile(self) -> [usize; 2] {
         [128, if self.is_convolution { 192 } else { 256 }]
     }
@@ -246,18 +248,18 @@ impl CudaKernel for ProductWgmma {
     }
 }
 
-/// Element types of a product in f32 arithmetic.
+/// CUDA element types of a product in f32 arithmetic.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Elements {
     pub a: &'static str,
     pub b: &'static str,
     pub bias: Option<&'static str>,
     pub out: &'static str,
-    /// Rounds `a` to bf16 first.
+    /// Whether `a` is rounded to bf16 first.
     pub round_a: bool,
 }
 
-/// `product_fma.cu`.
+/// A compilation of `product_fma.cu`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct ProductFma {
     pub elements: Elements,
@@ -301,14 +303,14 @@ impl CudaKernel for ProductFma {
     }
 }
 
-/// `rearrange.cu`: channels last, and a multiple of 8 of them.
+/// A compilation of `rearrange.cu`, which moves channels last and pads them to a multiple of 8.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct ChannelsLast {
     pub element: &'static str,
 }
 
 impl ChannelsLast {
-    /// The launch for `[outer, channels, inner]`, and how many channels there are afterwards.
+    /// Launch for an input `[outer, channels, inner]`, and the padded number of channels.
     pub fn launch(self, outer: usize, channels: usize, inner: usize) -> (Launch<Self>, usize) {
         let padded = channels.next_multiple_of(8);
         let launch = Launch {
@@ -343,13 +345,13 @@ impl CudaKernel for ChannelsLast {
     }
 }
 
-/// `x · weightᵀ + bias` as [`crate::FusedOps::fused_linear`] defines it.
+/// Computes [`crate::FusedOps::fused_linear`].
 pub(super) fn linear(
     x: &CubeTensor<CudaRuntime>,
     weight: &CubeTensor<CudaRuntime>,
     bias: Option<&CubeTensor<CudaRuntime>>,
 ) -> CubeTensor<CudaRuntime> {
-    let (x, weight) = (rows(x), rows(weight));
+    let (x, weight) = (with_contiguous_rows(x), with_contiguous_rows(weight));
     let bias = bias.map(|bias| into_contiguous(bias.clone()));
     let [tokens, depth] = x.shape().dims();
     let [columns, _] = weight.shape().dims();
@@ -358,10 +360,10 @@ pub(super) fn linear(
     if tokens == 0 {
         return out;
     }
-    // In f32 with a weight in bf16, `x` is rounded to bf16: that is a product in bf16.
+    // A bf16 weight has f32 activations rounded to bf16, so the product runs in bf16.
     let rounds = weight.dtype == DType::BF16 && dtype != DType::BF16;
     let x = if rounds && dtype == DType::F32 && has_tensor_cores(&x) {
-        rows(&cast(x, DType::BF16))
+        with_contiguous_rows(&cast(x, DType::BF16))
     } else {
         x
     };
@@ -396,7 +398,7 @@ pub(super) fn linear(
     out
 }
 
-/// The convolution that [`crate::FusedOps::conv2d_same`] defines.
+/// Computes [`crate::FusedOps::conv2d_same`].
 pub(super) fn conv2d_same(
     x: &CubeTensor<CudaRuntime>,
     weight: &CubeTensor<CudaRuntime>,
@@ -459,8 +461,8 @@ pub(super) fn conv2d_same(
     out
 }
 
-/// `[outer, channels, inner]` as `[outer, inner, channels]`, with the channels rounded up to a multiple
-/// of 8.
+/// Transposes `[outer, channels, inner]` to `[outer, inner, padded]`, where `padded` is the number of
+/// channels rounded up to a multiple of 8. Returns the tensor and `padded`.
 fn channels_last(
     x: &CubeTensor<CudaRuntime>,
     outer: usize,
@@ -473,7 +475,7 @@ fn channels_last(
     (out, padded)
 }
 
-/// The buffers of a product in the order of its arguments.
+/// The buffers of a product in the order of the kernel's arguments.
 fn buffers<'a>(
     a: &'a CubeTensor<CudaRuntime>,
     b: &'a CubeTensor<CudaRuntime>,
@@ -487,9 +489,9 @@ fn name(x: &CubeTensor<CudaRuntime>) -> &'static str {
     element(x.dtype).expect("models compute in f32, bf16 and f16")
 }
 
-/// Streaming multiprocessors of the device, or 1 while kernels are tried that keep all of them busy.
+/// Number of streaming multiprocessors of the device, or 1 while the gate forces large tiles.
 fn processors(x: &CubeTensor<CudaRuntime>) -> usize {
-    if CudaRuntime::gate().tries_large() {
+    if CudaRuntime::gate().forces_large_tiles() {
         return 1;
     }
     let count = x.client.properties().hardware.num_streaming_multiprocessors;

@@ -1,4 +1,4 @@
-//! Kernels written in CUDA C++, launched through `CubeCL` on its buffers and its stream.
+//! Compiles kernels in CUDA C++ and launches them through `CubeCL`, on its buffers and its stream.
 
 use std::fmt::Debug;
 use std::hash::Hash;
@@ -14,25 +14,25 @@ use cubecl_runtime::id::KernelId;
 use cubecl_runtime::kernel::{CompiledKernel, KernelDefinition, KernelMetadata, KernelOptions};
 use cubecl_runtime::server::{ExecutionMode, KernelArguments, MetadataBindingInfo};
 
-/// What every source begins with.
+/// Source that every kernel starts with.
 const DEVICE: &str = include_str!("kernels/device.cuh");
 
-/// A kernel in CUDA C++. Its value is one way of compiling it, and the key under which the compiled
-/// kernel is kept.
+/// A kernel in CUDA C++. The value holds its compile-time parameters, and is part of the cache key of
+/// the compiled kernel.
 pub trait CudaKernel: Clone + Debug + Eq + Hash + Send + Sync + 'static {
-    /// The function to launch.
+    /// Name of the `__global__` function.
     const NAME: &'static str;
-    /// The texts that define it, in order, after what [`CudaKernel::defines`] says.
+    /// Source files, in order; they follow `device.cuh` and the macros of [`CudaKernel::defines`].
     const TEXTS: &'static [&'static str];
 
-    /// The macros that the text is compiled with.
+    /// Names and values of the macros that the source is compiled with.
     fn defines(&self) -> Vec<(&'static str, String)>;
-    /// Threads of a block.
+    /// Threads per block.
     fn threads(&self) -> u32;
-    /// Bytes of dynamic shared memory of a block.
+    /// Bytes of dynamic shared memory per block.
     fn shared_bytes(&self) -> usize;
 
-    /// The whole program.
+    /// The complete source for NVRTC.
     fn source(&self) -> String {
         let defines = self.defines().into_iter();
         let defines = defines.map(|(name, value)| format!("#define {name} {value}\n"));
@@ -41,18 +41,18 @@ pub trait CudaKernel: Clone + Debug + Eq + Hash + Send + Sync + 'static {
     }
 }
 
-/// A launch of a kernel: everything but its buffers. They come first among the kernel's arguments, in
-/// the order that its text says, then `info` as one struct by value.
+/// A kernel launch without its buffers. The kernel's arguments are the buffers, then `info`.
 #[derive(Debug, Clone)]
 pub struct Launch<K> {
     pub kernel: K,
     /// Blocks in x, y and z.
     pub grid: [u32; 3],
+    /// The fields of the kernel's `struct Info`, passed by value.
     pub info: Vec<u64>,
 }
 
 impl<K: CudaKernel> Launch<K> {
-    /// Queues the launch.
+    /// Queues the launch on the stream of `buffers`, which are in the order of the kernel's arguments.
     pub(super) fn run(self, buffers: &[&CubeTensor<CudaRuntime>]) {
         let [x, y, z] = self.grid;
         let fixed = self.info.len();
@@ -66,7 +66,7 @@ impl<K: CudaKernel> Launch<K> {
     }
 }
 
-/// The C++ name of an element type, if the kernels know it.
+/// The C++ name of a dtype, if the kernels support it.
 pub(super) fn element(dtype: DType) -> Option<&'static str> {
     match dtype {
         DType::F32 => Some("float"),
@@ -84,7 +84,8 @@ impl<K: CudaKernel> KernelMetadata for Task<K> {
         K::NAME
     }
 
-    /// Compiled kernels are kept by this id: a changed text is another kernel.
+    /// Cache key of the compiled kernel. It includes a hash of the source, so that a changed source is
+    /// compiled anew.
     fn id(&self) -> KernelId {
         let text = const {
             let mut hash = fnv(FNV, DEVICE.as_bytes());
@@ -114,7 +115,7 @@ impl<K: CudaKernel> CubeTask<CudaCompiler> for Task<K> {
         address_type: StorageType,
     ) -> Result<CompiledKernel<CudaCompiler>, CompilationError> {
         let cube_dim = CubeDim::new_1d(self.0.threads());
-        // CubeCL asks the kernel's representation for nothing but the size of its shared memory.
+        // CubeCL reads only the size of the shared memory from a kernel's representation.
         let empty = KernelDefinition {
             buffers: Vec::new(),
             tensor_maps: Vec::new(),
@@ -145,10 +146,10 @@ impl<K: CudaKernel> CubeTask<CudaCompiler> for Task<K> {
     }
 }
 
-/// The 64-bit FNV-1a hash of nothing.
+/// The 64-bit FNV-1a hash of an empty text.
 const FNV: u64 = 0xcbf2_9ce4_8422_2325;
 
-/// The FNV-1a hash of what has this hash, and of a text after it.
+/// Extends an FNV-1a hash by a text.
 const fn fnv(mut hash: u64, text: &[u8]) -> u64 {
     let mut index = 0;
     while index < text.len() {

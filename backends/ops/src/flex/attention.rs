@@ -1,4 +1,4 @@
-//! Attention over packed sequences.
+//! Attention over packed sequences, with online softmax over blocks of keys.
 
 use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
@@ -7,10 +7,10 @@ use super::shared::SharedMut;
 use super::tile::{self, COLUMNS, Lane, ROWS, Tile};
 use super::{Float, contiguous, from_values, simd};
 
-/// Keys whose scores are held at once, so that they stay in the first-level cache: whole tiles.
+/// Keys per block: whole tiles, few enough for the scores to stay in the L1 cache.
 const KEYS: usize = 32 * ROWS;
 
-/// Keys and values of one head in one sequence.
+/// The keys and values of one key/value head in one sequence.
 struct Packed {
     /// `[length, head_dim]`
     keys: Vec<f32>,
@@ -18,19 +18,20 @@ struct Packed {
     values: Vec<f32>,
 }
 
-/// Consecutive tokens.
+/// A sequence of consecutive packed tokens.
 #[derive(Clone, Copy)]
 struct Sequence {
+    /// First token.
     start: usize,
     length: usize,
 }
 
-/// Up to [`COLUMNS`] queries of one head, worked out together.
+/// Up to [`COLUMNS`] consecutive queries of one head.
 #[derive(Clone, Copy)]
 struct Task {
     sequence: usize,
     head: usize,
-    /// First query, from the start of the sequence.
+    /// First query, within the sequence.
     first: usize,
 }
 
@@ -78,7 +79,7 @@ pub(super) fn packed_attention(
             let kv_head = task.head / (heads / kv_heads);
             let place = (start + task.first) * row + task.head * head_dim;
             let queries = COLUMNS.min(length - task.first);
-            scratch.take_queries(&query[place..], row, [queries, head_dim]);
+            scratch.load_queries(&query[place..], row, [queries, head_dim]);
             Arch::new().dispatch(Attend {
                 packed: &packed[task.sequence * kv_heads + kv_head],
                 length,
@@ -91,7 +92,7 @@ pub(super) fn packed_attention(
                     *attended = lane[query];
                 }
                 #[expect(unsafe_code, reason = "tasks write disjoint parts of the output")]
-                // SAFETY: each task has queries and a head of its own.
+                // SAFETY: tasks have disjoint queries or different heads.
                 unsafe {
                     shared.write(place + query * row, &attended);
                 }
@@ -127,9 +128,9 @@ fn tasks(sequences: &[Sequence], heads: usize) -> Vec<Task> {
     tasks
 }
 
-/// Rows that lie `stride` apart, as `[columns, rows]`.
+/// Transposes `[rows, columns]` with rows `stride` apart to contiguous `[columns, rows]`.
 fn transposed(values: &[f32], stride: usize, [rows, columns]: [usize; 2]) -> Vec<f32> {
-    /// Rows that are read together: their values fill a cache line.
+    /// Rows that are read together: one value of each fills a cache line.
     const BLOCK: usize = 16;
     let mut output = vec![0.0_f32; rows * columns];
     for first in (0..rows).step_by(BLOCK) {
@@ -144,20 +145,20 @@ fn transposed(values: &[f32], stride: usize, [rows, columns]: [usize; 2]) -> Vec
     output
 }
 
-/// What a thread needs for a task, with a lane for all queries.
+/// Scratch memory of a thread. A [`Lane`] holds one value for each query of a task.
 #[derive(Default)]
 struct Scratch {
     /// `[head_dim]`
     queries: Vec<Lane>,
     /// `[keys]`
     scores: Vec<Lane>,
-    /// The result: `[head_dim]`.
+    /// The output, `[head_dim]`.
     attended: Vec<Lane>,
 }
 
 impl Scratch {
-    /// Queries that lie `stride` apart. Queries that are missing are zeros.
-    fn take_queries(&mut self, values: &[f32], stride: usize, [count, head_dim]: [usize; 2]) {
+    /// Loads `count` queries that are `stride` apart; missing queries are zeros.
+    fn load_queries(&mut self, values: &[f32], stride: usize, [count, head_dim]: [usize; 2]) {
         self.queries.clear();
         self.queries.resize(head_dim, Lane::default());
         let queries = values.chunks(stride).take(count);
@@ -165,12 +166,12 @@ impl Scratch {
     }
 }
 
-/// The attention of a task's queries.
+/// Computes the attention of a task's queries.
 struct Attend<'a> {
     packed: &'a Packed,
-    /// Of the sequence.
+    /// Length of the sequence.
     length: usize,
-    /// The first query's place, if queries see no later keys.
+    /// First query within the sequence, if attention is causal.
     first: Option<usize>,
     scratch: &'a mut Scratch,
 }
@@ -178,8 +179,8 @@ struct Attend<'a> {
 impl WithSimd for Attend<'_> {
     type Output = ();
 
-    /// Block by block of keys. Exponentials are relative to the largest score so far: what came of
-    /// earlier blocks is scaled down where a block has a larger one.
+    /// Exponentials are relative to the largest score so far: if a block of keys has a larger one, the
+    /// sums of earlier blocks are scaled down.
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
         let Scratch {

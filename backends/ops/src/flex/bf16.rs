@@ -1,9 +1,6 @@
-//! Products of bf16 matrices with the processor's own instruction for them.
+//! Matrix products with the AVX-512 bf16 dot product instruction (`vdpbf16ps`).
 
-#![expect(
-    unsafe_code,
-    reason = "the processor's instructions are reached through intrinsics"
-)]
+#![expect(unsafe_code, reason = "the instructions are called as intrinsics")]
 
 use std::arch::x86_64::{
     __m512, __m512bh, __m512i, _mm512_dpbf16_ps, _mm512_set1_epi32, _mm512_setzero_ps,
@@ -14,30 +11,31 @@ use rayon::prelude::*;
 
 use super::simd;
 
-/// Values that a task rounds.
+/// Values that a task rounds to bf16.
 const CHUNK: usize = 1 << 14;
-/// Rows of the left matrix that a tile has.
+/// Rows of a tile: rows of the left matrix.
 const ROWS: usize = 6;
-/// Columns of a tile, each a row of the right matrix: 6 rows of 4 registers, which leaves 8 of the
-/// 32 for the operands.
+/// Columns of a tile: rows of the right matrix. 6 rows of 4 registers leave 8 of the 32 registers for
+/// the operands.
 pub(super) const COLUMNS: usize = 64;
-/// Pairs of values that are multiplied before the sums go back to memory: as many as leave a
-/// panel in the second-level cache.
+/// Pairs of values that are multiplied before the sums are written back: as many as keep a panel in
+/// the L2 cache.
 const PAIRS: usize = 1024;
 
-/// Two consecutive values of a row, the first in the lower half.
+/// Two consecutive bf16 values of a row, the first in the lower half.
 pub(super) type Pair = u32;
-/// Pairs of up to [`COLUMNS`] rows, those of one place together.
+/// Transposed pairs of up to [`COLUMNS`] rows: `[pairs, COLUMNS]`.
 pub(super) type Panel = Vec<[Pair; COLUMNS]>;
 
-/// The sums of six rows and 64 columns.
+/// The sums of a tile.
 type Tile = [[f32; COLUMNS]; ROWS];
 
-/// Proof that the processor multiplies in bf16.
+/// Proof that the CPU has AVX-512 with bf16.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Bf16Instructions(());
 
 impl Bf16Instructions {
+    /// Returns the proof if the CPU has the instructions.
     pub(super) fn detect() -> Option<Self> {
         let available =
             is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bf16");
@@ -48,10 +46,10 @@ impl Bf16Instructions {
 /// Adds `left · rightᵀ` to `sums`.
 ///
 /// # Shapes
-/// - left: `[rows, d_in]` as [`pairs_of_rows`] makes it
+/// - left: `[rows, d_in]` in the layout of [`pairs_of_rows`]
 /// - right: `[columns, d_in]`, at most [`COLUMNS`] rows
-/// - sums: `[rows, COLUMNS]`; columns past those of `right` stay
-/// - panel: for the function's own use
+/// - sums: `[rows, COLUMNS]`; columns past those of `right` are unspecified
+/// - panel: scratch memory, reused between calls
 pub(super) fn add_product(
     _: Bf16Instructions,
     sums: &mut [[f32; COLUMNS]],
@@ -68,13 +66,13 @@ pub(super) fn add_product(
         let panel = &mut panel[..count];
         interleave(panel, (right, d_in), first);
         for (index, sums) in sums.chunks_mut(ROWS).enumerate() {
-            // A tile with fewer rows works out its last row several times.
+            // A tile with fewer rows repeats its last row.
             let row = |i: usize| {
                 let row = index * ROWS + i.min(sums.len() - 1);
                 &left[row * pairs + first..][..count]
             };
             let rows = std::array::from_fn(row);
-            // SAFETY: the caller has the proof that the instructions are there.
+            // SAFETY: the caller has proof that the CPU has the instructions.
             let tile = unsafe { tile(rows, panel) };
             for (sums, tile) in sums.iter_mut().zip(tile) {
                 sums.iter_mut().zip(tile).for_each(|(sum, x)| *sum += x);
@@ -83,7 +81,8 @@ pub(super) fn add_product(
     }
 }
 
-/// Rows of `d_in` values as pairs, rounded to bf16; an odd row ends with a zero.
+/// Rounds rows of `d_in` values to bf16 and packs them as `[rows, d_in / 2]` pairs; if `d_in` is odd,
+/// each row is padded with a zero.
 pub(super) fn pairs_of_rows(values: &[f32], d_in: usize) -> Vec<Pair> {
     let length = d_in.div_ceil(2);
     let mut pairs = vec![0; values.len() / d_in * length];
@@ -103,9 +102,9 @@ pub(super) fn pairs_of_rows(values: &[f32], d_in: usize) -> Vec<Pair> {
     pairs
 }
 
-/// Turns rows into columns: the pairs from `first` on of every row, those of one place together.
+/// Transposes rows into a panel, from their pair `first` on.
 fn interleave(panel: &mut [[Pair; COLUMNS]], (rows, d_in): (&[bf16], usize), first: usize) {
-    /// Places that are written for all rows before the next: they stay in the first-level cache.
+    /// Panel rows that are written for all columns before the next ones: they stay in the L1 cache.
     const PLACES: usize = 64;
     for (block, panel) in panel.chunks_mut(PLACES).enumerate() {
         let start = 2 * (first + block * PLACES);
@@ -126,7 +125,7 @@ fn join(first: bf16, second: bf16) -> Pair {
     Pair::from(first.to_bits()) | Pair::from(second.to_bits()) << 16
 }
 
-/// The products of some rows with all columns of a panel.
+/// Computes the products of six rows with all columns of a panel.
 #[target_feature(enable = "avx512f,avx512bf16")]
 fn tile(rows: [&[Pair]; ROWS], panel: &[[Pair; COLUMNS]]) -> Tile {
     const REGISTERS: usize = COLUMNS / 16;
@@ -152,7 +151,7 @@ fn tile(rows: [&[Pair]; ROWS], panel: &[[Pair; COLUMNS]]) -> Tile {
 mod tests {
     use super::*;
 
-    /// Small whole numbers, so that every sum is exact in any order.
+    /// The inputs are small integers, so that sums are exact in any order.
     #[test]
     fn sums_of_products_are_exact() {
         let Some(instructions) = Bf16Instructions::detect() else {
@@ -176,7 +175,7 @@ mod tests {
     }
 
     #[test]
-    fn odd_rows_end_with_a_zero() {
+    fn rows_of_odd_length_are_padded_with_a_zero() {
         assert_eq!(
             pairs_of_rows(&[1.0, -2.0, 0.5, 1.0, 1.0, 1.0], 3),
             [0xc000_3f80, 0x3f00, 0x3f80_3f80, 0x3f80]

@@ -1,4 +1,4 @@
-//! Ops that touch every value once.
+//! Elementwise ops and nearest-neighbour upsampling.
 
 use burn_flex::FlexTensor;
 use burn_tensor::TensorData;
@@ -7,12 +7,12 @@ use rayon::prelude::*;
 use super::{Float, contiguous, from_flex, from_values, simd, token_rows};
 use crate::TokenRun;
 
-/// Values per task: large enough to pay for the task, small enough to stay in cache.
+/// Values per task: enough to amortise the task, few enough to stay in cache.
 const CHUNK: usize = 1 << 14;
 
 /// 60 times as fast as the default body.
 pub(super) fn gelu_tanh(x: Float<2>) -> Float<2> {
-    from_flex(change(contiguous(x), |_, values| {
+    from_flex(map_chunks(contiguous(x), |_, values| {
         simd::vectorised(|| values.iter_mut().for_each(|x| *x = simd::gelu_tanh(*x)));
     }))
 }
@@ -21,7 +21,7 @@ pub(super) fn gelu_tanh(x: Float<2>) -> Float<2> {
 pub(super) fn silu_mul(gate: Float<2>, up: Float<2>) -> Float<2> {
     let up = contiguous(up);
     let ups = up.storage::<f32>();
-    from_flex(change(contiguous(gate), |first, gates| {
+    from_flex(map_chunks(contiguous(gate), |first, gates| {
         let ups = &ups[first..first + gates.len()];
         simd::vectorised(|| {
             gates
@@ -32,31 +32,31 @@ pub(super) fn silu_mul(gate: Float<2>, up: Float<2>) -> Float<2> {
     }))
 }
 
-/// Changes all values, chunk by chunk, each known by the index of its first: in place if nobody
-/// else holds the tensor, else in copies that are made on the way.
-fn change(mut x: FlexTensor, body: impl Fn(usize, &mut [f32]) + Sync) -> FlexTensor {
+/// Calls `body` with each chunk of a tensor's values and the index of the chunk's first value. Works
+/// in place if the tensor's storage is not shared, else on a copy.
+fn map_chunks(mut x: FlexTensor, body: impl Fn(usize, &mut [f32]) + Sync) -> FlexTensor {
     if let Some(values) = x.try_storage_mut::<f32>() {
         let chunks = values.par_chunks_mut(CHUNK).enumerate();
         chunks.for_each(|(index, chunk)| body(index * CHUNK, chunk));
         return x;
     }
     let values = x.storage::<f32>();
-    // Not zeroed: that would be a pass of its own.
-    let mut changed = Vec::with_capacity(values.len());
-    let chunks = changed.spare_capacity_mut()[..values.len()].par_chunks_mut(CHUNK);
+    // Not zeroed first, which would be another pass over memory.
+    let mut mapped = Vec::with_capacity(values.len());
+    let chunks = mapped.spare_capacity_mut()[..values.len()].par_chunks_mut(CHUNK);
     let chunks = chunks.zip(values.par_chunks(CHUNK)).enumerate();
     chunks.for_each(|(index, (chunk, values))| {
         body(index * CHUNK, chunk.write_copy_of_slice(values));
     });
     #[expect(
         unsafe_code,
-        reason = "the length of a vector that was filled in place"
+        reason = "sets the length of a vector that was filled in place"
     )]
-    // SAFETY: the chunks cover `values`, and all of each was written.
+    // SAFETY: the chunks cover the length of `values`, and each was written completely.
     unsafe {
-        changed.set_len(values.len());
+        mapped.set_len(values.len());
     }
-    FlexTensor::from_data(TensorData::new(changed, x.layout().shape().clone()))
+    FlexTensor::from_data(TensorData::new(mapped, x.layout().shape().clone()))
 }
 
 /// 11 times as fast as the default body.

@@ -15,18 +15,20 @@ use super::shared::SharedMut;
 use super::tile::{self, COLUMNS, Lane, ROWS, Tile};
 use super::{Float, contiguous, from_values, simd};
 
-/// Output features whose weights are worked on together: large enough for the product to run at
-/// full speed, small enough for the panel to stay in the second-level cache.
+/// Output features per panel of weights: enough for the product to run at full speed, few enough for
+/// the panel to stay in the L2 cache.
 const PANEL: usize = 64;
-/// Tokens up to which weights stay as they lie.
+/// Largest number of tokens for [`few_tokens`].
 const FEW_TOKENS: usize = 96;
 /// Values per task of an elementwise loop.
 const CHUNK: usize = 1 << 14;
-/// Tokens below which a panel is not split: reading its weights would cost more than the product.
+/// Smallest number of tokens per task: with fewer, reading the panel's weights costs more than the
+/// product.
 const MIN_TOKENS: usize = 48;
 
-/// Narrow weights are never widened as a whole, and those in bf16 not at all on processors that
-/// multiply in it, which takes half of the time.
+/// Computes [`FusedOps::fused_linear`](crate::FusedOps::fused_linear). Weights in bf16 and f16 are
+/// widened to f32 one panel at a time; bf16 weights not at all on CPUs with bf16 instructions, which
+/// halves the time.
 pub(super) fn fused_linear(x: Float<2>, weight: Float<2>, bias: Option<Float<1>>) -> Float<2> {
     let [tokens, d_in] = x.dims();
     let [d_out, _] = weight.dims();
@@ -71,8 +73,8 @@ pub(super) fn fused_linear(x: Float<2>, weight: Float<2>, bias: Option<Float<1>>
     from_values(output, [tokens, d_out])
 }
 
-/// A product in which weights are read as they lie: with few tokens, bringing them into another
-/// order takes longer than the product. Half of the time for 64 tokens.
+/// Computes a linear layer without repacking the weights: with few tokens, repacking takes longer
+/// than the product. Halves the time for 64 tokens.
 fn few_tokens(
     output: &mut [f32],
     (x, d_in): (&[f32], usize),
@@ -99,7 +101,7 @@ fn few_tokens(
             for (token, i) in (block * COLUMNS..tokens).zip(0..COLUMNS) {
                 let sums = tile.map(|row| row[i]);
                 #[expect(unsafe_code, reason = "tasks write disjoint parts of the output")]
-                // SAFETY: each task has features of its own.
+                // SAFETY: tasks have disjoint features.
                 unsafe {
                     shared.write(token * d_out + first, &sums[..features]);
                 }
@@ -108,7 +110,7 @@ fn few_tokens(
     });
 }
 
-/// The products of six rows with all columns of `lanes`.
+/// The products of six output features with up to 32 tokens.
 struct Rows<'a> {
     left: [&'a [f32]; ROWS],
     bias: [f32; ROWS],
@@ -126,7 +128,8 @@ impl WithSimd for Rows<'_> {
     }
 }
 
-/// With the processor's own products where it has them, else in f32 of the same rounded values.
+/// Computes a linear layer with bf16 weights: by bf16 instructions if the CPU has them, else in f32 of
+/// the same rounded values.
 fn bf16_linear(
     output: &mut [f32],
     (x, d_in): (&[f32], usize),
@@ -178,7 +181,7 @@ fn bf16_linear_in_f32(
     widening(output, (&rounded, d_in), weight, bias, widen);
 }
 
-/// A product with weights that are widened to f32 a panel at a time.
+/// Computes a linear layer with weights that `widen` converts to f32, one panel at a time.
 fn widening<T: Sync>(
     output: &mut [f32],
     (x, d_in): (&[f32], usize),
@@ -208,10 +211,11 @@ fn widening<T: Sync>(
     );
 }
 
-/// A product with `weight` of `[out, d_in]`, a panel of its rows and a run of tokens at a time.
+/// Computes a linear layer with `weight` `[out, d_in]`, in tasks of one panel of output features and
+/// one range of tokens.
 ///
-/// `add` gets its thread's scratch, the sums of the run (`[tokens, PANEL]`, with the bias in them),
-/// the run, and the panel's weights.
+/// `add` adds the panel's products to the sums. Its arguments are the thread's scratch, the sums
+/// (`[tokens, PANEL]`, initialised with the bias), the range of tokens, and the panel's weights.
 fn by_panels<T: Sync, S>(
     output: &mut [f32],
     (weight, d_in): (&[T], usize),
@@ -222,7 +226,7 @@ fn by_panels<T: Sync, S>(
     let d_out = weight.len() / d_in;
     let tokens = output.len() / d_out;
     let panels = d_out.div_ceil(PANEL);
-    // A few tasks for each thread, so that none waits long for the others.
+    // A few tasks per thread, so that threads finish at about the same time.
     let runs = (4 * rayon::current_num_threads()).div_ceil(panels);
     let run = tokens.div_ceil(runs).max(MIN_TOKENS);
     let shared = SharedMut::new(output);
@@ -244,7 +248,7 @@ fn by_panels<T: Sync, S>(
                 add(scratch, sums, tokens.clone(), weights);
                 for (token, sums) in tokens.zip(sums) {
                     #[expect(unsafe_code, reason = "tasks write disjoint parts of the output")]
-                    // SAFETY: each task has tokens and features of its own.
+                    // SAFETY: tasks have disjoint tokens or features.
                     unsafe {
                         shared.write(token * d_out + first, &sums[..features]);
                     }
@@ -257,9 +261,9 @@ fn by_panels<T: Sync, S>(
 mod tests {
     use super::*;
 
-    /// Machines with products in bf16 never take the other way, so both are compared here.
+    /// Machines with bf16 instructions never take the f32 path elsewhere.
     #[test]
-    fn bf16_weights_give_the_same_sums_either_way() {
+    fn bf16_instructions_and_f32_give_the_same_sums() {
         let (tokens, d_in, d_out) = (101, 67, 130);
         let value = |i: usize| ((i * 37 % 101) as f32 - 50.0) * 0.03;
         let x: Vec<f32> = (0..tokens * d_in).map(value).collect();

@@ -13,7 +13,7 @@ pub(super) struct Matrix<'a> {
 }
 
 impl<'a> Matrix<'a> {
-    /// Rows of `columns` consecutive values, `row_stride` apart.
+    /// A matrix of `rows` rows of `columns` consecutive values, with rows `row_stride` values apart.
     pub(super) fn rows(values: &'a [f32], rows: usize, columns: usize, row_stride: usize) -> Self {
         let matrix = Self {
             values,
@@ -39,7 +39,7 @@ impl<'a> Matrix<'a> {
         }
     }
 
-    /// One past the last value's place.
+    /// Index after the last value.
     fn end(&self) -> usize {
         if self.rows == 0 || self.columns == 0 {
             return 0;
@@ -48,14 +48,15 @@ impl<'a> Matrix<'a> {
     }
 }
 
-/// What a product does with the values that its output holds already.
+/// Whether a product overwrites its output or is added to it.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum Output {
     Overwrite,
     Add,
 }
 
-/// `output (+)= left · right`, where `output` has consecutive rows.
+/// Computes `output = left · right`, or `output += left · right`. `output` is row-major and
+/// contiguous.
 pub(super) fn product(
     output: &mut [f32],
     left: Matrix<'_>,

@@ -1,6 +1,6 @@
-//! Kernels for the CPU backend flex, on f32 activations. Anything else takes the default body.
+//! Kernels for the CPU backend flex, for f32 activations. Other dtypes take the default body.
 //!
-//! Gains are over the default body, on two cores of an AVX-512 machine, at the shapes of
+//! Speedups are relative to the default body, on two cores of an AVX-512 machine, at the shapes of
 //! `cargo bench -p kiln-ops --features flex` (measured on 2026-11-25).
 
 mod attention;
@@ -9,6 +9,7 @@ mod bf16;
 mod conv;
 mod direct;
 mod elementwise;
+mod grid;
 mod linear;
 mod matrix;
 mod norm;
@@ -131,7 +132,7 @@ fn is_f32<const D: usize>(x: &Float<D>) -> bool {
     x.dtype() == DType::F32
 }
 
-/// The backend's tensor, contiguous; no copy if it is that already.
+/// Converts to the backend's tensor in contiguous layout; copies only if needed.
 fn contiguous<const D: usize>(x: Float<D>) -> FlexTensor {
     x.into_primitive().tensor().to_contiguous()
 }
@@ -144,7 +145,7 @@ fn from_flex<const D: usize>(tensor: FlexTensor) -> Float<D> {
     Tensor::from_primitive(TensorPrimitive::Float(tensor))
 }
 
-/// The table row of each packed token.
+/// Lists the modulation table row of each packed token.
 fn token_rows(runs: &[TokenRun]) -> Vec<usize> {
     runs.iter()
         .flat_map(|run| std::iter::repeat_n(run.row, run.tokens))

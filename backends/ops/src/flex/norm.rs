@@ -1,4 +1,4 @@
-//! Norms, with what follows them.
+//! Norms, fused with the modulation, rotary embedding or `silu` after them.
 
 use burn_tensor::DType;
 use rayon::prelude::*;
@@ -110,7 +110,7 @@ pub(super) fn qk_norm_rope(
     from_flex(x)
 }
 
-/// Pixels whose norms are worked out together: their values of one channel are consecutive.
+/// Pixels whose norms are computed together: consecutive values within one channel.
 const PIXELS: usize = 512;
 
 /// 18 times as fast as the default body.
@@ -154,7 +154,7 @@ pub(super) fn channel_norm(x: Float<4>, gamma: Float<1>, activate: bool) -> Floa
                 }
             });
             #[expect(unsafe_code, reason = "tasks write disjoint parts of the output")]
-            // SAFETY: the place depends on image, channel and block, which no other task has.
+            // SAFETY: tasks have different images or blocks, so their ranges are disjoint.
             unsafe {
                 shared.write(place(channel), row);
             }

@@ -1,8 +1,8 @@
-//! Writing disjoint parts of one buffer from several threads.
+//! A buffer that several threads write at disjoint ranges.
 
 use std::marker::PhantomData;
 
-/// A buffer whose parts are handed to tasks that each write their own.
+/// A mutable buffer shared by tasks that each write ranges of their own.
 pub(super) struct SharedMut<'a> {
     start: *mut f32,
     len: usize,
@@ -13,7 +13,7 @@ pub(super) struct SharedMut<'a> {
     unsafe_code,
     reason = "tasks on several threads write disjoint parts of one buffer"
 )]
-// SAFETY: the pointer is only dereferenced through `part`, whose caller keeps the parts disjoint.
+// SAFETY: the pointer is only dereferenced in `write`, whose callers keep the ranges disjoint.
 unsafe impl Sync for SharedMut<'_> {}
 
 impl<'a> SharedMut<'a> {
@@ -25,10 +25,10 @@ impl<'a> SharedMut<'a> {
         }
     }
 
-    /// Overwrites the values from `first` on.
+    /// Copies `values` into the buffer from index `first` on.
     ///
     /// # Safety
-    /// No two calls that may run at the same time overlap.
+    /// The ranges of concurrent calls must not overlap.
     #[expect(
         unsafe_code,
         reason = "tasks on several threads write disjoint parts of one buffer"
@@ -36,9 +36,9 @@ impl<'a> SharedMut<'a> {
     pub(super) unsafe fn write(&self, first: usize, values: &[f32]) {
         assert!(
             first <= self.len && values.len() <= self.len - first,
-            "a task writes outside"
+            "a task writes outside its buffer"
         );
-        // SAFETY: in bounds by the assertion, and nobody else writes there by the contract.
+        // SAFETY: in bounds by the assertion; no other thread writes there by the contract.
         unsafe {
             std::ptr::copy_nonoverlapping(values.as_ptr(), self.start.add(first), values.len());
         }

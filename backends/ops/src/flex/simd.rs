@@ -1,13 +1,13 @@
-//! Loops over slices that the compiler vectorises, for the widest SIMD the machine has.
+//! Auto-vectorised loops over slices, dispatched to the widest SIMD that the CPU supports.
 
-/// Runs `body` compiled for the machine's best instruction set. Everything it calls must be
-/// inlined, or it is compiled for the baseline.
+/// Runs `body`, compiled for the CPU's best instruction set. All functions it calls must be inlined:
+/// others are compiled for the baseline.
 #[inline(always)]
 pub(super) fn vectorised<R>(body: impl FnOnce() -> R) -> R {
     pulp::Arch::new().dispatch(body)
 }
 
-/// Independent partial sums, so that additions need not wait for each other.
+/// Number of independent partial sums, which shorten the chain of dependent additions.
 const LANES: usize = 32;
 
 /// Sum of `f(x)` over a slice.
@@ -24,8 +24,8 @@ pub(super) fn sum(values: &[f32], f: impl Fn(f32) -> f32) -> f32 {
     lanes.iter().sum::<f32>() + rest
 }
 
-/// `eˣ` to about 1 ulp: `2ⁿ · eʳ` with `|r| ≤ ln 2 / 2`. Below -87.3 it gives the smallest normal
-/// numbers' neighbourhood rather than 0, above 88.3 it stays finite.
+/// Computes `eˣ` to about 1 ulp as `2ⁿ · eʳ` with `|r| ≤ ln 2 / 2`. `x` is clamped to -87.3..88.3:
+/// the result is never 0 (at least about the smallest normal number) and never infinite.
 #[inline(always)]
 pub(super) fn exp(x: f32) -> f32 {
     // Adding 1.5 · 2²³ rounds to a whole number and leaves it in the low bits.
@@ -56,7 +56,7 @@ pub(super) fn exp(x: f32) -> f32 {
     (poly.mul_add(r * r, r) + 1.0) * f32::from_bits(power)
 }
 
-/// The bf16 nearest to a value, ties to even, in the lower half.
+/// Rounds to the nearest bf16, ties to even. Its bits are the lower 16 of the result.
 #[inline(always)]
 pub(super) fn bf16_bits(x: f32) -> u32 {
     const NAN: u32 = 0x7fc0;
@@ -70,7 +70,7 @@ pub(super) fn silu(x: f32) -> f32 {
     x / (1.0 + exp(-x))
 }
 
-/// `0.5 x (1 + tanh u)` is `x · sigmoid(2u)`.
+/// Computes GELU's tanh approximation as `x · sigmoid(2u)`, which equals `0.5 x (1 + tanh u)`.
 #[inline(always)]
 pub(super) fn gelu_tanh(x: f32) -> f32 {
     use std::f32::consts::{FRAC_2_SQRT_PI, SQRT_2};

@@ -1,4 +1,4 @@
-//! Products that are summed in registers: six rows with 32 columns.
+//! Register-tiled matrix products: tiles of 6 rows × 32 columns.
 
 use std::ops::{Deref, DerefMut};
 
@@ -7,8 +7,8 @@ use pulp::Simd;
 pub(super) const ROWS: usize = 6;
 pub(super) const COLUMNS: usize = 32;
 
-/// One value of each column. Aligned, as a register that is loaded across two cache lines takes
-/// twice the time.
+/// One value for each of the 32 columns. Aligned, because a load across two cache lines takes twice
+/// the time.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 #[repr(align(64))]
 pub(super) struct Lane(pub(super) [f32; COLUMNS]);
@@ -29,11 +29,10 @@ impl DerefMut for Lane {
     }
 }
 
-/// The sums of six rows and 32 columns.
+/// The sums of a tile, by row.
 pub(super) type Tile = [Lane; ROWS];
 
-/// The six rows from `top` on. Where fewer are left before `end`, the last one stands for the others,
-/// and is worked out several times.
+/// The six rows from `top` on. If fewer are left before `end`, the last one is repeated.
 #[inline(always)]
 pub(super) fn rows<'a>(
     top: usize,
@@ -43,7 +42,7 @@ pub(super) fn rows<'a>(
     std::array::from_fn(|i| row((top + i).min(end - 1)))
 }
 
-/// Puts the values of up to 32 rows next to each other: those of one place into one lane.
+/// Transposes up to 32 rows: lane `i` receives the `i`-th value of every row.
 #[inline(always)]
 pub(super) fn interleave<'a>(lanes: &mut [Lane], rows: impl Iterator<Item = &'a [f32]>) {
     for (column, row) in rows.enumerate() {
@@ -53,10 +52,10 @@ pub(super) fn interleave<'a>(lanes: &mut [Lane], rows: impl Iterator<Item = &'a 
     }
 }
 
-/// Adds `left · right` to a tile. All rows of `left` are as long as `right`.
+/// Adds `left · right` to a tile. All rows of `left` have the length of `right`.
 ///
-/// Six rows of two registers are in use at once, which 16 registers hold, and which are enough to
-/// keep two multipliers busy.
+/// The inner loop keeps six rows of two registers as sums: they fit 16 registers, and are enough
+/// independent sums to keep two FMA units busy.
 #[inline(always)]
 pub(super) fn add<S: Simd>(simd: S, tile: &mut Tile, left: [&[f32]; ROWS], right: &[Lane]) {
     let [a, b, c, d, e, f] = left;
@@ -67,7 +66,7 @@ pub(super) fn add<S: Simd>(simd: S, tile: &mut Tile, left: [&[f32]; ROWS], right
         for (sums, tile) in sums.iter_mut().zip(tile.iter()) {
             sums.copy_from_slice(S::as_simd_f32s(&tile[place.clone()]).0);
         }
-        // Zipped one by one, so that no index is checked.
+        // Zipped iterators avoid bounds checks.
         let rows = a.iter().zip(b).zip(c).zip(d).zip(e).zip(f).zip(right);
         for ((((((a, b), c), d), e), f), right) in rows {
             let right = S::as_simd_f32s(&right[place.clone()]).0;
@@ -110,8 +109,8 @@ mod tests {
         }
     }
 
-    /// Small whole numbers, so that every sum is exact in any order, on every instruction set that
-    /// this machine has.
+    /// The inputs are small integers, so that sums are exact in any order, on every instruction set
+    /// that this machine supports.
     #[test]
     fn every_instruction_set_gives_the_exact_sums() {
         for depth in [1, 7, 130] {

@@ -1,25 +1,26 @@
-//! Convolutions of 3×3 by Winograd's F(2×2, 3×3), which multiplies 16 times for four pixels where a
-//! sum over the places of the kernel multiplies 36 times.
+//! 3×3 convolutions by Winograd's F(2×2, 3×3), which needs 16 multiplications for four output pixels
+//! instead of 36.
 //!
-//! A patch `d` of 4×4 padded pixels and a kernel `g` give the 2×2 pixels
+//! A 4×4 patch `d` of padded input pixels and a kernel `g` give the 2×2 output pixels
 //! `Aᵀ [(G g Gᵀ) ⊙ (Bᵀ d B)] A` (Lavin and Gray, arXiv 1509.09308), so the sums over the channels
-//! are 16 products of matrices.
+//! are 16 matrix products.
 //!
-//! Patches are two pixels apart. Pixels are sorted by whether their row and their column are even,
-//! and in what comes of that, the pixels that one place of all patches sees are consecutive, as in
-//! [`super::conv`]: each row of patches has one too many, which is not copied out.
+//! Patches are two pixels apart. The input is split into four planes by the parity of rows and
+//! columns; within a plane, the pixels at one position of consecutive patches are contiguous. As in
+//! [`super::grid`], each row of patches is padded, here by one patch, whose output is not written.
 
 use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
-use super::conv::{Grid, Task};
+use super::grid::{Grid, Task};
 use super::simd;
 use super::tile::{self, COLUMNS, Lane, ROWS, Tile};
 
-/// Of a patch, and of a transformed kernel.
+/// Values of a patch, and of a transformed kernel.
 const PLACES: usize = 16;
 
-/// Convolution of `[images, channels_in, height, width]` with `weight`, `[out, in, 3, 3]`.
+/// Convolves `[images, channels_in, height, width]` with `weight`, `[out, in, 3, 3]`. `shape` is that
+/// of the output.
 pub(super) fn convolve(
     x: &[f32],
     channels_in: usize,
@@ -28,34 +29,34 @@ pub(super) fn convolve(
     shape: [usize; 4],
 ) -> Vec<f32> {
     let [_, _, height, width] = shape;
-    let weight = transformed(weight, channels_in);
-    // Patches of a row, with one too many.
+    let weight = transform_weight(weight, channels_in);
+    // Patches per row, with one of padding.
     let row = width.div_ceil(2) + 1;
-    // The last place of a tile's last patch lies this far behind the last pixel.
+    // The last patch of the last tile reads this far.
     let plane = (height.div_ceil(2) + 1) * row + COLUMNS;
-    let sorted = sorted(x, [height, width], row, plane);
+    let split = split_by_parity(x, [height, width], row, plane);
     let grid = Grid {
         shape,
         side: 2,
         row,
     };
-    grid.fill(|seen, task, write| {
-        seen.resize(PLACES * channels_in, Lane::default());
+    grid.fill(|transformed, task, write| {
+        transformed.resize(PLACES * channels_in, Lane::default());
         Arch::new().dispatch(Patches {
-            sorted: &sorted[task.image * channels_in * 4 * plane..][..channels_in * 4 * plane],
+            split: &split[task.image * channels_in * 4 * plane..][..channels_in * 4 * plane],
             plane,
             row,
             weight: &weight,
             bias,
-            seen,
+            transformed,
             task,
             write,
         });
     })
 }
 
-/// `G g Gᵀ` of every kernel, as `[out, PLACES, in]`.
-fn transformed(weight: &[f32], channels_in: usize) -> Vec<f32> {
+/// Computes `G g Gᵀ` of every kernel, as `[out, PLACES, in]`.
+fn transform_weight(weight: &[f32], channels_in: usize) -> Vec<f32> {
     let mut output = vec![0.0_f32; weight.len() / 9 * PLACES];
     let channels = output.par_chunks_mut(PLACES * channels_in);
     channels
@@ -74,7 +75,7 @@ fn transformed(weight: &[f32], channels_in: usize) -> Vec<f32> {
     output
 }
 
-/// `G g Gᵀ` of up to [`COLUMNS`] kernels.
+/// Computes `G g Gᵀ` of up to [`COLUMNS`] kernels.
 #[inline(always)]
 fn transform_kernels(kernels: &[[f32; 9]]) -> [Lane; PLACES] {
     let mut g = [Lane::default(); 9];
@@ -105,16 +106,17 @@ fn transform_kernels(kernels: &[[f32; 9]]) -> [Lane; PLACES] {
     places
 }
 
-/// The pixels of every plane, with zeros around, as `[planes, row odd, column odd, plane]`.
-fn sorted(x: &[f32], [height, width]: [usize; 2], row: usize, plane: usize) -> Vec<f32> {
-    let mut sorted = vec![0.0_f32; x.len() / (height * width) * 4 * plane];
-    let planes = sorted
+/// Pads every plane by zeros and splits it by the parity of rows and columns, as
+/// `[planes, row parity, column parity, plane]`.
+fn split_by_parity(x: &[f32], [height, width]: [usize; 2], row: usize, plane: usize) -> Vec<f32> {
+    let mut split = vec![0.0_f32; x.len() / (height * width) * 4 * plane];
+    let planes = split
         .par_chunks_mut(4 * plane)
         .zip(x.par_chunks(height * width));
-    planes.for_each(|(sorted, values)| {
+    planes.for_each(|(split, values)| {
         for (y, values) in values.chunks_exact(width).enumerate() {
             let y = y + 1;
-            let lines = &mut sorted[y % 2 * 2 * plane..][..2 * plane];
+            let lines = &mut split[y % 2 * 2 * plane..][..2 * plane];
             let (even, odd) = lines.split_at_mut(plane);
             let (even, odd) = (
                 &mut even[y / 2 * row..][..row],
@@ -129,22 +131,24 @@ fn sorted(x: &[f32], [height, width]: [usize; 2], row: usize, plane: usize) -> V
             }
         }
     });
-    sorted
+    split
 }
 
-/// A tile of patches, in some output channels.
+/// Computes the output pixels of a task.
 struct Patches<'a> {
-    /// Of the image.
-    sorted: &'a [f32],
+    /// The image's planes by [`split_by_parity`].
+    split: &'a [f32],
+    /// Values of a plane.
     plane: usize,
+    /// Patches per row, with padding.
     row: usize,
     /// `[out, PLACES, in]`
     weight: &'a [f32],
     bias: &'a [f32],
-    /// Scratch: the transformed patches, `[PLACES, in]`.
-    seen: &'a mut [Lane],
+    /// Scratch for the transformed patches, `[PLACES, in]`.
+    transformed: &'a mut [Lane],
     task: Task,
-    /// Takes a channel, and the upper and the lower pixels of its patches.
+    /// Receives an output channel, and the upper and lower pixels of its patches.
     write: &'a dyn Fn(usize, &[&[f32]]),
 }
 
@@ -153,45 +157,45 @@ impl WithSimd for Patches<'_> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
-        let channels_in = self.seen.len() / PLACES;
+        let channels_in = self.transformed.len() / PLACES;
         let Task {
             first, channels, ..
         } = self.task;
         for channel in 0..channels_in {
-            let pixels = &self.sorted[channel * 4 * self.plane..][..4 * self.plane];
-            let transformed = patches(|y, x| {
+            let pixels = &self.split[channel * 4 * self.plane..][..4 * self.plane];
+            let lanes = transform_patches(|y, x| {
                 let place = first + y / 2 * self.row + x / 2;
                 &pixels[(y % 2 * 2 + x % 2) * self.plane + place..]
             });
-            let places = self.seen.chunks_exact_mut(channels_in);
-            for (seen, lane) in places.zip(&transformed) {
-                seen[channel] = *lane;
+            let places = self.transformed.chunks_exact_mut(channels_in);
+            for (transformed, lane) in places.zip(&lanes) {
+                transformed[channel] = *lane;
             }
         }
         for top in channels.clone().step_by(ROWS) {
             let mut tiles = [Tile::default(); PLACES];
-            let places = self.seen.chunks_exact(channels_in);
-            for (place, (tile, seen)) in tiles.iter_mut().zip(places).enumerate() {
+            let places = self.transformed.chunks_exact(channels_in);
+            for (place, (tile, right)) in tiles.iter_mut().zip(places).enumerate() {
                 let left = tile::rows(top, channels.end, |channel| {
                     &self.weight[(channel * PLACES + place) * channels_in..][..channels_in]
                 });
-                tile::add(simd, tile, left, seen);
+                tile::add(simd, tile, left, right);
             }
             for (i, channel) in (top..channels.end).take(ROWS).enumerate() {
-                let [upper, lower] = pixels(|place| &tiles[place][i], self.bias[channel]);
+                let [upper, lower] = output_pixels(|place| &tiles[place][i], self.bias[channel]);
                 (self.write)(channel, &[&upper, &lower]);
             }
         }
     }
 }
 
-/// `Bᵀ d B` of all patches of a tile; `pixel` has what a place of the patch sees.
+/// Computes `Bᵀ d B` of all patches of a tile; `pixel(y, x)` is that pixel of every patch.
 #[expect(
     clippy::needless_range_loop,
-    reason = "indices that are known to fit keep lanes in registers"
+    reason = "constant bounds keep the lanes in registers"
 )]
 #[inline(always)]
-fn patches<'a>(pixel: impl Fn(usize, usize) -> &'a [f32]) -> [Lane; PLACES] {
+fn transform_patches<'a>(pixel: impl Fn(usize, usize) -> &'a [f32]) -> [Lane; PLACES] {
     let mut d: [Lane; PLACES] = std::array::from_fn(|i| {
         let mut lane = Lane::default();
         lane.copy_from_slice(&pixel(i / 4, i % 4)[..COLUMNS]);
@@ -212,9 +216,9 @@ fn patches<'a>(pixel: impl Fn(usize, usize) -> &'a [f32]) -> [Lane; PLACES] {
     d
 }
 
-/// `Aᵀ m A` of all patches of a tile, plus a bias: the upper and the lower pixels of each.
+/// Computes `Aᵀ m A` of all patches of a tile, plus a bias: the upper and lower pixels of each.
 #[inline(always)]
-fn pixels<'a>(product: impl Fn(usize) -> &'a Lane, bias: f32) -> [[f32; 2 * COLUMNS]; 2] {
+fn output_pixels<'a>(product: impl Fn(usize) -> &'a Lane, bias: f32) -> [[f32; 2 * COLUMNS]; 2] {
     let mut lines = [[0.0; 2 * COLUMNS]; 2];
     let m: [&Lane; PLACES] = std::array::from_fn(product);
     let (mut upper, mut lower) = ([Lane::default(); 4], [Lane::default(); 4]);

@@ -1,11 +1,11 @@
-//! The property suite of the fused ops on the CPU backends.
+//! Runs the property tests of the fused ops on the CPU backends.
 
 #![cfg(feature = "flex")]
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on should stop")]
 
 mod suite;
 
-/// Both sides are in f32 and add in different orders.
+/// Tolerances for results that are both computed in f32 and differ in the order of additions.
 const EXTENT: suite::Extent = suite::Extent {
     cases: 64,
     tolerance: 3e-6,
@@ -23,7 +23,7 @@ mod flex {
     test_every_op!(suites::<Flex>(&FlexDevice, crate::EXTENT); attention_by_ops);
 }
 
-/// Computes the default bodies too, in code of its own.
+/// ndarray takes the default bodies too, but computes burn's ops with code independent of flex.
 #[cfg(feature = "ndarray")]
 mod ndarray {
     use burn_ndarray::{NdArray, NdArrayDevice};

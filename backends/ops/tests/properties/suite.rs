@@ -1,7 +1,8 @@
-//! Every op of [`FusedOps`] on random shapes and values, against its default body in f32.
+//! Property tests: compares every op of [`FusedOps`] with its default body in f32, on random shapes and
+//! values.
 //!
-//! The default bodies run on flex, in plain burn ops: flex's own kernels override the ops, not
-//! these bodies. Whatever backend is tested gets the same values, rounded to the type under test.
+//! The default bodies run on flex in plain burn ops: flex's kernels override the ops of the trait, not
+//! the bodies in [`defaults`]. Both sides get the same values, rounded to the dtype under test.
 
 use burn_flex::{Flex, FlexDevice};
 use burn_tensor::{DType, Tensor, TensorData, activation};
@@ -14,7 +15,8 @@ use proptest::test_runner::{Config, RngSeed, TestCaseError, TestRunner};
 const EPS: f64 = 1e-6;
 const F16_MAX: f32 = 65504.0;
 
-/// A test for each op, or for those that are listed, on every [`Suite`] of an expression.
+/// Defines a test for every op, or for the listed ones, which runs it on each [`Suite`] of the
+/// expression `$suites`.
 macro_rules! test_every_op {
     ($suites:expr) => {
         $crate::suite::test_every_op! {
@@ -37,30 +39,31 @@ macro_rules! test_every_op {
 }
 pub(crate) use test_every_op;
 
-/// One backend, and the type its activations have.
+/// A device and dtype under test.
 pub(crate) struct Suite<B: FusedOps> {
     device: B::Device,
     dtype: DType,
     extent: Extent,
 }
 
-/// How many cases are tried, and how far they may be off: the largest difference relative to the
-/// largest magnitude. Linear layers, attention and convolutions are apart: some devices multiply
-/// in less than f32, and look for the fastest kernel at each new shape.
+/// Number of cases per op, and tolerances: the largest difference relative to the largest magnitude.
+///
+/// Linear layers, attention and convolutions have limits of their own (`product_*`), because some
+/// devices multiply in less than f32, and autotune at each new shape.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Extent {
     pub(crate) cases: u32,
     pub(crate) tolerance: f32,
     pub(crate) product_cases: u32,
     pub(crate) product_tolerance: f32,
-    /// For devices that add up f16 products in f16.
+    /// Product tolerance in f16: some devices accumulate f16 products in f16.
     pub(crate) f16_product_tolerance: f32,
 }
 
-/// Suites in f32, bf16 and f16, as far as the device computes in them.
+/// Creates the suites of a device, in those of f32, bf16 and f16 that it supports.
 ///
-/// The tolerances are those of f32, where sums of up to a few thousand values are made in another
-/// order. The narrow types round each result, and some of what leads to it, to 8 or 11 bits.
+/// `extent` has the tolerances in f32, where sums of up to a few thousand values differ in the order of
+/// additions. The narrow dtypes round each result, and some intermediate values, to 8 or 11 bits.
 pub(crate) fn suites<B: FusedOps>(device: &B::Device, extent: Extent) -> Vec<Suite<B>> {
     let within = |tolerance, product_tolerance| Extent {
         tolerance,
@@ -82,19 +85,19 @@ pub(crate) fn suites<B: FusedOps>(device: &B::Device, extent: Extent) -> Vec<Sui
     .collect()
 }
 
-/// The same values on both sides.
+/// The same values on the tested backend and on flex.
 struct Input<B: FusedOps, const D: usize> {
     tested: Tensor<B, D>,
-    /// In f32, with the values that the tested type can hold.
+    /// The values in f32, after rounding to the tested dtype.
     reference: Tensor<Flex, D>,
 }
 
-/// Sizes that fill no vector register, or several and a bit.
+/// Sizes smaller than a vector register, and multiples of it with and without a remainder.
 fn size() -> impl Strategy<Value = usize> {
     select(vec![1, 2, 3, 5, 7, 13, 16, 17, 31, 33, 64, 67, 97, 130])
 }
 
-/// Runs of packed tokens on four rows of a table, in any order; some are empty.
+/// Runs of packed tokens on the four rows of a modulation table, in any order; some are empty.
 fn row_runs() -> impl Strategy<Value = Vec<TokenRun>> {
     let run = (0..40_usize, 0..4_usize).prop_map(|(tokens, row)| TokenRun { tokens, row });
     vec(run, 1..5).prop_filter("no tokens", |runs| token_count(runs) > 0)
@@ -129,18 +132,18 @@ impl<B: FusedOps> Suite<B> {
                 self.compare_products(
                     B::fused_linear(x.tested, weight.tested, bias),
                     defaults::fused_linear(x.reference, reference_weight, reference_bias),
-                    // What a dot product of these values can reach; random ones may cancel.
+                    // Typical magnitude of a dot product of these values; random terms may cancel.
                     (4.0 * d_in as f32).sqrt(),
                 )
             },
         );
     }
 
-    /// Products of one row or one column, with an op after them: backends that fuse the two have
-    /// kernels of their own for these.
+    /// Linear layers of one row or one column with an op after them, for which fusing backends have
+    /// separate kernels.
     pub(crate) fn thin_products(&self) {
         for (tokens, d_in, d_out) in [(1, 64, 36), (67, 33, 1)] {
-            // Of seeds that make no views, so that the weights lie as checkpoints have them.
+            // These seeds create no views, so that weights have the memory layout of checkpoints.
             let x = self.input(3, [tokens, d_in]);
             let weight = self.input(5, [d_out, d_in]);
             let bias = self.input(6, [d_out]);
@@ -168,8 +171,8 @@ impl<B: FusedOps> Suite<B> {
         });
     }
 
-    /// Where a few features happen to be nearly equal, normalising them magnifies the rounding of
-    /// their mean: there are one (whose result is the shift) or many.
+    /// Tests a single feature, whose result is the shift, or at least 31: normalising a few features that
+    /// happen to be nearly equal magnifies the rounding error of their mean.
     pub(crate) fn layer_norm_modulate(&self) {
         let dim = select(vec![1, 31, 33, 64, 96, 129]);
         self.check((row_runs(), dim, any::<u32>()), |(runs, dim, seed)| {
@@ -190,7 +193,7 @@ impl<B: FusedOps> Suite<B> {
         });
     }
 
-    /// With values near the end of f16, where the sum saturates.
+    /// Includes values near the largest f16, where the sum saturates.
     pub(crate) fn gated_residual(&self) {
         let magnitude = select(vec![1.0, 16384.0]);
         let case = (row_runs(), size(), magnitude, any::<u32>());
@@ -266,7 +269,7 @@ impl<B: FusedOps> Suite<B> {
         });
     }
 
-    /// Those of models, and what fills no tile.
+    /// Head dimensions of models, and those that are not a multiple of a tile.
     pub(crate) fn attention_widths(&self) {
         for (kv_heads, group, head_dim) in [(1, 3, 32), (3, 1, 80), (4, 6, 128), (1, 1, 384)] {
             let case = PackedSequences {
@@ -282,7 +285,7 @@ impl<B: FusedOps> Suite<B> {
         }
     }
 
-    /// Around the sizes of tiles, and several sequences of which some are empty.
+    /// Sequence lengths around the sizes of tiles, and several sequences, some of them empty.
     pub(crate) fn attention_lengths(&self) {
         let lone = [1, 15, 16, 17, 64, 100, 1030].map(|length| vec![length]);
         let several = [vec![0, 33, 1, 0, 100], vec![64, 64], vec![17, 0]];
@@ -302,7 +305,7 @@ impl<B: FusedOps> Suite<B> {
         }
     }
 
-    /// As many tokens as a picture of 1024² has, and a prompt's.
+    /// The number of tokens of a 1024² image and a prompt.
     pub(crate) fn long_attention(&self) {
         let case = PackedSequences {
             lengths: vec![4160],
@@ -316,7 +319,8 @@ impl<B: FusedOps> Suite<B> {
             .unwrap_or_else(|error| panic!("{:?}: {error}", self.dtype));
     }
 
-    /// Values that f16 cannot hold, where the type can; then every query has one key.
+    /// Values beyond the range of f16, where the dtype can represent them. Softmax then selects a single
+    /// key for each query.
     pub(crate) fn attention_of_large_values(&self) {
         let magnitude = if self.dtype == DType::F16 { 3e4 } else { 5e4 };
         for causal in [false, true] {
@@ -333,8 +337,8 @@ impl<B: FusedOps> Suite<B> {
         }
     }
 
-    /// What backends have instead of a kernel of their own, with more scores than are made at a
-    /// time.
+    /// The fallback of GPU backends without an attention kernel in use, with more scores than it
+    /// computes at a time.
     pub(crate) fn attention_by_ops(&self) {
         for causal in [false, true] {
             let case = PackedSequences {
@@ -379,7 +383,7 @@ impl<B: FusedOps> Suite<B> {
 
     pub(crate) fn channel_norm(&self) {
         self.check(image(), |(images, channels, (height, width), seed)| {
-            // One picture in eight is black.
+            // One image in eight is black.
             let magnitude = if seed % 8 == 0 { 0.0 } else { 1.0 };
             let shape = [images, channels, height, width];
             let x = self.scaled(self.dtype, magnitude, seed, shape);
@@ -394,7 +398,7 @@ impl<B: FusedOps> Suite<B> {
 
     pub(crate) fn channel_norm_silu(&self) {
         self.check(image(), |(images, channels, (height, width), seed)| {
-            // One picture in eight is black.
+            // One image in eight is black.
             let magnitude = if seed % 8 == 0 { 0.0 } else { 1.0 };
             let shape = [images, channels, height, width];
             let x = self.scaled(self.dtype, magnitude, seed, shape);
@@ -429,7 +433,7 @@ impl<B: FusedOps> Suite<B> {
         self.compare(tested, reference, scale)
     }
 
-    /// Of values up to twice the magnitude: what is tested, and the definition.
+    /// Computes the tested attention and the default body, of values up to twice `magnitude`.
     fn attention(
         &self,
         case: &PackedSequences,
@@ -455,24 +459,26 @@ impl<B: FusedOps> Suite<B> {
         )
     }
 
+    /// Tests a property of an op without matrix products.
     fn check<S: Strategy>(
         &self,
         cases: S,
         property: impl Fn(S::Value) -> Result<(), TestCaseError>,
     ) {
-        self.check_some(self.extent.cases, cases, property);
+        self.check_cases(self.extent.cases, cases, property);
     }
 
+    /// Tests a property of an op with matrix products.
     fn check_products<S: Strategy>(
         &self,
         cases: S,
         property: impl Fn(S::Value) -> Result<(), TestCaseError>,
     ) {
-        self.check_some(self.extent.product_cases, cases, property);
+        self.check_cases(self.extent.product_cases, cases, property);
     }
 
-    /// Runs a property on random cases, the same in every run, and shrinks one that fails.
-    fn check_some<S: Strategy>(
+    /// Tests a property on `count` random cases, the same in every run, and shrinks a failing case.
+    fn check_cases<S: Strategy>(
         &self,
         count: u32,
         cases: S,
@@ -489,7 +495,7 @@ impl<B: FusedOps> Suite<B> {
         }
     }
 
-    /// Values from -2 to 2 in the type of the activations.
+    /// Creates an input of values from -2 to 2 in the dtype of the activations.
     fn input<const D: usize>(&self, seed: u32, shape: [usize; D]) -> Input<B, D> {
         self.input_of(self.dtype, seed, shape)
     }
@@ -498,7 +504,8 @@ impl<B: FusedOps> Suite<B> {
         self.scaled(dtype, 1.0, seed, shape)
     }
 
-    /// Half of the inputs of two and more dimensions are views, whose values lie in another order.
+    /// Creates an input of values from `-2 magnitude` to `2 magnitude`. Half of the inputs of two and
+    /// more dimensions are transposed views.
     fn scaled<const D: usize>(
         &self,
         dtype: DType,
@@ -543,7 +550,7 @@ impl<B: FusedOps> Suite<B> {
         self.compare_within(self.extent.product_tolerance, tested, reference, scale)
     }
 
-    /// Fails unless the largest difference is within the tolerance of the largest magnitude, or of
+    /// Fails if the largest difference exceeds `tolerance` times the largest magnitude, or times
     /// `scale` if that is larger.
     fn compare_within<const D: usize>(
         &self,
@@ -555,18 +562,22 @@ impl<B: FusedOps> Suite<B> {
         let fail = |message: String| Err(TestCaseError::fail(message));
         if tested.dims() != reference.dims() || tested.dtype() != self.dtype {
             let (dims, dtype) = (tested.dims(), tested.dtype());
-            return fail(format!("{dims:?} {dtype:?} for {:?}", reference.dims()));
+            return fail(format!(
+                "the output is {dims:?} in {dtype:?}, expected {:?} in {:?}",
+                reference.dims(),
+                self.dtype
+            ));
         }
         let tested: Vec<f32> = tested.cast(DType::F32).into_data().into_vec().unwrap();
         let reference: Vec<f32> = reference.into_data().into_vec().unwrap();
         let largest = reference.iter().fold(scale, |a, x| a.max(x.abs()));
         for (index, (tested, reference)) in tested.iter().zip(&reference).enumerate() {
             let difference = (tested - reference).abs();
-            // What is not a number is not close.
+            // False for NaN.
             let close = difference <= tolerance * largest;
             if !close {
                 return fail(format!(
-                    "value {index} is {tested:e} for {reference:e}, off by {:.1e} of {largest:e}",
+                    "value {index} is {tested:e}, expected {reference:e}: off by {:.1e} of {largest:e}",
                     difference / largest
                 ));
             }
@@ -577,12 +588,12 @@ impl<B: FusedOps> Suite<B> {
 
 type Attention<B> = fn(Tensor<B, 3>, Tensor<B, 3>, Tensor<B, 3>, &[usize], bool) -> Tensor<B, 2>;
 
-/// What attention is tried on.
+/// A case of attention.
 #[derive(Debug, Clone)]
 struct PackedSequences {
     lengths: Vec<usize>,
     kv_heads: usize,
-    /// Query heads of a key/value head.
+    /// Query heads per key/value head.
     group: usize,
     head_dim: usize,
     causal: bool,
@@ -618,8 +629,8 @@ fn image() -> impl Strategy<Value = (usize, usize, (usize, usize), u32)> {
     (1..4_usize, size(), (side(), side()), any::<u32>())
 }
 
-/// Values from `-2 magnitude` to `2 magnitude`, different for every seed. They have 17 significant
-/// bits: burn's cast to bf16 on flex forgets the last three bits of f32 before it rounds.
+/// Pseudo-random values from `-2 magnitude` to `2 magnitude`. They have 17 significant bits, because
+/// burn's cast to bf16 on flex drops the last three bits of f32 before it rounds.
 fn noise(magnitude: f32, seed: u32, count: usize) -> Vec<f32> {
     let mut state = seed.wrapping_mul(2_654_435_761).wrapping_add(12345);
     let mut next = || {

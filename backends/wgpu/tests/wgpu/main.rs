@@ -1,16 +1,16 @@
-//! wgpu against the definitions of the fused ops, and against diffusers, on the best adapter there
-//! is. `scripts/test-wgpu.sh` runs it on lavapipe, which computes on the CPU.
+//! Compares the fused ops on wgpu with their default bodies, and the pipeline with diffusers, on the
+//! first adapter. `scripts/test-wgpu.sh` runs it on lavapipe, which computes on the CPU.
 
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on should stop")]
 #![expect(
     clippy::print_stdout,
-    reason = "--nocapture shows how close each stage is"
+    reason = "--nocapture prints the difference at each stage"
 )]
 
 #[path = "../../../../models/tests/stages/backend_parity.rs"]
 mod backend_parity;
 #[path = "../../../../models/tests/stages/fixtures.rs"]
-#[expect(dead_code, reason = "the models' own tests compare more stages")]
+#[expect(dead_code, reason = "the tests of models/ compare more stages")]
 mod fixtures;
 #[path = "../../../ops/tests/properties/suite.rs"]
 mod suite;
@@ -23,7 +23,7 @@ use kiln_models::loading::LoadOptions;
 use kiln_models::pipeline::Pipeline;
 use suite::{Extent, suites, test_every_op};
 
-/// Few cases: every shape is compiled anew, and lavapipe is slow at that.
+/// Few cases: every shape compiles new kernels, which is slow on lavapipe.
 const EXTENT: Extent = Extent {
     cases: 8,
     tolerance: 1e-5,
@@ -32,19 +32,19 @@ const EXTENT: Extent = Extent {
     f16_product_tolerance: 1e-2,
 };
 
-/// Guidance, and sizes that are powers of two.
+/// Covers true CFG, and sizes that are powers of two.
 #[test]
 fn base() {
     draws_what_diffusers_draws("base", open);
 }
 
-/// One step, odd sizes, and a VAE in tiles.
+/// Covers one step, odd sizes, and VAE tiling.
 #[test]
 fn tiled_odd() {
     draws_what_diffusers_draws("tiled_odd", open);
 }
 
-/// bf16 weights, which WGSL has no type for, and what a user sees first.
+/// Covers bf16 weights, which WGSL has no type for, with the bundled demo model.
 #[test]
 fn demo() {
     draws_what_diffusers_draws("demo", open);

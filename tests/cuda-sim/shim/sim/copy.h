@@ -1,14 +1,14 @@
-// Barriers of phases (cuda::barrier) and the copies that complete them; cooperative groups.
+// Phase barriers (cuda::barrier) and the copies that complete them; cooperative groups.
 #pragma once
 
 namespace sim {
-// A copy that is made at once; who may read it is up to the barrier it belongs to.
+// A copy that is executed at once; its barrier determines when it may be read.
 SIM_QUIET inline void copy_now(void *to, const void *from, size_t size, int line) {
     touch(from, size, READ, line);
     touch(to, size, WRITE, line);
     memcpy(to, from, size);
 }
-// The part of this thread in a copy that the whole block makes.
+// The part of this thread in a copy of the whole block.
 SIM_QUIET inline void copy_part(void *to, const void *from, size_t size, int line) {
     size_t count = (size_t)here()->dim.x * here()->dim.y * here()->dim.z, pieces = (size + 15) / 16;
     for (size_t i = here()->index; i < pieces; i += count) {
@@ -20,7 +20,7 @@ SIM_QUIET inline void copy_part(void *to, const void *from, size_t size, int lin
 
 namespace cuda {
 enum thread_scope { thread_scope_system, thread_scope_device, thread_scope_block, thread_scope_thread };
-// Eight bytes, as on a device: kernels lay barriers out in shared memory themselves.
+// Eight bytes, as on a device, as kernels place barriers in shared memory themselves.
 template <thread_scope S> struct barrier {
     typedef unsigned long arrival_token;
     uint64_t expected : 20, pending : 20, phase : 1;
@@ -87,10 +87,10 @@ template <size_t N> SIM_QUIET inline void __cp_async_shared_global(const void *f
     sim::here()->runtime->copy_async(sim::here(), to, from, N, N, line);
 }
 template <typename B> SIM_QUIET inline void sim_cp_async_arrive(B &b) {
-    // The copies arrive some time before the barrier's phase ends. That they do so now is one such time.
+    // The copies may arrive at any time before the end of the barrier's phase; here they arrive at once.
     sim::here()->runtime->copy_commit(sim::here());
     sim::here()->runtime->copy_wait(sim::here(), 0);
-    // Such an arrival does not count among those that the barrier expects.
+    // This arrival does not count towards the barrier's expected arrivals.
     b.pending++;
     b.arrive();
 }
@@ -124,7 +124,7 @@ template <typename B> SIM_QUIET inline void load_box(void *shared, const void *m
             long at_x = at[0] + (long)x;
             size_t to = row * width + x * element;
             if (span) {
-                // Pieces of 16 bytes are exchanged by the number of their row of 128 bytes.
+                // Swizzle: pieces of 16 bytes are permuted by the number of their row of 128 bytes.
                 size_t piece = to / 16, row_of_128 = to / 128;
                 to = (piece ^ (row_of_128 & (span / 16 - 1))) * 16 + to % 16;
             }
@@ -168,7 +168,7 @@ SIM_QUIET inline void wait(const thread_block &, SIM_LINE) {
 SIM_QUIET inline void sync(const thread_block &, SIM_LINE) { __syncthreads(line); }
 SIM_QUIET inline void memcpy_async(const one_thread &, void *to, const void *from, size_t size, SIM_LINE) { sim::copy_now(to, from, size, line); }
 SIM_QUIET inline void memcpy_async(const thread_block &, void *to, const void *from, size_t size, SIM_LINE) { sim::copy_part(to, from, size, line); }
-// A launch without clusters: each block is one of its own.
+// A launch without clusters: each block is its own cluster.
 struct cluster_group {
     unsigned block_rank() const { return 0; }
     dim3 block_index() const { return {0, 0, 0}; }

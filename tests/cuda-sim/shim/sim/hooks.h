@@ -1,12 +1,12 @@
-// The functions that g++ calls for each access to memory under -fsanitize=thread. No library of that
-// sanitizer is linked: an access goes to the driver's hazard detector.
+// The functions that g++ calls for each access to memory under -fsanitize=thread. The sanitizer's
+// library is not linked: accesses are passed to the driver's hazard detector.
 #pragma once
 
 namespace sim {
 __attribute__((no_sanitize_thread)) inline void hook(const void *address, size_t size, unsigned flags, void *code) {
     Block *b = bound;
     if (!b) return;  // while the library is loaded
-    // Locals whose address was taken, unless they can be the sums of an asynchronous product.
+    // Locals whose address is taken, unless they can be the accumulators of an asynchronous product.
     if (!b->in_flight && (const char *)address >= b->stacks && (const char *)address < b->stacks_end) return;
     b->runtime->access(b, address, size, flags, {(uintptr_t)code - 1, 0});
 }
@@ -43,8 +43,8 @@ __attribute__((no_sanitize_thread, used)) inline void __tsan_func_entry(void *) 
 __attribute__((no_sanitize_thread, used)) inline void __tsan_func_exit() {}
 __attribute__((no_sanitize_thread, used)) inline void __tsan_vptr_update(void **, void *) {}
 
-// -fsanitize=alignment calls this where a pointer is no multiple of what its type asks for, before the access
-// is taken apart into smaller ones. The data is laid out as g++ does.
+// -fsanitize=alignment calls this for a pointer that is not aligned for its type, before the access is split
+// into smaller ones. The layout of the data is that of g++.
 struct sim_mismatch {
     const char *file;
     uint32_t line, column;

@@ -1,14 +1,14 @@
-// The side of a kernel: which thread runs, shared variables, and the description that the driver reads.
+// The kernel's side: the current thread, shared variables, and the description that the driver reads.
 #pragma once
 
-// Functions of the shim whose accesses are not the kernel's. What they touch on its behalf they report.
+// Functions of the shim whose accesses are not checked. They report accesses on behalf of the kernel.
 #ifdef SIM_CHECKED
 #define SIM_QUIET __attribute__((no_sanitize_thread))
 #else
 #define SIM_QUIET
 #endif
 
-// The line of the caller: the last parameter of everything that a report may have to name.
+// The line of the caller: the last parameter of every function that a report may name.
 #define SIM_LINE int line = __builtin_LINE()
 
 namespace sim {
@@ -28,13 +28,13 @@ SIM_QUIET inline void touch(const void *address, size_t size, unsigned flags, in
 #endif
 }
 
-// Lanes of a warp go on together, as on a device, where a generated kernel counts on it without saying so.
+// Runs the lanes of a warp in lockstep where a generated kernel relies on it without synchronisation.
 SIM_QUIET inline void step() { bound->runtime->step(bound); }
 
 // ---- shared variables ---------------------------------------------------------------------------
 
 constexpr size_t MOST_VARIABLES = 256;
-// On the host they lie apart, so that an index out of bounds hits nothing.
+// On the host they are apart from each other, so that an index out of bounds hits no variable.
 constexpr size_t GAP = 64;
 inline SharedVariable variables[MOST_VARIABLES];
 inline size_t variable_count = 0, shared_span = 0, shared_total = 0;
@@ -51,7 +51,7 @@ SIM_QUIET inline size_t reserve(size_t size) {
 template <typename Tag, typename T> struct Variable {
     static inline const size_t offset = reserve(sizeof(T));
 };
-// The variable of type T that a `__shared__` declaration is about; `Tag` is a type of its own for each.
+// The variable of type T of a `__shared__` declaration; each declaration has its own type `Tag`.
 template <typename Tag, typename T> SIM_QUIET inline T &shared_variable() { return *(T *)(bound->statics + Variable<Tag, T>::offset); }
 
 // ---- the description ----------------------------------------------------------------------------

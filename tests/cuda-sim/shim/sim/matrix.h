@@ -1,8 +1,8 @@
-// Matrix products: the wmma API, and what CubeCL's generated functions of inline PTX become.
+// Matrix products: the wmma API, and the replacements of CubeCL's functions of inline PTX.
 #pragma once
 
-// Tensor cores ignore the low 13 bits of what they take as TF32; kernels that load by TMA rely on it.
-// SIM_NO_TF32 takes the rounding out, to see what of an error is due to it.
+// Tensor cores ignore the low 13 bits of TF32 operands; kernels that load by TMA rely on it.
+// SIM_NO_TF32 disables the rounding, for measuring its share of an error.
 inline float sim_tf32(float x) {
 #ifndef SIM_NO_TF32
     uint32_t u;
@@ -23,8 +23,8 @@ namespace precision { struct tf32; }
 template <typename T> struct Storage { typedef T type; };
 template <> struct Storage<precision::tf32> { typedef float type; };
 
-// Element i of a lane is number lane * num_elements + i of the matrix, row by row. Devices lay them out
-// in a way that is not specified, so no kernel can depend on it.
+// Element i of a lane is element lane * num_elements + i of the matrix, row-major. The layout on devices
+// is not specified, so no kernel can depend on it.
 template <typename Use, int M, int N, int K, typename T, typename Layout = void> struct fragment {
     typedef typename Storage<T>::type Element;
     static constexpr int rows = std::is_same<Use, matrix_b>::value ? K : M;

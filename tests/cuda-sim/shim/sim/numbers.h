@@ -153,7 +153,7 @@ inline float __frsqrt_rn(float x) { return 1.0f / sqrtf(x); }
 inline float __frcp_rn(float x) { return 1.0f / x; }
 inline float rsqrt(float x) { return 1.0f / sqrtf(x); }
 inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
-// CUDA's max and min take the number where the other is none, and mixed integers.
+// CUDA's max and min ignore a NaN operand, and accept mixed integers.
 template <typename A, typename B> inline std::enable_if_t<std::is_arithmetic<A>::value && std::is_arithmetic<B>::value, std::common_type_t<A, B>> max(A a, B b) {
     typedef std::common_type_t<A, B> T;
     if constexpr (std::is_floating_point<T>::value) return fmax((T)a, (T)b);
@@ -208,7 +208,7 @@ template <typename T> inline T __ldcs(const T *p) { return *p; }
 template <typename T> inline T __ldcg(const T *p) { return *p; }
 template <typename T> inline void __stcs(T *p, T v) { *p = v; }
 template <typename T> inline void __stcg(T *p, T v) { *p = v; }
-// Addresses in shared memory are those of the host: nothing but PTX, which is not compiled here, needs others.
+// Addresses in shared memory are host addresses: only PTX, which is not compiled here, needs others.
 SIM_QUIET inline size_t __cvta_generic_to_shared(const void *p) { return (size_t)((const char *)p - sim::here()->shared); }
 inline unsigned __isGlobal(const void *) { return 1; }
 #define __builtin_assume(x) ((void)0)

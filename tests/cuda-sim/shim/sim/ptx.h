@@ -1,8 +1,8 @@
-// The functions of one PTX instruction each that hand-written kernels wrap. On a device they are inline
-// PTX; a kernel's own definitions stand under `#ifndef KILN_HOST_SIM`.
+// Functions of one PTX instruction each that hand-written kernels call. On a device they are inline PTX; the
+// kernel's own definitions are under `#ifndef KILN_HOST_SIM`.
 #pragma once
 
-// d += a * b, with the registers of mma.sync.aligned.m16n8k16.row.col.
+// d += a * b, with the register layout of mma.sync.aligned.m16n8k16.row.col.
 SIM_QUIET inline void mma_m16n8k16_bf16(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2], SIM_LINE) {
     sim::here()->runtime->mma(sim::here(), 1, 16, a, b, d, d, line);
 }
@@ -16,7 +16,7 @@ SIM_QUIET inline void mma_m16n8k16(float (&d)[4], const unsigned (&a)[4], const 
     mma_m16n8k16_f16(d, a, b, line);
 }
 
-// Lane 8 j + i brings the address of row i of matrix j.
+// Lane 8 j + i provides the address of row i of matrix j.
 SIM_QUIET inline void ldmatrix_x4(unsigned (&r)[4], const void *shared_row, SIM_LINE) {
     uint32_t *registers[] = {&r[0], &r[1], &r[2], &r[3]};
     sim::ldmatrix(registers, 4, false, shared_row, line);
@@ -34,7 +34,7 @@ SIM_QUIET inline void ldmatrix_x2_trans(unsigned (&r)[2], const void *shared_row
     sim::ldmatrix(registers, 2, true, shared_row, line);
 }
 
-// 16 bytes, or zeros where not `valid`; the global address is not read then.
+// Copies 16 bytes; if not `valid`, writes zeros and does not read the global address.
 SIM_QUIET inline void cp_async_16(void *shared, const void *global, bool valid, SIM_LINE) {
     sim::here()->runtime->copy_async(sim::here(), shared, global, 16, valid ? 16 : 0, line);
 }
@@ -47,7 +47,7 @@ SIM_QUIET inline void wgmma_fence() { sim::here()->runtime->group_fence(sim::her
 SIM_QUIET inline void wgmma_commit() { sim::here()->runtime->group_commit(sim::here()); }
 template <int N> SIM_QUIET inline void wgmma_wait(SIM_LINE) { sim::here()->runtime->group_wait(sim::here(), N, line); }
 SIM_QUIET inline void fence_async_proxy() { sim::here()->runtime->async_fence(sim::here()); }
-// A tile of the block's dynamic shared memory, with the 128-byte swizzle.
+// The descriptor of a tile in dynamic shared memory, with the 128-byte swizzle.
 SIM_QUIET inline unsigned long long wgmma_descriptor(const void *tile, unsigned leading_bytes, unsigned stride_bytes) {
     unsigned long long address = (unsigned long long)((const char *)tile - sim::here()->shared), wrong = 0;
     if (address >= 1 << 18 || address % 16) wrong = sim::NO_TILE;
@@ -60,7 +60,7 @@ template <typename T, int R> SIM_QUIET inline void group_product(float (&d)[R], 
     here()->runtime->group_product(here(), {element_of<T>, registers, a, b, transposed, d, R, overwrite}, line);
 }
 }  // namespace sim
-// Without `add` the sums are overwritten.
+// Without `add` the accumulators are overwritten.
 template <typename T, int R> SIM_QUIET inline void wgmma_ss(float (&d)[R], unsigned long long a, unsigned long long b, int add = 1, SIM_LINE) {
     sim::group_product<T>(d, nullptr, a, b, false, !add, line);
 }
@@ -70,14 +70,14 @@ template <typename T, int R> SIM_QUIET inline void wgmma_rs(float (&d)[R], const
 template <typename T, int R> SIM_QUIET inline void wgmma_rs_t(float (&d)[R], const unsigned (&a)[4], unsigned long long b, SIM_LINE) {
     sim::group_product<T>(d, a, 0, b, true, false, line);
 }
-// On a device they keep the compiler from moving what it may not move.
+// On a device they keep the compiler from reordering.
 template <int COUNT> inline void keep_in_place(float (&)[COUNT]) {}
 template <int COUNT> inline void keep_in_place(unsigned (&)[COUNT][4]) {}
 inline void keep_after(float) {}
 
 // 2 to the power of x, to 2 units in the last place, as ex2.approx.ftz: 0 below the normal numbers.
 SIM_QUIET inline float exp2_approximate(float x) {
-    // In this sum the last bits are the nearest whole number.
+    // The last bits of this sum are the nearest integer.
     float shifted = x + 12582912.0f, part = x - (shifted - 12582912.0f), y = 1.535336188319500e-4f;
 #ifdef __FMA__
     auto step = [&](float next) SIM_QUIET { y = __builtin_fmaf(y, part, next); };

@@ -2,7 +2,7 @@
 #pragma once
 
 SIM_QUIET inline void __syncthreads(SIM_LINE) { sim::here()->runtime->block_barrier(sim::here(), line); }
-// bar.sync and bar.arrive: barriers 1 to 15, for so many threads of whole warps.
+// bar.sync and bar.arrive: barriers 1 to 15 for `threads` threads in whole warps.
 SIM_QUIET inline void barrier_sync(int number, int threads, SIM_LINE) { sim::here()->runtime->named_barrier(sim::here(), sim::NAMED_SYNC, number, threads, line); }
 SIM_QUIET inline void barrier_arrive(int number, int threads, SIM_LINE) { sim::here()->runtime->named_barrier(sim::here(), sim::NAMED_ARRIVE, number, threads, line); }
 SIM_QUIET inline void __syncwarp(unsigned mask = ~0u, SIM_LINE) { sim::here()->runtime->warp(sim::here(), mask, sim::WARP_BARRIER, line, nullptr, nullptr); }
@@ -17,7 +17,7 @@ namespace sim {
 
 struct Exchange {
     uint64_t value, result;
-    int source;  // the lane whose value this lane takes; its own if it is none
+    int source;  // the lane whose value this lane takes; its own lane if there is none
 };
 SIM_QUIET inline void exchange_work(void *const *slots, uint32_t present) {
     for (int i = 0; i < 32; i++)
@@ -73,7 +73,7 @@ template <typename T> SIM_QUIET inline T __shfl_down_sync(unsigned mask, T v, un
 SIM_QUIET inline unsigned __ballot_sync(unsigned mask, bool p, SIM_LINE) { return sim::vote(mask, p, line); }
 SIM_QUIET inline bool __any_sync(unsigned mask, bool p, SIM_LINE) { return sim::vote(mask, p, line) != 0; }
 SIM_QUIET inline bool __all_sync(unsigned mask, bool p, SIM_LINE) { return sim::vote(mask, !p, line) == 0; }
-// What CubeCL writes as inline PTX to choose one lane of a warp.
+// The replacement of CubeCL's inline PTX that elects one lane of a warp.
 SIM_QUIET inline unsigned sim_elect() { return sim::lane() == 0; }
 
 #define SIM_REDUCE(name, operation)                                                                   \

@@ -1,32 +1,32 @@
-// Softmax attention of packed sequences on tensor cores (compute capability 8.0): products in T with
-// f32 sums, softmax in f32, scores never in memory (FlashAttention-2's loop).
+// Softmax attention of packed sequences on tensor cores (compute capability 8.0): products in T with f32
+// accumulation, softmax in f32, scores in registers only (FlashAttention-2's loop).
 //
 // query [tokens][heads][D], key and value [tokens][kv heads][D] with any strides of tokens and heads,
 // out [tokens][heads · D]. blockIdx.x is a tile of 64 queries of one sequence, blockIdx.y a head and,
-// where D is more than 128, a part of its columns: such a block computes all scores, and DV columns.
+// if D is more than 128, a part of its columns: the block then computes all scores, but only DV columns.
 //
-// Compiled with: T (bf16 or f16), D (a multiple of 8), DP (D rounded up to 16), PARTS, DV (columns of a
-// part, a multiple of 16), KEYS (keys of a tile), CAUSAL, SEQUENCES (the most of one launch).
+// Macros: T (bf16 or f16), D (a multiple of 8), DP (D rounded up to a multiple of 16), PARTS, DV (columns
+// of a part, a multiple of 16), KEYS (keys of a tile), CAUSAL, SEQUENCES (maximum per launch).
 
 constexpr int ROWS = 64;
 constexpr int THREADS = 128;
-// Rows of shared memory are an odd number of 16 bytes long, so that 8 of them lie in different banks.
+// Row strides in shared memory are odd multiples of 16 bytes, so that 8 rows are in different banks.
 constexpr int LD = DP + 8, LDV = DV + 8;
-// Narrow heads keep the queries in registers, and their place in shared memory becomes the keys'.
+// For narrow heads the queries stay in registers, and the keys reuse their shared memory.
 constexpr bool QUERIES_STAY = DP <= 128;
 constexpr int DEPTH_TILES = DP / 16, KEY_TILES = KEYS / 8, COLUMN_TILES = DV / 8;
 
-// The score of a key that is not to be seen: below all others.
+// Score of a masked key: lower than any other.
 constexpr float UNSEEN = -3.0e38f;
 
 struct Info {
-    u64 group;  // query heads of a key/value head
+    u64 group;  // query heads per key/value head
     u64 out_stride;
-    u64 query_token, query_head, key_token, key_head, value_token, value_head;
-    u64 starts[SEQUENCES + 1];  // of the sequences; the last is repeated
+    u64 query_token, query_head, key_token, key_head, value_token, value_head;  // strides
+    u64 starts[SEQUENCES + 1];  // first token of each sequence, then the end of the last, repeated
 };
 
-// Loads a tile of rows of 16-bit values; what is past the last row or column is zero.
+// Loads a tile of rows of 16-bit values, zero-filled past the last row and column.
 template <int TILE_ROWS, int COLUMNS, int STRIDE>
 __device__ inline void load_tile(T *to, const T *from, u64 stride, int rows, int columns) {
     constexpr int CHUNKS = COLUMNS / 8;
@@ -84,14 +84,14 @@ attention_mma(
     for (int j = 0; j < COLUMN_TILES; j++)
 #pragma unroll
         for (int e = 0; e < 4; e++) sums[j][e] = 0.0f;
-    // Of the two rows that a lane has: the largest score so far, and the sum of the weights.
+    // For each of the lane's two rows: the largest score so far, and the sum of the weights.
     float largest[2] = {UNSEEN, UNSEEN}, total[2] = {0.0f, 0.0f};
     const float scale = 1.4426950408889634f / sqrtf((float)D);
 
     load_tile<KEYS, DP, LD>(keys, key, info.key_token, key_count, D);
     cp_async_commit();
     for (int first_key = 0; first_key < key_count; first_key += KEYS) {
-        // The keys have arrived for all, and all are done with the values before.
+        // All threads' copies of the keys have arrived, and the previous values are no longer read.
         cp_async_wait<0>();
         __syncthreads();
         load_tile<KEYS, DV, LDV>(values, value + first_key * info.value_token, info.value_token,
@@ -118,7 +118,7 @@ attention_mma(
             }
         }
 
-        // The values have arrived for all, and all are done with the keys.
+        // All threads' copies of the values have arrived, and the keys are no longer read.
         cp_async_wait<0>();
         __syncthreads();
         if (first_key + KEYS < key_count) {
@@ -143,7 +143,7 @@ attention_mma(
                 }
             top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 1));
             top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 2));
-            // The first tile has a key for every row, so `top` is a score.
+            // Every row has a key in the first tile, so `top` is not UNSEEN.
             const float fade = exp2f(largest[half] - top);
             largest[half] = top;
             total[half] *= fade;

@@ -1,35 +1,36 @@
-// Softmax attention of packed sequences with the warpgroup products of compute capability 9.0a: products in
-// T with f32 sums, softmax in f32, scores never in memory.
+// Softmax attention of packed sequences by wgmma (compute capability 9.0a): products in T with f32
+// accumulation, softmax in f32, scores in registers only.
 //
 // query [tokens][heads][D], key and value [tokens][kv heads][D] with any strides of tokens and heads,
 // out [tokens][heads · D]. blockIdx.x is a tile of 128 queries of one sequence, blockIdx.y a head. Each of
-// the two warpgroups has 64 of the queries, and all keys. The scores of a tile of keys are computed
-// together with the sums of the tile before, so that its softmax runs while tensor cores are at work.
+// the two warpgroups computes 64 of the queries over all keys. The products for the scores of one tile of
+// keys and for the sums of the previous tile are issued together, so that tensor cores compute the sums
+// during the softmax.
 //
-// Compiled with: T (bf16 or f16), D (64 or 128), CAUSAL, SEQUENCES (the most of one launch).
+// Macros: T (bf16 or f16), D (64 or 128), CAUSAL, SEQUENCES (maximum per launch).
 
 constexpr int ROWS = 128, KEYS = 128;  // of a tile
 constexpr int THREADS = 256;
 
-// Tiles lie in shared memory as blocks of 64 columns, one after the other, of rows of 128 bytes; chunk c of
-// 16 bytes of row r is at c ^ r % 8.
+// A tile in shared memory consists of consecutive blocks of 64 columns, with rows of 128 bytes; the 16-byte
+// chunk c of row r is stored at chunk c ^ r % 8.
 constexpr int BLOCK_BYTES = KEYS * 128;
 constexpr int TILE_BYTES = KEYS * D * 2;
 
-// The score of a key that is not to be seen: below all others.
+// Score of a masked key: lower than any other.
 constexpr float UNSEEN = -3.0e38f;
 
-// Barriers of the two warpgroups.
+// Named barriers, on which the first and the second warpgroup wait.
 constexpr int FIRST = 1, SECOND = 2;
 
 struct Info {
-    u64 group;  // query heads of a key/value head
+    u64 group;  // query heads per key/value head
     u64 out_stride;
-    u64 query_token, query_head, key_token, key_head, value_token, value_head;
-    u64 starts[SEQUENCES + 1];  // of the sequences; the last is repeated
+    u64 query_token, query_head, key_token, key_head, value_token, value_head;  // strides
+    u64 starts[SEQUENCES + 1];  // first token of each sequence, then the end of the last, repeated
 };
 
-// Loads a tile of rows of D values; rows past the last are zero.
+// Loads a tile of rows of D values, zero-filled past the last row.
 template <int TILE_ROWS> __device__ inline void load_tile(unsigned char *to, const T *from, u64 stride, int rows) {
     constexpr int CHUNKS = D / 8, STEP = THREADS / CHUNKS;
     const int chunk = threadIdx.x % CHUNKS, first = threadIdx.x / CHUNKS;
@@ -57,7 +58,7 @@ attention_wgmma(
     unsigned char *keys = queries + ROWS * D * 2;
     unsigned char *values = keys + 2 * TILE_BYTES;
     const int lane = threadIdx.x & 31, warp_row = threadIdx.x / 32 * 16;
-    // The same for all lanes, which the compiler cannot know without the shuffle.
+    // The shuffle lets the compiler know that the value is uniform in a warp.
     const int group = __shfl_sync(0xffffffffu, (int)threadIdx.x / 128, 0);
 
     int tile = blockIdx.x, sequence = 0, length;
@@ -65,7 +66,7 @@ attention_wgmma(
         length = (int)(info.starts[sequence + 1] - info.starts[sequence]);
         const int tiles = (length + ROWS - 1) / ROWS;
         if (tile < tiles) {
-            // Of a causal sequence the tiles with the most keys come first.
+            // Causal sequences start with the tiles that have the most keys.
             if (CAUSAL) tile = tiles - 1 - tile;
             break;
         }
@@ -87,8 +88,8 @@ attention_wgmma(
 
     float scores[KEYS / 2], sums[D / 2];
     unsigned weights[KEYS / 16][4];
-    // Of the two rows that a lane has: the largest score so far, the sum of the weights, and what to
-    // multiply the sums before with.
+    // For each of the lane's two rows: the largest score so far, the sum of the weights, and the factor that
+    // rescales the previous sums.
     float largest[2] = {UNSEEN, UNSEEN}, total[2] = {0.0f, 0.0f}, fade[2];
     const float scale = 1.4426950408889634f / sqrtf((float)D);
 #pragma unroll
@@ -117,7 +118,7 @@ attention_wgmma(
             wgmma_rs_t<T>(sums, weights[k], matrix + k * 2048 / 16);
         wgmma_commit();
     };
-    // Makes weights of the scores, still in f32.
+    // Turns the scores into weights, in f32.
     auto softmax = [&](int tile) {
         const int first_key = tile * KEYS;
         const int first_row = first_query + group * 64;
@@ -136,8 +137,8 @@ attention_wgmma(
             for (int j = half * 2; j < KEYS / 2; j += 4) top = fmaxf(top, fmaxf(scores[j], scores[j + 1]));
             top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 1));
             top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 2));
-            // The first tile has a key for every row, so `top` is a score. It is subtracted before the
-            // scale, so that a large score has no error that makes its weight larger than 1.
+            // Every row has a key in the first tile, so `top` is not UNSEEN. It is subtracted before scaling,
+            // so that rounding errors of large scores cannot make a weight larger than 1.
             fade[half] = exp2_approximate((largest[half] - top) * scale);
             largest[half] = top;
             float sum = 0.0f;
@@ -175,9 +176,9 @@ attention_wgmma(
     fence_async_proxy();
     if (group == 1) barrier_arrive(FIRST, THREADS);
 
-    // The first warpgroup starts its products, then the second, so that one's softmax runs while tensor
-    // cores work for the other. Each waits for the other to have loaded its part of the tiles and to be
-    // done with those that are overwritten next.
+    // The warpgroups issue their products in turns, so that the softmax of one runs while tensor cores work
+    // for the other. Each waits until the other has loaded its part of the tiles and no longer reads those
+    // that are overwritten next.
     for (int tile = 1; tile < key_tiles; tile++) {
         barrier_sync(group == 0 ? FIRST : SECOND, THREADS);
         wgmma_fence();

@@ -1,6 +1,6 @@
-// Types, conversions and the instructions of tensor cores, for the kernels in this folder.
+// Types, conversions and tensor core instructions that all kernels in this folder use.
 //
-// A host that runs these kernels for tests defines KILN_HOST_SIM and has the instructions itself.
+// The emulator in tests/cuda-sim defines KILN_HOST_SIM, and implements the instructions on the CPU.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -21,7 +21,7 @@ template <> struct Rounded<__nv_bfloat16> {
     static __device__ __nv_bfloat16 of(float x) { return __float2bfloat16_rn(x); }
 };
 
-// Two values of a 16-bit type in one register, the first in the low half.
+// Packs two values of a 16-bit type into one register, the first in the low half.
 template <typename T> __device__ inline unsigned pack(float first, float second);
 template <> __device__ inline unsigned pack<__half>(float first, float second) {
     return (unsigned)__half_as_ushort(__float2half_rn(first)) |
@@ -32,7 +32,7 @@ template <> __device__ inline unsigned pack<__nv_bfloat16>(float first, float se
            (unsigned)__bfloat16_as_ushort(__float2bfloat16_rn(second)) << 16;
 }
 
-// Writes two neighbours, at an even place if `paired`.
+// Writes `first`, and `second` after it if `both`. If `paired`, `to` is 4-byte aligned.
 template <typename T>
 __device__ inline void store_pair(T *to, float first, float second, bool both, bool paired) {
     if (both && paired && sizeof(T) == 2) {
@@ -48,7 +48,7 @@ __device__ inline void store_pair<float>(float *to, float first, float second, b
     if (both) to[1] = second;
 }
 
-// Writes 8 values to a place that is a multiple of 8.
+// Writes 8 values; `to` is 16-byte aligned.
 template <typename T> __device__ inline void store_8(T *to, const float (&values)[8]) {
     uint4 packed;
     packed.x = pack<T>(values[0], values[1]);
@@ -80,7 +80,7 @@ __device__ inline void mma_m16n8k16_f16(float (&d)[4], const unsigned (&a)[4], c
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-// Four 8×8 matrices of 16-bit values: lane 8 j + i brings the address of row i of matrix j.
+// Loads four 8×8 matrices of 16-bit values; lane 8 j + i provides the address of row i of matrix j.
 __device__ inline void ldmatrix_x4(unsigned (&r)[4], const void *row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
@@ -94,7 +94,7 @@ __device__ inline void ldmatrix_x4_trans(unsigned (&r)[4], const void *row) {
                  : "memory");
 }
 
-// Copies 16 bytes to shared memory in the background, or zeros where nothing valid lies.
+// Copies 16 bytes to shared memory asynchronously, or writes zeros if not `valid`.
 __device__ inline void cp_async_16(void *shared, const void *global, bool valid) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
                  :
@@ -102,14 +102,14 @@ __device__ inline void cp_async_16(void *shared, const void *global, bool valid)
                  : "memory");
 }
 __device__ inline void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-// Waits until all but the last `N` groups of this thread have arrived.
+// Waits until all but this thread's last `N` committed groups have arrived.
 template <int N> __device__ inline void cp_async_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
 }
 
 #endif
 
-// d += a · b on tensor cores: a is 16×16 row by row, b is 16×8 column by column.
+// Computes d += a · b on tensor cores: a is 16×16 row-major, b is 16×8 column-major.
 template <typename T>
 __device__ inline void mma(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]);
 template <>

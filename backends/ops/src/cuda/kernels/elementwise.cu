@@ -1,7 +1,8 @@
-// Ops that read every value once and write one for it, in f32 arithmetic.
+// Elementwise ops in f32 arithmetic.
 //
-// Compiled with T and OP: 0 is GELU by tanh of a, 1 is silu(a) · b, 2 is a + gate · b, where the gate is a
-// row of a table [rows][dim] in f32 that a run of tokens shares, and f16 saturates.
+// Macros: T (element type), IS_F16, and OP: 0 computes GELU (tanh approximation) of a, 1 silu(a) · b, 2
+// a + gate · b, where the gate is the row of an f32 table [rows][dim] that a run of tokens shares. OP 2
+// saturates in f16.
 
 constexpr int THREADS = 256;
 constexpr int RUNS = 32;
@@ -12,9 +13,9 @@ struct alignas(16) Vector {
 };
 
 struct Info {
-    u64 count;   // values in all, or of a token
-    u64 first;   // token of the first block
-    u64 ends[RUNS], rows[RUNS];  // of runs: the token after the last, and the row of the table
+    u64 count;   // OP 0 and 1: number of values; OP 2: values per token
+    u64 first;   // OP 2: token of block 0
+    u64 ends[RUNS], rows[RUNS];  // OP 2: end (token) and table row of each run
 };
 
 __device__ inline T computed(float a, float b, float gate) {
@@ -41,7 +42,7 @@ elementwise(
     const __grid_constant__ Info info
 ) {
 #if OP == 2
-    // A block has a token.
+    // Each block computes one token.
     const u64 token = info.first + blockIdx.x;
     int run = 0;
     while (token >= info.ends[run]) run++;
@@ -53,7 +54,7 @@ elementwise(
 #else
     const u64 begin = (u64)blockIdx.x * THREADS + threadIdx.x, step = (u64)gridDim.x * THREADS;
 #endif
-    // Rows that are no multiple of 16 bytes long do not begin at one.
+    // Rows whose length is not a multiple of 16 bytes are not aligned for vectors.
     const u64 vectors = OP == 2 && info.count % VALUES ? 0 : info.count / VALUES;
     for (u64 i = begin; i < vectors; i += step) {
         const Vector left = ((const Vector *)a)[i];

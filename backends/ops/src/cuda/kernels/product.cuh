@@ -1,9 +1,9 @@
-// What the kernels of products share.
+// Sizes and tile order, shared by the product kernels.
 
 struct Info {
     u64 rows, columns, depth;
     u64 a_stride, b_stride, out_stride;
-    // Of convolutions: pixels, side of the kernel, channels as they lie in memory, and from image to image.
+    // Convolutions only: image size, kernel size, channels in memory, and strides between images.
     u64 height, width, kernel, channels, b_image, out_image;
 };
 
@@ -11,8 +11,8 @@ struct Tile {
     int first_row, first_column;
 };
 
-// The tile of this block. Blocks that run together have tiles of few rows of tiles, so that they find each
-// other's inputs in the L2 cache.
+// The tile that this block computes. Blocks that run at the same time share few rows of tiles, so that they
+// find each other's inputs in the L2 cache.
 __device__ inline Tile tile_of_block(int rows, int columns, int tile_rows, int tile_columns) {
     constexpr int GROUP = 8;
     const int row_tiles = (rows + tile_rows - 1) / tile_rows, column_tiles = (columns + tile_columns - 1) / tile_columns;

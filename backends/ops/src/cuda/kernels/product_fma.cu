@@ -1,17 +1,17 @@
-// out[m][n] = sum over k of a[m][k] · b[n][k], plus a bias, in f32 arithmetic whatever the types.
+// Computes out[m][n] = sum over k of a[m][k] · b[n][k], plus a bias, in f32 arithmetic for all types.
 //
-// Linear layers: a is the tokens, b the weight, the bias belongs to columns.
+// Linear layers: a is [token][in], b the weight, and the bias is per column.
 // Convolutions (CONV): a is the weight as [out][channel · kernel · kernel], b the image of blockIdx.y
-// as [channel][pixel]; the bias belongs to rows, out is [out][pixel].
+// as [channel][pixel]; the bias is per row, out is [out][pixel].
 //
-// Compiled with: A, B, BIAS, OUT (elements), HAS_BIAS, CONV, ROUND_A (a is rounded to bf16 first), TILE
-// (64 or 128). 256 threads have a tile of TILE × TILE, and each of them TILE / 16 × TILE / 16 values.
+// Macros: A, B, BIAS, OUT (element types), HAS_BIAS, CONV, ROUND_A (rounds a to bf16 first), TILE (64 or
+// 128). A block of 256 threads computes a tile of TILE × TILE, each thread TILE / 16 × TILE / 16 values.
 
 constexpr int BK = 16;
 constexpr int THREADS = 256;
 constexpr int OWN = TILE / 16;
 constexpr int LOADS = TILE * BK / THREADS;
-// Rows of shared memory are 4 values apart from a multiple of 32 banks.
+// Rows of shared memory are padded by 4 values to avoid bank conflicts.
 constexpr int STRIDE = TILE + 4;
 
 extern "C" __global__ void __launch_bounds__(THREADS)
@@ -34,7 +34,7 @@ product_fma(
     b += blockIdx.y * info.b_image;
     out += blockIdx.y * info.out_image;
     const int height = (int)info.height, width = (int)info.width, kernel = (int)info.kernel;
-    // A thread has one pixel of the tile, for several depths.
+    // A thread loads one pixel of the tile, at several depths.
     const int pixel = first_column + thread % TILE;
     const int pixel_y = pixel / width - kernel / 2, pixel_x = pixel % width - kernel / 2;
 #endif

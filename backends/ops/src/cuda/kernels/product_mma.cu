@@ -1,11 +1,12 @@
-// out[m][n] = sum over k of a[m][k] · b[n][k], plus a bias, on tensor cores (compute capability 8.0).
+// Computes out[m][n] = sum over k of a[m][k] · b[n][k], plus a bias, on tensor cores (compute capability
+// 8.0).
 //
-// Linear layers: a is the tokens, b the weight, the bias belongs to columns.
-// Convolutions (CONV): a is the weight as [out][tap][channel], b the pixels as [pixel][channel] of one
-// image per blockIdx.y, shifted by the tap; the bias belongs to rows, out is [out][pixel].
+// Linear layers: a is [token][in], b the weight, and the bias is per column.
+// Convolutions (CONV): a is the weight as [out][tap][channel], b the image of blockIdx.y as
+// [pixel][channel], shifted by the tap; the bias is per row, out is [out][pixel].
 //
-// Compiled with: T (element of a, b and bias), OUT (element of out), HAS_BIAS, CONV, BM, BN, WARPS_M,
-// WARPS_N, STAGES. A block has WARPS_M × WARPS_N warps and a tile of BM × BN.
+// Macros: T (element type of a, b and bias), OUT (element type of out), HAS_BIAS, CONV, BM, BN, WARPS_M,
+// WARPS_N, STAGES. A block of WARPS_M × WARPS_N warps computes a tile of BM × BN.
 
 constexpr int BK = 32;
 constexpr int CHUNK = 8;  // values in 16 bytes
@@ -16,7 +17,7 @@ constexpr int ROW_TILES = WARP_ROWS / 16, COLUMN_TILES = WARP_COLUMNS / 8;
 constexpr int A_LOADS = BM * CHUNKS / THREADS, B_LOADS = BN * CHUNKS / THREADS;
 constexpr int STAGE = (BM + BN) * BK;
 
-// Where 8 values of a row lie in a tile, so that 8 rows at the same depth lie in different banks.
+// Index of a chunk of 8 values in a tile. The swizzle puts 8 rows at the same depth into different banks.
 __device__ inline int place(int row, int chunk) {
     return row * BK + (chunk ^ ((row >> 1) & 3)) * CHUNK;
 }
@@ -50,7 +51,7 @@ product_mma(
         const int pixel = first_column + (thread + i * THREADS) / CHUNKS;
         pixel_y[i] = pixel / width - kernel / 2;
         pixel_x[i] = pixel % width - kernel / 2;
-        // Below the image, whatever the tap.
+        // Pixels past the last one are placed below the image for every tap, so that they load zeros.
         if (pixel >= columns) pixel_y[i] = height;
     }
 #endif
@@ -98,7 +99,7 @@ product_mma(
         cp_async_commit();
     }
     for (int step = 0; step < steps; step++) {
-        // This step's tile has arrived for all, and all are done with the one before it.
+        // All threads' copies of this step's tile have arrived, and the previous tile is no longer read.
         cp_async_wait<STAGES - 2>();
         __syncthreads();
         const int next = step + STAGES - 1;

@@ -1,15 +1,15 @@
-// out[m][n] = sum over k of a[m][k] · b[n][k], plus a bias, by asynchronous products (compute capability 9.0a).
+// Computes out[m][n] = sum over k of a[m][k] · b[n][k], plus a bias, by wgmma (compute capability 9.0a).
 // Arguments and layouts are those of product_mma.cu.
 //
-// Compiled with: T, OUT, HAS_BIAS, CONV, BN (192 or 256). A block has two groups of 4 warps; each group has 64
-// rows of a tile of 128 × BN.
+// Macros: T, OUT, HAS_BIAS, CONV, BN (192 or 256). A block of two warpgroups computes a tile of 128 × BN, each
+// warpgroup 64 of the rows.
 
 constexpr int BM = 128, BK = 64, STAGES = 4, THREADS = 256;
 constexpr int CHUNK = 8;                  // values in 16 bytes
 constexpr int STEP = THREADS * CHUNK / BK;  // rows that all threads load at once
 constexpr int A_LOADS = BM / STEP, B_LOADS = BN / STEP;
 constexpr int STAGE = (BM + BN) * BK;
-constexpr int PITCH = BN + 4;  // from row to row of the tile of sums, in values
+constexpr int PITCH = BN + 4;  // row stride of the tile of sums, in values
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
 product_wgmma(
@@ -44,7 +44,7 @@ product_wgmma(
     for (int i = 0; i < B_LOADS; i++) {
         const int pixel = first_column + load_row + i * STEP;
         pixel_x[i] = pixel % width;
-        // Below the image, whatever the tap.
+        // Pixels past the last one are placed below the image for every tap, so that they load zeros.
         pixel_y[i] = pixel < columns ? pixel / width : 2 * height + kernel;
     }
 #else
@@ -92,7 +92,7 @@ product_wgmma(
 
     const int warp_group = warp / 4;
     const int steps = (depth + BK - 1) / BK;
-    // A tile is loaded this many steps before it is used.
+    // Loads run this many steps ahead of the products.
     constexpr int AHEAD = STAGES - 2;
 #pragma unroll
     for (int step = 0; step < AHEAD; step++) {
@@ -100,13 +100,14 @@ product_wgmma(
         cp_async_commit();
     }
     for (int step = 0; step < steps; step++) {
-        // This step's tile has arrived for all, and all are done with the step before the last.
+        // All threads' copies of this step's tile have arrived, and all products up to the step before the
+        // previous one have completed.
         cp_async_wait<AHEAD - 1>();
         fence_async_proxy();
         __syncthreads();
         const T *a_tile = shared + step % STAGES * STAGE + warp_group * 64 * BK;
         const T *b_tile = shared + step % STAGES * STAGE + BM * BK;
-        // From 8 rows of a tile to the next 8; there is nothing beside a tile.
+        // `stride` is 8 rows of a tile; `leading` is unused, because a tile has only 64 columns.
         const u64 left = wgmma_descriptor(a_tile, 16, 8 * BK * 2), right = wgmma_descriptor(b_tile, 16, 8 * BK * 2);
         wgmma_fence();
 #pragma unroll
@@ -120,7 +121,7 @@ product_wgmma(
     cp_async_wait<0>();
     __syncthreads();
 
-    // Through shared memory, so that rows are written 16 bytes and more at a time.
+    // Results go through shared memory, so that rows are written at least 16 bytes at a time.
     float *results = (float *)shared_memory;
     const int own_row = warp_group * 64 + warp % 4 * 16 + lane / 4;
 #pragma unroll

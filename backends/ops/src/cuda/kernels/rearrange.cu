@@ -1,8 +1,8 @@
-// Lays tensors of a convolution out for tensor cores: channels last, and a multiple of 8 of them, of
-// which those past the last are zero.
+// Transposes the tensors of a convolution for tensor cores: channels last, padded with zeros to a
+// multiple of 8.
 //
-// Images [image][channel][pixel] become [image][pixel][channel], weights [out][channel][tap]
-// [out][tap][channel]. Compiled with T, a 16-bit type.
+// Images [image][channel][pixel] become [image][pixel][channel], weights [out][channel][tap] become
+// [out][tap][channel]. Macros: T, a 16-bit type.
 
 struct Info {
     u64 outer;     // images, or rows of the weight
@@ -11,7 +11,7 @@ struct Info {
     u64 inner;     // pixels, or taps
 };
 
-// A block of 256 threads has 32 channels of 32 inner places.
+// A block of 256 threads transposes a tile of 32 channels × 32 inner positions.
 extern "C" __global__ void __launch_bounds__(256)
 channels_last(const T *__restrict__ from, T *__restrict__ to, const __grid_constant__ Info info) {
     extern __shared__ __align__(16) unsigned char shared_memory[];

@@ -1,22 +1,23 @@
-// Hopper's asynchronous products (compute capability 9.0a): a group of 4 warps multiplies tiles that lie in
-// shared memory, in the background.
+// Hopper's asynchronous matrix products (wgmma, compute capability 9.0a): a warpgroup of 4 warps multiplies
+// tiles in shared memory.
 //
-// A host that runs these kernels for tests defines KILN_HOST_SIM and has the instructions itself.
+// The emulator in tests/cuda-sim defines KILN_HOST_SIM, and implements the instructions on the CPU.
 #ifndef KILN_HOST_SIM
 
-// Comes before the first product of a batch: registers that products use have been written until here.
+// Orders earlier writes to the products' registers before the products. Required before the first product of
+// a batch.
 __device__ inline void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-// Makes a group of the products since the last commit.
+// Commits the products since the last commit as a group.
 __device__ inline void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-// Waits until all but the last N groups are done.
+// Waits until all but the last N groups have completed.
 template <int N> __device__ inline void wgmma_wait() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
 }
-// Makes what this thread has written to shared memory visible to products, which other threads may issue
+// Makes this thread's writes to shared memory visible to products, also to those that other threads issue
 // after a barrier.
 __device__ inline void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
-// Keeps the compiler from moving uses of registers of products over this place; no instruction.
+// Keeps the compiler from moving uses of the products' registers across this point. Emits no instruction.
 template <int COUNT> __device__ inline void keep_in_place(float (&d)[COUNT]) {
 #pragma unroll
     for (int i = 0; i < COUNT; i++) asm volatile("" : "+f"(d[i])::"memory");
@@ -25,13 +26,13 @@ template <int COUNT> __device__ inline void keep_in_place(unsigned (&a)[COUNT][4
 #pragma unroll
     for (int i = 0; i < COUNT * 4; i++) asm volatile("" : "+r"(a[i / 4][i % 4])::"memory");
 }
-// Does nothing: `x` is never negative, which the compiler cannot know, so that it does not move the wait that
-// follows to a place before `x` is known.
+// Keeps the compiler from moving the following wait before the computation of `x`. Has no other effect: `x`
+// is never negative, which the compiler cannot know.
 __device__ inline void keep_after(float x) {
     asm volatile("{.reg .pred p; setp.lt.f32 p, %0, 0f00000000; @p nanosleep.u32 0;}" ::"f"(x) : "memory");
 }
 
-// Barriers other than that of __syncthreads, of so many threads: `arrive` counts without waiting.
+// Named barriers of `threads` threads (bar.sync and bar.arrive); barrier_arrive does not wait.
 __device__ inline void barrier_sync(int id, int threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
@@ -39,17 +40,17 @@ __device__ inline void barrier_arrive(int id, int threads) {
     asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
-// 2 to the power of x; 0 where that is below the normal numbers.
+// Computes 2 to the power of x; subnormal results are flushed to 0.
 __device__ inline float exp2_approximate(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
 
-// Describes a matrix in shared memory: rows of 64 values of 16 bits. It begins at a multiple of 1024 bytes;
-// chunk c of 16 bytes of row r lies at chunk c ^ (r & 7). `stride` is the number of bytes from 8 rows to the
-// next 8, `leading` that to the next 64 columns, which only transposed matrices need. 16 bytes further on is
-// 1 more in a descriptor.
+// Creates the descriptor of a matrix in shared memory with the 128-byte swizzle: rows of 64 values of 16
+// bits, starting at a multiple of 1024 bytes, where the 16-byte chunk c of row r is stored at chunk
+// c ^ (r & 7). `stride` is the number of bytes between groups of 8 rows, `leading` that between blocks of 64
+// columns, which only transposed matrices use. Adding 1 to a descriptor advances it by 16 bytes.
 __device__ inline u64 wgmma_descriptor(const void *matrix, unsigned leading, unsigned stride) {
     const unsigned address = (unsigned)__cvta_generic_to_shared(matrix);
     return (u64)1 << 62 | (u64)(stride >> 4) << 32 | (u64)(leading >> 4) << 16 | (address & 0x3ffff) >> 4;
@@ -76,7 +77,7 @@ __device__ inline u64 wgmma_descriptor(const void *matrix, unsigned leading, uns
 #define FLOATS_96 FLOATS_64, FLOATS_8(64), FLOATS_8(72), FLOATS_8(80), FLOATS_8(88)
 #define FLOATS_128 FLOATS_96, FLOATS_8(96), FLOATS_8(104), FLOATS_8(112), FLOATS_8(120)
 
-// One instruction for COUNT registers of d; A, B and ADD name the operands behind those.
+// One instruction with COUNT registers of d; A, B and ADD are the numbers of the operands after those.
 #define WGMMA(TYPE, COLUMNS, COUNT, A, B, ADD, FLAGS, ...)                                                    \
     asm volatile("{.reg .pred add; setp.ne.b32 add, %" #ADD ", 0; "                                           \
                  "wgmma.mma_async.sync.aligned.m64n" #COLUMNS "k16.f32." TYPE "." TYPE                        \
@@ -103,9 +104,9 @@ __device__ inline u64 wgmma_descriptor(const void *matrix, unsigned leading, uns
 template <typename T> struct IsHalf { static constexpr bool value = false; };
 template <> struct IsHalf<__half> { static constexpr bool value = true; };
 
-// d += a · bᵀ, or d = a · bᵀ without `add`: a is 64×16 and b is 2 R × 16, both row by row in shared memory.
-// Lane l of warp w has of d, for j = 0, 1, ..: columns 8 j + l % 4 · 2 and the next of row 16 w + l / 4 in
-// d[4 j], d[4 j + 1], and of the row 8 further down in d[4 j + 2], d[4 j + 3].
+// Computes d += a · bᵀ, or d = a · bᵀ if `add` is 0: a is 64×16 and b is 2 R × 16, both row-major in shared
+// memory. Lane l of warp w holds, for j = 0, 1, ..: columns c = 8 j + l % 4 · 2 and c + 1 of row 16 w + l / 4
+// in d[4 j], d[4 j + 1], and of row 16 w + l / 4 + 8 in d[4 j + 2], d[4 j + 3].
 template <typename T, int R> __device__ inline void wgmma_ss(float (&d)[R], u64 a, u64 b, int add = 1) {
     static_assert(R == 64 || R == 96 || R == 128, "there is no such instruction in this file");
     WGMMA_SS(128, 64, 64, 65, 66)
@@ -113,7 +114,7 @@ template <typename T, int R> __device__ inline void wgmma_ss(float (&d)[R], u64 
     WGMMA_SS(256, 128, 128, 129, 130)
 }
 
-// d += a · b: a is 64×16, in registers as in `mma`, and b is 16 × 2 R, row by row in shared memory.
+// Computes d += a · b: a is 64×16, in registers as in `mma`, and b is 16 × 2 R, row-major in shared memory.
 template <typename T, int R> __device__ inline void wgmma_rs_t(float (&d)[R], const unsigned (&a)[4], u64 b) {
     static_assert(R == 32 || R == 64, "there is no such instruction in this file");
     constexpr int add = 1;

@@ -1,4 +1,4 @@
-//! The tensors of one component, in safetensors files that are memory-mapped or in the binary.
+//! Safetensors files, memory-mapped or embedded in the binary, as the tensors of one component.
 
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
@@ -17,42 +17,70 @@ use safetensors::Dtype;
 use safetensors::tensor::Metadata;
 
 use super::CheckpointError;
-use super::io_error;
-use super::is_lfs_pointer;
+use super::files::{is_lfs_pointer, list_folder, read_text};
 
-/// The length field before a safetensors header.
+/// Size of the length field that precedes a safetensors header.
 const LENGTH_BYTES: usize = 8;
 
-/// The format's own limit on its header: a longer one means the file is something else.
+/// Largest header that the format allows; a larger length means that the file is not safetensors.
 const MAX_HEADER_BYTES: u64 = 100_000_000;
 
-/// Memory is released in multiples of this, the largest page size in use (64 KiB, on some ARM
-/// machines): a multiple of it is a page boundary everywhere.
+/// Granularity of releasing memory: the largest page size in use (64 KiB, on some ARM machines), so
+/// that its multiples are page boundaries on every machine.
 const RELEASE_BYTES: usize = 64 * 1024;
 
-/// The weights of one component, from one or several files.
+/// The tensors of one component, from one or several safetensors files.
 #[derive(Debug)]
-pub(super) struct Weights {
+pub(super) struct SafetensorsWeights {
     folder: PathBuf,
     tensors: BTreeMap<String, StoredTensor>,
+}
+
+/// The index of a sharded component. Its `metadata` is not read.
+#[derive(serde::Deserialize)]
+struct ShardIndex {
+    /// Tensor name to file name.
+    weight_map: BTreeMap<String, String>,
 }
 
 #[derive(Debug)]
 struct StoredTensor {
     info: TensorInfo,
     file: FileBytes,
-    /// Where the tensor lies in the file, in bytes.
+    /// Byte range of the tensor in the file.
     range: Range<usize>,
 }
 
-/// A whole file.
+/// The contents of a whole file.
 #[derive(Debug, Clone)]
 enum FileBytes {
     Mapped(Arc<Mmap>),
     Embedded(&'static [u8]),
 }
 
-impl Weights {
+impl SafetensorsWeights {
+    /// Opens `{stem}.safetensors.index.json` and its shards, or `{stem}.safetensors` if there is
+    /// no index.
+    pub(super) fn open(folder: &Path, stem: &'static str) -> Result<Self, CheckpointError> {
+        let mut weights = Self::new(folder);
+        let index = folder.join(format!("{stem}.safetensors.index.json"));
+        let single = folder.join(format!("{stem}.safetensors"));
+        if index.exists() {
+            weights.add_shards(&index)?;
+        } else if single.exists() {
+            weights.add_file(&single)?;
+        } else {
+            let found = list_folder(folder)?;
+            return Err(CheckpointError::NoWeights {
+                folder: folder.to_owned(),
+                stem,
+                found,
+            });
+        }
+        Ok(weights)
+    }
+
+    /// No tensors; `folder` is the origin that messages name.
     pub(super) fn new(folder: &Path) -> Self {
         Self {
             folder: folder.to_owned(),
@@ -60,14 +88,60 @@ impl Weights {
         }
     }
 
+    /// Adds every shard that an index names.
+    fn add_shards(&mut self, index: &Path) -> Result<(), CheckpointError> {
+        let ShardIndex { weight_map } =
+            serde_json::from_str(&read_text(index)?).map_err(|source| {
+                CheckpointError::IndexInvalid {
+                    path: index.to_owned(),
+                    source,
+                }
+            })?;
+
+        let mut shards: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
+        for (tensor, shard) in &weight_map {
+            shards.entry(shard).or_default().push(tensor);
+        }
+        for (name, tensors) in shards {
+            // The index may come from an untrusted source: it must not name a file outside its
+            // folder.
+            if Path::new(name).file_name() != Some(name.as_ref()) {
+                return Err(CheckpointError::ShardName {
+                    path: index.to_owned(),
+                    tensor: tensors[0].to_owned(),
+                    shard: name.to_owned(),
+                });
+            }
+            let shard = self.folder.join(name);
+            let index = index.to_owned();
+            if !shard.exists() {
+                return Err(CheckpointError::ShardMissing {
+                    shard,
+                    index,
+                    tensors: tensors.len(),
+                });
+            }
+            self.add_file(&shard)?;
+            if let Some(tensor) = tensors.into_iter().find(|tensor| !self.has(tensor, &shard)) {
+                return Err(CheckpointError::TensorMissing {
+                    tensor: tensor.to_owned(),
+                    shard,
+                    index,
+                });
+            }
+        }
+        Ok(())
+    }
+
     /// Maps a safetensors file and adds its tensors.
-    pub(super) fn add_file(&mut self, path: &Path) -> Result<(), CheckpointError> {
+    fn add_file(&mut self, path: &Path) -> Result<(), CheckpointError> {
         let map = Arc::new(map_file(path)?);
         let header = read_header(path, &map)?;
         self.add(path, &FileBytes::Mapped(map), header)
     }
 
-    /// Adds the tensors of a safetensors file in the binary; `path` is for messages.
+    /// Adds the tensors of a safetensors file embedded in the binary. `path` is its name in
+    /// messages.
     pub(super) fn add_embedded(
         &mut self,
         path: &Path,
@@ -108,15 +182,15 @@ impl Weights {
         Ok(())
     }
 
-    /// Whether the tensor lies in this file.
-    pub(super) fn has(&self, name: &str, file: &Path) -> bool {
+    /// Whether the tensor is stored in this file.
+    fn has(&self, name: &str, file: &Path) -> bool {
         self.tensors
             .get(name)
             .is_some_and(|it| Path::new(&it.info.file) == file)
     }
 }
 
-impl TensorSource for Weights {
+impl TensorSource for SafetensorsWeights {
     fn origin(&self) -> String {
         self.folder.display().to_string()
     }
@@ -141,9 +215,9 @@ impl TensorSource for Weights {
     }
 }
 
-/// A tensor's bytes in a map. When it drops, which [`Bytes`] sees to with its last clone, the
-/// memory behind it is released, so that converting a checkpoint while loading it does not keep
-/// both copies resident.
+/// The bytes of a tensor in a memory map. Dropping it, which happens with the last clone of its
+/// [`Bytes`], releases its resident pages, so that a checkpoint that is converted while it is loaded
+/// is not in memory twice.
 struct MappedBytes {
     map: Arc<Mmap>,
     range: Range<usize>,
@@ -157,7 +231,7 @@ impl AsRef<[u8]> for MappedBytes {
 
 impl Drop for MappedBytes {
     fn drop(&mut self) {
-        // Pages at the ends may hold parts of the neighbours, which may be in use: they stay.
+        // The pages at both ends may hold parts of other tensors that are in use: they stay.
         let start = self.range.start.next_multiple_of(RELEASE_BYTES);
         let end = self.range.end / RELEASE_BYTES * RELEASE_BYTES;
         if start < end {
@@ -172,12 +246,12 @@ impl Drop for MappedBytes {
     reason = "memmap2 marks DontNeed unsafe because of private, writable maps"
 )]
 fn release(map: &Mmap, pages: Range<usize>) {
-    // SAFETY: `map` is a read-only map of a file: the system forgets which memory holds the pages,
-    // and a later read of them, through whatever slice, finds the file's bytes again.
+    // SAFETY: `map` is a read-only map of a file. The system drops its resident pages, and a later
+    // read through any slice loads the same bytes from the file again.
     let released = unsafe {
         map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, pages.start, pages.len())
     };
-    // Nothing depends on it but the memory in use.
+    // A failure only costs memory.
     if let Err(error) = released {
         tracing::debug!(%error, "cannot release the memory of a loaded tensor");
     }
@@ -186,16 +260,16 @@ fn release(map: &Mmap, pages: Range<usize>) {
 #[cfg(not(unix))]
 fn release(_map: &Mmap, _pages: Range<usize>) {}
 
-#[expect(unsafe_code, reason = "the only way to map a file")]
+#[expect(unsafe_code, reason = "mapping a file has no safe interface")]
 fn map_file(path: &Path) -> Result<Mmap, CheckpointError> {
-    let file = File::open(path).map_err(|source| io_error(path, source))?;
-    // SAFETY: sound as long as nobody changes or shortens the file while it is mapped. Nothing here
-    // does, and what replaces model files writes a new file and renames it (Git, the Hub's tools);
-    // every program that maps weights relies on that.
-    unsafe { Mmap::map(&file) }.map_err(|source| io_error(path, source))
+    let file = File::open(path).map_err(|source| CheckpointError::io(path, source))?;
+    // SAFETY: sound as long as the file is not modified or truncated while it is mapped. kiln does not
+    // write to model files, and tools that replace them (Git, the Hub's tools) write a new file and
+    // rename it. Every program that maps weights relies on that.
+    unsafe { Mmap::map(&file) }.map_err(|source| CheckpointError::io(path, source))
 }
 
-/// Reads and checks a header: the offset of the data in the file, and what lies in it.
+/// Reads and checks a header. Returns the offset of the data in the file and the parsed header.
 fn read_header(path: &Path, file: &[u8]) -> Result<(usize, Metadata), CheckpointError> {
     let wrong_size = |expected| CheckpointError::WrongSize {
         path: path.to_owned(),
@@ -225,7 +299,7 @@ fn read_header(path: &Path, file: &[u8]) -> Result<(usize, Metadata), Checkpoint
     let Some(header) = file.get(LENGTH_BYTES..data_start) else {
         return Err(wrong_size(data_start as u64));
     };
-    // The crate checks that the tensors have the sizes of their shapes and lie end to end.
+    // The safetensors crate checks that tensors have the sizes of their shapes and are contiguous.
     let metadata: Metadata = serde_json::from_slice(header)
         .map_err(|error| not_safetensors(format!("its header is invalid: {error}")))?;
     let file_bytes = data_start.saturating_add(metadata.data_len());

@@ -1,4 +1,4 @@
-//! The configuration of Qwen/Qwen-Image, for loading its shape without its files.
+//! The configurations of Qwen/Qwen-Image, for random weights in its shape.
 
 use kiln_models::config::ConfigText;
 use kiln_models::families::CheckpointConfigs;
@@ -7,7 +7,7 @@ macro_rules! config {
     ($name:literal) => {
         ConfigText {
             file: concat!("Qwen/Qwen-Image, ", $name).to_owned(),
-            text: include_str!(concat!("qwen_image/", $name)).to_owned(),
+            text: include_str!($name).to_owned(),
         }
     };
 }

@@ -1,4 +1,4 @@
-//! From a prompt to the token ids that the text encoder reads.
+//! Encodes prompts as token ids for the text encoder.
 
 #[cfg(test)]
 mod tests;
@@ -24,38 +24,38 @@ use tokenizers::pre_tokenizers::sequence::Sequence;
 use tokenizers::pre_tokenizers::split::Split;
 use tokenizers::pre_tokenizers::split::SplitPattern;
 
-/// How text is split before the byte-pair merges: `PRETOKENIZE_REGEX` of transformers'
+/// Splits text into words before byte-pair merging: `PRETOKENIZE_REGEX` of transformers'
 /// `tokenization_qwen2.py`.
 const SPLIT_PATTERN: &str = concat!(
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}",
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
 );
 
-/// Qwen2's tokenizer with the prompt template of a model family.
+/// The tokenizer of Qwen2 with the prompt template of a model family.
 #[derive(Debug)]
 pub struct PromptTokenizer {
     tokenizer: Tokenizer,
     template: &'static PromptTemplate,
-    /// How many tokens the template has with an empty prompt.
+    /// Number of tokens of the template with an empty prompt.
     template_tokens: usize,
 }
 
-/// Why the tokenizer cannot be loaded, or does not take a prompt.
+/// Why the tokenizer cannot be loaded, or cannot encode a prompt.
 #[derive(Debug, thiserror::Error)]
 pub enum TokenizerError {
     #[error("there is no tokenizer folder {path}: the copy of the model is incomplete")]
     FolderMissing { path: PathBuf },
 
     #[error(
-        "{path} is missing, and so is tokenizer.json, which could stand in for it: the copy of the \
-         model is incomplete, download it again"
+        "{path} is missing, and there is no tokenizer.json to use instead: the copy of the model is \
+         incomplete, download it again"
     )]
     FileMissing { path: PathBuf },
 
     #[error("cannot read {path}")]
     Io { path: PathBuf, source: io::Error },
 
-    #[error("{path} is not the JSON that a tokenizer needs: download this file again")]
+    #[error("{path} is not valid JSON of a tokenizer: download this file again")]
     Json {
         path: PathBuf,
         source: serde_json::Error,
@@ -71,15 +71,15 @@ pub enum TokenizerError {
         text: String,
     },
 
-    #[error("{path} does not make a tokenizer: download the tokenizer's files again")]
+    #[error("{path} does not define a valid tokenizer: download the tokenizer's files again")]
     Invalid {
         path: PathBuf,
         source: tokenizers::Error,
     },
 
     #[error(
-        "{path} gives the token {token} the id {expected}, but the vocabulary leaves it {actual}: \
-         the tokenizer's files are not of the same version, download them again"
+        "{path} gives the token {token} the id {expected}, but the next id of the vocabulary is \
+         {actual}: the tokenizer's files are not of the same version, download them again"
     )]
     AddedTokenId {
         path: PathBuf,
@@ -89,8 +89,8 @@ pub enum TokenizerError {
     },
 
     #[error(
-        "the tokenizer in {path} has no token {token}, which the prompt template is made of: it \
-         is not a Qwen2 tokenizer, or the copy is incomplete"
+        "the tokenizer in {path} has no token {token}, which the prompt template needs: it is not a \
+         Qwen2 tokenizer, or the copy is incomplete"
     )]
     TemplateToken { path: PathBuf, token: &'static str },
 
@@ -105,8 +105,9 @@ pub enum TokenizerError {
 }
 
 impl PromptTokenizer {
-    /// Loads the tokenizer folder of a checkpoint: tokenizer.json, or else vocab.json, merges.txt
-    /// and the added tokens of `tokenizer_config.json` (or `added_tokens.json`).
+    /// Loads the tokenizer folder of a checkpoint: `tokenizer.json` if it exists, otherwise
+    /// `vocab.json`, `merges.txt` and the added tokens of `tokenizer_config.json` or
+    /// `added_tokens.json`.
     pub fn load(folder: &Path, template: &'static PromptTemplate) -> Result<Self, TokenizerError> {
         if !folder.is_dir() {
             return Err(TokenizerError::FolderMissing {
@@ -124,7 +125,7 @@ impl PromptTokenizer {
         Self::new(from_vocabulary(folder)?, template, folder)
     }
 
-    /// Reads a tokenizer.json.
+    /// Builds the tokenizer from the contents of a `tokenizer.json`.
     pub fn from_json(
         json: &ConfigText,
         template: &'static PromptTemplate,
@@ -134,7 +135,7 @@ impl PromptTokenizer {
             path: json.file.clone().into(),
             source,
         })?;
-        // The file may hold what somebody's last call used; the reference's call sets its own.
+        // The file may hold padding and truncation of an earlier call; the reference overrides both.
         tokenizer.with_padding(None);
         tokenizer
             .with_truncation(None)
@@ -142,7 +143,7 @@ impl PromptTokenizer {
         Self::new(tokenizer, template, json.file.as_ref())
     }
 
-    /// `path` is for messages.
+    /// `path` is the path of the tokenizer in messages.
     fn new(
         tokenizer: Tokenizer,
         template: &'static PromptTemplate,
@@ -165,9 +166,12 @@ impl PromptTokenizer {
         Ok(tokenizer)
     }
 
-    /// The ids of the whole template with the prompt in it.
+    /// Encodes the template with the prompt in it.
     ///
-    /// The text of a special token in the prompt becomes that token, as in the reference.
+    /// The text of a special token within the prompt is encoded as that token, as in the reference.
+    ///
+    /// # Errors
+    /// If the prompt has more tokens than the template allows.
     pub fn encode_prompt(&self, prompt: &str) -> Result<Vec<u32>, TokenizerError> {
         let ids = self.encode_template(prompt)?;
         let tokens = self.prompt_tokens(&ids);
@@ -178,18 +182,18 @@ impl PromptTokenizer {
         Ok(ids)
     }
 
-    /// The template around every prompt.
+    /// The template that surrounds every prompt.
     pub fn template(&self) -> &'static PromptTemplate {
         self.template
     }
 
-    /// How many of the ids of [`Self::encode_prompt`] the prompt adds to the template.
+    /// Number of tokens of the prompt among the ids of [`Self::encode_prompt`].
     pub fn prompt_tokens(&self, ids: &[u32]) -> usize {
-        // Saturating: text may merge with the template's last line break.
+        // Saturating: the prompt's text may merge with the template's last line break.
         ids.len().saturating_sub(self.template_tokens)
     }
 
-    /// One more than the largest id.
+    /// The largest token id plus one.
     pub fn vocab_size(&self) -> usize {
         let vocabulary = self.tokenizer.get_vocab(true);
         vocabulary.values().max().map_or(0, |id| *id as usize + 1)
@@ -208,13 +212,13 @@ impl PromptTokenizer {
     }
 }
 
-/// Builds what transformers' `Qwen2Tokenizer` builds.
+/// Builds the same tokenizer as transformers' `Qwen2Tokenizer`, from `vocab.json` and `merges.txt`.
 fn from_vocabulary(folder: &Path) -> Result<Tokenizer, TokenizerError> {
     let vocab_path = folder.join("vocab.json");
     let merges_path = folder.join("merges.txt");
     let vocab: Vocab = read_json(&vocab_path)?;
     let merges = parse_merges(&merges_path, &read(&merges_path)?)?;
-    // A merge whose parts or result the vocabulary lacks is an error of this.
+    // Building fails if the vocabulary lacks the parts or the result of a merge.
     let model = BPE::builder()
         .vocab_and_merges(vocab, merges)
         .build()
@@ -223,9 +227,9 @@ fn from_vocabulary(folder: &Path) -> Result<Tokenizer, TokenizerError> {
             source,
         })?;
 
-    // Compiled by fancy-regex, so that no C is compiled. It splits as Oniguruma does, which the
-    // reference uses: the ids were equal for every character of Unicode, amid others, and for
-    // 6,000 awkward strings (real vocabulary, transformers 5.23.0 with tokenizers 0.23.3).
+    // fancy-regex is pure Rust; the reference uses Oniguruma. Both gave equal ids for every Unicode
+    // character within other text and for 6,000 unusual strings (real vocabulary, transformers
+    // 5.23.0 with tokenizers 0.23.3).
     let pattern = SplitPattern::Regex(SPLIT_PATTERN.to_owned());
     let split = Split::new(pattern, SplitDelimiterBehavior::Isolated, false)
         .map_err(|source| TokenizerError::Encode { source })?;
@@ -243,7 +247,7 @@ fn from_vocabulary(folder: &Path) -> Result<Tokenizer, TokenizerError> {
     Ok(tokenizer)
 }
 
-/// The part of `tokenizer_config.json` that tokenizing depends on.
+/// The part of `tokenizer_config.json` that affects token ids.
 #[derive(serde::Deserialize)]
 struct TokenizerConfig {
     added_tokens_decoder: Option<BTreeMap<u32, AddedToken>>,
@@ -256,8 +260,8 @@ fn add_tokens(tokenizer: &mut Tokenizer, folder: &Path) -> Result<(), TokenizerE
     let (path, tokens) = if let Some(tokens) = config.added_tokens_decoder {
         (config_path, tokens)
     } else if old_path.exists() {
-        // The older file has no flags. In the newer one all of Qwen's tokens match the text as it
-        // is, before it is normalised, which `special` gives them.
+        // The older file has no flags. In the newer one all of Qwen's added tokens match text before
+        // normalisation, which `special` implies.
         let ids: BTreeMap<String, u32> = read_json(&old_path)?;
         let special = |(content, id)| (id, AddedToken::from(content, true));
         (old_path, ids.into_iter().map(special).collect())
@@ -265,7 +269,7 @@ fn add_tokens(tokenizer: &mut Tokenizer, folder: &Path) -> Result<(), TokenizerE
         return Ok(());
     };
     for (expected, token) in tokens {
-        // New tokens get the next free id; here they come in the order of theirs.
+        // A new token gets the next free id; `tokens` is ordered by id.
         let content = token.content.clone();
         tokenizer
             .add_tokens([token])
@@ -286,7 +290,7 @@ fn add_tokens(tokenizer: &mut Tokenizer, folder: &Path) -> Result<(), TokenizerE
     Ok(())
 }
 
-/// Reads lines of two symbols each. The first may be a comment with the version.
+/// Parses lines of two symbols each. The first line may be a comment with the version.
 fn parse_merges(path: &Path, text: &str) -> Result<Merges, TokenizerError> {
     let is_version = |line: &str| line.starts_with("#version");
     let lines = text

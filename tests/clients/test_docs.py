@@ -1,8 +1,8 @@
-"""The README's Python and TypeScript against a running `kiln serve` with the demo model.
+"""Runs the Python and TypeScript of docs/clients.md with a running `kiln serve` with the demo model.
 
-Usage: python test_readme.py URL KEY NODE_FOLDER
+Usage: python test_docs.py URL KEY NODE_FOLDER
 
-NODE_FOLDER has the packages of package.json; `node` runs TypeScript as it is, `tsc` checks its types.
+NODE_FOLDER has the packages of package.json; `node` runs TypeScript directly, `tsc` checks its types.
 """
 
 import re
@@ -12,9 +12,9 @@ import time
 from pathlib import Path
 
 server, key, node_folder = sys.argv[1:]
-readme = Path(__file__).parents[2] / "README.md"
+page = Path(__file__).parents[2] / "docs" / "clients.md"
 folder = Path(node_folder)
-picture = folder / "circle.png"
+image = folder / "circle.png"
 compiler = ["node_modules/.bin/tsc", "--noEmit", "--strict", "--module", "nodenext"]
 compiler += ["--target", "es2023", "--skipLibCheck"]
 
@@ -26,17 +26,17 @@ def run(*command: str) -> str:
 
 
 for language, file, commands in [
-    ("python", "readme.py", [[sys.executable, "readme.py"]]),
-    ("typescript", "readme.ts", [[*compiler, "readme.ts"], ["node", "readme.ts"]]),
+    ("python", "clients.py", [[sys.executable, "clients.py"]]),
+    ("typescript", "clients.ts", [[*compiler, "clients.ts"], ["node", "clients.ts"]]),
 ]:
     started = time.monotonic()
-    [code] = re.findall(rf"^```{language}\n(.*?)^```", readme.read_text("utf-8"), re.MULTILINE | re.DOTALL)
+    [code] = re.findall(rf"^```{language}\n(.*?)^```", page.read_text("utf-8"), re.MULTILINE | re.DOTALL)
     for placeholder, value in [("http://127.0.0.1:8091", server), ('"none"', f'"{key}"')]:
         assert code.count(placeholder) == 1, placeholder
         code = code.replace(placeholder, value)
     (folder / file).write_text(code, "utf-8")
-    picture.unlink(missing_ok=True)
+    image.unlink(missing_ok=True)
     output = [run(*command) for command in commands][-1]
-    assert picture.read_bytes().startswith(b"\x89PNG"), "no picture"
+    assert image.read_bytes().startswith(b"\x89PNG"), "no image"
     assert output.startswith("data:image/png;base64,"), output
-    print(f"README: {language} ok ({time.monotonic() - started:.1f} s)")
+    print(f"docs/clients.md: {language} ok ({time.monotonic() - started:.1f} s)")

@@ -5,13 +5,14 @@ use std::time::Duration;
 
 use kiln_models::flops::FlopCount;
 
-/// Measurements of a stage that are remembered.
+/// Number of measurements of a stage that the estimates are made from.
 const REMEMBERED: usize = 15;
 
 /// What a job does on the device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Stage {
     Encode,
+    /// One denoising step.
     Step,
     Decode,
 }
@@ -36,7 +37,7 @@ impl Work {
         }
     }
 
-    /// All of it.
+    /// The work of all stages.
     pub(super) fn total(&self) -> f64 {
         self.encode + self.step * self.steps as f64 + self.decode
     }
@@ -50,8 +51,29 @@ impl Work {
     }
 }
 
-/// A running estimate of the device's speed. Each stage has its own, as no device is equally good
-/// at all of them.
+/// Divides the time of one call among its jobs in proportion to their work. The shares add up to
+/// the whole time exactly.
+pub(super) fn shares(took: Duration, works: &[f64]) -> Vec<Duration> {
+    let all: f64 = works.iter().sum();
+    let mut done = 0.0;
+    let mut given = Duration::ZERO;
+    let mut shares = Vec::with_capacity(works.len());
+    for (index, work) in works.iter().enumerate() {
+        done += work;
+        let is_last = index + 1 == works.len();
+        let until = if is_last || all <= 0.0 {
+            took
+        } else {
+            took.mul_f64((done / all).min(1.0)).min(took)
+        };
+        shares.push(until.saturating_sub(given));
+        given = until;
+    }
+    shares
+}
+
+/// A running estimate of the device's speed. Each stage has its own estimate, because a device
+/// reaches a different part of its peak in each.
 #[derive(Debug, Default)]
 pub(super) struct Speed {
     encode: Measurements,
@@ -60,35 +82,50 @@ pub(super) struct Speed {
 }
 
 impl Speed {
-    pub(super) fn measured(&mut self, stage: Stage, work: &Work, took: Duration) {
+    /// Adds a measurement: `work` multiply-adds of a stage took this long.
+    pub(super) fn add(&mut self, stage: Stage, work: f64, took: Duration) {
         let measurements = match stage {
             Stage::Encode => &mut self.encode,
             Stage::Step => &mut self.step,
             Stage::Decode => &mut self.decode,
         };
-        measurements.add(took.as_secs_f64() / work.of_stage(stage).max(1.0));
+        measurements.add(took.as_secs_f64() / work.max(1.0));
     }
 
-    /// How long a step probably takes.
+    /// How long one step of a job probably takes. `None` before a step has been measured.
     pub(super) fn step(&self, work: &Work) -> Option<Duration> {
         Duration::try_from_secs_f64(self.step.median()? * work.step).ok()
     }
 
-    /// How long the rest of a job takes on the device, or `None` before each of its stages has
-    /// been measured once. `started` is whether its prompts are encoded.
-    pub(super) fn rest(&self, work: &Work, started: bool, steps_left: usize) -> Option<Duration> {
-        let encode = if started {
+    /// How long the rest of a job takes on the device. `None` before each of the job's stages has
+    /// been measured once. `is_started` says whether the job's prompts are encoded.
+    pub(super) fn rest(
+        &self,
+        work: &Work,
+        is_started: bool,
+        steps_left: usize,
+    ) -> Option<Duration> {
+        let encode = if is_started {
             0.0
         } else {
             self.encode.median()? * work.encode
         };
-        let steps = self.step.median()? * work.step * steps_left as f64;
         let decode = self.decode.median()? * work.decode;
+        let steps = self.step.median()? * work.step * steps_left as f64;
         Duration::try_from_secs_f64(encode + steps + decode).ok()
+    }
+
+    /// As [`Speed::rest`], for a job that has made a step. Decoding that has not been measured is
+    /// assumed to run at the speed of the steps.
+    pub(super) fn rest_after_step(&self, work: &Work, steps_left: usize) -> Option<Duration> {
+        let step = self.step.median()?;
+        let decode = self.decode.median().unwrap_or(step) * work.decode;
+        let steps = step * work.step * steps_left as f64;
+        Duration::try_from_secs_f64(steps + decode).ok()
     }
 }
 
-/// The last measurements, in seconds a unit of work.
+/// The last measurements, in seconds per multiply-add.
 #[derive(Debug, Default)]
 struct Measurements(VecDeque<f64>);
 
@@ -101,7 +138,8 @@ impl Measurements {
     }
 
     /// The median, because the first run of a shape can take many times as long as later ones
-    /// (kernels are compiled and tuned). Of an even number, the faster of the middle two.
+    /// (kernels are compiled and tuned). Of an even number of measurements, the faster of the
+    /// middle two.
     fn median(&self) -> Option<f64> {
         let mut sorted: Vec<f64> = self.0.iter().copied().collect();
         sorted.sort_by(f64::total_cmp);

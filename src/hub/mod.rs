@@ -1,8 +1,9 @@
-//! From what the user names a model by, a folder or a Hugging Face Hub id, to a folder.
+//! Resolves the name of a model, a path or a Hugging Face Hub id, to a folder.
 //!
-//! Downloads go to the cache that `huggingface_hub` (Python) uses, in its layout, so either program
-//! finds what the other has fetched.
+//! Downloads go to the cache of `huggingface_hub` (Python), in its layout, so that both programs share
+//! downloaded models.
 
+mod error;
 mod progress;
 
 #[cfg(test)]
@@ -11,7 +12,6 @@ mod tests;
 use std::env;
 use std::fmt;
 use std::fs;
-use std::io;
 use std::path::Path;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -26,7 +26,9 @@ use hf_hub::repository::RepoTreeEntry;
 
 use self::progress::Bars;
 
-/// What text-to-image reads of a repository.
+pub use self::error::HubError;
+
+/// Patterns of the files of a repository that text-to-image generation reads.
 const NEEDED: [&str; 4] = [
     "model_index.json",
     "scheduler/*.json",
@@ -34,126 +36,36 @@ const NEEDED: [&str; 4] = [
     "{text_encoder,transformer,vae}/*.{json,safetensors}",
 ];
 
-/// Of the above: folders within those folders (a `*` matches a slash too), and variants of the
-/// weights such as `model.fp16.safetensors`, which would be the same once more.
+/// Exceptions from `NEEDED`: nested folders (a `*` also matches slashes), and variants of the weights
+/// such as `model.fp16.safetensors`, which duplicate them.
 const NOT_NEEDED: [&str; 2] = ["*/*/*", "*.*.safetensors"];
 
-/// Where models are fetched from and kept. What is `None` comes from the environment variables of
-/// `huggingface_hub`, such as `HF_ENDPOINT`, `HF_TOKEN` and `HF_HOME`
+/// Where models are downloaded from and cached. A field that is `None` is read from the environment
+/// variables of `huggingface_hub`, such as `HF_ENDPOINT`, `HF_TOKEN` and `HF_HOME`
 /// (<https://huggingface.co/docs/huggingface_hub/package_reference/environment_variables>).
 #[derive(Debug, Clone, Default)]
 pub struct HubSettings {
     /// Base URL of the Hub.
     pub endpoint: Option<String>,
-    /// For private and gated models.
+    /// Access token, for private and gated models.
     pub token: Option<HubToken>,
-    /// The folder of downloaded models.
+    /// Folder of the cache.
     pub cache: Option<PathBuf>,
-    /// Use what the cache has and never the network.
+    /// Use only cached models, without network access.
     pub offline: bool,
 }
 
-/// A secret: it does not appear in logs.
+/// An access token. Its `Debug` output does not contain it.
 #[derive(Clone, PartialEq, Eq)]
 pub struct HubToken(String);
 
-/// Why a model cannot be had. Every message says what to do about it.
-#[derive(Debug, thiserror::Error)]
-pub enum HubError {
-    #[error(
-        "{model:?} is neither a folder that exists nor a Hub id: give the path of a model folder, \
-         or owner/name such as Qwen/Qwen-Image, if need be with @revision"
-    )]
-    InvalidId { model: String },
-
-    #[error("the Hub cannot be used: check HF_ENDPOINT")]
-    Client { source: Box<HFError> },
-
-    #[error("{endpoint} has no model {repo}: check the spelling of owner/name")]
-    NotFound { repo: String, endpoint: String },
-
-    #[error(
-        "{repo} has no revision {revision:?}: give a branch, a tag or a full commit hash after the \
-         @, or leave it out"
-    )]
-    RevisionNotFound { repo: String, revision: String },
-
-    #[error(
-        "{repo} does not exist, is private, or the token in use is not valid (HTTP {status}): \
-         check the spelling; if it is private, set HF_TOKEN to a token of an account that may read \
-         it from {endpoint}/settings/tokens"
-    )]
-    NoAccess {
-        repo: String,
-        endpoint: String,
-        status: u16,
-    },
-
-    #[error(
-        "{repo} is gated (HTTP {status}): accept its conditions at {endpoint}/{repo}, and set \
-         HF_TOKEN to a token of the same account from {endpoint}/settings/tokens"
-    )]
-    Gated {
-        repo: String,
-        endpoint: String,
-        status: u16,
-    },
-
-    #[error(
-        "{repo} has no model_index.json, so it is not a model in diffusers layout: single-file \
-         checkpoints and other formats cannot be loaded; use one such as Qwen/Qwen-Image"
-    )]
-    NotAModel { repo: String },
-
-    #[error(
-        "HF_HUB_OFFLINE is set and revision {revision:?} of {repo} is not in the cache {cache}: \
-         unset HF_HUB_OFFLINE to download it, or set HF_HOME or HF_HUB_CACHE to where it is"
-    )]
-    Offline {
-        repo: String,
-        revision: String,
-        cache: PathBuf,
-    },
-
-    #[error(
-        "{endpoint} cannot be reached or does not answer as the Hub does: check the network and \
-         HF_ENDPOINT; with HF_HUB_OFFLINE=1 a model that is in the cache is used without the \
-         network"
-    )]
-    Network {
-        endpoint: String,
-        source: Box<HFError>,
-    },
-
-    #[error("{path} has {actual} bytes where the Hub lists {expected}, and was removed: try again")]
-    WrongSize {
-        path: PathBuf,
-        expected: u64,
-        actual: u64,
-    },
-
-    #[error(
-        "another process is downloading the same and holds {lock}: try again when it has ended"
-    )]
-    Busy { lock: PathBuf },
-
-    #[error(
-        "cannot use the Hub cache {cache}: check its permissions and the disk's free space, or set \
-         HF_HOME to a folder elsewhere"
-    )]
-    Io { cache: PathBuf, source: io::Error },
-
-    #[error("cannot download {repo}: try again later")]
-    Download { repo: String, source: Box<HFError> },
-}
-
-/// The folder of a model.
+/// Resolves the name of a model to a folder.
 ///
-/// A folder that exists, or what looks like a path, is returned as it is; whether it holds a model
-/// is for [`crate::checkpoint::Checkpoint::open`] to find out. Otherwise `model` is a Hub id,
-/// `owner/name` or `owner/name@revision`, and what text-to-image needs of it is downloaded unless
-/// the cache has it. Blocks for as long as that takes, with progress bars if stderr is a terminal
-/// and log lines otherwise.
+/// An existing path, or a name that can only be a path, is returned unchanged;
+/// [`crate::checkpoint::Checkpoint::open`] checks whether it is a model. Any other name is a Hub id,
+/// `owner/name` or `owner/name@revision`: the files that text-to-image generation needs are
+/// downloaded unless they are cached. Blocks until the download is complete, with progress bars if
+/// stderr is a terminal and log lines otherwise.
 pub fn resolve(model: &str, settings: &HubSettings) -> Result<PathBuf, HubError> {
     if Path::new(model).exists() {
         return Ok(model.into());
@@ -170,7 +82,7 @@ pub fn resolve(model: &str, settings: &HubSettings) -> Result<PathBuf, HubError>
 }
 
 impl HubSettings {
-    /// The settings in the environment variables of `huggingface_hub`.
+    /// Reads `HF_HUB_OFFLINE`; the other settings stay `None`.
     pub fn from_env() -> Self {
         let offline = env::var("HF_HUB_OFFLINE").unwrap_or_default();
         Self {
@@ -196,7 +108,7 @@ impl HubSettings {
 }
 
 impl HubToken {
-    /// `None` if there is nothing but white space.
+    /// Trims white space; `None` if nothing is left.
     pub fn new(token: &str) -> Option<Self> {
         let token = token.trim();
         (!token.is_empty()).then(|| Self(token.to_owned()))
@@ -209,10 +121,10 @@ impl fmt::Debug for HubToken {
     }
 }
 
-/// The name of a model on the Hub. Both parts are safe to put in a URL and in a path.
+/// Hub id of a model. Both parts are safe in URLs and in paths.
 #[derive(Debug, PartialEq, Eq)]
 struct HubId<'a> {
-    /// `owner/name`
+    /// `owner/name`.
     repo: &'a str,
     /// A branch, a tag, a ref such as `refs/pr/1`, or a commit hash.
     revision: &'a str,
@@ -233,13 +145,13 @@ impl<'a> HubId<'a> {
     }
 }
 
-/// Letters, digits, `-`, `_` and `.`, not beginning with a dot.
+/// Whether a name consists of ASCII letters, digits, `-`, `_` and `.` and does not begin with a dot.
 fn is_plain_name(name: &str) -> bool {
     let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
     !name.is_empty() && !name.starts_with('.') && name.chars().all(plain)
 }
 
-/// What can only be meant as a path, whether it exists or not.
+/// The path, with `~` expanded, if the name can only be a path; it need not exist.
 fn as_path(model: &str) -> Option<PathBuf> {
     let before_revision = model.split('@').next().unwrap_or(model);
     let is_path = model.starts_with(['.', '/', '~'])
@@ -257,7 +169,7 @@ fn expand_home(path: &str) -> PathBuf {
     }
 }
 
-/// A model on the Hub and the means to fetch it.
+/// A model on the Hub, with the client that downloads it.
 struct HubModel<'a> {
     id: HubId<'a>,
     client: HFClient,
@@ -276,6 +188,7 @@ impl<'a> HubModel<'a> {
         Ok(Self { id, client, repo })
     }
 
+    /// The snapshot in the cache, without network access.
     fn cached(&self) -> Result<PathBuf, HubError> {
         let snapshot = self.snapshot(true)?;
         if !snapshot.join("model_index.json").exists() {
@@ -285,6 +198,7 @@ impl<'a> HubModel<'a> {
         Ok(snapshot)
     }
 
+    /// The snapshot after downloading the files that are not cached.
     fn downloaded(&self) -> Result<PathBuf, HubError> {
         let tree = self.repo.list_tree().revision(self.id.revision);
         let tree = tree.recursive(true).send().map_err(|it| self.error(it))?;
@@ -294,7 +208,7 @@ impl<'a> HubModel<'a> {
                 RepoTreeEntry::File {
                     path, size, lfs, ..
                 } => {
-                    // A git server may give the size of the pointer file.
+                    // `size` may be that of the Git LFS pointer.
                     let size = lfs.as_ref().and_then(|it| it.size).unwrap_or(*size);
                     Some((path.as_str(), size))
                 }
@@ -308,7 +222,7 @@ impl<'a> HubModel<'a> {
             });
         }
         let snapshot = self.snapshot(false)?;
-        // All of them, so that the next attempt has no more to complain of.
+        // Check all files, so that one retry replaces every wrong one.
         let sizes = files
             .into_iter()
             .map(|(path, size)| check_size(&snapshot.join(path), size));
@@ -330,6 +244,7 @@ impl<'a> HubModel<'a> {
         snapshot.map_err(|error| self.error(error))
     }
 
+    /// Converts an error of the client.
     fn error(&self, error: HFError) -> HubError {
         let repo = self.id.repo.to_owned();
         let revision = self.id.revision.to_owned();
@@ -377,9 +292,10 @@ impl<'a> HubModel<'a> {
     }
 }
 
-/// An answer that breaks off, or that is a storage host's error, may be taken for a file.
+/// Removes a cached file whose size differs from the listed one: the client may store a truncated
+/// response, or an error page of the storage host, as a file.
 fn check_size(path: &Path, expected: u64) -> Result<(), HubError> {
-    // The link's target, if the file is needed at all.
+    // Resolves the link to the blob; files that are not needed do not exist.
     let Ok(blob) = path.canonicalize() else {
         return Ok(());
     };

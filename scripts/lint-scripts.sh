@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# Lints the files that are run or deployed without being built: shell scripts, Dockerfiles, the
+# Kubernetes manifest. Needs git, shellcheck and Python 3 with venv; the Python
+# packages are installed into target/lint at the first run.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+target="${CARGO_TARGET_DIR:-target}"
+# shellcheck source=scripts/python.sh
+. scripts/python.sh
+python_packages lint packaging/requirements.txt
+
+git ls-files -z '*.sh' .ci/run | xargs -0 shellcheck -x
+echo "shell scripts: ok"
+hadolint packaging/Dockerfile packaging/Dockerfile.cuda
+echo "Dockerfiles: ok"
+kubernetes-validate --strict --quiet packaging/kubernetes.yaml
+echo "Kubernetes: ok"

@@ -1,0 +1,14 @@
+# Sourced by other scripts, in the repository's root, with `target` set.
+# shellcheck shell=bash
+
+# python_packages NAME REQUIREMENTS: installs Python packages into the virtual environment NAME in the build
+# folder, unless they are installed already, and puts its programs first in PATH.
+python_packages() {
+    local environment="${target:?}/$1"
+    if ! cmp --silent "$2" "$environment/requirements.txt"; then
+        python3 -m venv --clear "$environment"
+        "$environment/bin/python" -m pip install --quiet --disable-pip-version-check -r "$2"
+        cp "$2" "$environment/requirements.txt"
+    fi
+    PATH="$(realpath "$environment")/bin:$PATH"
+}

@@ -1,0 +1,169 @@
+//! Model files: configurations, tokenizer and weights.
+//!
+//! A [`Checkpoint`] is a model folder in the layout of diffusers, the demo model, whose files are
+//! embedded in the binary, or the configurations of a model with random weights.
+//!
+//! [`Checkpoint::open`] reads headers and configurations only. Weights are memory-mapped and reach
+//! the models tensor by tensor, through [`TensorSource`].
+//!
+//! - `layout`: the folder layout of diffusers; another layout is another module beside it
+//! - `safetensors`: a reader of weight files; another format is another module beside it
+//! - `dummy`: random weights
+//! - `demo`, `qwen_image`: the demo model, and the configurations of Qwen-Image
+//!
+//! [`TensorSource`]: kiln_models::TensorSource
+
+mod demo;
+mod dummy;
+mod error;
+mod files;
+mod layout;
+mod qwen_image;
+mod safetensors;
+
+#[cfg(test)]
+mod tests;
+
+use std::fmt;
+use std::path::{Path, PathBuf};
+
+use kiln_models::families::CheckpointParts;
+
+use crate::tokenizer::{PromptTokenizer, TokenizerError};
+
+pub use self::error::CheckpointError;
+
+/// The name of the demo model.
+pub const DEMO: &str = "demo";
+
+/// Hub id of the model whose configurations are embedded in the binary.
+pub const QWEN_IMAGE: &str = "Qwen/Qwen-Image";
+
+/// What a model with a small vocabulary can generate, and how to word its prompts.
+#[derive(Debug)]
+pub struct PromptGuide {
+    /// What the model generates, in one sentence.
+    pub about: &'static str,
+    /// Example prompts.
+    pub examples: &'static [&'static str],
+    /// All words that the model knows, in named groups.
+    pub words: &'static [(&'static str, &'static [&'static str])],
+}
+
+/// An open model.
+#[derive(Debug, Clone)]
+pub struct Checkpoint {
+    place: Place,
+    parts: CheckpointParts,
+}
+
+/// Where a model comes from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Place {
+    /// A folder in the layout of diffusers.
+    Folder(PathBuf),
+    /// The demo model, embedded in the binary.
+    Demo,
+    /// Random weights with the configurations of a model.
+    Dummy(Shape),
+}
+
+/// The model whose configurations random weights follow.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Shape {
+    /// A model folder, which needs no weight files.
+    Folder(PathBuf),
+    /// The demo model.
+    Demo,
+    /// [`QWEN_IMAGE`], whose configurations are embedded in the binary.
+    QwenImage,
+}
+
+impl fmt::Display for Place {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Folder(path) => path.display().fmt(f),
+            Self::Demo => f.write_str("the built-in demo model"),
+            Self::Dummy(shape) => write!(f, "random weights in the shape of {shape}"),
+        }
+    }
+}
+
+impl fmt::Display for Shape {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Folder(path) => path.display().fmt(f),
+            Self::Demo => Place::Demo.fmt(f),
+            Self::QwenImage => f.write_str(QWEN_IMAGE),
+        }
+    }
+}
+
+impl Checkpoint {
+    /// Opens a model folder: reads its configuration files and maps its weight files.
+    ///
+    /// Reads the header of each safetensors file, and no weights.
+    pub fn open(folder: &Path) -> Result<Self, CheckpointError> {
+        Ok(Self {
+            place: Place::Folder(folder.to_owned()),
+            parts: layout::open(folder)?,
+        })
+    }
+
+    /// Opens the demo model, which needs no files.
+    pub fn demo() -> Result<Self, CheckpointError> {
+        Ok(Self {
+            place: Place::Demo,
+            parts: demo::parts()?,
+        })
+    }
+
+    /// Opens a model of random weights, which are generated when they are loaded.
+    pub fn dummy(shape: Shape) -> Result<Self, CheckpointError> {
+        let configs = match &shape {
+            Shape::Folder(folder) => layout::open_configs(folder)?,
+            Shape::Demo => demo::configs(),
+            Shape::QwenImage => qwen_image::configs(),
+        };
+        let [text_encoder, transformer, vae] =
+            dummy::sources(["text_encoder", "transformer", "vae"]);
+        Ok(Self {
+            place: Place::Dummy(shape),
+            parts: CheckpointParts {
+                configs,
+                text_encoder,
+                transformer,
+                vae,
+            },
+        })
+    }
+
+    pub fn place(&self) -> &Place {
+        &self.place
+    }
+
+    /// How to word prompts, for a model with a small vocabulary.
+    pub fn prompt_guide(&self) -> Option<&'static PromptGuide> {
+        matches!(self.place, Place::Demo).then_some(&demo::GUIDE)
+    }
+
+    /// Loads the tokenizer. A model of random weights falls back to the demo model's tokenizer if it
+    /// has none of its own.
+    pub fn tokenizer(&self) -> Result<PromptTokenizer, TokenizerError> {
+        let template = self.parts.configs.family()?.template();
+        match &self.place {
+            Place::Folder(folder) => PromptTokenizer::load(&folder.join("tokenizer"), template),
+            Place::Dummy(Shape::Folder(folder)) if folder.join("tokenizer").is_dir() => {
+                PromptTokenizer::load(&folder.join("tokenizer"), template)
+            }
+            Place::Demo | Place::Dummy(_) => {
+                PromptTokenizer::from_json(&demo::tokenizer(), template)
+            }
+        }
+    }
+
+    /// The configurations and the weights, for loading the networks.
+    pub fn parts(&self) -> &CheckpointParts {
+        &self.parts
+    }
+}

@@ -1,0 +1,191 @@
+//! The values that callers give to the engine and the values that they get back.
+
+use std::num::NonZeroUsize;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use kiln_models::job::{Output, RgbImage};
+use kiln_models::pipeline::PipelineError;
+use tracing::Span;
+
+/// Settings of one submission; they do not change the image.
+#[derive(Debug, Clone)]
+pub struct SubmitOptions {
+    /// Ends the job with [`JobError::DeadlinePassed`] at this time, or at the end of the pipeline
+    /// call that runs then.
+    pub deadline: Option<Instant>,
+    /// Makes an [`Event::Preview`] after every this many steps, but not after the last step.
+    pub preview_every: Option<NonZeroUsize>,
+    /// Entered during every pipeline call for the job, so that the log lines of the call carry the
+    /// fields of the request. Disabled by default.
+    pub span: Span,
+}
+
+impl Default for SubmitOptions {
+    fn default() -> Self {
+        Self {
+            deadline: None,
+            preview_every: None,
+            span: Span::none(),
+        }
+    }
+}
+
+/// What happened to a job, in this order. The last event is `Finished` or `Failed`.
+#[derive(Debug)]
+pub enum Event {
+    /// The job waits. Sent when the job is accepted and whenever its position changes. The position
+    /// can grow, because smaller jobs overtake (see [`Engine`](super::Engine)).
+    Queued {
+        /// Number of jobs that will probably be finished before this one is started.
+        position: usize,
+        /// How long those jobs will probably take, from the measured speed. `None` before a first
+        /// job has been generated completely.
+        estimated_wait: Option<Duration>,
+    },
+    /// The pipeline starts the job: it encodes the prompts.
+    Started,
+    /// `done` of `total` denoising steps are over.
+    Step {
+        done: usize,
+        total: usize,
+        /// Device time that the rest of the job will probably take: its steps and its decoding,
+        /// without previews and without the turns of other jobs. Until a decoding has been
+        /// measured, decoding is assumed to run at the speed of the steps. `None` before a step
+        /// has been measured.
+        estimated_rest: Option<Duration>,
+    },
+    /// A small version of the job's first image as it would be after `step` steps. Follows the
+    /// [`Event::Step`] of that step. A preview that fails is left out.
+    Preview {
+        step: usize,
+        image: RgbImage,
+    },
+    Finished(Finished),
+    Failed(JobError),
+}
+
+impl Event {
+    /// Whether no event of the job follows.
+    pub(super) fn is_last(&self) -> bool {
+        matches!(self, Self::Finished(_) | Self::Failed(_))
+    }
+}
+
+/// The output of a job and the time that it took.
+#[derive(Debug)]
+pub struct Finished {
+    pub output: Output,
+    pub timings: Timings,
+}
+
+/// Wall-clock time that a job spent in each stage. A step that several jobs shared counts for each
+/// job by its part of the work.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Timings {
+    /// From the submission to the start.
+    pub queue: Duration,
+    /// Encoding the prompts, generating the noise and making the schedule.
+    pub encode: Duration,
+    /// All steps.
+    pub denoise: Duration,
+    /// All previews.
+    pub previews: Duration,
+    pub decode: Duration,
+    /// After the start, while the device worked on other jobs.
+    pub paused: Duration,
+}
+
+impl Timings {
+    /// From the submission to the output.
+    pub fn total(&self) -> Duration {
+        self.queue + self.encode + self.denoise + self.previews + self.decode + self.paused
+    }
+}
+
+/// Why an accepted job ended without an output.
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum JobError {
+    /// A pipeline call for the job returned an error. The pipeline and its other jobs go on.
+    #[error(transparent)]
+    Pipeline(Arc<PipelineError>),
+    /// A pipeline call for the job panicked. The pipeline and its other jobs go on.
+    #[error("the pipeline panicked: {0}")]
+    Panicked(String),
+    #[error("the deadline passed before the image was finished")]
+    DeadlinePassed,
+    #[error("the engine was stopped before the image was finished")]
+    Stopped,
+}
+
+impl JobError {
+    /// Whether the device itself may have failed.
+    pub(super) fn may_be_of_device(&self) -> bool {
+        match self {
+            Self::Pipeline(error) => matches!(**error, PipelineError::Device(_)),
+            Self::Panicked(_) => true,
+            Self::DeadlinePassed | Self::Stopped => false,
+        }
+    }
+}
+
+impl From<PipelineError> for JobError {
+    fn from(error: PipelineError) -> Self {
+        Self::Pipeline(Arc::new(error))
+    }
+}
+
+/// Why a job was not accepted.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum SubmitError {
+    #[error("{waiting} requests are waiting already, no more are taken")]
+    QueueFull {
+        /// Number of unfinished jobs, without the one that the device works on.
+        waiting: usize,
+        /// When the next job will probably be finished, from the measured speed. Ten seconds
+        /// before a first job has been generated completely.
+        retry_after: Duration,
+    },
+    #[error("no new requests are taken, the engine finishes those it has and stops")]
+    Draining,
+    #[error("the engine has stopped")]
+    Stopped,
+}
+
+/// What would happen to a job if it were submitted now.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Forecast {
+    /// Whether the job would be accepted: the queue has room and the engine is not about to stop.
+    pub is_accepted: bool,
+    /// As in [`Event::Queued`].
+    pub position: usize,
+    /// As in [`Event::Queued`].
+    pub estimated_wait: Option<Duration>,
+    /// Device time that the job will probably take, without previews. `None` before a first job
+    /// has been generated completely.
+    pub estimated_work: Option<Duration>,
+}
+
+/// Whether the engine accepts and generates jobs.
+#[derive(Debug, Clone)]
+pub enum State {
+    /// The warm-up is being generated. Jobs are accepted and wait until it has ended.
+    Starting,
+    /// Jobs are accepted and generated.
+    Ready,
+    /// No new jobs are accepted. The jobs that were accepted are generated.
+    Draining,
+    /// No jobs are accepted. All jobs have ended, or end after the pipeline call that runs now.
+    Stopped,
+    /// The engine stopped because the warm-up failed or the device was lost.
+    Failed(JobError),
+}
+
+/// Why an engine did not become ready.
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum StartError {
+    #[error("the warm-up image could not be generated")]
+    WarmUp(#[source] JobError),
+    #[error("the engine was stopped before it was ready")]
+    Stopped,
+}

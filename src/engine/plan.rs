@@ -1,0 +1,92 @@
+//! What the scheduler asks of the worker, and what the worker reports back.
+
+use std::time::Duration;
+
+use kiln_models::job::{Job, JobId, Output, RgbImage};
+use kiln_models::pipeline::{CacheUses, MemoryUse, Pipeline};
+
+use super::JobError;
+
+/// What to do next.
+#[derive(Debug)]
+pub(super) enum Plan {
+    Start(JobId, Job),
+    /// One denoising step of each of these jobs, in one call.
+    Step(Vec<JobId>),
+    /// A preview of a job. It directly follows the job's step and belongs to the same turn.
+    Preview(JobId),
+    Finish(JobId),
+    /// Removes a job that has ended from the pipeline.
+    Discard(JobId),
+    /// Nothing, until a job is submitted or the engine is drained or stopped.
+    Sleep,
+    /// Nothing, for ever.
+    End,
+}
+
+impl Plan {
+    /// The jobs that the plan is for.
+    pub(super) fn jobs(&self) -> &[JobId] {
+        match self {
+            Self::Step(ids) => ids,
+            Self::Start(id, _) | Self::Preview(id) | Self::Finish(id) | Self::Discard(id) => {
+                std::slice::from_ref(id)
+            }
+            Self::Sleep | Self::End => &[],
+        }
+    }
+}
+
+/// The result of the pipeline calls that a plan asked for.
+#[derive(Debug)]
+pub(super) enum Outcome {
+    Started(JobId, Result<(), JobError>),
+    /// The number of steps that are left, for each job of the plan.
+    Stepped(Vec<(JobId, Result<usize, JobError>)>),
+    /// `None` if the preview failed.
+    Previewed(JobId, Option<RgbImage>),
+    Finished(JobId, Result<Output, JobError>),
+    Discarded,
+}
+
+impl Outcome {
+    /// The errors of the jobs that failed.
+    pub(super) fn errors(&self) -> Vec<&JobError> {
+        match self {
+            Self::Started(_, Err(error)) | Self::Finished(_, Err(error)) => vec![error],
+            Self::Stepped(steps) => {
+                let errors = steps.iter().filter_map(|(_, step)| step.as_ref().err());
+                errors.collect()
+            }
+            _ => Vec::new(),
+        }
+    }
+}
+
+/// What the scheduler books after a plan has been carried out. Jobs that failed have been removed
+/// from the pipeline.
+#[derive(Debug)]
+pub(super) struct Booked {
+    pub(super) outcome: Outcome,
+    /// Time of the pipeline calls.
+    pub(super) took: Duration,
+    /// The error of the device, if it no longer computes.
+    pub(super) device_lost: Option<JobError>,
+    pub(super) holdings: Holdings,
+}
+
+/// Use of device memory and of the caches after a call.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Holdings {
+    pub(super) memory: MemoryUse,
+    pub(super) caches: CacheUses,
+}
+
+impl Holdings {
+    pub(super) fn of(pipeline: &dyn Pipeline) -> Self {
+        Self {
+            memory: pipeline.memory(),
+            caches: pipeline.caches(),
+        }
+    }
+}

@@ -1,0 +1,490 @@
+//! Decides what the pipeline does next, and books what it has done.
+//!
+//! The scheduler is a pure state machine: it has no lock, no clock, no channel and no thread. Its
+//! owner asks for a [`Plan`], carries it out, and books the outcome before it asks for the next
+//! plan. Every method that changes something returns the events that the owner must send.
+
+use std::time::{Duration, Instant};
+
+use kiln_models::flops::CostModel;
+use kiln_models::job::{Job, JobId, Output, RgbImage};
+
+use super::cost::{Speed, Stage, Work, shares};
+use super::entry::Entry;
+use super::plan::{Booked, Holdings, Outcome, Plan};
+use super::policy::{Candidate, expected_order, next_turn};
+use super::{
+    EngineSettings, EngineStats, Event, Finished, Forecast, JobError, State, SubmitError,
+    SubmitOptions,
+};
+
+/// When to try again before anything has been measured.
+const UNMEASURED_RETRY: Duration = Duration::from_secs(10);
+
+/// Events and the jobs that they belong to, in the order in which they must be sent.
+pub(super) type Events = Vec<(JobId, Event)>;
+
+/// How a job ended.
+enum End {
+    Finished(Output),
+    Cancelled,
+    Failed(JobError),
+}
+
+#[derive(Debug)]
+pub(super) struct Scheduler {
+    /// In the order of their submission.
+    entries: Vec<Entry>,
+    max_unfinished: usize,
+    max_started: usize,
+    cost_model: CostModel,
+    next_id: JobId,
+    state: State,
+    /// When the time to drain is over.
+    stop_at: Option<Instant>,
+    /// How long the device has worked so far.
+    device_time: Duration,
+    speed: Speed,
+    stats: EngineStats,
+    /// Events that the current method will return.
+    events: Events,
+}
+
+impl Scheduler {
+    pub(super) fn new(
+        settings: EngineSettings,
+        cost_model: CostModel,
+        holdings: Holdings,
+        now: Instant,
+    ) -> Self {
+        let mut scheduler = Self {
+            entries: Vec::new(),
+            max_unfinished: settings.max_queue + 1,
+            max_started: settings.max_started.max(1),
+            cost_model,
+            next_id: 0,
+            state: State::Ready,
+            stop_at: None,
+            device_time: Duration::ZERO,
+            speed: Speed::default(),
+            stats: EngineStats::default(),
+            events: Events::new(),
+        };
+        scheduler.stats.set_holdings(holdings);
+        if let Some(job) = settings.warm_up {
+            scheduler.push(job, &SubmitOptions::default(), now);
+            scheduler.entries[0].is_warm_up = true;
+            scheduler.state = State::Starting;
+        }
+        scheduler
+    }
+
+    pub(super) fn state(&self) -> &State {
+        &self.state
+    }
+
+    pub(super) fn stats(&self) -> EngineStats {
+        let jobs = || self.entries.iter().filter(|entry| !entry.is_warm_up);
+        EngineStats {
+            waiting: jobs().filter(|entry| !entry.is_started()).count(),
+            running: jobs().filter(|entry| entry.is_started()).count(),
+            ..self.stats.clone()
+        }
+    }
+
+    /// Steps that are left of a job that has not ended.
+    pub(super) fn steps_left(&self, id: JobId) -> Option<usize> {
+        self.position_of(id)
+            .map(|index| self.entries[index].steps_left)
+    }
+
+    /// Accepts a job or refuses it.
+    ///
+    /// # Errors
+    ///
+    /// If the queue is full or the engine is about to stop.
+    pub(super) fn submit(
+        &mut self,
+        job: Job,
+        options: &SubmitOptions,
+        now: Instant,
+    ) -> Result<(JobId, Events), SubmitError> {
+        let admitted = self.admit();
+        self.stats.outcomes.rejected += u64::from(admitted.is_err());
+        admitted?;
+        let id = self.push(job, options, now);
+        self.report_positions();
+        Ok((id, self.take_events()))
+    }
+
+    pub(super) fn forecast(&self, job: &Job) -> Forecast {
+        let work = self.work(job);
+        let mut candidates = self.candidates();
+        candidates.push(Candidate {
+            size: work.total(),
+            started: false,
+            idle: Duration::ZERO,
+            turn: Duration::ZERO,
+        });
+        let order = expected_order(&candidates, self.max_started);
+        // The job itself is the one candidate without an entry.
+        let before: Vec<&Entry> = order
+            .iter()
+            .map_while(|&index| self.entries.get(index))
+            .collect();
+        Forecast {
+            is_accepted: self.admit().is_ok(),
+            position: before.len(),
+            estimated_wait: before
+                .iter()
+                .map(|entry| entry.expected_rest(&self.speed))
+                .try_fold(Duration::ZERO, |wait, rest| {
+                    Some(wait.saturating_add(rest?))
+                }),
+            estimated_work: self.speed.rest(&work, false, job.sampling.steps),
+        }
+    }
+
+    /// Cancels a job whose handle has been dropped. A job that has been started is discarded by a
+    /// later plan.
+    pub(super) fn forget(&mut self, id: JobId, now: Instant) -> Events {
+        if let Some(index) = self.position_of(id) {
+            if self.entries[index].is_started() {
+                self.entries[index].is_abandoned = true;
+            } else {
+                self.end(index, End::Cancelled, now);
+            }
+        }
+        self.take_events()
+    }
+
+    /// Accepts no more jobs, and stops at `stop_at` at the latest.
+    pub(super) fn drain(&mut self, stop_at: Option<Instant>) {
+        if matches!(self.state, State::Starting | State::Ready) {
+            self.state = State::Draining;
+        }
+        self.stop_at = [self.stop_at, stop_at].into_iter().flatten().min();
+    }
+
+    /// Ends the waiting jobs now, and those that have been started by the next plans.
+    pub(super) fn stop(&mut self, now: Instant) -> Events {
+        self.stop_now(now);
+        self.take_events()
+    }
+
+    /// Ends all jobs now, because no plan will be carried out any more.
+    pub(super) fn abandon(&mut self, now: Instant) -> Events {
+        self.stop_now(now);
+        while !self.entries.is_empty() {
+            self.end(0, End::Failed(JobError::Stopped), now);
+        }
+        self.take_events()
+    }
+
+    /// What to do next.
+    pub(super) fn plan(&mut self, now: Instant) -> (Plan, Events) {
+        let plan = self.choose(now);
+        (plan, self.take_events())
+    }
+
+    /// Books the outcome of the last plan.
+    pub(super) fn book(&mut self, booked: Booked, now: Instant) -> Events {
+        let took = booked.took;
+        self.stats.set_holdings(booked.holdings);
+        self.device_time += took;
+        if let Some(error) = booked.device_lost {
+            self.lose(error, now);
+        }
+        match booked.outcome {
+            Outcome::Started(id, Ok(())) => {
+                self.book_turn(id, Stage::Encode, took);
+            }
+            Outcome::Stepped(jobs) => self.book_step(jobs, took, now),
+            Outcome::Previewed(id, image) => self.book_preview(id, image, took),
+            Outcome::Finished(id, Ok(output)) => {
+                if let Some(index) = self.book_turn(id, Stage::Decode, took) {
+                    self.end(index, End::Finished(output), now);
+                }
+            }
+            Outcome::Started(id, Err(error)) | Outcome::Finished(id, Err(error)) => {
+                self.fail(id, error, now);
+            }
+            Outcome::Discarded => {}
+        }
+        self.take_events()
+    }
+
+    fn choose(&mut self, now: Instant) -> Plan {
+        let is_draining = matches!(self.state, State::Draining);
+        if is_draining && self.stop_at.is_some_and(|at| at <= now) {
+            self.stop_now(now);
+        }
+        while let Some((index, end)) = self.first_to_end(now) {
+            let (id, is_started) = (self.entries[index].id, self.entries[index].is_started());
+            self.end(index, end, now);
+            if is_started {
+                return Plan::Discard(id);
+            }
+        }
+        if let Some(entry) = self.entries.iter_mut().find(|entry| entry.is_preview_due) {
+            entry.is_preview_due = false;
+            return Plan::Preview(entry.id);
+        }
+        let next = match self.state {
+            // The warm-up comes before every other job.
+            State::Starting => Some(0),
+            _ => next_turn(&self.candidates(), self.max_started),
+        };
+        let Some(entry) = next.and_then(|index| self.entries.get_mut(index)) else {
+            return match self.state {
+                State::Starting | State::Ready => Plan::Sleep,
+                State::Draining => {
+                    self.state = State::Stopped;
+                    Plan::End
+                }
+                State::Stopped | State::Failed(_) => Plan::End,
+            };
+        };
+        let id = entry.id;
+        if let Some(job) = entry.waiting.take() {
+            entry.timings.queue = now.saturating_duration_since(entry.submitted);
+            self.events.push((id, Event::Started));
+            self.report_positions();
+            return Plan::Start(id, job);
+        }
+        if entry.steps_left > 0 {
+            Plan::Step(vec![id])
+        } else {
+            Plan::Finish(id)
+        }
+    }
+
+    /// The first job that must not go on, and how it ends.
+    fn first_to_end(&self, now: Instant) -> Option<(usize, End)> {
+        // The error that ends every job.
+        let (over, is_starting) = match &self.state {
+            State::Stopped => (Some(&JobError::Stopped), false),
+            State::Failed(error) => (Some(error), false),
+            State::Starting => (None, true),
+            State::Ready | State::Draining => (None, false),
+        };
+        let end = |entry: &Entry| {
+            if entry.is_abandoned {
+                Some(End::Cancelled)
+            } else if let Some(error) = over.filter(|_| entry.is_started()) {
+                Some(End::Failed(error.clone()))
+            } else if over.is_some() || (entry.is_warm_up && !is_starting) {
+                Some(End::Failed(JobError::Stopped))
+            } else if entry.deadline.is_some_and(|at| at <= now) {
+                Some(End::Failed(JobError::DeadlinePassed))
+            } else {
+                None
+            }
+        };
+        let mut entries = self.entries.iter().enumerate();
+        entries.find_map(|(index, entry)| Some((index, end(entry)?)))
+    }
+
+    /// Books a successful turn of one job, and measures the speed by it. Returns the job's index.
+    fn book_turn(&mut self, id: JobId, stage: Stage, took: Duration) -> Option<usize> {
+        let index = self.position_of(id)?;
+        let entry = &mut self.entries[index];
+        entry.book_turn(stage, took, self.device_time);
+        self.speed.add(stage, entry.work.of_stage(stage), took);
+        if !entry.is_warm_up {
+            self.stats.add_turn(stage, took, &entry.timings);
+        }
+        Some(index)
+    }
+
+    /// Books one step of several jobs: each has the part of the time that its work is of theirs.
+    fn book_step(
+        &mut self,
+        jobs: Vec<(JobId, Result<usize, JobError>)>,
+        took: Duration,
+        now: Instant,
+    ) {
+        let work_of = |(id, _): &(JobId, _)| {
+            let index = self.position_of(*id);
+            index.map_or(0.0, |index| self.entries[index].work.of_stage(Stage::Step))
+        };
+        let works: Vec<f64> = jobs.iter().map(work_of).collect();
+        // The time of a failed call says nothing about the speed.
+        if jobs.iter().all(|(_, steps_left)| steps_left.is_ok()) {
+            self.speed.add(Stage::Step, works.iter().sum(), took);
+        }
+        for ((id, steps_left), share) in jobs.into_iter().zip(shares(took, &works)) {
+            match steps_left {
+                Ok(steps_left) => self.book_step_of(id, steps_left, share),
+                Err(error) => self.fail(id, error, now),
+            }
+        }
+    }
+
+    fn book_step_of(&mut self, id: JobId, steps_left: usize, took: Duration) {
+        let Some(index) = self.position_of(id) else {
+            return;
+        };
+        let entry = &mut self.entries[index];
+        entry.book_turn(Stage::Step, took, self.device_time);
+        entry.steps_left = steps_left;
+        entry.is_preview_due = entry.wants_preview();
+        if !entry.is_warm_up {
+            self.stats.add_turn(Stage::Step, took, &entry.timings);
+        }
+        let step = Event::Step {
+            done: entry.steps_done(),
+            total: entry.total_steps,
+            estimated_rest: self.speed.rest_after_step(&entry.work, steps_left),
+        };
+        self.events.push((id, step));
+    }
+
+    fn book_preview(&mut self, id: JobId, image: Option<RgbImage>, took: Duration) {
+        self.stats.preview_time.add(took);
+        let Some(index) = self.position_of(id) else {
+            return;
+        };
+        let entry = &mut self.entries[index];
+        entry.book_preview(took, self.device_time);
+        let step = entry.steps_done();
+        let preview = image.map(|image| (id, Event::Preview { step, image }));
+        self.events.extend(preview);
+    }
+
+    fn fail(&mut self, id: JobId, error: JobError, now: Instant) {
+        if let Some(index) = self.position_of(id) {
+            self.end(index, End::Failed(error), now);
+        }
+    }
+
+    fn stop_now(&mut self, now: Instant) {
+        if !matches!(self.state, State::Stopped | State::Failed(_)) {
+            self.state = State::Stopped;
+        }
+        self.end_waiting(&JobError::Stopped, now);
+    }
+
+    /// No job can be generated any more, because the device no longer computes.
+    fn lose(&mut self, error: JobError, now: Instant) {
+        // A warm-up that failed sets the state by itself.
+        if matches!(self.state, State::Ready | State::Draining) {
+            self.end_waiting(&error, now);
+            self.state = State::Failed(error);
+        }
+    }
+
+    fn end_waiting(&mut self, error: &JobError, now: Instant) {
+        while let Some(index) = self.entries.iter().position(|entry| !entry.is_started()) {
+            self.end(index, End::Failed(error.clone()), now);
+        }
+    }
+
+    /// Removes a job, counts its end, and reports it.
+    fn end(&mut self, index: usize, end: End, now: Instant) {
+        let entry = self.entries.remove(index);
+        if !entry.is_warm_up {
+            let event = self.counted(&entry, end, now);
+            self.events.extend(event.map(|event| (entry.id, event)));
+        } else if matches!(self.state, State::Starting) {
+            self.state = match end {
+                End::Finished(_) => State::Ready,
+                End::Failed(error) => State::Failed(error),
+                End::Cancelled => State::Stopped,
+            };
+        }
+        self.report_positions();
+    }
+
+    /// Counts the end of a job. Returns the job's last event; a cancelled job has none.
+    fn counted(&mut self, entry: &Entry, end: End, now: Instant) -> Option<Event> {
+        match end {
+            End::Finished(output) => {
+                let mut timings = entry.timings;
+                let since = now.saturating_duration_since(entry.submitted);
+                timings.paused = since.saturating_sub(timings.total());
+                self.stats.add_finished(&output, &timings);
+                Some(Event::Finished(Finished { output, timings }))
+            }
+            End::Cancelled => {
+                self.stats.outcomes.cancelled += 1;
+                None
+            }
+            End::Failed(error) => {
+                self.stats.outcomes.add_failed(&error);
+                Some(Event::Failed(error))
+            }
+        }
+    }
+
+    /// Whether one more job is accepted.
+    fn admit(&self) -> Result<(), SubmitError> {
+        match self.state {
+            State::Starting | State::Ready => self.refuse_if_full(),
+            State::Draining => Err(SubmitError::Draining),
+            State::Stopped | State::Failed(_) => Err(SubmitError::Stopped),
+        }
+    }
+
+    fn refuse_if_full(&self) -> Result<(), SubmitError> {
+        // The warm-up does not count.
+        let unfinished = self.entries.iter().filter(|e| !e.is_warm_up).count();
+        if unfinished < self.max_unfinished {
+            return Ok(());
+        }
+        let order = expected_order(&self.candidates(), self.max_started);
+        let next = order.first().map(|&index| &self.entries[index]);
+        let rest = next.and_then(|entry| entry.expected_rest(&self.speed));
+        Err(SubmitError::QueueFull {
+            waiting: unfinished - 1,
+            retry_after: rest.unwrap_or(UNMEASURED_RETRY),
+        })
+    }
+
+    fn push(&mut self, job: Job, options: &SubmitOptions, now: Instant) -> JobId {
+        let id = self.next_id;
+        self.next_id += 1;
+        let work = self.work(&job);
+        let entry = Entry::new(id, job, work, options, now, self.device_time);
+        self.entries.push(entry);
+        id
+    }
+
+    fn work(&self, job: &Job) -> Work {
+        Work::new(self.cost_model.cost(job), job.sampling.steps)
+    }
+
+    fn position_of(&self, id: JobId) -> Option<usize> {
+        self.entries.iter().position(|entry| entry.id == id)
+    }
+
+    fn candidates(&self) -> Vec<Candidate> {
+        let candidate = |entry: &Entry| entry.candidate(self.device_time, &self.speed);
+        self.entries.iter().map(candidate).collect()
+    }
+
+    fn take_events(&mut self) -> Events {
+        std::mem::take(&mut self.events)
+    }
+
+    /// Reports the positions of waiting jobs that have changed.
+    fn report_positions(&mut self) {
+        let order = expected_order(&self.candidates(), self.max_started);
+        let mut estimated_wait = Some(Duration::ZERO);
+        for (position, index) in order.into_iter().enumerate() {
+            let entry = &mut self.entries[index];
+            if !entry.is_started() && entry.reported_position != Some(position) {
+                entry.reported_position = Some(position);
+                let queued = Event::Queued {
+                    position,
+                    estimated_wait,
+                };
+                self.events.push((entry.id, queued));
+            }
+            let rest = entry.expected_rest(&self.speed);
+            estimated_wait = estimated_wait
+                .zip(rest)
+                .map(|(wait, rest)| wait.saturating_add(rest));
+        }
+    }
+}

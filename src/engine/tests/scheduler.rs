@@ -1,0 +1,499 @@
+//! The scheduler alone, on a virtual clock: plans are carried out by adding up their costs.
+
+use std::collections::HashMap;
+use std::num::NonZeroUsize;
+use std::time::{Duration, Instant};
+
+use kiln_models::flops::CostModel;
+use kiln_models::job::{Job, JobId, Output, RgbImage};
+use kiln_models::pipeline::PipelineError;
+
+use super::bench::{cost, flops, job, ms, settings, whole_cost};
+use crate::engine::cost::{Stage, shares};
+use crate::engine::plan::{Booked, Holdings, Outcome, Plan};
+use crate::engine::scheduler::{Events, Scheduler};
+use crate::engine::{EngineSettings, Event, JobError, State, SubmitError, SubmitOptions, Timings};
+
+/// Device time of a preview.
+const PREVIEW: Duration = ms(5);
+
+struct Driver {
+    scheduler: Scheduler,
+    start: Instant,
+    now: Instant,
+    /// The jobs that a pipeline would have, and the steps that are left of them.
+    started: HashMap<JobId, (Job, usize)>,
+    /// All events so far.
+    events: Events,
+}
+
+impl Driver {
+    fn new(settings: EngineSettings) -> Self {
+        let start = Instant::now();
+        let model = CostModel::new(flops);
+        Self {
+            scheduler: Scheduler::new(settings, model, Holdings::default(), start),
+            start,
+            now: start,
+            started: HashMap::new(),
+            events: Events::new(),
+        }
+    }
+
+    fn submit(&mut self, job: Job) -> JobId {
+        self.submit_with(job, &SubmitOptions::default())
+    }
+
+    fn submit_with(&mut self, job: Job, options: &SubmitOptions) -> JobId {
+        let (id, events) = self.scheduler.submit(job, options, self.now).unwrap();
+        self.events.extend(events);
+        id
+    }
+
+    fn forget(&mut self, id: JobId) {
+        self.events.extend(self.scheduler.forget(id, self.now));
+    }
+
+    fn drain(&mut self, timeout: Duration) {
+        self.scheduler.drain(Some(self.now + timeout));
+    }
+
+    fn stop(&mut self) {
+        self.events.extend(self.scheduler.stop(self.now));
+    }
+
+    fn plan(&mut self) -> Plan {
+        let (plan, events) = self.scheduler.plan(self.now);
+        self.events.extend(events);
+        plan
+    }
+
+    fn book(&mut self, outcome: Outcome, took: Duration) {
+        self.book_with(outcome, took, None);
+    }
+
+    fn book_with(&mut self, outcome: Outcome, took: Duration, device_lost: Option<JobError>) {
+        self.now += took;
+        let booked = Booked {
+            outcome,
+            took,
+            device_lost,
+            holdings: Holdings::default(),
+        };
+        self.events.extend(self.scheduler.book(booked, self.now));
+    }
+
+    /// Carries out a plan that succeeds, at the cost of its jobs. Returns what the plan was.
+    fn execute(&mut self, plan: Plan) -> String {
+        match plan {
+            Plan::Start(id, job) => {
+                let took = cost(&job, Stage::Encode);
+                let steps = job.sampling.steps;
+                self.started.insert(id, (job, steps));
+                self.book(Outcome::Started(id, Ok(())), took);
+                format!("start {id}")
+            }
+            Plan::Step(ids) => {
+                let mut took = Duration::ZERO;
+                let mut steps = Vec::new();
+                for &id in &ids {
+                    let (job, steps_left) = self.started.get_mut(&id).unwrap();
+                    *steps_left -= 1;
+                    took += cost(job, Stage::Step);
+                    steps.push((id, Ok(*steps_left)));
+                }
+                self.book(Outcome::Stepped(steps), took);
+                format!("step {ids:?}")
+            }
+            Plan::Preview(id) => {
+                self.book(Outcome::Previewed(id, Some(image())), PREVIEW);
+                format!("preview {id}")
+            }
+            Plan::Finish(id) => {
+                let (job, steps_left) = self.started.remove(&id).unwrap();
+                assert_eq!(steps_left, 0);
+                let output = Output {
+                    images: vec![image()],
+                    trace: Vec::new(),
+                };
+                let took = cost(&job, Stage::Decode);
+                self.book(Outcome::Finished(id, Ok(output)), took);
+                format!("finish {id}")
+            }
+            Plan::Discard(id) => {
+                self.started.remove(&id).unwrap();
+                self.book(Outcome::Discarded, Duration::ZERO);
+                format!("discard {id}")
+            }
+            Plan::Sleep => "sleep".to_owned(),
+            Plan::End => "end".to_owned(),
+        }
+    }
+
+    /// Plans once and carries the plan out.
+    fn cycle(&mut self) -> String {
+        let plan = self.plan();
+        self.execute(plan)
+    }
+
+    /// Cycles until there is nothing to do. Returns the plans.
+    fn run(&mut self) -> Vec<String> {
+        let mut plans = Vec::new();
+        while plans
+            .last()
+            .is_none_or(|plan| plan != "sleep" && plan != "end")
+        {
+            plans.push(self.cycle());
+        }
+        plans
+    }
+
+    /// The events of a job.
+    fn of(&self, id: JobId) -> impl Iterator<Item = &Event> {
+        let events = self.events.iter();
+        events.filter_map(move |(owner, event)| (*owner == id).then_some(event))
+    }
+
+    /// How a job ended, or `None` if no event says so.
+    fn end(&self, id: JobId) -> Option<Result<Timings, &JobError>> {
+        match self.of(id).last()? {
+            Event::Finished(finished) => Some(Ok(finished.timings)),
+            Event::Failed(error) => Some(Err(error)),
+            _ => None,
+        }
+    }
+
+    fn steps(&self, id: JobId) -> Vec<(usize, Option<Duration>)> {
+        let step = |event: &Event| match event {
+            Event::Step {
+                done,
+                estimated_rest,
+                ..
+            } => Some((*done, *estimated_rest)),
+            _ => None,
+        };
+        self.of(id).filter_map(step).collect()
+    }
+}
+
+fn image() -> RgbImage {
+    RgbImage {
+        height: 1,
+        width: 1,
+        pixels: vec![0; 3],
+    }
+}
+
+fn device_error() -> JobError {
+    PipelineError::Device("gone".into()).into()
+}
+
+fn assert_close(actual: Duration, expected: Duration) {
+    assert!(
+        actual.abs_diff(expected) < ms(1),
+        "{actual:?} for {expected:?}"
+    );
+}
+
+#[test]
+fn an_idle_scheduler_sleeps() {
+    let mut driver = Driver::new(settings(8, 8));
+    assert_eq!(driver.run(), ["sleep"]);
+}
+
+#[test]
+fn equal_jobs_are_finished_in_order_and_a_small_job_overtakes() {
+    let mut driver = Driver::new(settings(8, 8));
+    driver.submit(job(0, 8, 2));
+    driver.submit(job(0, 8, 2));
+    assert_eq!(driver.cycle(), "start 0");
+    assert_eq!(driver.cycle(), "step [0]");
+    driver.submit(job(0, 2, 1));
+    let plans = [
+        "start 2", "step [2]", "finish 2", "step [0]", "finish 0", "start 1", "step [1]",
+        "step [1]", "finish 1", "sleep",
+    ];
+    assert_eq!(driver.run(), plans);
+    assert!(matches!(
+        driver.of(2).collect::<Vec<_>>().as_slice(),
+        [
+            Event::Queued { position: 0, .. },
+            Event::Started,
+            Event::Step {
+                done: 1,
+                total: 1,
+                ..
+            },
+            Event::Finished(_),
+        ]
+    ));
+    let timings = driver.end(0).unwrap().unwrap();
+    assert_close(timings.paused, whole_cost(&job(0, 2, 1)));
+}
+
+#[test]
+fn the_oldest_job_has_a_quarter_of_the_device() {
+    let mut driver = Driver::new(settings(1000, 8));
+    let large = job(0, 16, 20);
+    let small = job(0, 8, 2);
+    driver.submit(large.clone());
+    driver.cycle();
+    let from = driver.now;
+    while driver.end(0).is_none() {
+        // One small job is always waiting.
+        if driver.scheduler.stats().waiting == 0 {
+            driver.submit(small.clone());
+        }
+        driver.cycle();
+    }
+    let (alone, turn) = (whole_cost(&large), cost(&small, Stage::Step));
+    let took = driver.now - from;
+    assert!(took > alone * 3, "{took:?}");
+    // The decoding waits as long as a step does, and every wait can be one turn too long.
+    let bound = alone * 4 + cost(&large, Stage::Step) * 3 + turn * 21;
+    assert!(took <= bound, "{took:?} > {bound:?}");
+}
+
+#[test]
+fn a_deadline_ends_a_waiting_job_without_a_discard_and_a_started_one_with_it() {
+    let mut driver = Driver::new(settings(8, 8));
+    let step = cost(&job(0, 8, 9), Stage::Step);
+    let options = SubmitOptions {
+        deadline: Some(driver.start + step * 3 / 2),
+        ..SubmitOptions::default()
+    };
+    for _ in 0..2 {
+        driver.submit_with(job(0, 8, 9), &options);
+    }
+    let plans = ["start 0", "step [0]", "step [0]", "discard 0", "sleep"];
+    assert_eq!(driver.run(), plans);
+    for id in [0, 1] {
+        assert!(matches!(
+            driver.end(id),
+            Some(Err(JobError::DeadlinePassed))
+        ));
+    }
+    assert_eq!(driver.scheduler.stats().outcomes.deadline_passed, 2);
+}
+
+#[test]
+fn a_forgotten_job_is_discarded_and_has_no_last_event() {
+    let mut driver = Driver::new(settings(8, 8));
+    driver.submit(job(0, 8, 9));
+    driver.submit(job(0, 8, 9));
+    driver.cycle();
+    driver.forget(0);
+    driver.forget(1);
+    driver.forget(1);
+    assert_eq!(driver.run(), ["discard 0", "sleep"]);
+    assert!(driver.end(0).is_none() && driver.end(1).is_none());
+    assert_eq!(driver.scheduler.stats().outcomes.cancelled, 2);
+}
+
+#[test]
+fn draining_finishes_the_jobs_that_the_time_allows() {
+    let mut driver = Driver::new(settings(8, 8));
+    let one = job(0, 8, 3);
+    driver.submit(one.clone());
+    driver.submit(one.clone());
+    driver.drain(whole_cost(&one) * 3 / 2);
+    let refused = driver
+        .scheduler
+        .submit(one, &SubmitOptions::default(), driver.now);
+    assert!(matches!(refused, Err(SubmitError::Draining)));
+    let plans = driver.run();
+    assert_eq!(plans[plans.len() - 2..], ["discard 1", "end"]);
+    assert!(matches!(driver.end(0), Some(Ok(_))));
+    assert!(matches!(driver.end(1), Some(Err(JobError::Stopped))));
+    assert!(matches!(driver.scheduler.state(), State::Stopped));
+}
+
+#[test]
+fn the_warm_up_comes_first_and_sends_nothing() {
+    let mut driver = Driver::new(EngineSettings {
+        warm_up: Some(job(0, 8, 2)),
+        ..settings(8, 8)
+    });
+    assert!(matches!(driver.scheduler.state(), State::Starting));
+    // Much smaller than the warm-up.
+    driver.submit(job(0, 1, 1));
+    let plans = ["start 0", "step [0]", "step [0]", "finish 0"];
+    for plan in plans {
+        assert!(matches!(driver.scheduler.state(), State::Starting));
+        assert_eq!(driver.cycle(), plan);
+    }
+    assert!(matches!(driver.scheduler.state(), State::Ready));
+    driver.run();
+    assert!(driver.end(0).is_none());
+    assert!(matches!(driver.end(1), Some(Ok(_))));
+    assert_eq!(driver.scheduler.stats().outcomes.finished, 1);
+}
+
+fn with_previews(every: usize) -> SubmitOptions {
+    SubmitOptions {
+        preview_every: NonZeroUsize::new(every),
+        ..SubmitOptions::default()
+    }
+}
+
+#[test]
+fn a_preview_follows_its_step_before_anything_else() {
+    let mut driver = Driver::new(settings(8, 8));
+    driver.submit_with(job(0, 8, 3), &with_previews(2));
+    driver.cycle();
+    driver.cycle();
+    let Plan::Step(ids) = driver.plan() else {
+        panic!("not a step");
+    };
+    // A small job that is submitted during the step waits for the preview too.
+    driver.submit(job(0, 1, 1));
+    driver.execute(Plan::Step(ids));
+    let plans = [
+        "preview 0",
+        "start 1",
+        "step [1]",
+        "finish 1",
+        "step [0]",
+        "finish 0",
+        "sleep",
+    ];
+    assert_eq!(driver.run(), plans);
+    let timings = driver.end(0).unwrap().unwrap();
+    assert_eq!(timings.previews, PREVIEW);
+    assert_close(timings.paused, whole_cost(&job(0, 1, 1)));
+    assert_eq!(driver.scheduler.stats().preview_time.count(), 1);
+}
+
+#[test]
+fn a_job_that_has_ended_gets_no_preview() {
+    let mut driver = Driver::new(settings(8, 8));
+    driver.submit_with(job(0, 8, 3), &with_previews(1));
+    driver.cycle();
+    driver.cycle();
+    driver.stop();
+    assert_eq!(driver.run(), ["discard 0", "end"]);
+}
+
+/// Two started jobs: the second, smaller one was started before the first made a step.
+fn two_started(options: &SubmitOptions) -> (Driver, [Job; 2]) {
+    let mut driver = Driver::new(settings(8, 8));
+    let jobs = [job(0, 8, 10), job(0, 4, 5)];
+    driver.submit_with(jobs[0].clone(), options);
+    driver.cycle();
+    driver.submit_with(jobs[1].clone(), options);
+    assert_eq!(driver.cycle(), "start 1");
+    (driver, jobs)
+}
+
+#[test]
+fn a_step_of_several_jobs_is_booked_for_each_by_its_work() {
+    let (mut driver, jobs) = two_started(&SubmitOptions::default());
+    let [first, second] = [0, 1].map(|index: usize| cost(&jobs[index], Stage::Step));
+    for _ in 0..5 {
+        assert_eq!(driver.execute(Plan::Step(vec![0, 1])), "step [0, 1]");
+    }
+    let stats = driver.scheduler.stats();
+    assert_eq!((stats.steps, stats.step_time.count()), (10, 10));
+    let sum = Duration::from_secs_f64(stats.step_time.sum);
+    assert_close(sum, (first + second) * 5);
+    assert_eq!(driver.steps(0).len(), 5);
+    driver.run();
+
+    let timings = [0, 1].map(|id| driver.end(id).unwrap().unwrap());
+    assert_close(timings[0].denoise, first * 10);
+    assert_close(timings[1].denoise, second * 5);
+    // The other job's part of a shared step is time in which a job was paused.
+    assert_close(timings[1].paused, first * 5);
+    assert_close(timings[0].total(), driver.now - driver.start);
+    // Both parts have the same speed, so that the estimates are those of single steps.
+    let forecast = driver.scheduler.forecast(&jobs[0]);
+    assert_close(forecast.estimated_work.unwrap(), whole_cost(&jobs[0]));
+}
+
+#[test]
+fn previews_of_a_step_of_several_jobs_follow_one_after_the_other() {
+    let (mut driver, _) = two_started(&with_previews(1));
+    driver.execute(Plan::Step(vec![0, 1]));
+    let plans = [(); 3].map(|()| driver.cycle());
+    assert_eq!(plans, ["preview 0", "preview 1", "step [1]"]);
+}
+
+#[test]
+fn a_job_that_fails_in_a_step_of_several_ends_alone() {
+    let (mut driver, jobs) = two_started(&SubmitOptions::default());
+    let took = cost(&jobs[0], Stage::Step) + cost(&jobs[1], Stage::Step);
+    let steps = vec![(0, Ok(9)), (1, Err(device_error()))];
+    driver.book(Outcome::Stepped(steps), took);
+    driver.started.remove(&1);
+    driver.started.get_mut(&0).unwrap().1 = 9;
+    assert!(matches!(driver.end(1), Some(Err(JobError::Pipeline(_)))));
+    assert_eq!(
+        driver.steps(0),
+        [(1, None)],
+        "a failed step measured the speed"
+    );
+    let stats = driver.scheduler.stats();
+    assert_eq!((stats.steps, stats.outcomes.failed), (1, 1));
+    driver.run();
+    let timings = driver.end(0).unwrap().unwrap();
+    assert_close(timings.denoise, cost(&jobs[0], Stage::Step) * 10);
+}
+
+#[test]
+fn a_lost_device_ends_every_job_with_its_error() {
+    let (mut driver, _) = two_started(&SubmitOptions::default());
+    let waiting = driver.submit(job(0, 8, 9));
+    let failed = vec![(1, Err(JobError::Panicked("bad".into())))];
+    driver.book_with(Outcome::Stepped(failed), ms(1), Some(device_error()));
+    driver.started.remove(&1);
+    assert!(matches!(driver.scheduler.state(), State::Failed(_)));
+    assert!(matches!(driver.end(1), Some(Err(JobError::Panicked(_)))));
+    assert!(matches!(
+        driver.end(waiting),
+        Some(Err(JobError::Pipeline(_)))
+    ));
+    assert_eq!(driver.run(), ["discard 0", "end"]);
+    assert!(matches!(driver.end(0), Some(Err(JobError::Pipeline(_)))));
+}
+
+#[test]
+fn abandoning_ends_started_and_waiting_jobs() {
+    let (mut driver, _) = two_started(&SubmitOptions::default());
+    driver.submit(job(0, 8, 9));
+    let events = driver.scheduler.abandon(driver.now);
+    driver.events.extend(events);
+    for id in 0..3 {
+        assert!(matches!(driver.end(id), Some(Err(JobError::Stopped))));
+    }
+}
+
+#[test]
+fn every_step_estimates_the_rest() {
+    let mut driver = Driver::new(settings(8, 8));
+    let asked = job(0, 8, 3);
+    driver.submit(asked.clone());
+    driver.submit(asked.clone());
+    driver.run();
+    let (step, decode) = (cost(&asked, Stage::Step), cost(&asked, Stage::Decode));
+    // The first job's steps are made before a decoding has been measured.
+    for id in [0, 1] {
+        let steps = driver.steps(id);
+        assert_eq!(steps.len(), 3);
+        for (done, rest) in steps {
+            assert_close(rest.unwrap(), step * (3 - done as u32) + decode);
+        }
+    }
+}
+
+#[test]
+fn shares_are_in_proportion_and_add_up() {
+    let took = Duration::from_nanos(1_000_003);
+    assert_eq!(shares(took, &[5.0]), [took]);
+    assert_eq!(shares(took, &[0.0]), [took]);
+    assert!(shares(took, &[]).is_empty());
+    let parts = shares(took, &[1.0, 2.0, 7.0]);
+    assert_eq!(parts.iter().sum::<Duration>(), took);
+    for (part, expected) in parts.iter().zip([100_000, 200_000, 700_000]) {
+        assert!(part.abs_diff(Duration::from_nanos(expected)) < Duration::from_nanos(10));
+    }
+}
