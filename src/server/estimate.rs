@@ -50,8 +50,8 @@ pub(super) async fn estimate(
     State(app): State<Arc<App>>,
     JsonObject(object): JsonObject,
 ) -> Result<Response, ApiError> {
-    let parsed = images::parse(object)?.parsed;
-    let (info, job) = parsed.prepare(&app, String::new(), None).await?;
+    let request = images::parse(object)?.request;
+    let (info, job) = request.prepare(&app, String::new(), None).await?;
     let forecast = app.engine.forecast(&job);
     let seconds = |time: Option<Duration>| time.as_ref().map(Duration::as_secs_f64);
     json(&Estimate {

@@ -92,7 +92,7 @@ fn a_prompt_is_enough() {
     );
     let job = server.last_job();
     assert_eq!((job.noise.seed, job.sampling.steps), (seed, 50));
-    assert!(!job.guidance.is_some());
+    assert!(job.guidance.is_none());
     let info = info(&reply);
     assert_eq!(info["seed"], seed);
     assert_eq!(info["cfg_scale"], 1.0);

@@ -43,14 +43,14 @@ pub(super) async fn chat_completions(
     State(app): State<Arc<App>>,
     JsonObject(object): JsonObject,
 ) -> Result<Response, ApiError> {
-    let request = request::parse(object)?;
+    let parsed = request::parse(object)?;
     let id = format!("chatcmpl-{:016x}", random_u64());
-    let model = request.model.as_deref();
-    let running = request
-        .parsed
-        .submit(&app, id, model, request.previews)
+    let model = parsed.model.as_deref();
+    let running = parsed
+        .request
+        .submit(&app, id, model, parsed.previews)
         .await?;
-    if let Some(format) = request.stream {
+    if let Some(format) = parsed.stream {
         return Ok(stream::respond(running, format));
     }
     running

@@ -167,7 +167,7 @@ impl PartialSchema for ChatRequest {
 #[derive(Debug)]
 pub(super) struct Parsed {
     pub(super) model: Option<String>,
-    pub(super) parsed: ParsedRequest,
+    pub(super) request: ParsedRequest,
     pub(super) previews: Previews,
     /// `None` for a single JSON response.
     pub(super) stream: Option<ChatEvents>,
@@ -198,7 +198,7 @@ pub(super) fn parse(mut object: Map<String, Value>) -> Result<Parsed, InvalidBod
     }
     Ok(Parsed {
         model: chat.model,
-        parsed: fields.parse(prompt, "messages")?,
+        request: fields.parse(prompt, "messages")?,
         previews,
         stream,
     })
@@ -240,7 +240,7 @@ mod tests {
         }));
         let parsed = parse(body).unwrap();
         assert_eq!(parsed.model.as_deref(), Some("any"));
-        let params = parsed.parsed.params;
+        let params = parsed.request.params;
         assert_eq!(params.prompt, "a cat");
         assert_eq!((params.height, params.width), (Some(512), Some(256)));
         assert_eq!(params.num_images, Some(2));

@@ -49,19 +49,19 @@ pub(super) async fn generations(
     State(app): State<Arc<App>>,
     JsonObject(object): JsonObject,
 ) -> Result<Response, ApiError> {
-    let request = parse(object)?;
+    let parsed = parse(object)?;
     let id = format!("img-{:016x}", random_u64());
-    let model = request.fields.model.as_deref();
-    let running = request
-        .parsed
-        .submit(&app, id, model, request.previews)
+    let model = parsed.fields.model.as_deref();
+    let running = parsed
+        .request
+        .submit(&app, id, model, parsed.previews)
         .await?;
-    if request.fields.stream == Some(true) {
-        let quality = request.fields.quality.unwrap_or(Quality::Auto);
+    if parsed.fields.stream == Some(true) {
+        let quality = parsed.fields.quality.unwrap_or(Quality::Auto);
         return Ok(stream::respond(running, ImagesEvents { quality }));
     }
     running
-        .finish(move |encoded| match request.fields.response_format {
+        .finish(move |encoded| match parsed.fields.response_format {
             None | Some(ResponseFormat::B64Json) => json(&ImagesResponse::new(&encoded)),
             Some(ResponseFormat::File) => response::file(encoded),
         })

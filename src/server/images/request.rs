@@ -141,7 +141,7 @@ impl PartialSchema for ImagesRequest {
 #[derive(Debug)]
 pub(in super::super) struct Parsed {
     pub(super) fields: ImagesFields,
-    pub(in super::super) parsed: ParsedRequest,
+    pub(in super::super) request: ParsedRequest,
     pub(super) previews: Previews,
 }
 
@@ -153,12 +153,12 @@ pub(in super::super) fn parse(mut object: Map<String, Value>) -> Result<Parsed, 
     let previews = previews_of(&fields)?;
     let prompt = fields.prompt.take();
     let prompt = prompt.ok_or_else(|| InvalidBody::missing("prompt"))?;
-    let mut parsed = generation.parse(prompt, "prompt")?;
-    let steps = &mut parsed.params.num_inference_steps;
+    let mut request = generation.parse(prompt, "prompt")?;
+    let steps = &mut request.params.num_inference_steps;
     *steps = steps.or(fields.quality.and_then(Quality::num_inference_steps));
     Ok(Parsed {
         fields,
-        parsed,
+        request,
         previews,
     })
 }

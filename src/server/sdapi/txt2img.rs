@@ -195,13 +195,13 @@ pub(super) async fn txt2img(
 ) -> Result<Response, SdapiError> {
     let JsonObject(object) = body?;
     let Parsed {
-        parsed,
+        request,
         batch_size,
         n_iter,
     } = parse(object)?;
     let id = format!("txt2img-{:016x}", random_u64());
     let previews = Previews::Every(PREVIEW_STEPS);
-    let running = parsed.submit(&app, id, None, previews).await?;
+    let running = request.submit(&app, id, None, previews).await?;
     let info = running.info();
     let (id, steps) = (&info.id, info.request.sampling.steps);
     let job = app.sdapi_jobs.add(id, caller, steps, Instant::now());
@@ -238,7 +238,7 @@ async fn follow(
 /// A request that has been read.
 #[derive(Debug)]
 struct Parsed {
-    parsed: ParsedRequest,
+    request: ParsedRequest,
     batch_size: i128,
     n_iter: i128,
 }
@@ -275,7 +275,7 @@ fn parse(mut object: Map<String, Value>) -> Result<Parsed, InvalidBody> {
         "n_iter"
     };
     let value = |field: Option<Integer>| field.map(|Integer(value)| value);
-    let parsed = ParsedRequest {
+    let request = ParsedRequest {
         params: GenerationParams {
             prompt,
             negative_prompt: fields.negative_prompt,
@@ -297,7 +297,7 @@ fn parse(mut object: Map<String, Value>) -> Result<Parsed, InvalidBody> {
         noise_generator: None,
     };
     Ok(Parsed {
-        parsed,
+        request,
         batch_size,
         n_iter,
     })
