@@ -10,7 +10,7 @@ use std::fs;
 use std::path::Path;
 use std::time::Instant;
 
-use kiln::backend::{self, BackendChoice, BackendKind, LoadSettings};
+use kiln::backend::{self, LoadSettings};
 use kiln::checkpoint::Checkpoint;
 use kiln_models::job::{Job, Noise, Size};
 use kiln_models::noise::NoiseGenerator;
@@ -50,12 +50,8 @@ fn main() -> Result<(), Box<dyn Error>> {
         return Err("arguments: MODEL HEIGHT WIDTH STEPS DTYPE".into());
     };
     let settings = LoadSettings {
-        backend: BackendChoice::new(BackendKind::Flex, None)?,
         dtype: dtype.parse()?,
-        vae_use_slicing: false,
-        vae_use_tiling: false,
-        vae_tile_size: 256,
-        vae_tile_stride: 192,
+        ..LoadSettings::default()
     };
     let (loaded, load) = stage(|| -> Result<_, Box<dyn Error>> {
         let checkpoint = Checkpoint::open(Path::new(model))?;

@@ -1,4 +1,4 @@
-//! Which backends this binary has, and loading a checkpoint onto one of them.
+//! The backends in this binary, their devices, and loading a checkpoint onto one of them.
 
 use std::fmt;
 use std::slice;
@@ -15,43 +15,60 @@ use kiln_models::vae::{Tiling, VaeSettings};
 use crate::checkpoint::Checkpoint;
 use crate::kernel_cache;
 
-/// What computes.
+/// A backend of burn.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum BackendKind {
     Cuda,
     Wgpu,
     Flex,
     Ndarray,
-    /// The first of the above, in that order, that this binary has and that answers.
+    /// The first of the above, in that order, that was compiled in and has a device here.
     Auto,
 }
 
-/// A backend, and which of its devices: `flex`, `cuda:1`, `auto`.
+/// A backend and one of its devices: `flex`, `cuda:1`, `auto`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct BackendChoice {
     kind: BackendKind,
     device: Option<usize>,
 }
 
-/// The type a model is run in.
+/// The type of a model's weights and activations.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum DTypeChoice {
-    /// The checkpoint's own, where the backend can.
+    /// The checkpoint's type where the backend computes in it.
     Auto,
     This(ModelDType),
 }
 
-/// How a checkpoint is loaded.
+/// The device and the types that a checkpoint is loaded with, and how its images are decoded.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct LoadSettings {
     pub backend: BackendChoice,
     pub dtype: DTypeChoice,
     pub vae_use_slicing: bool,
     pub vae_use_tiling: bool,
-    /// In pixels.
+    /// Height and width of a tile, in pixels.
     pub vae_tile_size: usize,
-    /// In pixels, from one tile to the next.
+    /// Distance from one tile to the next, in pixels.
     pub vae_tile_stride: usize,
+}
+
+/// flex, the checkpoint's type, and whole images decoded together; tiles as in diffusers.
+impl Default for LoadSettings {
+    fn default() -> Self {
+        Self {
+            backend: BackendChoice {
+                kind: BackendKind::Flex,
+                device: None,
+            },
+            dtype: DTypeChoice::Auto,
+            vae_use_slicing: false,
+            vae_use_tiling: false,
+            vae_tile_size: 256,
+            vae_tile_stride: 192,
+        }
+    }
 }
 
 impl LoadSettings {
@@ -67,7 +84,7 @@ impl LoadSettings {
     }
 }
 
-/// Why no pipeline could be had.
+/// Why a backend cannot be used, or a checkpoint cannot be loaded onto it.
 #[derive(Debug, thiserror::Error)]
 pub enum BackendError {
     #[error(
@@ -93,7 +110,7 @@ pub enum BackendError {
     Open(#[from] OpenError),
 }
 
-/// A word that names no backend, or no type.
+/// A word that is not one of the known names.
 #[derive(Debug, thiserror::Error)]
 #[error("{word:?} is not one of {known}")]
 pub struct UnknownName {
@@ -101,7 +118,16 @@ pub struct UnknownName {
     known: String,
 }
 
-/// Why a text such as `cuda:1` chooses no backend.
+impl UnknownName {
+    pub(crate) fn new(word: &str, known: &[&str]) -> Self {
+        Self {
+            word: word.to_owned(),
+            known: known.join(", "),
+        }
+    }
+}
+
+/// Why a text does not name a backend or a device as `cuda:1` does.
 #[derive(Debug, thiserror::Error)]
 pub enum InvalidChoice {
     #[error(transparent)]
@@ -112,7 +138,7 @@ pub enum InvalidChoice {
     DeviceOfAuto { index: usize },
 }
 
-/// What one backend has to offer on this machine.
+/// One backend's devices on this machine.
 #[derive(Debug)]
 pub struct BackendReport {
     pub kind: BackendKind,
@@ -125,7 +151,7 @@ impl BackendReport {
     }
 }
 
-/// What a backend's crate offers.
+/// The functions of a backend's crate.
 #[derive(Clone, Copy)]
 struct Entry {
     kind: BackendKind,
@@ -137,15 +163,16 @@ struct Entry {
 type Opener =
     fn(&DeviceInfo, &CheckpointParts, LoadOptions) -> Result<Box<dyn Pipeline>, OpenError>;
 
-/// From the best to the slowest.
-const KINDS: [BackendKind; 4] = [
-    BackendKind::Cuda,
-    BackendKind::Wgpu,
-    BackendKind::Flex,
-    BackendKind::Ndarray,
-];
-
 impl BackendKind {
+    /// Every backend, from the fastest to the slowest.
+    pub const ALL: [Self; 4] = [Self::Cuda, Self::Wgpu, Self::Flex, Self::Ndarray];
+
+    /// What [`FromStr`] accepts: the names of [`Self::ALL`], and `auto`.
+    pub fn names() -> Vec<&'static str> {
+        let kinds = Self::ALL.into_iter().chain([Self::Auto]);
+        kinds.map(Self::name).collect()
+    }
+
     fn name(self) -> &'static str {
         match self {
             Self::Cuda => "cuda",
@@ -156,7 +183,7 @@ impl BackendKind {
         }
     }
 
-    /// The backend's crate, if the binary has it.
+    /// The backend's crate, if it was compiled in.
     fn entry(self) -> Option<Entry> {
         let (devices, open): (fn() -> _, Opener) = match self {
             #[cfg(feature = "cuda")]
@@ -192,18 +219,15 @@ impl FromStr for BackendKind {
     type Err = UnknownName;
 
     fn from_str(word: &str) -> Result<Self, UnknownName> {
-        let mut kinds = KINDS.into_iter().chain([Self::Auto]);
+        let mut kinds = Self::ALL.into_iter().chain([Self::Auto]);
         kinds
             .find(|kind| kind.name() == word)
-            .ok_or_else(|| UnknownName {
-                word: word.to_owned(),
-                known: format!("{}, auto", KINDS.map(Self::name).join(", ")),
-            })
+            .ok_or_else(|| UnknownName::new(word, &Self::names()))
     }
 }
 
 impl BackendChoice {
-    /// `device` is its number in `kiln backends`, the first one if `None`.
+    /// `device` is the device's number in `kiln backends`; `None` is the first one.
     pub fn new(kind: BackendKind, device: Option<usize>) -> Result<Self, InvalidChoice> {
         match (kind, device) {
             (BackendKind::Auto, Some(index)) => Err(InvalidChoice::DeviceOfAuto { index }),
@@ -247,6 +271,12 @@ impl FromStr for BackendChoice {
 }
 
 impl DTypeChoice {
+    /// What [`FromStr`] accepts: `auto`, and the names of [`ModelDType::ALL`].
+    pub fn names() -> Vec<&'static str> {
+        let names = ModelDType::ALL.map(ModelDType::name);
+        ["auto"].into_iter().chain(names).collect()
+    }
+
     fn model_dtype(self) -> Option<ModelDType> {
         match self {
             Self::Auto => None,
@@ -263,16 +293,13 @@ impl FromStr for DTypeChoice {
             "auto" => Some(Self::Auto),
             _ => ModelDType::named(word).map(Self::This),
         };
-        choice.ok_or_else(|| UnknownName {
-            word: word.to_owned(),
-            known: format!("auto, {}", ModelDType::ALL.map(ModelDType::name).join(", ")),
-        })
+        choice.ok_or_else(|| UnknownName::new(word, &Self::names()))
     }
 }
 
 /// The names of the backends in this binary.
 fn compiled_in() -> String {
-    let names: Vec<&str> = KINDS
+    let names: Vec<&str> = BackendKind::ALL
         .into_iter()
         .filter(|kind| kind.entry().is_some())
         .map(BackendKind::name)
@@ -292,16 +319,16 @@ fn listed(kind: BackendKind, devices: &[DeviceInfo]) -> String {
     devices.collect::<Vec<_>>().join(", ")
 }
 
-/// Every backend there is, from the best to the slowest, and its devices on this machine.
+/// Every backend, from the fastest to the slowest, and its devices on this machine.
 pub fn survey() -> Vec<BackendReport> {
     let report = |kind: BackendKind| BackendReport {
         kind,
         devices: kind.compiled_in().and_then(|entry| Ok((entry.devices)()?)),
     };
-    KINDS.map(report).into()
+    BackendKind::ALL.map(report).into()
 }
 
-/// Refuses a backend that is not there, before a model is looked for.
+/// Checks that the backend was compiled in and has the device. `auto` is checked by [`load`].
 pub fn check(choice: BackendChoice) -> Result<(), BackendError> {
     if choice.kind != BackendKind::Auto {
         chosen(choice)?;
@@ -309,7 +336,7 @@ pub fn check(choice: BackendChoice) -> Result<(), BackendError> {
     Ok(())
 }
 
-/// The device that was asked for by name.
+/// The device of a choice other than `auto`.
 fn chosen(choice: BackendChoice) -> Result<(Entry, DeviceInfo), BackendError> {
     let entry = choice.kind.compiled_in()?;
     let mut devices = (entry.devices)()?;
@@ -324,7 +351,7 @@ fn chosen(choice: BackendChoice) -> Result<(Entry, DeviceInfo), BackendError> {
     }
 }
 
-/// The first device that `auto` may use: one that is what it says it is.
+/// The first device that is not emulated in software; `auto` uses no other.
 fn first_real(
     kind: BackendKind,
     devices: Result<Vec<DeviceInfo>, OpenError>,
@@ -340,12 +367,12 @@ fn first_real(
         })
 }
 
-/// The sizes a checkpoint draws, known before its weights are loaded.
+/// The image sizes that a checkpoint generates, from its configurations.
 pub fn image_sizes(checkpoint: &Checkpoint) -> Result<ImageSizes, BackendError> {
     Ok(checkpoint.parts().configs.image_sizes()?)
 }
 
-/// Counts the work of a job.
+/// Floating-point operations of a job, by stage.
 pub fn operations(
     checkpoint: &Checkpoint,
     job: &Job,
@@ -356,6 +383,10 @@ pub fn operations(
 }
 
 /// Loads a checkpoint's networks onto a device.
+///
+/// # Errors
+///
+/// There is no such device, a tensor is missing or has another shape, or memory runs out.
 pub fn load(
     checkpoint: &Checkpoint,
     settings: &LoadSettings,
@@ -377,7 +408,7 @@ pub fn load(
         return Ok((entry.open)(&device, parts, options(&device))?);
     }
     let mut reasons = Vec::new();
-    for entry in KINDS.into_iter().filter_map(BackendKind::entry) {
+    for entry in BackendKind::ALL.into_iter().filter_map(BackendKind::entry) {
         let opened = first_real(entry.kind, (entry.devices)())
             .and_then(|device| (entry.open)(&device, parts, options(&device)));
         match opened {
@@ -421,7 +452,7 @@ mod tests {
     }
 
     #[test]
-    fn a_device_that_is_not_there_is_answered_with_those_that_are() {
+    fn a_missing_device_is_reported_with_the_available_ones() {
         let error = BackendError::NoSuchDevice {
             kind: BackendKind::Cuda,
             index: 2,
@@ -434,7 +465,7 @@ mod tests {
     }
 
     #[test]
-    fn a_choice_reads_as_it_is_written() {
+    fn a_choice_parses_back_from_its_text() {
         for text in ["flex", "cuda:1", "wgpu:0", "auto"] {
             assert_eq!(text.parse::<BackendChoice>().unwrap().to_string(), text);
         }
@@ -446,7 +477,7 @@ mod tests {
     }
 
     #[test]
-    fn what_chooses_no_backend_is_named() {
+    fn an_invalid_choice_is_quoted() {
         for (text, expected) in [
             (
                 "tpu",

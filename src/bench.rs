@@ -250,7 +250,7 @@ impl BenchReport {
             .chain([&warm_up])
             .map(|run| run.peak_memory_bytes);
         Self {
-            kiln: env!("CARGO_PKG_VERSION"),
+            kiln: crate::version::VERSION,
             model,
             device: info.device(),
             dtype: info.dtype,

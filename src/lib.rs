@@ -10,11 +10,15 @@
 //!
 //! [`jobs`] keeps the state of requests by id.
 //!
-//! Loading a model: [`hub`] resolves its name to a folder, [`checkpoint`] opens its files,
+//! Loading a model: [`runtime`] is the one way. [`hub`] resolves its name to a folder,
+//! [`checkpoint`] opens its files,
 //! [`mod@backend`] loads it onto a device, and [`kernel_cache`] keeps compiled GPU kernels.
 //!
 //! [`compare`] compares the same run on several backends, [`mod@bench`] times runs; both measure
 //! with [`measure`].
+//!
+//! A program that embeds kiln opens a model with [`runtime::Runtime::open`] and gives its pipeline
+//! to an [`engine::Engine`]; `examples/embed.rs` does it.
 
 pub mod backend;
 pub mod bench;
@@ -28,8 +32,13 @@ pub mod jobs;
 pub mod kernel_cache;
 pub mod measure;
 pub mod request;
+pub mod runtime;
 pub mod server;
 pub mod tokenizer;
+pub mod version;
+
+/// Types of the models' interface: jobs, noise, images, [`ModelInfo`](kiln_models::pipeline::ModelInfo).
+pub use kiln_models;
 
 /// Formats an error and its causes on one line.
 fn error_chain(error: &dyn std::error::Error) -> String {

@@ -1,3 +1,5 @@
+//! The program `kiln`; everything else is in the library.
+
 use std::process::ExitCode;
 
 fn main() -> ExitCode {

@@ -1,17 +1,16 @@
 //! The program as a user runs it. Nothing here needs a model.
 
-/// Stdout for programs.
+mod environment;
 mod json;
-/// What a terminal shows, on one that is made up.
+mod snapshots;
 #[cfg(target_os = "linux")]
 mod terminal;
-/// Commands about kiln itself.
 mod tools;
 
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
 
-/// Runs the binary in an empty folder, without a network and without other people's settings.
+/// Runs the binary in an empty folder, without a network and without the user's settings.
 fn kiln(folder: &Path, args: &[&str]) -> Output {
     Command::new(env!("CARGO_BIN_EXE_kiln"))
         .args(args)
@@ -19,6 +18,7 @@ fn kiln(folder: &Path, args: &[&str]) -> Output {
         .env("HF_HUB_OFFLINE", "1")
         .env("HF_HOME", folder)
         .env("RUST_BACKTRACE", "1")
+        .env_remove("COLUMNS")
         .stdin(Stdio::null())
         .output()
         .unwrap()
@@ -252,23 +252,23 @@ fn a_default_negative_prompt_is_checked_before_the_weights_are_read() {
 }
 
 #[test]
-fn the_extension_chooses_the_format_and_a_png_says_how_it_was_made() {
+fn the_extension_chooses_the_format_and_a_png_contains_its_parameters() {
     let folder = tempfile::tempdir().unwrap();
-    let draw = |args: &[&str]| {
+    let run = |args: &[&str]| {
         let fixed = ["generate", "a café", "--steps", "1", "--seed", "3"];
         let output = kiln(folder.path(), &[&fixed, args].concat());
         assert!(output.status.success(), "{}", stderr(&output));
         let name = args[args.iter().position(|arg| *arg == "--output").unwrap() + 1];
         std::fs::read(folder.path().join(name)).unwrap()
     };
-    assert!(draw(&["--output", "a.jpg"]).starts_with(b"\xff\xd8\xff"));
-    assert!(draw(&["--output", "a.webp"]).starts_with(b"RIFF"));
+    assert!(run(&["--output", "a.jpg"]).starts_with(b"\xff\xd8\xff"));
+    assert!(run(&["--output", "a.webp"]).starts_with(b"RIFF"));
     let holds = |file: &[u8], text: &[u8]| file.windows(text.len()).any(|part| part == text);
     // A café in Latin-1.
     let text = b"tEXtparameters\0a caf\xe9\nSteps: 1, Sampler: Euler, CFG scale: 1, Seed: 3, \
                  Size: 128x128, Model: demo, RNG: CPU, Version: kiln ";
-    assert!(holds(&draw(&["--output", "a.png"]), text));
-    let bare = draw(&["--output", "b.png", "--no-metadata"]);
+    assert!(holds(&run(&["--output", "a.png"]), text));
+    let bare = run(&["--output", "b.png", "--no-metadata"]);
     assert!(bare.starts_with(b"\x89PNG") && !holds(&bare, b"parameters"));
 }
 
@@ -353,7 +353,7 @@ fn a_backend_that_is_not_there_is_found_before_the_model_is_looked_for() {
 }
 
 #[test]
-fn random_weights_draw_in_the_shape_of_a_folder_without_its_files() {
+fn random_weights_take_the_shape_of_a_folder_without_weight_files() {
     let folder = tempfile::tempdir().unwrap();
     let model = Path::new(env!("CARGO_MANIFEST_DIR")).join("models/demo");
     for config in [
@@ -367,7 +367,7 @@ fn random_weights_draw_in_the_shape_of_a_folder_without_its_files() {
         std::fs::create_dir_all(to.parent().unwrap()).unwrap();
         std::fs::copy(model.join(config), to).unwrap();
     }
-    let draw = |name: &str| {
+    let run = |name: &str| {
         let args = [
             "generate",
             "a cat",
@@ -397,7 +397,7 @@ fn random_weights_draw_in_the_shape_of_a_folder_without_its_files() {
         );
         std::fs::read(folder.path().join(name)).unwrap()
     };
-    assert_eq!(draw("a.png"), draw("b.png"), "the same weights every time");
+    assert_eq!(run("a.png"), run("b.png"), "the same weights every time");
 
     // Numbers of the usual size all along.
     let dump = std::fs::read(folder.path().join("run.safetensors")).unwrap();

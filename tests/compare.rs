@@ -249,7 +249,7 @@ fn a_dump_of_the_same_run_has_no_differences() {
         "--reference=dump:run.safetensors",
     ];
     let line = failure(&kiln(folder.path(), &other), 1);
-    let expected = "run.safetensors is of another prompt: its token_ids differ";
+    let expected = "run.safetensors was made from another prompt: its token_ids differ";
     assert!(line.starts_with(expected), "{line}");
     let smaller = [&other[..], &REQUEST[..], &["--size=32x32"]].concat();
     let smaller: Vec<&str> = smaller
@@ -299,7 +299,7 @@ fn invalid_arguments_are_usage_errors() {
     for (args, expected) in [
         (
             ["--backends=flex"].as_slice(),
-            "flex is all that is named: name a backend to compare with it",
+            "--backends names nothing but the reference flex: name a backend to compare with it",
         ),
         (
             &["--backends=auto"],

@@ -13,6 +13,9 @@ mod broken_models;
 mod cli;
 /// `kiln compare`, run as a process.
 mod compare;
+/// The example program that embeds kiln.
+#[cfg(feature = "flex")]
+mod embed;
 /// The HTTP server, in this process, over TCP.
 mod http;
 /// `kiln generate` compared with diffusers.
@@ -20,3 +23,7 @@ mod parity;
 /// The demo model's pipeline, in this process, with one and several jobs.
 #[cfg(feature = "flex")]
 mod pipeline;
+/// Comparisons with the texts in `tests/snapshots`.
+mod snapshot;
+/// The tables of reports, from fixed figures.
+mod tables;

@@ -1,23 +1,16 @@
 //! The demo model's pipeline, called directly. The images of a job must not depend on concurrent jobs,
 //! on caches filled by earlier jobs, or on previews.
 
-use kiln::backend::{self, DTypeChoice, LoadSettings};
 use kiln::checkpoint::Checkpoint;
+use kiln::runtime::{Runtime, RuntimeSettings};
 use kiln_models::job::{Job, JobId, Noise, Output, RgbImage, Size};
 use kiln_models::noise::NoiseGenerator;
 use kiln_models::pipeline::{CacheUse, Pipeline, PipelineError};
 use kiln_models::testing;
 
 fn pipeline() -> Box<dyn Pipeline> {
-    let settings = LoadSettings {
-        backend: "flex".parse().unwrap(),
-        dtype: DTypeChoice::Auto,
-        vae_use_slicing: false,
-        vae_use_tiling: false,
-        vae_tile_size: 256,
-        vae_tile_stride: 192,
-    };
-    backend::load(&Checkpoint::demo().unwrap(), &settings).unwrap()
+    let settings = RuntimeSettings::new("demo");
+    Runtime::open(&settings).unwrap().pipeline
 }
 
 fn job(prompt: &str, side: usize, steps: usize) -> Job {

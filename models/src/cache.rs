@@ -1,15 +1,15 @@
-//! What may be asked for again, within a bound of bytes.
+//! An LRU cache bounded by the bytes of its values.
 
 use std::collections::HashMap;
 use std::hash::Hash;
 
 use crate::pipeline::CacheUse;
 
-/// Keeps the values that were used last, as many as fit into a number of bytes.
+/// Keeps the most recently used values that fit into a number of bytes.
 #[derive(Debug)]
 pub(crate) struct Cache<K, V> {
     kept: HashMap<K, Kept<V>>,
-    /// Counts the uses: the larger, the later.
+    /// Number of uses so far: the time of [`Kept::last_used`].
     now: u64,
     counts: CacheUse,
 }
@@ -34,7 +34,8 @@ impl<K: Hash + Eq + Clone, V: Clone> Cache<K, V> {
         }
     }
 
-    /// The value of a key, made if it is not kept. `bytes` is the size of a value.
+    /// Returns the value of a key; calls `make` for it if the cache does not hold it. `bytes` measures
+    /// a value.
     pub(crate) fn get_or_make(
         &mut self,
         key: &K,
@@ -50,7 +51,7 @@ impl<K: Hash + Eq + Clone, V: Clone> Cache<K, V> {
         self.counts.misses += 1;
         let value = make();
         let bytes = bytes(&value);
-        // A value that does not fit at all would only drive out the others.
+        // A value above the bound is not kept: it would evict all others.
         if bytes <= self.counts.max_bytes {
             self.make_room(bytes);
             self.counts.bytes += bytes;
@@ -64,6 +65,7 @@ impl<K: Hash + Eq + Clone, V: Clone> Cache<K, V> {
         value
     }
 
+    /// Evicts the least recently used values until `bytes` more fit.
     fn make_room(&mut self, bytes: usize) {
         while self.counts.bytes + bytes > self.counts.max_bytes {
             let oldest = self.kept.iter().min_by_key(|(_, kept)| kept.last_used);
@@ -74,12 +76,13 @@ impl<K: Hash + Eq + Clone, V: Clone> Cache<K, V> {
         }
     }
 
-    /// Hits and misses stay counted.
+    /// Drops all values. The counts of hits and misses stay.
     pub(crate) fn clear(&mut self) {
         self.kept.clear();
         self.counts.bytes = 0;
     }
 
+    /// The cache's size, bound, hits and misses.
     pub(crate) fn counts(&self) -> CacheUse {
         CacheUse {
             entries: self.kept.len(),
@@ -92,19 +95,19 @@ impl<K: Hash + Eq + Clone, V: Clone> Cache<K, V> {
 mod tests {
     use super::*;
 
-    /// Asks for a value of as many bytes as it says.
+    /// Gets a value whose size in bytes is its value, `bytes` if it is not kept.
     fn ask(cache: &mut Cache<&'static str, usize>, key: &'static str, bytes: usize) -> usize {
         cache.get_or_make(&key, || bytes, |bytes| *bytes)
     }
 
     #[test]
-    fn what_was_used_last_is_kept_within_the_bound() {
+    fn the_least_recently_used_value_is_evicted() {
         let mut cache = Cache::new(10);
         ask(&mut cache, "a", 4);
         ask(&mut cache, "b", 4);
         ask(&mut cache, "a", 4);
         ask(&mut cache, "c", 4);
-        // "b" had to go: asked for again it is made again, and is now of another size.
+        // "b" was evicted, so it is made again, now with another size.
         assert_eq!(ask(&mut cache, "a", 1), 4);
         assert_eq!(ask(&mut cache, "b", 6), 6);
         let expected = CacheUse {

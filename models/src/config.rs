@@ -1,25 +1,28 @@
-//! Reading config.json files so that no value is silently ignored.
+//! Reads config.json files strictly: no value is ignored silently.
 
 use serde_json::{Map, Value};
 
-/// A configuration file's text and where it came from.
+/// The text of a configuration file.
 #[derive(Debug, Clone)]
 pub struct ConfigText {
-    /// For messages.
+    /// The file's name, for messages.
     pub file: String,
     pub text: String,
 }
 
-/// A configuration that cannot be read or honoured.
+/// Why a configuration file is refused.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
+    /// The text is not valid JSON.
     #[error("{file} is not valid JSON")]
     Json {
         file: String,
         source: serde_json::Error,
     },
+    /// A required key does not exist.
     #[error("{file} has no `{key}`")]
     Missing { file: String, key: String },
+    /// A value is of another JSON type, or out of range.
     #[error("{file}: `{key}` must be {expected}, it is {found}")]
     Type {
         file: String,
@@ -27,6 +30,7 @@ pub enum ConfigError {
         expected: &'static str,
         found: String,
     },
+    /// A value is valid, but kiln does not implement it.
     #[error("{file}: `{key}` is {found}, which kiln does not support; it supports {supported}")]
     Unsupported {
         file: String,
@@ -34,6 +38,7 @@ pub enum ConfigError {
         found: String,
         supported: String,
     },
+    /// Two values contradict each other.
     #[error("{file}: {problem}")]
     Inconsistent { file: String, problem: String },
 }
@@ -46,6 +51,8 @@ pub(crate) struct ConfigReader {
 }
 
 impl ConfigReader {
+    /// # Errors
+    /// If the text is no JSON object.
     pub(crate) fn parse(config: &ConfigText) -> Result<Self, ConfigError> {
         let file = config.file.clone();
         match serde_json::from_str(&config.text) {
@@ -178,8 +185,8 @@ impl ConfigReader {
         }
     }
 
-    /// Refuses any key that is neither known nor inert (null, false, or a `_private` note):
-    /// a value that is not honoured must not be ignored.
+    /// Refuses keys that are not in `known`, unless the value is null or false or the key begins with
+    /// `_`: a value that kiln does not implement must not be ignored.
     pub(crate) fn refuse_unknown(&self, known: &[&str]) -> Result<(), ConfigError> {
         let unknown = self.values.iter().find(|(key, value)| {
             !key.starts_with('_')
@@ -226,7 +233,7 @@ impl ConfigReader {
     }
 }
 
-/// A value as JSON, cut where it would flood a message.
+/// A value as JSON, cut to 80 characters.
 fn brief(value: &Value) -> String {
     let text = value.to_string();
     match text.char_indices().nth(80) {

@@ -1,10 +1,10 @@
 //! The denoiser: branches in, velocities out, in one packed forward of the transformer.
 
-use burn_tensor::{DType, Tensor};
+use burn::tensor::{DType, Tensor};
 use kiln_ops::FusedOps;
 
 use crate::cache::Cache;
-use crate::scheduler::Schedule;
+use crate::sampling::Schedule;
 use crate::transformer::{ModulationTable, Packing, Segment, StepModulation, Transformer};
 
 /// Bytes of position tables that are kept, so that jobs that take turns do not rebuild them. The

@@ -1,4 +1,4 @@
-//! Work on a device that either was done or ends with an error, and what the error says.
+//! Runs work on a device such that every failure is reported, and summarises the device's reports.
 
 use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
@@ -8,17 +8,19 @@ use kiln_ops::{FaultWatch, FusedOps};
 
 use crate::pipeline::PipelineError;
 
-/// How often work is done at most because kernels were measured meanwhile.
+/// How often work runs at most, if burn measures kernels each time.
 const MAX_RUNS: usize = 3;
 
 /// Longest report of a failure, in characters.
 const MAX_REPORT: usize = 240;
 
-/// Does some work and waits for the device. It is an error if anything failed that the device was
-/// given, wherever that came to light.
+/// Runs `work` and waits for the device. `work` gets the number of the run, from 0.
 ///
-/// burn drops the errors of earlier ops when it begins to measure kernels. If it did, the work is
-/// done once more, now that kernels are chosen; `work` is told which time it is, from 0.
+/// burn drops the errors of earlier ops when it begins to measure kernels (autotune). If it did so,
+/// the work runs once more, now with the kernels chosen.
+///
+/// # Errors
+/// If `work` fails, or if any op that was queued on the device failed, on whichever thread.
 pub(crate) fn reliably<B: FusedOps, T>(
     device: &B::Device,
     mut work: impl FnMut(usize) -> Result<T, PipelineError>,
@@ -29,25 +31,35 @@ pub(crate) fn reliably<B: FusedOps, T>(
         let watch = FaultWatch::start();
         let (value, after) = caught(&watch, || Ok((work(run)?, checkpoint::<B>(device)?)))?;
         run += 1;
-        // There is no end of measuring if a settings file asks for the time of each kernel.
+        // burn measures without end if a settings file asks for the time of each kernel.
         if !after.measured_since(before) || run == MAX_RUNS {
             return fault(&watch).map_or(Ok(value), Err);
         }
     }
 }
 
-/// Waits until the device has done all that it was given. What failed of that is not told here: it
-/// was for work that has ended with an error already.
+/// Waits until the device has finished all queued work, and ignores its failures: they belong to
+/// work that has ended with an error already.
+///
+/// # Errors
+/// If the device fails twice in a row.
 pub(crate) fn idle<B: FusedOps>(device: &B::Device) -> Result<Checkpoint, PipelineError> {
     let wait = || caught(&FaultWatch::start(), || checkpoint::<B>(device));
     wait().or_else(|_| wait())
 }
 
+/// Waits until the device has finished all queued work.
+///
+/// # Errors
+/// [`PipelineError::Device`] if any of it failed.
 pub(crate) fn checkpoint<B: FusedOps>(device: &B::Device) -> Result<Checkpoint, PipelineError> {
     B::checkpoint(device).map_err(|report| PipelineError::Device(summary(&report)))
 }
 
-/// What a call gives; a panic that follows from one on a device's thread is an error.
+/// Runs `call`, and turns a panic into an error if the cause is a failure on a device's thread.
+///
+/// # Errors
+/// If `call` fails, or panics after a failure that `watch` has seen.
 pub(crate) fn caught<T>(
     watch: &FaultWatch,
     call: impl FnOnce() -> Result<T, PipelineError>,
@@ -61,7 +73,7 @@ pub(crate) fn caught<T>(
     }
 }
 
-/// What a watch has seen.
+/// The failure that a watch has seen, if any.
 pub(crate) fn fault(watch: &FaultWatch) -> Option<PipelineError> {
     watch
         .fault()
@@ -75,8 +87,8 @@ pub fn panic_message(payload: &(dyn Any + Send)) -> String {
     cut(text.unwrap_or("no message"))
 }
 
-/// A device's own report, which may hold whole programs and backtraces, in one line: what failed,
-/// and what to do about it.
+/// Summarises a device's report, which may contain whole programs and backtraces, in one line: what
+/// failed, and what to do about it.
 pub(crate) fn summary(report: &str) -> String {
     if let Some(bytes) = number_after(report, "can't allocate buffer of size: ") {
         let mebibytes = bytes.div_ceil(1 << 20);
@@ -121,7 +133,7 @@ pub(crate) fn summary(report: &str) -> String {
 const SAVE_MEMORY: &str = "use smaller or fewer images, --vae-use-tiling or a smaller --dtype, or \
                            end what else is on the device";
 
-/// What stands between the attributes and the arguments of a CUDA kernel.
+/// The name of the kernel in CUDA C++ source: the word before the arguments.
 fn kernel_name(source: &str) -> &str {
     let head = source.split_once("__global__").map_or("", |(_, head)| head);
     head.split(['(', ')'])
@@ -131,10 +143,10 @@ fn kernel_name(source: &str) -> &str {
         .unwrap_or("of no name")
 }
 
-/// Longest name of a kernel that is told.
+/// Longest kernel name in a summary, in bytes.
 const MAX_NAME: usize = 80;
 
-/// The code and the words of the driver's first error: `DriverError(CUDA_ERROR_..., "...")`.
+/// The code and the text of the driver's first error: `DriverError(CUDA_ERROR_..., "...")`.
 fn driver_answer(report: &str) -> Option<String> {
     let (_, answer) = report.split_once("DriverError(")?;
     let (answer, _) = answer.split_once(')')?;
@@ -144,9 +156,9 @@ fn driver_answer(report: &str) -> Option<String> {
     })
 }
 
-/// The lines of a report that say something, in one line of at most [`MAX_REPORT`] characters.
+/// Joins the informative lines of a report to one of at most [`MAX_REPORT`] characters.
 fn cut(report: &str) -> String {
-    // Programs and backtraces follow.
+    // The rest is program text and backtraces.
     let end = ["[Source]", "Backtrace"]
         .iter()
         .filter_map(|mark| report.find(mark))
@@ -163,7 +175,7 @@ fn cut(report: &str) -> String {
     }
 }
 
-/// Whether a line is of a backtrace, or of those that stand around every error of `CubeCL`.
+/// Whether a line belongs to a backtrace or to the frame that `CubeCL` puts around every error.
 fn is_frame(line: &str) -> bool {
     const EMPTY: [&str; 6] = [
         "Caused by:",
@@ -180,6 +192,7 @@ fn is_frame(line: &str) -> bool {
             .is_some_and(|(number, _)| number.parse::<u32>().is_ok())
 }
 
+/// The decimal number that follows `words`.
 fn number_after(text: &str, words: &str) -> Option<u64> {
     let rest = &text[text.find(words)? + words.len()..];
     let end = rest
@@ -193,7 +206,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn memory_that_ran_out_says_how_much_was_asked_for() {
+    fn out_of_memory_names_the_requested_size() {
         let report = "called `Result::unwrap()` on an `Err` value: can't allocate buffer of size: \
                       20971520\n   0: std::backtrace\n             at /rustc/lib.rs:1\n";
         let summary = summary(report);
@@ -204,7 +217,7 @@ mod tests {
     }
 
     #[test]
-    fn a_kernel_that_does_not_compile_is_told_by_the_compilers_first_error() {
+    fn a_compilation_error_is_reported_by_its_first_line() {
         let source =
             "extern \"C\" __global__ void __launch_bounds__(\n  128)rms_norm_f_32(\n  float \
                       error[4]) {}\n"
@@ -224,7 +237,7 @@ mod tests {
     }
 
     #[test]
-    fn no_report_is_longer_than_some_lines() {
+    fn summaries_are_short() {
         let words = "é lost ".repeat(10_000);
         for report in [
             words.clone(),
@@ -238,7 +251,7 @@ mod tests {
     }
 
     #[test]
-    fn the_drivers_answer_is_all_that_is_told_of_its_errors() {
+    fn a_driver_error_is_reported_by_its_code() {
         let answer = "DriverError(CUDA_ERROR_ILLEGAL_ADDRESS, \"illegal\")";
         for (report, what) in [
             (
@@ -264,7 +277,7 @@ mod tests {
     }
 
     #[test]
-    fn what_stands_around_every_error_is_left_out() {
+    fn the_frame_of_an_error_is_left_out() {
         let report = "An error happened during execution\nCaused by:\n  The server is in an \
                       invalid state\nCaused by:\n  one\n  two\nBacktrace:\n   0: cubecl\n";
         assert_eq!(summary(report), "one two");

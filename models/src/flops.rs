@@ -1,8 +1,7 @@
-//! How much there is to compute, counted from the configurations.
+//! Counts the multiply-adds of a job from the configurations.
 //!
-//! Counted are the multiply-adds of matrix products, of attention's two products and of
-//! convolutions, as the models here do them. Norms, activations, rotations and softmax, less than a
-//! hundredth of it, are not.
+//! The counts cover matrix products, the two products of attention and convolutions, as kiln computes
+//! them. They leave out norms, activations, rotations and softmax, which are below 1 %.
 
 use std::fmt;
 use std::sync::Arc;
@@ -15,14 +14,14 @@ use crate::text_encoder::TextEncoderConfig;
 use crate::transformer::{Segment, TIME_CHANNELS, TransformerConfig};
 use crate::vae::{Tiling, VaeConfig, VaeSettings};
 
-/// Multiply-adds of a job's stages. Each is two floating-point operations.
+/// Multiply-adds of a job's stages. One multiply-add is two floating-point operations.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct FlopCount {
     /// The text encoder on the job's prompts.
     pub encode: u64,
-    /// The modulation of all steps, which later jobs with the same schedule find computed.
+    /// The modulation table of all steps, which later jobs with the same schedule reuse.
     pub modulation: u64,
-    /// One step: the transformer on all images, and on the negative prompt if guidance runs.
+    /// One step: the transformer on all images, once more with the negative prompt if guidance runs.
     pub step: u64,
     /// The VAE on all images.
     pub decode: u64,
@@ -105,7 +104,7 @@ fn encode(config: &TextEncoderConfig, prompts: &[usize]) -> u64 {
     (config.num_hidden_layers * (tokens * linear + attention)) as u64
 }
 
-/// Multiply-adds of one timestep's modulation.
+/// Multiply-adds of the modulation of one timestep.
 fn modulation(config: &TransformerConfig) -> u64 {
     let dim = config.dim();
     let embedding = TIME_CHANNELS * dim + dim * dim;
@@ -193,7 +192,7 @@ fn decode(config: &VaeConfig, [height, width]: [usize; 2]) -> u64 {
 mod tests {
     use super::*;
 
-    /// Qwen-Image's.
+    /// Qwen-Image's configuration.
     fn transformer() -> TransformerConfig {
         TransformerConfig {
             patch_size: 2,
@@ -231,7 +230,8 @@ mod tests {
         }
     }
 
-    /// The same for transformers' (5.23.0) Qwen2.5-VL, whose attention it counts in full.
+    /// torch's counts for transformers' (5.23.0) Qwen2.5-VL, whose attention torch counts in full and
+    /// kiln as causal.
     #[test]
     fn the_text_encoder_counts_as_torch_counts() {
         let config = TextEncoderConfig {
@@ -254,8 +254,8 @@ mod tests {
         }
     }
 
-    /// The same for diffusers' `AutoencoderKLQwenImage`, with a third of what it counts for each
-    /// causal convolution over three frames.
+    /// torch's counts for diffusers' `AutoencoderKLQwenImage`, with a third of its count for each causal
+    /// convolution over three frames.
     #[test]
     fn the_vae_counts_as_torch_counts() {
         let config = VaeConfig {
@@ -281,7 +281,7 @@ mod tests {
         assert_eq!(small, decode(&config, [32, 32]));
     }
 
-    /// By hand: 2 layers of width 4 on 2·3 image tokens and 5 text tokens.
+    /// Counted by hand: 2 layers of width 4 on 2·3 image tokens and 5 text tokens.
     #[test]
     fn a_small_transformer_counts_as_by_hand() {
         let config = TransformerConfig {

@@ -1,9 +1,11 @@
-//! Classifier-free guidance with the norm rescale of Qwen-Image.
+//! Classifier-free guidance with Qwen-Image's norm rescale, as `QwenImagePipeline` of diffusers
+//! computes it.
 
-use burn_tensor::Tensor;
-use burn_tensor::backend::Backend;
+use burn::tensor::Tensor;
+use burn::tensor::backend::Backend;
 
-/// `negative + scale · (positive - negative)`, each token rescaled to the positive's norm.
+/// Computes `c = negative + scale · (positive - negative)`, then rescales each token to the norm of
+/// the positive prediction: `c · ‖positive‖₂ / ‖c‖₂`.
 ///
 /// # Shapes
 /// - positive, negative and output: `[tokens, channels]`, f32

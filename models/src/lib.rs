@@ -1,11 +1,13 @@
-//! Qwen-Image's networks and the pipeline that joins them, generic over the burn backend.
+//! Qwen-Image's networks and the pipeline that runs them, generic over the burn backend.
 //!
-//! Data goes down this list once: token ids → [`text_encoder`] → prompt embeddings; seed →
-//! [`noise`] → latents; steps and size → [`scheduler`] → the [`transformer`]'s modulation table;
-//! then the denoising loop of `session`, and [`vae`] to pixels. What
-//! differs between models is in [`families`]. There are no files here, no
-//! HTTP, no threads; weights come through [`source::TensorSource`], and [`pipeline::Pipeline`] is
-//! all that the rest of the program sees.
+//! Data flows one way: token ids → [`text_encoder`] → prompt embeddings; seed → [`noise`] → latents;
+//! number of steps and image size → [`sampling`] → the modulation table of the [`transformer`]; then
+//! the denoising loop of [`session`]; then [`vae`] → pixels. [`families`] holds what differs between
+//! models.
+//!
+//! The networks are burn modules, so `num_params`, `Display`, visitors and mappers work on them. The
+//! crate opens no files, speaks no HTTP and starts no threads. Weights come through
+//! [`source::TensorSource`], and the rest of the program uses [`pipeline::Pipeline`] only.
 
 mod cache;
 pub mod config;
@@ -15,10 +17,11 @@ pub mod families;
 pub mod flops;
 pub mod guidance;
 pub mod job;
+mod layers;
 pub mod loading;
 pub mod noise;
 pub mod pipeline;
-pub mod scheduler;
+pub mod sampling;
 pub mod session;
 pub mod source;
 pub mod testing;

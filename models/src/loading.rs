@@ -3,7 +3,7 @@
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
 
-use burn_tensor::DType;
+use burn::tensor::DType;
 use cubecl_common::stream_id::StreamId;
 use kiln_ops::{FaultWatch, FusedOps, MemoryUse, host};
 

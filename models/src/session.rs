@@ -6,8 +6,8 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use burn_tensor::module::adaptive_avg_pool2d;
-use burn_tensor::{DType, Tensor};
+use burn::tensor::module::adaptive_avg_pool2d;
+use burn::tensor::{DType, Tensor};
 use cubecl_common::stream_id::StreamId;
 use kiln_ops::{FaultWatch, FusedOps};
 
@@ -21,7 +21,7 @@ use crate::job::{Job, JobId, Output, RgbImage, TraceTensor};
 use crate::pipeline::{
     CacheUses, MAX_PREVIEW_SIDE, MemoryUse, ModelInfo, Pipeline, PipelineError, StepOutcome,
 };
-use crate::scheduler::Schedule;
+use crate::sampling::Schedule;
 use crate::transformer::{ModulationTable, Segment, Transformer};
 use crate::vae::VaeSettings;
 use crate::weights::Precision;

@@ -1,6 +1,15 @@
-//! How weights reach the models: by name, from whoever can read the files.
+//! The interface that networks load their weights through: tensors by name, as stored bytes.
+//!
+//! kiln has its own loader and does not use burn-store, for these reasons (burn-store 0.21):
+//!
+//! - it reads one safetensors file and no index of shards, which published checkpoints have;
+//! - it does not fail on stored tensors that no module uses;
+//! - it fills whole modules, while kiln reads the transformer's modulation layers, a third of its
+//!   weights, on demand and never keeps them on the device;
+//! - it copies every tensor out of its memory map, while on backends that compute in the host's
+//!   memory kiln uses the bytes of the map where they lie.
 
-use burn_tensor::DType;
+use burn::tensor::DType;
 use bytes::Bytes;
 
 /// Element type of a stored tensor.
@@ -9,8 +18,8 @@ pub enum StoredDType {
     F32,
     F16,
     Bf16,
-    /// A type the models cannot read, by the name its file gives it. Such a tensor may be present
-    /// as long as nothing asks for it.
+    /// A type that the models cannot read, by its name in the file. Loading fails only if a network
+    /// uses such a tensor.
     Other(String),
 }
 
@@ -24,7 +33,7 @@ impl StoredDType {
         }
     }
 
-    /// Whether elements are stored as a device has them in this type.
+    /// Whether elements of this type need no conversion to `dtype`.
     pub(crate) fn is(&self, dtype: DType) -> bool {
         matches!(
             (self, dtype),
@@ -33,36 +42,36 @@ impl StoredDType {
     }
 }
 
-/// What is known of a tensor without reading it.
+/// Shape, type and file of a stored tensor.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TensorInfo {
     pub shape: Vec<usize>,
     pub dtype: StoredDType,
-    /// The file it lies in, for messages.
+    /// The file that holds the tensor, for messages.
     pub file: String,
 }
 
 /// The weights of one component (text encoder, transformer or VAE), by tensor name.
 ///
-/// Implementations read lazily: [`TensorSource::bytes`] is called once for each tensor that is
-/// loaded, and again for those that are computed from and let go of (the modulation weights).
+/// Implementations should read lazily: [`TensorSource::bytes`] is called once for each tensor that is
+/// loaded, and once per schedule for each tensor of the modulation layers.
 pub trait TensorSource: std::fmt::Debug + Send + Sync {
-    /// Where the weights come from (a folder), for messages.
+    /// The folder or file that the weights come from, for messages.
     fn origin(&self) -> String;
 
-    /// Every name the component's files hold.
+    /// The names of all tensors in the component's files.
     fn names(&self) -> Vec<String>;
 
-    /// Shape, type and file of a tensor; `None` if there is no such name.
+    /// Describes a tensor without reading it; `None` if there is no such name.
     fn info(&self, name: &str) -> Option<TensorInfo>;
 
-    /// What there is for a tensor that must have this shape. A source that makes weights up makes
-    /// them so; one that reads files has what [`TensorSource::info`] says.
+    /// Describes the tensor that a network expects with this shape. A source that generates weights
+    /// creates the tensor with this shape; by default this is [`TensorSource::info`].
     fn declare(&self, name: &str, _shape: &[usize]) -> Option<TensorInfo> {
         self.info(name)
     }
 
-    /// The type that most of the weights are stored in, by bytes; `None` without readable ones.
+    /// The type that most bytes of the weights are stored in; `None` if no tensor is readable.
     fn main_dtype(&self) -> Option<StoredDType> {
         let mut bytes = [StoredDType::F32, StoredDType::Bf16, StoredDType::F16].map(|it| (it, 0));
         for info in self.names().iter().filter_map(|name| self.info(name)) {
@@ -75,10 +84,10 @@ pub trait TensorSource: std::fmt::Debug + Send + Sync {
         (bytes > 0).then_some(dtype)
     }
 
-    /// The tensor's elements in row-major order, little-endian. The bytes may lie in a memory map
-    /// that is unmapped, page by page, when the last clone is dropped.
+    /// Reads the tensor's elements, in row-major order and little-endian. The bytes may lie in a
+    /// memory map that is unmapped, page by page, when the last clone is dropped.
     ///
     /// # Panics
-    /// If there is no such tensor: callers ask [`TensorSource::info`] first.
+    /// If there is no such tensor: callers check [`TensorSource::info`] first.
     fn bytes(&self, name: &str) -> Bytes;
 }

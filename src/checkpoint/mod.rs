@@ -103,6 +103,14 @@ impl Checkpoint {
     /// Opens a model folder: reads its configuration files and maps its weight files.
     ///
     /// Reads the header of each safetensors file, and no weights.
+    ///
+    /// ```
+    /// use kiln::checkpoint::Checkpoint;
+    ///
+    /// let checkpoint = Checkpoint::open("models/demo".as_ref())?;
+    /// assert!(!checkpoint.tokenizer()?.encode_prompt("a red circle")?.is_empty());
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     pub fn open(folder: &Path) -> Result<Self, CheckpointError> {
         Ok(Self {
             place: Place::Folder(folder.to_owned()),

@@ -2,15 +2,25 @@
 
 use std::io::{self, Write};
 
+use clap::Parser;
 use kiln_models::loading::{DeviceInfo, ModelDType};
 use serde_json::{Value, json};
 
 use crate::backend::{self, BackendKind, BackendReport};
 
-use super::args::BackendsArgs;
 use super::error::CliError;
 
-/// Lists every backend, its devices on this machine, or why it has none.
+/// List the backends and their devices.
+///
+/// The first word of each line selects a device: cuda:1 is --backend cuda --device 1. Backends
+/// without a device on this machine are listed with the reason.
+#[derive(Debug, Parser)]
+pub(super) struct BackendsArgs {
+    /// Print JSON
+    #[arg(long)]
+    pub(super) json: bool,
+}
+
 pub(super) fn run(args: &BackendsArgs) -> Result<(), CliError> {
     let reports = backend::survey();
     let text = if args.json {
@@ -48,7 +58,7 @@ fn to_json(reports: &[BackendReport]) -> Value {
     json!({ "backends": backends.collect::<Vec<_>>() })
 }
 
-/// A line for each device: what chooses it, name, memory, types. Where a backend has none, why.
+/// A line for each device: id, name, memory, types. For a backend without devices, the reason.
 fn to_table(reports: &[BackendReport]) -> String {
     let mut lines = Vec::new();
     for report in reports {
@@ -124,7 +134,7 @@ mod tests {
     }
 
     #[test]
-    fn a_line_tells_all_of_a_device() {
+    fn a_line_describes_a_device() {
         let table = to_table(&reports());
         let lines: Vec<&str> = table.lines().collect();
         assert!(lines[0].starts_with("cuda    this kiln was built without the cuda backend"));

@@ -1,42 +1,152 @@
+//! `kiln bench`.
+
 use std::io::{self, Write};
 
+use clap::Parser;
+use kiln_models::families::qwen_image::TEMPLATE;
 use kiln_models::noise::NoiseGenerator;
 
 use crate::backend;
-use crate::bench::{BenchReport as Report, Measurement, Run, Workload};
+use crate::bench::{BenchReport, Measurement, Run, Workload};
 use crate::compare::ReportError;
 use crate::measure::CostMeter;
-use crate::request::{GenerationRequest, Limits};
+use crate::request::{GenerationParams, GenerationRequest, Limits};
+use crate::runtime::{Model, ModelSettings};
 
-use super::args::BenchArgs;
 use super::error::CliError;
-use super::model::Model;
+use super::shared_args::{BackendArgs, LoadArgs, Size, parse_size};
 
-/// `kiln bench`. Everything that can be refused is refused before the weights are loaded.
+/// Time a model, stage by stage.
+///
+/// Loads the model, runs once to warm up, then repeats the same work with other random prompts.
+/// Prints the median times, the floating-point operations of each stage, and the peak memory.
+#[derive(Debug, Parser)]
+pub(super) struct BenchArgs {
+    /// Folder in diffusers layout, Hugging Face id, or demo [default: demo]
+    ///
+    /// With --load-format dummy a folder needs its configuration files only, and the default is
+    /// Qwen/Qwen-Image, which needs no file.
+    #[arg(long, value_name = "PATH_OR_ID")]
+    model: Option<String>,
+
+    /// Width and height of the images in pixels [default: the model's]
+    #[arg(
+        long,
+        value_name = "WIDTHxHEIGHT",
+        allow_hyphen_values = true,
+        value_parser = parse_size
+    )]
+    size: Option<Size>,
+
+    /// Denoising steps, from 1 to 1000
+    #[arg(
+        long,
+        value_name = "STEPS",
+        allow_negative_numbers = true,
+        default_value_t = 20
+    )]
+    steps: i128,
+
+    /// Guidance scale; guidance is off at 1 and below
+    ///
+    /// With guidance each step also runs the transformer on a blank negative prompt.
+    #[arg(
+        long,
+        value_name = "SCALE",
+        allow_negative_numbers = true,
+        default_value_t = 4.0
+    )]
+    cfg: f64,
+
+    /// Images generated together, from 1 to 10
+    #[arg(
+        long,
+        value_name = "COUNT",
+        allow_negative_numbers = true,
+        default_value_t = 1
+    )]
+    batch: i128,
+
+    /// Tokens of the prompt
+    #[arg(
+        long,
+        value_name = "COUNT",
+        default_value_t = 64,
+        value_parser = clap::value_parser!(u16).range(1..=TEMPLATE.max_prompt_tokens as i64)
+    )]
+    prompt_tokens: u16,
+
+    /// Measured runs, after the warm-up
+    #[arg(long, value_name = "COUNT", default_value_t = 3, value_parser = clap::value_parser!(u16).range(1..))]
+    runs: u16,
+
+    /// Peak TFLOP/s of the device; adds a utilisation column
+    #[arg(long, value_name = "TFLOPS", value_parser = parse_peak)]
+    peak_tflops: Option<f64>,
+
+    /// Print JSON, with the times of every run
+    #[arg(long)]
+    pub(super) json: bool,
+
+    #[command(flatten)]
+    backend: BackendArgs,
+
+    #[command(flatten)]
+    loading: LoadArgs,
+}
+
+impl BenchArgs {
+    fn model_settings(&self) -> ModelSettings {
+        let name = self.loading.model_or_default(self.model.as_deref());
+        self.loading.model_settings(name)
+    }
+
+    /// Parameters with empty prompts, which only take part in the checks.
+    fn params(&self) -> GenerationParams {
+        GenerationParams {
+            prompt: String::new(),
+            negative_prompt: Some(String::new()),
+            true_cfg_scale: Some(self.cfg),
+            height: self.size.map(|size| size.height),
+            width: self.size.map(|size| size.width),
+            num_inference_steps: Some(self.steps),
+            num_images: Some(self.batch),
+            seed: Some(0),
+        }
+    }
+}
+
+fn parse_peak(text: &str) -> Result<f64, String> {
+    let peak = text.parse().ok();
+    peak.filter(|peak: &f64| peak.is_finite() && *peak > 0.0)
+        .ok_or_else(|| "a peak is a number above 0".to_owned())
+}
+
+/// Checks everything that can be checked before it loads the weights.
 pub(super) fn run(args: &BenchArgs) -> Result<(), CliError> {
     let settings = args.loading.settings(args.backend.choice()?)?;
     let request =
         |limits: &Limits| GenerationRequest::new(args.params(), limits, NoiseGenerator::Cpu);
     request(&Limits::for_any_model())?;
     backend::check(settings.backend)?;
-    let model = Model::open(args.model(), args.loading.load_format)?;
+    let model = Model::find(&args.model_settings())?;
     let workload = Workload {
-        request: request(&Limits::for_sizes(model.image_sizes()?))?,
-        prompt_tokens: args.prompt_tokens(),
-        template: model.tokenizer.template(),
+        request: request(model.limits())?,
+        prompt_tokens: args.prompt_tokens.into(),
+        template: model.tokenizer().template(),
     };
 
     let meter = CostMeter::start();
-    let mut pipeline = model.pipeline(&settings)?;
+    let mut pipeline = model.load(&settings)?.pipeline;
     let load = meter.stop(pipeline.memory());
     let info = pipeline.info().clone();
     let operations = model.operations(&workload.job(0, info.vocab_size), &settings)?;
-    let runs = args.runs();
+    let runs = args.runs.into();
     let measurement = Measurement::take(&mut *pipeline, load, &workload, runs, |number, run| {
-        say(number, runs, run);
+        log_run(number, runs, run);
     })?;
 
-    let report = Report::new(
+    let report = BenchReport::new(
         model.description(),
         &info,
         &workload,
@@ -53,7 +163,7 @@ pub(super) fn run(args: &BenchArgs) -> Result<(), CliError> {
     stdout.write_all(text.as_bytes()).map_err(CliError::Stdout)
 }
 
-fn say(number: usize, runs: usize, run: &Run) {
+fn log_run(number: usize, runs: usize, run: &Run) {
     let which = match number {
         0 => "warm-up".to_owned(),
         _ => format!("run {number} of {runs}"),

@@ -1,12 +1,32 @@
+//! `kiln cache`.
+
 use std::io::{self, Write};
 use std::time::SystemTime;
 
+use clap::{Parser, ValueEnum};
+
 use crate::kernel_cache::{KernelCache, KernelFolder};
 
-use super::args::{CacheAction, CacheArgs};
 use super::error::CliError;
 
-/// `kiln cache`.
+/// Show or remove the compiled GPU kernels that are kept on disk.
+///
+/// Compiled kernels and the results of autotuning are kept below kiln/kernels in `$XDG_CACHE_HOME`
+/// or ~/.cache, in a folder for each build of kiln, driver, compiler and GPU: the four that were
+/// used last, and 1 GiB at most. A cubecl.toml that names other folders takes precedence.
+#[derive(Debug, Parser)]
+pub(super) struct CacheArgs {
+    /// Action: show the folders, or clear those that no running kiln uses
+    #[arg(value_enum, default_value_t = CacheAction::Show)]
+    action: CacheAction,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum CacheAction {
+    Show,
+    Clear,
+}
+
 pub(super) fn run(args: &CacheArgs) -> Result<(), CliError> {
     let cache = KernelCache::from_env().ok_or(CliError::NoCacheFolder)?;
     let failed = |source| CliError::Cache {
@@ -34,7 +54,7 @@ pub(super) fn run(args: &CacheArgs) -> Result<(), CliError> {
         .map_err(CliError::Stdout)
 }
 
-/// A line for each folder, and one for all of them.
+/// A line for each folder, and one with the sum.
 fn to_table(folders: &[KernelFolder]) -> String {
     let line = |folder: &KernelFolder| {
         format!(
@@ -73,7 +93,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_line_tells_all_of_a_folder() {
+    fn a_line_describes_a_folder() {
         let folder = KernelFolder {
             name: "0.1.0-cuda".to_owned(),
             bytes: 3 << 19,

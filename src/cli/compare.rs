@@ -1,27 +1,35 @@
+//! `kiln compare`.
+
+mod args;
+
+pub(super) use self::args::CompareArgs;
+
 use std::fs;
 use std::io::{self, Write};
 use std::path::Path;
 
 use crate::backend::{self, BackendChoice, DTypeChoice};
 use crate::compare::{
-    CompareReport as Report, CompareSettings as Settings, Comparison, Recording, ReportFormat,
-    RunReport, Tolerance, record,
+    CompareReport, CompareSettings, Comparison, Recording, ReportFormat, RunReport, Tolerance,
+    record,
 };
 use crate::measure::CostMeter;
 use crate::request::{GenerationRequest, Limits, PromptTokens};
+use crate::runtime::{Model, ModelSettings};
+use crate::version;
 
-use super::args::{CompareArgs, LoadFormat, Reference};
 use super::dump;
 use super::error::CliError;
-use super::model::Model;
 use super::output;
 use super::progress::Progress;
 
-/// `kiln compare`. Everything that can be refused is refused before the weights are loaded.
+use self::args::Reference;
+
+/// Checks everything that can be checked before it loads the weights.
 pub(super) fn run(args: &CompareArgs) -> Result<(), CliError> {
     let noise = args.request.noise.generator();
     let params = args.request.params(args.prompt.clone());
-    // What no model could draw is refused before one is downloaded.
+    // What no model can generate is refused before a model is downloaded.
     GenerationRequest::new(params.clone(), &Limits::for_any_model(), noise)?;
     let report_file = args.report.as_deref().map(report_file).transpose()?;
     let backends = other_backends(args)?;
@@ -37,12 +45,11 @@ pub(super) fn run(args: &CompareArgs) -> Result<(), CliError> {
         ..Tolerance::of(args.dtype)
     };
 
-    let model = Model::open(&args.model, LoadFormat::Auto)?;
-    let limits = Limits::for_sizes(model.image_sizes()?);
-    let request = GenerationRequest::new(params, &limits, noise)?;
+    let model = Model::find(&ModelSettings::new(args.model.as_str()))?;
+    let request = GenerationRequest::new(params, model.limits(), noise)?;
     let runner = Runner {
         args,
-        tokens: request.tokenize(&model.tokenizer)?,
+        tokens: request.tokenize(model.tokenizer())?,
         model,
         request,
     };
@@ -62,9 +69,9 @@ pub(super) fn run(args: &CompareArgs) -> Result<(), CliError> {
         comparisons.push(Comparison::new(&reference, &recording, tolerance)?);
     }
 
-    let report = Report {
-        kiln: env!("CARGO_PKG_VERSION"),
-        settings: Settings::new(&args.model, args.dtype, &runner.request),
+    let report = CompareReport {
+        kiln: version::VERSION,
+        settings: CompareSettings::new(&args.model, args.dtype, &runner.request),
         tolerance,
         reference: reference.name,
         runs,
@@ -79,7 +86,7 @@ pub(super) fn run(args: &CompareArgs) -> Result<(), CliError> {
     verdict(&report)
 }
 
-/// The backends to compare with the reference: what is named, once, and not the reference itself.
+/// The backends to compare with the reference: each named one once, without the reference itself.
 fn other_backends(args: &CompareArgs) -> Result<Vec<BackendChoice>, CliError> {
     let mut backends: Vec<BackendChoice> = Vec::new();
     for &backend in &args.backends {
@@ -104,14 +111,14 @@ struct Runner<'a> {
 }
 
 impl Runner<'_> {
-    /// Loads the model onto a backend, draws, and lets go of it, so that no two are loaded at once.
+    /// Loads the model onto a backend, generates, and drops the pipeline: one is loaded at a time.
     fn run(&self, backend: BackendChoice) -> Result<(Recording, RunReport), CliError> {
         let dtype = DTypeChoice::This(self.args.dtype);
         let settings = self.args.vae.settings(backend, dtype)?;
         tracing::info!("{backend}:");
         let mut progress = Progress::new(false);
         let meter = CostMeter::start();
-        let mut pipeline = self.model.pipeline(&settings)?;
+        let mut pipeline = self.model.load(&settings)?.pipeline;
         let load = meter.stop(pipeline.memory());
         let device = pipeline.info().device();
 
@@ -132,7 +139,7 @@ impl Runner<'_> {
     }
 }
 
-/// The format follows from the name.
+/// The report file, and the format that its extension chooses.
 fn report_file(path: &Path) -> Result<(&Path, ReportFormat), CliError> {
     let extension = path.extension().unwrap_or_default();
     let known = [
@@ -150,7 +157,7 @@ fn report_file(path: &Path) -> Result<(&Path, ReportFormat), CliError> {
     Ok((path, format))
 }
 
-fn write_report(report: &Report, path: &Path, format: ReportFormat) -> Result<(), CliError> {
+fn write_report(report: &CompareReport, path: &Path, format: ReportFormat) -> Result<(), CliError> {
     let text = report.render(format)?;
     fs::write(path, text).map_err(|source| CliError::Write {
         path: path.to_owned(),
@@ -160,7 +167,7 @@ fn write_report(report: &Report, path: &Path, format: ReportFormat) -> Result<()
     Ok(())
 }
 
-fn verdict(report: &Report) -> Result<(), CliError> {
+fn verdict(report: &CompareReport) -> Result<(), CliError> {
     let over = report
         .comparisons
         .iter()

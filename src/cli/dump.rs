@@ -1,24 +1,55 @@
-//! What a run went through, as a safetensors file for comparing runs.
+//! The intermediate results of a run as a safetensors file, to compare runs.
 
 mod read;
 
-pub(super) use self::read::{DumpError, read};
+pub(super) use self::read::read;
 
-use std::path::Path;
+use std::collections::HashMap;
+use std::io;
+use std::path::{Path, PathBuf};
 
 use kiln_models::job::TraceTensor;
-use safetensors::tensor::{Dtype, TensorView};
+use safetensors::tensor::{Dtype, SafeTensorError, TensorView};
 
 use crate::request::PromptTokens;
+use crate::version;
 
-use super::error::CliError;
+/// Why a dump cannot be written, or cannot be compared with.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum DumpError {
+    #[error("cannot write the dump {}", path.display())]
+    Write {
+        path: PathBuf,
+        source: SafeTensorError,
+    },
+    #[error("cannot read {}", path.display())]
+    Io { path: PathBuf, source: io::Error },
+    #[error("{} is not a safetensors file", path.display())]
+    Format {
+        path: PathBuf,
+        source: SafeTensorError,
+    },
+    #[error("{name} in {} is {dtype} of shape {shape:?}, and not {expected}", path.display())]
+    Tensor {
+        path: PathBuf,
+        name: String,
+        dtype: Dtype,
+        shape: Vec<usize>,
+        expected: &'static str,
+    },
+    #[error("{} has neither image_u8 nor image_float: it is not the dump of a whole run", path.display())]
+    NoImage { path: PathBuf },
+    #[error("{} was made from another prompt: its {name} differ from the given prompt's", path.display())]
+    OtherPrompt { path: PathBuf, name: &'static str },
+}
 
-/// Writes `token_ids` and `negative_token_ids` (i64) and all of the trace (f32).
+/// Writes `token_ids` and `negative_token_ids` (i64, `[tokens]`) and every tensor of the trace
+/// (f32). The file's metadata has kiln's version.
 pub(super) fn write(
     path: &Path,
     tokens: &PromptTokens,
     trace: &[TraceTensor],
-) -> Result<(), CliError> {
+) -> Result<(), DumpError> {
     let mut entries = vec![Entry::ids("token_ids", &tokens.prompt)];
     entries.extend(
         tokens
@@ -28,7 +59,7 @@ pub(super) fn write(
     );
     entries.extend(trace.iter().map(Entry::trace));
 
-    let failed = |source| CliError::Dump {
+    let failed = |source| DumpError::Write {
         path: path.to_owned(),
         source,
     };
@@ -40,7 +71,8 @@ pub(super) fn write(
         })
         .collect::<Result<_, _>>()
         .map_err(failed)?;
-    safetensors::serialize_to_file(views, None, path).map_err(failed)
+    let metadata = HashMap::from([("kiln".to_owned(), version::VERSION.to_owned())]);
+    safetensors::serialize_to_file(views, Some(metadata), path).map_err(failed)
 }
 
 struct Entry {

@@ -1,13 +1,14 @@
+//! The one error of all commands, its exit code and its tip.
+
 use std::io;
 use std::path::PathBuf;
 
 use crate::backend::{BackendChoice, BackendError, InvalidChoice};
-use crate::checkpoint::{CheckpointError, DEMO, QWEN_IMAGE};
 use crate::compare::{CompareError, ReportError};
 use crate::engine::{JobError, StartError, SubmitError};
-use crate::hub::HubError;
 use crate::image::EncodeError;
 use crate::request::{InvalidPrompt, InvalidRequest};
+use crate::runtime::RuntimeError;
 use crate::server::InvalidApiKey;
 use crate::tokenizer::TokenizerError;
 
@@ -24,9 +25,11 @@ pub(super) enum CliError {
     Tiles { size: usize, stride: usize },
     #[error("{} does not end in .png, .jpg or .webp, which are the files that can be written", path.display())]
     Extension { path: PathBuf },
-    #[error("{} does not end in .html, .json or .md, so what to write is not known", path.display())]
+    #[error("{} does not end in .html, .json or .md, so the format is not known", path.display())]
     ReportExtension { path: PathBuf },
-    #[error("{reference} is all that is named: name a backend to compare with it in --backends")]
+    #[error(
+        "--backends names nothing but the reference {reference}: name a backend to compare with it"
+    )]
     NothingToCompare { reference: String },
     #[error(
         "--cfg-parallel-size {size} is not available: both halves of guidance run on one device, \
@@ -44,16 +47,7 @@ pub(super) enum CliError {
     #[error("cannot write {}", path.display())]
     Write { path: PathBuf, source: io::Error },
     #[error(transparent)]
-    Hub(#[from] HubError),
-    #[error(
-        "{name:?} has no shape for --load-format dummy: give a folder with a model's \
-         configurations (model_index.json, transformer/config.json, ...), {QWEN_IMAGE} or {DEMO}"
-    )]
-    DummyShape { name: String },
-    #[error(transparent)]
-    Checkpoint(#[from] CheckpointError),
-    #[error("the tokenizer cannot be loaded")]
-    Tokenizer(#[source] TokenizerError),
+    Runtime(#[from] RuntimeError),
     #[error(transparent)]
     Choice(#[from] InvalidChoice),
     #[error(transparent)]
@@ -77,14 +71,14 @@ pub(super) enum CliError {
     #[error(transparent)]
     Report(#[from] ReportError),
     #[error(transparent)]
-    ReadDump(#[from] DumpError),
+    Dump(#[from] DumpError),
     #[error("an image cannot be encoded")]
     Encode(#[from] EncodeError),
     #[error("an image cannot be written as sixels")]
     Sixel(#[source] icy_sixel::SixelError),
-    #[error("what was done cannot be written as JSON")]
+    #[error("the report cannot be written as JSON")]
     Json(#[source] serde_json::Error),
-    #[error("there is no manual page of {name:?}; there are those of {}", commands.join(", "))]
+    #[error("there is no manual page of {name:?}; the commands are {}", commands.join(", "))]
     NoSuchPage { name: String, commands: Vec<String> },
     #[error("{host}:{port} does not answer")]
     Health {
@@ -92,17 +86,12 @@ pub(super) enum CliError {
         port: u16,
         source: io::Error,
     },
-    #[error("there is no folder to keep kernels in: neither XDG_CACHE_HOME nor HOME is set")]
+    #[error("there is no folder for compiled kernels: neither XDG_CACHE_HOME nor HOME is set")]
     NoCacheFolder,
     #[error("the kernels in {} cannot be read or removed", folder.display())]
     Cache { folder: PathBuf, source: io::Error },
     #[error("not ready: the answer is {status_line:?}")]
     NotReady { status_line: String },
-    #[error("cannot write the dump {}", path.display())]
-    Dump {
-        path: PathBuf,
-        source: safetensors::SafeTensorError,
-    },
     #[error("cannot write to stdout")]
     Stdout(#[source] io::Error),
     #[error("cannot listen on {host}:{port}")]
@@ -118,7 +107,7 @@ pub(super) enum CliError {
 }
 
 impl CliError {
-    /// 2 where the arguments are to blame, as clap has it, otherwise 1.
+    /// 2 for invalid arguments, as clap does, otherwise 1.
     pub(super) fn exit_code(&self) -> u8 {
         match self {
             Self::Request(_)
@@ -137,7 +126,7 @@ impl CliError {
         }
     }
 
-    /// What to do about it, where the message does not say so itself.
+    /// What the user can do, where the message itself does not say it.
     pub(super) fn tip(&self) -> Option<String> {
         match self {
             Self::Extension { path } => Some(format!(

@@ -1,4 +1,9 @@
+//! `kiln generate`.
+
+mod args;
 mod report;
+
+pub(super) use self::args::{GenerateArgs, Show};
 
 use std::fs;
 use std::io::{self, Write};
@@ -11,24 +16,23 @@ use crate::backend;
 use crate::engine::{Engine, EngineSettings, Event, Finished, JobHandle, SubmitOptions, Timings};
 use crate::image::{Encoding, encode};
 use crate::request::{GenerationRequest, Limits};
+use crate::runtime::Model;
 
-use super::args::GenerateArgs;
 use super::dump;
 use super::error::CliError;
-use super::model::Model;
 use super::output;
 use super::progress::Progress;
 use super::show::Screen;
 
 use self::report::{Image, Report, Seconds};
 
-/// `kiln generate`. Everything that can be refused is refused before the weights are loaded.
+/// Checks everything that can be checked before it loads the weights.
 pub(super) fn run(args: &GenerateArgs) -> Result<(), CliError> {
     let started = Instant::now();
     let settings = args.loading.settings(args.backend.choice()?)?;
     let noise = args.request.noise.generator();
     let params = args.params();
-    // What no model could draw is refused before one is downloaded.
+    // What no model can generate is refused before a model is downloaded.
     let any_model = Limits::for_any_model();
     let num_images = GenerationRequest::new(params.clone(), &any_model, noise)?.num_images;
     let paths = output::image_paths(&args.output, num_images)?;
@@ -38,15 +42,14 @@ pub(super) fn run(args: &GenerateArgs) -> Result<(), CliError> {
 
     backend::check(settings.backend)?;
 
-    let model = Model::open(args.model(), args.loading.load_format)?;
-    let limits = Limits::for_sizes(model.image_sizes()?);
-    let request = GenerationRequest::new(params, &limits, noise)?;
-    let tokens = request.tokenize(&model.tokenizer)?;
+    let model = Model::find(&args.model_settings())?;
+    let request = GenerationRequest::new(params, model.limits(), noise)?;
+    let tokens = request.tokenize(model.tokenizer())?;
     let job = request
         .clone()
         .into_job(tokens.clone(), args.dump.is_some());
     let decode_steps = model.decode_steps(&job, &settings)?;
-    // Before there is progress, which would be in the way of the answer.
+    // Before the progress bar, which would mix with the terminal's answer.
     let screen = Screen::find(args.show, !args.quiet && !args.json);
 
     let one_job = EngineSettings {
@@ -55,14 +58,12 @@ pub(super) fn run(args: &GenerateArgs) -> Result<(), CliError> {
         warm_up: None,
     };
     let progress = Progress::new(args.quiet);
-    let loading = Instant::now();
-    let pipeline = model.pipeline(&settings)?;
-    let load_time = loading.elapsed();
-    let engine = Engine::start(pipeline, one_job);
+    let runtime = model.load(&settings)?;
+    let engine = Engine::start(runtime.pipeline, one_job);
     let handle = engine.submit(job, SubmitOptions::default())?;
     let finished = generate(handle, progress, request.sampling.steps, decode_steps)?;
 
-    say_timings(&finished.timings);
+    log_timings(&finished.timings);
     let writing = Instant::now();
     let images = write_images(&finished.output, &paths, &request, args, screen)?;
     if let Some(path) = &args.dump {
@@ -70,7 +71,12 @@ pub(super) fn run(args: &GenerateArgs) -> Result<(), CliError> {
     }
     if args.json {
         let timings = &finished.timings;
-        let seconds = Seconds::new(load_time, timings, writing.elapsed(), started.elapsed());
+        let seconds = Seconds::new(
+            runtime.load_time,
+            timings,
+            writing.elapsed(),
+            started.elapsed(),
+        );
         let dump = args.dump.as_deref();
         let report = Report::new(args.model(), engine.info(), &request, images, dump, seconds);
         let text = serde_json::to_string_pretty(&report).map_err(CliError::Json)?;
@@ -79,7 +85,7 @@ pub(super) fn run(args: &GenerateArgs) -> Result<(), CliError> {
     Ok(())
 }
 
-/// Takes the progress off the terminal when it is over.
+/// Waits for the images, and shows the progress until then.
 fn generate(
     mut handle: JobHandle,
     mut progress: Progress,
@@ -97,7 +103,7 @@ fn generate(
     }
 }
 
-fn say_timings(timings: &Timings) {
+fn log_timings(timings: &Timings) {
     tracing::info!(
         "generated in {:.1} s: prompts {:.1} s, steps {:.1} s, decoding {:.1} s",
         timings.total().as_secs_f64(),
@@ -107,7 +113,7 @@ fn say_timings(timings: &Timings) {
     );
 }
 
-/// Shows each image, and says where it is; with `--json` that is for later.
+/// Writes and shows each image, and prints its line unless `--json` is given.
 fn write_images(
     output: &Output,
     paths: &[PathBuf],

@@ -1,10 +1,37 @@
-//! `kiln health`: one request, by hand, as a client library would be a lot for one status line.
+//! `kiln health`: one HTTP request without a client library, as only the status line is needed.
 
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::net::{TcpStream, ToSocketAddrs};
+use std::time::Duration;
 
-use super::args::HealthArgs;
+use clap::Parser;
+
 use super::error::CliError;
+
+/// Ask a server whether it is ready for requests.
+///
+/// Exits with code 0 if GET /health/ready returns 200, otherwise with 1. For containers and service
+/// managers that run a program as their health check.
+#[derive(Debug, Parser)]
+pub(super) struct HealthArgs {
+    /// Address that the server listens on
+    #[arg(long, default_value = "127.0.0.1")]
+    host: String,
+
+    /// TCP port that the server listens on
+    #[arg(long, default_value_t = 8091)]
+    port: u16,
+
+    /// Seconds to wait for the answer
+    #[arg(long, value_name = "SECONDS", default_value_t = 5, value_parser = clap::value_parser!(u64).range(1..))]
+    timeout: u64,
+}
+
+impl HealthArgs {
+    fn timeout(&self) -> Duration {
+        Duration::from_secs(self.timeout)
+    }
+}
 
 /// Longest status line that is read.
 const MAX_STATUS_LINE: u64 = 1024;

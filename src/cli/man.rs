@@ -1,19 +1,34 @@
-//! Manual pages, made from the help texts.
+//! `kiln man`: manual pages, made from the help texts.
 
 use std::fs;
 use std::io::{self, Write};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
-use clap::{Command, CommandFactory};
+use clap::{Command, Parser};
 use clap_mangen::Man;
 use clap_mangen::roff::{Roff, roman};
 
-use super::args::{Args, ManArgs};
+use crate::version;
+
+use super::args::command;
 use super::error::CliError;
 
-/// `kiln man`.
+/// Write kiln's manual pages.
+///
+/// kiln man | man -l - shows the first page, kiln man generate prints the page of a command.
+#[derive(Debug, Parser)]
+pub(super) struct ManArgs {
+    /// Command whose page is written to stdout [default: the page of kiln itself]
+    #[arg(value_name = "COMMAND", conflicts_with = "output_dir")]
+    command: Option<String>,
+
+    /// Folder to write all pages to, such as ~/.local/share/man/man1
+    #[arg(long, value_name = "FOLDER")]
+    output_dir: Option<PathBuf>,
+}
+
 pub(super) fn run(args: &ManArgs) -> Result<(), CliError> {
-    let mut program = Args::command().disable_help_subcommand(true);
+    let mut program = command().disable_help_subcommand(true);
     // Gives the commands their full names.
     program.build();
     let pages = program.get_subcommands().chain([&program]);
@@ -48,11 +63,11 @@ fn write_page(command: &Command, folder: &Path) -> Result<(), CliError> {
         .map_err(|source| CliError::Write { path, source })
 }
 
-/// As [`Man::render`] has it, but with a head that has no date, and the examples as they are typed.
+/// The page of [`Man::render`], with a header that has no date, and with the examples unformatted.
 fn page(command: &Command) -> io::Result<Vec<u8>> {
     let man = Man::new(command.clone());
     let name = command.get_display_name().unwrap_or("kiln").to_uppercase();
-    let version = env!("CARGO_PKG_VERSION");
+    let version = version::VERSION;
     let mut page = format!(".TH {name} 1 \"\" \"kiln {version}\" \"User Commands\"\n").into_bytes();
     man.render_name_section(&mut page)?;
     man.render_synopsis_section(&mut page)?;

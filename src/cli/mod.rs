@@ -1,4 +1,6 @@
-//! The command line: the only place that knows clap, the environment and exit codes.
+//! The command line: the only module that knows clap, the environment and exit codes.
+//!
+//! Each command has a module with its arguments and a function `run`.
 
 mod args;
 mod backends;
@@ -11,10 +13,10 @@ mod error;
 mod generate;
 mod health;
 mod man;
-mod model;
 mod output;
 mod progress;
 mod serve;
+mod shared_args;
 mod show;
 mod terminal;
 
@@ -23,23 +25,24 @@ use std::io::{self, IsTerminal, Write};
 use std::panic;
 use std::process::ExitCode;
 
-use clap::Parser;
 use serde_json::json;
 use tracing::level_filters::LevelFilter;
 use tracing_subscriber::filter::Targets;
 use tracing_subscriber::layer::{Layer, SubscriberExt};
 use tracing_subscriber::util::SubscriberInitExt;
 
-use self::args::{Args, Command, LogFormat};
+use self::args::{Args, Command};
 use self::error::CliError;
 use self::progress::LogLines;
+use self::serve::LogFormat;
 
-/// Runs the command that the arguments name. 0 is success, 2 a usage error, 1 any other failure.
+/// Runs the command line of this process. Returns 0 for success, 2 for a usage error, 1 for any
+/// other failure.
 pub fn main() -> ExitCode {
-    let args = match Args::try_parse() {
+    let args = match Args::read(env::args_os()) {
         Ok(args) => args,
         Err(error) => {
-            // Help and version come this way too, with code 0.
+            // Includes --help and --version, with code 0.
             drop(error.print());
             if error.use_stderr() && env::args_os().any(|arg| arg == "--json") {
                 report_as_json(&first_paragraph(&error), None, error.exit_code());
@@ -93,7 +96,7 @@ pub fn main() -> ExitCode {
     }
 }
 
-/// What clap says without the usage and the tips, in one line.
+/// The message of clap's error, without usage and tips, in one line.
 fn first_paragraph(error: &clap::Error) -> String {
     let text = error.render().to_string();
     let lines = text.lines().take_while(|line| !line.is_empty());
@@ -109,7 +112,7 @@ fn report(error: &CliError) {
     }
 }
 
-/// For the program that reads stdout.
+/// Writes an error to stdout, for commands with `--json`.
 fn report_as_json(message: &str, tip: Option<String>, exit_code: i32) {
     let error = json!({ "message": message, "tip": tip, "exit_code": exit_code });
     drop(writeln!(
@@ -119,7 +122,7 @@ fn report_as_json(message: &str, tip: Option<String>, exit_code: i32) {
     ));
 }
 
-/// For a person who waits: what is said, and nothing about who says it when.
+/// Log format of interactive commands: the message only, no time, level or target.
 fn log_plain_lines(level: LevelFilter) {
     let layer = tracing_subscriber::fmt::layer()
         .without_time()
@@ -143,26 +146,25 @@ fn log_with_times(format: LogFormat) {
         .init();
 }
 
-/// As <https://no-color.org> asks.
+/// Whether the log has colours: on a terminal, unless `NO_COLOR` is set (<https://no-color.org>).
 fn has_colours() -> bool {
     io::stderr().is_terminal() && env::var_os("NO_COLOR").is_none_or(|value| value.is_empty())
 }
 
-/// What kiln says, and warnings of the libraries; but not the Hub client's, whose errors reach the
-/// user as ours.
+/// kiln's messages of this level, and warnings of libraries. The Hub client logs nothing: its errors
+/// are part of kiln's.
 fn log_filter(level: LevelFilter) -> Targets {
     Targets::new()
         .with_default(LevelFilter::WARN)
         .with_target("kiln", level)
         .with_target("hf_hub", LevelFilter::OFF)
-        // A panic on a device's thread is reported by the job that it ends, and a cache that does
-        // not work by who looked at it first.
+        // The job reports a panic on a device's thread, and kernel_cache a cache that does not work.
         .with_target("cubecl_common", LevelFilter::OFF)
-        // Tells all that was measured when two processes measured the same.
+        // Prints every measurement if two processes tune the same operation.
         .with_target("cubecl_runtime::tune", LevelFilter::ERROR)
 }
 
-/// The pipeline's panics are caught and end one job; a backtrace on stderr would say otherwise.
+/// Logs a panic as one line without a backtrace: the engine catches it, and it ends one job only.
 fn log_panics_on_one_line() {
     panic::set_hook(Box::new(|info| {
         let location = info.location().map(ToString::to_string).unwrap_or_default();

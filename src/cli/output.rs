@@ -1,4 +1,4 @@
-//! Files to write, checked before anything expensive happens.
+//! Output files, checked before the model is loaded.
 
 use std::fs::{self, OpenOptions};
 use std::io;
@@ -8,7 +8,7 @@ use crate::image::ImageFormat;
 
 use super::error::CliError;
 
-/// The format that a file name asks for.
+/// The format that a file name's extension chooses.
 pub(super) fn image_format(output: &Path) -> Result<ImageFormat, CliError> {
     let extension = output.extension().unwrap_or_default().to_string_lossy();
     ImageFormat::from_extension(&extension).ok_or_else(|| CliError::Extension {
@@ -16,7 +16,7 @@ pub(super) fn image_format(output: &Path) -> Result<ImageFormat, CliError> {
     })
 }
 
-/// One path an image: `out.png`, or `out-0.png`, `out-1.png`, … for several.
+/// The path of each image: `out.png`, or `out-0.png`, `out-1.png`, … for several.
 pub(super) fn image_paths(output: &Path, num_images: usize) -> Result<Vec<PathBuf>, CliError> {
     if output.is_dir() {
         return Err(CliError::OutputIsFolder {
@@ -42,7 +42,7 @@ fn numbered(output: &Path, index: usize) -> PathBuf {
     output.with_file_name(name)
 }
 
-/// Whether a file can be written there. What it holds now is left as it is.
+/// Checks that a file can be written there, without changing an existing one.
 pub(super) fn check_writable(path: &Path) -> Result<(), CliError> {
     if path.is_dir() {
         return Err(CliError::OutputIsFolder {
@@ -58,7 +58,7 @@ pub(super) fn check_writable(path: &Path) -> Result<(), CliError> {
             folder: folder.to_owned(),
         });
     }
-    // Permissions do not tell all (read-only mounts, quotas): try it.
+    // Permissions are not enough (read-only mounts, quotas): try it.
     let outcome = match OpenOptions::new().write(true).create_new(true).open(path) {
         Ok(_) => fs::remove_file(path),
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
@@ -86,7 +86,7 @@ mod tests {
     }
 
     #[test]
-    fn checking_leaves_no_file_and_changes_none() {
+    fn a_check_leaves_no_file_and_changes_none() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("out.png");
         check_writable(&path).unwrap();
@@ -97,7 +97,7 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_written_is_refused() {
+    fn unwritable_paths_are_refused() {
         let folder = tempfile::tempdir().unwrap();
         assert_eq!(image_paths(folder.path(), 1).unwrap_err().exit_code(), 2);
         assert_eq!(

@@ -1,3 +1,5 @@
+//! Progress on stderr, and log lines that do not run into it.
+
 use std::fmt;
 use std::io::{self, IsTerminal, Write};
 use std::sync::{Arc, LazyLock, Mutex, PoisonError};
@@ -5,21 +7,21 @@ use std::time::{Duration, Instant};
 
 use indicatif::{HumanDuration, MultiProgress, ProgressBar, ProgressState, ProgressStyle};
 
-/// What is on the terminal now, so that a line of the log does not run into it.
+/// The progress bars on the terminal; [`LogLines`] hides them while it writes.
 static ON_TERMINAL: LazyLock<MultiProgress> = LazyLock::new(MultiProgress::new);
 
-/// How far a picture is, on stderr: on a terminal one line that is drawn again and again, with the
-/// time left; elsewhere a line a step.
+/// Progress of a generation on stderr: on a terminal a bar with the time left, elsewhere one line
+/// per step.
 pub(super) struct Progress {
-    /// None where lines are written, and with `--quiet`.
+    /// `None` without a terminal, and with `--quiet`.
     bar: Option<ProgressBar>,
     clock: Clock,
-    /// When the picture is probably done, once a step is over.
+    /// The estimated end, after the first step.
     end: Arc<Mutex<Option<Instant>>>,
 }
 
 impl Progress {
-    /// Begins with the loading of the model.
+    /// Starts with the loading of the model.
     pub(super) fn new(quiet: bool) -> Self {
         let bar = (!quiet && io::stderr().is_terminal()).then(|| {
             let bar = ON_TERMINAL.add(ProgressBar::no_length());
@@ -28,15 +30,15 @@ impl Progress {
             bar
         });
         Self {
-            // Where a terminal cannot go back in a line.
+            // Hidden on terminals that cannot move the cursor.
             bar: bar.filter(|bar| !bar.is_hidden()),
             clock: Clock::start(0, 0.0),
             end: Arc::default(),
         }
     }
 
-    /// The prompts are encoded from now on, then the steps begin. Decoding the picture takes as
-    /// much as `decode_steps` steps.
+    /// Starts the generation: prompts are encoded, then the steps begin. Decoding takes as long as
+    /// `decode_steps` steps.
     pub(super) fn started(&mut self, steps: usize, decode_steps: f64) {
         self.clock = Clock::start(steps, decode_steps);
         if let Some(bar) = &self.bar {
@@ -65,7 +67,7 @@ impl Progress {
 }
 
 impl Drop for Progress {
-    /// Takes the line away, whatever comes next.
+    /// Removes the bar, also after an error.
     fn drop(&mut self) {
         if let Some(bar) = &self.bar {
             bar.finish_and_clear();
@@ -81,12 +83,12 @@ fn write_stage(state: &ProgressState, text: &mut dyn fmt::Write) {
     let stage = match (state.pos(), state.len()) {
         (0, _) => "starting",
         (done, Some(steps)) if done >= steps => "decoding",
-        _ => "output",
+        _ => "denoising",
     };
     text.write_str(stage).ok();
 }
 
-/// Nothing is known before the first step is over.
+/// The time until `end`; `?` before the first step has ended.
 fn time_left(end: Option<Instant>) -> String {
     end.map_or("?".to_owned(), |end| {
         let left = end.saturating_duration_since(Instant::now());
@@ -94,11 +96,11 @@ fn time_left(end: Option<Instant>) -> String {
     })
 }
 
-/// Foretells the end from the steps that are over.
+/// Estimates the end from the finished steps.
 #[derive(Debug, Clone, Copy)]
 struct Clock {
     started: Instant,
-    /// The first step is slower: it compiles, tunes and reads weights.
+    /// End of the first step, which is slower: it compiles, tunes and reads weights.
     first_step: Option<Instant>,
     steps: usize,
     decode_steps: f64,
@@ -114,7 +116,7 @@ impl Clock {
         }
     }
 
-    /// `done` steps are over `now`. Returns when all is.
+    /// Notes that `done` steps have ended at `now`. Returns the estimated end of the generation.
     fn step(&mut self, done: usize, now: Instant) -> Instant {
         let (since, counted) = match self.first_step {
             Some(first) if done > 1 => (first, done - 1),
@@ -128,7 +130,7 @@ impl Clock {
     }
 }
 
-/// Stderr, with what is on the terminal out of the way while something is written.
+/// Stderr, with the progress bars hidden during each write.
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct LogLines;
 
@@ -166,7 +168,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_is_foretold_of_no_steps() {
+    fn an_unknown_end_is_a_question_mark() {
         let mut clock = Clock::start(10, f64::NAN);
         let now = clock.started + Duration::from_secs(1);
         assert_eq!(clock.step(1, now), now);

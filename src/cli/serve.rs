@@ -1,19 +1,21 @@
+//! `kiln serve`.
+
+mod args;
+
+pub(super) use self::args::{LogFormat, ServeArgs};
+
 use std::net::TcpListener;
 
 use kiln_models::job::Job;
 use kiln_models::noise::NoiseGenerator;
-use kiln_models::pipeline::ImageSizes;
-use tokio::runtime::Runtime;
 
 use crate::backend;
 use crate::engine::{DEFAULT_MAX_STARTED, Engine, EngineSettings, StartError, State};
-use crate::request::{GenerationParams, GenerationRequest, Limits};
+use crate::request::{GenerationParams, GenerationRequest};
+use crate::runtime::{Model, Runtime};
 use crate::server::{self, App};
-use crate::tokenizer::PromptTokenizer;
 
-use super::args::ServeArgs;
 use super::error::CliError;
-use super::model::Model;
 
 /// `kiln serve`.
 pub(super) fn run(args: &ServeArgs) -> Result<(), CliError> {
@@ -24,35 +26,34 @@ pub(super) fn run(args: &ServeArgs) -> Result<(), CliError> {
     }
     let loading = args.loading.settings(args.backend.choice()?)?;
     let mut settings = args.settings()?;
-    // Before the model is loaded: a port that is taken should not cost minutes. Clients that
-    // connect meanwhile wait.
+    // Before the model is loaded, which takes minutes: the port may be in use. Clients that connect
+    // meanwhile wait.
     let listener = listen(args)?;
     backend::check(loading.backend)?;
 
-    let model = Model::open(args.model(), args.loading.load_format)?;
+    let model = Model::find(&args.model_settings())?;
     if let Some(prompt) = &args.default_negative_prompt {
-        let tokens = model.tokenizer.encode_prompt(prompt);
+        let tokens = model.tokenizer().encode_prompt(prompt);
         tokens.map_err(CliError::DefaultNegativePrompt)?;
     }
-    settings.prompt_guide = model.prompt_guide();
-    let pipeline = model.pipeline(&loading)?;
+    let runtime = model.load(&loading)?;
+    settings.prompt_guide = runtime.prompt_guide;
     let noise = args.noise.generator();
-    let sizes = pipeline.info().sizes;
     let warm_up = if args.no_warm_up {
         None
     } else {
-        Some(warm_up(&model.tokenizer, sizes, noise)?)
+        Some(warm_up(&runtime, noise)?)
     };
     let engine_settings = EngineSettings {
         max_queue: args.limits.max_queue,
         max_started: DEFAULT_MAX_STARTED,
         warm_up,
     };
-    let engine = Engine::start(pipeline, engine_settings);
-    let limits = args.limits.limits(sizes);
-    let app = App::new(engine.clone(), model.tokenizer, limits, noise, settings);
-    let runtime = Runtime::new().map_err(CliError::Server)?;
-    let outcome = runtime.block_on(async {
+    let limits = args.limits.limits(runtime.limits.sizes);
+    let engine = Engine::start(runtime.pipeline, engine_settings);
+    let app = App::new(engine.clone(), runtime.tokenizer, limits, noise, settings);
+    let threads = tokio::runtime::Runtime::new().map_err(CliError::Server)?;
+    let outcome = threads.block_on(async {
         let listener = tokio::net::TcpListener::from_std(listener).map_err(CliError::Server)?;
         let address = listener.local_addr().map_err(CliError::Server)?;
         tracing::info!("listening on http://{address}");
@@ -66,13 +67,9 @@ pub(super) fn run(args: &ServeArgs) -> Result<(), CliError> {
     outcome
 }
 
-/// One step, with guidance, of a picture of the model's own size: as much as is compiled, tuned or
-/// paged in at the first request.
-fn warm_up(
-    tokenizer: &PromptTokenizer,
-    sizes: ImageSizes,
-    noise: NoiseGenerator,
-) -> Result<Job, CliError> {
+/// A job that compiles, tunes and pages in what a first request would: one step with guidance, at
+/// the model's default size.
+fn warm_up(runtime: &Runtime, noise: NoiseGenerator) -> Result<Job, CliError> {
     let params = GenerationParams {
         prompt: "warm-up".to_owned(),
         negative_prompt: Some(" ".to_owned()),
@@ -80,22 +77,22 @@ fn warm_up(
         seed: Some(0),
         ..GenerationParams::default()
     };
-    let request = GenerationRequest::new(params, &Limits::for_sizes(sizes), noise)?;
-    let tokens = request.tokenize(tokenizer)?;
+    let request = GenerationRequest::new(params, &runtime.limits, noise)?;
+    let tokens = request.tokenize(&runtime.tokenizer)?;
     Ok(request.into_job(tokens, false))
 }
 
-/// Ready if the warm-up fails, and only then.
+/// Completes if the warm-up fails, and never otherwise.
 async fn failed_start(engine: &Engine) -> StartError {
     match engine.ready().await {
         Err(error @ StartError::WarmUp(_)) => return error,
-        // Told to stop before it was ready.
+        // Stopped before it was ready.
         Err(StartError::Stopped) => {}
         Ok(()) => tracing::info!("ready"),
     }
     engine.stopped().await;
     if let State::Failed(error) = engine.state() {
-        // Those who watch the server's health hear of it too.
+        // The health routes report it too.
         tracing::error!(%error, "the device is lost: no more requests are taken; restart kiln");
     }
     std::future::pending().await
@@ -103,7 +100,7 @@ async fn failed_start(engine: &Engine) -> StartError {
 
 fn listen(args: &ServeArgs) -> Result<TcpListener, CliError> {
     let listener = TcpListener::bind((args.host.as_str(), args.port)).and_then(|listener| {
-        // As tokio wants it.
+        // tokio requires it.
         listener.set_nonblocking(true)?;
         Ok(listener)
     });

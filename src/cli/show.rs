@@ -1,4 +1,4 @@
-//! Pictures on the terminal.
+//! Images on the terminal.
 
 use std::io::{self, IsTerminal, Write};
 
@@ -9,16 +9,16 @@ use kiln_models::job::RgbImage;
 
 use crate::image::{Encoding, ImageFormat, encode};
 
-use super::args::Show;
 use super::error::CliError;
+use super::generate::Show;
 use super::terminal::{Protocol, Terminal};
 
-/// Width and height of a terminal that does not say, or was not asked.
+/// Width and height of a terminal that does not report them, or was not asked, in pixels.
 const DEFAULT_PIXELS: (usize, usize) = (640, 480);
-/// Kitty takes so many bytes of Base64 at a time.
+/// Bytes of Base64 in one chunk of kitty's protocol.
 const KITTY_CHUNK: usize = 4096;
 
-/// Shows pictures on the terminal.
+/// Shows images on the terminal.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Screen {
     protocol: Protocol,
@@ -26,9 +26,10 @@ pub(super) struct Screen {
 }
 
 impl Screen {
-    /// Where pictures go, if anywhere. With [`Show::Auto`] they are for people: on stdout and
-    /// stderr there must be a terminal that can show them. It is asked once, here.
-    pub(super) fn find(show: Show, is_for_people: bool) -> Option<Self> {
+    /// The screen that images are shown on, if any. With [`Show::Auto`] the command must be
+    /// interactive, and stdout and stderr a terminal that can show images; the terminal is asked
+    /// here, once.
+    pub(super) fn find(show: Show, is_interactive: bool) -> Option<Self> {
         let protocol = match show {
             Show::Never => return None,
             Show::Kitty => Protocol::Kitty,
@@ -36,7 +37,7 @@ impl Screen {
             Show::Sixel => Protocol::Sixel,
             Show::Auto => {
                 let is_terminal = io::stdout().is_terminal() && io::stderr().is_terminal();
-                if !is_for_people || !is_terminal {
+                if !is_interactive || !is_terminal {
                     return None;
                 }
                 let Terminal { protocol, pixels } = Terminal::ask()?;
@@ -52,11 +53,11 @@ impl Screen {
         })
     }
 
-    /// Writes a picture to stderr, where all else goes that is for people.
+    /// Writes an image to stderr, as progress and the log.
     pub(super) fn show(&self, image: &RgbImage) -> Result<(), CliError> {
         let text = self.text(image)?;
         let mut stderr = io::stderr().lock();
-        // The picture is in its file: a terminal that went away is no failure.
+        // The image is in its file already: a closed terminal is no failure.
         drop(
             stderr
                 .write_all(text.as_bytes())
@@ -77,7 +78,7 @@ impl Screen {
     }
 }
 
-/// Transmits a PNG file and shows it; the terminal does not answer.
+/// Transmits a PNG file and shows it, with the terminal's responses suppressed.
 fn kitty(png: &[u8]) -> String {
     let data = STANDARD.encode(png);
     let count = data.len().div_ceil(KITTY_CHUNK);
@@ -106,8 +107,8 @@ fn sixel(image: &RgbImage) -> Result<String, CliError> {
         .map_err(CliError::Sixel)
 }
 
-/// The mean of squares of pixels, as small as need be to fit into the width and three quarters of
-/// the height: the lines around the picture are to be seen too.
+/// The image scaled down by a whole factor, each pixel the mean of a square, until it fits into the
+/// terminal's width and three quarters of its height, so that the lines around it stay visible.
 fn reduced(image: &RgbImage, (max_width, max_height): (usize, usize)) -> RgbImage {
     let fits = |side: usize, max: usize| side.div_ceil(max.max(1));
     let square = fits(image.width, max_width)
@@ -140,7 +141,7 @@ fn reduced(image: &RgbImage, (max_width, max_height): (usize, usize)) -> RgbImag
 mod tests {
     use super::*;
 
-    /// Rows of red, green and blue that grow.
+    /// An image whose red is the column and whose green is the row.
     fn image(height: usize, width: usize) -> RgbImage {
         let pixel = |index: usize| [(index % width) as u8, (index / width) as u8, 7];
         let pixels = (0..height * width).flat_map(pixel).collect();
@@ -152,7 +153,7 @@ mod tests {
     }
 
     #[test]
-    fn pictures_are_reduced_until_they_fit() {
+    fn images_are_reduced_until_they_fit() {
         let image = image(100, 200);
         assert_eq!(reduced(&image, (200, 134)), image);
         let half = reduced(&image, (199, 1000));
@@ -193,7 +194,7 @@ mod tests {
     }
 
     #[test]
-    fn sixels_show_the_picture() {
+    fn sixels_show_the_image() {
         let image = image(60, 80);
         let text = sixel(&image).unwrap();
         assert!(

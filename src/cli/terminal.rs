@@ -1,8 +1,8 @@
-//! What the terminal can show, as it says itself.
+//! Asks the terminal which image protocol it supports.
 
 use std::env;
 
-/// Ways to put a picture on a terminal.
+/// Protocols for images on a terminal.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Protocol {
     Kitty,
@@ -10,30 +10,30 @@ pub(super) enum Protocol {
     Sixel,
 }
 
-/// What is known of the terminal.
+/// The terminal's abilities.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Terminal {
     pub(super) protocol: Protocol,
-    /// Its width and height, if it says.
+    /// Width and height in pixels, if the terminal reports them.
     pub(super) pixels: Option<(usize, usize)>,
 }
 
-/// Terminals that print what they do not understand, or that are none.
+/// Values of `TERM` for terminals that print unknown sequences, or for no terminal.
 const UNABLE: [&str; 3] = ["", "dumb", "linux"];
-/// One pixel in kitty's protocol, to be checked and not shown.
+/// Query in kitty's protocol: one pixel that is checked and not shown.
 const KITTY: &str = "\x1b_Gi=31,s=1,v=1,a=q,t=d,f=24;AAAA\x1b\\";
 const KITTY_ANSWER: &str = "\x1b_Gi=31;OK";
-/// Name and version (XTVERSION).
+/// Query for the terminal's name and version (XTVERSION).
 const NAME: &str = "\x1b[>q";
-/// What kind it is (primary device attributes). All terminals answer this, so it comes last.
+/// Query for the primary device attributes. All terminals answer it, so it comes last.
 const ATTRIBUTES: &str = "\x1b[c";
 
-/// Width and height of a character where the terminal does not say how many pixels it has.
+/// Width and height of a character on a terminal that does not report its pixels.
 const CHARACTER: (usize, usize) = (8, 16);
 
 impl Terminal {
-    /// Asks the terminal that this process runs on. There is none if it shows no pictures, does
-    /// not answer within two seconds, or belongs to another job of the shell at the moment.
+    /// Asks the terminal of this process. Returns `None` if it shows no images, does not answer
+    /// within two seconds, or if another job of the shell is in the foreground.
     pub(super) fn ask() -> Option<Self> {
         let is_set = |name| env::var_os(name).is_some();
         let term = env::var("TERM").unwrap_or_default();
@@ -41,7 +41,7 @@ impl Terminal {
         if UNABLE.contains(&term.as_str()) || apple {
             return None;
         }
-        // tmux and screen take kitty's question for the title of the window.
+        // tmux and screen take kitty's query for the title of the window.
         let inside = is_set("TMUX") || is_set("STY");
         let kitty = if inside { "" } else { KITTY };
         let (answer, pixels) = exchange(&[kitty, NAME, ATTRIBUTES].concat())?;
@@ -51,7 +51,7 @@ impl Terminal {
 }
 
 impl Protocol {
-    /// The best that a terminal knows.
+    /// The best protocol in a terminal's answer.
     fn from_answer(answer: &str) -> Option<Self> {
         let sequences = || answer.split('\x1b');
         let attributes = sequences()
@@ -73,14 +73,14 @@ impl Protocol {
     }
 }
 
-/// Whether the answer to the last question is there.
+/// Whether the answer to the last query has arrived.
 #[cfg(unix)]
 fn is_complete(answer: &[u8]) -> bool {
     let attributes = answer.windows(3).position(|start| start == b"\x1b[?");
     attributes.is_some_and(|start| answer[start..].contains(&b'c'))
 }
 
-/// Writes to the terminal and reads what it answers. Returns its width and height in pixels too.
+/// Writes queries to the terminal. Returns its answers, and its width and height in pixels.
 #[cfg(unix)]
 fn exchange(question: &str) -> Option<(String, Option<(usize, usize)>)> {
     use std::fs::File;
@@ -96,7 +96,7 @@ fn exchange(question: &str) -> Option<(String, Option<(usize, usize)>)> {
 
     const TIMEOUT: Duration = Duration::from_secs(2);
 
-    /// Puts the terminal's settings back.
+    /// Restores the terminal's settings.
     struct Restore<'a>(&'a File, Termios);
 
     impl Drop for Restore<'_> {
@@ -111,11 +111,11 @@ fn exchange(question: &str) -> Option<(String, Option<(usize, usize)>)> {
         .open("/dev/tty")
         .ok()?;
     let mut terminal = &file;
-    // A job in the background is stopped when it changes the settings.
+    // The kernel stops a job in the background that changes the settings.
     if tcgetpgrp(terminal).ok()? != getpgrp() {
         return None;
     }
-    // What the user has typed is for the shell.
+    // What the user has typed belongs to the shell.
     if ioctl_fionread(terminal).ok()? > 0 {
         return None;
     }
@@ -132,7 +132,7 @@ fn exchange(question: &str) -> Option<(String, Option<(usize, usize)>)> {
     let settings = tcgetattr(terminal).ok()?;
     let mut raw = settings.clone();
     raw.make_raw();
-    // A read waits for a tenth of a second at most.
+    // A read waits for at most a tenth of a second.
     raw.special_codes[SpecialCodeIndex::VMIN] = 0;
     raw.special_codes[SpecialCodeIndex::VTIME] = 1;
     let _restore = Restore(terminal, settings);
@@ -149,7 +149,7 @@ fn exchange(question: &str) -> Option<(String, Option<(usize, usize)>)> {
     Some((String::from_utf8(answer).ok()?, pixels))
 }
 
-/// Windows' terminals are not asked.
+/// Terminals on Windows are not asked.
 #[cfg(not(unix))]
 fn exchange(_question: &str) -> Option<(String, Option<(usize, usize)>)> {
     None
@@ -160,7 +160,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn terminals_are_known_by_their_answers() {
+    fn the_protocol_follows_from_the_answer() {
         for (answer, expected) in [
             (
                 "\x1b_Gi=31;OK\x1b\\\x1bP>|kitty(0.36.4)\x1b\\\x1b[?62;52;c",
@@ -174,7 +174,7 @@ mod tests {
                 "\x1bP>|foot(1.16.2)\x1b\\\x1b[?62;4;22;28c",
                 Some(Protocol::Sixel),
             ),
-            // 64 is a kind of terminal, and 14 another ability.
+            // 64 is the terminal's class, and 14 is not sixel, which is 4.
             ("\x1b[?64;14;22c", None),
             ("\x1b[?4c", None),
             ("\x1b_Gi=31;ENOTSUPPORTED:none\x1b\\\x1b[?6c", None),

@@ -57,6 +57,35 @@ pub struct EngineSettings {
 
 /// A handle to the thread. Clones share the thread; dropping the last one stops and joins it.
 ///
+/// ```
+/// use kiln::engine::{Engine, EngineSettings, Event, SubmitOptions};
+/// use kiln::kiln_models::noise::NoiseGenerator;
+/// use kiln::request::{GenerationParams, GenerationRequest};
+/// use kiln::runtime::{Runtime, RuntimeSettings};
+///
+/// let runtime = Runtime::open(&RuntimeSettings::new("demo"))?;
+/// let params = GenerationParams {
+///     prompt: "a red circle".to_owned(),
+///     num_inference_steps: Some(1),
+///     ..GenerationParams::default()
+/// };
+/// let request = GenerationRequest::new(params, &runtime.limits, NoiseGenerator::Cpu)?;
+/// let tokens = request.tokenize(&runtime.tokenizer)?;
+///
+/// let settings = EngineSettings { max_queue: 4, max_started: 2, warm_up: None };
+/// let engine = Engine::start(runtime.pipeline, settings);
+/// let mut handle = engine.submit(request.into_job(tokens, false), SubmitOptions::default())?;
+/// let output = loop {
+///     match handle.blocking_next_event() {
+///         Event::Finished(finished) => break finished.output,
+///         Event::Failed(error) => return Err(error.into()),
+///         _ => {}
+///     }
+/// };
+/// assert_eq!(output.images[0].width, 128);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+///
 /// # Order
 ///
 /// Before every step the engine chooses the job that is advanced. A waiting job that is at most

@@ -80,6 +80,24 @@ impl InvalidRequest {
 impl GenerationRequest {
     /// Fills in the defaults, rounds the size down, chooses a random seed if none is given, and checks
     /// every value against the limits.
+    ///
+    /// ```
+    /// use kiln::kiln_models::noise::NoiseGenerator;
+    /// use kiln::request::{GenerationParams, GenerationRequest, Limits};
+    ///
+    /// let mut params = GenerationParams {
+    ///     prompt: "a red fox in the snow".to_owned(),
+    ///     ..GenerationParams::default()
+    /// };
+    /// let limits = Limits::for_any_model();
+    /// let request = GenerationRequest::new(params.clone(), &limits, NoiseGenerator::Cpu)?;
+    /// assert_eq!(request.sampling.steps, 50);
+    ///
+    /// params.num_inference_steps = Some(0);
+    /// let error = GenerationRequest::new(params, &limits, NoiseGenerator::Cpu).unwrap_err();
+    /// assert_eq!(error.param(), "num_inference_steps");
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     pub fn new(
         params: GenerationParams,
         limits: &Limits,
@@ -315,8 +333,9 @@ mod tests {
                 "a fox, 雪\nNegative prompt: blurry\nSteps: 50, Sampler: Euler, CFG scale: 4, ",
                 "Seed: 7, Size: 128x64, Model: Qwen/Qwen-Image, RNG: CPU, Batch size: 2, ",
                 "Batch pos: 1, Version: kiln ",
-                env!("CARGO_PKG_VERSION")
             )
+            .to_owned()
+                + crate::version::TAG
         );
         let plain = GenerationRequest {
             negative_prompt: None,

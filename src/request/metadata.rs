@@ -19,7 +19,7 @@ impl GenerationRequest {
             .then(|| format!("Batch size: {}, Batch pos: {index}, ", self.num_images));
         format!(
             "{}\n{}Steps: {}, Sampler: Euler, CFG scale: {scale}, Seed: {}, Size: {}, \
-             Model: {}, RNG: {rng}, {}Version: kiln {}",
+             Model: {}, RNG: {rng}, {}Version: {}",
             self.prompt,
             negative.unwrap_or_default(),
             self.sampling.steps,
@@ -27,7 +27,7 @@ impl GenerationRequest {
             self.size,
             quoted(model),
             batch.unwrap_or_default(),
-            env!("CARGO_PKG_VERSION"),
+            crate::version::PROGRAM,
         )
     }
 }

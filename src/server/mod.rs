@@ -55,7 +55,7 @@ const LAST_ANSWERS: Duration = Duration::from_secs(10);
 #[derive(Debug)]
 pub struct App {
     pub engine: Engine,
-    pub tokenizer: PromptTokenizer,
+    pub tokenizer: Arc<PromptTokenizer>,
     pub limits: Limits,
     /// Makes the noise of requests that do not select a generator.
     pub noise_generator: NoiseGenerator,
@@ -107,7 +107,7 @@ impl Settings {
 impl App {
     pub fn new(
         engine: Engine,
-        tokenizer: PromptTokenizer,
+        tokenizer: impl Into<Arc<PromptTokenizer>>,
         limits: Limits,
         noise_generator: NoiseGenerator,
         settings: Settings,
@@ -115,7 +115,7 @@ impl App {
         let now = SystemTime::now().duration_since(UNIX_EPOCH);
         Self {
             engine,
-            tokenizer,
+            tokenizer: tokenizer.into(),
             limits,
             noise_generator,
             settings,

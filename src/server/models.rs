@@ -7,6 +7,8 @@ use axum::response::Response;
 use serde::Serialize;
 use utoipa::ToSchema;
 
+use crate::version;
+
 use super::App;
 use super::error::{ApiError, ErrorEnvelope};
 use super::json::json;
@@ -28,10 +30,20 @@ pub(super) struct ModelCard {
     owned_by: &'static str,
 }
 
-/// The version of kiln.
+/// The version of kiln, and what it was built from.
 #[derive(Serialize, ToSchema)]
+#[expect(clippy::struct_field_names, reason = "the key is vLLM's")]
 pub(super) struct Version {
+    /// Version of the package.
     version: &'static str,
+    /// First digits of the commit's hash; null if it was not built in a git repository.
+    commit: Option<&'static str>,
+    /// Date of the commit in UTC, `YYYY-MM-DD`.
+    date: Option<&'static str>,
+    /// Backends that were compiled in.
+    features: Vec<&'static str>,
+    /// Version of the burn framework.
+    burn: &'static str,
 }
 
 fn card(app: &App, name: &str) -> ModelCard {
@@ -90,6 +102,10 @@ pub(super) async fn retrieve(
 )]
 pub(super) async fn version() -> Result<Response, ApiError> {
     json(&Version {
-        version: env!("CARGO_PKG_VERSION"),
+        version: version::PACKAGE,
+        commit: version::commit(),
+        date: version::date(),
+        features: version::features(),
+        burn: version::BURN,
     })
 }

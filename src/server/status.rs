@@ -110,7 +110,7 @@ pub(super) async fn status(State(app): State<Arc<App>>) -> Result<Response, ApiE
     json(&Status {
         state: health::state_name(&app.engine.state()),
         model: app.model_name(None).to_owned(),
-        version: env!("CARGO_PKG_VERSION"),
+        version: crate::version::VERSION,
         device: info.device(),
         dtype: info.dtype,
         requests: Requests {

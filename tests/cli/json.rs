@@ -1,3 +1,5 @@
+//! The JSON on stdout.
+
 use serde_json::{Value, json};
 
 use super::{kiln, stderr};
@@ -82,7 +84,7 @@ fn the_report_says_how_and_how_long() {
     assert_eq!(
         report,
         json!({
-            "kiln": env!("CARGO_PKG_VERSION"),
+            "kiln": kiln::version::VERSION,
             "model": "demo",
             "backend": "flex",
             "device": null,

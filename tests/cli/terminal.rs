@@ -1,3 +1,5 @@
+//! Progress and images on a terminal that the test emulates.
+
 use std::io::{Read, Write};
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -59,13 +61,13 @@ fn on_terminal(folder: &Path, typed: &str, line: &str, answer: &str) -> String {
     sent
 }
 
-fn draw(line: &str, answer: &str) -> String {
+fn run(line: &str, answer: &str) -> String {
     let folder = tempfile::tempdir().unwrap();
     on_terminal(folder.path(), "", line, answer)
 }
 
 #[test]
-fn kitty_shows_every_picture() {
+fn kitty_shows_every_image() {
     let folder = tempfile::tempdir().unwrap();
     let line = "kiln generate 'a red circle' --steps 2 --num-images 2 --size 128x96";
     let sent = on_terminal(folder.path(), "", line, KITTY);
@@ -90,8 +92,8 @@ fn kitty_shows_every_picture() {
 }
 
 #[test]
-fn a_picture_larger_than_the_terminal_is_reduced() {
-    let sent = draw(
+fn an_image_larger_than_the_terminal_is_reduced() {
+    let sent = run(
         "kiln generate 'a red circle' --steps 1 --size 128x1024",
         KITTY,
     );
@@ -106,11 +108,11 @@ fn a_picture_larger_than_the_terminal_is_reduced() {
 }
 
 #[test]
-fn sixels_are_for_those_who_know_no_better() {
+fn sixels_are_the_last_choice() {
     let line = "kiln generate 'a red circle' --steps 1";
-    let sent = draw(line, SIXEL);
+    let sent = run(line, SIXEL);
     assert!(sent.contains("\x1bP") && !sent.contains("a=T"), "{sent:?}");
-    let sent = draw(line, "\x1bP>|iTerm2 3.5.10\x1b\\\x1b[?62;4c");
+    let sent = run(line, "\x1bP>|iTerm2 3.5.10\x1b\\\x1b[?62;4c");
     assert!(sent.contains("\x1b]1337;File=inline=1;size="), "{sent:?}");
 }
 
@@ -118,7 +120,7 @@ fn sixels_are_for_those_who_know_no_better() {
 fn a_terminal_that_does_not_answer_is_left_as_it_was() {
     let started = Instant::now();
     let line = "stty -g; kiln generate 'a red circle' --steps 1; stty -g";
-    let sent = draw(line, "");
+    let sent = run(line, "");
     assert!(sent.contains(QUESTION_END));
     let lines: Vec<&str> = sent.lines().collect();
     assert_eq!(lines.first(), lines.last(), "the settings of the terminal");
@@ -127,7 +129,7 @@ fn a_terminal_that_does_not_answer_is_left_as_it_was() {
 }
 
 #[test]
-fn only_a_terminal_for_people_is_asked() {
+fn only_interactive_commands_ask_the_terminal() {
     for line in [
         "kiln generate cat --steps 1 --show never",
         "kiln generate cat --steps 1 --quiet",
@@ -137,7 +139,7 @@ fn only_a_terminal_for_people_is_asked() {
         "TERM=dumb kiln generate cat --steps 1",
         "TERM=linux kiln generate cat --steps 1",
     ] {
-        let sent = draw(line, KITTY);
+        let sent = run(line, KITTY);
         assert!(!sent.contains(QUESTION_END), "{line}: {sent:?}");
         assert!(!sent.contains("a=T"), "{line}: {sent:?}");
     }
@@ -160,16 +162,16 @@ fn a_protocol_that_is_named_is_used_anywhere() {
 
 #[test]
 fn quiet_leaves_the_one_line() {
-    let sent = draw("kiln generate cat --steps 1 --seed 1 --quiet", "");
+    let sent = run("kiln generate cat --steps 1 --seed 1 --quiet", "");
     assert_eq!(sent, "out.png 128x128 seed 1\r\n");
 }
 
 #[test]
 fn a_terminal_sees_the_stage_the_step_and_the_time_left() {
-    let sent = draw("kiln generate cat --steps 150 --show never", "");
+    let sent = run("kiln generate cat --steps 150 --show never", "");
     let line = sent
         .split(['\r', '\n'])
-        .find(|line| line.contains("output"));
+        .find(|line| line.contains("denoising"));
     let line = line.unwrap_or_else(|| panic!("no progress in {sent:?}"));
     assert!(
         line.contains("/150, ") && line.contains("s passed, "),
@@ -183,7 +185,7 @@ fn a_terminal_sees_the_stage_the_step_and_the_time_left() {
 
 #[test]
 fn a_dumb_terminal_sees_a_line_a_step() {
-    let sent = draw("TERM=dumb kiln generate cat --steps 2", "");
+    let sent = run("TERM=dumb kiln generate cat --steps 2", "");
     assert!(
         sent.contains("step 1/2, ") && sent.contains("step 2/2, "),
         "{sent:?}"
@@ -192,11 +194,11 @@ fn a_dumb_terminal_sees_a_line_a_step() {
 }
 
 #[test]
-fn who_wants_no_colour_gets_none() {
+fn no_color_turns_colours_off() {
     let program = env!("CARGO_BIN_EXE_kiln");
     let line = format!("timeout 2 '{program}' serve --port 0 || true");
-    assert!(draw(&line, "").contains("\x1b[32m INFO"));
-    let sent = draw(&format!("export NO_COLOR=1; {line}"), "");
+    assert!(run(&line, "").contains("\x1b[32m INFO"));
+    let sent = run(&format!("export NO_COLOR=1; {line}"), "");
     assert!(
         sent.contains(" INFO ") && !sent.contains('\x1b'),
         "{sent:?}"
@@ -206,7 +208,7 @@ fn who_wants_no_colour_gets_none() {
 #[test]
 fn a_job_in_the_background_is_not_stopped() {
     let line = "set -m; kiln generate cat --steps 1 & wait $!";
-    let sent = draw(line, KITTY);
+    let sent = run(line, KITTY);
     assert!(sent.contains("out.png 128x128 seed "), "{sent:?}");
     assert!(!sent.contains(QUESTION_END), "{sent:?}");
 }

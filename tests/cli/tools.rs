@@ -1,3 +1,5 @@
+//! Commands about kiln itself: completions, manual pages, health, cache.
+
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpListener;
 use std::process::Command;
@@ -5,7 +7,7 @@ use std::thread;
 
 use super::{failure, kiln, stderr};
 
-const COMMANDS: [&str; 9] = [
+pub(super) const COMMANDS: [&str; 9] = [
     "generate",
     "serve",
     "backends",
@@ -52,7 +54,7 @@ fn bash_completes_commands_options_and_values() {
     let options = complete(&["kiln", "generate", "--neg"]);
     assert_eq!(options, ["--negative-prompt"]);
     let values = complete(&["kiln", "serve", "--backend", ""]);
-    assert_eq!(values, ["flex", "ndarray", "wgpu", "cuda", "auto"]);
+    assert_eq!(values, ["cuda", "wgpu", "flex", "ndarray", "auto"]);
 }
 
 #[test]
@@ -99,9 +101,7 @@ fn there_is_a_manual_page_of_every_command() {
 fn a_page_that_is_not_there_is_answered_with_those_that_are() {
     let (code, line) = failure(&["man", "paint"]);
     assert_eq!(code, 2);
-    assert!(
-        line.starts_with("there is no manual page of \"paint\"; there are those of generate, ")
-    );
+    assert!(line.starts_with("there is no manual page of \"paint\"; the commands are generate, "));
     let (code, _) = failure(&["man", "--output-dir", "no"]);
     assert_eq!(code, 1);
 }

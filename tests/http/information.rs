@@ -42,7 +42,14 @@ fn the_models_names_are_listed_and_used() {
 fn the_version_is_the_programs() {
     let server = TestServer::start(Pace::Fast, 4);
     let reply = get(server.address, "/version");
-    assert_eq!(reply.body, json!({"version": env!("CARGO_PKG_VERSION")}));
+    let expected = json!({
+        "version": env!("CARGO_PKG_VERSION"),
+        "commit": kiln::version::commit(),
+        "date": kiln::version::date(),
+        "features": kiln::version::features(),
+        "burn": "0.21.0",
+    });
+    assert_eq!(reply.body, expected);
 }
 
 #[test]

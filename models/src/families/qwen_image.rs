@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 
-use burn_tensor::{DType, Tensor, TensorData};
+use burn::tensor::{DType, Tensor, TensorData};
 use kiln_ops::FusedOps;
 
 use crate::config::ConfigError;
@@ -11,7 +11,7 @@ use crate::flops::CostModel;
 use crate::job::{Conditioning, Job, Size};
 use crate::noise::randn;
 use crate::pipeline::{ImageSizes, PipelineError};
-use crate::scheduler::{Schedule, SchedulerConfig, round_to};
+use crate::sampling::{Schedule, SchedulerConfig, round_to};
 use crate::session::SessionSettings;
 use crate::text_encoder::{TextEncoder, TextEncoderConfig};
 use crate::transformer::{Segment, Transformer, TransformerConfig};

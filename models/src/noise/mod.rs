@@ -1,29 +1,30 @@
-//! Random normal values that are torch's, so that a seed means here what it means in diffusers.
+//! Draws standard normal values as torch does, so that a seed gives the same noise as in diffusers.
 //!
-//! [`randn`] stands for `torch.randn` with a freshly seeded generator of either device. The values are
-//! dimensionless (mean 0, variance 1) and in the order of a contiguous tensor: one draw of
-//! `n * 16 * h * w` values is the latent `[n, 1, 16, h, w]`. A draw has no errors to report.
+//! [`randn`] computes what `torch.randn` does with a freshly seeded generator of either device. The
+//! values are in the order of a contiguous tensor: one draw of `n * 16 * h * w` values is the latent
+//! `[n, 1, 16, h, w]`.
 //!
-//! How near they are, measured against torch 2.15.0:
+//! Agreement with torch 2.15.0, as measured:
 //!
 //! - CPU, f32: the same bits (83.5 million values compared) as torch on x86-64 with AVX2 or AVX-512.
-//!   Below 16 values the platform's f64 functions could in principle change a last bit. Where torch
-//!   has no AVX2 kernel it rounds otherwise: 38 % of its values differ then, by up to 2.4e-6, which
-//!   is any number of ulps near zero.
-//! - CPU, bf16: torch's draw in bf16 is the f32 draw, rounded, if `count` is below 16 or a multiple of
-//!   16 (as for every latent). For other counts its last 16 values come from elsewhere in the stream.
-//! - CUDA: the same random integers and four decimals of what GPUs have printed; see [`randn_cuda`].
-//!   By torch's source a bf16 draw is the f32 draw, rounded.
+//!   In draws of less than 16 values the platform's f64 functions could change a last bit. Where torch
+//!   has no AVX2 kernel, 38 % of its values differ by up to 2.4e-6, which is any number of ulps near
+//!   zero.
+//! - CPU, bf16: torch's draw in bf16 equals the f32 draw, rounded, if `count` is below 16 or a multiple
+//!   of 16 (as for every latent). For other counts torch takes the last 16 values from another part of
+//!   the stream.
+//! - CUDA: the same random integers, and the same four decimals as values printed from GPUs; see
+//!   [`randn_cuda`]. By torch's source a bf16 draw is the f32 draw, rounded.
 
 mod mt19937;
 mod philox;
 
 pub use philox::{CudaLaunch, randn_cuda};
 
-/// Which torch generator a seed is meant for.
+/// The torch generator that a seed is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum NoiseGenerator {
-    /// `torch.Generator("cpu")`: MT19937, of whose seed only the low 32 bits count.
+    /// `torch.Generator("cpu")`: MT19937, seeded with the low 32 bits.
     Cpu,
     /// `torch.Generator("cuda")`: Philox4x32-10, on the GPU of [`CudaLaunch::default`].
     Cuda,
@@ -39,7 +40,8 @@ impl NoiseGenerator {
     }
 }
 
-/// `torch.randn(count, generator=torch.Generator(device).manual_seed(seed))` in f32, row-major.
+/// Draws `count` values: `torch.randn(count, generator=torch.Generator(device).manual_seed(seed))` in
+/// f32.
 pub fn randn(generator: NoiseGenerator, seed: u64, count: usize) -> Vec<f32> {
     match generator {
         NoiseGenerator::Cpu => mt19937::randn(seed, count),
@@ -52,7 +54,7 @@ mod tests {
     use super::*;
     use safetensors::SafeTensors;
 
-    /// Made by `tests/reference/make_noise_fixtures.py`. A tensor's name says the draw:
+    /// Made by `tests/reference/make_noise_fixtures.py`. A tensor's name gives the draw's arguments:
     /// `cpu/<seed>/<count>`, `cuda/<seed>/<count>/<multiprocessors>`.
     const FIXTURE: &str = concat!(
         env!("CARGO_MANIFEST_DIR"),

@@ -1,15 +1,16 @@
-//! The draw of a torch CPU generator: MT19937 and two forms of the Box-Muller transform.
+//! The noise of a torch CPU generator: MT19937 and two forms of the Box-Muller transform.
 //!
-//! torch takes one of two paths, and so does this file:
+//! Like torch, this module has two ways of drawing:
 //!
-//! - below 16 values (`normal_distribution` in `ATen/core/DistributionsHelper.h`): pairs in f64 from
+//! - fewer than 16 values (`normal_distribution` in `ATen/core/DistributionsHelper.h`): pairs in f64 from
 //!   53-bit uniforms;
-//! - from 16 values on (`normal_fill` in `ATen/native/cpu/DistributionTemplates.h`): blocks of 16 in
+//! - 16 values or more (`normal_fill` in `ATen/native/cpu/DistributionTemplates.h`): blocks of 16 in
 //!   f32 from 24-bit uniforms, with the logarithm, sine and cosine of its AVX2 kernel
 //!   (`ATen/native/cpu/avx_mathfun.h`), which are the f32 polynomials of the Cephes library.
 //!
-//! The second path is repeated operation by operation, with a fused multiply-add where torch's
-//! compiler makes one. All of these are correctly rounded, so every platform gives the same bits.
+//! The second way repeats torch's arithmetic operation by operation, with a fused multiply-add where
+//! torch's compiler emits one. All of these operations are correctly rounded, so every platform gives
+//! the same bits.
 
 use std::f32::consts::{FRAC_1_SQRT_2, PI, TAU};
 use std::f64;
@@ -17,7 +18,7 @@ use std::f64;
 const STATE_LEN: usize = 624;
 const SHIFT: usize = 397;
 
-/// Values that torch transforms together; shorter draws go another way.
+/// Number of values that torch transforms together, and the shortest draw that uses blocks.
 const BLOCK: usize = 16;
 
 /// The 32-bit Mersenne Twister, seeded as `ATen/core/MT19937RNGEngine.h` seeds it.
@@ -28,7 +29,7 @@ struct Mt19937 {
 }
 
 impl Mt19937 {
-    /// Only the low 32 bits of `seed` count: torch drops the others too.
+    /// Seeds with the low 32 bits of `seed`, as torch does.
     fn new(seed: u64) -> Self {
         let mut state = [0; STATE_LEN];
         let mut word = seed as u32;
@@ -85,7 +86,7 @@ impl Mt19937 {
     }
 }
 
-/// `count` standard normal values, as a fresh CPU generator with this seed draws them in f32.
+/// Draws `count` standard normal values, as a fresh CPU generator with this seed does in f32.
 pub(super) fn randn(seed: u64, count: usize) -> Vec<f32> {
     let mut engine = Mt19937::new(seed);
     if count < BLOCK {
@@ -97,15 +98,14 @@ pub(super) fn randn(seed: u64, count: usize) -> Vec<f32> {
     if !rest.is_empty()
         && let Some(tail) = values.last_chunk_mut::<BLOCK>()
     {
-        // No partial block: the last 16 values are drawn anew, over values that were ready.
+        // torch draws no partial block: it draws the last 16 values again, over finished ones.
         tail.fill_with(|| engine.next_f32());
         box_muller(tail);
     }
     values
 }
 
-/// The path of short draws. A pair costs two uniforms; the cosine comes first, the sine is kept for
-/// the next value.
+/// Draws values in pairs of two uniforms each: first the cosine, then the sine.
 fn normal_pairs(engine: &mut Mt19937) -> impl Iterator<Item = f32> {
     std::iter::repeat_with(|| {
         let angle = f64::consts::TAU * engine.next_f64();

@@ -1,14 +1,14 @@
-//! The draw of a torch CUDA generator: Philox4x32-10 spread over the threads of a kernel launch.
+//! The noise of a torch CUDA generator: Philox4x32-10 over the threads of a kernel launch.
 //!
 //! The counter-based generator is that of Salmon et al., "Parallel random numbers: as easy as
 //! 1, 2, 3" (SC11); its use here follows `distribution_nullary_kernel` in
 //! `ATen/native/cuda/DistributionTemplates.h`, which calls cuRAND's `curand_normal4`.
 
-/// What decides how many threads torch starts: two fields of `cudaDeviceProp`.
+/// The two fields of `cudaDeviceProp` that determine how many threads torch starts.
 ///
-/// They change only draws of more than [`Self::wave`] values, where a thread has to make several: on an
-/// H100 more than 270336, so the 262144 of a 1024x1024 image do not depend on it and the 440896 of a
-/// 1328x1328 image do. A draw that fits in one wave of two GPUs is the same on both.
+/// They affect only draws of more than [`Self::wave`] values, in which a thread computes several: on an
+/// H100 more than 270336 values. The 262144 values of a 1024x1024 image do not depend on them, the
+/// 440896 of a 1328x1328 image do. A draw that fits in one wave of two GPUs is the same on both.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct CudaLaunch {
     /// `multiProcessorCount`.
@@ -26,13 +26,14 @@ impl CudaLaunch {
 
     const BLOCK: u32 = 256;
 
-    /// Threads the GPU can run at once: the largest draw that is the same as on every larger GPU.
+    /// The number of threads that the GPU runs at once: the largest draw that is the same on every
+    /// larger GPU.
     pub fn wave(self) -> u64 {
         let blocks = self.threads_per_multiprocessor / Self::BLOCK;
         u64::from(self.multiprocessors) * u64::from(blocks) * u64::from(Self::BLOCK)
     }
 
-    /// Threads started for a draw of `count` values: whole blocks, at most one wave of them.
+    /// The number of threads of a draw of `count` values: whole blocks, at most one wave.
     fn threads(self, count: u64) -> u64 {
         count
             .next_multiple_of(u64::from(Self::BLOCK))
@@ -46,18 +47,18 @@ impl Default for CudaLaunch {
     }
 }
 
-/// `count` standard normal values, as a fresh CUDA generator with this seed draws them in f32 on a
-/// GPU of this size.
+/// Draws `count` standard normal values, as a fresh CUDA generator with this seed does in f32 on a GPU
+/// of this size.
 ///
-/// Each thread `t` of `T` takes four values from its own stream at a time and writes them at `t`,
-/// `t + T`, `t + 2T` and `t + 3T`; then it goes on `4T` further.
+/// Each thread `t` of `T` takes four values at a time from its own stream and writes them at `t`,
+/// `t + T`, `t + 2T` and `t + 3T`, then at positions `4T` higher, and so on.
 ///
-/// The integers are exact. The values are not to the last bits: a GPU takes sine and cosine from its
-/// fast `__sincosf` (absolute error about 2^-21 each), here they are rounded from f64, so a result may
-/// differ by some 1e-6. Beyond 2^29 values torch cuts a draw into several launches; this does not.
+/// The random integers are exact. The values can differ by about 1e-6: a GPU computes sine and cosine
+/// with its fast `__sincosf` (absolute error about 2^-21 each), while this function rounds them from
+/// f64. torch splits draws of more than 2^29 values into several launches; this function does not.
 ///
 /// # Panics
-/// If the GPU has no room for a block of 256 threads.
+/// If the GPU cannot run a block of 256 threads.
 pub fn randn_cuda(seed: u64, count: usize, launch: CudaLaunch) -> Vec<f32> {
     assert!(
         launch.wave() > 0,
@@ -70,7 +71,7 @@ pub fn randn_cuda(seed: u64, count: usize, launch: CudaLaunch) -> Vec<f32> {
         .collect()
 }
 
-/// The value at one index of a draw by this many threads.
+/// Computes the value at one index of a draw by `threads` threads.
 fn normal_at(seed: u64, index: u64, threads: u64) -> f32 {
     let (thread, turn) = (index % threads, index / threads);
     let words = philox4x32_10(seed, thread, turn / 4);

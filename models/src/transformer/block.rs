@@ -1,27 +1,56 @@
-//! One double-stream block: joint attention, then an MLP for each stream.
+//! One double-stream block, `QwenImageTransformerBlock` of diffusers: joint attention over the image
+//! and text streams, then an MLP for each stream.
 
-use burn_tensor::Tensor;
+use burn::module::Module;
+use burn::tensor::Tensor;
 use kiln_ops::{FusedOps, Rope, TokenRun};
 
 use super::modulation::{BlockModulation, Modulation};
 use super::{EPS, Packing, TransformerConfig};
-use crate::weights::{Linear, LoadError, Scope};
+use crate::layers::{DeferredLinear, Linear, RmsNorm};
+use crate::weights::{LoadError, Scope};
 
-#[derive(Debug)]
+/// A block. Its modulation layers `img_mod` and `txt_mod` are not on the device.
+#[derive(Module, Debug)]
 pub(super) struct TransformerBlock<B: FusedOps> {
+    #[module(skip)]
+    img_mod: DeferredLinear<B::Device>,
+    #[module(skip)]
+    txt_mod: DeferredLinear<B::Device>,
     image: Stream<B>,
     text: Stream<B>,
 }
 
 impl<B: FusedOps> TransformerBlock<B> {
-    pub(super) fn load(config: &TransformerConfig, at: &Scope<B>) -> Result<Self, LoadError> {
+    /// # Errors
+    /// If a tensor is missing or has another shape.
+    pub(super) fn load(
+        config: &TransformerConfig,
+        at: &Scope<B::Device>,
+    ) -> Result<Self, LoadError> {
+        let dim = config.dim();
         Ok(Self {
+            img_mod: DeferredLinear::load(&at.at("img_mod.1"), dim, 6 * dim)?,
+            txt_mod: DeferredLinear::load(&at.at("txt_mod.1"), dim, 6 * dim)?,
             image: Stream::load(config, at, &IMAGE_NAMES)?,
             text: Stream::load(config, at, &TEXT_NAMES)?,
         })
     }
 
-    /// `[tokens, dim]` of both streams to the same.
+    /// Reads the modulation layers and computes the modulation of the image and of the text stream.
+    ///
+    /// # Shapes
+    /// - temb: `[steps, dim]`, `silu` of the time embedding
+    /// - outputs: `[steps, 6 · dim]`
+    pub(super) fn modulation(&self, temb: Tensor<B, 2>) -> (Tensor<B, 2>, Tensor<B, 2>) {
+        (
+            self.img_mod.forward(temb.clone()),
+            self.txt_mod.forward(temb),
+        )
+    }
+
+    /// # Shapes
+    /// - image and text, in and out: `[tokens of all segments, dim]`
     pub(super) fn forward(
         &self,
         image: Tensor<B, 2>,
@@ -94,14 +123,14 @@ const TEXT_NAMES: StreamNames = StreamNames {
     mlp: "txt_mlp",
 };
 
-/// What a block does to the tokens of one stream.
-#[derive(Debug)]
-struct Stream<B: FusedOps> {
+/// The layers of a block that process one stream.
+#[derive(Module, Debug)]
+pub(super) struct Stream<B: FusedOps> {
     to_q: Linear<B>,
     to_k: Linear<B>,
     to_v: Linear<B>,
-    norm_q: Tensor<B, 1>,
-    norm_k: Tensor<B, 1>,
+    norm_q: RmsNorm<B>,
+    norm_k: RmsNorm<B>,
     to_out: Linear<B>,
     mlp_in: Linear<B>,
     mlp_out: Linear<B>,
@@ -110,27 +139,33 @@ struct Stream<B: FusedOps> {
 }
 
 impl<B: FusedOps> Stream<B> {
+    /// # Errors
+    /// If a tensor is missing or has another shape.
     fn load(
         config: &TransformerConfig,
-        at: &Scope<B>,
+        at: &Scope<B::Device>,
         names: &StreamNames,
     ) -> Result<Self, LoadError> {
         let (dim, head_dim) = (config.dim(), config.attention_head_dim);
         let mlp = at.at(names.mlp);
         Ok(Self {
-            to_q: at.at(names.to_q).linear(dim, dim)?,
-            to_k: at.at(names.to_k).linear(dim, dim)?,
-            to_v: at.at(names.to_v).linear(dim, dim)?,
-            norm_q: at.at(names.norm_q).norm("weight", head_dim)?,
-            norm_k: at.at(names.norm_k).norm("weight", head_dim)?,
-            to_out: at.at(names.to_out).linear(dim, dim)?,
-            mlp_in: mlp.at("net.0.proj").linear(dim, 4 * dim)?,
-            mlp_out: mlp.at("net.2").linear(4 * dim, dim)?,
+            to_q: Linear::load(&at.at(names.to_q), dim, dim)?,
+            to_k: Linear::load(&at.at(names.to_k), dim, dim)?,
+            to_v: Linear::load(&at.at(names.to_v), dim, dim)?,
+            norm_q: RmsNorm::load(&at.at(names.norm_q), head_dim, EPS)?,
+            norm_k: RmsNorm::load(&at.at(names.norm_k), head_dim, EPS)?,
+            to_out: Linear::load(&at.at(names.to_out), dim, dim)?,
+            mlp_in: Linear::load(&mlp.at("net.0.proj"), dim, 4 * dim)?,
+            mlp_out: Linear::load(&mlp.at("net.2"), 4 * dim, dim)?,
             heads: config.num_attention_heads,
             head_dim,
         })
     }
 
+    /// Norms and modulates the tokens, and projects them to rotated queries and keys, and values.
+    ///
+    /// # Shapes
+    /// - x: `[tokens, dim]`
     fn qkv(
         &self,
         x: Tensor<B, 2>,
@@ -145,12 +180,14 @@ impl<B: FusedOps> Stream<B> {
         let query = heads(self.to_q.forward(x.clone()));
         let key = heads(self.to_k.forward(x.clone()));
         Qkv {
-            query: B::qk_norm_rope(query, self.norm_q.clone(), rope, EPS),
-            key: B::qk_norm_rope(key, self.norm_k.clone(), rope, EPS),
+            query: self.norm_q.forward_rope(query, rope),
+            key: self.norm_k.forward_rope(key, rope),
             value: heads(self.to_v.forward(x)),
         }
     }
 
+    /// # Shapes
+    /// - x and output: `[tokens, dim]`
     fn mlp(&self, x: Tensor<B, 2>, modulation: Modulation<B>, runs: &[TokenRun]) -> Tensor<B, 2> {
         let normed =
             B::layer_norm_modulate(x.clone(), modulation.shift, modulation.scale, runs, EPS);
@@ -159,7 +196,7 @@ impl<B: FusedOps> Stream<B> {
     }
 }
 
-/// `[tokens, heads, head_dim]` each.
+/// Queries, keys and values of one stream, `[tokens, heads, head_dim]` each.
 #[derive(Debug)]
 struct Qkv<B: FusedOps> {
     query: Tensor<B, 3>,
@@ -167,8 +204,10 @@ struct Qkv<B: FusedOps> {
     value: Tensor<B, 3>,
 }
 
-/// Attention of each segment over its text and image together, text first.
-/// Returns `[tokens, dim]` of the image stream, then of the text stream.
+/// Attention of each segment over its text and image tokens together, text first.
+///
+/// # Shapes
+/// - outputs: `[tokens of all segments, dim]` of the image stream, then of the text stream
 fn joint_attention<B: FusedOps>(
     image: Qkv<B>,
     text: Qkv<B>,

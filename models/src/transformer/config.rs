@@ -1,33 +1,39 @@
-//! config.json of the transformer.
+//! The transformer's config.json.
 
 use kiln_ops::KernelShape;
 
 use crate::config::{ConfigError, ConfigReader, ConfigText};
 
-/// The largest default: 512 latents are 4,096 pixels a side, half of the pixels that a request may
-/// ask for.
+/// The largest allowed default size, in latents: 4,096 pixels a side, half of the pixels that a
+/// request may ask for.
 const MAX_SAMPLE_SIZE: usize = 512;
 
-/// config.json of `QwenImageTransformer2DModel`.
+/// The values of config.json that kiln uses, of class `QwenImageTransformer2DModel`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TransformerConfig {
+    /// Latents per packed token, in height and in width. Always 2.
     pub patch_size: usize,
     /// Channels of a packed latent token.
     pub in_channels: usize,
+    /// Channels of a latent: `in_channels / patch_size²`.
     pub out_channels: usize,
     pub num_layers: usize,
     pub attention_head_dim: usize,
     pub num_attention_heads: usize,
     /// Width of the prompt embeddings.
     pub joint_attention_dim: usize,
-    /// How a head's dimensions are shared between frame, height and width positions.
+    /// Dimensions of a head that are rotated by the frame, height and width positions.
     pub axes_dims_rope: [usize; 3],
-    /// Height and width of the latents to draw when a request names no size. Other transformers of
-    /// diffusers have this key; Qwen-Image's has none, and its pipeline 128.
+    /// Default height and width of an image, in latents. Other transformers of diffusers have this
+    /// key; Qwen-Image's has none, and its pipeline uses 128.
     pub sample_size: usize,
 }
 
 impl TransformerConfig {
+    /// Parses config.json.
+    ///
+    /// # Errors
+    /// If it is no valid JSON, of another class, or has a value that kiln does not support.
     pub fn from_json(config: &ConfigText) -> Result<Self, ConfigError> {
         let reader = ConfigReader::parse(config)?;
         reader.require_class("QwenImageTransformer2DModel")?;
@@ -103,12 +109,12 @@ impl TransformerConfig {
         Ok(config)
     }
 
-    /// Width of both streams.
+    /// Width of both streams: heads times head dimension.
     pub fn dim(&self) -> usize {
         self.num_attention_heads * self.attention_head_dim
     }
 
-    /// The sizes of the ops that the transformer is made of.
+    /// Op sizes that the transformer uses.
     pub(crate) fn kernel_shapes(&self) -> Vec<KernelShape> {
         let (dim, heads, head_dim) = (
             self.dim(),

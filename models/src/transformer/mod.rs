@@ -1,8 +1,8 @@
 //! The MMDiT `QwenImageTransformer2DModel` on packed sequences.
 //!
-//! Tokens of all sequences of a step lie in one `[tokens, dim]` tensor per stream (image and
-//! text). Linear layers, norms and MLPs run once over all of them; attention runs per segment.
-//! There is no padding and there are no masks.
+//! The tokens of all sequences of a step lie in one `[tokens, dim]` tensor per stream (image and
+//! text). Linear layers, norms and MLPs run once over all tokens; attention runs per segment. There
+//! is no padding and there are no masks.
 
 mod block;
 mod config;
@@ -11,23 +11,25 @@ mod rope;
 
 use std::sync::Arc;
 
-use burn_tensor::Tensor;
+use burn::module::Module;
+use burn::tensor::{Tensor, activation};
 use kiln_ops::{FusedOps, Rope, TokenRun};
 
 pub use config::TransformerConfig;
 pub use modulation::{BlockModulation, ModulationTable, StepModulation};
 pub use rope::{image_rope, text_rope};
 
+use crate::layers::{DeferredLinear, Linear, RmsNorm};
 use crate::source::TensorSource;
-use crate::weights::{Linear, LoadError, Precision, Weights};
+use crate::weights::{LoadError, Precision, Weights};
 use block::TransformerBlock;
-use modulation::ModulationLayers;
 pub(crate) use modulation::TIME_CHANNELS;
+use modulation::TimestepEmbedding;
 
 /// Epsilon of every norm; the reference fixes it.
 const EPS: f64 = 1e-6;
 
-/// One sequence of a packed forward: an image, its text, and the timestep it is at.
+/// One sequence of a packed forward: an image, its text, and the row of its timestep.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Segment {
     /// Rows of packed latent tokens.
@@ -35,17 +37,19 @@ pub struct Segment {
     /// Columns of packed latent tokens.
     pub width: usize,
     pub text_tokens: usize,
-    /// Which row of the step's modulation it uses.
+    /// Index of the segment's row in the forward's [`StepModulation`].
     pub row: usize,
 }
 
 impl Segment {
+    /// `height · width`.
     pub fn image_tokens(&self) -> usize {
         self.height * self.width
     }
 }
 
-/// What a forward needs to know of its segments; depends on nothing else, so it serves all steps.
+/// Positions and lengths of a list of segments, precomputed. All steps over the same segments can
+/// use the same packing.
 #[derive(Debug, Clone)]
 pub struct Packing<B: FusedOps> {
     segments: Vec<Segment>,
@@ -66,7 +70,7 @@ impl<B: FusedOps> Packing<B> {
         elements.sum::<usize>() * size_of::<f32>()
     }
 
-    /// Tokens of each segment's joint sequence: its text, then its image.
+    /// The number of text and image tokens together, per segment.
     fn joint_lengths(&self) -> Vec<usize> {
         self.segments
             .iter()
@@ -75,20 +79,28 @@ impl<B: FusedOps> Packing<B> {
     }
 }
 
-/// The transformer. Its modulation layers are not on the device: see [`ModulationTable`].
-#[derive(Debug)]
+/// The transformer network. Its modulation layers are no parameters of the module and not on the
+/// device: see [`ModulationTable`].
+#[derive(Module, Debug)]
 pub struct Transformer<B: FusedOps> {
     img_in: Linear<B>,
-    txt_norm: Tensor<B, 1>,
+    txt_norm: RmsNorm<B>,
     txt_in: Linear<B>,
+    timestep_embedder: TimestepEmbedding<B>,
     blocks: Vec<TransformerBlock<B>>,
+    #[module(skip)]
+    norm_out: DeferredLinear<B::Device>,
     proj_out: Linear<B>,
-    modulation_layers: ModulationLayers<B>,
+    #[module(skip)]
     config: TransformerConfig,
-    device: B::Device,
 }
 
 impl<B: FusedOps> Transformer<B> {
+    /// Loads the network onto a device.
+    ///
+    /// # Errors
+    /// If a tensor is missing or has another shape, or if the component has tensors that this
+    /// network does not know.
     pub fn load(
         config: &TransformerConfig,
         source: Arc<dyn TensorSource>,
@@ -98,35 +110,46 @@ impl<B: FusedOps> Transformer<B> {
         let weights = Weights::new(source, device, precision);
         let root = weights.at("");
         let dim = config.dim();
+        let text_dim = config.joint_attention_dim;
+        let embedder = root.at("time_text_embed.timestep_embedder");
         let transformer = Self {
-            img_in: root.at("img_in").linear(config.in_channels, dim)?,
-            txt_norm: root
-                .at("txt_norm")
-                .norm("weight", config.joint_attention_dim)?,
-            txt_in: root.at("txt_in").linear(config.joint_attention_dim, dim)?,
+            img_in: Linear::load(&root.at("img_in"), config.in_channels, dim)?,
+            txt_norm: RmsNorm::load(&root.at("txt_norm"), text_dim, EPS)?,
+            txt_in: Linear::load(&root.at("txt_in"), text_dim, dim)?,
+            timestep_embedder: TimestepEmbedding::load(&embedder, dim)?,
             blocks: (0..config.num_layers)
                 .map(|index| {
                     TransformerBlock::load(config, &root.at(format!("transformer_blocks.{index}")))
                 })
                 .collect::<Result<_, _>>()?,
-            proj_out: root.at("proj_out").linear(dim, config.patch_channels())?,
-            modulation_layers: ModulationLayers::load(config, &root)?,
+            norm_out: DeferredLinear::load(&root.at("norm_out.linear"), dim, 2 * dim)?,
+            proj_out: Linear::load(&root.at("proj_out"), dim, config.patch_channels())?,
             config: config.clone(),
-            device: weights.device().clone(),
         };
         weights.refuse_unknown(&[])?;
         Ok(transformer)
     }
 
-    /// Everything that depends on the timesteps alone, for every block and step of a schedule.
-    ///
-    /// `timesteps` are [`crate::scheduler::Schedule::model_timesteps`].
+    /// Computes the modulation of every block for each of `timesteps`, which are
+    /// [`crate::sampling::Schedule::model_timesteps`]. Reads the modulation layers' weights.
     pub fn modulation_table(&self, timesteps: &[f32]) -> ModulationTable<B> {
-        self.modulation_layers.table(timesteps, &self.device)
+        let temb = self.timestep_embedder.forward(timesteps);
+        let activated = activation::silu(temb.clone());
+        let blocks = self
+            .blocks
+            .iter()
+            .map(|block| block.modulation(activated.clone()))
+            .collect();
+        ModulationTable {
+            blocks,
+            norm_out: self.norm_out.forward(activated),
+            temb,
+        }
     }
 
-    /// Prepares the positions of a list of segments.
+    /// Computes the rotary positions of a list of segments.
     pub fn pack(&self, segments: &[Segment]) -> Packing<B> {
+        let device = self.img_in.device();
         let run = |tokens, segment: &Segment| TokenRun {
             tokens,
             row: segment.row,
@@ -134,8 +157,8 @@ impl<B: FusedOps> Transformer<B> {
         Packing {
             image_runs: segments.iter().map(|s| run(s.image_tokens(), s)).collect(),
             text_runs: segments.iter().map(|s| run(s.text_tokens, s)).collect(),
-            image_rope: image_rope(&self.config, segments, &self.device),
-            text_rope: text_rope(&self.config, segments, &self.device),
+            image_rope: image_rope(&self.config, segments, &device),
+            text_rope: text_rope(&self.config, segments, &device),
             segments: segments.to_vec(),
         }
     }
@@ -154,9 +177,7 @@ impl<B: FusedOps> Transformer<B> {
         packing: &Packing<B>,
     ) -> Tensor<B, 2> {
         let mut image = self.img_in.forward(image);
-        let mut text = self
-            .txt_in
-            .forward(B::rms_norm(text, self.txt_norm.clone(), EPS));
+        let mut text = self.txt_in.forward(self.txt_norm.forward(text));
         for (block, modulation) in self.blocks.iter().zip(&modulation.blocks) {
             (image, text) = block.forward(image, text, modulation, packing);
         }
@@ -165,10 +186,10 @@ impl<B: FusedOps> Transformer<B> {
         self.proj_out.forward(image)
     }
 
-    /// The first block alone, for comparing it with the reference.
+    /// Runs the first block alone, for comparing it with the reference.
     ///
     /// # Shapes
-    /// - image and text: `[tokens, dim]`, as [`Transformer::forward`] makes them of its inputs
+    /// - image and text, in and out: `[tokens, dim]`, embedded by `img_in` and `txt_in`
     pub fn first_block(
         &self,
         image: Tensor<B, 2>,

@@ -1,76 +1,52 @@
 //! Timestep modulation as a table.
 //!
 //! The shifts, scales and gates of every block depend on the timestep alone, and the layers that
-//! make them are a third of the transformer's weights. They are computed once per schedule, for
-//! all blocks and steps; those layers are read for that and let go of again.
+//! compute them hold a third of the transformer's weights. kiln computes them once per schedule, for
+//! all blocks and steps, and keeps those layers off the device: they are read for the computation
+//! and dropped afterwards.
 
-use burn_tensor::{DType, Tensor, TensorData, activation};
+use burn::module::Module;
+use burn::tensor::{DType, Tensor, TensorData, activation};
 use kiln_ops::FusedOps;
 
-use super::TransformerConfig;
-use crate::weights::{DeferredLinear, Linear, LoadError, Scope};
+use crate::layers::Linear;
+use crate::weights::{LoadError, Scope};
 
 /// Width of the sinusoidal timestep embedding; the reference fixes it.
 pub(crate) const TIME_CHANNELS: usize = 256;
 
-/// The layers that turn timesteps into modulation.
-#[derive(Debug)]
-pub(super) struct ModulationLayers<B: FusedOps> {
+/// The MLP that makes the time embedding of timesteps: `TimestepEmbedding` of diffusers.
+#[derive(Module, Debug)]
+pub(super) struct TimestepEmbedding<B: FusedOps> {
     linear_1: Linear<B>,
     linear_2: Linear<B>,
-    /// `img_mod` and `txt_mod` of each block.
-    blocks: Vec<(DeferredLinear<B>, DeferredLinear<B>)>,
-    norm_out: DeferredLinear<B>,
 }
 
-impl<B: FusedOps> ModulationLayers<B> {
-    pub(super) fn load(config: &TransformerConfig, root: &Scope<B>) -> Result<Self, LoadError> {
-        let dim = config.dim();
-        let embedder = root.at("time_text_embed.timestep_embedder");
-        let blocks = (0..config.num_layers)
-            .map(|index| {
-                let block = root.at(format!("transformer_blocks.{index}"));
-                Ok((
-                    block.at("img_mod.1").deferred_linear(dim, 6 * dim)?,
-                    block.at("txt_mod.1").deferred_linear(dim, 6 * dim)?,
-                ))
-            })
-            .collect::<Result<_, LoadError>>()?;
+impl<B: FusedOps> TimestepEmbedding<B> {
+    /// # Errors
+    /// If a tensor is missing or has another shape.
+    pub(super) fn load(at: &Scope<B::Device>, dim: usize) -> Result<Self, LoadError> {
         Ok(Self {
-            linear_1: embedder.at("linear_1").linear(TIME_CHANNELS, dim)?,
-            linear_2: embedder.at("linear_2").linear(dim, dim)?,
-            blocks,
-            norm_out: root.at("norm_out.linear").deferred_linear(dim, 2 * dim)?,
+            linear_1: Linear::load(&at.at("linear_1"), TIME_CHANNELS, dim)?,
+            linear_2: Linear::load(&at.at("linear_2"), dim, dim)?,
         })
     }
 
-    pub(super) fn table(&self, timesteps: &[f32], device: &B::Device) -> ModulationTable<B> {
+    /// # Shapes
+    /// - timesteps: one per step, from 0 to 1
+    /// - output: `[steps, dim]`, f32
+    pub(super) fn forward(&self, timesteps: &[f32]) -> Tensor<B, 2> {
         let sinusoids = sinusoidal_embedding(timesteps);
         let data = TensorData::new(sinusoids, [timesteps.len(), TIME_CHANNELS]);
-        let sinusoids = Tensor::<B, 2>::from_data(data, (device, DType::F32));
-        let temb = self
-            .linear_2
-            .forward(activation::silu(self.linear_1.forward(sinusoids)));
-        let activated = activation::silu(temb.clone());
-        let blocks = self
-            .blocks
-            .iter()
-            .map(|(img_mod, txt_mod)| {
-                (
-                    img_mod.forward(activated.clone()),
-                    txt_mod.forward(activated.clone()),
-                )
-            })
-            .collect();
-        ModulationTable {
-            blocks,
-            norm_out: self.norm_out.forward(activated),
-            temb,
-        }
+        let sinusoids = Tensor::<B, 2>::from_data(data, (&self.linear_1.device(), DType::F32));
+        self.linear_2
+            .forward(activation::silu(self.linear_1.forward(sinusoids)))
     }
 }
 
-/// Cosines, then sines, of `1000 · timestep · 10000^(-i / 128)`, in f32 as the reference does it.
+/// Computes the cosines, then the sines, of `1000 · timestep · 10000^(-i / 128)` for `i` from 0 to
+/// 127, in f32 as the reference does (`Timesteps` of diffusers with `flip_sin_to_cos`).
+/// `[steps, TIME_CHANNELS]`, row-major.
 fn sinusoidal_embedding(timesteps: &[f32]) -> Vec<f32> {
     let half = TIME_CHANNELS / 2;
     let frequencies: Vec<f32> = (0..half)
@@ -86,19 +62,19 @@ fn sinusoidal_embedding(timesteps: &[f32]) -> Vec<f32> {
         .collect()
 }
 
-/// The modulation of a whole schedule, f32.
+/// The modulation of every block and step of a schedule, f32.
 #[derive(Debug, Clone)]
 pub struct ModulationTable<B: FusedOps> {
-    /// Of each block, image and text stream: `[steps, 6 · dim]`.
+    /// Modulation of the image and of the text stream, per block: `[steps, 6 · dim]` each.
     pub blocks: Vec<(Tensor<B, 2>, Tensor<B, 2>)>,
-    /// `[steps, 2 · dim]`: scale, then shift.
+    /// Modulation of the output norm, `[steps, 2 · dim]`: scale, then shift.
     pub norm_out: Tensor<B, 2>,
     /// The time embedding, `[steps, dim]`.
     pub temb: Tensor<B, 2>,
 }
 
 impl<B: FusedOps> ModulationTable<B> {
-    /// Bytes the table holds on the device.
+    /// The table's size on the device, in bytes.
     pub fn bytes(&self) -> usize {
         let tensors = self.blocks.iter().flat_map(|(image, text)| [image, text]);
         let elements: usize = tensors
@@ -108,7 +84,10 @@ impl<B: FusedOps> ModulationTable<B> {
         elements * size_of::<f32>()
     }
 
-    /// The modulation of one step: one row.
+    /// The modulation of one step: one row of each tensor.
+    ///
+    /// # Panics
+    /// If the schedule has no such step.
     pub fn step(&self, step: usize) -> StepModulation<B> {
         let row = |table: &Tensor<B, 2>| table.clone().narrow(0, step, 1);
         StepModulation {
@@ -125,7 +104,7 @@ impl<B: FusedOps> ModulationTable<B> {
     }
 }
 
-/// The modulation of one packed forward, a row for each timestep in it.
+/// The modulation of one packed forward: one row for each timestep in it.
 #[derive(Debug, Clone)]
 pub struct StepModulation<B: FusedOps> {
     pub(super) blocks: Vec<BlockModulation<B>>,
@@ -134,7 +113,10 @@ pub struct StepModulation<B: FusedOps> {
 }
 
 impl<B: FusedOps> StepModulation<B> {
-    /// The rows of several jobs, each at a step of its own, in this order.
+    /// Concatenates the rows of several jobs, each at a step of its own, in this order.
+    ///
+    /// # Panics
+    /// If `jobs` is empty.
     pub fn cat(mut jobs: Vec<Self>) -> Self {
         if jobs.len() == 1 {
             return jobs.remove(0);
@@ -152,7 +134,7 @@ impl<B: FusedOps> StepModulation<B> {
         Self { blocks, norm_out }
     }
 
-    /// Scale and shift, `[rows, dim]` each.
+    /// Scale and shift of the output norm, `[rows, dim]` each.
     pub(super) fn norm_out(&self) -> (Tensor<B, 2>, Tensor<B, 2>) {
         let dim = self.norm_out.dims()[1] / 2;
         let part = |index| self.norm_out.clone().narrow(1, index * dim, dim);
@@ -167,7 +149,8 @@ pub struct BlockModulation<B: FusedOps> {
     pub(super) text: Tensor<B, 2>,
 }
 
-/// Shift, scale and gate round one half of a block, `[rows, dim]` each.
+/// Shift, scale and gate of one half of a block, `[rows, dim]` each. Shift and scale apply to the
+/// norm before the half, the gate to its output.
 #[derive(Debug, Clone)]
 pub(super) struct Modulation<B: FusedOps> {
     pub(super) shift: Tensor<B, 2>,
@@ -176,7 +159,7 @@ pub(super) struct Modulation<B: FusedOps> {
 }
 
 impl<B: FusedOps> Modulation<B> {
-    /// Of the attention half, then of the MLP half.
+    /// Splits `[rows, 6 · dim]` into the modulation of the attention half and of the MLP half.
     pub(super) fn halves(stream: &Tensor<B, 2>) -> [Self; 2] {
         let dim = stream.dims()[1] / 6;
         let part = |index| stream.clone().narrow(1, index * dim, dim);

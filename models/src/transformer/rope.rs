@@ -1,9 +1,10 @@
-//! Rotary positions of image and text tokens.
+//! Rotary positions of image and text tokens, as `QwenEmbedRope` of diffusers computes them.
 //!
-//! Image tokens have a frame, a row and a column; rows and columns are centred on 0. Text tokens
-//! count on from the larger half side of the image, on all three axes at once.
+//! An image token has three positions: frame, row and column. The frame is 0; rows and columns are
+//! centred on 0. A text token has one position, used on all three axes; the first one is
+//! `max(height / 2, width / 2)` of the image.
 
-use burn_tensor::{DType, Tensor, TensorData};
+use burn::tensor::{DType, Tensor, TensorData};
 use kiln_ops::{FusedOps, Rope};
 
 use super::{Segment, TransformerConfig};
@@ -11,7 +12,7 @@ use super::{Segment, TransformerConfig};
 /// The rotary base; the reference fixes it.
 const THETA: f32 = 10_000.0;
 
-/// Tables of the image tokens of all segments, `[tokens, head_dim / 2]`.
+/// Computes the tables of the image tokens of all segments, `[tokens, head_dim / 2]` f32.
 pub fn image_rope<B: FusedOps>(
     config: &TransformerConfig,
     segments: &[Segment],
@@ -27,7 +28,7 @@ pub fn image_rope<B: FusedOps>(
     tables(config, positions, device)
 }
 
-/// Tables of the text tokens of all segments, `[tokens, head_dim / 2]`.
+/// Computes the tables of the text tokens of all segments, `[tokens, head_dim / 2]` f32.
 pub fn text_rope<B: FusedOps>(
     config: &TransformerConfig,
     segments: &[Segment],
@@ -40,6 +41,8 @@ pub fn text_rope<B: FusedOps>(
     tables(config, positions, device)
 }
 
+/// Computes the cosines and sines of `position · THETA^(-i / dim)` for each even `i` below each
+/// axis' `dim`, in f32, as tables `[tokens, head_dim / 2]`.
 fn tables<B: FusedOps>(
     config: &TransformerConfig,
     positions: impl Iterator<Item = [f32; 3]>,

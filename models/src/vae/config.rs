@@ -1,23 +1,27 @@
-//! config.json of the VAE.
+//! The VAE's config.json.
 
 use kiln_ops::KernelShape;
 
 use crate::config::{ConfigError, ConfigReader, ConfigText};
 
-/// config.json of `AutoencoderKLQwenImage`: the decoder's part.
+/// The values of config.json that the decoder uses, of class `AutoencoderKLQwenImage`.
 #[derive(Debug, Clone, PartialEq)]
 pub struct VaeConfig {
     pub base_dim: usize,
+    /// Channels of the latents.
     pub z_dim: usize,
-    /// Widths of the levels as multiples of `base_dim`, from full to lowest resolution.
+    /// Channels of the levels as multiples of `base_dim`, from full to lowest resolution.
     pub dim_mult: Vec<usize>,
+    /// Residual blocks per level, without the one that changes the number of channels.
     pub num_res_blocks: usize,
+    /// Mean of each latent channel.
     pub latents_mean: Vec<f64>,
+    /// Standard deviation of each latent channel.
     pub latents_std: Vec<f64>,
 }
 
 impl VaeConfig {
-    /// The sizes of the ops that the decoder is made of.
+    /// Op sizes that the decoder uses.
     pub(crate) fn kernel_shapes(&self) -> Vec<KernelShape> {
         let widths: Vec<usize> = self
             .dim_mult
@@ -49,11 +53,15 @@ impl VaeConfig {
         shapes
     }
 
+    /// Parses config.json.
+    ///
+    /// # Errors
+    /// If it is no valid JSON, of another class, or has a value that kiln does not support.
     pub fn from_json(config: &ConfigText) -> Result<Self, ConfigError> {
         let reader = ConfigReader::parse(config)?;
         reader.require_class("AutoencoderKLQwenImage")?;
         reader.refuse_unknown(&[
-            // Of the encoder, and of training.
+            // Used by the encoder and in training only.
             "attn_scales",
             "dropout",
             "base_dim",
@@ -106,7 +114,7 @@ impl VaeConfig {
         if config.latents_std.contains(&0.0) {
             return Err(reader.unsupported("latents_std", "values other than 0"));
         }
-        // Each level but the first takes half of what the level before it gives.
+        // Each upsampler halves the channels of its level.
         let last_level = config.dim_mult.len() - 1;
         if let Some(odd) = (1..=last_level)
             .find(|&level| !(config.base_dim * config.dim_mult[level]).is_multiple_of(2))

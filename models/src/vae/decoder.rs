@@ -1,22 +1,27 @@
-//! The decoder network on images.
+//! The decoder network on single frames: `QwenImageDecoder3d` of diffusers.
 
-use burn_tensor::Tensor;
+use burn::module::Module;
+use burn::tensor::Tensor;
 use kiln_ops::FusedOps;
 
 use super::VaeConfig;
-use crate::weights::{Conv2d, LoadError, Scope};
+use crate::layers::{ChannelNorm, Conv2d};
+use crate::weights::{LoadError, Scope};
 
-#[derive(Debug)]
+/// The decoder: a middle block at the lowest resolution, then blocks of rising resolution.
+#[derive(Module, Debug)]
 pub(super) struct Decoder<B: FusedOps> {
     conv_in: Conv2d<B>,
     mid_block: MidBlock<B>,
     up_blocks: Vec<UpBlock<B>>,
-    norm_out: Tensor<B, 1>,
+    norm_out: ChannelNorm<B>,
     conv_out: Conv2d<B>,
 }
 
 impl<B: FusedOps> Decoder<B> {
-    pub(super) fn load(config: &VaeConfig, at: &Scope<B>) -> Result<Self, LoadError> {
+    /// # Errors
+    /// If a tensor is missing or has another shape.
+    pub(super) fn load(config: &VaeConfig, at: &Scope<B::Device>) -> Result<Self, LoadError> {
         let widths: Vec<usize> = config
             .dim_mult
             .iter()
@@ -33,33 +38,37 @@ impl<B: FusedOps> Decoder<B> {
             channels = width / 2;
         }
         Ok(Self {
-            conv_in: at.at("conv_in").causal_conv3d(config.z_dim, lowest, 3)?,
+            conv_in: Conv2d::load_causal_3d(&at.at("conv_in"), [config.z_dim, lowest], 3)?,
             mid_block: MidBlock::load(&at.at("mid_block"), lowest)?,
             up_blocks,
-            norm_out: at.at("norm_out").channel_norm(widths[last], 3)?,
-            conv_out: at.at("conv_out").causal_conv3d(widths[last], 3, 3)?,
+            norm_out: ChannelNorm::load(&at.at("norm_out"), widths[last], 3)?,
+            conv_out: Conv2d::load_causal_3d(&at.at("conv_out"), [widths[last], 3], 3)?,
         })
     }
 
-    /// `[images, z, h, w]` to `[images, 3, h · scale, w · scale]`.
+    /// # Shapes
+    /// - x: `[images, z_dim, height, width]`
+    /// - output: `[images, 3, height · scale, width · scale]`
     pub(super) fn forward(&self, x: Tensor<B, 4>) -> Tensor<B, 4> {
         let mut x = self.mid_block.forward(self.conv_in.forward(x));
         for up_block in &self.up_blocks {
             x = up_block.forward(x);
         }
-        self.conv_out
-            .forward(B::channel_norm_silu(x, self.norm_out.clone()))
+        self.conv_out.forward(self.norm_out.forward_silu(x))
     }
 }
 
-#[derive(Debug)]
-struct MidBlock<B: FusedOps> {
+/// Attention between two residual blocks; channels and resolution stay.
+#[derive(Module, Debug)]
+pub(super) struct MidBlock<B: FusedOps> {
     resnets: [ResidualBlock<B>; 2],
     attention: AttentionBlock<B>,
 }
 
 impl<B: FusedOps> MidBlock<B> {
-    fn load(at: &Scope<B>, channels: usize) -> Result<Self, LoadError> {
+    /// # Errors
+    /// If a tensor is missing or has another shape.
+    fn load(at: &Scope<B::Device>, channels: usize) -> Result<Self, LoadError> {
         let resnet = |index: usize| {
             ResidualBlock::load(&at.at(format!("resnets.{index}")), channels, channels)
         };
@@ -69,6 +78,8 @@ impl<B: FusedOps> MidBlock<B> {
         })
     }
 
+    /// # Shapes
+    /// - x and output: `[images, channels, height, width]`
     fn forward(&self, x: Tensor<B, 4>) -> Tensor<B, 4> {
         let x = self.resnets[0].forward(x);
         let x = self.attention.forward(x);
@@ -76,18 +87,20 @@ impl<B: FusedOps> MidBlock<B> {
     }
 }
 
-/// Residual blocks at one resolution, then the way to the next one up.
-#[derive(Debug)]
-struct UpBlock<B: FusedOps> {
+/// Residual blocks at one resolution, then an optional 2x upsampler.
+#[derive(Module, Debug)]
+pub(super) struct UpBlock<B: FusedOps> {
     resnets: Vec<ResidualBlock<B>>,
-    /// Halves the channels after the pixels are doubled.
+    /// The convolution after upsampling, which halves the channels.
     upsampler: Option<Conv2d<B>>,
 }
 
 impl<B: FusedOps> UpBlock<B> {
+    /// # Errors
+    /// If a tensor is missing or has another shape.
     fn load(
         config: &VaeConfig,
-        at: &Scope<B>,
+        at: &Scope<B::Device>,
         [channels_in, channels]: [usize; 2],
         upsample: bool,
     ) -> Result<Self, LoadError> {
@@ -99,13 +112,17 @@ impl<B: FusedOps> UpBlock<B> {
             .collect::<Result<_, _>>()?;
         let upsampler = upsample
             .then(|| {
-                at.at("upsamplers.0.resample.1")
-                    .conv2d(channels, channels / 2, 3)
+                let at = at.at("upsamplers.0.resample.1");
+                Conv2d::load(&at, [channels, channels / 2], 3)
             })
             .transpose()?;
         Ok(Self { resnets, upsampler })
     }
 
+    /// # Shapes
+    /// - x: `[images, channels_in, height, width]`
+    /// - output: `[images, channels, height, width]`, or `[images, channels / 2, 2 · height,
+    ///   2 · width]` with an upsampler
     fn forward(&self, mut x: Tensor<B, 4>) -> Tensor<B, 4> {
         for resnet in &self.resnets {
             x = resnet.forward(x);
@@ -117,70 +134,72 @@ impl<B: FusedOps> UpBlock<B> {
     }
 }
 
-#[derive(Debug)]
-struct ResidualBlock<B: FusedOps> {
-    norm1: Tensor<B, 1>,
+/// Two convolutions, each after a norm and `silu`, added to the block's input. The input goes through
+/// `conv_shortcut` where the number of channels changes.
+#[derive(Module, Debug)]
+pub(super) struct ResidualBlock<B: FusedOps> {
+    norm1: ChannelNorm<B>,
     conv1: Conv2d<B>,
-    norm2: Tensor<B, 1>,
+    norm2: ChannelNorm<B>,
     conv2: Conv2d<B>,
     conv_shortcut: Option<Conv2d<B>>,
 }
 
 impl<B: FusedOps> ResidualBlock<B> {
-    fn load(at: &Scope<B>, channels_in: usize, channels: usize) -> Result<Self, LoadError> {
+    /// # Errors
+    /// If a tensor is missing or has another shape.
+    fn load(at: &Scope<B::Device>, channels_in: usize, channels: usize) -> Result<Self, LoadError> {
         let conv_shortcut = (channels_in != channels)
-            .then(|| {
-                at.at("conv_shortcut")
-                    .causal_conv3d(channels_in, channels, 1)
-            })
+            .then(|| Conv2d::load_causal_3d(&at.at("conv_shortcut"), [channels_in, channels], 1))
             .transpose()?;
         Ok(Self {
-            norm1: at.at("norm1").channel_norm(channels_in, 3)?,
-            conv1: at.at("conv1").causal_conv3d(channels_in, channels, 3)?,
-            norm2: at.at("norm2").channel_norm(channels, 3)?,
-            conv2: at.at("conv2").causal_conv3d(channels, channels, 3)?,
+            norm1: ChannelNorm::load(&at.at("norm1"), channels_in, 3)?,
+            conv1: Conv2d::load_causal_3d(&at.at("conv1"), [channels_in, channels], 3)?,
+            norm2: ChannelNorm::load(&at.at("norm2"), channels, 3)?,
+            conv2: Conv2d::load_causal_3d(&at.at("conv2"), [channels, channels], 3)?,
             conv_shortcut,
         })
     }
 
+    /// # Shapes
+    /// - x: `[images, channels_in, height, width]`
+    /// - output: `[images, channels, height, width]`
     fn forward(&self, x: Tensor<B, 4>) -> Tensor<B, 4> {
         let shortcut = match &self.conv_shortcut {
             Some(conv) => conv.forward(x.clone()),
             None => x.clone(),
         };
-        let x = self
-            .conv1
-            .forward(B::channel_norm_silu(x, self.norm1.clone()));
-        let x = self
-            .conv2
-            .forward(B::channel_norm_silu(x, self.norm2.clone()));
+        let x = self.conv1.forward(self.norm1.forward_silu(x));
+        let x = self.conv2.forward(self.norm2.forward_silu(x));
         x + shortcut
     }
 }
 
 /// Self-attention over the pixels, with one head as wide as the channels.
-#[derive(Debug)]
-struct AttentionBlock<B: FusedOps> {
-    norm: Tensor<B, 1>,
+#[derive(Module, Debug)]
+pub(super) struct AttentionBlock<B: FusedOps> {
+    norm: ChannelNorm<B>,
     to_qkv: Conv2d<B>,
     proj: Conv2d<B>,
 }
 
 impl<B: FusedOps> AttentionBlock<B> {
-    fn load(at: &Scope<B>, channels: usize) -> Result<Self, LoadError> {
+    /// # Errors
+    /// If a tensor is missing or has another shape.
+    fn load(at: &Scope<B::Device>, channels: usize) -> Result<Self, LoadError> {
         Ok(Self {
-            norm: at.at("norm").channel_norm(channels, 2)?,
-            to_qkv: at.at("to_qkv").conv2d(channels, 3 * channels, 1)?,
-            proj: at.at("proj").conv2d(channels, channels, 1)?,
+            norm: ChannelNorm::load(&at.at("norm"), channels, 2)?,
+            to_qkv: Conv2d::load(&at.at("to_qkv"), [channels, 3 * channels], 1)?,
+            proj: Conv2d::load(&at.at("proj"), [channels, channels], 1)?,
         })
     }
 
+    /// # Shapes
+    /// - x and output: `[images, channels, height, width]`
     fn forward(&self, x: Tensor<B, 4>) -> Tensor<B, 4> {
         let [images, channels, height, width] = x.dims();
         let pixels = height * width;
-        let qkv = self
-            .to_qkv
-            .forward(B::channel_norm(x.clone(), self.norm.clone()));
+        let qkv = self.to_qkv.forward(self.norm.forward(x.clone()));
         // [images, 3 · channels, h, w] -> [images · h · w, 1, channels] each
         let qkv = qkv.reshape([images, 3 * channels, pixels]).swap_dims(1, 2);
         let part = |index: usize| {

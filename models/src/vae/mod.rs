@@ -1,7 +1,7 @@
-//! The decoder of `AutoencoderKLQwenImage`, for one frame.
+//! The decoder of `AutoencoderKLQwenImage`, for single frames.
 //!
-//! On a single frame every causal 3-D convolution is the 2-D one with the last temporal slice of
-//! its kernel, and `time_conv` is not used: exact, and 2.5 times less work.
+//! On a single frame every causal 3-D convolution equals the 2-D one with the last temporal slice of
+//! its kernel, and `time_conv` is not used. The result is exact and takes 2.5 times less work.
 
 mod config;
 mod decoder;
@@ -9,43 +9,52 @@ mod tiling;
 
 use std::sync::Arc;
 
-use burn_tensor::{DType, Tensor, TensorData};
+use burn::module::Module;
+use burn::tensor::{DType, Tensor, TensorData};
 use kiln_ops::FusedOps;
 
 pub use config::VaeConfig;
 pub use tiling::Tiling;
 
+use crate::layers::Conv2d;
 use crate::source::TensorSource;
-use crate::weights::{Conv2d, LoadError, Precision, Weights};
+use crate::weights::{LoadError, Precision, Weights};
 use decoder::Decoder;
 
-/// Tensors that a single frame's decoding has no use for.
+/// Stored tensors that decoding a single frame does not use.
 const UNUSED: [&str; 3] = ["encoder.", "quant_conv.", ".time_conv."];
 
-/// How a batch of latents is decoded. All settings give the same picture but for the seams of
-/// tiles, and trade speed for memory.
+/// How a batch of latents is decoded: settings that trade speed for memory. Slicing does not change
+/// the images; tiling changes them where tiles overlap.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct VaeSettings {
-    /// One image at a time.
+    /// Decodes one image at a time.
     pub use_slicing: bool,
-    /// In overlapping tiles, if the image is larger than one.
+    /// Decodes images that are larger than one tile in overlapping tiles.
     pub tiling: Option<Tiling>,
 }
 
-/// From latents to pictures.
-#[derive(Debug)]
+/// The VAE's decoder: turns latents into images.
+#[derive(Module, Debug)]
 pub struct VaeDecoder<B: FusedOps> {
     post_quant_conv: Conv2d<B>,
     decoder: Decoder<B>,
-    /// `[1, z, 1, 1]`, f32.
+    /// `[1, z_dim, 1, 1]`, f32.
     latents_mean: Tensor<B, 4>,
-    /// One over the deviation: the reference divides by its inverse, and so do we.
+    /// `1 / std`, `[1, z_dim, 1, 1]` f32. The reference divides by it too, so that rounding is the
+    /// same.
     inverse_latents_std: Tensor<B, 4>,
     scale_factor: usize,
+    #[module(skip)]
     precision: Precision,
 }
 
 impl<B: FusedOps> VaeDecoder<B> {
+    /// Loads the decoder onto a device.
+    ///
+    /// # Errors
+    /// If a tensor is missing or has another shape, or if the component has tensors that this
+    /// network does not know.
     pub fn load(
         config: &VaeConfig,
         source: Arc<dyn TensorSource>,
@@ -65,7 +74,11 @@ impl<B: FusedOps> VaeDecoder<B> {
             .map(|&std| 1.0 / std as f32)
             .collect();
         let vae = Self {
-            post_quant_conv: root.at("post_quant_conv").causal_conv3d(z_dim, z_dim, 1)?,
+            post_quant_conv: Conv2d::load_causal_3d(
+                &root.at("post_quant_conv"),
+                [z_dim, z_dim],
+                1,
+            )?,
             decoder: Decoder::load(config, &root.at("decoder"))?,
             latents_mean: per_channel(config.latents_mean.iter().map(|&m| m as f32).collect()),
             inverse_latents_std: per_channel(inverse_std),
@@ -76,14 +89,20 @@ impl<B: FusedOps> VaeDecoder<B> {
         Ok(vae)
     }
 
-    /// From the denoiser's normalised latents to the VAE's own, `[images, z, h, w]` f32.
+    /// Computes `latents · std + mean` per channel: the latents of the VAE from the normalised ones
+    /// that the transformer works on.
+    ///
+    /// # Shapes
+    /// - latents and output: `[images, z_dim, height, width]`, f32
     pub fn denormalise(&self, latents: Tensor<B, 4>) -> Tensor<B, 4> {
         latents / self.inverse_latents_std.clone() + self.latents_mean.clone()
     }
 
+    /// Decodes latents to RGB images.
+    ///
     /// # Shapes
-    /// - latents: `[images, z, h, w]` f32, from [`VaeDecoder::denormalise`]
-    /// - output: `[images, 3, h · scale, w · scale]` f32, nominally from -1 to 1
+    /// - latents: `[images, z_dim, height, width]` f32, from [`VaeDecoder::denormalise`]
+    /// - output: `[images, 3, height · scale, width · scale]` f32, nominally from -1 to 1
     pub fn decode(&self, latents: Tensor<B, 4>, settings: VaeSettings) -> Tensor<B, 4> {
         let images = latents.dims()[0];
         if settings.use_slicing && images > 1 {

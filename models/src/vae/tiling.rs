@@ -1,6 +1,7 @@
-//! Decoding in overlapping tiles, blended as the reference blends them.
+//! Decoding in overlapping tiles, blended as `AutoencoderKLQwenImage.tiled_decode` of diffusers
+//! blends them.
 
-use burn_tensor::{DType, Tensor, TensorData};
+use burn::tensor::{DType, Tensor, TensorData};
 use kiln_ops::FusedOps;
 
 /// Tile geometry in pixels.
@@ -8,7 +9,8 @@ use kiln_ops::FusedOps;
 pub struct Tiling {
     /// Height and width of a tile.
     pub size: usize,
-    /// From one tile's edge to the next one's; the rest of a tile overlaps its neighbour.
+    /// Distance between the edges of neighbouring tiles; a tile overlaps the next one by
+    /// `size - stride`.
     pub stride: usize,
 }
 
@@ -25,8 +27,10 @@ pub struct TilingError {
 }
 
 impl Tiling {
-    /// Checks the geometry against the VAE's scale factor: a tile and a stride are at least one
-    /// latent.
+    /// Checks that size and stride are at least one latent of `scale` pixels.
+    ///
+    /// # Errors
+    /// If the stride is below `scale` or above the size.
     pub fn check(self, scale: usize) -> Result<Self, TilingError> {
         let Self { size, stride } = self;
         if stride < scale || size < stride {
@@ -50,19 +54,23 @@ impl Tiling {
     }
 }
 
-/// The geometry with its latent sizes worked out.
+/// The geometry of [`Tiling`] in latents.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct LatentTiles {
     size: usize,
     stride: usize,
     pixel_stride: usize,
-    /// Pixels over which neighbours are blended.
+    /// Width of the blended band between neighbours, in pixels.
     overlap: usize,
     scale: usize,
 }
 
 impl LatentTiles {
-    /// Decodes `[images, z, h, w]` tile by tile to `[images, 3, h · scale, w · scale]`.
+    /// Decodes latents tile by tile and joins the tiles.
+    ///
+    /// # Shapes
+    /// - latents: `[images, z_dim, height, width]`
+    /// - output: `[images, 3, height · scale, width · scale]`
     pub(super) fn decode<B: FusedOps>(
         &self,
         latents: Tensor<B, 4>,
@@ -77,7 +85,7 @@ impl LatentTiles {
             for (column, left) in (0..width).step_by(self.stride).enumerate() {
                 let tile = band.clone().narrow(3, left, self.size.min(width - left));
                 let mut tile = decode_tile(tile);
-                // Neighbours are taken as they are after their own blending.
+                // The reference blends with neighbours that are blended themselves.
                 if let Some(above) = above.get(column) {
                     tile = blend(above, tile, 2, self.overlap);
                 }
@@ -101,7 +109,8 @@ impl LatentTiles {
     }
 }
 
-/// Fades the end of `before` into the start of `tile` along a dimension, linearly.
+/// Blends the last `overlap` pixels of `before` into the first ones of `tile` along a dimension, with
+/// weights that rise linearly from 0.
 fn blend<B: FusedOps>(
     before: &Tensor<B, 4>,
     tile: Tensor<B, 4>,

@@ -1,5 +1,5 @@
-//! A backend's pipeline against what diffusers drew, in f32. The tests of GPU backends include this
-//! file beside `fixtures.rs`.
+//! Compares a backend's whole pipeline with what diffusers computes, in f32. The tests of the GPU
+//! backends include this file and `fixtures.rs`.
 
 use std::fs;
 
@@ -13,13 +13,14 @@ use serde_json::Value;
 
 use crate::fixtures::{Stages, assert_close, folder, parts};
 
-/// Of a stage's largest magnitude: the bound of the CPU backends, where the same sums are made in
-/// another order too.
+/// Largest allowed difference, relative to a stage's largest magnitude. The CPU backends have the same
+/// bound; they too add up in another order than torch.
 const TOLERANCE: f32 = 2e-5;
-/// Share of the 8-bit values that must be equal; no other may be off by more than 1.
+/// Share of the 8-bit values that must be equal; the others may differ by 1.
 const EQUAL_PIXELS: f64 = 0.999;
 
-/// Draws the case of this name with a pipeline that `open` makes, and compares every stage.
+/// Generates the images of the case of this name with a pipeline that `open` makes, and compares
+/// every recorded stage.
 pub(crate) fn draws_what_diffusers_draws(
     name: &str,
     open: impl FnOnce(&CheckpointParts, LoadOptions) -> Box<dyn Pipeline>,
@@ -63,16 +64,16 @@ pub(crate) fn draws_what_diffusers_draws(
     }
     assert!(compared >= 4, "only {compared} stages were compared");
 
-    let drawn = output.images.iter().flat_map(|image| &image.pixels);
+    let actual = output.images.iter().flat_map(|image| &image.pixels);
     let expected = &reference.0["image_u8"].1;
-    assert_eq!(drawn.clone().count(), expected.len());
+    assert_eq!(actual.clone().count(), expected.len());
     assert!(
-        drawn
+        actual
             .clone()
             .zip(expected)
             .all(|(a, b)| a.abs_diff(*b) <= 1)
     );
-    let equal = drawn.zip(expected).filter(|(a, b)| a == b).count();
+    let equal = actual.zip(expected).filter(|(a, b)| a == b).count();
     let share = equal as f64 / expected.len() as f64;
     println!("8-bit values equal: {share:.5}");
     assert!(share >= EQUAL_PIXELS, "{share}");

@@ -1,4 +1,4 @@
-//! After a panic in the middle of a job the pipeline draws the next one as if nothing had been.
+//! A panic in the middle of a job leaves the pipeline and its other jobs usable.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
@@ -16,7 +16,7 @@ use kiln_models::{TensorInfo, TensorSource};
 
 use crate::fixtures::{F32, parts};
 
-/// Weights that cannot be read while it says so.
+/// A source whose tensors cannot be read while `is_broken` is set.
 #[derive(Debug)]
 struct Unreliable {
     source: Arc<dyn TensorSource>,
@@ -42,7 +42,8 @@ impl TensorSource for Unreliable {
     }
 }
 
-/// A pipeline of the smallest checkpoint, whose transformer's weights can be made unreadable.
+/// A pipeline of the smallest checkpoint, and the switch that makes the transformer's weights
+/// unreadable.
 fn pipeline() -> (Box<dyn Pipeline>, Arc<AtomicBool>) {
     let is_broken = Arc::new(AtomicBool::new(false));
     let whole = parts("base");
@@ -78,17 +79,17 @@ fn generate(pipeline: &mut dyn Pipeline, id: JobId, job: Job) -> Output {
 }
 
 #[test]
-fn a_panic_loses_what_was_kept_and_nothing_else() {
+fn a_panic_empties_the_caches_and_loses_nothing_else() {
     let (mut pipeline, is_broken) = pipeline();
     let expected = generate(&mut *pipeline, 1, job(2));
-    // In work while another one fails.
+    // This job is unfinished while another one fails.
     pipeline.start(2, job(2)).unwrap();
     pipeline.step(&[2]).unwrap();
 
-    // The schedule is new, and the layers that modulate for it cannot be read.
+    // Job 3 has a new schedule, and the modulation layers' weights cannot be read.
     is_broken.store(true, Ordering::Relaxed);
     let failed = catch_unwind(AssertUnwindSafe(|| pipeline.start(3, job(3))));
-    assert!(failed.is_err(), "it started");
+    assert!(failed.is_err(), "the job started");
     is_broken.store(false, Ordering::Relaxed);
     pipeline.discard(3);
 
@@ -96,11 +97,11 @@ fn a_panic_loses_what_was_kept_and_nothing_else() {
     assert_eq!(pipeline.finish(2).unwrap(), expected);
     let before = pipeline.caches();
     assert_eq!(generate(&mut *pipeline, 4, job(2)), expected);
-    // Nothing that was made before the panic is trusted.
+    // The panic emptied the caches.
     let after = pipeline.caches();
     assert_eq!(after.embeddings.misses, before.embeddings.misses + 1);
     assert_eq!(after.modulation.misses, before.modulation.misses + 1);
-    // What is made after it is kept again.
+    // Entries made after the panic are kept.
     assert_eq!(generate(&mut *pipeline, 5, job(2)), expected);
     assert_eq!(pipeline.caches().embeddings.misses, after.embeddings.misses);
 }

@@ -1,11 +1,11 @@
-//! Reading the committed checkpoints and stages, and comparing with them.
+//! Reads the committed checkpoints and recorded stages, and compares with them.
 
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use burn_tensor::{DType, Tensor, TensorData};
+use burn::tensor::{DType, Tensor, TensorData};
 use bytes::Bytes;
 use kiln_models::config::ConfigText;
 use kiln_models::families::{CheckpointConfigs, CheckpointParts};
@@ -18,7 +18,8 @@ pub(crate) const F32: Precision = Precision {
     activations: DType::F32,
 };
 
-/// The root package's folder of fixtures, from whichever crate's tests these are.
+/// The root package's folder of fixtures. Tests of several crates include this file, so it is looked
+/// for in every parent folder of the crate.
 pub(crate) fn folder() -> PathBuf {
     let parents = Path::new(env!("CARGO_MANIFEST_DIR")).ancestors();
     let mut fixtures = parents.map(|parent| parent.join("tests/fixtures"));
@@ -44,7 +45,7 @@ pub(crate) fn config_file(checkpoint_name: &str, path: &str) -> ConfigText {
     }
 }
 
-/// A whole checkpoint.
+/// Reads a whole checkpoint.
 pub(crate) fn parts(checkpoint_name: &str) -> CheckpointParts {
     CheckpointParts {
         configs: CheckpointConfigs {
@@ -60,7 +61,7 @@ pub(crate) fn parts(checkpoint_name: &str) -> CheckpointParts {
     }
 }
 
-/// All tensors of a component, in memory.
+/// The tensors of one component of a checkpoint, in memory.
 #[derive(Debug)]
 pub(crate) struct Component {
     origin: String,
@@ -134,7 +135,7 @@ impl Stages {
             .collect()
     }
 
-    /// A stage as a tensor of the given rank; leading dimensions of 1 may go.
+    /// Makes a tensor of rank `D` of a stage. Drops leading dimensions of 1 to reach that rank.
     pub(crate) fn tensor<B: FusedOps, const D: usize>(
         &self,
         name: &str,

@@ -1,5 +1,5 @@
-//! Every stage of the models against what diffusers computed for the same tiny checkpoints.
-//! The fixtures and their versions are those of `tests/reference/make_fixtures.py`.
+//! Compares every stage of the models with what diffusers computes for the same tiny checkpoints.
+//! `tests/reference/make_fixtures.py` makes the fixtures and names the versions it uses.
 
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on should stop")]
 #![expect(
@@ -9,5 +9,6 @@
 
 mod failure;
 mod fixtures;
+mod modules;
 mod packing;
 mod parity;

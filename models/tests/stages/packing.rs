@@ -1,7 +1,7 @@
-//! A packed forward of several segments equals single forwards of each.
+//! Compares a packed forward of several segments with single forwards of each.
 
+use burn::tensor::{DType, Tensor, TensorData};
 use burn_flex::{Flex, FlexDevice};
-use burn_tensor::{DType, Tensor, TensorData};
 use kiln_models::noise::{NoiseGenerator, randn};
 use kiln_models::transformer::{Segment, StepModulation, Transformer, TransformerConfig};
 
@@ -15,7 +15,7 @@ fn noise(seed: u64, rows: usize, columns: usize) -> Tensor<Flex, 2> {
     )
 }
 
-/// Three sizes, three prompts, three timesteps, in one forward.
+/// One forward of three image sizes, prompts and timesteps.
 #[test]
 fn packed_forward_equals_single_forwards() {
     let config = TransformerConfig::from_json(&config("base", "transformer")).unwrap();

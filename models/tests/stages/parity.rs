@@ -1,8 +1,9 @@
-//! Stage by stage against diffusers, in f32, on every CPU backend.
+//! Compares each stage with diffusers, in f32, on every CPU backend.
 
+use burn::tensor::Tensor;
 use burn_flex::{Flex, FlexDevice};
 use burn_ndarray::{NdArray, NdArrayDevice};
-use burn_tensor::Tensor;
+use kiln_models::families::qwen_image::TEMPLATE;
 use kiln_models::guidance::true_cfg;
 use kiln_models::text_encoder::{TextEncoder, TextEncoderConfig};
 use kiln_models::transformer::{Segment, Transformer, TransformerConfig};
@@ -11,12 +12,14 @@ use kiln_ops::FusedOps;
 
 use crate::fixtures::{Component, F32, Stages, config};
 
-/// One op or one table: rounding of single f32 operations.
+/// Largest allowed difference of one op or table, relative to its largest magnitude: the rounding of
+/// single f32 operations.
 const OP: f32 = 2e-6;
-/// Sines of arguments up to 1000, where f32 resolves 6e-5: an ulp of a frequency shows.
+/// The bound of sines of arguments up to 1000, where f32 resolves 6e-5 and an ulp of a frequency
+/// matters.
 const TIME: f32 = 1e-5;
-/// A whole network of a few layers: rounding accumulates, and torch's own results move by 1e-6
-/// with the memory alignment of its weights.
+/// The bound of a whole network of a few layers: rounding accumulates, and torch's own results change
+/// by 1e-6 with the memory alignment of its weights.
 const NETWORK: f32 = 2e-5;
 
 macro_rules! on_every_cpu_backend {
@@ -69,7 +72,7 @@ fn vae<B: FusedOps>(checkpoint: &str, device: &B::Device) -> VaeDecoder<B> {
     VaeDecoder::load(&config, Component::open(checkpoint, "vae"), device, F32).unwrap()
 }
 
-/// The one segment of a case's positive branch.
+/// The segment of a case's forward on the positive prompt.
 fn segment(stages: &Stages, text_tokens: usize) -> Segment {
     let noise = stages.shape("initial_noise");
     Segment {
@@ -99,8 +102,9 @@ fn prompt_embeddings<B: FusedOps>(checkpoints: &[&str], cases: &[&str], device: 
             .iter()
             .zip(embeds)
         {
-            let kept = embeds.dims()[0] - 34;
-            stages.assert_close(name, embeds.narrow(0, 34, kept), NETWORK);
+            let kept = embeds.dims()[0] - TEMPLATE.dropped_tokens;
+            let embeds = embeds.narrow(0, TEMPLATE.dropped_tokens, kept);
+            stages.assert_close(name, embeds, NETWORK);
         }
     });
 }
@@ -169,7 +173,7 @@ fn whole_transformer<B: FusedOps>(checkpoints: &[&str], cases: &[&str], device: 
     });
 }
 
-/// `[z, h, w]` to `[tokens, 4 · z]`, as the pipeline packs latents.
+/// Packs latents as the pipeline does: `[z, h, w]` to `[tokens, 4 · z]`.
 fn pack<B: FusedOps>(latents: Tensor<B, 3>) -> Tensor<B, 2> {
     let [channels, height, width] = latents.dims();
     latents
@@ -186,7 +190,7 @@ fn vae_decode<B: FusedOps>(checkpoints: &[&str], cases: &[&str], device: &B::Dev
     });
 }
 
-/// Tile geometries are those of the cases of the same name in cases.json.
+/// The tile geometries are those of the cases of the same names in cases.json.
 fn tiled_decode<B: FusedOps>(checkpoints: &[&str], cases: &[&str], device: &B::Device) {
     let tilings = [(32, 24), (24, 16), (40, 24)];
     for (index, (size, stride)) in tilings.into_iter().enumerate() {

@@ -1,43 +1,20 @@
-//! A dump as something to compare with.
+//! Reads a dump as the reference of a comparison.
 
 use std::fs;
-use std::io;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use kiln_models::job::{RgbImage, TraceTensor};
-use safetensors::tensor::{Dtype, SafeTensorError, SafeTensors, TensorView};
+use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 
 use crate::compare::Recording;
 use crate::request::PromptTokens;
 
-/// Why a dump cannot be compared with.
-#[derive(Debug, thiserror::Error)]
-pub(in crate::cli) enum DumpError {
-    #[error("cannot read {}", path.display())]
-    Io { path: PathBuf, source: io::Error },
-    #[error("{} is not a safetensors file", path.display())]
-    Format {
-        path: PathBuf,
-        source: SafeTensorError,
-    },
-    #[error("{name} in {} is {dtype} of shape {shape:?}, and not {expected}", path.display())]
-    Tensor {
-        path: PathBuf,
-        name: String,
-        dtype: Dtype,
-        shape: Vec<usize>,
-        expected: &'static str,
-    },
-    #[error("{} has neither image_u8 nor image_float: it is no dump of a whole run", path.display())]
-    NoPicture { path: PathBuf },
-    #[error("{} is of another prompt: its {name} differ from those of the given one", path.display())]
-    OtherPrompt { path: PathBuf, name: &'static str },
-}
+use super::DumpError;
 
-/// Reads a dump of one image. `tokens` are what its prompts must be, as far as it tells.
+/// Reads a dump of one image. Token ids in the dump must equal `tokens`.
 ///
-/// The picture is `image_u8`, or else `image_float` rounded. What kiln's own dumps do not have is
-/// left alone.
+/// The image is `image_u8`, or else `image_float` rounded. Tensors that kiln does not write are
+/// ignored.
 pub(in crate::cli) fn read(path: &Path, tokens: &PromptTokens) -> Result<Recording, DumpError> {
     let bytes = fs::read(path).map_err(|source| DumpError::Io {
         path: path.to_owned(),
@@ -57,7 +34,7 @@ pub(in crate::cli) fn read(path: &Path, tokens: &PromptTokens) -> Result<Recordi
     Ok(Recording {
         name: format!("dump:{}", path.display()),
         trace,
-        image: dump.picture()?,
+        image: dump.image()?,
     })
 }
 
@@ -107,11 +84,11 @@ impl Dump<'_> {
         })
     }
 
-    fn picture(&self) -> Result<RgbImage, DumpError> {
+    fn image(&self) -> Result<RgbImage, DumpError> {
         let (name, view) = ["image_u8", "image_float"]
             .into_iter()
             .find_map(|name| Some((name, self.file.tensor(name).ok()?)))
-            .ok_or_else(|| DumpError::NoPicture {
+            .ok_or_else(|| DumpError::NoImage {
                 path: self.path.to_owned(),
             })?;
         let [1, height, width, 3] = view.shape()[..] else {
@@ -159,7 +136,7 @@ mod tests {
         }
     }
 
-    /// What reading a dump of these stages gives.
+    /// Writes a dump of these stages and reads it.
     fn read_back(stages: &[TraceTensor]) -> Result<Recording, DumpError> {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("run.safetensors");
@@ -168,7 +145,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_written_is_read_and_the_picture_is_rounded() {
+    fn a_dump_reads_back_and_the_image_is_rounded() {
         let embeds = stage("prompt_embeds", &[1, 2, 1], &[0.5, -1.5]);
         let image = stage("image_float", &[1, 1, 1, 3], &[0.0, 0.5, 1.0]);
         let other = stage("temb", &[1], &[3.0]);
@@ -180,11 +157,11 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_dump_of_this_run_is_refused() {
+    fn dumps_of_other_runs_are_refused() {
         let image = stage("image_float", &[1, 1, 1, 3], &[0.0; 3]);
         let embeds = stage("prompt_embeds", &[1], &[1.0]);
         let error = read_back(&[embeds]).unwrap_err();
-        assert!(matches!(error, DumpError::NoPicture { .. }), "{error}");
+        assert!(matches!(error, DumpError::NoImage { .. }), "{error}");
         let two = stage("image_float", &[2, 1, 1, 3], &[0.0; 6]);
         let error = read_back(&[two]).unwrap_err().to_string();
         assert!(error.contains("is F32 of shape [2, 1, 1, 3]"), "{error}");

@@ -1,4 +1,4 @@
-//! What `kiln generate --json` prints. Names and meanings stay as they are; new ones may come.
+//! The output of `kiln generate --json`. Keys may be added; existing ones keep name and meaning.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -11,22 +11,22 @@ use crate::engine::Timings;
 use crate::image::ImageFormat;
 use crate::request::GenerationRequest;
 
-/// All that was made, and how.
+/// The files, the parameters and the times of one run.
 #[derive(Debug, Serialize)]
 pub(super) struct Report<'a> {
-    /// Version.
+    /// kiln's version.
     kiln: &'static str,
-    /// As it was named.
+    /// Name of the model, as given.
     model: &'a str,
-    /// As `--backend` has it.
+    /// Name for `--backend`.
     backend: &'static str,
-    /// As `kiln backends` lists it.
+    /// The device in `kiln backends`: `flex:0 (AMD EPYC)`.
     device: String,
     dtype: &'static str,
     prompt: &'a str,
     negative_prompt: Option<&'a str>,
     true_cfg_scale: f64,
-    /// Whether each step ran the transformer on the negative prompt too.
+    /// Whether each step also ran the transformer on the negative prompt.
     guidance: bool,
     num_inference_steps: usize,
     rng: &'static str,
@@ -35,19 +35,19 @@ pub(super) struct Report<'a> {
     seconds: Seconds,
 }
 
-/// One file.
+/// One image file.
 #[derive(Debug, Serialize)]
 pub(super) struct Image {
     path: PathBuf,
     format: &'static str,
-    /// Of the file.
+    /// Size of the file.
     bytes: usize,
-    /// In pixels, as the image has it.
+    /// Width of the image in pixels.
     width: usize,
-    /// In pixels, as the image has it.
+    /// Height of the image in pixels.
     height: usize,
     seed: u64,
-    /// Place among the images of the seed, from 0.
+    /// Index among the images of the seed, from 0.
     index: usize,
 }
 
@@ -56,15 +56,15 @@ pub(super) struct Image {
 pub(super) struct Seconds {
     /// Reading the weights.
     load: f64,
-    /// Prompts, noise and schedule.
+    /// Encoding the prompts, generating the noise, making the schedule.
     encode: f64,
-    /// All steps.
+    /// All denoising steps.
     denoise: f64,
     /// From latents to pixels.
     decode: f64,
-    /// Image files, and the dump.
+    /// Writing the image files and the dump.
     write: f64,
-    /// All of the above, and what lies between.
+    /// The whole command.
     total: f64,
 }
 
@@ -78,7 +78,7 @@ impl<'a> Report<'a> {
         seconds: Seconds,
     ) -> Self {
         Self {
-            kiln: env!("CARGO_PKG_VERSION"),
+            kiln: crate::version::VERSION,
             model,
             backend: info.backend,
             device: info.device(),

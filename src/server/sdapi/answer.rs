@@ -91,7 +91,7 @@ impl Txt2ImgResponse {
             sd_model_name: &info.model,
             index_of_first_image: 0,
             infotexts: (0..count).map(infotext).collect(),
-            version: concat!("kiln ", env!("CARGO_PKG_VERSION")),
+            version: crate::version::PROGRAM,
         };
         Ok(Self {
             images: encoded

@@ -1,32 +1,39 @@
-//! The flow-match Euler scheduler: when each step happens. Host arithmetic only.
+//! The schedule of `FlowMatchEulerDiscreteScheduler` of diffusers: sigmas and timesteps per step.
 
-use burn_tensor::{DType, bf16, f16};
+use burn::tensor::{DType, bf16, f16};
 
 use crate::config::{ConfigError, ConfigReader, ConfigText};
 
-/// How a dynamic shift bends the sigmas.
+/// The formula of the dynamic shift, with `mu` of [`SchedulerConfig::mu`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum TimeShift {
+    /// `e^mu / (e^mu + 1 / sigma - 1)`
     Exponential,
+    /// `mu / (mu + 1 / sigma - 1)`
     Linear,
 }
 
-/// `scheduler_config.json` of `FlowMatchEulerDiscreteScheduler`.
+/// The values of `scheduler_config.json`, of class `FlowMatchEulerDiscreteScheduler`.
 #[derive(Debug, Clone, PartialEq)]
 pub struct SchedulerConfig {
     pub num_train_timesteps: usize,
+    /// The shift of all images, used without dynamic shifting.
     pub shift: f64,
     pub use_dynamic_shifting: bool,
     pub base_shift: f64,
     pub max_shift: f64,
     pub base_image_seq_len: usize,
     pub max_image_seq_len: usize,
-    /// The sigma of the last step, if the schedule is stretched to end there.
+    /// The sigma that the last step is stretched to; `None` to leave the sigmas as they are.
     pub shift_terminal: Option<f64>,
     pub time_shift_type: TimeShift,
 }
 
 impl SchedulerConfig {
+    /// Parses `scheduler_config.json`.
+    ///
+    /// # Errors
+    /// If it is no valid JSON, of another class, or has a value that kiln does not support.
     pub fn from_json(config: &ConfigText) -> Result<Self, ConfigError> {
         let reader = ConfigReader::parse(config)?;
         reader.require_class("FlowMatchEulerDiscreteScheduler")?;
@@ -63,7 +70,7 @@ impl SchedulerConfig {
             max_shift: reader.number_or("max_shift", 1.15)?,
             base_image_seq_len: reader.size_or("base_image_seq_len", 256)?,
             max_image_seq_len: reader.size_or("max_image_seq_len", 4096)?,
-            // The reference takes 0 for "none".
+            // The reference treats 0 as absent.
             shift_terminal: reader
                 .optional_number("shift_terminal")?
                 .filter(|&end| end != 0.0),
@@ -83,7 +90,8 @@ impl SchedulerConfig {
         Ok(config)
     }
 
-    /// The shift for an image of this many packed latent tokens.
+    /// Computes the dynamic shift of an image by its number of packed latent tokens: the line
+    /// through `(base_image_seq_len, base_shift)` and `(max_image_seq_len, max_shift)`.
     pub fn mu(&self, image_tokens: usize) -> f64 {
         let (base, max) = (
             self.base_image_seq_len as f64,
@@ -94,7 +102,8 @@ impl SchedulerConfig {
         image_tokens as f64 * slope + intercept
     }
 
-    /// The schedule of a run, in f32 as the reference computes it.
+    /// Computes the schedule of an image of `image_tokens` packed latent tokens, in f32 as the
+    /// reference does.
     ///
     /// # Panics
     /// If `num_inference_steps` is 0.
@@ -119,8 +128,8 @@ impl SchedulerConfig {
         if let Some(terminal) = self.shift_terminal {
             let last = 1.0 - sigmas[num_inference_steps - 1];
             let factor = last / (1.0 - terminal) as f32;
-            // A single step starts and ends at sigma 1: there is nothing to stretch, and the
-            // reference's division gives NaN.
+            // The one sigma of a single step is 1 and cannot be stretched; the reference divides by
+            // zero there and gets NaN.
             if factor > 0.0 {
                 for sigma in &mut sigmas {
                     *sigma = 1.0 - (1.0 - *sigma) / factor;
@@ -136,7 +145,8 @@ impl SchedulerConfig {
     }
 }
 
-/// `steps` f32 values from 1 down to `1 / steps`, in equal steps of an f64.
+/// Computes `steps` values from 1 down to `1 / steps`, as numpy's `linspace` does in f64, rounded to
+/// f32.
 fn linspace_down_from_one(steps: usize) -> Vec<f32> {
     let end = 1.0 / steps as f64;
     let step = if steps > 1 {
@@ -151,22 +161,24 @@ fn linspace_down_from_one(steps: usize) -> Vec<f32> {
     values
 }
 
-/// The noise levels a run passes through.
+/// The noise levels of a denoising run.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Schedule {
-    /// One per step, and 0 at the end.
+    /// One per step, then 0.
     pub sigmas: Vec<f32>,
     /// `sigma * num_train_timesteps`, one per step.
     pub timesteps: Vec<f32>,
 }
 
 impl Schedule {
+    /// The number of steps.
     pub fn steps(&self) -> usize {
         self.timesteps.len()
     }
 
-    /// What the transformer is given at each step: `timestep / 1000`, both rounded to the model's
-    /// type, which the reference does too and which decides low bits of every picture.
+    /// The transformer's timestep input per step: `timestep / 1000`, with timestep and quotient
+    /// rounded to the model's dtype. The reference rounds them too, which changes the low bits of
+    /// every image.
     pub fn model_timesteps(&self, model: DType) -> Vec<f32> {
         self.timesteps
             .iter()
@@ -175,7 +187,7 @@ impl Schedule {
     }
 }
 
-/// `value` as it survives storage in `dtype`.
+/// Rounds a value to `dtype`: bf16, f16 or f32.
 pub(crate) fn round_to(value: f32, dtype: DType) -> f32 {
     match dtype {
         DType::BF16 => bf16::from_f32(value).to_f32(),

@@ -1,0 +1,235 @@
+//! Arguments of `kiln serve`. Each option also has an environment variable: see
+//! [`command`](crate::cli::args::command).
+
+use std::fmt;
+use std::num::{NonZeroU64, NonZeroUsize};
+use std::time::Duration;
+
+use clap::{Args, Parser, ValueEnum};
+use kiln_models::pipeline::ImageSizes;
+
+use crate::cli::error::CliError;
+use crate::cli::shared_args::{BackendArgs, LoadArgs, NoiseArgs};
+use crate::engine::DEFAULT_MAX_QUEUE;
+use crate::request::{DEFAULT_MAX_IMAGE_PIXELS, DEFAULT_MAX_NUM_IMAGES, DEFAULT_MAX_STEPS, Limits};
+use crate::runtime::ModelSettings;
+use crate::server::{ApiKeys, CorsOrigin, DEFAULT_MAX_BODY_BYTES, Settings};
+
+/// Serve an OpenAI-compatible HTTP API.
+///
+/// The main routes are POST /v1/chat/completions and POST /v1/images/generations; GET /docs shows
+/// the whole API. Ctrl-c or SIGTERM stops the server after the running requests, a second one stops
+/// it at once.
+///
+/// Every option can be set by an environment variable, such as KILN_MAX_QUEUE for --max-queue; the
+/// command line takes precedence. An option without a value takes true or false there, and commas
+/// separate several values.
+#[derive(Debug, Parser)]
+pub(in crate::cli) struct ServeArgs {
+    /// Folder in diffusers layout, Hugging Face id, or demo [default: demo]
+    ///
+    /// An id such as Qwen/Qwen-Image is downloaded unless the Hugging Face cache has it. demo is
+    /// the small model in this program, which generates one coloured shape on a coloured background.
+    #[arg(value_name = "MODEL")]
+    model: Option<String>,
+
+    /// The model, as an option
+    #[arg(long = "model", value_name = "MODEL")]
+    model_option: Option<String>,
+
+    /// Address to listen on
+    ///
+    /// With 0.0.0.0 everyone who can reach this machine can use the API, unless --api-key is given.
+    #[arg(long, default_value = "127.0.0.1")]
+    pub(super) host: String,
+
+    /// TCP port to listen on; 0 takes a free one
+    #[arg(long, default_value_t = 8091)]
+    pub(super) port: u16,
+
+    /// Names of the model in responses, separated by spaces or commas [default: the given MODEL]
+    ///
+    /// Requests may name any model. The response has the same name if it is one of these, and
+    /// otherwise the first of these.
+    #[arg(long, value_name = "NAME", num_args = 1..)]
+    served_model_name: Vec<String>,
+
+    /// Negative prompt of requests that have none
+    ///
+    /// Turns guidance on for these requests, which doubles the time of each step; the authors of
+    /// Qwen-Image use " ". By default these requests run without guidance.
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
+    pub(super) default_negative_prompt: Option<String>,
+
+    /// Write no generation parameters into PNG files
+    ///
+    /// By default PNG files contain the prompt, the seed and the settings as text, as
+    /// AUTOMATIC1111's web UI writes them.
+    #[arg(long)]
+    no_metadata: bool,
+
+    /// Also serve the API of AUTOMATIC1111's web UI, below /sdapi/v1
+    ///
+    /// For clients of that API, such as Open WebUI and SillyTavern. With --api-key they send a key
+    /// as the password of HTTP Basic authentication.
+    #[arg(long)]
+    enable_sdapi: bool,
+
+    /// Report ready without a warm-up
+    ///
+    /// By default the server runs one denoising step first, so that the first request does not wait
+    /// for work that is done once; until then GET /health/ready returns 503.
+    #[arg(long)]
+    pub(super) no_warm_up: bool,
+
+    /// Seconds that running requests may take to finish after ctrl-c or SIGTERM
+    #[arg(long, value_name = "SECONDS", default_value_t = 60)]
+    drain_timeout: u64,
+
+    /// Format of the log on stderr
+    #[arg(long, value_enum, default_value_t = LogFormat::Text, value_name = "FORMAT")]
+    pub(in crate::cli) log_format: LogFormat,
+
+    /// Devices that share the two halves of guidance; only 1 is supported
+    #[arg(long, value_name = "DEVICES", default_value_t = 1)]
+    pub(super) cfg_parallel_size: usize,
+
+    #[command(flatten)]
+    pub(super) noise: NoiseArgs,
+
+    #[command(flatten)]
+    access: AccessArgs,
+
+    #[command(flatten)]
+    pub(super) limits: LimitArgs,
+
+    #[command(flatten)]
+    pub(super) backend: BackendArgs,
+
+    #[command(flatten)]
+    pub(super) loading: LoadArgs,
+}
+
+impl ServeArgs {
+    fn model(&self) -> &str {
+        let model = self.model.as_deref().or(self.model_option.as_deref());
+        self.loading.model_or_default(model)
+    }
+
+    pub(super) fn model_settings(&self) -> ModelSettings {
+        self.loading.model_settings(self.model())
+    }
+
+    pub(super) fn drain_timeout(&self) -> Duration {
+        Duration::from_secs(self.drain_timeout)
+    }
+
+    pub(super) fn settings(&self) -> Result<Settings, CliError> {
+        let mut settings = Settings::new(self.model());
+        if !self.served_model_name.is_empty() {
+            settings
+                .served_model_names
+                .clone_from(&self.served_model_name);
+        }
+        Ok(Settings {
+            api_keys: ApiKeys::new(self.access.api_key.clone())?,
+            cors_origins: self.access.cors_origin.clone(),
+            max_body_bytes: self.limits.max_body_bytes,
+            request_timeout: self
+                .limits
+                .request_timeout
+                .map(|seconds| Duration::from_secs(seconds.get())),
+            default_negative_prompt: self.default_negative_prompt.clone(),
+            metadata: !self.no_metadata,
+            sdapi: self.enable_sdapi,
+            ..settings
+        })
+    }
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub(in crate::cli) enum LogFormat {
+    /// Human-readable lines
+    Text,
+    /// One JSON object per line
+    Json,
+}
+
+/// Who may use the server.
+#[derive(Args)]
+#[command(next_help_heading = "Access")]
+struct AccessArgs {
+    /// Bearer token that requests to /v1 must have; may be given several times
+    ///
+    /// Commas separate several keys. Other users of this machine can see the command line, but not
+    /// the environment.
+    #[arg(long, value_name = "KEY")]
+    api_key: Vec<String>,
+
+    /// Origin whose web pages may use the API from a browser, or * for all
+    ///
+    /// A scheme and a host; may be given several times, or separated by commas. By default browsers
+    /// let no other origin read the responses.
+    #[arg(long, value_name = "ORIGIN")]
+    cors_origin: Vec<CorsOrigin>,
+}
+
+/// Leaves out the keys.
+impl fmt::Debug for AccessArgs {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter
+            .debug_struct("AccessArgs")
+            .field("cors_origin", &self.cors_origin)
+            .finish_non_exhaustive()
+    }
+}
+
+/// Bounds of requests and of the queue.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Limits")]
+pub(super) struct LimitArgs {
+    /// Requests that may wait while one is generated
+    ///
+    /// Further requests are refused with status 429 and a time to retry.
+    #[arg(long, value_name = "REQUESTS", default_value_t = DEFAULT_MAX_QUEUE)]
+    pub(super) max_queue: usize,
+
+    /// Pixels of all images of a request together: height x width x images
+    #[arg(long, value_name = "PIXELS", default_value_t = DEFAULT_MAX_IMAGE_PIXELS)]
+    max_image_pixels: usize,
+
+    /// Denoising steps of a request
+    #[arg(long, value_name = "STEPS", default_value_t = at_least_1(DEFAULT_MAX_STEPS))]
+    max_steps: NonZeroUsize,
+
+    /// Images of a request
+    #[arg(long, value_name = "COUNT", default_value_t = at_least_1(DEFAULT_MAX_NUM_IMAGES))]
+    max_num_images: NonZeroUsize,
+
+    /// Bytes of a request's body; larger bodies are refused with status 413
+    #[arg(long, value_name = "BYTES", default_value_t = DEFAULT_MAX_BODY_BYTES)]
+    max_body_bytes: usize,
+
+    /// Seconds that a request may take, including the time in the queue [default: unlimited]
+    ///
+    /// A request that takes longer ends with status 408 after its current step.
+    #[arg(long, value_name = "SECONDS")]
+    request_timeout: Option<NonZeroU64>,
+}
+
+/// A default above, none of which is 0.
+fn at_least_1(count: usize) -> NonZeroUsize {
+    NonZeroUsize::new(count).unwrap_or(NonZeroUsize::MIN)
+}
+
+impl LimitArgs {
+    /// The limits of requests to a model with these sizes.
+    pub(super) fn limits(&self, sizes: ImageSizes) -> Limits {
+        Limits {
+            sizes,
+            max_image_pixels: self.max_image_pixels,
+            max_steps: self.max_steps.get(),
+            max_num_images: self.max_num_images.get(),
+        }
+    }
+}

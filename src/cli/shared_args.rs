@@ -1,0 +1,263 @@
+//! Arguments that several commands share: the request, the noise, the backend, and loading.
+
+use clap::builder::{PossibleValuesParser, TypedValueParser};
+use clap::{Args, ValueEnum};
+use kiln_models::noise::NoiseGenerator;
+
+use crate::backend::{BackendChoice, BackendKind, DTypeChoice, InvalidChoice, LoadSettings};
+use crate::request::GenerationParams;
+use crate::runtime::{LoadFormat, ModelSettings};
+
+use super::error::CliError;
+
+/// The parameters of a request, apart from the prompt.
+#[derive(Debug, Args)]
+pub(super) struct RequestArgs {
+    /// Negative prompt: what the image must not show; turns guidance on
+    ///
+    /// Guidance doubles the time of each step. An empty or blank text turns it on as well.
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
+    negative_prompt: Option<String>,
+
+    /// Guidance scale: how strongly to avoid the negative prompt [default: 4]
+    ///
+    /// Guidance is off at 1 and below, and without a negative prompt.
+    #[arg(
+        long,
+        visible_alias = "cfg",
+        value_name = "SCALE",
+        allow_negative_numbers = true
+    )]
+    true_cfg_scale: Option<f64>,
+
+    /// Width and height of the image in pixels, such as 1328x1328
+    #[arg(
+        long,
+        value_name = "WIDTHxHEIGHT",
+        allow_hyphen_values = true,
+        conflicts_with_all = ["height", "width"],
+        value_parser = parse_size
+    )]
+    size: Option<Size>,
+
+    /// Height of the image in pixels [default: the model's, 1024 for Qwen-Image]
+    ///
+    /// Rounded down to a multiple of 16. Time grows slightly faster than the number of pixels.
+    #[arg(long, value_name = "PIXELS", allow_negative_numbers = true)]
+    height: Option<i128>,
+
+    /// Width of the image in pixels [default: the model's, 1024 for Qwen-Image]
+    ///
+    /// Rounded down to a multiple of 16.
+    #[arg(long, value_name = "PIXELS", allow_negative_numbers = true)]
+    width: Option<i128>,
+
+    /// Denoising steps, from 1 to 1000 [default: 50]
+    ///
+    /// Time is proportional to the number of steps; few steps lose details.
+    #[arg(
+        long,
+        visible_alias = "steps",
+        value_name = "STEPS",
+        allow_negative_numbers = true
+    )]
+    num_inference_steps: Option<i128>,
+
+    /// Seed of the noise, from 0 to 2^64 - 1 [default: random, and reported]
+    ///
+    /// The same seed and settings give the same image.
+    #[arg(long, allow_negative_numbers = true)]
+    seed: Option<i128>,
+
+    #[command(flatten)]
+    pub(super) noise: NoiseArgs,
+}
+
+impl RequestArgs {
+    /// The parameters of a request for one image.
+    pub(super) fn params(&self, prompt: String) -> GenerationParams {
+        GenerationParams {
+            prompt,
+            negative_prompt: self.negative_prompt.clone(),
+            true_cfg_scale: self.true_cfg_scale,
+            height: self.size.map(|size| size.height).or(self.height),
+            width: self.size.map(|size| size.width).or(self.width),
+            num_inference_steps: self.num_inference_steps,
+            num_images: None,
+            seed: self.seed,
+        }
+    }
+}
+
+/// Width and height in pixels, before they are checked.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Size {
+    pub(super) width: i128,
+    pub(super) height: i128,
+}
+
+pub(super) fn parse_size(text: &str) -> Result<Size, String> {
+    let side = |text: &str| text.parse().ok();
+    text.split_once('x')
+        .and_then(|(width, height)| {
+            Some(Size {
+                width: side(width)?,
+                height: side(height)?,
+            })
+        })
+        .ok_or_else(|| "a size looks like 1024x768, width first".to_owned())
+}
+
+/// The generator of the noise.
+#[derive(Debug, Args)]
+pub(super) struct NoiseArgs {
+    /// Random number generator of the noise: PyTorch's for the CPU, or for CUDA
+    ///
+    /// Both work on every backend: choose the one that the images to compare with were made with.
+    #[arg(long, value_enum, default_value_t = Rng::Cpu, value_name = "GENERATOR")]
+    rng: Rng,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum Rng {
+    Cpu,
+    Cuda,
+}
+
+impl NoiseArgs {
+    pub(super) fn generator(&self) -> NoiseGenerator {
+        match self.rng {
+            Rng::Cpu => NoiseGenerator::Cpu,
+            Rng::Cuda => NoiseGenerator::Cuda,
+        }
+    }
+}
+
+/// The backend and its device.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Device")]
+pub(super) struct BackendArgs {
+    /// Backend to compute on
+    ///
+    /// flex and ndarray use the CPU, wgpu and cuda a GPU; auto takes the fastest backend that this
+    /// binary has and that has a device on this machine. `kiln backends` lists them.
+    #[arg(
+        long,
+        default_value = "flex",
+        value_parser = PossibleValuesParser::new(BackendKind::names())
+            .try_map(|name| name.parse::<BackendKind>())
+    )]
+    backend: BackendKind,
+
+    /// Number of the backend's device in `kiln backends` [default: the first]
+    #[arg(long, value_name = "NUMBER")]
+    device: Option<usize>,
+}
+
+impl BackendArgs {
+    pub(super) fn choice(&self) -> Result<BackendChoice, InvalidChoice> {
+        BackendChoice::new(self.backend, self.device)
+    }
+}
+
+/// How a model is loaded.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Loading")]
+pub(super) struct LoadArgs {
+    /// Where the weights come from
+    ///
+    /// auto reads the model's files. dummy makes random weights in the model's shape, to measure
+    /// speed and memory: the images are noise. Of a folder it reads the configuration files only;
+    /// Qwen/Qwen-Image, its default model, needs no file.
+    #[arg(
+        long,
+        default_value_t = LoadFormat::Auto,
+        value_parser = PossibleValuesParser::new(LoadFormat::ALL.map(LoadFormat::name))
+            .try_map(|name| name.parse::<LoadFormat>())
+    )]
+    load_format: LoadFormat,
+
+    /// Type of the weights
+    ///
+    /// auto keeps the checkpoint's type where the backend computes in it. f32 takes twice the
+    /// memory of bf16 and f16, and is the most exact.
+    #[arg(
+        long,
+        default_value = "auto",
+        value_parser = PossibleValuesParser::new(DTypeChoice::names())
+            .try_map(|name| name.parse::<DTypeChoice>())
+    )]
+    dtype: DTypeChoice,
+
+    #[command(flatten)]
+    vae: VaeArgs,
+}
+
+impl LoadArgs {
+    /// The given model, or the load format's default one.
+    pub(super) fn model_or_default<'a>(&self, given: Option<&'a str>) -> &'a str {
+        given.unwrap_or(self.load_format.default_model())
+    }
+
+    pub(super) fn model_settings(&self, name: &str) -> ModelSettings {
+        ModelSettings {
+            load_format: self.load_format,
+            ..ModelSettings::new(name)
+        }
+    }
+
+    pub(super) fn settings(&self, backend: BackendChoice) -> Result<LoadSettings, CliError> {
+        self.vae.settings(backend, self.dtype)
+    }
+}
+
+/// How images are decoded.
+#[derive(Debug, Args)]
+#[expect(
+    clippy::struct_field_names,
+    reason = "the fields are named like the options"
+)]
+pub(super) struct VaeArgs {
+    /// Decode the images of a request one at a time
+    ///
+    /// Takes less memory with several images, and slightly more time.
+    #[arg(long)]
+    vae_use_slicing: bool,
+
+    /// Decode an image in overlapping tiles
+    ///
+    /// Takes much less memory for large images, and more time; the pixels differ slightly.
+    #[arg(long)]
+    vae_use_tiling: bool,
+
+    /// Height and width of a tile in pixels
+    #[arg(long, value_name = "PIXELS", default_value_t = LoadSettings::default().vae_tile_size)]
+    vae_tile_size: usize,
+
+    /// Distance from one tile to the next in pixels
+    ///
+    /// Neighbouring tiles overlap by the tile size minus this distance, and are blended there.
+    #[arg(long, value_name = "PIXELS", default_value_t = LoadSettings::default().vae_tile_stride)]
+    vae_tile_stride: usize,
+}
+
+impl VaeArgs {
+    pub(super) fn settings(
+        &self,
+        backend: BackendChoice,
+        dtype: DTypeChoice,
+    ) -> Result<LoadSettings, CliError> {
+        let (size, stride) = (self.vae_tile_size, self.vae_tile_stride);
+        if stride == 0 || stride > size {
+            return Err(CliError::Tiles { size, stride });
+        }
+        Ok(LoadSettings {
+            backend,
+            dtype,
+            vae_use_slicing: self.vae_use_slicing,
+            vae_use_tiling: self.vae_use_tiling,
+            vae_tile_size: size,
+            vae_tile_stride: stride,
+        })
+    }
+}

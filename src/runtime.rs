@@ -1,0 +1,338 @@
+//! From a model's name and settings to a pipeline that is ready for jobs.
+//!
+//! [`Runtime::open`] does all of it. Callers that check a request before they pay for the weights
+//! do it in two stages: [`Model::find`] finds or downloads the files and reads the small ones,
+//! [`Model::load`] reads the weights.
+
+use std::fmt;
+use std::path::Path;
+use std::str::FromStr;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use kiln_models::flops::FlopCount;
+use kiln_models::job::Job;
+use kiln_models::pipeline::{ModelInfo, Pipeline};
+
+use crate::backend::{self, BackendError, LoadSettings, UnknownName};
+use crate::checkpoint::{Checkpoint, CheckpointError, DEMO, PromptGuide, QWEN_IMAGE, Shape};
+use crate::hub::{self, HubError, HubSettings};
+use crate::request::Limits;
+use crate::tokenizer::{PromptTokenizer, TokenizerError};
+
+/// Where the weights come from.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum LoadFormat {
+    /// The model's files.
+    #[default]
+    Auto,
+    /// Random weights in the model's shape. Only the model's configuration files are read.
+    Dummy,
+}
+
+/// Which model to load.
+#[derive(Debug, Clone)]
+pub struct ModelSettings {
+    /// A folder in diffusers layout, a Hugging Face id such as [`QWEN_IMAGE`], or [`DEMO`].
+    pub name: String,
+    pub load_format: LoadFormat,
+    /// How a Hugging Face id becomes a folder. Unused for folders, for [`DEMO`] and for
+    /// [`LoadFormat::Dummy`].
+    pub hub: HubSettings,
+}
+
+/// Which model to load, and onto which device.
+#[derive(Debug, Clone)]
+pub struct RuntimeSettings {
+    pub model: ModelSettings,
+    pub load: LoadSettings,
+}
+
+/// Why a model cannot be found or loaded.
+#[derive(Debug, thiserror::Error)]
+pub enum RuntimeError {
+    #[error(transparent)]
+    Hub(#[from] HubError),
+    #[error(
+        "{name:?} has no shape for --load-format dummy: give a folder with a model's \
+         configurations (model_index.json, transformer/config.json, ...), {QWEN_IMAGE} or {DEMO}"
+    )]
+    DummyShape { name: String },
+    #[error(transparent)]
+    Checkpoint(#[from] CheckpointError),
+    #[error("the tokenizer cannot be loaded")]
+    Tokenizer(#[source] TokenizerError),
+    #[error(transparent)]
+    Backend(#[from] BackendError),
+}
+
+/// A model whose files were found, without its weights.
+#[derive(Debug, Clone)]
+pub struct Model {
+    checkpoint: Checkpoint,
+    tokenizer: Arc<PromptTokenizer>,
+    limits: Limits,
+}
+
+/// A loaded model. [`Engine::start`](crate::engine::Engine::start) takes the pipeline.
+pub struct Runtime {
+    pub pipeline: Box<dyn Pipeline>,
+    pub info: ModelInfo,
+    pub tokenizer: Arc<PromptTokenizer>,
+    /// The model's sizes, and the default limits on cost.
+    pub limits: Limits,
+    /// How to word a prompt, for a model that does not know all words.
+    pub prompt_guide: Option<&'static PromptGuide>,
+    /// Time that reading the weights took.
+    pub load_time: Duration,
+}
+
+impl LoadFormat {
+    /// Every format.
+    pub const ALL: [Self; 2] = [Self::Auto, Self::Dummy];
+
+    /// The format's name on the command line.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Auto => "auto",
+            Self::Dummy => "dummy",
+        }
+    }
+
+    /// The model that is loaded where none is named: [`DEMO`], or for random weights
+    /// [`QWEN_IMAGE`].
+    pub fn default_model(self) -> &'static str {
+        match self {
+            Self::Auto => DEMO,
+            Self::Dummy => QWEN_IMAGE,
+        }
+    }
+}
+
+impl fmt::Display for LoadFormat {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.write_str(self.name())
+    }
+}
+
+impl FromStr for LoadFormat {
+    type Err = UnknownName;
+
+    fn from_str(word: &str) -> Result<Self, UnknownName> {
+        let found = Self::ALL.into_iter().find(|format| format.name() == word);
+        found.ok_or_else(|| UnknownName::new(word, &Self::ALL.map(Self::name)))
+    }
+}
+
+impl ModelSettings {
+    /// A model's own weights; the Hub's settings come from the environment.
+    pub fn new(name: impl Into<String>) -> Self {
+        Self {
+            name: name.into(),
+            load_format: LoadFormat::Auto,
+            hub: HubSettings::from_env(),
+        }
+    }
+}
+
+impl RuntimeSettings {
+    /// A model's own weights, loaded with the default [`LoadSettings`].
+    pub fn new(model: impl Into<String>) -> Self {
+        Self {
+            model: ModelSettings::new(model),
+            load: LoadSettings::default(),
+        }
+    }
+}
+
+impl Model {
+    /// Finds the model, or downloads it, and reads all of it but the weights.
+    ///
+    /// # Errors
+    ///
+    /// The name stands for no model, the download fails, or a configuration, a weight file's header
+    /// or the tokenizer cannot be read.
+    pub fn find(settings: &ModelSettings) -> Result<Self, RuntimeError> {
+        let name = settings.name.as_str();
+        let checkpoint = match settings.load_format {
+            LoadFormat::Dummy => Checkpoint::dummy(dummy_shape(name)?)?,
+            LoadFormat::Auto if name == DEMO => Checkpoint::demo()?,
+            LoadFormat::Auto => Checkpoint::open(&hub::resolve(name, &settings.hub)?)?,
+        };
+        let tokenizer = checkpoint.tokenizer().map_err(RuntimeError::Tokenizer)?;
+        Ok(Self {
+            limits: Limits::for_sizes(backend::image_sizes(&checkpoint)?),
+            tokenizer: Arc::new(tokenizer),
+            checkpoint,
+        })
+    }
+
+    pub fn tokenizer(&self) -> &PromptTokenizer {
+        &self.tokenizer
+    }
+
+    /// The model's sizes, and the default limits on cost.
+    pub fn limits(&self) -> &Limits {
+        &self.limits
+    }
+
+    /// How to word a prompt, for a model that does not know all words.
+    pub fn prompt_guide(&self) -> Option<&'static PromptGuide> {
+        self.checkpoint.prompt_guide()
+    }
+
+    /// What messages call the model: its folder, or a description.
+    pub fn description(&self) -> String {
+        self.checkpoint.place().to_string()
+    }
+
+    /// Floating-point operations of a job, by stage.
+    ///
+    /// # Errors
+    ///
+    /// The model's configuration is not supported.
+    pub fn operations(
+        &self,
+        job: &Job,
+        settings: &LoadSettings,
+    ) -> Result<FlopCount, RuntimeError> {
+        Ok(backend::operations(&self.checkpoint, job, settings)?)
+    }
+
+    /// Time to decode a job's images as a number of its steps, estimated from the operations of
+    /// both.
+    ///
+    /// # Errors
+    ///
+    /// As [`Model::operations`].
+    pub fn decode_steps(&self, job: &Job, settings: &LoadSettings) -> Result<f64, RuntimeError> {
+        let operations = self.operations(job, settings)?;
+        Ok(operations.decode as f64 / operations.step as f64)
+    }
+
+    /// Loads the weights onto a device. A model can be loaded several times, onto several devices.
+    ///
+    /// # Errors
+    ///
+    /// The backend or the device is not available, a tensor is missing or has the wrong shape, or
+    /// memory runs out.
+    pub fn load(&self, settings: &LoadSettings) -> Result<Runtime, RuntimeError> {
+        tracing::info!("loading {}", self.checkpoint.place());
+        let started = Instant::now();
+        let pipeline = backend::load(&self.checkpoint, settings)?;
+        let load_time = started.elapsed();
+        let info = pipeline.info().clone();
+        tracing::info!(
+            "loaded in {:.1} s: {} in {}",
+            load_time.as_secs_f64(),
+            info.device(),
+            info.dtype
+        );
+        Ok(Runtime {
+            pipeline,
+            info,
+            tokenizer: Arc::clone(&self.tokenizer),
+            limits: self.limits.clone(),
+            prompt_guide: self.prompt_guide(),
+            load_time,
+        })
+    }
+}
+
+impl Runtime {
+    /// Finds or downloads a model and loads it.
+    ///
+    /// ```
+    /// use kiln::runtime::{Runtime, RuntimeSettings};
+    ///
+    /// let runtime = Runtime::open(&RuntimeSettings::new("demo"))?;
+    /// assert_eq!(runtime.info.backend, "flex");
+    /// assert_eq!(runtime.limits.sizes.multiple, 16);
+    /// assert!(!runtime.tokenizer.encode_prompt("a red circle")?.is_empty());
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// Those of [`backend::check`], [`Model::find`] and [`Model::load`], in this order.
+    pub fn open(settings: &RuntimeSettings) -> Result<Self, RuntimeError> {
+        backend::check(settings.load.backend)?;
+        Model::find(&settings.model)?.load(&settings.load)
+    }
+}
+
+impl fmt::Debug for Runtime {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter
+            .debug_struct("Runtime")
+            .field("info", &self.info)
+            .field("limits", &self.limits)
+            .field("load_time", &self.load_time)
+            .finish_non_exhaustive()
+    }
+}
+
+/// The configurations that random weights follow. Nothing is downloaded for them.
+fn dummy_shape(name: &str) -> Result<Shape, RuntimeError> {
+    match name {
+        DEMO => Ok(Shape::Demo),
+        QWEN_IMAGE => Ok(Shape::QwenImage),
+        _ if Path::new(name).exists() => Ok(Shape::Folder(name.into())),
+        _ => Err(RuntimeError::DummyShape {
+            name: name.to_owned(),
+        }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::error::Error;
+
+    use super::*;
+
+    #[test]
+    fn a_format_reads_as_it_is_written() {
+        for format in LoadFormat::ALL {
+            assert_eq!(format.to_string().parse::<LoadFormat>().unwrap(), format);
+        }
+        let error = "gguf".parse::<LoadFormat>().unwrap_err();
+        assert_eq!(error.to_string(), "\"gguf\" is not one of auto, dummy");
+    }
+
+    #[test]
+    fn a_model_is_known_before_its_weights_are_loaded() {
+        let model = Model::find(&ModelSettings::new(DEMO)).unwrap();
+        assert_eq!(model.description(), "the built-in demo model");
+        assert_eq!(model.limits().sizes.default_side, 128);
+        assert!(model.prompt_guide().is_some());
+        assert!(!model.tokenizer().encode_prompt("a cat").unwrap().is_empty());
+    }
+
+    #[test]
+    fn random_weights_need_a_shape() {
+        let settings = ModelSettings {
+            load_format: LoadFormat::Dummy,
+            ..ModelSettings::new("some/model")
+        };
+        let error = Model::find(&settings).unwrap_err();
+        assert!(error.to_string().starts_with("\"some/model\" has no shape"));
+        assert!(error.source().is_none());
+    }
+
+    #[cfg(feature = "flex")]
+    #[test]
+    fn a_backend_is_checked_before_the_model_is_looked_for() {
+        let settings = RuntimeSettings {
+            load: LoadSettings {
+                backend: "flex:99".parse().unwrap(),
+                ..LoadSettings::default()
+            },
+            ..RuntimeSettings::new("./none")
+        };
+        let error = Runtime::open(&settings).unwrap_err().to_string();
+        assert!(
+            error.starts_with("the flex backend has no device 99"),
+            "{error}"
+        );
+    }
+}

@@ -1,0 +1,151 @@
+//! The environment variables of `kiln serve`.
+
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::{SocketAddr, TcpStream};
+use std::process::{Child, Command, Output, Stdio};
+
+use super::stderr;
+
+/// A `kiln serve` with these variables and arguments, from an empty folder and without a network.
+fn serve(variables: &[(&str, &str)], args: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_kiln"));
+    command
+        .arg("serve")
+        .args(args)
+        .envs(variables.iter().copied())
+        .env("HF_HUB_OFFLINE", "1")
+        .stdin(Stdio::null());
+    command
+}
+
+/// The exit code and the error output of a server that does not start.
+fn failure(variables: &[(&str, &str)], args: &[&str]) -> (i32, String) {
+    let folder = tempfile::tempdir().unwrap();
+    let output: Output = serve(variables, args)
+        .current_dir(folder.path())
+        .env("HF_HOME", folder.path())
+        .output()
+        .unwrap();
+    (output.status.code().unwrap(), stderr(&output))
+}
+
+#[test]
+fn a_variable_stands_for_an_option_and_the_option_takes_precedence() {
+    let variables = [("KILN_CFG_PARALLEL_SIZE", "3")];
+    let (code, text) = failure(&variables, &[]);
+    assert_eq!(code, 2, "{text}");
+    assert!(text.contains("--cfg-parallel-size 3 is not"), "{text}");
+    let (code, text) = failure(&variables, &["--cfg-parallel-size", "2"]);
+    assert_eq!(code, 2, "{text}");
+    assert!(text.contains("--cfg-parallel-size 2 is not"), "{text}");
+
+    let variables = [("KILN_MODEL", "./variable"), ("KILN_PORT", "0")];
+    for (args, expected) in [
+        ([].as_slice(), "no folder ./variable"),
+        (&["./argument"], "no folder ./argument"),
+        (&["--model", "./option"], "no folder ./option"),
+    ] {
+        let (code, text) = failure(&variables, args);
+        assert_eq!(code, 1, "{text}");
+        assert!(text.contains(expected), "{text}");
+    }
+}
+
+#[test]
+fn a_bad_value_is_a_usage_error_that_names_the_option() {
+    for (variable, value, option) in [
+        ("KILN_PORT", "65536", "--port"),
+        ("KILN_MAX_QUEUE", "many", "--max-queue"),
+        ("KILN_MAX_STEPS", "0", "--max-steps"),
+        ("KILN_NO_WARM_UP", "maybe", "--no-warm-up"),
+        ("KILN_BACKEND", "tpu", "--backend"),
+        ("KILN_DTYPE", "int8", "--dtype"),
+        ("KILN_CORS_ORIGIN", "https://a.org,b.org", "--cors-origin"),
+        ("KILN_LOG_FORMAT", "xml", "--log-format"),
+    ] {
+        let (code, text) = failure(&[(variable, value)], &["./none"]);
+        assert_eq!(code, 2, "{variable}: {text}");
+        assert!(text.contains(&format!("for '{option}")), "{text}");
+    }
+}
+
+#[test]
+fn keys_in_the_environment_are_not_printed() {
+    let variables = [("KILN_API_KEY", "hunter2,sec ret"), ("KILN_PORT", "0")];
+    let (code, text) = failure(&variables, &["./none"]);
+    assert_eq!(code, 2, "{text}");
+    assert!(text.contains("an API key is made of visible"), "{text}");
+    assert!(!text.contains("sec ret"), "{text}");
+    for help in ["-h", "--help"] {
+        let output = serve(&variables, &[help]).output().unwrap();
+        let help = String::from_utf8(output.stdout).unwrap();
+        assert!(help.contains("[env: KILN_API_KEY]"), "{help}");
+        assert!(!help.contains("hunter2"), "{help}");
+    }
+}
+
+/// A server that is stopped at the end of the test.
+struct Server(Child);
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        self.0.kill().ok();
+        self.0.wait().ok();
+    }
+}
+
+/// The response to a GET request, with its head.
+fn get(address: SocketAddr, path: &str) -> String {
+    let mut stream = TcpStream::connect(address).unwrap();
+    let head = format!("GET {path} HTTP/1.1\r\nHost: kiln\r\nConnection: close\r\n\r\n");
+    stream.write_all(head.as_bytes()).unwrap();
+    let mut response = String::new();
+    stream.read_to_string(&mut response).unwrap();
+    response
+}
+
+#[cfg(feature = "flex")]
+#[test]
+fn a_server_starts_from_its_environment() {
+    let variables = [
+        ("KILN_MODEL", "demo"),
+        ("KILN_HOST", "127.0.0.1"),
+        ("KILN_PORT", "0"),
+        ("KILN_SERVED_MODEL_NAME", "one,two"),
+        ("KILN_NO_WARM_UP", "1"),
+        ("KILN_ENABLE_SDAPI", "false"),
+        ("KILN_MAX_STEPS", "7"),
+        ("KILN_VAE_USE_TILING", "true"),
+    ];
+    let mut process = serve(&variables, &[])
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut lines = BufReader::new(process.stderr.take().unwrap()).lines();
+    let _server = Server(process);
+    let address: SocketAddr = lines
+        .find_map(|line| {
+            let line = line.unwrap();
+            let (_, address) = line.split_once("listening on http://")?;
+            Some(address.parse().unwrap())
+        })
+        .expect("the server logs its address");
+    // An unread pipe would block the server.
+    std::thread::spawn(move || lines.for_each(drop));
+
+    let models = get(address, "/v1/models");
+    assert!(models.contains("\"id\":\"one\""), "{models}");
+    assert!(models.contains("\"id\":\"two\""), "{models}");
+    let status = get(address, "/v1/status");
+    assert!(status.contains("\"max_steps\":7"), "{status}");
+    let options = get(address, "/sdapi/v1/options");
+    assert!(options.starts_with("HTTP/1.1 404"), "{options}");
+}
+
+#[test]
+fn kubernetes_service_links_are_ignored() {
+    let variables = [("KILN_PORT", "tcp://10.0.0.1:8091")];
+    let (code, text) = failure(&variables, &["./none", "--cfg-parallel-size", "2"]);
+    assert_eq!(code, 2, "{text}");
+    assert!(text.contains("--cfg-parallel-size 2 is not"), "{text}");
+}
