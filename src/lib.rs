@@ -10,8 +10,7 @@
 //!
 //! [`jobs`] keeps the state of requests by id.
 //!
-//! Loading a model: [`runtime`] is the one way. [`hub`] resolves its name to a folder,
-//! [`checkpoint`] opens its files,
+//! [`runtime`] loads a model: [`hub`] resolves its name to a folder, [`checkpoint`] opens its files,
 //! [`mod@backend`] loads it onto a device, and [`kernel_cache`] keeps compiled GPU kernels.
 //!
 //! [`compare`] compares the same run on several backends, [`mod@bench`] times runs; both measure
