@@ -8,7 +8,9 @@
 //! 4. [`engine`] runs it on the thread that owns the pipeline.
 //! 5. [`image`] encodes the generated images as files.
 //!
-//! Loading a model: [`runtime`] is the one way. [`hub`] resolves its name to a folder, [`checkpoint`] opens its files,
+//! [`jobs`] keeps the state of requests by id.
+//!
+//! [`runtime`] loads a model: [`hub`] resolves its name to a folder, [`checkpoint`] opens its files,
 //! [`mod@backend`] loads it onto a device, and [`kernel_cache`] keeps compiled GPU kernels.
 //!
 //! [`compare`] compares the same run on several backends, [`mod@bench`] times runs; both measure
@@ -25,6 +27,7 @@ pub mod compare;
 pub mod engine;
 pub mod hub;
 pub mod image;
+pub mod jobs;
 pub mod kernel_cache;
 pub mod measure;
 pub mod request;

@@ -1,26 +1,18 @@
-//! The HTTP API over real sockets. The pipeline is a small one that generates flat grey, so that what
-//! is tested is everything in front of it; the tokenizer is the real one.
+//! The HTTP API over real sockets, with a fake pipeline that generates flat grey images and a real
+//! tokenizer.
 
-/// API keys and origins.
 mod access;
 mod bad_requests;
 mod client;
-/// `POST /v1/images/generations`.
 mod images;
-/// What can be learned of the server.
 mod information;
-/// Health, metrics, deadlines and the end.
 mod operation;
-/// The page at `/`, and the routes that it needs beside the API of `OpenAI`.
 mod page;
 mod pipeline;
-/// Requests that no one has written.
 mod random_bodies;
 mod real_model;
-/// The API of AUTOMATIC1111's web UI.
 mod sdapi;
 mod server;
-/// Server-sent events.
 mod streams;
 
 use base64::Engine as _;
@@ -35,7 +27,7 @@ fn user(content: &Value) -> Value {
     json!([{"role": "user", "content": content}])
 }
 
-/// Width, height and pixels of a part of the answer.
+/// Width, height and pixels of an image part of a chat response.
 fn decode(part: &Value) -> (u32, u32, Vec<u8>) {
     assert_eq!(part["type"], "image_url");
     let url = part["image_url"]["url"].as_str().unwrap();
@@ -49,7 +41,7 @@ fn from_base64(data: &str) -> Vec<u8> {
         .unwrap()
 }
 
-/// Width, height and values of a PNG file.
+/// Width, height and pixels of a PNG file.
 pub(crate) fn decode_png(file: &[u8]) -> (u32, u32, Vec<u8>) {
     let mut reader = png::Decoder::new(std::io::Cursor::new(file))
         .read_info()
@@ -59,7 +51,7 @@ pub(crate) fn decode_png(file: &[u8]) -> (u32, u32, Vec<u8>) {
     (info.width, info.height, pixels)
 }
 
-/// The text in a PNG file that says how it was made.
+/// The generation parameters in a PNG file.
 fn metadata(file: &[u8]) -> Option<String> {
     let reader = png::Decoder::new(std::io::Cursor::new(file))
         .read_info()
@@ -97,7 +89,7 @@ fn a_plain_prompt_is_generated_with_the_defaults() {
     for stage in ["queue", "encode", "denoise", "previews", "decode", "paused"] {
         assert!(body["timings"][stage].as_f64().unwrap() >= 0.0);
     }
-    // The seed that was chosen is the one that was generated with.
+    // The seed in the response is the one of the image.
     let seed = body["seed"].as_u64().unwrap();
     assert!(seed < 1 << 31);
     let (width, height, pixels) = decode(&parts[0]);
@@ -165,7 +157,7 @@ fn an_empty_negative_prompt_turns_guidance_on() {
 }
 
 #[test]
-fn a_default_negative_prompt_is_for_those_who_have_none() {
+fn the_default_negative_prompt_is_used_by_requests_without_one() {
     let settings = Settings {
         default_negative_prompt: Some(" ".to_owned()),
         ..Settings::new("m")
@@ -184,8 +176,8 @@ fn a_default_negative_prompt_is_for_those_who_have_none() {
 }
 
 #[test]
-fn png_files_say_how_they_were_made() {
-    let draw = |server: &TestServer, prompt: &str| {
+fn png_files_contain_the_generation_parameters() {
+    let generate = |server: &TestServer, prompt: &str| {
         let body = json!({"messages": user(&json!(prompt)), "n": 2, "seed": 7});
         let reply = post(server.address, &body);
         let url = parts(&reply)[1]["image_url"]["url"].as_str().unwrap();
@@ -193,7 +185,7 @@ fn png_files_say_how_they_were_made() {
     };
     let server = TestServer::start(Pace::Fast, 4);
     for prompt in ["a café", "雪"] {
-        let text = draw(&server, prompt).unwrap();
+        let text = generate(&server, prompt).unwrap();
         let expected = format!(
             "{prompt}\nSteps: 50, Sampler: Euler, CFG scale: 1, Seed: 7, Size: 64x64, Model: test/model, RNG: CPU, Batch size: 2, Batch pos: 1"
         );
@@ -205,11 +197,11 @@ fn png_files_say_how_they_were_made() {
         ..Settings::new("m")
     };
     let server = TestServer::with_settings(Pace::Fast, 4, settings);
-    assert_eq!(draw(&server, "a cat"), None);
+    assert_eq!(generate(&server, "a cat"), None);
 }
 
 #[test]
-fn health_is_told() {
+fn a_server_is_healthy() {
     let server = TestServer::start(Pace::Fast, 4);
     let reply = get(server.address, "/health");
     assert_eq!(
@@ -239,7 +231,7 @@ fn a_full_queue_is_429_with_a_time_to_retry() {
 }
 
 #[test]
-fn a_failure_of_the_painter_is_500_without_detail_and_the_next_request_succeeds() {
+fn a_failure_of_the_pipeline_is_500_without_detail_and_the_next_request_succeeds() {
     let server = TestServer::start(Pace::Fast, 4);
     for seed in [PANIC_IN_STEP, FAIL_IN_START] {
         let reply = post(
@@ -261,7 +253,7 @@ fn a_failure_of_the_painter_is_500_without_detail_and_the_next_request_succeeds(
 }
 
 #[test]
-fn a_client_that_hangs_up_frees_the_pipeline() {
+fn a_client_that_disconnects_frees_the_pipeline() {
     let server = TestServer::start(Pace::Slow, 4);
     let body = json!({"messages": user(&json!("a cat")), "num_inference_steps": 1000});
     let reply = send(
@@ -277,7 +269,7 @@ fn a_client_that_hangs_up_frees_the_pipeline() {
         "/v1/chat/completions",
         Some(&body),
     );
-    // The one that waits goes first, so that it is never begun.
+    // The waiting request is dropped first, so that it never starts.
     server.wait_for_waiting(1);
     drop(waiting);
     server.wait_for_waiting(0);
@@ -285,13 +277,13 @@ fn a_client_that_hangs_up_frees_the_pipeline() {
 
     let one_step = json!({"messages": user(&json!("a cat")), "num_inference_steps": 1});
     assert_eq!(post(server.address, &one_step).status, 200);
-    // 1000 steps each, had the pipeline not been freed.
+    // There would be 1000 steps for each request if the pipeline were not freed.
     assert!(server.steps() < 500, "{} steps were made", server.steps());
     assert_eq!(server.discards(), 1);
 }
 
 #[test]
-fn requests_under_way_are_finished_on_shutdown() {
+fn running_requests_are_finished_on_shutdown() {
     let mut server = TestServer::start(Pace::Slow, 4);
     let body = json!({"messages": user(&json!("a cat")), "num_inference_steps": 20});
     let pending = send(

@@ -1,53 +1,49 @@
-//! Who may ask: API keys, and web pages of other origins.
+//! Access control: API keys, and web pages of other origins.
 
 use std::fmt;
 use std::str::FromStr;
 use std::sync::Arc;
 
-use axum::extract::{Request, State};
-use axum::http::header::{AUTHORIZATION, RETRY_AFTER};
-use axum::http::{HeaderMap, HeaderValue, Method};
-use axum::middleware::Next;
-use axum::response::{IntoResponse, Response};
+use axum::body::Body;
+use axum::http::header::AUTHORIZATION;
+use axum::http::{HeaderMap, HeaderValue, Request};
+use axum::response::Response;
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
 use subtle::ConstantTimeEq;
-use tower_http::cors::{AllowHeaders, AllowOrigin, CorsLayer};
+use tower_http::validate_request::{ValidateRequest, ValidateRequestHeaderLayer};
 
-use super::App;
-use super::error::ApiError;
-use super::images::SEED_HEADER;
-use super::sdapi::{self, SdapiError};
+use crate::jobs::Caller;
 
-/// Keys that open the API; with none it is open to all.
+/// The keys of an API. Without keys, every request is allowed.
 #[derive(Clone, Default)]
-pub struct ApiKeys(Vec<String>);
+pub struct ApiKeys(Arc<[String]>);
 
-/// Why a text is no API key.
+/// A text that is not an API key.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("an API key is made of visible ASCII characters, without spaces")]
 pub struct InvalidApiKey;
 
-/// Who asks: the one that has this key, or anyone where there are no keys.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Caller(Option<usize>);
-
-impl Caller {
-    pub(super) const ANYONE: Self = Self(None);
-}
-
 impl ApiKeys {
-    /// The error does not repeat the key.
+    /// Checks that every key is printable ASCII without spaces. The error does not contain the key.
     pub fn new(keys: Vec<String>) -> Result<Self, InvalidApiKey> {
         let visible =
             |key: &String| !key.is_empty() && key.bytes().all(|byte| byte.is_ascii_graphic());
         if !keys.iter().all(visible) {
             return Err(InvalidApiKey);
         }
-        Ok(Self(keys))
+        Ok(Self(keys.into()))
     }
 
-    /// Who sent the request, if it has one of the keys as a bearer token.
+    /// The sender of a request with these headers, or `None` if it has none of the keys.
+    fn caller(&self, headers: &HeaderMap, scheme: Scheme) -> Option<Caller> {
+        match scheme {
+            Scheme::Bearer => self.bearer(headers),
+            Scheme::BasicOrBearer => self.basic_or_bearer(headers),
+        }
+    }
+
+    /// Accepts a key as a bearer token.
     fn bearer(&self, headers: &HeaderMap) -> Option<Caller> {
         if self.0.is_empty() {
             return Some(Caller::ANYONE);
@@ -55,8 +51,8 @@ impl ApiKeys {
         self.find(credentials(headers, b"Bearer ")?)
     }
 
-    /// As [`ApiKeys::bearer`], or has one as the password of HTTP Basic authentication. Clients of
-    /// AUTOMATIC1111's web UI send in this way what their users typed in: `USER:KEY`, or the key.
+    /// Accepts a key as a bearer token or as the password of HTTP Basic authentication. Clients of
+    /// AUTOMATIC1111's web UI send what the user has entered: `USER:KEY`, or only the key.
     fn basic_or_bearer(&self, headers: &HeaderMap) -> Option<Caller> {
         let basic = || {
             let typed = BASE64.decode(credentials(headers, b"Basic ")?).ok()?;
@@ -67,7 +63,7 @@ impl ApiKeys {
         self.bearer(headers).or_else(basic)
     }
 
-    /// The time this takes depends on the length of the token, not on how much of it is right.
+    /// Compares in constant time for tokens of one length.
     fn find(&self, token: &[u8]) -> Option<Caller> {
         let mut found = None;
         for (index, key) in self.0.iter().enumerate() {
@@ -79,7 +75,7 @@ impl ApiKeys {
     }
 }
 
-/// What follows the scheme, a space after it included, in the header `Authorization`.
+/// The part of the header `Authorization` after `scheme`, which ends with a space.
 fn credentials<'a>(headers: &'a HeaderMap, scheme: &[u8]) -> Option<&'a [u8]> {
     let header = headers.get(AUTHORIZATION)?.as_bytes();
     let (start, rest) = header.split_at_checked(scheme.len())?;
@@ -88,15 +84,15 @@ fn credentials<'a>(headers: &'a HeaderMap, scheme: &[u8]) -> Option<&'a [u8]> {
 
 impl fmt::Debug for ApiKeys {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(formatter, "ApiKeys({} of them)", self.0.len())
+        write!(formatter, "ApiKeys({} keys)", self.0.len())
     }
 }
 
-/// Where a web page comes from: a scheme and a host, or `*` for anywhere.
+/// An origin of web pages: a scheme and a host, or `*` for any origin.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct CorsOrigin(HeaderValue);
+pub struct CorsOrigin(pub(super) HeaderValue);
 
-/// Why a text is no origin.
+/// A text that is not an origin.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("an origin is a scheme and a host, such as http://localhost:3000, or *")]
 pub struct InvalidOrigin;
@@ -115,47 +111,46 @@ impl FromStr for CorsOrigin {
     }
 }
 
-/// Lets requests below `/v1/` and `/sdapi/` pass only with a key. The rest of the server, which
-/// tells health and what the API is, is open.
-pub(super) async fn require_key(
-    State(app): State<Arc<App>>,
-    mut request: Request,
-    next: Next,
-) -> Response {
-    let (keys, headers) = (&app.settings.api_keys, request.headers());
-    let path = request.uri().path();
-    let caller = if path.starts_with("/v1/") {
-        keys.bearer(headers).ok_or(ApiError::Unauthorized)
-    } else if path.starts_with(sdapi::PREFIX) && app.settings.sdapi {
-        let caller = keys.basic_or_bearer(headers);
-        caller.ok_or(ApiError::UnauthorizedBasic)
-    } else {
-        Ok(Caller::ANYONE)
-    };
-    match caller {
-        Ok(caller) => {
-            request.extensions_mut().insert(caller);
-            next.run(request).await
-        }
-        Err(error @ ApiError::UnauthorizedBasic) => SdapiError::from(error).into_response(),
-        Err(error) => error.into_response(),
-    }
+/// How a client sends its API key.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Scheme {
+    /// As a bearer token.
+    Bearer,
+    /// As a bearer token, or as the password of HTTP Basic authentication.
+    BasicOrBearer,
 }
 
-/// Lets web pages of these origins use the API.
-pub(super) fn cors(origins: &[CorsOrigin]) -> CorsLayer {
-    let origins = origins.iter().map(|origin| origin.0.clone());
-    let allowed = if origins.clone().any(|origin| origin == "*") {
-        AllowOrigin::any()
-    } else {
-        AllowOrigin::list(origins)
-    };
-    CorsLayer::new()
-        .allow_origin(allowed)
-        .allow_methods([Method::GET, Method::POST])
-        // Clients add headers of their own, such as OpenAI's x-stainless-os.
-        .allow_headers(AllowHeaders::mirror_request())
-        .expose_headers([RETRY_AFTER, SEED_HEADER])
+/// A layer that refuses requests without a key, with the response that `refuse` makes. It adds the
+/// [`Caller`] to the extensions of all others.
+pub(super) fn require_key(
+    keys: &ApiKeys,
+    scheme: Scheme,
+    refuse: fn() -> Response,
+) -> ValidateRequestHeaderLayer<RequireKey> {
+    ValidateRequestHeaderLayer::custom(RequireKey {
+        keys: keys.clone(),
+        scheme,
+        refuse,
+    })
+}
+
+/// The check of [`require_key`].
+#[derive(Debug, Clone)]
+pub(super) struct RequireKey {
+    keys: ApiKeys,
+    scheme: Scheme,
+    refuse: fn() -> Response,
+}
+
+impl<B> ValidateRequest<B> for RequireKey {
+    type ResponseBody = Body;
+
+    fn validate(&mut self, request: &mut Request<B>) -> Result<(), Response> {
+        let caller = self.keys.caller(request.headers(), self.scheme);
+        let caller = caller.ok_or_else(self.refuse)?;
+        request.extensions_mut().insert(caller);
+        Ok(())
+    }
 }
 
 #[cfg(test)]
@@ -171,7 +166,7 @@ mod tests {
         keys.bearer(&headers).is_some()
     }
 
-    /// Which of the keys `one` and `two:2` is found in this header.
+    /// Index of the key among `one` and `two:2` that this header contains.
     fn basic(authorization: &str) -> Option<usize> {
         let keys = ApiKeys::new(vec!["one".to_owned(), "two:2".to_owned()]).unwrap();
         let mut headers = HeaderMap::new();

@@ -1,4 +1,4 @@
-//! A request's JSON object: which keys it may have, and how they are read into types.
+//! Reads the JSON object in the body of a request, and checks its keys.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -22,7 +22,7 @@ use super::invalid::InvalidBody;
 /// How long a client may take to send a body.
 const BODY_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// What vLLM-Omni takes, or takes and ignores, and what to do instead here.
+/// Keys that vLLM-Omni accepts and kiln refuses, and what to use instead.
 const UNAVAILABLE: &[(&str, &str)] = &[
     (
         "guidance_scale",
@@ -39,16 +39,16 @@ const UNAVAILABLE: &[(&str, &str)] = &[
     ),
 ];
 
-/// The keys that an endpoint takes.
+/// The keys that an endpoint accepts.
 pub(super) struct Keys {
-    /// That mean something.
+    /// Keys with an effect.
     pub(super) known: BTreeSet<String>,
-    /// That `OpenAI` defines and that say nothing about a picture.
+    /// Keys that `OpenAI` defines and that do not concern images.
     pub(super) ignored: &'static [&'static str],
 }
 
 impl Keys {
-    /// Refuses keys that are none of these. `place` goes before a key in messages.
+    /// Refuses all other keys. Messages put `place` before the key.
     pub(super) fn check(
         &self,
         object: &Map<String, Value>,
@@ -71,7 +71,7 @@ impl Keys {
     }
 }
 
-/// The object in a request's body.
+/// Extracts the JSON object in the body of a request.
 pub(super) struct JsonObject(pub(super) Map<String, Value>);
 
 impl FromRequest<Arc<App>> for JsonObject {
@@ -104,12 +104,12 @@ impl FromRequest<Arc<App>> for JsonObject {
     }
 }
 
-/// Names of a type's fields, as its schema has them.
+/// Names of the fields in a type's schema.
 pub(super) fn field_names<T: PartialSchema>() -> BTreeSet<String> {
     object_schema::<T>().properties.into_keys().collect()
 }
 
-/// Takes the entries with these keys out of an object.
+/// Removes the entries with these keys from an object and returns them.
 pub(super) fn take(object: &mut Map<String, Value>, keys: &BTreeSet<String>) -> Map<String, Value> {
     let present: Vec<String> = object
         .keys()
@@ -122,8 +122,8 @@ pub(super) fn take(object: &mut Map<String, Value>, keys: &BTreeSet<String>) -> 
         .collect()
 }
 
-/// Adds the entries of `nested`, a part of the body of this name, to those beside it. A null is
-/// as good as nothing.
+/// Adds the entries of `nested` to the object that contains it under the key `name`. `null` counts
+/// as absent.
 pub(super) fn merge(
     object: &mut Map<String, Value>,
     nested: Map<String, Value>,
@@ -142,13 +142,13 @@ pub(super) fn merge(
     Ok(())
 }
 
-/// Equal, or the same number written as an integer and as a fraction.
+/// Whether values are equal; `1` and `1.0` are.
 fn same(a: &Value, b: &Value) -> bool {
     let written_apart = a.is_f64() != b.is_f64() && a.as_f64() == b.as_f64();
     a == b || (a.is_number() && b.is_number() && written_apart)
 }
 
-/// An object as a type; what does not fit is blamed by its key.
+/// Reads an object into a type. The error names the key that does not fit.
 pub(super) fn read<T: DeserializeOwned>(object: Map<String, Value>) -> Result<T, InvalidBody> {
     serde_path_to_error::deserialize(Value::Object(object)).map_err(|error| {
         let param = error.path().to_string();
@@ -156,7 +156,7 @@ pub(super) fn read<T: DeserializeOwned>(object: Map<String, Value>) -> Result<T,
     })
 }
 
-/// The schema of a request that is read as two types, with these further keys.
+/// The schema of a request that is read as two types, plus ignored keys.
 pub(super) fn merged_schema<A: PartialSchema, B: PartialSchema>(
     ignored: &[&str],
     description: &str,
@@ -167,7 +167,7 @@ pub(super) fn merged_schema<A: PartialSchema, B: PartialSchema>(
     for key in ignored {
         let schema = utoipa::openapi::ObjectBuilder::new()
             .schema_type(utoipa::openapi::schema::SchemaType::AnyValue)
-            .description(Some("Taken, and without effect on a picture."));
+            .description(Some("Ignored: it does not concern images."));
         merged
             .properties
             .entry((*key).to_owned())

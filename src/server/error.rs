@@ -1,4 +1,4 @@
-//! Every failure a client can see, with its status code and the error body of `OpenAI`.
+//! All errors of the API, with their status codes and the error body of `OpenAI`.
 
 use std::time::Duration;
 
@@ -16,6 +16,7 @@ use crate::tokenizer::TokenizerError;
 
 use super::invalid::InvalidBody;
 
+/// An error that is returned to the client.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum ApiError {
     #[error("there is nothing at {path}")]
@@ -72,6 +73,8 @@ pub(super) enum ApiError {
     Response(#[source] serde_json::Error),
     #[error("a worker thread failed")]
     Worker(#[from] tokio::task::JoinError),
+    #[error("a request handler panicked: {0}")]
+    HandlerPanicked(String),
 }
 
 impl ApiError {
@@ -85,7 +88,7 @@ impl ApiError {
             Self::Interrupted => StatusCode::CONFLICT,
             Self::BodyTooLarge { .. } => StatusCode::PAYLOAD_TOO_LARGE,
             Self::SlowBody | Self::Job(JobError::DeadlinePassed) => StatusCode::REQUEST_TIMEOUT,
-            // 400 also for the content type, as the reference has it.
+            // vLLM-Omni also returns 400 for a wrong content type.
             Self::ContentType
             | Self::Body(_)
             | Self::Json(_)
@@ -101,11 +104,12 @@ impl ApiError {
             | Self::Encode(_)
             | Self::Archive(_)
             | Self::Response(_)
-            | Self::Worker(_) => StatusCode::INTERNAL_SERVER_ERROR,
+            | Self::Worker(_)
+            | Self::HandlerPanicked(_) => StatusCode::INTERNAL_SERVER_ERROR,
         }
     }
 
-    /// The key of the request that is to blame.
+    /// The key of the request that the error is about.
     fn param(&self) -> Option<&str> {
         match self {
             Self::Invalid(error) => Some(error.param()),
@@ -117,11 +121,11 @@ impl ApiError {
         }
     }
 
-    /// When it is worth to ask again.
+    /// Seconds after which the client may try again.
     fn retry_after_seconds(&self) -> Option<u64> {
         let wait = match self {
             Self::Submit(SubmitError::QueueFull { retry_after, .. }) => Some(*retry_after),
-            // Another instance may have taken over by then.
+            // Another instance may have replaced this one by then.
             Self::Submit(SubmitError::Draining | SubmitError::Stopped)
             | Self::Job(JobError::Stopped) => Some(RETRY_AFTER_STOP),
             _ => None,
@@ -129,7 +133,7 @@ impl ApiError {
         wait.map(|wait| wait.as_secs().clamp(1, 3600))
     }
 
-    /// The body of the response. What goes wrong inside is for the log, not for the client.
+    /// The body of the response. Details of internal errors go to the log, not to the client.
     pub(super) fn envelope(&self) -> ErrorEnvelope {
         let status = self.status();
         let message = if status == StatusCode::INTERNAL_SERVER_ERROR {
@@ -152,9 +156,10 @@ impl ApiError {
     }
 }
 
+/// Suggested wait after the server has stopped.
 const RETRY_AFTER_STOP: Duration = Duration::from_secs(10);
 
-/// The body of every error.
+/// The body of an error response.
 #[derive(Debug, Serialize, ToSchema)]
 pub(super) struct ErrorEnvelope {
     error: ErrorBody,
@@ -168,17 +173,18 @@ impl ErrorEnvelope {
 
 #[derive(Debug, Serialize, ToSchema)]
 struct ErrorBody {
-    /// What is wrong, and what to do.
+    /// What is wrong, and how to correct it.
     message: String,
     r#type: &'static str,
-    /// The key of the request that is to blame, dots between levels.
+    /// The key of the request that the error is about, with dots between levels.
     param: Option<String>,
-    /// The status once more.
+    /// The HTTP status code.
     code: u16,
 }
 
 impl ApiError {
-    /// A response with this body, which says what [`ApiError::envelope`] does.
+    /// A response with the error's status and headers, and a body that contains
+    /// [`ApiError::envelope`].
     pub(super) fn respond(&self, body: &impl Serialize) -> Response {
         let body = serde_json::to_vec(body).unwrap_or_default();
         let content_type = [(CONTENT_TYPE, "application/json")];
@@ -205,7 +211,7 @@ impl IntoResponse for ApiError {
     }
 }
 
-/// The names that `OpenAI` has for kinds of errors.
+/// `OpenAI`'s name of a type of errors.
 fn error_type(status: StatusCode) -> &'static str {
     match status {
         StatusCode::UNAUTHORIZED => "authentication_error",

@@ -1,4 +1,4 @@
-//! `POST /v1/images/estimate`: how long a request would take, without drawing it.
+//! `POST /v1/images/estimate`: how long an images request would take, without generating it.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -14,27 +14,30 @@ use super::error::{ApiError, ErrorEnvelope};
 use super::images::{self, ImagesRequest};
 use super::json::json;
 
-/// What would become of a request that came now.
+/// The estimated course of a request that arrives now.
 #[derive(Debug, Serialize, ToSchema)]
 pub(super) struct Estimate {
-    /// Whether it would be taken; if not, the queue is full or the server is about to end.
+    /// Whether the request would be accepted. If not, the queue is full or the server is shutting
+    /// down.
     accepted: bool,
-    /// Requests that would come before it.
+    /// Number of requests that would come before it.
     position: usize,
-    /// Seconds until it is begun, from the measured speed; null before anything has been encoded.
+    /// Seconds until it would start, from the measured speed; null if the server has not generated
+    /// an image yet.
     estimated_wait: Option<f64>,
-    /// Seconds from then until it is encoded.
+    /// Seconds from its start to its end; null if the server has not generated an image yet.
     estimated_time: Option<f64>,
-    /// `WIDTHxHEIGHT` in pixels, as the images would have it.
+    /// Size of the images, `WIDTHxHEIGHT` in pixels.
     size: String,
     num_inference_steps: usize,
 }
 
-/// Tells how long a request would wait and how long it would take. It is checked as
-/// `/v1/images/generations` checks it, and nothing is encoded.
+/// Estimates how long an images request would wait and how long it would take. The request is
+/// checked as by `/v1/images/generations`, and nothing is generated.
 #[utoipa::path(
     post,
-    path = "/v1/images/estimate",
+    path = "/images/estimate",
+    tag = "estimate",
     request_body = ImagesRequest,
     responses(
         (status = 200, body = Estimate),
@@ -47,8 +50,8 @@ pub(super) async fn estimate(
     State(app): State<Arc<App>>,
     JsonObject(object): JsonObject,
 ) -> Result<Response, ApiError> {
-    let parsed = images::parse(object)?.parsed;
-    let (info, job) = parsed.prepare(&app, String::new(), None).await?;
+    let request = images::parse(object)?.request;
+    let (info, job) = request.prepare(&app, String::new(), None).await?;
     let forecast = app.engine.forecast(&job);
     let seconds = |time: Option<Duration>| time.as_ref().map(Duration::as_secs_f64);
     json(&Estimate {

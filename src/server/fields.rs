@@ -1,4 +1,4 @@
-//! Parameters of a generation, as both endpoints take them.
+//! The generation parameters that the chat and the images endpoint have in common.
 
 use std::fmt;
 
@@ -10,57 +10,59 @@ use utoipa::ToSchema;
 use crate::image::{Encoding, ImageFormat};
 use crate::request::GenerationParams;
 
-use super::generation::ParsedRequest;
 use super::invalid::InvalidBody;
+use super::parsed::{ParsedRequest, WireNames};
 
-/// What may be asked of a picture. A null is as good as nothing.
+/// Parameters of a generation. `null` counts as absent.
 #[derive(Debug, PartialEq, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub(super) struct GenerationFields {
-    /// Height of the image in pixels, rounded down to a multiple of 16. Without one the model
-    /// draws its own size, 1024 for Qwen-Image.
+    /// Height of the image in pixels, rounded down to a multiple of 16. Default: the model's own
+    /// size, 1024 for Qwen-Image.
     #[schema(value_type = Option<i64>, minimum = 1)]
     height: Option<Integer>,
-    /// Width of the image in pixels, rounded down to a multiple of 16.
+    /// Width of the image in pixels, rounded down to a multiple of 16. Default: as for `height`.
     #[schema(value_type = Option<i64>, minimum = 1)]
     width: Option<Integer>,
-    /// Both at once: `WIDTHxHEIGHT` in pixels, or `auto` for the model's own size.
+    /// Width and height in one string: `WIDTHxHEIGHT` in pixels, or `auto` for the model's own
+    /// size.
     #[schema(value_type = Option<String>, pattern = "^(auto|[0-9]+[xX][0-9]+)$", example = "1024x768")]
     size: Option<Size>,
-    /// Denoising steps, 50 if none are given. Time grows in proportion.
+    /// Number of denoising steps, 50 by default. The time grows in proportion to it.
     #[schema(value_type = Option<i64>, minimum = 1)]
     num_inference_steps: Option<Integer>,
-    /// How strongly to steer away from the negative prompt, 4 if nothing is given. At 1 and below,
-    /// and without a negative prompt, there is no guidance.
+    /// Scale of the classifier-free guidance away from the negative prompt, 4 by default. There is
+    /// no guidance at 1 and below, nor without a negative prompt.
     #[schema(minimum = 0.0)]
     true_cfg_scale: Option<f64>,
-    /// Another name of `true_cfg_scale`.
+    /// Alias of `true_cfg_scale`.
     #[schema(minimum = 0.0)]
     cfg_scale: Option<f64>,
-    /// Seed of the noise. Without one a seed is chosen; the answer says which.
+    /// Seed of the noise. Without it the server chooses one; the response contains the seed in
+    /// either case.
     #[schema(value_type = Option<u64>, minimum = 0)]
     seed: Option<Integer>,
-    /// What to steer away from. Any text turns guidance on, an empty one too, and doubles the time
-    /// of each step.
+    /// Negative prompt. Any text, even an empty one, turns guidance on and doubles the time of each
+    /// step.
     negative_prompt: Option<String>,
-    /// Images to draw, 1 if nothing is given. They share the seed and differ in their noise.
+    /// Number of images, 1 by default. They share the seed and differ in their noise.
     #[schema(value_type = Option<i64>, minimum = 1)]
     num_outputs_per_prompt: Option<Integer>,
-    /// Another name of `num_outputs_per_prompt`.
+    /// Alias of `num_outputs_per_prompt`.
     #[schema(value_type = Option<i64>, minimum = 1)]
     n: Option<Integer>,
-    /// Kind of the image file, `png` if none is given.
+    /// Format of the image files, `png` by default.
     output_format: Option<OutputFormat>,
-    /// Quality of a JPEG or WebP file from 0 to 100, which is also the default. PNG files always
-    /// keep every pixel; up to 66 they take more time to be a little smaller.
+    /// Quality of JPEG and WebP files from 0 to 100, 100 by default. PNG is always lossless; up to
+    /// 66, PNG files are compressed more slowly and get slightly smaller.
     #[schema(value_type = Option<u8>, maximum = 100)]
     output_compression: Option<Integer>,
-    /// Whose noise the seed stands for: torch's on the CPU or on CUDA. Without one, what the
-    /// server was started with.
+    /// Device whose PyTorch random number generator the noise reproduces: `cpu` or `cuda`.
+    /// Default: the one that the server was started with.
     generator_device: Option<GeneratorDevice>,
 }
 
-/// An image file's format; `jpg` is `jpeg`.
+/// Format of an image file; `jpg` is an alias of `jpeg`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, ToSchema)]
 #[serde(rename_all = "lowercase")]
 pub(super) enum OutputFormat {
@@ -77,43 +79,8 @@ enum GeneratorDevice {
     Cuda,
 }
 
-/// Which keys a client wrote, where it has a choice.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct WireNames {
-    pub(super) prompt: &'static str,
-    size_given: bool,
-    steps: &'static str,
-    scale: &'static str,
-    images: &'static str,
-}
-
-impl WireNames {
-    /// As the web UI of AUTOMATIC1111 has them; `images` is what the client gave their number as.
-    pub(super) fn of_web_ui(images: &'static str) -> Self {
-        Self {
-            prompt: "prompt",
-            size_given: false,
-            steps: "steps",
-            scale: "cfg_scale",
-            images,
-        }
-    }
-
-    /// What the client called a field of [`GenerationParams`].
-    pub(super) fn of(&self, field: &'static str) -> &'static str {
-        match field {
-            "prompt" => self.prompt,
-            "height" | "width" if self.size_given => "size",
-            "num_inference_steps" => self.steps,
-            "true_cfg_scale" => self.scale,
-            "num_images" => self.images,
-            name => name,
-        }
-    }
-}
-
 impl GenerationFields {
-    /// An parsed for a picture of `prompt`, which came under the key `prompt_name`.
+    /// Adds the prompt, which the client sent under the key `prompt_name`, and resolves aliases.
     pub(super) fn parse(
         self,
         prompt: String,
@@ -193,7 +160,7 @@ fn encoding(
     Ok(encoding)
 }
 
-/// The value under either of two names, with the name that it came under.
+/// The value given under either of two names, and the name it was given under.
 fn either<T: PartialEq>(
     (name, value): (&'static str, Option<T>),
     (alias, other): (&'static str, Option<T>),
@@ -205,6 +172,7 @@ fn either<T: PartialEq>(
     }
 }
 
+/// As [`either`], for a value that is certainly given under the first name.
 fn both(
     (name, value): (&'static str, Integer),
     other: (&'static str, Option<Integer>),
@@ -212,7 +180,8 @@ fn both(
     either((name, Some(value)), other).map(|(name, value)| (value, name))
 }
 
-/// Any integer that JSON can carry; 4.0 is one, too. Its bounds are checked where they are known.
+/// Any integer that JSON can hold, `4.0` included. Its range is checked later, where the bounds
+/// are known.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Integer(pub(super) i128);
 
@@ -236,7 +205,7 @@ impl<'de> Deserialize<'de> for Integer {
             }
 
             fn visit_f64<E: serde::de::Error>(self, value: f64) -> Result<Integer, E> {
-                // Beyond 2^53 it would not be the integer that was written.
+                // Above 2^53 a float may differ from the integer that was written.
                 if value.fract() == 0.0 && value.abs() <= 9_007_199_254_740_992.0 {
                     Ok(Integer(value as i128))
                 } else {
@@ -249,7 +218,7 @@ impl<'de> Deserialize<'de> for Integer {
     }
 }
 
-/// `auto` or `1024x768`; the x may be a capital.
+/// `auto` or `WIDTHxHEIGHT`; the `x` may be upper case.
 #[derive(Debug, Clone, Copy, PartialEq)]
 enum Size {
     Auto,

@@ -1,47 +1,37 @@
-//! The one way from a request to image files, whichever endpoint it came to.
+//! From a parsed request to encoded images, for every endpoint: check, submit, follow, encode.
 
 use std::num::NonZeroUsize;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use kiln_models::job::{Job, RgbImage};
-use kiln_models::noise::NoiseGenerator;
 use serde::Serialize;
 use tokio::task::spawn_blocking;
+use tracing::Span;
 use utoipa::ToSchema;
 
 use crate::engine::{Event, Finished, JobHandle, SubmitOptions, Timings};
 use crate::image::{Encoding, ImageFormat, MAX_WEBP_SIDE, encode};
-use crate::request::{GenerationParams, GenerationRequest, PromptTokens};
+use crate::request::{GenerationRequest, PromptTokens};
 
 use super::App;
 use super::error::ApiError;
-use super::fields::WireNames;
+use super::parsed::ParsedRequest;
 
-/// What a client asks for, not yet checked against the model and the server's limits.
-#[derive(Debug)]
-pub(super) struct ParsedRequest {
-    pub(super) params: GenerationParams,
-    pub(super) names: WireNames,
-    pub(super) encoding: Encoding,
-    /// None for the server's own.
-    pub(super) noise_generator: Option<NoiseGenerator>,
-}
-
-/// How often a picture is shown while it is encoded.
+/// How often a preview is made while an image is generated.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Previews {
     Never,
-    /// After every so many steps.
+    /// After this number of steps, again and again.
     Every(NonZeroUsize),
-    /// At most so many times, evenly.
+    /// At most this number of previews, evenly spaced.
     Count(usize),
 }
 
-/// What happens to a request that is watched.
+/// An update on a running request.
 pub(super) enum RequestProgress {
     Queued {
-        /// Jobs that come before this one.
+        /// Number of jobs that come before this one.
         position: usize,
         estimated_wait: Option<Duration>,
     },
@@ -49,32 +39,32 @@ pub(super) enum RequestProgress {
         done: usize,
         total: usize,
     },
-    /// A small picture of the first image.
+    /// A small preview of the first image.
     Preview {
-        /// From 0.
+        /// Index of the preview, from 0.
         number: usize,
         step: usize,
         image: RgbImage,
-        /// The image as a PNG file.
+        /// `image` as a PNG file.
         file: Vec<u8>,
     },
-    /// Nothing comes after it.
+    /// The last update.
     EncodedImages(EncodedImages),
 }
 
-/// A request that the engine has taken. Dropping it cancels the job, and it is dropped when the
-/// client goes away.
+/// A request that the engine has accepted. Dropping it cancels the job; it is dropped when the
+/// client disconnects.
 pub(super) struct RunningRequest {
     app: Arc<App>,
-    info: RequestInfo,
+    info: Arc<RequestInfo>,
     handle: JobHandle,
     received: Instant,
-    /// How many there have been.
+    /// Number of previews so far.
     previews: usize,
 }
 
-/// What is known of a picture before it is encoded.
-#[derive(Debug, Clone)]
+/// What is known about a request before its images exist.
+#[derive(Debug)]
 pub(super) struct RequestInfo {
     pub(super) id: String,
     /// Name of the model in the response.
@@ -83,28 +73,28 @@ pub(super) struct RequestInfo {
     pub(super) created: u64,
     pub(super) request: GenerationRequest,
     pub(super) encoding: Encoding,
-    /// Tokens of what the client wrote: prompt and negative prompt without the template.
+    /// Tokens of the prompt and the negative prompt, without the template.
     pub(super) prompt_tokens: usize,
-    /// Tokens the transformer generates, one for each of its patches.
+    /// Tokens of all images: one for each patch of the transformer.
     pub(super) image_tokens: usize,
 }
 
-/// Image files, and what is told with them.
+/// The finished images of a request.
 #[derive(Debug)]
 pub(super) struct EncodedImages {
-    pub(super) info: RequestInfo,
-    /// One an image.
+    pub(super) info: Arc<RequestInfo>,
+    /// One file for each image.
     pub(super) files: Vec<Vec<u8>>,
     pub(super) timings: StageSeconds,
 }
 
-/// What is told of a picture beyond `OpenAI`'s API: what it takes to make it again, and how long
-/// it took.
+/// Fields of a response beyond `OpenAI`'s API: what is needed to reproduce the images, and how long
+/// they took.
 #[derive(Debug, Serialize, ToSchema)]
 pub(super) struct ImageFacts {
-    /// The seed that was used, whether it was given or chosen.
+    /// The seed that was used, whether the client gave it or the server chose it.
     seed: u64,
-    /// `WIDTHxHEIGHT` in pixels, as the image has it.
+    /// Size of the images, `WIDTHxHEIGHT` in pixels.
     size: String,
     num_inference_steps: usize,
     timings: StageSeconds,
@@ -124,17 +114,17 @@ impl ImageFacts {
 /// Seconds spent in each stage.
 #[derive(Debug, Clone, Copy, Serialize, ToSchema)]
 pub(super) struct StageSeconds {
-    /// Waiting for the device.
+    /// Time in the queue.
     queue: f64,
-    /// Prompts, noise and schedule.
+    /// Encoding the prompts, making the noise and the schedule.
     encode: f64,
-    /// All steps.
+    /// All denoising steps.
     denoise: f64,
-    /// Previews, if there were any.
+    /// Making previews.
     previews: f64,
-    /// From latents to pixels.
+    /// Decoding latents to pixels.
     decode: f64,
-    /// While others had their turns, after the start.
+    /// Time after the start in which the device worked on other requests.
     paused: f64,
 }
 
@@ -144,22 +134,21 @@ impl Previews {
         match self {
             Self::Never | Self::Count(0) => None,
             Self::Every(interval) => Some(interval),
-            // The last step is shown by the picture itself.
+            // After the last step there is the image itself.
             Self::Count(count) => NonZeroUsize::new(steps.div_ceil(count + 1)),
         }
     }
 }
 
 impl RequestInfo {
-    /// `WIDTHxHEIGHT` in pixels, as the image has it.
+    /// Size of the images, `WIDTHxHEIGHT` in pixels.
     pub(super) fn size(&self) -> String {
         format!("{}x{}", self.request.size.width, self.request.size.height)
     }
 }
 
 impl ParsedRequest {
-    /// Checks the request and gives it to the engine. `model` is the name that the client asked
-    /// for.
+    /// Checks the request and submits it to the engine. `model` is the model name in the request.
     pub(super) async fn submit(
         self,
         app: &Arc<App>,
@@ -176,27 +165,20 @@ impl ParsedRequest {
                 .request_timeout
                 .and_then(|timeout| received.checked_add(timeout)),
             preview_every: previews.interval(steps),
-            span: tracing::Span::current(),
+            span: Span::current(),
         };
         let handle = app.engine.submit(job, options)?;
-        tracing::info!(
-            id = info.id,
-            size = info.size(),
-            steps,
-            images = info.request.num_images,
-            seed = info.request.noise.seed,
-            "accepted"
-        );
+        tracing::debug!(id = info.id, "accepted");
         Ok(RunningRequest {
             app: Arc::clone(app),
-            info,
+            info: Arc::new(info),
             handle,
             received,
             previews: 0,
         })
     }
 
-    /// Checks the request as [`ParsedRequest::submit`] does, and no more.
+    /// Checks the request and tokenizes its prompts, without submitting it.
     pub(super) async fn prepare(
         self,
         app: &Arc<App>,
@@ -262,12 +244,11 @@ impl ParsedRequest {
 }
 
 impl RunningRequest {
-    pub(super) fn info(&self) -> &RequestInfo {
+    pub(super) fn info(&self) -> &Arc<RequestInfo> {
         &self.info
     }
 
-    /// Waits for the picture, and makes the response of it on a thread where that may take its
-    /// time.
+    /// Waits for the images, and makes the response on a thread that may block.
     pub(super) async fn finish<T: Send + 'static>(
         mut self,
         respond: impl FnOnce(EncodedImages) -> Result<T, ApiError> + Send + 'static,
@@ -284,7 +265,7 @@ impl RunningRequest {
         }
     }
 
-    /// Waits for what happens next.
+    /// Waits for the next update.
     pub(super) async fn update(&mut self) -> Result<RequestProgress, ApiError> {
         loop {
             match self.handle.next_event().await {
@@ -330,7 +311,7 @@ impl RunningRequest {
         respond: impl FnOnce(EncodedImages) -> Result<T, ApiError> + Send + 'static,
     ) -> Result<T, ApiError> {
         let Finished { output, timings } = finished;
-        let (app, info) = (Arc::clone(&self.app), self.info.clone());
+        let (app, info) = (Arc::clone(&self.app), Arc::clone(&self.info));
         let response = spawn_blocking(move || {
             let files = encode_all(&app, &info, &output.images)?;
             respond(EncodedImages {
@@ -340,8 +321,25 @@ impl RunningRequest {
             })
         })
         .await??;
-        log_finished(&self.info.id, self.received, timings);
+        self.log_finished(timings);
         Ok(response)
+    }
+
+    fn log_finished(&self, timings: Timings) {
+        let RequestInfo { id, request, .. } = self.info.as_ref();
+        tracing::info!(
+            id,
+            size = self.info.size(),
+            steps = request.sampling.steps,
+            images = request.num_images,
+            seed = request.noise.seed,
+            "finished in {:.3} s: queue {:.3}, encode {:.3}, denoise {:.3}, decode {:.3}",
+            self.received.elapsed().as_secs_f64(),
+            timings.queue.as_secs_f64(),
+            timings.encode.as_secs_f64(),
+            timings.denoise.as_secs_f64(),
+            timings.decode.as_secs_f64(),
+        );
     }
 }
 
@@ -361,24 +359,12 @@ fn encode_all(
     Ok(files)
 }
 
-fn log_finished(id: &str, received: Instant, timings: Timings) {
-    tracing::info!(
-        id,
-        "finished in {:.3} s: queue {:.3}, encode {:.3}, denoise {:.3}, decode {:.3}",
-        received.elapsed().as_secs_f64(),
-        timings.queue.as_secs_f64(),
-        timings.encode.as_secs_f64(),
-        timings.denoise.as_secs_f64(),
-        timings.decode.as_secs_f64(),
-    );
-}
-
 fn prompt_tokens(app: &App, tokens: &PromptTokens) -> usize {
     let prompts = std::iter::once(&tokens.prompt).chain(&tokens.negative_prompt);
     prompts.map(|ids| app.tokenizer.prompt_tokens(ids)).sum()
 }
 
-/// A patch is `size_multiple` pixels squared.
+/// A patch has `size_multiple` by `size_multiple` pixels.
 fn image_tokens(request: &GenerationRequest, size_multiple: usize) -> usize {
     let patches = (request.size.height / size_multiple) * (request.size.width / size_multiple);
     patches * request.num_images

@@ -1,4 +1,4 @@
-//! Whether the process is alive, and whether requests should be sent to it.
+//! `GET /health`, `/health/live` and `/health/ready`: liveness and readiness of the server.
 
 use std::sync::Arc;
 
@@ -12,18 +12,22 @@ use crate::engine::State as EngineState;
 
 use super::App;
 
-/// Tells whether the server is alive: it starts, works or finishes what it has.
+/// Reports whether the server is alive: starting, ready, or finishing its last requests.
 #[utoipa::path(
     get,
     path = "/health",
-    responses((status = 200, description = "It is."), (status = 503, description = "It is not.")),
+    tag = "health",
+    responses(
+        (status = 200, description = "The server is alive."),
+        (status = 503, description = "The engine has stopped or failed; the server must be restarted."),
+    ),
 )]
 pub(super) async fn health(State(app): State<Arc<App>>) -> Response {
     let is_dead = matches!(
         app.engine.state(),
         EngineState::Stopped | EngineState::Failed(_)
     );
-    // The body is the reference's.
+    // The same body as vLLM-Omni's.
     status(!is_dead, ["healthy", "unhealthy"])
 }
 
@@ -31,18 +35,26 @@ pub(super) async fn health(State(app): State<Arc<App>>) -> Response {
 #[utoipa::path(
     get,
     path = "/health/live",
-    responses((status = 200, description = "It is."), (status = 503, description = "It is not.")),
+    tag = "health",
+    responses(
+        (status = 200, description = "The server is alive."),
+        (status = 503, description = "The engine has stopped or failed; the server must be restarted."),
+    ),
 )]
 pub(super) async fn live(app: State<Arc<App>>) -> Response {
     health(app).await
 }
 
-/// Tells whether requests are taken and will be generated: the warm-up is over and nobody has asked
-/// the server to end.
+/// Reports whether the server accepts requests: the warm-up is over, and the server is not shutting
+/// down.
 #[utoipa::path(
     get,
     path = "/health/ready",
-    responses((status = 200, description = "They are."), (status = 503, description = "They are not.")),
+    tag = "health",
+    responses(
+        (status = 200, description = "The server accepts requests."),
+        (status = 503, description = "The server is starting, shutting down, stopped or failed."),
+    ),
 )]
 pub(super) async fn ready(State(app): State<Arc<App>>) -> Response {
     let state = app.engine.state();
@@ -56,6 +68,7 @@ pub(super) async fn ready(State(app): State<Arc<App>>) -> Response {
     }
 }
 
+/// The state in responses.
 pub(super) fn state_name(state: &EngineState) -> &'static str {
     match state {
         EngineState::Starting => "starting",

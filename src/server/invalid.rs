@@ -1,10 +1,12 @@
+//! Errors in the JSON of a request that need no knowledge of the model.
+
 use serde_json::Value;
 
-/// Longest message of the JSON reader that a client gets to see, in characters: it may quote what
-/// the client sent.
+/// Maximum length of a message of the JSON reader in a response, in characters: it may quote the
+/// request.
 const MAX_QUOTE: usize = 200;
 
-/// What is wrong with a request's JSON, before anything is known of the model.
+/// An error in the JSON of a request.
 #[derive(Debug, PartialEq, thiserror::Error)]
 pub(super) enum InvalidBody {
     #[error("{param} is required")]
@@ -69,7 +71,7 @@ impl InvalidBody {
         )
     }
 
-    /// Of a value that the JSON reader did not take.
+    /// A value that the JSON reader refused with this message.
     pub(super) fn value(param: String, message: &str) -> Self {
         let mut quoted: String = message.chars().take(MAX_QUOTE).collect();
         if quoted.len() < message.len() {
@@ -79,7 +81,7 @@ impl InvalidBody {
         Self::Value { param, message }
     }
 
-    /// The request's key that is to blame, dots between levels.
+    /// The key that the error is about, with dots between levels.
     pub(super) fn param(&self) -> &str {
         match self {
             Self::Missing { param }
@@ -96,7 +98,7 @@ impl InvalidBody {
     }
 }
 
-/// Short enough for a message: numbers as they are, the rest by kind.
+/// A short description for a message: numbers in full, other values by their type.
 fn describe(value: &Value) -> String {
     match value {
         Value::Null => "null".to_owned(),

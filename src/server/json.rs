@@ -1,4 +1,4 @@
-//! Answers that are JSON.
+//! JSON responses.
 
 use axum::http::header::CONTENT_TYPE;
 use axum::response::{IntoResponse, Response};
@@ -6,7 +6,7 @@ use serde::Serialize;
 
 use super::error::ApiError;
 
-/// A body as the answer, with status 200.
+/// A response with status 200 and this body.
 pub(super) fn json(body: &impl Serialize) -> Result<Response, ApiError> {
     let body = serde_json::to_vec(body).map_err(ApiError::Response)?;
     Ok(([(CONTENT_TYPE, "application/json")], body).into_response())

@@ -1,4 +1,4 @@
-//! `GET /metrics`, in Prometheus' text format.
+//! `GET /metrics`: counters of the engine in Prometheus' text format.
 
 use std::fmt::{Display, Write};
 use std::sync::Arc;
@@ -12,10 +12,11 @@ use crate::engine::{BUCKET_BOUNDS, EngineStats, Histogram};
 
 use super::App;
 
-/// Tells what the server does and has done.
+/// Returns counters and timings in Prometheus' text format.
 #[utoipa::path(
     get,
     path = "/metrics",
+    tag = "metrics",
     responses((status = 200, body = String, content_type = "text/plain")),
 )]
 pub(super) async fn metrics(State(app): State<Arc<App>>) -> Response {
@@ -23,22 +24,26 @@ pub(super) async fn metrics(State(app): State<Arc<App>>) -> Response {
     ([(CONTENT_TYPE, "text/plain; version=0.0.4")], text).into_response()
 }
 
-/// The engine's numbers are a snapshot already, so that all there is to do is to write them.
+/// Writes a snapshot of the engine's numbers.
 fn text(stats: &EngineStats) -> String {
     let mut page = Page::default();
-    // The second names are what routers that know vLLM look for.
+    // The second name is vLLM's, which routers read.
     for name in ["kiln_requests_waiting", "vllm:num_requests_waiting"] {
-        page.gauge(name, "Requests that wait for the device.", stats.waiting);
+        page.gauge(name, "Requests in the queue.", stats.waiting);
     }
     for name in ["kiln_requests_running", "vllm:num_requests_running"] {
-        page.gauge(name, "Requests that are generated.", stats.running);
+        page.gauge(
+            name,
+            "Requests whose images are being generated.",
+            stats.running,
+        );
     }
     let outcomes = &stats.outcomes;
     page.labelled(
         (
             "kiln_requests_total",
             "counter",
-            "Requests by how they ended.",
+            "Ended requests by outcome.",
         ),
         "outcome",
         &[
@@ -52,41 +57,49 @@ fn text(stats: &EngineStats) -> String {
     );
     page.counter(
         "kiln_steps_total",
-        "Denoising steps, of unfinished requests too.",
+        "Denoising steps, including those of unfinished requests.",
         stats.steps,
     );
-    page.counter("kiln_images_total", "Images generated.", stats.images);
-    page.counter("kiln_pixels_total", "Pixels of those images.", stats.pixels);
+    page.counter("kiln_images_total", "Generated images.", stats.images);
+    page.counter(
+        "kiln_pixels_total",
+        "Pixels of the generated images.",
+        stats.pixels,
+    );
     for (name, help, histogram) in [
         (
             "kiln_queue_seconds",
-            "From a request's arrival in the queue to its start.",
+            "Time of a request in the queue.",
             &stats.waiting_time,
         ),
         (
             "kiln_encode_seconds",
-            "Prompts, noise and schedule of a request.",
+            "Time to encode the prompts of a request and to make its noise and schedule.",
             &stats.encode_time,
         ),
         (
             "kiln_step_seconds",
-            "One denoising step of one request.",
+            "Time of one denoising step of one request.",
             &stats.step_time,
         ),
         (
             "kiln_denoise_seconds",
-            "All denoising steps of a request.",
+            "Time of all denoising steps of a request.",
             &stats.denoise_time,
         ),
         (
             "kiln_decode_seconds",
-            "Decoding of all images of a request.",
+            "Time to decode all images of a request.",
             &stats.decode_time,
         ),
-        ("kiln_preview_seconds", "One preview.", &stats.preview_time),
+        (
+            "kiln_preview_seconds",
+            "Time to make one preview.",
+            &stats.preview_time,
+        ),
         (
             "kiln_request_seconds",
-            "From a request's arrival in the queue to its output.",
+            "Time from the arrival of a request in the queue to its last image.",
             &stats.total_time,
         ),
     ] {
@@ -99,17 +112,17 @@ fn text(stats: &EngineStats) -> String {
     let memory = [
         (
             "kiln_memory_in_use_bytes",
-            "Memory of the device in use.",
+            "Memory in use on the device.",
             stats.memory.in_use,
         ),
         (
             "kiln_memory_reserved_bytes",
-            "Memory of the device that is reserved.",
+            "Memory reserved on the device.",
             stats.memory.reserved,
         ),
     ];
     for (name, help, bytes) in memory {
-        // Not all devices count.
+        // Not every device reports its memory.
         if let Some(bytes) = bytes {
             page.gauge(name, help, bytes);
         }
@@ -117,6 +130,7 @@ fn text(stats: &EngineStats) -> String {
     page.text
 }
 
+/// The text that is being written.
 #[derive(Default)]
 struct Page {
     text: String,
@@ -171,22 +185,34 @@ impl Page {
     fn caches(&mut self, caches: &[(&str, CacheUse)]) {
         type Field = fn(&CacheUse) -> u64;
         let families: [(&str, &str, &str, Field); 5] = [
-            ("kiln_cache_entries", "gauge", "Entries.", |cache| {
-                cache.entries as u64
-            }),
-            ("kiln_cache_bytes", "gauge", "Bytes of them.", |cache| {
-                cache.bytes as u64
-            }),
-            ("kiln_cache_max_bytes", "gauge", "Their limit.", |cache| {
-                cache.max_bytes as u64
-            }),
-            ("kiln_cache_hits_total", "counter", "Found.", |cache| {
-                cache.hits
-            }),
+            (
+                "kiln_cache_entries",
+                "gauge",
+                "Entries of the cache.",
+                |cache| cache.entries as u64,
+            ),
+            (
+                "kiln_cache_bytes",
+                "gauge",
+                "Size of the entries of the cache.",
+                |cache| cache.bytes as u64,
+            ),
+            (
+                "kiln_cache_max_bytes",
+                "gauge",
+                "Limit of the size of the cache.",
+                |cache| cache.max_bytes as u64,
+            ),
+            (
+                "kiln_cache_hits_total",
+                "counter",
+                "Lookups that found an entry.",
+                |cache| cache.hits,
+            ),
             (
                 "kiln_cache_misses_total",
                 "counter",
-                "Not found.",
+                "Lookups that found no entry.",
                 |cache| cache.misses,
             ),
         ];

@@ -1,4 +1,5 @@
-//! The HTTP server: the only place that knows axum and wire types.
+//! The HTTP server: routes, authentication, and the JSON of requests and responses. No other module
+//! uses axum.
 
 mod access;
 mod body;
@@ -11,11 +12,13 @@ mod health;
 mod images;
 mod invalid;
 mod json;
-mod messages;
+mod layers;
 mod metrics;
 mod models;
 mod openapi;
 mod page;
+mod parsed;
+mod routes;
 mod sdapi;
 mod signals;
 mod status;
@@ -27,12 +30,7 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use axum::Router;
-use axum::body::Bytes;
 use axum::extract::DefaultBodyLimit;
-use axum::http::header::{CONTENT_SECURITY_POLICY, CONTENT_TYPE};
-use axum::http::{Method, Uri};
-use axum::middleware::from_fn_with_state;
-use axum::routing::{get, post};
 use kiln_models::noise::NoiseGenerator;
 use tokio::net::TcpListener;
 use tokio::sync::oneshot;
@@ -40,57 +38,57 @@ use tokio::time::sleep;
 
 use crate::checkpoint::PromptGuide;
 use crate::engine::Engine;
+use crate::jobs::{JobRegistry, Retention};
 use crate::request::Limits;
 use crate::tokenizer::PromptTokenizer;
-
-use self::error::ApiError;
 
 pub use self::access::{ApiKeys, CorsOrigin, InvalidApiKey, InvalidOrigin};
 pub use self::signals::shutdown_signal;
 
-/// Bytes of a request's body, unless told otherwise. The longest prompt takes a few kilobytes.
+/// Default limit of a request body in bytes. The longest prompt takes a few kilobytes.
 pub const DEFAULT_MAX_BODY_BYTES: usize = 2 << 20;
 
-/// How long a server that ends waits for clients to read what has been generated for them.
+/// How long a server that shuts down waits for clients to read their responses.
 const LAST_ANSWERS: Duration = Duration::from_secs(10);
 
-/// What the handlers work with.
+/// The state that all handlers share.
 #[derive(Debug)]
 pub struct App {
     pub engine: Engine,
     pub tokenizer: Arc<PromptTokenizer>,
     pub limits: Limits,
-    /// Draws the noise of requests that do not choose.
+    /// Makes the noise of requests that do not select a generator.
     pub noise_generator: NoiseGenerator,
     pub settings: Settings,
-    /// Unix time in seconds.
+    /// Unix time of the start, in seconds.
     started: u64,
-    board: sdapi::JobRegistry,
+    /// Requests to `/sdapi/v1/txt2img`.
+    sdapi_jobs: Arc<JobRegistry<()>>,
 }
 
-/// How the server behaves, whatever it draws with.
+/// Settings of the server that do not depend on the model.
 #[derive(Debug, Clone)]
 pub struct Settings {
-    /// The model's names; the first one is used where a request names none of them.
+    /// Names of the model. The first one is the default.
     pub served_model_names: Vec<String>,
     pub api_keys: ApiKeys,
-    /// Whose web pages may use the API.
+    /// Origins whose web pages may use the API.
     pub cors_origins: Vec<CorsOrigin>,
     pub max_body_bytes: usize,
-    /// How long a request may take from its arrival; it is refused with 408 then.
+    /// Time limit of a request from its arrival; after it, the request fails with 408.
     pub request_timeout: Option<Duration>,
-    /// For requests that have none.
+    /// Negative prompt of requests that have none.
     pub default_negative_prompt: Option<String>,
-    /// Whether PNG files say how they were made.
+    /// Whether PNG files contain the generation parameters.
     pub metadata: bool,
-    /// Whether the API of AUTOMATIC1111's web UI is answered, too.
+    /// Whether to serve the API of AUTOMATIC1111's web UI as well.
     pub sdapi: bool,
-    /// How to word a prompt, for a model that does not understand all words.
+    /// Hints for prompts, for a model that knows only some words.
     pub prompt_guide: Option<&'static PromptGuide>,
 }
 
 impl Settings {
-    /// Open to all that reach it, with no limits but the default ones.
+    /// Default settings: no API keys, no other origins, and the default limits.
     pub fn new(served_model_name: &str) -> Self {
         Self {
             served_model_names: vec![served_model_name.to_owned()],
@@ -122,74 +120,34 @@ impl App {
             noise_generator,
             settings,
             started: now.unwrap_or_default().as_secs(),
-            board: sdapi::JobRegistry::default(),
+            sdapi_jobs: Arc::new(JobRegistry::new(Retention::NONE)),
         }
     }
 
-    /// The name to answer under where this one was asked for.
-    fn model_name(&self, asked: Option<&str>) -> &str {
+    /// The name of the model in a response: the requested one if the model has it, else the first.
+    fn model_name(&self, requested: Option<&str>) -> &str {
         let names = &self.settings.served_model_names;
-        let served = names.iter().find(|name| Some(name.as_str()) == asked);
+        let served = names.iter().find(|name| Some(name.as_str()) == requested);
         served.or(names.first()).map_or("kiln", String::as_str)
     }
 }
 
-/// All routes. Every failure, of a route or of the routing, has the error body of `OpenAI`.
+/// All routes, with their middleware. Every failure, of a route or of the routing, is answered
+/// with the error body of `OpenAI`.
 pub fn router(app: App) -> Router {
     let app = Arc::new(app);
-    let document = Bytes::from(openapi::document(&app.limits, app.settings.sdapi));
-    let document = async move || ([(CONTENT_TYPE, "application/json")], document);
-    let docs = [
-        (CONTENT_TYPE, "text/html; charset=utf-8"),
-        (
-            CONTENT_SECURITY_POLICY,
-            "default-src 'self'; script-src 'unsafe-inline'; style-src 'unsafe-inline'",
-        ),
-    ];
-    let sdapi = app.settings.sdapi;
-    let mut router = Router::new()
-        .route("/v1/chat/completions", post(chat::chat_completions))
-        .route("/v1/images/generations", post(images::generations))
-        .route("/v1/images/estimate", post(estimate::estimate))
-        .route("/v1/status", get(status::status))
-        .route("/v1/models", get(models::list))
-        .route("/v1/models/{*name}", get(models::retrieve))
-        .route("/version", get(models::version))
-        .route("/health", get(health::health))
-        .route("/health/live", get(health::live))
-        .route("/health/ready", get(health::ready))
-        .route("/metrics", get(metrics::metrics))
-        .route("/openapi.json", get(document))
-        .route("/docs", get(async move || (docs, openapi::DOCS_PAGE)))
+    let (router, document) = routes::routes(&app.settings).split_for_parts();
+    let router = router
+        .merge(openapi::routes(document, &app.limits))
         .merge(page::routes())
-        .merge(if sdapi {
-            sdapi::routes()
-        } else {
-            Router::new()
-        })
-        .fallback(async move |uri: Uri| {
-            let path = uri.path().to_owned();
-            if path.starts_with(sdapi::PREFIX) && !sdapi {
-                ApiError::SdapiOff { path }
-            } else {
-                ApiError::UnknownRoute { path }
-            }
-        })
-        .method_not_allowed_fallback(async |method: Method, uri: Uri| ApiError::Method {
-            method,
-            path: uri.path().to_owned(),
-        })
-        .layer(from_fn_with_state(Arc::clone(&app), access::require_key))
+        .fallback(routes::unknown)
+        .method_not_allowed_fallback(routes::wrong_method)
         .layer(DefaultBodyLimit::max(app.settings.max_body_bytes));
-    if !app.settings.cors_origins.is_empty() {
-        // Outside of the keys: a browser's preflight request has none.
-        router = router.layer(access::cors(&app.settings.cors_origins));
-    }
-    router.with_state(app)
+    layers::add_to(router, &app.settings.cors_origins).with_state(app)
 }
 
-/// Answers requests until `shutdown` is ready, then those that have already been taken. Clients
-/// that take their time to read the answers are not waited for long.
+/// Serves requests until `shutdown` is ready, then finishes the requests that have been accepted.
+/// Clients have ten more seconds to read their responses.
 pub async fn serve(
     listener: TcpListener,
     app: App,
@@ -203,7 +161,7 @@ pub async fn serve(
     tokio::select! {
         outcome = server => outcome,
         () = async { drop(closed.await); sleep(LAST_ANSWERS).await } => {
-            tracing::warn!("clients that have not read their answers are left");
+            tracing::warn!("shutting down without waiting for clients that have not read their responses");
             Ok(())
         }
     }

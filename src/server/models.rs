@@ -1,4 +1,4 @@
-//! `GET /v1/models` and `GET /version`: what is served, and by what.
+//! `GET /v1/models` and `GET /version`: the names of the model, and the version of kiln.
 
 use std::sync::Arc;
 
@@ -13,31 +13,32 @@ use super::App;
 use super::error::{ApiError, ErrorEnvelope};
 use super::json::json;
 
-/// Names of the model; each is as good as the others.
+/// The names of the model.
 #[derive(Serialize, ToSchema)]
 pub(super) struct ModelList {
     object: &'static str,
     data: Vec<ModelCard>,
 }
 
+/// One name of the model.
 #[derive(Serialize, ToSchema)]
 pub(super) struct ModelCard {
     id: String,
     object: &'static str,
-    /// Unix time of the server's start, in seconds.
+    /// Unix time at which the server started, in seconds.
     created: u64,
     owned_by: &'static str,
 }
 
-/// The program's version, and what it was built from.
+/// The version of kiln, and what it was built from.
 #[derive(Serialize, ToSchema)]
 #[expect(clippy::struct_field_names, reason = "the key is vLLM's")]
 pub(super) struct Version {
     /// Version of the package.
     version: &'static str,
-    /// First digits of the commit's hash; `null` in a build from outside of a git repository.
+    /// First digits of the commit's hash; null if it was not built in a git repository.
     commit: Option<&'static str>,
-    /// Date of the commit in UTC, as year-month-day.
+    /// Date of the commit in UTC, `YYYY-MM-DD`.
     date: Option<&'static str>,
     /// Backends that were compiled in.
     features: Vec<&'static str>,
@@ -57,7 +58,8 @@ fn card(app: &App, name: &str) -> ModelCard {
 /// Lists the names of the model.
 #[utoipa::path(
     get,
-    path = "/v1/models",
+    path = "/models",
+    tag = "models",
     responses((status = 200, body = ModelList), (status = "4XX", body = ErrorEnvelope)),
     security((), ("bearer" = [])),
 )]
@@ -69,11 +71,12 @@ pub(super) async fn list(State(app): State<Arc<App>>) -> Result<Response, ApiErr
     })
 }
 
-/// Tells whether the model goes by a name.
+/// Reports whether the model has a name.
 #[utoipa::path(
     get,
-    path = "/v1/models/{name}",
-    params(("name" = String, Path, description = "May contain slashes.")),
+    path = "/models/{*name}",
+    tag = "models",
+    params(("name" = String, Path, description = "The name; it may contain slashes.")),
     responses((status = 200, body = ModelCard), (status = "4XX", body = ErrorEnvelope)),
     security((), ("bearer" = [])),
 )]
@@ -90,8 +93,13 @@ pub(super) async fn retrieve(
     }
 }
 
-/// Returns kiln's version.
-#[utoipa::path(get, path = "/version", responses((status = 200, body = Version)))]
+/// Returns the version of kiln.
+#[utoipa::path(
+    get,
+    path = "/version",
+    tag = "models",
+    responses((status = 200, body = Version)),
+)]
 pub(super) async fn version() -> Result<Response, ApiError> {
     json(&Version {
         version: version::PACKAGE,

@@ -1,39 +1,35 @@
-//! `GET /openapi.json`, made from the types that requests are read into and answers written from,
-//! and `GET /docs`, which shows it.
+//! `GET /openapi.json`, which describes the routes, and `GET /docs`, a page that shows it.
 
-use utoipa::openapi::RefOr;
+use std::sync::Arc;
+
+use axum::Router;
+use axum::body::Bytes;
+use axum::http::header::{CONTENT_SECURITY_POLICY, CONTENT_TYPE};
+use axum::routing::get;
 use utoipa::openapi::schema::Schema;
 use utoipa::openapi::security::{Http, HttpAuthScheme, SecurityScheme};
-use utoipa::{Number, OpenApi};
+use utoipa::openapi::{OpenApi, RefOr};
+use utoipa::{Number, OpenApi as _};
 
 use crate::request::Limits;
 
-use super::{chat, estimate, health, images, metrics, models, sdapi, status};
+use super::{App, chat, images};
 
-/// The page shows the document beside it, and takes nothing from elsewhere.
-pub(super) const DOCS_PAGE: &str = include_str!("docs.html");
+/// The page reads the document from the same server, and nothing from others.
+const DOCS_PAGE: &str = include_str!("docs.html");
 
-#[derive(OpenApi)]
+const DOCS_POLICY: &str =
+    "default-src 'self'; script-src 'unsafe-inline'; style-src 'unsafe-inline'";
+
+/// The part of the document that no route adds.
+#[derive(utoipa::OpenApi)]
 #[openapi(
     info(
         title = "kiln",
         description = "Text-to-image with Qwen-Image, in the API of OpenAI.",
         license(name = "Apache-2.0"),
     ),
-    paths(
-        chat::chat_completions,
-        images::generations,
-        estimate::estimate,
-        status::status,
-        models::list,
-        models::retrieve,
-        models::version,
-        health::health,
-        health::live,
-        health::ready,
-        metrics::metrics,
-    ),
-    // The data of server-sent events, whose form a schema of the answer cannot say.
+    // The data of server-sent events, which the schema of a response cannot describe.
     components(schemas(
         chat::ChatCompletionChunk,
         images::PartialImageEvent,
@@ -42,25 +38,43 @@ pub(super) const DOCS_PAGE: &str = include_str!("docs.html");
 )]
 struct Document;
 
-/// The document for a server with these limits, with or without the API of AUTOMATIC1111's web UI.
+/// The document before any route is added.
+pub(super) fn without_routes() -> OpenApi {
+    Document::openapi()
+}
+
+/// Describes a scheme of HTTP authentication that routes of the document name.
+pub(super) fn add_security_scheme(document: &mut OpenApi, name: &str, scheme: HttpAuthScheme) {
+    let components = document.components.get_or_insert_default();
+    let scheme = SecurityScheme::Http(Http::new(scheme));
+    components.add_security_scheme(name, scheme);
+}
+
+/// Serves the document of all other routes, and the page.
+pub(super) fn routes(document: OpenApi, limits: &Limits) -> Router<Arc<App>> {
+    let document = Bytes::from(to_json(document, limits));
+    let document = async move || ([(CONTENT_TYPE, "application/json")], document);
+    let page = [
+        (CONTENT_TYPE, "text/html; charset=utf-8"),
+        (CONTENT_SECURITY_POLICY, DOCS_POLICY),
+    ];
+    Router::new()
+        .route("/openapi.json", get(document))
+        .route("/docs", get(async move || (page, DOCS_PAGE)))
+}
+
+/// Adds the server's limits to the schemas of requests.
 ///
 /// # Panics
 ///
 /// If the types have no JSON form; the tests call this.
-pub(super) fn document(limits: &Limits, sdapi: bool) -> String {
-    let mut document = Document::openapi();
-    if sdapi {
-        document.merge(sdapi::Document::openapi());
-    }
+fn to_json(mut document: OpenApi, limits: &Limits) -> String {
+    // axum marks a parameter that may contain slashes with an asterisk; OpenAPI has no such mark.
+    let paths = std::mem::take(&mut document.paths.paths).into_iter();
+    document.paths.paths = paths
+        .map(|(path, item)| (path.replace("{*", "{"), item))
+        .collect();
     let components = document.components.get_or_insert_default();
-    components.add_security_scheme(
-        "bearer",
-        SecurityScheme::Http(Http::new(HttpAuthScheme::Bearer)),
-    );
-    if sdapi {
-        let basic = SecurityScheme::Http(Http::new(HttpAuthScheme::Basic));
-        components.add_security_scheme("basic", basic);
-    }
     let sides = (limits.sizes.multiple, limits.sizes.max_side);
     for request in [
         "ChatRequest",
@@ -96,6 +110,7 @@ pub(super) fn document(limits: &Limits, sdapi: bool) -> String {
 mod tests {
     use serde_json::Value;
 
+    use super::super::Settings;
     use super::*;
 
     fn parsed() -> Value {
@@ -103,11 +118,16 @@ mod tests {
             max_steps: 77,
             ..Limits::for_any_model()
         };
-        serde_json::from_str(&document(&limits, true)).unwrap()
+        let settings = Settings {
+            sdapi: true,
+            ..Settings::new("m")
+        };
+        let document = super::super::routes::routes(&settings).into_openapi();
+        serde_json::from_str(&to_json(document, &limits)).unwrap()
     }
 
     #[test]
-    fn requests_say_all_their_keys_and_take_no_others() {
+    fn schemas_of_requests_list_all_keys_and_allow_no_others() {
         let document = parsed();
         for (name, keys) in [
             (
@@ -130,7 +150,7 @@ mod tests {
     }
 
     #[test]
-    fn every_reference_leads_somewhere() {
+    fn every_reference_has_a_target() {
         let document = parsed();
         let mut waiting = vec![&document];
         let mut found = 0;

@@ -1,5 +1,6 @@
-//! `GET /`: a page to draw with, made of plain files that are in the binary. It uses the API as any
-//! other client does, so it needs no rights of its own: its files are open, what they ask is not.
+//! `GET /`: a web page for generating images, made of static files in the binary.
+//!
+//! The files need no API key. The page uses the API like any other client and needs a key for it.
 
 use std::hash::{DefaultHasher, Hash, Hasher};
 
@@ -13,7 +14,7 @@ use axum::http::{HeaderMap, HeaderValue, StatusCode};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 
-/// Nothing but the server's own files, and pictures that the page has made of answers.
+/// Allows only the server's own files, and images that the page makes from responses.
 const POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self'; \
                       img-src 'self' blob:; connect-src 'self'; base-uri 'none'; \
                       form-action 'none'; frame-ancestors 'none'; \
@@ -24,7 +25,7 @@ const CSS: &str = "text/css; charset=utf-8";
 const SCRIPT: &str = "text/javascript; charset=utf-8";
 const SVG: &str = "image/svg+xml";
 
-/// Where each file is found, its media type and what is in it.
+/// Path, media type and content of each file.
 macro_rules! files {
     ($($path:literal $kind:ident $file:literal)*) => {
         [$(($path, $kind, include_str!(concat!("page/", $file)))),*]
@@ -46,7 +47,7 @@ const FILES: [(&str, &str, &str); 12] = files! {
     "/page/wording.js" SCRIPT "wording.js"
 };
 
-/// The page and what belongs to it.
+/// Serves the page and its files.
 pub(super) fn routes<S: Clone + Send + Sync + 'static>() -> Router<S> {
     FILES
         .into_iter()
@@ -59,7 +60,7 @@ pub(super) fn routes<S: Clone + Send + Sync + 'static>() -> Router<S> {
         })
 }
 
-/// Changes with the text.
+/// An entity tag that changes with the text.
 fn tag(text: &str) -> HeaderValue {
     let mut hasher = DefaultHasher::new();
     text.hash(&mut hasher);
@@ -74,7 +75,7 @@ fn respond(
     text: &'static str,
 ) -> Response {
     let policy = HeaderValue::from_static(POLICY);
-    // Asked for every time, so that a new version of kiln is seen at once.
+    // Browsers revalidate each time, so that a new version of kiln is used at once.
     let common = [
         (CACHE_CONTROL, HeaderValue::from_static("no-cache")),
         (ETAG, tag.clone()),

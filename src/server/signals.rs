@@ -1,16 +1,19 @@
+//! Shutdown on SIGINT and SIGTERM.
+
 use std::io;
 use std::time::Duration;
 
 use crate::engine::Engine;
 
-/// Ready when the engine has stopped after the first ctrl-c or SIGTERM. What it has been asked for
-/// is still generated, for `drain_timeout` at most; meanwhile the server goes on to answer, so that
-/// those who ask for its health hear that it takes no more. The second signal stops the engine, so
-/// that what is unfinished fails after its current step.
+/// Waits for SIGINT (ctrl-c) or SIGTERM, drains the engine and returns when it has stopped.
+///
+/// Accepted requests have `drain_timeout` to finish. Meanwhile the server keeps responding, so that
+/// `/health/ready` reports the shutdown. A second signal stops the engine: unfinished requests fail
+/// after their current step.
 pub async fn shutdown_signal(engine: Engine, drain_timeout: Duration) {
     match next_signal().await {
         Ok(name) => tracing::info!(
-            "{name}: no new requests are taken, those under way have {} s to finish; \
+            "{name}: no new requests are accepted, running requests have {} s to finish; \
              a second signal ends them",
             drain_timeout.as_secs_f64()
         ),

@@ -1,4 +1,4 @@
-//! `GET /v1/status`: what a form for requests must know, and what the server is at.
+//! `GET /v1/status`: the model, the bounds and defaults of requests, and the load.
 
 use std::sync::Arc;
 
@@ -15,46 +15,49 @@ use super::error::{ApiError, ErrorEnvelope};
 use super::health;
 use super::json::json;
 
-/// The model, what may be asked of it, and what the server does now.
+/// The model, the bounds and defaults of requests, and the load.
 #[derive(Debug, Serialize, ToSchema)]
 pub(super) struct Status {
     /// `starting`, `ready`, `draining`, `stopped` or `failed`.
     state: &'static str,
-    /// The first of the model's names.
+    /// The first name of the model.
     model: String,
     version: &'static str,
-    /// The backend's name and device.
+    /// Backend and device.
     device: String,
-    /// Type of the weights.
+    /// Data type of the weights.
     dtype: &'static str,
     requests: Requests,
     limits: RequestLimits,
     defaults: Defaults,
-    /// Of a model that does not understand all words.
+    /// Hints for prompts, for a model that knows only some words; null for others.
     prompt_guide: Option<Guide>,
 }
 
+/// Numbers of unfinished requests.
 #[derive(Debug, Serialize, ToSchema)]
 struct Requests {
-    /// That are encoded.
+    /// Requests whose images are being generated.
     running: usize,
-    /// That wait for the device.
+    /// Requests in the queue.
     waiting: usize,
 }
 
-/// Bounds of a request's fields.
+/// Bounds of the parameters of a request.
 #[derive(Debug, Serialize, ToSchema)]
 struct RequestLimits {
-    /// Heights and widths are rounded down to a multiple of this, which is also the smallest.
+    /// Heights and widths are rounded down to a multiple of this number, which is also their
+    /// minimum.
     side_multiple: usize,
+    /// Maximum of height and width.
     max_side: usize,
-    /// Of all images of a request together.
+    /// Maximum number of pixels of all images of a request together.
     max_image_pixels: usize,
     max_steps: usize,
     max_num_images: usize,
 }
 
-/// What a request has that says nothing else.
+/// Default values of the parameters of a request.
 #[derive(Debug, Serialize, ToSchema)]
 struct Defaults {
     width: usize,
@@ -64,19 +67,21 @@ struct Defaults {
     negative_prompt: Option<String>,
 }
 
-/// How to word a prompt.
+/// Hints for prompts.
 #[derive(Debug, Serialize, ToSchema)]
 struct Guide {
-    /// What the model draws, in a sentence.
+    /// One sentence about what the model can generate.
     about: &'static str,
+    /// Example prompts.
     examples: &'static [&'static str],
-    /// All the words that it knows.
+    /// All words that the model knows, in groups.
     words: Vec<Words>,
 }
 
+/// A group of words.
 #[derive(Debug, Serialize, ToSchema)]
 struct Words {
-    /// What they have in common.
+    /// Name of the group.
     name: &'static str,
     words: &'static [&'static str],
 }
@@ -92,10 +97,11 @@ impl Guide {
     }
 }
 
-/// Tells which model is served, what may be asked of it, and how many requests there are.
+/// Returns the model, the bounds and defaults of requests, and the number of unfinished requests.
 #[utoipa::path(
     get,
-    path = "/v1/status",
+    path = "/status",
+    tag = "status",
     responses((status = 200, body = Status), (status = "4XX", body = ErrorEnvelope)),
     security((), ("bearer" = [])),
 )]

@@ -1,7 +1,8 @@
-//! Server-sent events: a request as it is watched.
+//! Server-sent events: the updates of a running request.
 
 use std::collections::VecDeque;
 use std::convert::Infallible;
+use std::sync::Arc;
 use std::time::Duration;
 
 use axum::response::sse::{Event, KeepAlive, Sse};
@@ -13,21 +14,21 @@ use tokio::task::spawn_blocking;
 use super::error::ApiError;
 use super::generation::{RequestInfo, RequestProgress, RunningRequest};
 
-/// How often something is said while nothing happens, so that nobody between server and client
-/// takes the connection for dead.
+/// Keep-alive interval; stops proxies from closing an idle stream.
 const KEEP_ALIVE: Duration = Duration::from_secs(15);
 
-/// What an endpoint has to say about a request.
+/// How an API writes the updates of a request as events.
 pub(super) trait EventFormat: Clone + Send + 'static {
-    /// Said before anything happens.
+    /// Events before the first update.
     fn begin(&self, info: &RequestInfo) -> Result<Vec<Event>, ApiError>;
 
-    /// May take its time: it is called where that is no harm.
-    fn tell(&self, info: &RequestInfo, update: RequestProgress) -> Result<Vec<Event>, ApiError>;
+    /// Events for an update. It is called on a thread that may block.
+    fn update(&self, info: &RequestInfo, update: RequestProgress) -> Result<Vec<Event>, ApiError>;
 
-    /// What is wrong; nothing is said after it but [`EventFormat::end`].
+    /// The event for an error. Only the events of [`EventFormat::end`] follow it.
     fn fail(&self, error: &ApiError) -> Event;
 
+    /// Events at the end of every stream.
     fn end(&self) -> Vec<Event>;
 }
 
@@ -37,27 +38,27 @@ pub(super) fn event(data: &impl Serialize) -> Result<Event, ApiError> {
     Ok(Event::default().data(json))
 }
 
-/// An error that comes after the status code has been sent.
+/// The error body as an event, for errors after the status code has been sent.
 pub(super) fn error_event(error: &ApiError) -> Event {
     event(&error.envelope()).unwrap_or_default()
 }
 
-/// Tells about a request until it has ended. The request is cancelled when the client goes away:
-/// the response is dropped then.
-pub(super) fn respond<N: EventFormat>(accepted: RunningRequest, narrator: N) -> Response {
+/// Responds with the updates of a request until it has ended. If the client disconnects, the
+/// response is dropped, which cancels the request.
+pub(super) fn respond<F: EventFormat>(running: RunningRequest, format: F) -> Response {
     let state = EventStream {
-        accepted: Some(accepted),
-        narrator,
-        begun: false,
-        said: VecDeque::new(),
+        running: Some(running),
+        format,
+        has_begun: false,
+        pending: VecDeque::new(),
     };
-    let events = stream::unfold(state, async |mut telling| {
-        let event = telling.next().await?;
-        Some((Ok::<_, Infallible>(event), telling))
+    let events = stream::unfold(state, async |mut state| {
+        let event = state.next().await?;
+        Some((Ok::<_, Infallible>(event), state))
     });
     let keep_alive = KeepAlive::new().interval(KEEP_ALIVE);
     let mut response = Sse::new(events).keep_alive(keep_alive).into_response();
-    // Proxies such as nginx would collect the events otherwise.
+    // Without this header, proxies such as nginx buffer the events.
     response.headers_mut().insert(
         "x-accel-buffering",
         axum::http::HeaderValue::from_static("no"),
@@ -65,45 +66,47 @@ pub(super) fn respond<N: EventFormat>(accepted: RunningRequest, narrator: N) -> 
     response
 }
 
-struct EventStream<N> {
-    /// None once the request has ended.
-    accepted: Option<RunningRequest>,
-    narrator: N,
-    begun: bool,
-    /// Events that the client has yet to get.
-    said: VecDeque<Event>,
+struct EventStream<F> {
+    /// `None` once the request has ended.
+    running: Option<RunningRequest>,
+    format: F,
+    has_begun: bool,
+    /// Events that have not been sent.
+    pending: VecDeque<Event>,
 }
 
-impl<N: EventFormat> EventStream<N> {
+impl<F: EventFormat> EventStream<F> {
+    /// The next event, or `None` at the end.
     async fn next(&mut self) -> Option<Event> {
-        while self.said.is_empty() {
-            match self.listen().await {
-                Ok(Some(events)) => self.said.extend(events),
+        while self.pending.is_empty() {
+            match self.next_events().await {
+                Ok(Some(events)) => self.pending.extend(events),
                 Ok(None) => return None,
                 Err(error) => {
-                    self.said.push_back(self.narrator.fail(&error));
+                    tracing::info!(status = error.status().as_u16(), "failed in a stream");
+                    self.pending.push_back(self.format.fail(&error));
                     self.end();
                 }
             }
         }
-        self.said.pop_front()
+        self.pending.pop_front()
     }
 
-    /// What there is to say next, or nothing at the end.
-    async fn listen(&mut self) -> Result<Option<Vec<Event>>, ApiError> {
-        let Some(accepted) = &mut self.accepted else {
+    /// The events of the next update, or `None` at the end.
+    async fn next_events(&mut self) -> Result<Option<Vec<Event>>, ApiError> {
+        let Some(running) = &mut self.running else {
             return Ok(None);
         };
-        if !self.begun {
-            self.begun = true;
-            return self.narrator.begin(accepted.info()).map(Some);
+        if !self.has_begun {
+            self.has_begun = true;
+            return self.format.begin(running.info()).map(Some);
         }
-        let update = accepted.update().await?;
+        let update = running.update().await?;
         let is_last = matches!(update, RequestProgress::EncodedImages(_));
-        let (narrator, info) = (self.narrator.clone(), accepted.info().clone());
-        let events = spawn_blocking(move || narrator.tell(&info, update)).await??;
+        let (format, info) = (self.format.clone(), Arc::clone(running.info()));
+        let events = spawn_blocking(move || format.update(&info, update)).await??;
         if is_last {
-            self.said.extend(events);
+            self.pending.extend(events);
             self.end();
             return Ok(Some(Vec::new()));
         }
@@ -111,7 +114,7 @@ impl<N: EventFormat> EventStream<N> {
     }
 
     fn end(&mut self) {
-        self.accepted = None;
-        self.said.extend(self.narrator.end());
+        self.running = None;
+        self.pending.extend(self.format.end());
     }
 }

@@ -1,9 +1,20 @@
+//! API keys and origins.
+
 use kiln::server::{ApiKeys, Settings};
 use serde_json::json;
 
-use super::client::{connect, get, receive, send_raw, with_headers};
+use super::client::{connect, get, receive, send, send_raw, with_headers};
 use super::pipeline::Pace;
 use super::server::TestServer;
+
+/// Paths in the `OpenAPI` document that need no key.
+const OPEN: [&str; 5] = [
+    "/health",
+    "/health/live",
+    "/health/ready",
+    "/metrics",
+    "/version",
+];
 
 fn with_keys() -> TestServer {
     let keys = vec!["first-key".to_owned(), "second-key".to_owned()];
@@ -47,7 +58,7 @@ fn with_keys_the_api_needs_one_of_them() {
 }
 
 #[test]
-fn what_is_no_secret_needs_no_key() {
+fn public_routes_need_no_key() {
     let server = with_keys();
     for path in ["/health", "/version", "/openapi.json", "/docs", "/"] {
         assert_eq!(get(server.address, path).status, 200, "{path}");
@@ -55,7 +66,52 @@ fn what_is_no_secret_needs_no_key() {
 }
 
 #[test]
-fn other_origins_are_let_in_only_if_the_server_says_so() {
+fn every_other_route_needs_a_key() {
+    let settings = Settings {
+        api_keys: ApiKeys::new(vec!["first-key".to_owned()]).unwrap(),
+        sdapi: true,
+        ..Settings::new("m")
+    };
+    let server = TestServer::with_settings(Pace::Fast, 4, settings);
+    let document = get(server.address, "/openapi.json").body;
+    let paths = document["paths"].as_object().unwrap();
+    let mut open: Vec<&str> = Vec::new();
+    for (template, methods) in paths {
+        let path = template.replace("{name}", "m");
+        assert!(
+            !path.contains('{'),
+            "{template}: give its parameters a value"
+        );
+        for method in methods.as_object().unwrap().keys() {
+            let stream = connect(server.address);
+            let request = send(stream, &method.to_uppercase(), &path, Some(&json!({})));
+            let reply = receive(request);
+            if OPEN.contains(&template.as_str()) {
+                assert_ne!(reply.status, 401, "{method} {path}");
+                open.push(template);
+            } else {
+                assert_eq!(reply.status, 401, "{method} {path}");
+                assert!(reply.header("www-authenticate").is_some());
+            }
+        }
+    }
+    assert_eq!(open.len(), OPEN.len(), "only {open:?} are in the document");
+    // Unknown paths and methods do not tell which routes exist.
+    for (method, path) in [
+        ("GET", "/v1/unknown"),
+        ("POST", "/v1/models/unknown"),
+        ("DELETE", "/v1/models"),
+        ("GET", "/v1/chat/completions"),
+        ("GET", "/sdapi/unknown"),
+        ("DELETE", "/sdapi/v1/options"),
+    ] {
+        let reply = with_headers(server.address, method, path, "");
+        assert_eq!(reply.status, 401, "{method} {path}");
+    }
+}
+
+#[test]
+fn other_origins_are_allowed_only_by_the_settings() {
     let preflight = "Origin: https://a.example\r\nAccess-Control-Request-Method: POST\r\n\
                      Access-Control-Request-Headers: authorization,x-stainless-os\r\n";
     let path = "/v1/images/generations";
@@ -80,7 +136,7 @@ fn other_origins_are_let_in_only_if_the_server_says_so() {
     );
     let other = preflight.replace("a.example", "b.example");
     assert_eq!(allowed(&server, &other), None);
-    // The answer itself, also where it is an error, says who may read it.
+    // Every response has the header, errors included.
     let reply = with_headers(server.address, "GET", path, "Origin: https://a.example\r\n");
     assert_eq!(reply.status, 401);
     assert_eq!(

@@ -1,4 +1,4 @@
-//! What is refused, with which status, and what is blamed for it.
+//! Invalid requests: their status, and the parameter that the error names.
 
 use serde_json::{Value, json};
 
@@ -7,7 +7,7 @@ use super::pipeline::Pace;
 use super::server::TestServer;
 use super::user;
 
-/// A chat request about a cat with these keys added.
+/// A chat request with these keys added.
 fn cat(extra: &Value) -> Value {
     let mut body = json!({"messages": user(&json!("a cat"))});
     body.as_object_mut()
@@ -16,7 +16,7 @@ fn cat(extra: &Value) -> Value {
     body
 }
 
-/// The error body of `OpenAI`, with this status and culprit.
+/// Checks the error body of `OpenAI`, its status and its parameter.
 fn assert_refused(reply: &Reply, status: u16, param: Option<&str>) {
     let error = &reply.body["error"];
     assert_eq!(reply.status, status, "{error}");
@@ -28,7 +28,7 @@ fn assert_refused(reply: &Reply, status: u16, param: Option<&str>) {
     assert_eq!(reply.body.as_object().unwrap().len(), 1, "{error}");
 }
 
-/// Every case is a 400 that blames the given key.
+/// Checks that every body is refused with status 400 and the given parameter.
 fn assert_all_refused(cases: &[(Value, &str)]) {
     assert_all_refused_at("/v1/chat/completions", cases);
 }
@@ -42,7 +42,7 @@ fn assert_all_refused_at(path: &str, cases: &[(Value, &str)]) {
     }
 }
 
-/// An images request for a cat with these keys added.
+/// An images request with these keys added.
 fn image(extra: &Value) -> Value {
     let mut body = json!({"prompt": "a cat"});
     body.as_object_mut()
@@ -99,7 +99,7 @@ fn values_out_of_bounds() {
 }
 
 #[test]
-fn what_the_images_endpoint_refuses() {
+fn invalid_images_requests() {
     let long = "x".repeat(kiln::request::MAX_PROMPT_BYTES + 1);
     let cases = [
         (json!({}), "prompt"),

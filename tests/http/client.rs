@@ -1,4 +1,4 @@
-//! As much HTTP as the tests need: one request a connection.
+//! A small HTTP client: one request per connection.
 
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
@@ -11,12 +11,12 @@ pub(super) struct Reply {
     pub(super) status: u16,
     headers: Vec<(String, String)>,
     pub(super) bytes: Vec<u8>,
-    /// Null if the body is not JSON.
+    /// The body as JSON; null if it is not JSON.
     pub(super) body: Value,
 }
 
 impl Reply {
-    /// Of a header by its name in lower case.
+    /// Value of a header; `name` is in lower case.
     pub(super) fn header(&self, name: &str) -> Option<&str> {
         self.headers
             .iter()
@@ -37,7 +37,7 @@ pub(super) fn get(address: SocketAddr, path: &str) -> Reply {
     receive(send(connect(address), "GET", path, None))
 }
 
-/// A chat request.
+/// Sends a chat request.
 pub(super) fn post(address: SocketAddr, body: &Value) -> Reply {
     post_to(address, "/v1/chat/completions", body)
 }
@@ -46,12 +46,12 @@ pub(super) fn post_to(address: SocketAddr, path: &str, body: &Value) -> Reply {
     receive(send(connect(address), "POST", path, Some(body)))
 }
 
-/// A request without a body and with these header lines.
+/// Sends a request with these header lines and without a body.
 pub(super) fn with_headers(address: SocketAddr, method: &str, path: &str, headers: &str) -> Reply {
     receive(send_raw(connect(address), method, path, (headers, b"")))
 }
 
-/// As [`with_headers`], with a body in JSON.
+/// Sends a JSON body with these header lines.
 pub(super) fn json_with_headers(
     address: SocketAddr,
     path: &str,
@@ -78,7 +78,7 @@ pub(super) fn send(stream: TcpStream, method: &str, path: &str, body: Option<&Va
     )
 }
 
-/// `content` is any further header lines, and the body.
+/// Sends a request whose `content` is further header lines and the body.
 pub(super) fn send_raw(
     mut stream: TcpStream,
     method: &str,
@@ -92,7 +92,7 @@ pub(super) fn send_raw(
         body.len()
     );
     stream.write_all(head.as_bytes()).unwrap();
-    // A server that refuses the headers may close before it has read the body.
+    // A server that refuses the headers may close the connection before it has read the body.
     stream.write_all(body).ok();
     stream
 }
@@ -135,7 +135,7 @@ pub(super) fn receive(mut stream: TcpStream) -> Reply {
     }
 }
 
-/// A body without the lengths that stand before its chunks.
+/// Decodes a body in chunked transfer encoding.
 fn join_chunks(mut bytes: &[u8]) -> Vec<u8> {
     let mut body = Vec::new();
     loop {

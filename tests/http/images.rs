@@ -1,3 +1,5 @@
+//! `POST /v1/images/generations`.
+
 use kiln_models::noise::NoiseGenerator;
 use serde_json::{Value, json};
 
@@ -10,7 +12,7 @@ fn generate(server: &TestServer, body: &Value) -> Reply {
     post_to(server.address, "/v1/images/generations", body)
 }
 
-/// The image files in an answer.
+/// The image files in a response.
 fn files(reply: &Reply) -> Vec<Vec<u8>> {
     assert_eq!(reply.status, 200, "{}", reply.body);
     let data = reply.body["data"].as_array().unwrap();
@@ -48,7 +50,7 @@ fn a_prompt_is_enough() {
 }
 
 #[test]
-fn everything_that_openais_clients_send_is_taken() {
+fn all_fields_of_openais_clients_are_accepted() {
     let server = TestServer::start(Pace::Fast, 4);
     let body = json!({
         "prompt": "a cat", "model": "gpt-image-1", "n": 2, "size": "auto", "user": "me",
@@ -76,7 +78,7 @@ fn quality_is_the_number_of_steps_unless_that_is_given() {
 }
 
 #[test]
-fn the_references_extensions_are_used() {
+fn the_fields_of_vllm_omni_are_used() {
     let server = TestServer::start(Pace::Fast, 4);
     let body = json!({
         "prompt": "", "size": "96x32", "negative_prompt": "blurry", "num_inference_steps": 3,

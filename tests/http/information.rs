@@ -1,3 +1,5 @@
+//! Models, version, the `OpenAPI` document and the page that shows it.
+
 use kiln::server::Settings;
 use serde_json::json;
 

@@ -1,10 +1,12 @@
+//! Health, metrics, deadlines, request ids and shutdown.
+
 use std::time::Duration;
 
 use kiln::engine::State;
 use kiln::server::Settings;
 use serde_json::{Value, json};
 
-use super::client::{connect, get, post, receive, send};
+use super::client::{connect, get, post, receive, send, with_headers};
 use super::pipeline::{PANIC_IN_STEP, Pace};
 use super::server::TestServer;
 use super::user;
@@ -23,7 +25,7 @@ fn a_server_is_alive_and_ready() {
             (200, &json!("healthy"))
         );
     }
-    // There is no warm-up, but the thread needs a moment.
+    // There is no warm-up, but the thread takes a moment to start.
     assert_eq!(post(server.address, &cat(1)).status, 200);
     let reply = get(server.address, "/health/ready");
     assert_eq!(
@@ -33,7 +35,7 @@ fn a_server_is_alive_and_ready() {
 }
 
 #[test]
-fn what_drains_is_alive_but_not_ready() {
+fn a_draining_server_is_alive_but_not_ready() {
     let server = TestServer::start(Pace::Slow, 4);
     let path = "/v1/chat/completions";
     let running = send(connect(server.address), "POST", path, Some(&cat(100)));
@@ -53,7 +55,7 @@ fn what_drains_is_alive_but_not_ready() {
 }
 
 #[test]
-fn a_request_may_take_so_long_and_no_longer() {
+fn a_request_fails_after_its_time_limit() {
     let settings = Settings {
         request_timeout: Some(Duration::from_millis(300)),
         ..Settings::new("m")
@@ -68,7 +70,7 @@ fn a_request_may_take_so_long_and_no_longer() {
 }
 
 #[test]
-fn the_metrics_count_what_has_happened() {
+fn the_metrics_count_requests_steps_and_images() {
     let server = TestServer::start(Pace::Fast, 4);
     assert_eq!(post(server.address, &cat(3)).status, 200);
     let two = json!({"messages": user(&json!("a cat")), "num_inference_steps": 2, "n": 2});
@@ -111,4 +113,23 @@ fn an_engine_that_has_stopped_is_neither_alive_nor_ready() {
     for path in ["/health", "/health/live", "/health/ready"] {
         assert_eq!(get(server.address, path).status, 503, "{path}");
     }
+}
+
+#[test]
+fn every_response_has_a_request_id() {
+    let server = TestServer::start(Pace::Fast, 4);
+    let mut ids: Vec<String> = Vec::new();
+    for path in ["/health", "/v1/models", "/unknown", "/v1/unknown", "/"] {
+        let reply = get(server.address, path);
+        let id = reply.header("x-request-id").unwrap().to_owned();
+        assert!(!ids.contains(&id), "{path} repeats {id}");
+        ids.push(id);
+    }
+    let reply = with_headers(
+        server.address,
+        "GET",
+        "/v1/models",
+        "X-Request-Id: mine\r\n",
+    );
+    assert_eq!(reply.header("x-request-id"), Some("mine"));
 }

@@ -1,3 +1,5 @@
+//! The page at `/`, and the routes that it uses besides the API of `OpenAI`.
+
 use kiln::server::{ApiKeys, Settings};
 use serde_json::{Value, json};
 
@@ -5,7 +7,7 @@ use super::client::{Reply, connect, get, post_to, send, with_headers};
 use super::pipeline::Pace;
 use super::server::TestServer;
 
-/// What the page consists of, as a browser finds it.
+/// All files of the page, found by following its links.
 fn files(server: &TestServer) -> Vec<(String, Reply)> {
     let mut found = vec!["/".to_owned()];
     let mut files: Vec<(String, Reply)> = Vec::new();
@@ -66,7 +68,7 @@ fn the_page_is_whole_and_takes_nothing_from_elsewhere() {
 }
 
 #[test]
-fn what_a_browser_has_is_not_sent_again() {
+fn a_file_is_not_sent_again_to_a_browser_that_has_it() {
     let server = TestServer::start(Pace::Fast, 4);
     let mut tags: Vec<String> = Vec::new();
     for (path, reply) in files(&server) {
@@ -109,7 +111,7 @@ fn the_page_answers_to_head_and_to_nothing_else() {
 }
 
 #[test]
-fn the_page_needs_no_key_and_what_it_asks_for_does() {
+fn the_page_needs_no_key_but_its_requests_do() {
     let settings = Settings {
         api_keys: ApiKeys::new(vec!["k".to_owned()]).unwrap(),
         ..Settings::new("m")
@@ -131,7 +133,7 @@ fn the_page_needs_no_key_and_what_it_asks_for_does() {
 }
 
 #[test]
-fn the_status_says_what_may_be_asked() {
+fn the_status_has_the_bounds_and_defaults_of_requests() {
     let settings = Settings {
         default_negative_prompt: Some("blurry".to_owned()),
         ..Settings::new("test/model")
@@ -142,7 +144,7 @@ fn the_status_says_what_may_be_asked() {
         status,
         json!({
             "state": "ready", "model": "test/model", "version": kiln::version::VERSION,
-            "device": "test", "dtype": "f32", "requests": {"running": 0, "waiting": 0},
+            "device": "test:0 (fake)", "dtype": "f32", "requests": {"running": 0, "waiting": 0},
             "limits": {
                 "side_multiple": 16, "max_side": 4096, "max_image_pixels": 33_177_600,
                 "max_steps": 1000, "max_num_images": 10,
@@ -176,7 +178,7 @@ fn the_status_says_what_may_be_asked() {
 }
 
 #[test]
-fn an_estimate_says_what_would_happen_and_draws_nothing() {
+fn an_estimate_generates_nothing() {
     let server = TestServer::start(Pace::Slow, 1);
     let path = "/v1/images/estimate";
     let ask = |steps: usize| {
@@ -193,10 +195,10 @@ fn an_estimate_says_what_would_happen_and_draws_nothing() {
     );
     assert_eq!(server.steps(), 0);
 
-    // A step takes 10 ms at least.
-    let drawn = json!({"prompt": "a cat", "size": "97x40", "num_inference_steps": 5});
-    let drawn = post_to(server.address, "/v1/images/generations", &drawn);
-    assert_eq!(drawn.status, 200);
+    // A step takes at least 10 ms.
+    let body = json!({"prompt": "a cat", "size": "97x40", "num_inference_steps": 5});
+    let reply = post_to(server.address, "/v1/images/generations", &body);
+    assert_eq!(reply.status, 200);
     let seconds = |reply: &Value, name: &str| reply[name].as_f64().unwrap();
     let (short, long) = (ask(10).body, ask(100).body);
     assert!(seconds(&short, "estimated_time") >= 0.1, "{short}");
@@ -219,7 +221,7 @@ fn an_estimate_says_what_would_happen_and_draws_nothing() {
         (&json!(true), &json!(1))
     );
     assert!(seconds(&behind, "estimated_wait") > 1.0, "{behind}");
-    // A small one overtakes.
+    // A small request overtakes.
     assert_eq!(ask(10).body["position"], 0);
 
     let _second = other();

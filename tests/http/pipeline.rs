@@ -1,4 +1,4 @@
-//! The pipeline behind the servers of these tests.
+//! The fake pipeline of these tests.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
@@ -8,19 +8,19 @@ use kiln_models::job::Job;
 use kiln_models::pipeline::PipelineError;
 use kiln_models::testing::{Call, FakePipeline, model_info};
 
-/// A job with this seed panics in its first step.
+/// Seed of a job that panics in its first step.
 pub(super) const PANIC_IN_STEP: u64 = 1 << 40;
-/// A job with this seed fails when it is started.
+/// Seed of a job that fails when it is started.
 pub(super) const FAIL_IN_START: u64 = 1 << 41;
 
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Pace {
     Fast,
-    /// 10 ms a step.
+    /// A step takes 10 ms.
     Slow,
 }
 
-/// What a pipeline was asked to do.
+/// Calls of a pipeline.
 #[derive(Debug, Default)]
 pub(super) struct Record {
     pub(super) steps: AtomicUsize,
@@ -28,7 +28,7 @@ pub(super) struct Record {
     pub(super) last_job: Mutex<Option<Job>>,
 }
 
-/// A pipeline whose images have one value, the lowest byte of the seed.
+/// A pipeline that fills its images with the lowest byte of the seed.
 pub(super) fn fake(pace: Pace, record: Arc<Record>) -> FakePipeline {
     FakePipeline::new(model_info()).on_call(move |call| {
         match call {

@@ -1,3 +1,5 @@
+//! Random JSON bodies.
+
 use proptest::prelude::*;
 use serde_json::{Map, Value, json};
 
@@ -5,7 +7,7 @@ use super::client::post_to;
 use super::pipeline::Pace;
 use super::server::TestServer;
 
-/// Keys that mean something somewhere, so that most bodies come far.
+/// Keys of all endpoints, so that most bodies pass the first checks.
 const KEYS: &[&str] = &[
     "messages",
     "prompt",
@@ -82,7 +84,7 @@ fn value() -> impl Strategy<Value = Value> {
     })
 }
 
-/// A body that would be accepted, with some keys set to anything.
+/// A valid body with random values under some keys.
 fn body() -> impl Strategy<Value = Value> {
     let key = proptest::sample::select(KEYS).prop_map(str::to_owned);
     let entries = prop::collection::vec((key, value()), 0..4);
@@ -103,7 +105,7 @@ fn body() -> impl Strategy<Value = Value> {
 }
 
 #[test]
-fn any_json_is_answered_or_refused_in_the_right_form() {
+fn any_json_is_accepted_or_refused_with_the_error_body() {
     let server = TestServer::start(Pace::Fast, 4);
     proptest!(ProptestConfig::with_cases(400), |(body in body())| {
         for path in ["/v1/chat/completions", "/v1/images/generations"] {

@@ -1,4 +1,4 @@
-//! The real binary with real weights.
+//! The binary with real weights.
 
 use std::io::{BufRead, BufReader};
 use std::net::SocketAddr;
@@ -15,15 +15,14 @@ fn model() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/checkpoints/base")
 }
 
-/// A `kiln serve` that is ended when the test is.
+/// A `kiln serve` process, killed when dropped.
 struct Server {
     process: Child,
     address: SocketAddr,
 }
 
 impl Server {
-    /// Serves `model`, or what is served if none is named, from an empty folder and without a
-    /// network.
+    /// Serves `model`, or the default model, from an empty folder and without network access.
     fn start(model: Option<&Path>) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let mut process = Command::new(env!("CARGO_BIN_EXE_kiln"))
@@ -42,11 +41,11 @@ impl Server {
             line.split_once("listening on http://")
                 .map(|(_, address)| address.parse().unwrap())
         });
-        // What else it says is read, or it would wait for a reader.
+        // Reads the rest of the log, so that the process never blocks on a full pipe.
         std::thread::spawn(move || lines.for_each(drop));
         Self {
             process,
-            address: address.expect("the server says where it listens"),
+            address: address.expect("the server logs its address"),
         }
     }
 }
@@ -59,7 +58,7 @@ impl Drop for Server {
 }
 
 #[test]
-fn the_server_draws_what_the_command_line_draws() {
+fn the_server_and_the_command_line_generate_the_same_images() {
     let folder = tempfile::tempdir().unwrap();
     let output = folder.path().join("out.png");
     let generated = Command::new(env!("CARGO_BIN_EXE_kiln"))
@@ -109,8 +108,8 @@ fn the_server_draws_what_the_command_line_draws() {
         let served = base64::engine::general_purpose::STANDARD
             .decode(data)
             .unwrap();
-        let drawn = std::fs::read(folder.path().join(format!("out-{index}.png"))).unwrap();
-        assert!(served == drawn, "picture {index} differs");
+        let written = std::fs::read(folder.path().join(format!("out-{index}.png"))).unwrap();
+        assert!(served == written, "image {index} differs");
     }
     let refused = post(
         server.address,
@@ -145,16 +144,16 @@ fn a_signal_lets_requests_finish_and_the_exit_code_is_0() {
     assert_eq!(server.process.wait().unwrap().code(), Some(0));
 }
 
-/// What a demo prompt asks for: a shape of one colour, somewhere, on a background.
+/// A demo prompt and its content: a shape of one colour on a background.
 struct Scene {
     prompt: &'static str,
     background: [u8; 3],
     colour: [u8; 3],
-    /// Of the shape's middle, as shares of width and height.
+    /// Middle of the shape, as fractions of width and height.
     place: [f32; 2],
 }
 
-// As models/demo/scenes.py has them.
+// The colours in models/demo/scenes.py.
 const RED: [u8; 3] = [214, 40, 44];
 const ORANGE: [u8; 3] = [246, 128, 18];
 const YELLOW: [u8; 3] = [252, 222, 64];
@@ -211,7 +210,7 @@ fn distance(a: [u8; 3], b: [u8; 3]) -> f32 {
     squares.sum::<f32>().sqrt()
 }
 
-/// The colour in the middle of the pixels, channel by channel.
+/// The median of each channel.
 fn median(pixels: &[[u8; 3]]) -> [u8; 3] {
     std::array::from_fn(|channel| {
         let mut values: Vec<u8> = pixels.iter().map(|pixel| pixel[channel]).collect();
@@ -220,7 +219,7 @@ fn median(pixels: &[[u8; 3]]) -> [u8; 3] {
     })
 }
 
-/// Checks the colours of a picture, and where its shape is.
+/// Checks the colours of an image and the position of its shape.
 fn check(scene: &Scene, (width, height, bytes): &(u32, u32, Vec<u8>)) {
     let prompt = scene.prompt;
     let (mut border, mut shape) = (Vec::new(), Vec::new());
@@ -262,9 +261,9 @@ fn check(scene: &Scene, (width, height, bytes): &(u32, u32, Vec<u8>)) {
 }
 
 #[test]
-fn with_no_model_named_the_demo_draws_what_the_prompt_says() {
+fn the_default_model_generates_the_scene_of_the_prompt() {
     let server = Server::start(None);
-    let draw = |scene: &Scene, mut settings: Value| {
+    let generate = |scene: &Scene, mut settings: Value| {
         settings["num_inference_steps"] = json!(20);
         settings["negative_prompt"] = json!(" ");
         let message = json!({"role": "user", "content": scene.prompt});
@@ -272,18 +271,18 @@ fn with_no_model_named_the_demo_draws_what_the_prompt_says() {
             server.address,
             &json!({"messages": [message], "extra_body": settings}),
         );
-        let picture = decode(&parts(&reply)[0]);
-        check(scene, &picture);
-        assert_eq!(reply.body["size"], format!("{}x{}", picture.0, picture.1));
+        let image = decode(&parts(&reply)[0]);
+        check(scene, &image);
+        assert_eq!(reply.body["size"], format!("{}x{}", image.0, image.1));
         reply.body
     };
     for (seed, scene) in SCENES.iter().enumerate() {
-        let body = draw(scene, json!({"seed": seed}));
+        let body = generate(scene, json!({"seed": seed}));
         assert_eq!(body["size"], "128x128", "the model's own size");
         assert_eq!(body["model"], "demo");
     }
     for (size, scene) in ["160x96", "128x192"].iter().zip(&SCENES) {
-        let body = draw(scene, json!({"seed": 1, "size": size}));
+        let body = generate(scene, json!({"seed": 1, "size": size}));
         assert_eq!(body["size"], *size);
     }
 }

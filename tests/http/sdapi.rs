@@ -1,3 +1,5 @@
+//! The API of AUTOMATIC1111's web UI.
+
 use std::time::{Duration, Instant};
 
 use base64::Engine as _;
@@ -35,7 +37,7 @@ fn with_keys(pace: Pace) -> TestServer {
     TestServer::with_settings(pace, 4, settings)
 }
 
-fn draw(server: &TestServer, body: &Value) -> Reply {
+fn generate(server: &TestServer, body: &Value) -> Reply {
     post_to(server.address, TXT2IMG, body)
 }
 
@@ -52,13 +54,13 @@ fn info(reply: &Reply) -> Value {
     serde_json::from_str(reply.body["info"].as_str().unwrap()).unwrap()
 }
 
-/// What a client sends of what its user typed in.
+/// The header that a client sends for the text that its user entered.
 fn basic(typed: &str) -> String {
     let typed = base64::engine::general_purpose::STANDARD.encode(typed);
     format!("Authorization: Basic {typed}\r\n")
 }
 
-/// Asks again and again until the progress is as it should be.
+/// Polls the progress until it fulfils the condition.
 fn wait_for_progress(
     server: &TestServer,
     headers: &str,
@@ -80,7 +82,7 @@ fn wait_for_progress(
 #[test]
 fn a_prompt_is_enough() {
     let server = start(Pace::Fast);
-    let reply = draw(&server, &json!({"prompt": "a cat"}));
+    let reply = generate(&server, &json!({"prompt": "a cat"}));
     let files = files(&reply);
     let seed = reply.body["parameters"]["seed"].as_u64().unwrap();
     assert_eq!(files.len(), 1);
@@ -90,7 +92,7 @@ fn a_prompt_is_enough() {
     );
     let job = server.last_job();
     assert_eq!((job.noise.seed, job.sampling.steps), (seed, 50));
-    assert!(!job.guidance.is_some());
+    assert!(job.guidance.is_none());
     let info = info(&reply);
     assert_eq!(info["seed"], seed);
     assert_eq!(info["cfg_scale"], 1.0);
@@ -98,14 +100,14 @@ fn a_prompt_is_enough() {
 }
 
 #[test]
-fn all_fields_are_used_and_the_answer_says_what_was_drawn() {
+fn all_fields_are_used_and_returned() {
     let server = start(Pace::Fast);
     let body = json!({
         "prompt": "a \"cat\"\n雪", "negative_prompt": "", "steps": 3, "cfg_scale": 7, "width": 97,
         "height": 40, "seed": 42, "batch_size": 2, "n_iter": 2, "sampler_name": "DPM++ 2M",
         "scheduler": "karras",
     });
-    let reply = draw(&server, &body);
+    let reply = generate(&server, &body);
     let files = files(&reply);
     assert_eq!(files.len(), 4);
     for file in &files {
@@ -145,7 +147,7 @@ fn all_fields_are_used_and_the_answer_says_what_was_drawn() {
 fn the_seed_minus_one_is_any() {
     let server = start(Pace::Fast);
     let seeds = [json!(-1), json!(-1.0), json!(null)].map(|seed| {
-        let reply = draw(&server, &json!({"prompt": "a", "steps": 1, "seed": seed}));
+        let reply = generate(&server, &json!({"prompt": "a", "steps": 1, "seed": seed}));
         info(&reply)["seed"].as_u64().unwrap()
     });
     assert!(seeds[0] != seeds[1] || seeds[1] != seeds[2], "{seeds:?}");
@@ -166,11 +168,11 @@ fn silly_tavern() -> Value {
 }
 
 #[test]
-fn what_clients_always_send_is_taken() {
+fn fields_that_clients_always_send_are_accepted() {
     let server = start(Pace::Fast);
-    let reply = draw(&server, &silly_tavern());
+    let reply = generate(&server, &silly_tavern());
     assert_eq!(decode_png(&files(&reply)[0]).0, 512);
-    // The fields that the description of the web UI's API gives a value to.
+    // All fields with a default in the description of the web UI's API.
     let all: Value = serde_json::from_str(
         r#"{
         "prompt": "", "negative_prompt": "", "styles": [], "seed": -1, "subseed": -1,
@@ -191,11 +193,11 @@ fn what_clients_always_send_is_taken() {
     }"#,
     )
     .unwrap();
-    assert_eq!(files(&draw(&server, &all)).len(), 1);
+    assert_eq!(files(&generate(&server, &all)).len(), 1);
 }
 
 #[test]
-fn what_cannot_be_done_is_refused_by_name() {
+fn unsupported_features_are_refused_by_name() {
     let server = start(Pace::Fast);
     for (key, value) in [
         ("steps", json!(0)),
@@ -226,15 +228,15 @@ fn what_cannot_be_done_is_refused_by_name() {
     ] {
         let mut body = silly_tavern();
         body[key] = value.clone();
-        let reply = draw(&server, &body);
+        let reply = generate(&server, &body);
         assert_eq!(reply.status, 400, "{key}: {value}");
         let error = &reply.body["error"];
         assert_eq!(error["param"], key, "{value}: {}", reply.body);
-        // Where the web UI has it, and where Open WebUI looks for it.
+        // The web UI's place of the message, which Open WebUI reads.
         assert_eq!(reply.body["detail"], error["message"]);
         assert!(error["message"].as_str().unwrap().len() > 10);
     }
-    let reply = draw(
+    let reply = generate(
         &server,
         &json!({"prompt": "a", "batch_size": -2, "n_iter": -2}),
     );
@@ -248,13 +250,13 @@ fn what_cannot_be_done_is_refused_by_name() {
 }
 
 #[test]
-fn failures_say_no_more_than_they_should() {
+fn failures_do_not_reveal_details() {
     let server = start(Pace::Fast);
-    let reply = draw(&server, &json!({"prompt": "a cat", "seed": PANIC_IN_STEP}));
+    let reply = generate(&server, &json!({"prompt": "a cat", "seed": PANIC_IN_STEP}));
     assert_eq!(reply.status, 500);
     let detail = reply.body["detail"].as_str().unwrap();
     assert!(!detail.contains("secret"), "{detail}");
-    assert_eq!(draw(&server, &json!({"prompt": "a cat"})).status, 200);
+    assert_eq!(generate(&server, &json!({"prompt": "a cat"})).status, 200);
 }
 
 #[test]
@@ -263,7 +265,7 @@ fn a_full_queue_is_429() {
     let body = json!({"prompt": "a cat", "steps": 1000});
     let first = send(connect(server.address), "POST", TXT2IMG, Some(&body));
     server.wait_for_steps(1);
-    let reply = draw(&server, &body);
+    let reply = generate(&server, &body);
     assert_eq!(reply.status, 429);
     assert!(reply.header("retry-after").is_some());
     assert!(reply.body["detail"].is_string());
@@ -326,7 +328,7 @@ fn options_may_be_sent_back_with_any_model() {
 }
 
 #[test]
-fn progress_is_told_while_a_picture_is_drawn() {
+fn progress_is_reported_while_an_image_is_generated() {
     let server = start(Pace::Slow);
     let idle = get(server.address, PROGRESS).body;
     assert_eq!(idle["progress"], 0.0);
@@ -334,14 +336,14 @@ fn progress_is_told_while_a_picture_is_drawn() {
     assert_eq!(idle["current_image"], Value::Null);
 
     let body = json!({"prompt": "a cat", "steps": 400, "seed": 9});
-    let drawing = send(connect(server.address), "POST", TXT2IMG, Some(&body));
+    let running = send(connect(server.address), "POST", TXT2IMG, Some(&body));
     let seen = wait_for_progress(&server, "", |body| !body["current_image"].is_null());
     let step = seen["state"]["sampling_step"].as_u64().unwrap();
     assert!((5..400).contains(&step), "{seen}");
     assert_eq!(seen["state"]["sampling_steps"], 400);
     assert_eq!(seen["state"]["job_count"], 1);
     assert!((seen["progress"].as_f64().unwrap() - step as f64 / 400.0).abs() < 1e-9);
-    // 10 ms a step, and more on a busy machine.
+    // A step takes 10 ms, and more on a busy machine.
     let eta = seen["eta_relative"].as_f64().unwrap();
     let least = 0.01 * (400 - step) as f64;
     assert!(eta > 0.9 * least && eta < 60.0 * least, "{eta} s, {step}");
@@ -370,7 +372,7 @@ fn progress_is_told_while_a_picture_is_drawn() {
     }
 
     assert_eq!(post_to(server.address, INTERRUPT, &json!({})).status, 200);
-    assert_eq!(receive(drawing).status, 409);
+    assert_eq!(receive(running).status, 409);
     assert_eq!(get(server.address, PROGRESS).body, idle);
 }
 
@@ -381,18 +383,18 @@ fn an_interrupt_frees_the_device() {
     assert_eq!((nothing.status, nothing.body), (200, json!({})));
 
     let body = json!({"prompt": "a cat", "steps": 1000});
-    let drawing = send(connect(server.address), "POST", TXT2IMG, Some(&body));
+    let running = send(connect(server.address), "POST", TXT2IMG, Some(&body));
     wait_for_progress(&server, "", |body| body["state"]["sampling_step"] != 0);
     let waiting = send(connect(server.address), "POST", TXT2IMG, Some(&body));
     wait_for_progress(&server, "", |body| body["state"]["job_count"] == 2);
 
-    // As clients send it: no body, and no content type.
+    // Clients send no body and no content type.
     let reply = with_headers(server.address, "POST", INTERRUPT, "");
     assert_eq!((reply.status, reply.body), (200, json!({})));
-    let reply = receive(drawing);
+    let reply = receive(running);
     assert_eq!(reply.status, 409);
     assert_eq!(reply.body["detail"], "the request was interrupted");
-    // The one that waited is begun, and can be interrupted in its turn.
+    // The other request starts, and can be interrupted as well.
     wait_for_progress(&server, "", |body| {
         body["state"]["job_count"] == 1 && body["state"]["sampling_step"] != 0
     });
@@ -400,7 +402,7 @@ fn an_interrupt_frees_the_device() {
     assert_eq!(receive(waiting).status, 409);
 
     assert_eq!(
-        draw(&server, &json!({"prompt": "a", "steps": 1})).status,
+        generate(&server, &json!({"prompt": "a", "steps": 1})).status,
         200
     );
     assert_eq!(server.discards(), 2);
@@ -408,30 +410,30 @@ fn an_interrupt_frees_the_device() {
 }
 
 #[test]
-fn a_client_that_hangs_up_is_taken_off_the_board() {
+fn the_request_of_a_client_that_disconnects_has_no_progress() {
     let server = start(Pace::Slow);
     let body = json!({"prompt": "a cat", "steps": 1000});
-    let drawing = send(connect(server.address), "POST", TXT2IMG, Some(&body));
+    let running = send(connect(server.address), "POST", TXT2IMG, Some(&body));
     wait_for_progress(&server, "", |body| body["state"]["job_count"] == 1);
-    drop(drawing);
+    drop(running);
     wait_for_progress(&server, "", |body| body["state"]["job_count"] == 0);
     assert_eq!(
-        draw(&server, &json!({"prompt": "a", "steps": 1})).status,
+        generate(&server, &json!({"prompt": "a", "steps": 1})).status,
         200
     );
     assert!(server.steps() < 500, "{} steps were made", server.steps());
 }
 
 #[test]
-fn other_routes_requests_are_not_on_the_board() {
+fn requests_to_other_routes_have_no_progress() {
     let server = start(Pace::Slow);
     let body = json!({"prompt": "a cat", "num_inference_steps": 30});
     let path = "/v1/images/generations";
-    let drawing = send(connect(server.address), "POST", path, Some(&body));
+    let running = send(connect(server.address), "POST", path, Some(&body));
     server.wait_for_steps(1);
     assert_eq!(get(server.address, PROGRESS).body["state"]["job_count"], 0);
     with_headers(server.address, "POST", INTERRUPT, "");
-    assert_eq!(receive(drawing).status, 200);
+    assert_eq!(receive(running).status, 200);
 }
 
 #[test]
@@ -463,21 +465,21 @@ fn with_keys_one_of_them_is_the_password() {
             assert!(challenge.starts_with("Basic "), "{challenge}");
         }
     }
-    // The rest of the API takes bearer tokens only, as before.
+    // The rest of the API accepts bearer tokens only.
     let reply = with_headers(server.address, "GET", "/v1/models", &basic("first-key"));
     assert_eq!(reply.status, 401);
     assert_eq!(reply.header("www-authenticate"), Some("Bearer"));
 }
 
 #[test]
-fn one_keys_pictures_are_no_business_of_another() {
+fn a_caller_cannot_see_or_interrupt_requests_of_another_key() {
     let server = with_keys(Pace::Slow);
     let (first, second) = (basic("me:first-key"), basic("second-key"));
     let body = json!({"prompt": "a cat", "steps": 1000}).to_string();
     let headers = format!("Content-Type: application/json\r\n{first}");
     let content = (headers.as_str(), body.as_bytes());
-    let drawing = send_raw(connect(server.address), "POST", TXT2IMG, content);
-    // The same key as a bearer token is the same caller.
+    let running = send_raw(connect(server.address), "POST", TXT2IMG, content);
+    // The same key as a bearer token belongs to the same caller.
     let bearer = "Authorization: Bearer first-key\r\n";
     wait_for_progress(&server, bearer, |body| body["state"]["sampling_step"] != 0);
 
@@ -491,11 +493,11 @@ fn one_keys_pictures_are_no_business_of_another() {
     let own = with_headers(server.address, "GET", PROGRESS, &first).body;
     assert_eq!(own["state"]["job_count"], 1);
     with_headers(server.address, "POST", INTERRUPT, &first);
-    assert_eq!(receive(drawing).status, 409);
+    assert_eq!(receive(running).status, 409);
 }
 
 #[test]
-fn without_the_flag_there_is_nothing_and_the_error_says_so() {
+fn without_the_flag_the_error_names_it() {
     let server = TestServer::start(Pace::Fast, 4);
     for (method, path) in [
         ("GET", "/sdapi/v1/options"),

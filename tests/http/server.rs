@@ -1,3 +1,5 @@
+//! A server in this process.
+
 use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::Arc;
@@ -16,7 +18,7 @@ use tokio::sync::oneshot;
 
 use super::pipeline::{Pace, Record, fake};
 
-/// A server on a free port, with a fake pipeline.
+/// A server with a fake pipeline on a free port.
 pub(super) struct TestServer {
     pub(super) address: SocketAddr,
     pub(super) engine: Engine,
@@ -72,7 +74,7 @@ impl TestServer {
         }
     }
 
-    /// The job that the pipeline was given last.
+    /// The last job that the pipeline has started.
     pub(super) fn last_job(&self) -> Job {
         self.record.last_job.lock().unwrap().clone().unwrap()
     }
@@ -86,12 +88,12 @@ impl TestServer {
     }
 
     pub(super) fn wait_for_steps(&self, steps: usize) {
-        wait_until("the pipeline does not generate", || self.steps() >= steps);
+        wait_until("the pipeline makes no steps", || self.steps() >= steps);
     }
 
-    /// Until so many requests wait for the pipeline.
+    /// Waits until this number of requests is in the queue.
     pub(super) fn wait_for_waiting(&self, requests: usize) {
-        let message = "the number of waiting requests is another";
+        let message = "the queue has another length";
         wait_until(message, || self.engine.stats().waiting == requests);
     }
 
@@ -119,7 +121,7 @@ impl Drop for TestServer {
     }
 }
 
-/// The tokenizer that the servers use.
+/// The tokenizer of the servers.
 pub(super) fn load_tokenizer() -> PromptTokenizer {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let folder = root.join("tests/fixtures/checkpoints/base/tokenizer");

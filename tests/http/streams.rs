@@ -1,3 +1,5 @@
+//! Server-sent events.
+
 use std::io::{BufRead, BufReader};
 use std::time::Duration;
 
@@ -23,7 +25,7 @@ fn events(reply: &Reply) -> Vec<(Option<String>, String)> {
         .collect()
 }
 
-/// The chunks of a chat, without the last event.
+/// The chunks of a chat, without `[DONE]`.
 fn chunks(reply: &Reply) -> Vec<Value> {
     let mut data: Vec<String> = events(reply).into_iter().map(|(_, data)| data).collect();
     assert_eq!(data.pop().as_deref(), Some("[DONE]"));
@@ -42,7 +44,7 @@ fn chat(extra: &Value) -> Value {
 }
 
 #[test]
-fn a_chat_tells_of_every_step_and_then_shows_the_picture() {
+fn a_chat_streams_every_step_and_then_the_images() {
     let server = TestServer::start(Pace::Fast, 4);
     let reply = post(server.address, &chat(&json!({"n": 2})));
     let chunks = chunks(&reply);
@@ -68,13 +70,11 @@ fn a_chat_tells_of_every_step_and_then_shows_the_picture() {
         assert_eq!(progress["steps"], 5);
     }
 
-    let [picture, last] = chunks.last_chunk().unwrap();
-    let parts = picture["choices"][0]["delta"]["content"]
-        .as_array()
-        .unwrap();
+    let [images, last] = chunks.last_chunk().unwrap();
+    let parts = images["choices"][0]["delta"]["content"].as_array().unwrap();
     assert_eq!(parts.len(), 2);
     assert_eq!(decode(&parts[1]), (64, 64, vec![7; 64 * 64 * 3]));
-    assert_eq!(picture["choices"][0]["finish_reason"], Value::Null);
+    assert_eq!(images["choices"][0]["finish_reason"], Value::Null);
     assert_eq!(last["choices"][0]["finish_reason"], "stop");
     assert_eq!(last["seed"], 7);
     assert_eq!(last["size"], "64x64");
@@ -109,7 +109,7 @@ fn usage_and_previews_come_on_request() {
 }
 
 #[test]
-fn images_are_events_of_their_own() {
+fn each_image_is_an_event() {
     let server = TestServer::start(Pace::Fast, 4);
     let body = json!({
         "prompt": "a cat", "stream": true, "partial_images": 2, "n": 2, "seed": 9,
@@ -148,7 +148,7 @@ fn images_are_events_of_their_own() {
 }
 
 #[test]
-fn an_error_after_the_beginning_is_an_event() {
+fn an_error_after_the_start_is_an_event() {
     let server = TestServer::start(Pace::Fast, 4);
     let chunks = chunks(&post(
         server.address,
@@ -167,7 +167,7 @@ fn an_error_after_the_beginning_is_an_event() {
 }
 
 #[test]
-fn an_error_before_the_beginning_is_a_status() {
+fn an_error_before_the_start_is_a_status() {
     let server = TestServer::start(Pace::Fast, 4);
     let reply = post(server.address, &chat(&json!({"height": 1})));
     assert_eq!(reply.status, 400);
@@ -175,7 +175,7 @@ fn an_error_before_the_beginning_is_a_status() {
 }
 
 #[test]
-fn who_waits_hears_of_the_place_and_whoever_hangs_up_is_forgotten() {
+fn a_waiting_request_has_a_position_and_a_disconnected_one_is_cancelled() {
     let server = TestServer::start(Pace::Slow, 4);
     let long = chat(&json!({"num_inference_steps": 1000}));
     let path = "/v1/chat/completions";
@@ -189,7 +189,7 @@ fn who_waits_hears_of_the_place_and_whoever_hangs_up_is_forgotten() {
         .unwrap();
     let chunk: Value = serde_json::from_str(queued.strip_prefix("data: ").unwrap()).unwrap();
     assert_eq!(chunk["progress"]["position"], 1);
-    // The reader of the second answer is gone by now.
+    // The reader of the second response has been dropped.
     drop(first);
 
     let short = chat(&json!({"num_inference_steps": 1}));

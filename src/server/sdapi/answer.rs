@@ -1,4 +1,4 @@
-//! What is answered to `txt2img`.
+//! The response to `txt2img`.
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
@@ -9,15 +9,15 @@ use super::super::error::ApiError;
 use super::super::generation::EncodedImages;
 use super::{SAMPLER, SCHEDULER};
 
-/// Images, and what it takes to make them again.
+/// Images, and the parameters that reproduce them.
 #[derive(Serialize, ToSchema)]
 pub(super) struct Txt2ImgResponse {
     /// PNG files in Base64.
     images: Vec<String>,
-    /// The request as it was understood.
+    /// The parameters that were used.
     parameters: Parameters,
-    /// What was encoded, as JSON: seeds, size, steps, and the text of each image's file that says how
-    /// it was made.
+    /// A JSON text with the seeds, size and steps, and the generation parameters in the form in which
+    /// each image file contains them.
     info: String,
 }
 
@@ -42,25 +42,25 @@ struct Info<'a> {
     all_prompts: Vec<&'a str>,
     negative_prompt: &'a str,
     all_negative_prompts: Vec<&'a str>,
-    /// That of all images: they differ in their place in one draw of noise.
+    /// One seed for all images: each takes the next part of its noise.
     seed: u64,
     all_seeds: Vec<u64>,
     width: usize,
     height: usize,
     sampler_name: &'static str,
-    /// 1 if there was no guidance.
+    /// 1 without guidance.
     cfg_scale: f64,
     steps: usize,
     batch_size: usize,
     sd_model_name: &'a str,
-    /// Of `images`; the web UI may have a grid of all of them before it.
+    /// Index in `images`. The web UI may put a grid of all images first.
     index_of_first_image: usize,
     infotexts: Vec<String>,
     version: &'static str,
 }
 
 impl Txt2ImgResponse {
-    /// `batch_size` and `n_iter` are as the client gave them.
+    /// `batch_size` and `n_iter` are the client's values.
     pub(super) fn new(
         encoded: &EncodedImages,
         batch_size: i128,

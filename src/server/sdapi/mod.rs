@@ -1,85 +1,63 @@
-//! The API of AUTOMATIC1111's web UI, as far as its clients need it to draw: Open WebUI and
-//! SillyTavern among others.
+//! The part of the API of AUTOMATIC1111's web UI that clients such as Open WebUI and `SillyTavern`
+//! use to generate images.
 //!
-//! What these clients send, whatever their users set, is taken; what asks for a thing that cannot
-//! be done here is refused.
+//! Every field that these clients always send is accepted. A field that asks for something that
+//! kiln cannot do is refused.
 
 mod answer;
-mod board;
 mod options;
+mod progress;
 mod txt2img;
 
 use std::num::NonZeroUsize;
 use std::sync::Arc;
 
-use axum::Router;
 use axum::response::{IntoResponse, Response};
-use axum::routing::{get, post};
 use serde::Serialize;
-use utoipa::{OpenApi, ToSchema};
+use utoipa::ToSchema;
+use utoipa_axum::router::OpenApiRouter;
+use utoipa_axum::routes;
 
 use super::App;
 use super::error::{ApiError, ErrorEnvelope};
 
-pub(super) use self::board::JobRegistry;
-
-/// Of the paths of all routes.
-pub(super) const PREFIX: &str = "/sdapi/";
-
-/// The one way of Qwen-Image from noise to image, in the web UI's terms.
+/// Qwen-Image's only sampler and schedule, under the web UI's names.
 const SAMPLER: &str = "Euler";
 const SCHEDULER: &str = "Automatic";
 
 /// Steps from one preview to the next.
 const PREVIEW_STEPS: NonZeroUsize = NonZeroUsize::new(5).expect("5 is not 0");
 
-pub(super) fn routes() -> Router<Arc<App>> {
-    Router::new()
-        .route("/sdapi/v1/txt2img", post(txt2img::txt2img))
-        .route("/sdapi/v1/progress", get(board::progress))
-        .route("/sdapi/v1/interrupt", post(board::interrupt))
-        .route(
-            "/sdapi/v1/options",
-            get(options::options).post(options::set_options),
-        )
-        .route("/sdapi/v1/sd-models", get(options::sd_models))
-        .route("/sdapi/v1/samplers", get(options::samplers))
-        .route("/sdapi/v1/schedulers", get(options::schedulers))
-        .route("/sdapi/v1/upscalers", get(options::upscalers))
-        .route(
-            "/sdapi/v1/latent-upscale-modes",
-            get(options::latent_upscale_modes),
-        )
-        .route("/sdapi/v1/sd-vae", get(options::sd_vae))
+/// The routes below `/sdapi`.
+pub(super) fn routes() -> OpenApiRouter<Arc<App>> {
+    OpenApiRouter::new()
+        .routes(routes!(txt2img::txt2img))
+        .routes(routes!(progress::progress))
+        .routes(routes!(progress::interrupt))
+        .routes(routes!(options::options, options::set_options))
+        .routes(routes!(options::sd_models))
+        .routes(routes!(options::samplers))
+        .routes(routes!(options::schedulers))
+        .routes(routes!(options::upscalers))
+        .routes(routes!(options::latent_upscale_modes))
+        .routes(routes!(options::sd_vae))
 }
 
-/// What is added to the description of the API.
-#[derive(OpenApi)]
-#[openapi(paths(
-    txt2img::txt2img,
-    board::progress,
-    board::interrupt,
-    options::options,
-    options::set_options,
-    options::sd_models,
-    options::samplers,
-    options::schedulers,
-    options::upscalers,
-    options::latent_upscale_modes,
-    options::sd_vae,
-))]
-pub(super) struct Document;
+/// The response to a request without a key.
+pub(super) fn unauthorized() -> Response {
+    SdapiError(ApiError::UnauthorizedBasic).into_response()
+}
 
-/// A failure, in a form that the clients of this API show.
+/// An error in the form that clients of this API show.
 #[derive(Debug)]
-pub(super) struct SdapiError(ApiError);
+struct SdapiError(ApiError);
 
-/// The body of every error: that of the other routes, and the message where the web UI has it.
+/// The body of an error response: as for the other routes, plus the message in the web UI's place.
 #[derive(Serialize, ToSchema)]
 struct SdapiErrorBody {
     #[serde(flatten)]
     envelope: ErrorEnvelope,
-    /// `error.message` once more.
+    /// The same text as `error.message`.
     detail: String,
 }
 
@@ -97,6 +75,7 @@ impl IntoResponse for SdapiError {
     }
 }
 
+/// A response with status 200 and this body.
 fn json(body: &impl Serialize) -> Result<Response, SdapiError> {
     Ok(super::json::json(body)?)
 }

@@ -1,4 +1,4 @@
-//! What there is to choose from: one model, and one way to draw with it.
+//! Settings and lists of choices: one model with one sampler.
 
 use std::sync::Arc;
 
@@ -14,19 +14,19 @@ use super::super::error::ApiError;
 use super::super::invalid::InvalidBody;
 use super::{PREVIEW_STEPS, SAMPLER, SCHEDULER, SdapiError, SdapiErrorBody, json as answer};
 
-/// Settings of the server. They cannot be changed.
+/// Settings of the server, which are read-only.
 #[derive(Serialize, ToSchema)]
 pub(super) struct Options<'a> {
     /// Name of the model.
     sd_model_checkpoint: &'a str,
     sd_vae: &'static str,
     samples_format: &'static str,
-    /// Steps from one `current_image` of the progress to the next.
+    /// Number of steps from one `current_image` of the progress to the next.
     show_progress_every_n_steps: usize,
 }
 
 impl<'a> Options<'a> {
-    fn of(app: &'a App) -> Self {
+    fn new(app: &'a App) -> Self {
         Self {
             sd_model_checkpoint: app.model_name(None),
             sd_vae: "Automatic",
@@ -36,7 +36,7 @@ impl<'a> Options<'a> {
     }
 }
 
-/// A name of the model.
+/// One name of the model.
 #[derive(Serialize, ToSchema)]
 pub(super) struct SdModel<'a> {
     title: &'a str,
@@ -50,6 +50,7 @@ pub(super) struct SdModel<'a> {
     config: Option<()>,
 }
 
+/// A sampler.
 #[derive(Serialize, ToSchema)]
 pub(super) struct Sampler {
     name: &'static str,
@@ -58,34 +59,38 @@ pub(super) struct Sampler {
     options: Value,
 }
 
+/// A schedule of noise levels.
 #[derive(Serialize, ToSchema)]
 pub(super) struct Scheduler {
     name: &'static str,
     label: &'static str,
 }
 
+/// A way to enlarge images.
 #[derive(Serialize, ToSchema)]
 pub(super) struct Upscaler {
     name: &'static str,
     scale: f64,
 }
 
-/// Tells the settings.
+/// Returns the settings.
 #[utoipa::path(
     get,
-    path = "/sdapi/v1/options",
+    path = "/v1/options",
+    tag = "options",
     responses((status = 200, body = Options), (status = "4XX", body = SdapiErrorBody)),
     security((), ("basic" = []), ("bearer" = [])),
 )]
 pub(super) async fn options(State(app): State<Arc<App>>) -> Result<Response, SdapiError> {
-    answer(&Options::of(&app))
+    answer(&Options::new(&app))
 }
 
-/// Takes the settings as they are, and any name for the model: this server has one. Other changes
-/// are refused.
+/// Accepts the current settings and any name of the model, as the server has one model. Other
+/// changes are refused.
 #[utoipa::path(
     post,
-    path = "/sdapi/v1/options",
+    path = "/v1/options",
+    tag = "options",
     request_body = Object,
     responses((status = 200, body = Option<Object>), (status = "4XX", body = SdapiErrorBody)),
     security((), ("basic" = []), ("bearer" = [])),
@@ -94,9 +99,9 @@ pub(super) async fn set_options(
     State(app): State<Arc<App>>,
     body: Result<JsonObject, ApiError>,
 ) -> Result<Response, SdapiError> {
-    let JsonObject(asked) = body?;
-    let current = serde_json::to_value(Options::of(&app)).map_err(ApiError::Response)?;
-    for (key, value) in &asked {
+    let JsonObject(requested) = body?;
+    let current = serde_json::to_value(Options::new(&app)).map_err(ApiError::Response)?;
+    for (key, value) in &requested {
         let is_name = key == "sd_model_checkpoint" && (value.is_string() || value.is_null());
         if !is_name && current.get(key) != Some(value) {
             let param = key.clone();
@@ -110,7 +115,8 @@ pub(super) async fn set_options(
 /// Lists the names of the model.
 #[utoipa::path(
     get,
-    path = "/sdapi/v1/sd-models",
+    path = "/v1/sd-models",
+    tag = "options",
     responses((status = 200, body = Vec<SdModel>), (status = "4XX", body = SdapiErrorBody)),
     security((), ("basic" = []), ("bearer" = [])),
 )]
@@ -128,10 +134,11 @@ pub(super) async fn sd_models(State(app): State<Arc<App>>) -> Result<Response, S
     answer(&models)
 }
 
-/// Lists the one sampler, whatever is asked for.
+/// Lists the only sampler. Requests may name any sampler.
 #[utoipa::path(
     get,
-    path = "/sdapi/v1/samplers",
+    path = "/v1/samplers",
+    tag = "options",
     responses((status = 200, body = Vec<Sampler>), (status = "4XX", body = SdapiErrorBody)),
     security((), ("basic" = []), ("bearer" = [])),
 )]
@@ -143,10 +150,11 @@ pub(super) async fn samplers() -> Result<Response, SdapiError> {
     }])
 }
 
-/// Lists the one scheduler, whatever is asked for.
+/// Lists the only schedule. Requests may name any schedule.
 #[utoipa::path(
     get,
-    path = "/sdapi/v1/schedulers",
+    path = "/v1/schedulers",
+    tag = "options",
     responses((status = 200, body = Vec<Scheduler>), (status = "4XX", body = SdapiErrorBody)),
     security((), ("basic" = []), ("bearer" = [])),
 )]
@@ -157,10 +165,11 @@ pub(super) async fn schedulers() -> Result<Response, SdapiError> {
     }])
 }
 
-/// Lists what enlarges pictures: nothing.
+/// Lists one entry, `None`: images are not enlarged.
 #[utoipa::path(
     get,
-    path = "/sdapi/v1/upscalers",
+    path = "/v1/upscalers",
+    tag = "options",
     responses((status = 200, body = Vec<Upscaler>), (status = "4XX", body = SdapiErrorBody)),
     security((), ("basic" = []), ("bearer" = [])),
 )]
@@ -171,10 +180,11 @@ pub(super) async fn upscalers() -> Result<Response, SdapiError> {
     }])
 }
 
-/// Lists nothing: pictures are not enlarged.
+/// Returns an empty list: images are not enlarged.
 #[utoipa::path(
     get,
-    path = "/sdapi/v1/latent-upscale-modes",
+    path = "/v1/latent-upscale-modes",
+    tag = "options",
     responses((status = 200, body = Vec<String>), (status = "4XX", body = SdapiErrorBody)),
     security((), ("basic" = []), ("bearer" = [])),
 )]
@@ -182,10 +192,11 @@ pub(super) async fn latent_upscale_modes() -> Result<Response, SdapiError> {
     answer(&Vec::<Value>::new())
 }
 
-/// Lists nothing: the VAE is the model's.
+/// Returns an empty list: the model has one VAE.
 #[utoipa::path(
     get,
-    path = "/sdapi/v1/sd-vae",
+    path = "/v1/sd-vae",
+    tag = "options",
     responses((status = 200, body = Vec<String>), (status = "4XX", body = SdapiErrorBody)),
     security((), ("basic" = []), ("bearer" = [])),
 )]

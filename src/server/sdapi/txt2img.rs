@@ -1,7 +1,8 @@
-//! `POST /sdapi/v1/txt2img`: a prompt in, pictures out.
+//! `POST /sdapi/v1/txt2img`: images from a prompt.
 
 use std::collections::BTreeSet;
 use std::sync::{Arc, LazyLock};
+use std::time::Instant;
 
 use axum::Extension;
 use axum::extract::State;
@@ -14,21 +15,21 @@ use utoipa::openapi::schema::{ObjectBuilder, Schema, SchemaType};
 use utoipa::{PartialSchema, ToSchema};
 
 use crate::image::{Encoding, ImageFormat};
+use crate::jobs::{Caller, JobGuard};
 use crate::request::{GenerationParams, random_u64};
 
 use super::super::App;
-use super::super::access::Caller;
 use super::super::body::{self, JsonObject};
 use super::super::error::ApiError;
-use super::super::fields::{Integer, WireNames};
-use super::super::generation::{ParsedRequest, Previews, RequestProgress};
+use super::super::fields::Integer;
+use super::super::generation::{EncodedImages, Previews, RequestProgress, RunningRequest};
 use super::super::invalid::InvalidBody;
+use super::super::parsed::{ParsedRequest, WireNames};
 use super::answer::Txt2ImgResponse;
-use super::board::JobGuard;
 use super::{PREVIEW_STEPS, SdapiError, SdapiErrorBody, json as answer};
 
-/// What clients send with every request and what changes nothing here: where the web UI keeps its
-/// files, what belongs to other models, and details of things that [`OFF`] does not let begin.
+/// Keys that clients send with every request and that are ignored: settings of the web UI's files
+/// and of other models, and details of the features in [`OFF`].
 const IGNORED: &[&str] = &[
     "clip_skip",
     "comments",
@@ -67,78 +68,79 @@ const IGNORED: &[&str] = &[
     "seed_resize_from_h",
     "seed_resize_from_w",
     "subseed",
-    // SillyTavern sends on what its page has sent to it: where the server is, and the key.
+    // SillyTavern forwards the address of the server and the key.
     "auth",
     "url",
 ];
 
-/// What clients send as nothing (false, 0, empty or null) unless their user wants it, and why it
-/// cannot be had.
+/// Features that kiln does not have. Their keys are accepted with an empty value (false, 0, empty or
+/// null), and otherwise refused with this explanation.
 const OFF: &[(&str, &str)] = &[
     ("alwayson_scripts", "there are no extensions"),
     ("enable_hr", "ask for a larger width and height"),
-    ("firstpass_image", "pictures are encoded from text only"),
+    ("firstpass_image", "images are generated from text only"),
     ("infotext", "give its values as fields"),
     ("refiner_checkpoint", "there is one model"),
-    ("restore_faces", "pictures are not worked over"),
+    ("restore_faces", "images are not post-processed"),
     ("script_name", "there are no extensions"),
     ("styles", "write the style into the prompt"),
-    ("subseed_strength", "a picture has one seed"),
-    ("tiling", "the model does not draw tiles"),
+    ("subseed_strength", "an image has one seed"),
+    ("tiling", "tileable images are not supported"),
 ];
 
 static KNOWN: LazyLock<BTreeSet<String>> = LazyLock::new(body::field_names::<Txt2ImgFields>);
 
-/// What is read of a request.
+/// The keys of a request that have an effect.
 #[derive(Debug, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 struct Txt2ImgFields {
-    /// What to draw; may be empty.
+    /// The prompt; may be empty.
     #[schema(value_type = String, required = true)]
     prompt: Option<String>,
-    /// What to steer away from. Any text turns guidance on, an empty one too.
+    /// Negative prompt. Any text, even an empty one, turns guidance on.
     negative_prompt: Option<String>,
-    /// Denoising steps, 50 if none are given.
+    /// Number of denoising steps, 50 by default.
     #[schema(value_type = Option<i64>, minimum = 1)]
     steps: Option<Integer>,
-    /// How strongly to steer away from the negative prompt, 4 if nothing is given. At 1 and below,
-    /// and without a negative prompt, there is no guidance.
+    /// Scale of the classifier-free guidance away from the negative prompt, 4 by default. There is
+    /// no guidance at 1 and below, nor without a negative prompt.
     #[schema(minimum = 0.0)]
     cfg_scale: Option<f64>,
-    /// Width of the image in pixels, rounded down to a multiple of 16. Without one the model draws
-    /// its own size, 1024 for Qwen-Image.
+    /// Width of the image in pixels, rounded down to a multiple of 16. Default: the model's own
+    /// size, 1024 for Qwen-Image.
     #[schema(value_type = Option<i64>, minimum = 1)]
     width: Option<Integer>,
-    /// Height of the image in pixels, rounded down to a multiple of 16.
+    /// Height of the image in pixels, rounded down to a multiple of 16. Default: as for `width`.
     #[schema(value_type = Option<i64>, minimum = 1)]
     height: Option<Integer>,
-    /// Seed of the noise; one is chosen for -1, which is also the default. The answer says which.
+    /// Seed of the noise. With -1, the default, the server chooses one; the response contains the
+    /// seed in either case.
     #[schema(value_type = Option<i128>, minimum = -1)]
     seed: Option<Integer>,
-    /// Images to draw, 1 if nothing is given. They share the seed and differ in their noise.
+    /// Number of images, 1 by default. They share the seed and differ in their noise.
     #[schema(value_type = Option<i64>, minimum = 1)]
     batch_size: Option<Integer>,
-    /// As many times `batch_size` images are encoded, all at once.
+    /// Factor of `batch_size`, 1 by default. All images are generated together.
     #[schema(value_type = Option<i64>, minimum = 1)]
     n_iter: Option<Integer>,
-    /// Any name: Qwen-Image has one sampler, which the answer names.
+    /// Any name is accepted, as Qwen-Image has one sampler. The response contains its name.
     #[serde(rename = "sampler_name")]
     _sampler_name: Option<String>,
-    /// As `sampler_name`.
+    /// Alias of `sampler_name`.
     #[serde(rename = "sampler_index")]
     _sampler_index: Option<String>,
-    /// Any name: Qwen-Image has one schedule.
+    /// Any name is accepted, as Qwen-Image has one schedule.
     #[serde(rename = "scheduler")]
     _scheduler: Option<String>,
-    /// Not false: the answer is the only place where the images are.
+    /// Must not be false: images are only returned in the response.
     send_images: Option<bool>,
 }
 
-/// All that is read is in one type.
+/// [`Txt2ImgFields`] has all fields.
 #[derive(ToSchema)]
 struct NoMoreFields {}
 
-/// A request to draw, in the terms of AUTOMATIC1111's web UI.
+/// The body of a request.
 pub(super) struct Txt2ImgRequest;
 
 impl ToSchema for Txt2ImgRequest {
@@ -150,10 +152,10 @@ impl ToSchema for Txt2ImgRequest {
 impl PartialSchema for Txt2ImgRequest {
     fn schema() -> RefOr<Schema> {
         let mut schema =
-            body::merged_schema::<Txt2ImgFields, NoMoreFields>(IGNORED, "Images to draw.");
+            body::merged_schema::<Txt2ImgFields, NoMoreFields>(IGNORED, "Images to generate.");
         if let RefOr::T(Schema::Object(object)) = &mut schema {
             for (key, instead) in OFF {
-                let nothing = ObjectBuilder::new()
+                let empty = ObjectBuilder::new()
                     .schema_type(SchemaType::AnyValue)
                     .enum_values(Some([
                         json!(null),
@@ -163,18 +165,21 @@ impl PartialSchema for Txt2ImgRequest {
                         json!([]),
                         json!({}),
                     ]))
-                    .description(Some(format!("Only as nothing: {instead}.")));
-                object.properties.insert((*key).to_owned(), nothing.into());
+                    .description(Some(format!(
+                        "Accepted only with an empty value: {instead}."
+                    )));
+                object.properties.insert((*key).to_owned(), empty.into());
             }
         }
         schema
     }
 }
 
-/// Draws a prompt.
+/// Generates images from a prompt.
 #[utoipa::path(
     post,
-    path = "/sdapi/v1/txt2img",
+    path = "/v1/txt2img",
+    tag = "txt2img",
     request_body = Txt2ImgRequest,
     responses(
         (status = 200, body = Txt2ImgResponse),
@@ -190,34 +195,50 @@ pub(super) async fn txt2img(
 ) -> Result<Response, SdapiError> {
     let JsonObject(object) = body?;
     let Parsed {
-        parsed,
+        request,
         batch_size,
         n_iter,
     } = parse(object)?;
     let id = format!("txt2img-{:016x}", random_u64());
     let previews = Previews::Every(PREVIEW_STEPS);
-    let mut accepted = parsed.submit(&app, id, None, previews).await?;
-    let info = accepted.info();
-    let steps = info.request.sampling.steps;
-    let pinned = JobGuard::new(&app, caller, &info.id, steps);
+    let running = request.submit(&app, id, None, previews).await?;
+    let info = running.info();
+    let (id, steps) = (&info.id, info.request.sampling.steps);
+    let job = app.sdapi_jobs.add(id, caller, steps, Instant::now());
+    let encoded = follow(running, &job).await;
+    match encoded {
+        Ok(_) => job.done(None, Instant::now()),
+        Err(ApiError::Interrupted) => drop(job),
+        Err(_) => job.failed(None, Instant::now()),
+    }
+    let encoded = encoded?;
+    spawn_blocking(move || answer(&Txt2ImgResponse::new(&encoded, batch_size, n_iter)?)).await?
+}
+
+/// Waits for the images of a request, and records its progress until then.
+async fn follow(
+    mut running: RunningRequest,
+    job: &JobGuard<()>,
+) -> Result<EncodedImages, ApiError> {
     loop {
         let update = tokio::select! {
-            update = accepted.update() => update?,
-            () = pinned.interrupted() => return Err(ApiError::Interrupted.into()),
+            update = running.update() => update?,
+            () = job.cancelled() => return Err(ApiError::Interrupted),
         };
+        let now = Instant::now();
         match update {
-            RequestProgress::EncodedImages(encoded) => {
-                let response = move || Txt2ImgResponse::new(&encoded, batch_size, n_iter);
-                return spawn_blocking(move || answer(&response()?)).await?;
-            }
-            update => pinned.note(update),
+            RequestProgress::Queued { estimated_wait, .. } => job.queued(estimated_wait, now),
+            RequestProgress::Step { done, total } => job.stepped(done, total, now),
+            RequestProgress::Preview { file, .. } => job.preview(file.into()),
+            RequestProgress::EncodedImages(encoded) => return Ok(encoded),
         }
     }
 }
 
+/// A request that has been read.
 #[derive(Debug)]
 struct Parsed {
-    parsed: ParsedRequest,
+    request: ParsedRequest,
     batch_size: i128,
     n_iter: i128,
 }
@@ -225,7 +246,7 @@ struct Parsed {
 fn parse(mut object: Map<String, Value>) -> Result<Parsed, InvalidBody> {
     for (key, instead) in OFF {
         let value = object.remove(*key);
-        if value.is_some_and(|value| !is_nothing(&value)) {
+        if value.is_some_and(|value| !is_empty(&value)) {
             let param = (*key).to_owned();
             return Err(InvalidBody::Unavailable { param, instead });
         }
@@ -241,7 +262,7 @@ fn parse(mut object: Map<String, Value>) -> Result<Parsed, InvalidBody> {
     let fields: Txt2ImgFields = body::read(object)?;
     if fields.send_images == Some(false) {
         let param = "send_images".to_owned();
-        let instead = "the answer is the only place where the images are";
+        let instead = "images are only returned in the response";
         return Err(InvalidBody::Unavailable { param, instead });
     }
     let prompt = fields.prompt;
@@ -254,7 +275,7 @@ fn parse(mut object: Map<String, Value>) -> Result<Parsed, InvalidBody> {
         "n_iter"
     };
     let value = |field: Option<Integer>| field.map(|Integer(value)| value);
-    let parsed = ParsedRequest {
+    let request = ParsedRequest {
         params: GenerationParams {
             prompt,
             negative_prompt: fields.negative_prompt,
@@ -265,12 +286,18 @@ fn parse(mut object: Map<String, Value>) -> Result<Parsed, InvalidBody> {
             num_images: Some(batch_size.saturating_mul(n_iter)),
             seed: value(fields.seed).filter(|seed| *seed != -1),
         },
-        names: WireNames::of_web_ui(images),
+        names: WireNames {
+            prompt: "prompt",
+            size_given: false,
+            steps: "steps",
+            scale: "cfg_scale",
+            images,
+        },
         encoding: Encoding::new(ImageFormat::Png),
         noise_generator: None,
     };
     Ok(Parsed {
-        parsed,
+        request,
         batch_size,
         n_iter,
     })
@@ -284,7 +311,8 @@ fn at_least_1(param: &str, field: Option<Integer>) -> Result<i128, InvalidBody> 
     }
 }
 
-fn is_nothing(value: &Value) -> bool {
+/// Whether a value means that a feature is off.
+fn is_empty(value: &Value) -> bool {
     match value {
         Value::Null => true,
         Value::Bool(value) => !value,

@@ -1,13 +1,12 @@
-//! The prompt in a list of chat messages.
+//! Finds the prompt in a list of chat messages.
 
 use serde_json::Value;
 
-use super::invalid::InvalidBody;
+use super::super::invalid::InvalidBody;
 
-/// The text of the last user message; nothing else in the conversation counts.
+/// The text of the last user message. All other messages are ignored.
 ///
-/// Text parts are joined by one space, as the reference joins them. Nothing is trimmed: the model
-/// gets what was written.
+/// Text parts are joined by one space, as vLLM-Omni joins them. Nothing is trimmed.
 pub(super) fn prompt(messages: Option<&Value>) -> Result<String, InvalidBody> {
     let messages = match messages {
         None | Some(Value::Null) => {
@@ -64,7 +63,7 @@ pub(super) fn prompt(messages: Option<&Value>) -> Result<String, InvalidBody> {
     }
 }
 
-/// `"text"`, `{"type": "text", "text": "text"}` or `{"text": "text"}`, as the reference takes them.
+/// Reads `"text"`, `{"type": "text", "text": "text"}` or `{"text": "text"}`, as vLLM-Omni does.
 fn part_text<'a>(at: &str, part: &'a Value) -> Result<&'a str, InvalidBody> {
     let fields = match part {
         Value::String(text) => return Ok(text),

@@ -1,0 +1,59 @@
+//! `POST /v1/chat/completions`: images as the answer to the last user message.
+
+mod events;
+mod messages;
+mod request;
+mod response;
+
+use std::sync::Arc;
+
+use axum::extract::State;
+use axum::response::Response;
+
+use crate::request::random_u64;
+
+use super::App;
+use super::body::JsonObject;
+use super::error::{ApiError, ErrorEnvelope};
+use super::json::json;
+use super::stream;
+
+use self::request::ChatRequest;
+use self::response::ChatCompletion;
+
+pub(super) use self::events::ChatCompletionChunk;
+
+/// Generates images from the text of the last user message.
+#[utoipa::path(
+    post,
+    path = "/chat/completions",
+    tag = "chat",
+    request_body = ChatRequest,
+    responses(
+        (status = 200, content(
+            (ChatCompletion = "application/json"),
+            (String = "text/event-stream"),
+        )),
+        (status = "4XX", body = ErrorEnvelope),
+        (status = "5XX", body = ErrorEnvelope),
+    ),
+    security((), ("bearer" = [])),
+)]
+pub(super) async fn chat_completions(
+    State(app): State<Arc<App>>,
+    JsonObject(object): JsonObject,
+) -> Result<Response, ApiError> {
+    let parsed = request::parse(object)?;
+    let id = format!("chatcmpl-{:016x}", random_u64());
+    let model = parsed.model.as_deref();
+    let running = parsed
+        .request
+        .submit(&app, id, model, parsed.previews)
+        .await?;
+    if let Some(format) = parsed.stream {
+        return Ok(stream::respond(running, format));
+    }
+    running
+        .finish(|encoded| json(&ChatCompletion::new(&encoded)))
+        .await
+}

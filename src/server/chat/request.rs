@@ -1,0 +1,256 @@
+//! The body of a chat request.
+
+use std::num::NonZeroUsize;
+use std::sync::LazyLock;
+
+use serde::Deserialize;
+use serde_json::{Map, Value};
+use utoipa::openapi::RefOr;
+use utoipa::openapi::schema::Schema;
+use utoipa::{PartialSchema, ToSchema};
+
+use super::super::body::{self, Keys};
+use super::super::fields::{GenerationFields, Integer};
+use super::super::generation::Previews;
+use super::super::invalid::InvalidBody;
+use super::super::parsed::ParsedRequest;
+use super::events::ChatEvents;
+use super::messages;
+
+/// Further keys of `OpenAI`'s chat API. They do not concern images and are ignored.
+const IGNORED: &[&str] = &[
+    "audio",
+    "frequency_penalty",
+    "function_call",
+    "functions",
+    "logit_bias",
+    "logprobs",
+    "max_completion_tokens",
+    "max_tokens",
+    "metadata",
+    "modalities",
+    "moderation",
+    "parallel_tool_calls",
+    "prediction",
+    "presence_penalty",
+    "prompt_cache_key",
+    "prompt_cache_retention",
+    "reasoning_effort",
+    "response_format",
+    "safety_identifier",
+    "service_tier",
+    "stop",
+    "store",
+    "temperature",
+    "tool_choice",
+    "tools",
+    "top_logprobs",
+    "top_p",
+    "user",
+    "verbosity",
+    "web_search_options",
+];
+
+static NESTED_KEYS: LazyLock<Keys> = LazyLock::new(|| {
+    let mut known = body::field_names::<GenerationFields>();
+    known.extend(body::field_names::<PreviewFields>());
+    let ignored = &[];
+    Keys { known, ignored }
+});
+
+static KEYS: LazyLock<Keys> = LazyLock::new(|| {
+    let mut known = body::field_names::<ChatFields>();
+    known.extend(NESTED_KEYS.known.iter().cloned());
+    Keys {
+        known,
+        ignored: IGNORED,
+    }
+});
+
+/// The keys of a chat request besides [`GenerationFields`].
+#[derive(Debug, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+struct ChatFields {
+    /// The prompt is the text of the last message with the role `user`; all other messages are
+    /// ignored. Its content is a string, or a list of text parts that are joined by one space.
+    #[schema(value_type = Vec<ChatMessage>, required = true)]
+    messages: Option<Value>,
+    /// Any name is accepted, as the server has one model. The response repeats it if it is one of
+    /// the model's names, and contains the model's first name otherwise.
+    model: Option<String>,
+    /// Respond with server-sent events: the position in the queue, every step, previews if
+    /// `preview_every` is set, the images, and `[DONE]`.
+    stream: Option<bool>,
+    stream_options: Option<StreamOptions>,
+    /// Further parameters of the generation. A parameter may be given both here and beside
+    /// `extra_body` if the values are equal.
+    #[schema(value_type = Option<ExtraBody>)]
+    extra_body: Option<Map<String, Value>>,
+}
+
+/// Options of a stream.
+#[derive(Debug, Clone, Copy, Deserialize, ToSchema)]
+struct StreamOptions {
+    /// Send a chunk with the usage before `[DONE]`.
+    include_usage: Option<bool>,
+}
+
+/// Parameters of previews.
+#[derive(Debug, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+struct PreviewFields {
+    /// Send a small preview of the first image each time this number of steps is over. Needs
+    /// `stream`.
+    #[schema(value_type = Option<i64>, minimum = 1)]
+    preview_every: Option<Integer>,
+}
+
+/// Parameters that may be given in `extra_body` or beside it.
+struct ExtraBody;
+
+impl ToSchema for ExtraBody {
+    fn schemas(schemas: &mut Vec<(String, RefOr<Schema>)>) {
+        GenerationFields::schemas(schemas);
+    }
+}
+
+impl PartialSchema for ExtraBody {
+    fn schema() -> RefOr<Schema> {
+        body::merged_schema::<PreviewFields, GenerationFields>(&[], "Parameters of the generation.")
+    }
+}
+
+/// A message of a chat.
+#[derive(ToSchema)]
+#[expect(dead_code, reason = "only for the document: messages are read by hand")]
+struct ChatMessage {
+    role: String,
+    content: Option<ChatContent>,
+}
+
+#[derive(ToSchema)]
+#[serde(untagged)]
+#[expect(dead_code, reason = "only for the document: messages are read by hand")]
+enum ChatContent {
+    Text(String),
+    Parts(Vec<TextPart>),
+}
+
+#[derive(ToSchema)]
+#[expect(dead_code, reason = "only for the document: messages are read by hand")]
+struct TextPart {
+    /// `text`
+    r#type: String,
+    text: String,
+}
+
+/// The body of a chat request.
+pub(super) struct ChatRequest;
+
+impl ToSchema for ChatRequest {
+    fn schemas(schemas: &mut Vec<(String, RefOr<Schema>)>) {
+        ChatFields::schemas(schemas);
+        GenerationFields::schemas(schemas);
+    }
+}
+
+impl PartialSchema for ChatRequest {
+    fn schema() -> RefOr<Schema> {
+        body::merged_schema::<ChatFields, ExtraBody>(
+            IGNORED,
+            "A chat that is answered with images.",
+        )
+    }
+}
+
+/// A chat request that has been read.
+#[derive(Debug)]
+pub(super) struct Parsed {
+    pub(super) model: Option<String>,
+    pub(super) request: ParsedRequest,
+    pub(super) previews: Previews,
+    /// `None` for a single JSON response.
+    pub(super) stream: Option<ChatEvents>,
+}
+
+/// Reads the body of a chat request.
+pub(super) fn parse(mut object: Map<String, Value>) -> Result<Parsed, InvalidBody> {
+    KEYS.check(&object, "")?;
+    let mut generation = body::take(&mut object, &NESTED_KEYS.known);
+    object.retain(|key, _| !IGNORED.contains(&key.as_str()));
+    let chat: ChatFields = body::read(object)?;
+    if let Some(nested) = chat.extra_body {
+        NESTED_KEYS.check(&nested, "extra_body.")?;
+        body::merge(&mut generation, nested, "extra_body")?;
+    }
+    let previews = body::take(&mut generation, &body::field_names::<PreviewFields>());
+    let previews = previews_of(&body::read(previews)?)?;
+    let fields: GenerationFields = body::read(generation)?;
+    let prompt = messages::prompt(chat.messages.as_ref())?;
+    let stream = chat.stream.unwrap_or_default().then(|| ChatEvents {
+        with_usage: chat
+            .stream_options
+            .and_then(|options| options.include_usage)
+            .unwrap_or_default(),
+    });
+    if stream.is_none() && previews != Previews::Never {
+        return Err(InvalidBody::needs_stream("preview_every"));
+    }
+    Ok(Parsed {
+        model: chat.model,
+        request: fields.parse(prompt, "messages")?,
+        previews,
+        stream,
+    })
+}
+
+fn previews_of(fields: &PreviewFields) -> Result<Previews, InvalidBody> {
+    let Some(Integer(interval)) = fields.preview_every else {
+        return Ok(Previews::Never);
+    };
+    // Any interval beyond the number of steps means the same.
+    let interval = usize::try_from(interval.min(i128::from(u32::MAX))).ok();
+    let interval = interval.and_then(NonZeroUsize::new);
+    interval
+        .map(Previews::Every)
+        .ok_or_else(|| InvalidBody::value("preview_every".to_owned(), "must be at least 1"))
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn cat(extra: Value) -> Map<String, Value> {
+        let mut body = json!({"messages": [{"role": "user", "content": "a cat"}]});
+        let Value::Object(extra) = extra else {
+            panic!("an object")
+        };
+        let mut body = body.as_object_mut().unwrap().clone();
+        body.extend(extra);
+        body
+    }
+
+    #[test]
+    fn both_places_are_read_together() {
+        let body = cat(json!({
+            "model": "any", "temperature": 0.7, "height": 512, "n": 2,
+            "extra_body": {"width": 256, "cfg_scale": 3, "negative_prompt": ""},
+        }));
+        let parsed = parse(body).unwrap();
+        assert_eq!(parsed.model.as_deref(), Some("any"));
+        let params = parsed.request.params;
+        assert_eq!(params.prompt, "a cat");
+        assert_eq!((params.height, params.width), (Some(512), Some(256)));
+        assert_eq!(params.num_images, Some(2));
+        assert_eq!(params.true_cfg_scale, Some(3.0));
+        assert_eq!(params.negative_prompt.as_deref(), Some(""));
+    }
+
+    #[test]
+    fn aliases_conflict_across_the_places() {
+        let body = cat(json!({"cfg_scale": 1, "extra_body": {"true_cfg_scale": 2}}));
+        assert_eq!(parse(body).unwrap_err().param(), "true_cfg_scale");
+    }
+}

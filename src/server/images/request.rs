@@ -1,0 +1,187 @@
+//! The body of an images request.
+
+use std::sync::LazyLock;
+
+use serde::Deserialize;
+use serde_json::{Map, Value};
+use utoipa::openapi::RefOr;
+use utoipa::openapi::schema::Schema;
+use utoipa::{PartialSchema, ToSchema};
+
+use super::super::body::{self, Keys};
+use super::super::fields::{GenerationFields, Integer};
+use super::super::generation::Previews;
+use super::super::invalid::InvalidBody;
+use super::super::parsed::ParsedRequest;
+
+static GENERATION_KEYS: LazyLock<Keys> = LazyLock::new(|| Keys {
+    known: body::field_names::<GenerationFields>(),
+    ignored: &[],
+});
+
+static KEYS: LazyLock<Keys> = LazyLock::new(|| {
+    let mut known = body::field_names::<ImagesFields>();
+    known.extend(GENERATION_KEYS.known.iter().cloned());
+    let ignored = &[];
+    Keys { known, ignored }
+});
+
+/// The keys of an images request besides [`GenerationFields`].
+#[derive(Debug, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+#[expect(dead_code, reason = "some fields are only checked")]
+pub(super) struct ImagesFields {
+    /// The prompt; may be empty.
+    #[schema(value_type = String, required = true)]
+    prompt: Option<String>,
+    /// Any name is accepted, as the server has one model. The response repeats it if it is one of
+    /// the model's names, and contains the model's first name otherwise.
+    pub(super) model: Option<String>,
+    /// `b64_json`, the default, returns the images in a JSON body. `file` returns one image as the
+    /// body itself, or several as a ZIP archive. URLs are not supported.
+    pub(super) response_format: Option<ResponseFormat>,
+    /// Number of steps if `num_inference_steps` is not given: 20 for `low`, 30 for `medium`, 50 for
+    /// all others.
+    pub(super) quality: Option<Quality>,
+    /// All images are opaque.
+    background: Option<Background>,
+    /// Ignored: nothing is moderated.
+    moderation: Option<Moderation>,
+    /// Ignored: describe the style in the prompt.
+    style: Option<Style>,
+    /// Ignored.
+    user: Option<String>,
+    /// Ignored.
+    safety_identifier: Option<String>,
+    /// Respond with server-sent events: up to `partial_images` previews, then one event for each
+    /// image.
+    pub(super) stream: Option<bool>,
+    /// Number of small previews of the first image, from 0 to 3; there may be fewer if there are few
+    /// steps. Needs `stream`.
+    #[schema(value_type = Option<u8>, maximum = 3)]
+    partial_images: Option<Integer>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub(super) enum ResponseFormat {
+    B64Json,
+    File,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, ToSchema)]
+#[serde(rename_all = "lowercase")]
+pub(super) enum Quality {
+    Auto,
+    Low,
+    Medium,
+    High,
+    Standard,
+    Hd,
+}
+
+#[derive(Debug, Clone, Copy, Deserialize, ToSchema)]
+#[serde(rename_all = "lowercase")]
+enum Background {
+    Auto,
+    Opaque,
+}
+
+#[derive(Debug, Clone, Copy, Deserialize, ToSchema)]
+#[serde(rename_all = "lowercase")]
+enum Moderation {
+    Auto,
+    Low,
+}
+
+#[derive(Debug, Clone, Copy, Deserialize, ToSchema)]
+#[serde(rename_all = "lowercase")]
+enum Style {
+    Vivid,
+    Natural,
+}
+
+impl Quality {
+    /// Number of steps of a request without `num_inference_steps`; `None` for the default.
+    fn num_inference_steps(self) -> Option<i128> {
+        match self {
+            Self::Low => Some(20),
+            Self::Medium => Some(30),
+            Self::Auto | Self::High | Self::Standard | Self::Hd => None,
+        }
+    }
+
+    /// The quality in `OpenAI`'s terms.
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            Self::Low => "low",
+            Self::Medium => "medium",
+            Self::Auto | Self::High | Self::Standard | Self::Hd => "high",
+        }
+    }
+}
+
+/// The body of an images request.
+pub(in super::super) struct ImagesRequest;
+
+impl ToSchema for ImagesRequest {
+    fn schemas(schemas: &mut Vec<(String, RefOr<Schema>)>) {
+        ImagesFields::schemas(schemas);
+        GenerationFields::schemas(schemas);
+    }
+}
+
+impl PartialSchema for ImagesRequest {
+    fn schema() -> RefOr<Schema> {
+        body::merged_schema::<ImagesFields, GenerationFields>(&[], "Images to generate.")
+    }
+}
+
+/// An images request that has been read.
+#[derive(Debug)]
+pub(in super::super) struct Parsed {
+    pub(super) fields: ImagesFields,
+    pub(in super::super) request: ParsedRequest,
+    pub(super) previews: Previews,
+}
+
+/// Reads the body of an images request.
+pub(in super::super) fn parse(mut object: Map<String, Value>) -> Result<Parsed, InvalidBody> {
+    KEYS.check(&object, "")?;
+    let generation: GenerationFields = body::read(body::take(&mut object, &GENERATION_KEYS.known))?;
+    let mut fields: ImagesFields = body::read(object)?;
+    let previews = previews_of(&fields)?;
+    let prompt = fields.prompt.take();
+    let prompt = prompt.ok_or_else(|| InvalidBody::missing("prompt"))?;
+    let mut request = generation.parse(prompt, "prompt")?;
+    let steps = &mut request.params.num_inference_steps;
+    *steps = steps.or(fields.quality.and_then(Quality::num_inference_steps));
+    Ok(Parsed {
+        fields,
+        request,
+        previews,
+    })
+}
+
+fn previews_of(fields: &ImagesFields) -> Result<Previews, InvalidBody> {
+    let is_stream = fields.stream == Some(true);
+    if is_stream && fields.response_format == Some(ResponseFormat::File) {
+        return Err(InvalidBody::conflict("response_format", "stream"));
+    }
+    let Some(Integer(got)) = fields.partial_images else {
+        return Ok(Previews::Never);
+    };
+    let (min, max) = (0, 3);
+    let param = "partial_images";
+    match usize::try_from(got) {
+        Ok(0) => Ok(Previews::Never),
+        Ok(1..=3) if !is_stream => Err(InvalidBody::needs_stream(param)),
+        Ok(count @ 1..=3) => Ok(Previews::Count(count)),
+        _ => Err(InvalidBody::Range {
+            param,
+            min,
+            max,
+            got,
+        }),
+    }
+}

@@ -1,0 +1,165 @@
+//! Middleware around all routes: request ids, the span of a request, panics and CORS.
+
+use std::any::Any;
+use std::time::Duration;
+
+use axum::Router;
+use axum::extract::Request;
+use axum::http::header::{AUTHORIZATION, RETRY_AFTER};
+use axum::http::{HeaderName, Method};
+use axum::response::{IntoResponse, Response};
+use tower_http::catch_panic::CatchPanicLayer;
+use tower_http::cors::{AllowHeaders, AllowOrigin, CorsLayer};
+use tower_http::request_id::{MakeRequestUuid, PropagateRequestIdLayer, SetRequestIdLayer};
+use tower_http::sensitive_headers::SetSensitiveRequestHeadersLayer;
+use tower_http::trace::TraceLayer;
+use tracing::{Level, Span};
+
+use super::access::CorsOrigin;
+use super::error::ApiError;
+use super::images::SEED_HEADER;
+
+/// Id of a request: the client's own, or one that the server makes. The response repeats it.
+const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+
+/// Routes that monitoring calls again and again. Their spans and log lines have the level debug.
+const PROBES: [&str; 4] = ["/health", "/health/live", "/health/ready", "/metrics"];
+
+/// Longest path and longest request id in a log line, in bytes.
+const MAX_LOGGED_BYTES: usize = 200;
+
+/// Adds the middleware to a router. The last layer is the outermost one.
+pub(super) fn add_to<S: Clone + Send + Sync + 'static>(
+    router: Router<S>,
+    cors_origins: &[CorsOrigin],
+) -> Router<S> {
+    let mut router = router.layer(CatchPanicLayer::custom(respond_to_panic));
+    if !cors_origins.is_empty() {
+        router = router.layer(cors(cors_origins));
+    }
+    let trace = TraceLayer::new_for_http()
+        .make_span_with(make_span)
+        .on_request(())
+        .on_response(log_response)
+        .on_eos(())
+        .on_failure(());
+    router
+        .layer(PropagateRequestIdLayer::new(REQUEST_ID))
+        .layer(trace)
+        .layer(SetSensitiveRequestHeadersLayer::new([AUTHORIZATION]))
+        .layer(SetRequestIdLayer::new(REQUEST_ID, MakeRequestUuid))
+}
+
+/// A layer that lets web pages of these origins use the API.
+fn cors(origins: &[CorsOrigin]) -> CorsLayer {
+    let origins = origins.iter().map(|origin| origin.0.clone());
+    let allowed = if origins.clone().any(|origin| origin == "*") {
+        AllowOrigin::any()
+    } else {
+        AllowOrigin::list(origins)
+    };
+    CorsLayer::new()
+        .allow_origin(allowed)
+        .allow_methods([Method::GET, Method::POST])
+        // Clients send further headers, such as OpenAI's x-stainless-os.
+        .allow_headers(AllowHeaders::mirror_request())
+        .expose_headers([RETRY_AFTER, SEED_HEADER, REQUEST_ID])
+}
+
+fn make_span(request: &Request) -> Span {
+    let method = request.method();
+    let path = shortened(request.uri().path());
+    let request_id = request.headers().get(REQUEST_ID);
+    let request_id = request_id.and_then(|id| id.to_str().ok());
+    let request_id = shortened(request_id.unwrap_or_default());
+    if PROBES.contains(&path) {
+        tracing::debug_span!("request", %method, path, request_id)
+    } else {
+        tracing::info_span!("request", %method, path, request_id)
+    }
+}
+
+fn shortened(text: &str) -> &str {
+    &text[..text.floor_char_boundary(MAX_LOGGED_BYTES)]
+}
+
+/// Logs a response with an error status. Successful generations log their own line, and other
+/// successful requests are of no interest.
+fn log_response(response: &Response, latency: Duration, span: &Span) {
+    let status = response.status();
+    let seconds = latency.as_secs_f64();
+    let is_probe = span
+        .metadata()
+        .is_none_or(|span| *span.level() == Level::DEBUG);
+    if is_probe || status.is_success() || status.is_redirection() {
+        tracing::debug!(parent: span, status = status.as_u16(), "responded in {seconds:.3} s");
+    } else {
+        tracing::info!(parent: span, status = status.as_u16(), "failed after {seconds:.3} s");
+    }
+}
+
+/// The response to a request whose handler panicked.
+fn respond_to_panic(payload: Box<dyn Any + Send>) -> Response {
+    let message = kiln_models::panic_message(payload.as_ref());
+    ApiError::HandlerPanicked(message).into_response()
+}
+
+#[cfg(test)]
+mod tests {
+    use axum::body::{Body, to_bytes};
+    use axum::http::{HeaderValue, StatusCode};
+    use axum::routing::get;
+    use serde_json::Value;
+    use tower::ServiceExt;
+
+    use super::*;
+
+    async fn panics() -> &'static str {
+        panic!("secret detail")
+    }
+
+    async fn sees_a_sensitive_key(request: Request) -> String {
+        request.headers()[AUTHORIZATION].is_sensitive().to_string()
+    }
+
+    /// Response of a router with the middleware to a request with this header.
+    async fn respond(path: &str, (name, value): (HeaderName, &'static str)) -> Response {
+        let router = Router::new()
+            .route("/panic", get(panics))
+            .route("/key", get(sees_a_sensitive_key));
+        let mut request = Request::new(Body::empty());
+        *request.uri_mut() = path.parse().unwrap();
+        let value = HeaderValue::from_static(value);
+        request.headers_mut().insert(name, value);
+        let router = add_to(router, &["*".parse().unwrap()]);
+        router.oneshot(request).await.unwrap()
+    }
+
+    async fn body(response: Response) -> Vec<u8> {
+        to_bytes(response.into_body(), 1000).await.unwrap().to_vec()
+    }
+
+    #[tokio::test]
+    async fn a_panic_is_500_with_the_error_body_and_the_request_id() {
+        let response = respond("/panic", (REQUEST_ID, "my-id")).await;
+        assert_eq!(response.status(), StatusCode::INTERNAL_SERVER_ERROR);
+        assert_eq!(response.headers()[REQUEST_ID], "my-id");
+        assert_eq!(response.headers()["access-control-allow-origin"], "*");
+        let body: Value = serde_json::from_slice(&body(response).await).unwrap();
+        assert_eq!(body["error"]["code"], 500);
+        assert_eq!(body["error"]["type"], "server_error");
+        assert!(!body.to_string().contains("secret"), "{body}");
+    }
+
+    #[tokio::test]
+    async fn the_key_is_marked_as_sensitive() {
+        let response = respond("/key", (AUTHORIZATION, "Bearer key")).await;
+        assert_eq!(body(response).await, b"true");
+    }
+
+    #[test]
+    fn long_texts_are_shortened_in_the_log() {
+        assert_eq!(shortened("/v1/models"), "/v1/models");
+        assert_eq!(shortened(&"é".repeat(300)), "é".repeat(100));
+    }
+}

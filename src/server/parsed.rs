@@ -1,0 +1,41 @@
+//! A request as a client wrote it: the values, and the names under which they came.
+
+use kiln_models::noise::NoiseGenerator;
+
+use crate::image::Encoding;
+use crate::request::GenerationParams;
+
+/// A request that has been read but not checked against the model and the server's limits.
+#[derive(Debug)]
+pub(super) struct ParsedRequest {
+    pub(super) params: GenerationParams,
+    pub(super) names: WireNames,
+    pub(super) encoding: Encoding,
+    /// `None` selects the server's noise generator.
+    pub(super) noise_generator: Option<NoiseGenerator>,
+}
+
+/// The keys under which a client sent its values, for error messages.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct WireNames {
+    pub(super) prompt: &'static str,
+    /// Whether height and width came as `size`.
+    pub(super) size_given: bool,
+    pub(super) steps: &'static str,
+    pub(super) scale: &'static str,
+    pub(super) images: &'static str,
+}
+
+impl WireNames {
+    /// The client's name of a field of [`GenerationParams`].
+    pub(super) fn of(&self, field: &'static str) -> &'static str {
+        match field {
+            "prompt" => self.prompt,
+            "height" | "width" if self.size_given => "size",
+            "num_inference_steps" => self.steps,
+            "true_cfg_scale" => self.scale,
+            "num_images" => self.images,
+            name => name,
+        }
+    }
+}

@@ -1,0 +1,97 @@
+//! All routes that the `OpenAPI` document describes. A route is registered once, with its
+//! description, and belongs to one API, whose router checks its key.
+
+use std::sync::Arc;
+
+use axum::Router;
+use axum::extract::OriginalUri;
+use axum::http::Method;
+use axum::response::IntoResponse;
+use utoipa::openapi::security::HttpAuthScheme;
+use utoipa_axum::router::OpenApiRouter;
+use utoipa_axum::routes;
+
+use super::access::{ApiKeys, Scheme, require_key};
+use super::error::ApiError;
+use super::openapi;
+use super::{App, Settings, chat, estimate, health, images, metrics, models, sdapi, status};
+
+/// Routes of these settings and their `OpenAPI` document.
+pub(super) fn routes(settings: &Settings) -> OpenApiRouter<Arc<App>> {
+    let router = open().nest("/v1", v1(&settings.api_keys));
+    if settings.sdapi {
+        router.nest("/sdapi", with_sdapi(&settings.api_keys))
+    } else {
+        router.nest("/sdapi", Router::new().fallback(sdapi_off).into())
+    }
+}
+
+/// Routes that need no key.
+fn open() -> OpenApiRouter<Arc<App>> {
+    OpenApiRouter::with_openapi(openapi::without_routes())
+        .routes(routes!(models::version))
+        .routes(routes!(health::health))
+        .routes(routes!(health::live))
+        .routes(routes!(health::ready))
+        .routes(routes!(metrics::metrics))
+}
+
+/// The API of `OpenAI`, with kiln's additions.
+fn v1(keys: &ApiKeys) -> OpenApiRouter<Arc<App>> {
+    let mut router = OpenApiRouter::new()
+        .routes(routes!(chat::chat_completions))
+        .routes(routes!(images::generations))
+        .routes(routes!(estimate::estimate))
+        .routes(routes!(status::status))
+        .routes(routes!(models::list))
+        .routes(routes!(models::retrieve));
+    let document = router.get_openapi_mut();
+    openapi::add_security_scheme(document, "bearer", HttpAuthScheme::Bearer);
+    let refuse = || ApiError::Unauthorized.into_response();
+    with_fallbacks(router).layer(require_key(keys, Scheme::Bearer, refuse))
+}
+
+/// The API of AUTOMATIC1111's web UI.
+fn with_sdapi(keys: &ApiKeys) -> OpenApiRouter<Arc<App>> {
+    let mut router = sdapi::routes();
+    let document = router.get_openapi_mut();
+    openapi::add_security_scheme(document, "basic", HttpAuthScheme::Basic);
+    with_fallbacks(router).layer(require_key(
+        keys,
+        Scheme::BasicOrBearer,
+        sdapi::unauthorized,
+    ))
+}
+
+/// Adds the responses to unknown paths and methods below a router's prefix, so that a layer of the
+/// router, such as the check of the key, applies to them too.
+fn with_fallbacks(router: OpenApiRouter<Arc<App>>) -> OpenApiRouter<Arc<App>> {
+    let (router, document) = router.split_for_parts();
+    let router = router
+        .fallback(unknown)
+        .method_not_allowed_fallback(wrong_method);
+    let mut router = OpenApiRouter::from(router);
+    *router.get_openapi_mut() = document;
+    router
+}
+
+/// The response to a path without a route.
+pub(super) async fn unknown(OriginalUri(uri): OriginalUri) -> ApiError {
+    ApiError::UnknownRoute {
+        path: uri.path().to_owned(),
+    }
+}
+
+/// The response to a method that the route does not have.
+pub(super) async fn wrong_method(method: Method, OriginalUri(uri): OriginalUri) -> ApiError {
+    ApiError::Method {
+        method,
+        path: uri.path().to_owned(),
+    }
+}
+
+async fn sdapi_off(OriginalUri(uri): OriginalUri) -> ApiError {
+    ApiError::SdapiOff {
+        path: uri.path().to_owned(),
+    }
+}
