@@ -5,6 +5,8 @@
 
 use std::fmt;
 
+use serde::Serialize;
+
 use crate::noise::NoiseGenerator;
 
 /// Identifies a job within one pipeline. The caller chooses it and does not reuse the id of a job
@@ -39,11 +41,19 @@ impl fmt::Display for Size {
     }
 }
 
-/// How the latents are denoised.
-#[derive(Debug, Clone, Copy, PartialEq)]
+/// How the latents are denoised. Reports serialise it under the names of the request's fields.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 pub struct Sampling {
     /// Number of denoising steps, at least 1: diffusers' `num_inference_steps`.
+    #[serde(rename = "num_inference_steps")]
     pub steps: usize,
+}
+
+impl Sampling {
+    /// This many steps of the model's own schedule.
+    pub const fn new(steps: usize) -> Self {
+        Self { steps }
+    }
 }
 
 /// Classifier-free guidance. It runs only with a negative prompt and a scale above 1, as in

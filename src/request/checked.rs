@@ -154,7 +154,7 @@ impl GenerationRequest {
             negative_prompt: params.negative_prompt,
             true_cfg_scale,
             size,
-            sampling: Sampling { steps },
+            sampling: Sampling::new(steps),
             num_images,
             noise: Noise { seed, generator },
         })

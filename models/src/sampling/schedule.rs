@@ -3,6 +3,7 @@
 use burn::tensor::{DType, bf16, f16};
 
 use crate::config::{ConfigError, ConfigReader, ConfigText};
+use crate::job::Sampling;
 
 /// The formula of the dynamic shift, with `mu` of [`SchedulerConfig::mu`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -106,10 +107,11 @@ impl SchedulerConfig {
     /// reference does.
     ///
     /// # Panics
-    /// If `num_inference_steps` is 0.
-    pub fn schedule(&self, num_inference_steps: usize, image_tokens: usize) -> Schedule {
-        assert!(num_inference_steps > 0, "a schedule has at least one step");
-        let mut sigmas = linspace_down_from_one(num_inference_steps);
+    /// If the number of steps is 0.
+    pub fn schedule(&self, sampling: Sampling, image_tokens: usize) -> Schedule {
+        let Sampling { steps } = sampling;
+        assert!(steps > 0, "a schedule has at least one step");
+        let mut sigmas = linspace_down_from_one(steps);
         if self.use_dynamic_shifting {
             let mu = self.mu(image_tokens);
             for sigma in &mut sigmas {
@@ -126,7 +128,7 @@ impl SchedulerConfig {
             }
         }
         if let Some(terminal) = self.shift_terminal {
-            let last = 1.0 - sigmas[num_inference_steps - 1];
+            let last = 1.0 - sigmas[steps - 1];
             let factor = last / (1.0 - terminal) as f32;
             // The one sigma of a single step is 1 and cannot be stretched; the reference divides by
             // zero there and gets NaN.
@@ -230,7 +232,7 @@ mod tests {
                 config.mu(tokens)
             );
         }
-        let sigmas = config.schedule(50, 4096).sigmas;
+        let sigmas = config.schedule(Sampling::new(50), 4096).sigmas;
         assert_eq!(sigmas.len(), 51);
         for (index, sigma) in [
             (0, 1.0),
@@ -250,7 +252,10 @@ mod tests {
 
     #[test]
     fn one_step_starts_at_pure_noise() {
-        assert_eq!(qwen_image().schedule(1, 4096).sigmas, [1.0, 0.0]);
+        assert_eq!(
+            qwen_image().schedule(Sampling::new(1), 4096).sigmas,
+            [1.0, 0.0]
+        );
     }
 
     #[test]
