@@ -47,12 +47,17 @@ pub struct Sampling {
     /// Number of denoising steps, at least 1: diffusers' `num_inference_steps`.
     #[serde(rename = "num_inference_steps")]
     pub steps: usize,
+    /// Fixed time shift of the noise levels, a number above 0; `None` for the schedule in the model's
+    /// `scheduler_config.json`. See
+    /// [`SchedulerConfig::schedule`](crate::sampling::SchedulerConfig::schedule).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub shift: Option<f64>,
 }
 
 impl Sampling {
     /// This many steps of the model's own schedule.
     pub const fn new(steps: usize) -> Self {
-        Self { steps }
+        Self { steps, shift: None }
     }
 }
 

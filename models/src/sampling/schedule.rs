@@ -106,13 +106,22 @@ impl SchedulerConfig {
     /// Computes the schedule of an image of `image_tokens` packed latent tokens, in f32 as the
     /// reference does.
     ///
+    /// A [`Sampling::shift`] `s` replaces the configuration's shift and its terminal stretch:
+    /// `sigma' = s · sigma / (1 + (s - 1) · sigma)`, whatever the size of the image. It is the
+    /// reference with `base_shift = max_shift = ln s` and no `shift_terminal`, which the
+    /// configuration of Qwen-Image-Lightning sets for `s = 3`.
+    ///
     /// # Panics
     /// If the number of steps is 0.
     pub fn schedule(&self, sampling: Sampling, image_tokens: usize) -> Schedule {
-        let Sampling { steps } = sampling;
+        let Sampling { steps, shift } = sampling;
         assert!(steps > 0, "a schedule has at least one step");
         let mut sigmas = linspace_down_from_one(steps);
-        if self.use_dynamic_shifting {
+        if let Some(shift) = shift {
+            for sigma in &mut sigmas {
+                *sigma = shift as f32 / (shift as f32 + (1.0 / *sigma - 1.0));
+            }
+        } else if self.use_dynamic_shifting {
             let mu = self.mu(image_tokens);
             for sigma in &mut sigmas {
                 let odds = 1.0 / *sigma - 1.0;
@@ -127,7 +136,7 @@ impl SchedulerConfig {
                 *sigma = shift as f32 * *sigma / (1.0 + (shift - 1.0) as f32 * *sigma);
             }
         }
-        if let Some(terminal) = self.shift_terminal {
+        if let Some(terminal) = self.shift_terminal.filter(|_| shift.is_none()) {
             let last = 1.0 - sigmas[steps - 1];
             let factor = last / (1.0 - terminal) as f32;
             // The one sigma of a single step is 1 and cannot be stretched; the reference divides by
@@ -217,6 +226,39 @@ mod tests {
     }
 
     /// Check values of the real model: mu by image size, and the sigmas at 1024² in 50 steps.
+    /// The values of `FlowMatchEulerDiscreteScheduler` with the configuration of Lightning, which is
+    /// the base model's with `base_shift = max_shift = ln 3` and no `shift_terminal`.
+    #[test]
+    fn a_shift_of_3_is_the_schedule_of_lightning() {
+        let lightning = SchedulerConfig {
+            base_shift: 3_f64.ln(),
+            max_shift: 3_f64.ln(),
+            shift_terminal: None,
+            ..qwen_image()
+        };
+        let eight = [1.0, 0.9545, 0.9, 0.8333, 0.75, 0.6429, 0.5, 0.3, 0.0];
+        for (steps, expected) in [
+            (1, &[1.0, 0.0][..]),
+            (2, &[1.0, 0.75, 0.0]),
+            (4, &[1.0, 0.9, 0.75, 0.5, 0.0]),
+            (8, &eight),
+        ] {
+            let shifted = Sampling {
+                shift: Some(3.0),
+                ..Sampling::new(steps)
+            };
+            for tokens in [1024, 4096, 6889] {
+                let sigmas = qwen_image().schedule(shifted, tokens).sigmas;
+                let reference = lightning.schedule(Sampling::new(steps), tokens).sigmas;
+                assert_eq!(sigmas.len(), expected.len());
+                for ((sigma, reference), expected) in sigmas.iter().zip(reference).zip(expected) {
+                    assert!((sigma - reference).abs() < 1e-6, "{sigma} {reference}");
+                    assert!((sigma - expected).abs() < 5e-5, "{sigma} {expected}");
+                }
+            }
+        }
+    }
+
     #[test]
     fn qwen_image_schedule() {
         let config = qwen_image();
