@@ -345,7 +345,7 @@ mod tests {
                     height: 32,
                     width: 48,
                 },
-                sampling: Sampling { steps: 2 },
+                sampling: Sampling::new(2),
                 num_images: 1,
                 noise: Noise {
                     seed: 0,

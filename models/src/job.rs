@@ -5,6 +5,8 @@
 
 use std::fmt;
 
+use serde::Serialize;
+
 use crate::noise::NoiseGenerator;
 
 /// Identifies a job within one pipeline. The caller chooses it and does not reuse the id of a job
@@ -39,11 +41,24 @@ impl fmt::Display for Size {
     }
 }
 
-/// How the latents are denoised.
-#[derive(Debug, Clone, Copy, PartialEq)]
+/// How the latents are denoised. Reports serialise it under the names of the request's fields.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 pub struct Sampling {
     /// Number of denoising steps, at least 1: diffusers' `num_inference_steps`.
+    #[serde(rename = "num_inference_steps")]
     pub steps: usize,
+    /// Fixed time shift of the noise levels, a number above 0; `None` for the schedule in the model's
+    /// `scheduler_config.json`. See
+    /// [`SchedulerConfig::schedule`](crate::sampling::SchedulerConfig::schedule).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub shift: Option<f64>,
+}
+
+impl Sampling {
+    /// This many steps of the model's own schedule.
+    pub const fn new(steps: usize) -> Self {
+        Self { steps, shift: None }
+    }
 }
 
 /// Classifier-free guidance. It runs only with a negative prompt and a scale above 1, as in

@@ -18,7 +18,7 @@ pub fn job(side: usize, steps: usize) -> Job {
         conditioning: Conditioning { tokens: vec![0] },
         guidance: None,
         size: Size::square(side),
-        sampling: Sampling { steps },
+        sampling: Sampling::new(steps),
         noise: Noise {
             seed: 0,
             generator: NoiseGenerator::Cpu,

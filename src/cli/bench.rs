@@ -104,7 +104,6 @@ impl BenchArgs {
     /// Parameters with empty prompts, which only take part in the checks.
     fn params(&self) -> GenerationParams {
         GenerationParams {
-            prompt: String::new(),
             negative_prompt: Some(String::new()),
             true_cfg_scale: Some(self.cfg),
             height: self.size.map(|size| size.height),
@@ -112,6 +111,7 @@ impl BenchArgs {
             num_inference_steps: Some(self.steps),
             num_images: Some(self.batch),
             seed: Some(0),
+            ..GenerationParams::default()
         }
     }
 }

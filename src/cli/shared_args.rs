@@ -63,6 +63,13 @@ pub(super) struct RequestArgs {
     )]
     num_inference_steps: Option<i128>,
 
+    /// Time shift of the noise levels, above 0 [default: the model's schedule]
+    ///
+    /// Replaces the schedule that the model's scheduler_config.json sets. Lightning models and LoRAs
+    /// need 3.
+    #[arg(long, value_name = "SHIFT", allow_negative_numbers = true)]
+    shift: Option<f64>,
+
     /// Seed of the noise, from 0 to 2^64 - 1 [default: random, and reported]
     ///
     /// The same seed and settings give the same image.
@@ -83,6 +90,7 @@ impl RequestArgs {
             height: self.size.map(|size| size.height).or(self.height),
             width: self.size.map(|size| size.width).or(self.width),
             num_inference_steps: self.num_inference_steps,
+            shift: self.shift,
             num_images: None,
             seed: self.seed,
         }

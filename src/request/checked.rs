@@ -8,6 +8,9 @@ use super::limits::{
 };
 use super::params::GenerationParams;
 
+/// Largest [`Sampling::shift`]. At this value 99 % of the steps are above a noise level of 0.5.
+pub const MAX_SHIFT: f64 = 100.0;
+
 /// A valid request with all defaults filled in.
 #[derive(Debug, Clone, PartialEq)]
 pub struct GenerationRequest {
@@ -50,6 +53,8 @@ pub enum InvalidRequest {
     },
     #[error("num_inference_steps must be from 1 to {max}, got {got}")]
     Steps { got: i128, max: usize },
+    #[error("shift must be above 0 and at most {MAX_SHIFT}, got {got}")]
+    Shift { got: f64 },
     #[error("true_cfg_scale must be a finite number of at least 0, got {got}")]
     TrueCfgScale { got: f64 },
     #[error("the number of images must be from 1 to {max}, got {got}")]
@@ -70,6 +75,7 @@ impl InvalidRequest {
             Self::Side { param, .. } | Self::PromptTooLong { param, .. } => param,
             Self::TooManyPixels { .. } => "height",
             Self::Steps { .. } => "num_inference_steps",
+            Self::Shift { .. } => "shift",
             Self::TrueCfgScale { .. } => "true_cfg_scale",
             Self::NumImages { .. } | Self::TooManyPixelsTogether { .. } => "num_images",
             Self::Seed { .. } => "seed",
@@ -124,6 +130,10 @@ impl GenerationRequest {
             got: steps,
             max: limits.max_steps,
         })?;
+        let shift = params.shift;
+        if let Some(got) = shift.filter(|shift| !(*shift > 0.0 && *shift <= MAX_SHIFT)) {
+            return Err(InvalidRequest::Shift { got });
+        }
         let images = params.num_images.unwrap_or(1);
         let num_images =
             within(images, 1, limits.max_num_images).ok_or(InvalidRequest::NumImages {
@@ -154,7 +164,7 @@ impl GenerationRequest {
             negative_prompt: params.negative_prompt,
             true_cfg_scale,
             size,
-            sampling: Sampling { steps },
+            sampling: Sampling { steps, shift },
             num_images,
             noise: Noise { seed, generator },
         })
@@ -426,5 +436,22 @@ mod tests {
         assert!(guided(Some(""), 4.0));
         assert!(!guided(Some(""), 1.0));
         assert!(!guided(None, 4.0));
+    }
+
+    #[test]
+    fn a_shift_is_above_zero_and_bounded() {
+        let shifted = |shift| {
+            let params = GenerationParams {
+                shift: Some(shift),
+                ..GenerationParams::default()
+            };
+            check(params).map(|request| request.sampling.shift)
+        };
+        for shift in [1e-3, 3.0, MAX_SHIFT] {
+            assert_eq!(shifted(shift).unwrap(), Some(shift));
+        }
+        for got in [0.0, -1.0, 100.5, f64::NAN, f64::INFINITY] {
+            assert_eq!(shifted(got).unwrap_err().param(), "shift");
+        }
     }
 }

@@ -15,17 +15,20 @@ impl GenerationRequest {
             NoiseGenerator::Cpu => "CPU",
             NoiseGenerator::Cuda => "NV",
         };
+        let shift = self.sampling.shift;
+        let shift = shift.map(|shift| format!("Shift: {shift}, "));
         let batch = (self.num_images > 1)
             .then(|| format!("Batch size: {}, Batch pos: {index}, ", self.num_images));
         format!(
             "{}\n{}Steps: {}, Sampler: Euler, CFG scale: {scale}, Seed: {}, Size: {}, \
-             Model: {}, RNG: {rng}, {}Version: {}",
+             Model: {}, RNG: {rng}, {}{}Version: {}",
             self.prompt,
             negative.unwrap_or_default(),
             self.sampling.steps,
             self.noise.seed,
             self.size,
             quoted(model),
+            shift.unwrap_or_default(),
             batch.unwrap_or_default(),
             crate::version::PROGRAM,
         )

@@ -14,6 +14,7 @@ pub struct GenerationParams {
     pub height: Option<i128>,
     pub width: Option<i128>,
     pub num_inference_steps: Option<i128>,
+    pub shift: Option<f64>,
     pub num_images: Option<i128>,
     pub seed: Option<i128>,
 }

@@ -167,7 +167,7 @@ impl<B: FusedOps> QwenImage<B> {
     /// The noise levels of a job's steps.
     pub(crate) fn schedule(&self, job: &Job) -> Schedule {
         let [height, width] = self.grid(job.size);
-        self.scheduler.schedule(job.sampling.steps, height * width)
+        self.scheduler.schedule(job.sampling, height * width)
     }
 
     /// One image of a job and one prompt's embeddings as a sequence of the transformer.

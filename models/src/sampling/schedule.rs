@@ -3,6 +3,7 @@
 use burn::tensor::{DType, bf16, f16};
 
 use crate::config::{ConfigError, ConfigReader, ConfigText};
+use crate::job::Sampling;
 
 /// The formula of the dynamic shift, with `mu` of [`SchedulerConfig::mu`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -105,12 +106,22 @@ impl SchedulerConfig {
     /// Computes the schedule of an image of `image_tokens` packed latent tokens, in f32 as the
     /// reference does.
     ///
+    /// A [`Sampling::shift`] `s` replaces the configuration's shift and its terminal stretch:
+    /// `sigma' = s · sigma / (1 + (s - 1) · sigma)`, whatever the size of the image. It is the
+    /// reference with `base_shift = max_shift = ln s` and no `shift_terminal`, which the
+    /// configuration of Qwen-Image-Lightning sets for `s = 3`.
+    ///
     /// # Panics
-    /// If `num_inference_steps` is 0.
-    pub fn schedule(&self, num_inference_steps: usize, image_tokens: usize) -> Schedule {
-        assert!(num_inference_steps > 0, "a schedule has at least one step");
-        let mut sigmas = linspace_down_from_one(num_inference_steps);
-        if self.use_dynamic_shifting {
+    /// If the number of steps is 0.
+    pub fn schedule(&self, sampling: Sampling, image_tokens: usize) -> Schedule {
+        let Sampling { steps, shift } = sampling;
+        assert!(steps > 0, "a schedule has at least one step");
+        let mut sigmas = linspace_down_from_one(steps);
+        if let Some(shift) = shift {
+            for sigma in &mut sigmas {
+                *sigma = shift as f32 / (shift as f32 + (1.0 / *sigma - 1.0));
+            }
+        } else if self.use_dynamic_shifting {
             let mu = self.mu(image_tokens);
             for sigma in &mut sigmas {
                 let odds = 1.0 / *sigma - 1.0;
@@ -125,8 +136,8 @@ impl SchedulerConfig {
                 *sigma = shift as f32 * *sigma / (1.0 + (shift - 1.0) as f32 * *sigma);
             }
         }
-        if let Some(terminal) = self.shift_terminal {
-            let last = 1.0 - sigmas[num_inference_steps - 1];
+        if let Some(terminal) = self.shift_terminal.filter(|_| shift.is_none()) {
+            let last = 1.0 - sigmas[steps - 1];
             let factor = last / (1.0 - terminal) as f32;
             // The one sigma of a single step is 1 and cannot be stretched; the reference divides by
             // zero there and gets NaN.
@@ -215,6 +226,39 @@ mod tests {
     }
 
     /// Check values of the real model: mu by image size, and the sigmas at 1024² in 50 steps.
+    /// The values of `FlowMatchEulerDiscreteScheduler` with the configuration of Lightning, which is
+    /// the base model's with `base_shift = max_shift = ln 3` and no `shift_terminal`.
+    #[test]
+    fn a_shift_of_3_is_the_schedule_of_lightning() {
+        let lightning = SchedulerConfig {
+            base_shift: 3_f64.ln(),
+            max_shift: 3_f64.ln(),
+            shift_terminal: None,
+            ..qwen_image()
+        };
+        let eight = [1.0, 0.9545, 0.9, 0.8333, 0.75, 0.6429, 0.5, 0.3, 0.0];
+        for (steps, expected) in [
+            (1, &[1.0, 0.0][..]),
+            (2, &[1.0, 0.75, 0.0]),
+            (4, &[1.0, 0.9, 0.75, 0.5, 0.0]),
+            (8, &eight),
+        ] {
+            let shifted = Sampling {
+                shift: Some(3.0),
+                ..Sampling::new(steps)
+            };
+            for tokens in [1024, 4096, 6889] {
+                let sigmas = qwen_image().schedule(shifted, tokens).sigmas;
+                let reference = lightning.schedule(Sampling::new(steps), tokens).sigmas;
+                assert_eq!(sigmas.len(), expected.len());
+                for ((sigma, reference), expected) in sigmas.iter().zip(reference).zip(expected) {
+                    assert!((sigma - reference).abs() < 1e-6, "{sigma} {reference}");
+                    assert!((sigma - expected).abs() < 5e-5, "{sigma} {expected}");
+                }
+            }
+        }
+    }
+
     #[test]
     fn qwen_image_schedule() {
         let config = qwen_image();
@@ -230,7 +274,7 @@ mod tests {
                 config.mu(tokens)
             );
         }
-        let sigmas = config.schedule(50, 4096).sigmas;
+        let sigmas = config.schedule(Sampling::new(50), 4096).sigmas;
         assert_eq!(sigmas.len(), 51);
         for (index, sigma) in [
             (0, 1.0),
@@ -250,7 +294,10 @@ mod tests {
 
     #[test]
     fn one_step_starts_at_pure_noise() {
-        assert_eq!(qwen_image().schedule(1, 4096).sigmas, [1.0, 0.0]);
+        assert_eq!(
+            qwen_image().schedule(Sampling::new(1), 4096).sigmas,
+            [1.0, 0.0]
+        );
     }
 
     #[test]

@@ -92,9 +92,7 @@ fn job(case: &Value, reference: &Stages) -> Job {
             height: size[1],
             width: size[2],
         },
-        sampling: Sampling {
-            steps: case["num_inference_steps"].as_u64().unwrap() as usize,
-        },
+        sampling: Sampling::new(case["num_inference_steps"].as_u64().unwrap() as usize),
         noise: Noise {
             seed: case["seed"].as_u64().unwrap(),
             generator: NoiseGenerator::Cpu,

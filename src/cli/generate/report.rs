@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use kiln_models::job::RgbImage;
+use kiln_models::job::{RgbImage, Sampling};
 use kiln_models::pipeline::ModelInfo;
 use serde::Serialize;
 
@@ -28,7 +28,8 @@ pub(super) struct Report<'a> {
     true_cfg_scale: f64,
     /// Whether each step also ran the transformer on the negative prompt.
     guidance: bool,
-    num_inference_steps: usize,
+    #[serde(flatten)]
+    sampling: Sampling,
     rng: &'static str,
     images: Vec<Image>,
     dump: Option<&'a Path>,
@@ -87,7 +88,7 @@ impl<'a> Report<'a> {
             negative_prompt: request.negative_prompt.as_deref(),
             true_cfg_scale: request.true_cfg_scale,
             guidance: request.guidance().is_some(),
-            num_inference_steps: request.sampling.steps,
+            sampling: request.sampling,
             rng: request.noise.generator.name(),
             images,
             dump,

@@ -63,7 +63,7 @@ pub(super) fn errors_per_step(report: &CompareReport) -> Markup {
     let tolerance = report.tolerance.max_relative;
     let values = comparisons.iter().flat_map(errors).map(|(_, error)| error);
     let decades = Decades::around(values.chain([tolerance]));
-    let steps = report.settings.num_inference_steps;
+    let steps = report.settings.sampling.steps;
     let x = |step: usize| {
         let share = (step - 1) as f64 / (steps - 1).max(1) as f64;
         LEFT + share * (RIGHT - LEFT)

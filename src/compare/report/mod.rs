@@ -4,7 +4,7 @@ mod chart;
 mod html;
 mod tables;
 
-use kiln_models::job::RgbImage;
+use kiln_models::job::{RgbImage, Sampling};
 use kiln_models::loading::ModelDType;
 use serde::Serialize;
 
@@ -39,7 +39,8 @@ pub struct CompareSettings {
     pub true_cfg_scale: f64,
     pub height: usize,
     pub width: usize,
-    pub num_inference_steps: usize,
+    #[serde(flatten)]
+    pub sampling: Sampling,
     pub seed: u64,
     /// The torch generator whose noise the seed selects: `cpu` or `cuda`.
     pub rng: &'static str,
@@ -84,7 +85,7 @@ impl CompareSettings {
             true_cfg_scale: request.true_cfg_scale,
             height: request.size.height,
             width: request.size.width,
-            num_inference_steps: request.sampling.steps,
+            sampling: request.sampling,
             seed: request.noise.seed,
             rng: request.noise.generator.name(),
         }
@@ -149,7 +150,7 @@ impl CompareReport {
             ("prompt", format!("{:?}", settings.prompt)),
             ("guidance", guidance),
             ("size", format!("{}x{}", settings.width, settings.height)),
-            ("steps", settings.num_inference_steps.to_string()),
+            ("steps", settings.sampling.steps.to_string()),
             ("seed", settings.seed.to_string()),
             ("noise", format!("of torch's {} generator", settings.rng)),
         ];
