@@ -31,6 +31,10 @@ pub(super) struct GenerationFields {
     /// Number of denoising steps, 50 by default. The time grows in proportion to it.
     #[schema(value_type = Option<i64>, minimum = 1)]
     num_inference_steps: Option<Integer>,
+    /// Time shift of the noise levels, above 0 and at most 100. Replaces the schedule of the model's
+    /// `scheduler_config.json`; Lightning models need 3.
+    #[schema(exclusive_minimum = 0.0, maximum = 100.0)]
+    shift: Option<f64>,
     /// Scale of the classifier-free guidance away from the negative prompt, 4 by default. There is
     /// no guidance at 1 and below, nor without a negative prompt.
     #[schema(minimum = 0.0)]
@@ -117,6 +121,7 @@ impl GenerationFields {
                 height: height.map(|side| side.0),
                 width: width.map(|side| side.0),
                 num_inference_steps: self.num_inference_steps.map(|steps| steps.0),
+                shift: self.shift,
                 num_images: images.1.map(|images| images.0),
                 seed: self.seed.map(|seed| seed.0),
             },
@@ -274,7 +279,7 @@ mod tests {
     #[test]
     fn every_field_is_read() {
         let read = parse(&json!({
-            "height": 512, "width": 256, "num_inference_steps": 8, "cfg_scale": 3, "seed": u64::MAX,
+            "height": 512, "width": 256, "num_inference_steps": 8, "shift": 3, "cfg_scale": 3, "seed": u64::MAX,
             "negative_prompt": "", "n": 2, "output_format": "jpg", "output_compression": 80,
             "generator_device": "cuda",
         }))
@@ -286,6 +291,7 @@ mod tests {
             height: Some(512),
             width: Some(256),
             num_inference_steps: Some(8),
+            shift: Some(3.0),
             num_images: Some(2),
             seed: Some(u64::MAX.into()),
         };

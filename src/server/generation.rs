@@ -97,6 +97,9 @@ pub(super) struct ImageFacts {
     /// Size of the images, `WIDTHxHEIGHT` in pixels.
     size: String,
     num_inference_steps: usize,
+    /// The time shift of the request; absent if the model's own schedule was used.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    shift: Option<f64>,
     timings: StageSeconds,
 }
 
@@ -106,6 +109,7 @@ impl ImageFacts {
             seed: info.request.noise.seed,
             size: info.size(),
             num_inference_steps: info.request.sampling.steps,
+            shift: info.request.sampling.shift,
             timings,
         }
     }

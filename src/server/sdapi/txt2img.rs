@@ -285,6 +285,7 @@ fn parse(mut object: Map<String, Value>) -> Result<Parsed, InvalidBody> {
             num_inference_steps: value(fields.steps),
             num_images: Some(batch_size.saturating_mul(n_iter)),
             seed: value(fields.seed).filter(|seed| *seed != -1),
+            ..GenerationParams::default()
         },
         names: WireNames {
             prompt: "prompt",
