@@ -1,4 +1,4 @@
-//! Opening a pipeline: what every backend crate offers the rest of the program.
+//! Opening a pipeline on a device: what the backend crates share.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
@@ -17,7 +17,7 @@ use crate::source::StoredDType;
 use crate::vae::VaeSettings;
 use crate::weights::{LoadError, Precision};
 
-/// A type a model can be run in, as diffusers' `torch_dtype`.
+/// A type that a model can be run in: diffusers' `torch_dtype`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ModelDType {
     F32,
@@ -28,7 +28,7 @@ pub enum ModelDType {
 impl ModelDType {
     pub const ALL: [Self; 3] = [Self::F32, Self::Bf16, Self::F16];
 
-    /// The one of that [`ModelDType::name`].
+    /// Finds a type by its [`ModelDType::name`].
     pub fn named(name: &str) -> Option<Self> {
         Self::ALL.into_iter().find(|dtype| dtype.name() == name)
     }
@@ -59,34 +59,34 @@ impl ModelDType {
     }
 }
 
-/// What a user may choose about loading.
+/// Options that a user may set for loading.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct LoadOptions {
     /// `None` keeps the checkpoint's own type where the backend can.
     pub dtype: Option<ModelDType>,
     pub vae: VaeSettings,
-    /// Where kernels for GPUs, and the choice among them, are kept, or nowhere if it is no folder;
-    /// `None` leaves it to the backend.
+    /// Folder of compiled GPU kernels and of the choices among them. A path that is not a folder
+    /// turns the cache off; `None` leaves the choice to the backend.
     pub kernel_cache: Option<PathBuf>,
 }
 
 /// A device that a backend can open.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct DeviceInfo {
-    /// Names it among the backend's devices.
+    /// Number of the device among the backend's devices.
     pub index: usize,
-    /// For people.
+    /// Human-readable name.
     pub name: String,
-    /// Driver, or what else tells it from others; for people.
+    /// Human-readable driver and version.
     pub detail: Option<String>,
-    /// In bytes, where it tells.
+    /// Memory in bytes, if the device reports it.
     pub memory: Option<u64>,
-    /// What a model can be run in.
+    /// Types that a model can be run in.
     pub dtypes: Vec<ModelDType>,
-    /// Computes on the CPU, although it answers as a GPU.
+    /// Whether the device is an adapter of a GPU API that computes on the CPU.
     pub software: bool,
-    /// What compiled kernels depend on besides the program: driver, compiler, GPU. `None` where
-    /// none are compiled.
+    /// Driver, compiler and GPU, on which compiled kernels depend besides the program. `None` for a
+    /// backend that compiles no kernels.
     pub kernels: Option<String>,
 }
 
@@ -133,7 +133,7 @@ pub enum OpenError {
     Load(#[from] LoadError),
 }
 
-/// Where to load a checkpoint.
+/// The device to load a checkpoint onto.
 #[derive(Debug, Clone)]
 pub struct Target<'a, D> {
     pub backend: &'static str,
@@ -143,11 +143,15 @@ pub struct Target<'a, D> {
     pub activations: Option<DType>,
 }
 
-/// Opens a device, which burn does when it is first used. The error says why it does not open.
+/// Opens a device, which burn otherwise does at its first use.
+///
+/// # Errors
+///
+/// The reason why the device does not open.
 pub fn try_device<B: FusedOps>(device: &B::Device) -> Result<(), String> {
     kiln_ops::faults::watch_device_threads();
     let watch = FaultWatch::start();
-    // burn panics where a device does not open.
+    // burn panics if a device does not open.
     let opened = catch_unwind(AssertUnwindSafe(|| checkpoint::<B>(device)));
     match (fault(&watch), opened) {
         (Some(error), _) | (None, Ok(Err(error))) => Err(report(error)),
@@ -158,8 +162,12 @@ pub fn try_device<B: FusedOps>(device: &B::Device) -> Result<(), String> {
 
 /// Loads a checkpoint onto a device.
 ///
-/// Without a choice of type the checkpoint's own is kept, or f32 where the device has no such
-/// arithmetic.
+/// Without [`LoadOptions::dtype`] the model keeps the checkpoint's type, or runs in f32 if the device
+/// does not compute in that type.
+///
+/// # Errors
+///
+/// If the device does not compute in the chosen type or fails, or the checkpoint cannot be loaded.
 pub fn open<B: FusedOps>(
     target: Target<'_, B::Device>,
     parts: &CheckpointParts,
@@ -232,8 +240,8 @@ fn report(error: PipelineError) -> String {
     }
 }
 
-/// A pipeline whose work goes to the queue of the device that its weights were loaded through,
-/// whichever thread calls: GPU backends keep queue and memory by thread.
+/// A pipeline that runs every call on the stream that its weights were loaded on, whichever thread
+/// calls: GPU backends have a stream, and memory, for each thread.
 struct OneStream {
     pipeline: Box<dyn Pipeline>,
     stream: StreamId,

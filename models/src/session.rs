@@ -21,7 +21,7 @@ use crate::job::{Job, JobId, Output, RgbImage, TraceTensor};
 use crate::pipeline::{
     CacheUses, MAX_PREVIEW_SIDE, MemoryUse, ModelInfo, Pipeline, PipelineError, StepOutcome,
 };
-use crate::sampling::Schedule;
+use crate::sampling::{Schedule, euler_step};
 use crate::transformer::{ModulationTable, Segment, Transformer};
 use crate::vae::VaeSettings;
 use crate::weights::Precision;
@@ -139,9 +139,7 @@ impl<B: FusedOps> JobState<B> {
             _ => positive,
         };
         let step = self.steps_done;
-        let sigmas = &self.schedule.sigmas;
-        let delta = sigmas[step + 1] - sigmas[step];
-        let latents = self.latents.clone() + velocity.clone() * delta;
+        let latents = euler_step(&self.schedule, step, self.latents.clone(), velocity.clone());
         let trace = if self.job.record {
             let [rows, channels] = latents.dims();
             let images = self.job.num_images;

@@ -21,7 +21,7 @@ use std::env;
 
 use burn_cuda::{Cuda, CudaDevice};
 
-use backend_parity::draws_what_diffusers_draws;
+use backend_parity::generates_what_diffusers_generates;
 use kiln_models::families::CheckpointParts;
 use kiln_models::loading::LoadOptions;
 use kiln_models::pipeline::Pipeline;
@@ -42,19 +42,19 @@ fn extent() -> Extent {
 /// Covers true CFG, and sizes that are powers of two.
 #[test]
 fn base() {
-    draws_what_diffusers_draws("base", open);
+    generates_what_diffusers_generates("base", open);
 }
 
 /// Covers one step, odd sizes, and VAE tiling.
 #[test]
 fn tiled_odd() {
-    draws_what_diffusers_draws("tiled_odd", open);
+    generates_what_diffusers_generates("tiled_odd", open);
 }
 
 /// Covers bf16 weights, with the bundled demo model.
 #[test]
 fn demo() {
-    draws_what_diffusers_draws("demo", open);
+    generates_what_diffusers_generates("demo", open);
 }
 
 fn open(parts: &CheckpointParts, options: LoadOptions) -> Box<dyn Pipeline> {

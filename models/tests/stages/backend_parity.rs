@@ -21,7 +21,7 @@ const EQUAL_PIXELS: f64 = 0.999;
 
 /// Generates the images of the case of this name with a pipeline that `open` makes, and compares
 /// every recorded stage.
-pub(crate) fn draws_what_diffusers_draws(
+pub(crate) fn generates_what_diffusers_generates(
     name: &str,
     open: impl FnOnce(&CheckpointParts, LoadOptions) -> Box<dyn Pipeline>,
 ) {

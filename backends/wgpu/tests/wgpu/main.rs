@@ -17,7 +17,7 @@ mod suite;
 
 use burn_wgpu::{Wgpu, WgpuDevice};
 
-use backend_parity::draws_what_diffusers_draws;
+use backend_parity::generates_what_diffusers_generates;
 use kiln_models::families::CheckpointParts;
 use kiln_models::loading::LoadOptions;
 use kiln_models::pipeline::Pipeline;
@@ -35,19 +35,19 @@ const EXTENT: Extent = Extent {
 /// Covers true CFG, and sizes that are powers of two.
 #[test]
 fn base() {
-    draws_what_diffusers_draws("base", open);
+    generates_what_diffusers_generates("base", open);
 }
 
 /// Covers one step, odd sizes, and VAE tiling.
 #[test]
 fn tiled_odd() {
-    draws_what_diffusers_draws("tiled_odd", open);
+    generates_what_diffusers_generates("tiled_odd", open);
 }
 
 /// Covers bf16 weights, which WGSL has no type for, with the bundled demo model.
 #[test]
 fn demo() {
-    draws_what_diffusers_draws("demo", open);
+    generates_what_diffusers_generates("demo", open);
 }
 
 fn open(parts: &CheckpointParts, options: LoadOptions) -> Box<dyn Pipeline> {
