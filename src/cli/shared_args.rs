@@ -65,8 +65,7 @@ pub(super) struct RequestArgs {
 
     /// Time shift of the noise levels, above 0 [default: the model's schedule]
     ///
-    /// Replaces the schedule that the model's scheduler_config.json sets. Lightning models and LoRAs
-    /// need 3.
+    /// Replaces the schedule of the model's configuration. Lightning models need 3.
     #[arg(long, value_name = "SHIFT", allow_negative_numbers = true)]
     shift: Option<f64>,
 

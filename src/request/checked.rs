@@ -9,7 +9,7 @@ use super::limits::{
 use super::params::GenerationParams;
 
 /// Largest [`Sampling::shift`]. At this value 99 % of the steps are above a noise level of 0.5.
-pub const MAX_SHIFT: f64 = 100.0;
+const MAX_SHIFT: f64 = 100.0;
 
 /// A valid request with all defaults filled in.
 #[derive(Debug, Clone, PartialEq)]

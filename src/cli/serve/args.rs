@@ -24,6 +24,7 @@ use crate::server::{ApiKeys, CorsOrigin, DEFAULT_MAX_BODY_BYTES, Settings};
 /// Every option can be set by an environment variable, such as KILN_MAX_QUEUE for --max-queue; the
 /// command line takes precedence. An option without a value takes true or false there, and commas
 /// separate several values.
+#[expect(clippy::doc_markdown, reason = "clap prints the comment as it is")]
 #[derive(Debug, Parser)]
 pub(in crate::cli) struct ServeArgs {
     /// Folder in diffusers layout, Hugging Face id, or demo [default: demo]
