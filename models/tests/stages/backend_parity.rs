@@ -4,7 +4,7 @@
 use std::fs;
 
 use kiln_models::families::CheckpointParts;
-use kiln_models::job::Job;
+use kiln_models::job::{Guidance, Job, Noise, Sampling, Size};
 use kiln_models::loading::{LoadOptions, ModelDType};
 use kiln_models::noise::NoiseGenerator;
 use kiln_models::pipeline::Pipeline;
