@@ -186,3 +186,14 @@ fn images_do_not_depend_on_concurrent_jobs() {
     let beside = [1, 2].map(|id| pipeline.finish(id).unwrap());
     assert_eq!(beside, alone);
 }
+
+#[test]
+fn jobs_that_take_turns_do_not_rebuild_their_position_tables() {
+    let mut pipeline = pipeline();
+    pipeline.start(1, job("a red circle", 64, 4)).unwrap();
+    pipeline.start(2, job("a red circle", 96, 4)).unwrap();
+    for id in [1, 2, 1, 2, 1, 2, 1, 2] {
+        pipeline.step(&[id]).unwrap();
+    }
+    assert_eq!(hits_and_misses(pipeline.caches().positions), (6, 2));
+}

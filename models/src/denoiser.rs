@@ -4,6 +4,7 @@ use burn::tensor::{DType, Tensor};
 use kiln_ops::FusedOps;
 
 use crate::cache::Cache;
+use crate::pipeline::CacheUse;
 use crate::sampling::Schedule;
 use crate::transformer::{ModulationTable, Packing, Segment, StepModulation, Transformer};
 
@@ -85,6 +86,11 @@ impl<B: FusedOps> Denoiser<B> {
             first += tokens;
         }
         velocities
+    }
+
+    /// Use of the cache of position tables.
+    pub(crate) fn position_cache(&self) -> CacheUse {
+        self.packings.counts()
     }
 
     /// Drops what can be computed again.

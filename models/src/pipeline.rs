@@ -79,6 +79,8 @@ pub struct CacheUses {
     pub embeddings: CacheUse,
     /// Modulation tables of schedules.
     pub modulation: CacheUse,
+    /// Rotary position tables of the transformer's packed sequences.
+    pub positions: CacheUse,
 }
 
 /// Why a job could not go on. The pipeline and its other jobs remain usable.

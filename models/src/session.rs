@@ -454,6 +454,7 @@ where
         CacheUses {
             embeddings: self.embeddings.counts(),
             modulation: self.tables.counts(),
+            positions: self.denoiser.position_cache(),
         }
     }
 }

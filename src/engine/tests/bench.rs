@@ -156,7 +156,7 @@ pub(super) fn fake(clock: Arc<SimulatedClock>, log: Arc<Mutex<Vec<Logged>>>) -> 
             max_bytes: 77,
             ..CacheUse::default()
         },
-        modulation: CacheUse::default(),
+        ..CacheUses::default()
     };
     let mut is_lost = false;
     let on_call = move |call: testing::Call<'_>| -> Result<(), PipelineError> {
