@@ -1,7 +1,7 @@
 //! A session: the jobs of one loaded model, from start to finish. Written once for every family.
 //!
 //! Holds the state of each job (latents, schedule, embeddings) and the caches that jobs share. The
-//! family knows prompts, packing and pixels; the [`Denoiser`] knows the transformer.
+//! family knows prompts, packing and pixels; the denoiser knows the transformer.
 
 use std::collections::HashMap;
 use std::sync::Arc;
