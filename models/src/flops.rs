@@ -6,8 +6,6 @@
 use std::fmt;
 use std::sync::Arc;
 
-use crate::config::ConfigError;
-use crate::families::CheckpointConfigs;
 use crate::families::qwen_image::{PATCH, TEMPLATE};
 use crate::job::Job;
 use crate::text_encoder::TextEncoderConfig;
@@ -36,21 +34,14 @@ impl CostModel {
         Self(Arc::new(count))
     }
 
-    /// The cost model of a checkpoint whose images are decoded with these settings.
-    ///
-    /// # Errors
-    ///
-    /// If a configuration cannot be read.
-    pub fn from_configs(
-        configs: &CheckpointConfigs,
+    /// The cost model of three networks whose images are decoded with these settings.
+    pub(crate) fn of_networks(
+        text_encoder: TextEncoderConfig,
+        transformer: TransformerConfig,
+        vae: VaeConfig,
         settings: VaeSettings,
-    ) -> Result<Self, ConfigError> {
-        let text_encoder = TextEncoderConfig::from_json(&configs.text_encoder)?;
-        let transformer = TransformerConfig::from_json(&configs.transformer)?;
-        let vae = VaeConfig::from_json(&configs.vae)?;
-        Ok(Self::new(move |job| {
-            count(&text_encoder, &transformer, &vae, settings, job)
-        }))
+    ) -> Self {
+        Self::new(move |job| count(&text_encoder, &transformer, &vae, settings, job))
     }
 
     pub fn cost(&self, job: &Job) -> FlopCount {
@@ -162,12 +153,8 @@ fn decode(config: &VaeConfig, [height, width]: [usize; 2]) -> u64 {
         };
         conv(pixels, from, to, 3) + conv(pixels, to, to, 3) + shortcut
     };
-    let widths: Vec<usize> = config
-        .dim_mult
-        .iter()
-        .rev()
-        .map(|mult| config.base_dim * mult)
-        .collect();
+    let mut widths = config.widths();
+    widths.reverse();
     let (lowest, z) = (widths[0], config.z_dim);
     let mut pixels = height * width;
     let mut sum = conv(pixels, z, z, 1) + conv(pixels, z, lowest, 3);

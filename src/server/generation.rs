@@ -147,7 +147,7 @@ impl Previews {
 impl RequestInfo {
     /// Size of the images, `WIDTHxHEIGHT` in pixels.
     pub(super) fn size(&self) -> String {
-        format!("{}x{}", self.request.size.width, self.request.size.height)
+        self.request.size.to_string()
     }
 }
 

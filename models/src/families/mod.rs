@@ -106,7 +106,7 @@ impl CheckpointConfigs {
     /// If a configuration cannot be read.
     pub fn cost_model(&self, settings: VaeSettings) -> Result<CostModel, ConfigError> {
         match self.family()? {
-            Family::QwenImage => CostModel::from_configs(self, settings),
+            Family::QwenImage => qwen_image::cost_model(self, settings),
         }
     }
 }

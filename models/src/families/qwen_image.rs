@@ -42,13 +42,29 @@ const ROPE_POSITIONS: usize = 4096;
 /// The sizes that a checkpoint with these configurations generates.
 pub(super) fn image_sizes(configs: &CheckpointConfigs) -> Result<ImageSizes, ConfigError> {
     let transformer = TransformerConfig::from_json(&configs.transformer)?;
-    let vae = VaeConfig::from_json(&configs.vae)?;
+    Ok(sizes(&transformer, &VaeConfig::from_json(&configs.vae)?))
+}
+
+fn sizes(transformer: &TransformerConfig, vae: &VaeConfig) -> ImageSizes {
     let multiple = vae.scale_factor() * PATCH;
-    Ok(ImageSizes {
+    ImageSizes {
         multiple,
         max_side: ROPE_POSITIONS * multiple,
         default_side: transformer.sample_size * vae.scale_factor(),
-    })
+    }
+}
+
+/// Counts the work of jobs for a checkpoint with these configurations.
+pub(super) fn cost_model(
+    configs: &CheckpointConfigs,
+    settings: VaeSettings,
+) -> Result<CostModel, ConfigError> {
+    Ok(CostModel::of_networks(
+        TextEncoderConfig::from_json(&configs.text_encoder)?,
+        TransformerConfig::from_json(&configs.transformer)?,
+        VaeConfig::from_json(&configs.vae)?,
+        settings,
+    ))
 }
 
 /// Qwen-Image without its transformer, which the denoiser holds.
@@ -116,11 +132,16 @@ impl<B: FusedOps> QwenImage<B> {
             text_encoder,
             vae,
             scheduler,
-            sizes: image_sizes(configs)?,
+            sizes: sizes(&transformer_config, &vae_config),
             vocab_size: text_config.vocab_size,
-            cost_model: CostModel::from_configs(configs, settings.vae)?,
             scale_factor,
             latent_channels: vae_config.z_dim,
+            cost_model: CostModel::of_networks(
+                text_config,
+                transformer_config,
+                vae_config,
+                settings.vae,
+            ),
         };
         Ok((family, transformer))
     }

@@ -23,11 +23,7 @@ pub struct VaeConfig {
 impl VaeConfig {
     /// Op sizes that the decoder uses.
     pub(crate) fn kernel_shapes(&self) -> Vec<KernelShape> {
-        let widths: Vec<usize> = self
-            .dim_mult
-            .iter()
-            .map(|mult| self.base_dim * mult)
-            .collect();
+        let widths = self.widths();
         let (highest, lowest) = (widths[0], widths[widths.len() - 1]);
         let convolution = |channels_in, channels_out, kernel| KernelShape::Convolution {
             channels_in,
@@ -125,6 +121,12 @@ impl VaeConfig {
             )));
         }
         Ok(config)
+    }
+
+    /// Channels at each resolution, the highest resolution first.
+    pub(crate) fn widths(&self) -> Vec<usize> {
+        let multiples = self.dim_mult.iter();
+        multiples.map(|mult| self.base_dim * mult).collect()
     }
 
     /// Pixels per latent, in height and in width.

@@ -22,12 +22,8 @@ impl<B: FusedOps> Decoder<B> {
     /// # Errors
     /// If a tensor is missing or has another shape.
     pub(super) fn load(config: &VaeConfig, at: &Scope<B::Device>) -> Result<Self, LoadError> {
-        let widths: Vec<usize> = config
-            .dim_mult
-            .iter()
-            .rev()
-            .map(|mult| config.base_dim * mult)
-            .collect();
+        let mut widths = config.widths();
+        widths.reverse();
         let lowest = widths[0];
         let last = widths.len() - 1;
         let mut channels = lowest;

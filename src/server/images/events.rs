@@ -40,7 +40,7 @@ impl EventFormat for ImagesEvents {
                     b64_json: BASE64.encode(file),
                     partial_image_index: number,
                     created_at: info.created,
-                    size: format!("{}x{}", image.width, image.height),
+                    size: image.size().to_string(),
                     quality: self.quality.name(),
                     background: "opaque",
                     output_format: ImageFormat::Png.name(),
