@@ -115,7 +115,10 @@ fn arguments_that_clap_refuses_are_usage_errors() {
         &["generate", "a cat", "--model", "m", "--height", "tall"],
         &["generate", "a cat", "--model", "m", "--height", "64.5"],
         &["generate", "a cat", "--model", "m", "--seed", "x"],
+        &["generate", "a cat", "--model", "m", "--seed", "4.5"],
         &["generate", "a cat", "--size", "64"],
+        &["generate", "a cat", "--size", "large"],
+        &["generate", "a cat", "--size", "auto", "--width", "64"],
         &["generate", "a cat", "--size", "64x64", "--height", "64"],
         &[
             "generate",
@@ -150,6 +153,34 @@ fn arguments_that_clap_refuses_are_usage_errors() {
         let (code, line) = failure(args);
         assert_eq!(code, 2, "{args:?}: {line}");
     }
+}
+
+#[test]
+fn sizes_and_numbers_are_read_as_in_requests() {
+    let folder = tempfile::tempdir().unwrap();
+    let run = |more: &[&str]| {
+        let output = kiln(
+            folder.path(),
+            &[&["generate", "a red circle"], more].concat(),
+        );
+        assert_eq!(
+            output.status.code(),
+            Some(0),
+            "{more:?}: {}",
+            stderr(&output)
+        );
+        String::from_utf8(output.stdout).unwrap()
+    };
+    for size in ["48X32", "48*32", "48×32", "48x32"] {
+        let line = run(&["--size", size, "--steps", "1.0", "--seed", "42.0"]);
+        assert_eq!(line, "out.png 48x32 seed 42\n");
+    }
+    for size in ["auto", "AUTO", ""] {
+        let line = run(&["--size", size, "--steps", "1", "--seed", "4"]);
+        assert_eq!(line, "out.png 128x128 seed 4\n", "{size}");
+    }
+    let lines = [(); 3].map(|()| run(&["--size", "32x32", "--steps", "1", "--seed", "-1"]));
+    assert!(lines[0] != lines[1] || lines[1] != lines[2], "{lines:?}");
 }
 
 #[test]
@@ -190,8 +221,8 @@ fn values_out_of_bounds_are_usage_errors() {
             "the number of images must be from 1 to 10, got 11",
         ),
         (
-            &["--seed", "-1"],
-            "seed must be from 0 to 18446744073709551615, got -1",
+            &["--seed", "-2"],
+            "seed must be from 0 to 18446744073709551615, got -2",
         ),
         (&["--seed", "18446744073709551616"], "seed must be"),
         (

@@ -97,6 +97,104 @@ fn a_plain_prompt_is_generated_with_the_defaults() {
     assert_eq!(pixels, vec![seed as u8; 64 * 64 * 3]);
 }
 
+/// Open WebUI, LiteLLM and clients of OpenRouter read the field `images` of a message.
+#[test]
+fn an_answer_has_its_images_in_content_and_in_images() {
+    let server = TestServer::start(Pace::Fast, 4);
+    let body = json!({"messages": user(&json!("a cat")), "n": 2, "seed": 7});
+    let reply = post(server.address, &body);
+    let parts = parts(&reply);
+    let images = reply.body["choices"][0]["message"]["images"]
+        .as_array()
+        .unwrap();
+    assert_eq!((parts.len(), images.len()), (2, 2));
+    for (index, (part, image)) in parts.iter().zip(images).enumerate() {
+        let expected = json!({
+            "type": "image_url", "image_url": part["image_url"], "index": index,
+        });
+        assert_eq!(image, &expected);
+        assert_eq!(decode(image), (64, 64, vec![7; 64 * 64 * 3]));
+    }
+}
+
+/// Proxies of language models and chat programs send these with every request.
+#[test]
+fn keys_of_text_sampling_are_ignored() {
+    let server = TestServer::start(Pace::Fast, 4);
+    let text = json!({
+        "top_k": 20, "min_p": 0.05, "repetition_penalty": 1.1, "enable_thinking": false,
+        "chat_template_kwargs": {"enable_thinking": false}, "session_id": "s",
+        "provider": {"order": ["x"]}, "reasoning": {"effort": "low"}, "usage": {"include": true},
+        "keep_alive": "5m", "cache_salt": "salt", "priority": 1, "skip_special_tokens": false,
+        "stop_token_ids": [1], "guided_json": {}, "models": ["a", "b"], "transforms": [],
+        "cache_prompt": true, "mirostat": 2, "think": false, "temperature": 0.7,
+    });
+    let mut flat = json!({"messages": user(&json!("a cat")), "seed": 3});
+    flat.as_object_mut()
+        .unwrap()
+        .extend(text.as_object().unwrap().clone());
+    let mut nested = json!({"messages": user(&json!("a cat")), "extra_body": text});
+    nested["extra_body"]["seed"] = json!(3);
+    for body in [flat, nested] {
+        let reply = post(server.address, &body);
+        assert_eq!(parts(&reply).len(), 1);
+        assert_eq!(reply.body["seed"], 3);
+    }
+}
+
+/// Clients that send vLLM-Omni's own request model send all of its keys.
+#[test]
+fn keys_that_say_nothing_are_accepted_on_every_route() {
+    let server = TestServer::start(Pace::Fast, 4);
+    let nothing = json!({
+        "guidance_scale": null, "lora": null, "vae_use_tiling": false, "vae_use_slicing": false,
+        "image": null, "layers": null, "extra_body": {}, "extra_params": {}, "flow_shift": null,
+        "bot_task": null, "system_prompt": "", "use_system_prompt": null, "mask_image": "",
+        "infer_align_image_size": null, "generator_device": null, "size": null, "seed": null,
+        "a_key_that_nobody_knows": null,
+    });
+    let neutral = json!({"guidance_scale": 1.0, "lora": {}, "layers": 0, "num_frames": 1});
+    let nested = json!({"extra_body": {"guidance_scale": 1, "lora": null, "unknown": null}});
+    for extra in [nothing, neutral, nested] {
+        for (path, mut body) in [
+            (
+                "/v1/chat/completions",
+                json!({"messages": user(&json!("a cat"))}),
+            ),
+            ("/v1/images/generations", json!({"prompt": "a cat"})),
+            ("/v1/images/estimate", json!({"prompt": "a cat"})),
+        ] {
+            body.as_object_mut()
+                .unwrap()
+                .extend(extra.as_object().unwrap().clone());
+            let reply = client::post_to(server.address, path, &body);
+            assert_eq!(reply.status, 200, "{path}: {}", reply.body);
+        }
+    }
+}
+
+#[test]
+fn the_seed_minus_one_is_any_and_reported() {
+    let server = TestServer::start(Pace::Fast, 4);
+    for (path, mut body) in [
+        (
+            "/v1/chat/completions",
+            json!({"messages": user(&json!("a cat"))}),
+        ),
+        ("/v1/images/generations", json!({"prompt": "a cat"})),
+    ] {
+        body["seed"] = json!(-1);
+        let seeds = [(); 3].map(|()| {
+            let reply = client::post_to(server.address, path, &body);
+            assert_eq!(reply.status, 200, "{}", reply.body);
+            let seed = reply.body["seed"].as_u64().unwrap();
+            assert_eq!(server.last_job().noise.seed, seed);
+            seed
+        });
+        assert!(seeds[0] != seeds[1] || seeds[1] != seeds[2], "{seeds:?}");
+    }
+}
+
 #[test]
 fn parameters_in_a_nested_extra_body_are_used() {
     let server = TestServer::start(Pace::Fast, 4);

@@ -10,11 +10,11 @@ use crate::backend;
 use crate::bench::{BenchReport, Measurement, Run, Workload};
 use crate::compare::ReportError;
 use crate::measure::CostMeter;
-use crate::request::{GenerationParams, GenerationRequest, Limits};
+use crate::request::{GenerationParams, GenerationRequest, Integer, Limits, WrittenSize};
 use crate::runtime::{Model, ModelSettings};
 
 use super::error::CliError;
-use super::shared_args::{BackendArgs, LoadArgs, Size, parse_size};
+use super::shared_args::{BackendArgs, LoadArgs};
 
 /// Time a model, stage by stage.
 ///
@@ -30,22 +30,17 @@ pub(super) struct BenchArgs {
     model: Option<String>,
 
     /// Width and height of the images in pixels [default: the model's]
-    #[arg(
-        long,
-        value_name = "WIDTHxHEIGHT",
-        allow_hyphen_values = true,
-        value_parser = parse_size
-    )]
-    size: Option<Size>,
+    #[arg(long, value_name = "WIDTHxHEIGHT", allow_hyphen_values = true)]
+    size: Option<WrittenSize>,
 
     /// Denoising steps, from 1 to 1000
     #[arg(
         long,
         value_name = "STEPS",
         allow_negative_numbers = true,
-        default_value_t = 20
+        default_value = "20"
     )]
-    steps: i128,
+    steps: Integer,
 
     /// Guidance scale; guidance is off at 1 and below
     ///
@@ -63,9 +58,9 @@ pub(super) struct BenchArgs {
         long,
         value_name = "COUNT",
         allow_negative_numbers = true,
-        default_value_t = 1
+        default_value = "1"
     )]
-    batch: i128,
+    batch: Integer,
 
     /// Tokens of the prompt
     #[arg(
@@ -103,13 +98,14 @@ impl BenchArgs {
 
     /// Parameters with empty prompts, which only take part in the checks.
     fn params(&self) -> GenerationParams {
+        let (width, height) = self.size.map(WrittenSize::sides).unwrap_or_default();
         GenerationParams {
             negative_prompt: Some(String::new()),
             true_cfg_scale: Some(self.cfg),
-            height: self.size.map(|size| size.height),
-            width: self.size.map(|size| size.width),
-            num_inference_steps: Some(self.steps),
-            num_images: Some(self.batch),
+            height,
+            width,
+            num_inference_steps: Some(self.steps.0),
+            num_images: Some(self.batch.0),
             seed: Some(0),
             ..GenerationParams::default()
         }

@@ -5,7 +5,7 @@ use clap::{Args, ValueEnum};
 use kiln_models::noise::NoiseGenerator;
 
 use crate::backend::{BackendChoice, BackendKind, DTypeChoice, InvalidChoice, LoadSettings};
-use crate::request::GenerationParams;
+use crate::request::{GenerationParams, Integer, WrittenSize};
 use crate::runtime::{LoadFormat, ModelSettings};
 
 use super::error::CliError;
@@ -30,27 +30,26 @@ pub(super) struct RequestArgs {
     )]
     true_cfg_scale: Option<f64>,
 
-    /// Width and height of the image in pixels, such as 1328x1328
+    /// Width and height of the image in pixels, such as 1328x1328, or auto
     #[arg(
         long,
         value_name = "WIDTHxHEIGHT",
         allow_hyphen_values = true,
-        conflicts_with_all = ["height", "width"],
-        value_parser = parse_size
+        conflicts_with_all = ["height", "width"]
     )]
-    size: Option<Size>,
+    size: Option<WrittenSize>,
 
     /// Height of the image in pixels [default: the model's, 1024 for Qwen-Image]
     ///
     /// Rounded down to a multiple of 16. Time grows slightly faster than the number of pixels.
     #[arg(long, value_name = "PIXELS", allow_negative_numbers = true)]
-    height: Option<i128>,
+    height: Option<Integer>,
 
     /// Width of the image in pixels [default: the model's, 1024 for Qwen-Image]
     ///
     /// Rounded down to a multiple of 16.
     #[arg(long, value_name = "PIXELS", allow_negative_numbers = true)]
-    width: Option<i128>,
+    width: Option<Integer>,
 
     /// Denoising steps, from 1 to 1000 [default: 50]
     ///
@@ -61,7 +60,7 @@ pub(super) struct RequestArgs {
         value_name = "STEPS",
         allow_negative_numbers = true
     )]
-    num_inference_steps: Option<i128>,
+    num_inference_steps: Option<Integer>,
 
     /// Time shift of the noise levels, above 0 [default: the model's schedule]
     ///
@@ -71,9 +70,9 @@ pub(super) struct RequestArgs {
 
     /// Seed of the noise, from 0 to 2^64 - 1 [default: random, and reported]
     ///
-    /// The same seed and settings give the same image.
+    /// The same seed and settings give the same image. -1 stands for a random seed.
     #[arg(long, allow_negative_numbers = true)]
-    seed: Option<i128>,
+    seed: Option<Integer>,
 
     #[command(flatten)]
     pub(super) noise: NoiseArgs,
@@ -82,37 +81,20 @@ pub(super) struct RequestArgs {
 impl RequestArgs {
     /// The parameters of a request for one image.
     pub(super) fn params(&self, prompt: String) -> GenerationParams {
+        let (width, height) = self.size.map(WrittenSize::sides).unwrap_or_default();
+        let value = |written: Option<Integer>| written.map(|Integer(value)| value);
         GenerationParams {
             prompt,
             negative_prompt: self.negative_prompt.clone(),
             true_cfg_scale: self.true_cfg_scale,
-            height: self.size.map(|size| size.height).or(self.height),
-            width: self.size.map(|size| size.width).or(self.width),
-            num_inference_steps: self.num_inference_steps,
+            height: height.or(value(self.height)),
+            width: width.or(value(self.width)),
+            num_inference_steps: value(self.num_inference_steps),
             shift: self.shift,
             num_images: None,
-            seed: self.seed,
+            seed: value(self.seed),
         }
     }
-}
-
-/// Width and height in pixels, before they are checked.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Size {
-    pub(super) width: i128,
-    pub(super) height: i128,
-}
-
-pub(super) fn parse_size(text: &str) -> Result<Size, String> {
-    let side = |text: &str| text.parse().ok();
-    text.split_once('x')
-        .and_then(|(width, height)| {
-            Some(Size {
-                width: side(width)?,
-                height: side(height)?,
-            })
-        })
-        .ok_or_else(|| "a size looks like 1024x768, width first".to_owned())
 }
 
 /// The generator of the noise.

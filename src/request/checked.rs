@@ -11,6 +11,9 @@ use super::params::GenerationParams;
 /// Largest [`Sampling::shift`]. At this value 99 % of the steps are above a noise level of 0.5.
 const MAX_SHIFT: f64 = 100.0;
 
+/// The seed that asks for any seed, as no seed does.
+const ANY_SEED: i128 = -1;
+
 /// A valid request with all defaults filled in.
 #[derive(Debug, Clone, PartialEq)]
 pub struct GenerationRequest {
@@ -23,7 +26,7 @@ pub struct GenerationRequest {
     pub size: Size,
     pub sampling: Sampling,
     pub num_images: usize,
-    /// The seed is the given one, or a random number from 0 to 2^31 - 1.
+    /// The seed is the given one. Without one, or with -1, it is a random number from 0 to 2^31 - 1.
     pub noise: Noise,
 }
 
@@ -60,7 +63,7 @@ pub enum InvalidRequest {
     #[error("the number of images must be from 1 to {max}, got {got}")]
     NumImages { got: i128, max: usize },
     #[error(
-        "seed must be from 0 to {}, got {got}; leave it out to have one chosen",
+        "seed must be from 0 to {}, got {got}; leave it out or give -1 to have one chosen",
         u64::MAX
     )]
     Seed { got: i128 },
@@ -155,8 +158,8 @@ impl GenerationRequest {
             });
         }
         let seed = match params.seed {
+            None | Some(ANY_SEED) => random_u64() >> 33,
             Some(got) => u64::try_from(got).map_err(|_| InvalidRequest::Seed { got })?,
-            None => random_u64() >> 33,
         };
 
         Ok(Self {
@@ -405,11 +408,26 @@ mod tests {
         };
         assert_eq!(seeded(0).unwrap(), 0);
         assert_eq!(seeded(u64::MAX.into()).unwrap(), u64::MAX);
-        assert_eq!(seeded(-1).unwrap_err().param(), "seed");
+        assert_eq!(seeded(-2).unwrap_err().param(), "seed");
+        assert_eq!(seeded(i128::MIN).unwrap_err().param(), "seed");
         assert_eq!(
             seeded(i128::from(u64::MAX) + 1).unwrap_err().param(),
             "seed"
         );
+    }
+
+    #[test]
+    fn the_seed_minus_one_is_chosen_as_an_absent_seed_is() {
+        let seed = || {
+            let params = GenerationParams {
+                seed: Some(-1),
+                ..GenerationParams::default()
+            };
+            check(params).unwrap().noise.seed
+        };
+        let first = seed();
+        assert!(first < 1 << 31);
+        assert!((0..8).any(|_| seed() != first));
     }
 
     #[test]

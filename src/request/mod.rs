@@ -12,6 +12,7 @@ mod job;
 mod limits;
 mod metadata;
 mod params;
+mod written;
 
 pub use self::checked::{GenerationRequest, InvalidRequest, random_u64};
 pub use self::job::{InvalidPrompt, PromptTokens};
@@ -20,3 +21,4 @@ pub use self::limits::{
     DEFAULT_NUM_INFERENCE_STEPS, DEFAULT_TRUE_CFG_SCALE, Limits, MAX_PROMPT_BYTES,
 };
 pub use self::params::GenerationParams;
+pub use self::written::{Integer, NotASize, NotAnInteger, WrittenSize};

@@ -1,4 +1,4 @@
-//! Reads the JSON object in the body of a request, and checks its keys.
+//! Reads the JSON object in the body of a request.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -6,14 +6,14 @@ use std::time::Duration;
 
 use axum::body::Bytes;
 use axum::extract::{FromRequest, Request};
-use axum::http::StatusCode;
-use axum::http::header::CONTENT_TYPE;
+use axum::http::header::{CONTENT_ENCODING, CONTENT_TYPE};
+use axum::http::{HeaderMap, StatusCode};
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 use tokio::time::timeout;
 use utoipa::PartialSchema;
 use utoipa::openapi::RefOr;
-use utoipa::openapi::schema::{AdditionalProperties, Object, Schema};
+use utoipa::openapi::schema::{Object, Schema};
 
 use super::App;
 use super::error::ApiError;
@@ -22,54 +22,8 @@ use super::invalid::InvalidBody;
 /// How long a client may take to send a body.
 const BODY_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// Keys that vLLM-Omni accepts and kiln refuses, and what to use instead.
-const UNAVAILABLE: &[(&str, &str)] = &[
-    (
-        "guidance_scale",
-        "Qwen-Image has no distilled guidance; use true_cfg_scale",
-    ),
-    ("lora", "adapters cannot be loaded"),
-    (
-        "vae_use_slicing",
-        "it holds for all requests; start the server with --vae-use-slicing",
-    ),
-    (
-        "vae_use_tiling",
-        "it holds for all requests; start the server with --vae-use-tiling",
-    ),
-];
-
-/// The keys that an endpoint accepts.
-pub(super) struct Keys {
-    /// Keys with an effect.
-    pub(super) known: BTreeSet<String>,
-    /// Keys that `OpenAI` defines and that do not concern images.
-    pub(super) ignored: &'static [&'static str],
-}
-
-impl Keys {
-    /// Refuses all other keys. Messages put `place` before the key.
-    pub(super) fn check(
-        &self,
-        object: &Map<String, Value>,
-        place: &str,
-    ) -> Result<(), InvalidBody> {
-        let taken = |key: &str| self.known.contains(key) || self.ignored.contains(&key);
-        let Some(key) = object.keys().find(|key| !taken(key)) else {
-            return Ok(());
-        };
-        let param = format!("{place}{key}");
-        if let Some((_, instead)) = UNAVAILABLE.iter().find(|(name, _)| name == key) {
-            return Err(InvalidBody::Unavailable { param, instead });
-        }
-        let known: Vec<&str> = self.known.iter().map(String::as_str).collect();
-        let mut known = known.join(", ");
-        if !self.ignored.is_empty() {
-            known.push_str(", and the others of OpenAI's API");
-        }
-        Err(InvalidBody::Unknown { param, known })
-    }
-}
+/// What some editors put before a text in UTF-8.
+const BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";
 
 /// Extracts the JSON object in the body of a request.
 pub(super) struct JsonObject(pub(super) Map<String, Value>);
@@ -78,30 +32,62 @@ impl FromRequest<Arc<App>> for JsonObject {
     type Rejection = ApiError;
 
     async fn from_request(request: Request, app: &Arc<App>) -> Result<Self, ApiError> {
-        let content_type = request.headers().get(CONTENT_TYPE);
-        let media_type = content_type
-            .and_then(|value| value.to_str().ok())
-            .and_then(|value| value.split(';').next())
-            .unwrap_or_default();
-        if !media_type.trim().eq_ignore_ascii_case("application/json") {
+        if media_type(request.headers()).is_none() {
             return Err(ApiError::ContentType);
         }
-        let bytes = timeout(BODY_TIMEOUT, Bytes::from_request(request, app))
-            .await
-            .map_err(|_| ApiError::SlowBody)?
-            .map_err(|rejection| {
-                if rejection.status() == StatusCode::PAYLOAD_TOO_LARGE {
-                    let max = app.settings.max_body_bytes;
-                    ApiError::BodyTooLarge { max }
-                } else {
-                    ApiError::Body(rejection)
-                }
-            })?;
-        match serde_json::from_slice(&bytes).map_err(ApiError::Json)? {
-            Value::Object(object) => Ok(Self(object)),
-            _ => Err(ApiError::NotAnObject),
-        }
+        read_object(request, app).await.map(Self)
     }
+}
+
+/// Reads the JSON object in the body of a request. A missing content type counts as JSON.
+pub(super) async fn read_object(
+    request: Request,
+    app: &Arc<App>,
+) -> Result<Map<String, Value>, ApiError> {
+    let headers = request.headers();
+    if media_type(headers).is_some_and(|name| !name.eq_ignore_ascii_case("application/json")) {
+        return Err(ApiError::ContentType);
+    }
+    if let Some(encoding) = content_encoding(headers) {
+        return Err(ApiError::ContentEncoding { encoding });
+    }
+    let bytes = timeout(BODY_TIMEOUT, Bytes::from_request(request, app))
+        .await
+        .map_err(|_| ApiError::SlowBody)?
+        .map_err(|rejection| {
+            if rejection.status() == StatusCode::PAYLOAD_TOO_LARGE {
+                let max = app.settings.max_body_bytes;
+                ApiError::BodyTooLarge { max }
+            } else {
+                ApiError::Body(rejection)
+            }
+        })?;
+    let text = bytes.strip_prefix(BYTE_ORDER_MARK).unwrap_or(&bytes);
+    match serde_json::from_slice(text).map_err(ApiError::Json)? {
+        Value::Object(object) => Ok(object),
+        _ => Err(ApiError::NotAnObject),
+    }
+}
+
+/// The content type without its parameters, if there is one.
+fn media_type(headers: &HeaderMap) -> Option<&str> {
+    let value = headers.get(CONTENT_TYPE)?;
+    // A value that is not text is no media type that a client may send.
+    let value = value.to_str().unwrap_or("?");
+    let name = value.split(';').next().unwrap_or_default().trim();
+    (!name.is_empty()).then_some(name)
+}
+
+/// The content encoding of a body that is not sent as it is.
+fn content_encoding(headers: &HeaderMap) -> Option<String> {
+    let values = headers.get_all(CONTENT_ENCODING).iter();
+    let values: Vec<_> = values.map(|value| value.to_str().unwrap_or("?")).collect();
+    let mut names = values.iter().flat_map(|value| value.split(','));
+    let is_plain = |name: &str| {
+        let name = name.trim();
+        name.is_empty() || name.eq_ignore_ascii_case("identity")
+    };
+    (!names.all(is_plain)).then(|| values.join(", "))
 }
 
 /// Names of the fields in a type's schema.
@@ -156,32 +142,12 @@ pub(super) fn read<T: DeserializeOwned>(object: Map<String, Value>) -> Result<T,
     })
 }
 
-/// The schema of a request that is read as two types, plus ignored keys.
-pub(super) fn merged_schema<A: PartialSchema, B: PartialSchema>(
-    ignored: &[&str],
-    description: &str,
-) -> RefOr<Schema> {
-    let (mut merged, other) = (object_schema::<A>(), object_schema::<B>());
-    merged.properties.extend(other.properties);
-    merged.required.extend(other.required);
-    for key in ignored {
-        let schema = utoipa::openapi::ObjectBuilder::new()
-            .schema_type(utoipa::openapi::schema::SchemaType::AnyValue)
-            .description(Some("Ignored: it does not concern images."));
-        merged
-            .properties
-            .entry((*key).to_owned())
-            .or_insert_with(|| schema.into());
-    }
-    merged.description = Some(description.to_owned());
-    merged.additional_properties = Some(Box::new(AdditionalProperties::FreeForm(false)));
-    RefOr::T(Schema::Object(merged))
-}
-
+/// The schema of a struct.
+///
 /// # Panics
 ///
 /// If the type is not a struct.
-fn object_schema<T: PartialSchema>() -> Object {
+pub(super) fn object_schema<T: PartialSchema>() -> Object {
     match T::schema() {
         RefOr::T(Schema::Object(object)) => object,
         _ => unreachable!("requests are read as structs"),
@@ -217,23 +183,5 @@ mod tests {
         let mut body = object(json!({"seed": u64::MAX}));
         let nested = object(json!({"seed": u64::MAX - 1}));
         assert!(merge(&mut body, nested, "extra_body").is_err());
-    }
-
-    #[test]
-    fn unknown_keys_are_refused_with_the_known_ones() {
-        let keys = Keys {
-            known: BTreeSet::from(["a".to_owned(), "b".to_owned()]),
-            ignored: &["user"],
-        };
-        assert!(keys.check(&object(json!({"a": 1, "user": 2})), "").is_ok());
-        let error = keys.check(&object(json!({"c": 1})), "extra_body.");
-        assert_eq!(
-            error.unwrap_err().to_string(),
-            "unknown parameter extra_body.c; known are a, b, and the others of OpenAI's API"
-        );
-        let error = keys
-            .check(&object(json!({"guidance_scale": 1})), "")
-            .unwrap_err();
-        assert!(error.to_string().contains("true_cfg_scale"), "{error}");
     }
 }

@@ -37,6 +37,11 @@ pub(super) enum ApiError {
     Interrupted,
     #[error("the request needs the header \"Content-Type: application/json\"")]
     ContentType,
+    #[error(
+        "a body with the header \"Content-Encoding: {encoding}\" cannot be read: send it without \
+         that header and uncompressed"
+    )]
+    ContentEncoding { encoding: String },
     #[error("the body is larger than {max} bytes")]
     BodyTooLarge { max: usize },
     #[error("the body took too long to arrive")]
@@ -87,6 +92,7 @@ impl ApiError {
             Self::Unauthorized | Self::UnauthorizedBasic => StatusCode::UNAUTHORIZED,
             Self::Interrupted => StatusCode::CONFLICT,
             Self::BodyTooLarge { .. } => StatusCode::PAYLOAD_TOO_LARGE,
+            Self::ContentEncoding { .. } => StatusCode::UNSUPPORTED_MEDIA_TYPE,
             Self::SlowBody | Self::Job(JobError::DeadlinePassed) => StatusCode::REQUEST_TIMEOUT,
             // vLLM-Omni also returns 400 for a wrong content type.
             Self::ContentType

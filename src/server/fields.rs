@@ -1,15 +1,13 @@
 //! The generation parameters that the chat and the images endpoint have in common.
 
-use std::fmt;
-
 use kiln_models::noise::NoiseGenerator;
-use serde::de::{Error as _, Unexpected, Visitor};
-use serde::{Deserialize, Deserializer};
+use serde::Deserialize;
 use utoipa::ToSchema;
 
 use crate::image::{Encoding, ImageFormat};
-use crate::request::GenerationParams;
+use crate::request::{GenerationParams, Integer, WrittenSize};
 
+use super::choice::choice;
 use super::invalid::InvalidBody;
 use super::parsed::{ParsedRequest, WireNames};
 
@@ -25,9 +23,14 @@ pub(super) struct GenerationFields {
     #[schema(value_type = Option<i64>, minimum = 1)]
     width: Option<Integer>,
     /// Width and height in one string: `WIDTHxHEIGHT` in pixels, or `auto` for the model's own
-    /// size.
-    #[schema(value_type = Option<String>, pattern = "^(auto|[0-9]+[xX][0-9]+)$", example = "1024x768")]
-    size: Option<Size>,
+    /// size. Letters may be in either case, and `*` or `×` may stand for the `x`. An empty text
+    /// counts as absent.
+    #[schema(
+        value_type = Option<String>,
+        pattern = "^ *([aA][uU][tT][oO]|[0-9]+ *[xX*×] *[0-9]+)? *$",
+        example = "1024x768"
+    )]
+    size: Option<WrittenSize>,
     /// Number of denoising steps, 50 by default. The time grows in proportion to it.
     #[schema(value_type = Option<i64>, minimum = 1)]
     num_inference_steps: Option<Integer>,
@@ -42,9 +45,9 @@ pub(super) struct GenerationFields {
     /// Alias of `true_cfg_scale`.
     #[schema(minimum = 0.0)]
     cfg_scale: Option<f64>,
-    /// Seed of the noise. Without it the server chooses one; the response contains the seed in
-    /// either case.
-    #[schema(value_type = Option<u64>, minimum = 0)]
+    /// Seed of the noise, from 0 to 2^64 - 1. Without it, or with -1, the server chooses one; the
+    /// response contains the seed in either case.
+    #[schema(value_type = Option<i128>, minimum = -1)]
     seed: Option<Integer>,
     /// Negative prompt. Any text, even an empty one, turns guidance on and doubles the time of each
     /// step.
@@ -56,6 +59,7 @@ pub(super) struct GenerationFields {
     #[schema(value_type = Option<i64>, minimum = 1)]
     n: Option<Integer>,
     /// Format of the image files, `png` by default.
+    #[serde(default, deserialize_with = "choice")]
     output_format: Option<OutputFormat>,
     /// Quality of JPEG and WebP files from 0 to 100, 100 by default. PNG is always lossless; up to
     /// 66, PNG files are compressed more slowly and get slightly smaller.
@@ -63,6 +67,7 @@ pub(super) struct GenerationFields {
     output_compression: Option<Integer>,
     /// Device whose PyTorch random number generator the noise reproduces: `cpu` or `cuda`.
     /// Default: the one that the server was started with.
+    #[serde(default, deserialize_with = "choice")]
     generator_device: Option<GeneratorDevice>,
 }
 
@@ -101,16 +106,19 @@ impl GenerationFields {
         let (mut width, mut height) = (self.width, self.height);
         let mut size_given = false;
         match self.size {
-            None => {}
-            Some(Size::Auto) => {
+            None | Some(WrittenSize::Absent) => {}
+            Some(WrittenSize::Auto) => {
                 if let Some(side) = width.map(|_| "width").or(height.map(|_| "height")) {
                     return Err(InvalidBody::conflict("size", side));
                 }
             }
-            Some(Size::Pixels(pixels)) => {
+            Some(WrittenSize::Pixels {
+                width: across,
+                height: down,
+            }) => {
                 size_given = true;
-                (width, _) = both(("size", pixels.width), ("width", width))?;
-                (height, _) = both(("size", pixels.height), ("height", height))?;
+                (width, _) = both(("size", Integer(across)), ("width", width))?;
+                (height, _) = both(("size", Integer(down)), ("height", height))?;
             }
         }
         Ok(ParsedRequest {
@@ -185,81 +193,6 @@ fn both(
     either((name, Some(value)), other).map(|(name, value)| (value, name))
 }
 
-/// Any integer that JSON can hold, `4.0` included. Its range is checked later, where the bounds
-/// are known.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Integer(pub(super) i128);
-
-impl<'de> Deserialize<'de> for Integer {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct IntegerVisitor;
-
-        impl Visitor<'_> for IntegerVisitor {
-            type Value = Integer;
-
-            fn expecting(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-                formatter.write_str("an integer")
-            }
-
-            fn visit_i64<E>(self, value: i64) -> Result<Integer, E> {
-                Ok(Integer(value.into()))
-            }
-
-            fn visit_u64<E>(self, value: u64) -> Result<Integer, E> {
-                Ok(Integer(value.into()))
-            }
-
-            fn visit_f64<E: serde::de::Error>(self, value: f64) -> Result<Integer, E> {
-                // Above 2^53 a float may differ from the integer that was written.
-                if value.fract() == 0.0 && value.abs() <= 9_007_199_254_740_992.0 {
-                    Ok(Integer(value as i128))
-                } else {
-                    Err(E::invalid_type(Unexpected::Float(value), &self))
-                }
-            }
-        }
-
-        deserializer.deserialize_any(IntegerVisitor)
-    }
-}
-
-/// `auto` or `WIDTHxHEIGHT`; the `x` may be upper case.
-#[derive(Debug, Clone, Copy, PartialEq)]
-enum Size {
-    Auto,
-    Pixels(Sides),
-}
-
-#[derive(Debug, Clone, Copy, PartialEq)]
-struct Sides {
-    width: Integer,
-    height: Integer,
-}
-
-impl<'de> Deserialize<'de> for Size {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        let text = String::deserialize(deserializer)?;
-        if text == "auto" {
-            return Ok(Self::Auto);
-        }
-        let side = |digits: &str| {
-            let only_digits = digits.bytes().all(|byte| byte.is_ascii_digit());
-            digits.parse().ok().filter(|_| only_digits).map(Integer)
-        };
-        let sides = text.split_once(['x', 'X']).and_then(|(width, height)| {
-            Some(Sides {
-                width: side(width)?,
-                height: side(height)?,
-            })
-        });
-        sides.map(Self::Pixels).ok_or_else(|| {
-            D::Error::custom(format!(
-                "must be auto, or WIDTHxHEIGHT in pixels such as 1024x768, got {text:?}"
-            ))
-        })
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use serde_json::{Value, json};
@@ -311,18 +244,31 @@ mod tests {
     }
 
     #[test]
-    fn size_is_width_by_height() {
-        for size in ["1024x768", "1024X768"] {
+    fn an_empty_size_is_absent_and_auto_is_the_models_own() {
+        for size in ["", "auto", "AUTO"] {
             let params = parse(&json!({"size": size})).unwrap().params;
-            assert_eq!((params.width, params.height), (Some(1024), Some(768)));
+            assert_eq!((params.width, params.height), (None, None), "{size}");
         }
-        let params = parse(&json!({"size": "auto"})).unwrap().params;
-        assert_eq!((params.width, params.height), (None, None));
-        for size in [
-            "", "x", "1024", "1024x", "x768", "1024*768", "-4x4", "+4x4", "4x4x4", "4.0x4", "AUTO",
-        ] {
-            assert_eq!(blamed(&json!({"size": size})), "size", "{size}");
+        let params = parse(&json!({"size": "", "width": 64})).unwrap().params;
+        assert_eq!((params.width, params.height), (Some(64), None));
+        let params = parse(&json!({"size": "1024×768"})).unwrap().params;
+        assert_eq!((params.width, params.height), (Some(1024), Some(768)));
+        assert_eq!(blamed(&json!({"size": "1024"})), "size");
+    }
+
+    #[test]
+    fn formats_are_read_in_any_case() {
+        let format = |name| {
+            let read = parse(&json!({"output_format": name})).unwrap();
+            read.encoding.format
+        };
+        for name in ["JPEG", "jpg", "JPG", "Jpeg", "jpeg"] {
+            assert_eq!(format(name), ImageFormat::Jpeg, "{name}");
         }
+        assert_eq!(format("WebP"), ImageFormat::Webp);
+        assert_eq!(format(""), ImageFormat::Png);
+        assert_eq!(blamed(&json!({"output_format": "gif"})), "output_format");
+        assert_eq!(blamed(&json!({"output_format": 1})), "output_format");
     }
 
     #[test]

@@ -4,6 +4,8 @@
 mod access;
 mod body;
 mod chat;
+mod choice;
+mod data_url;
 mod error;
 mod estimate;
 mod fields;
@@ -12,6 +14,7 @@ mod health;
 mod images;
 mod invalid;
 mod json;
+mod keys;
 mod layers;
 mod metrics;
 mod models;

@@ -21,6 +21,17 @@ const DOCS_PAGE: &str = include_str!("docs.html");
 const DOCS_POLICY: &str =
     "default-src 'self'; script-src 'unsafe-inline'; style-src 'unsafe-inline'";
 
+/// Enums of requests, whose values may also be an empty text.
+const CHOICES: &[&str] = &[
+    "Background",
+    "GeneratorDevice",
+    "Moderation",
+    "OutputFormat",
+    "Quality",
+    "ResponseFormat",
+    "Style",
+];
+
 /// The part of the document that no route adds.
 #[derive(utoipa::OpenApi)]
 #[openapi(
@@ -79,6 +90,7 @@ fn to_json(mut document: OpenApi, limits: &Limits) -> String {
     for request in [
         "ChatRequest",
         "ExtraBody",
+        "ImagesExtraBody",
         "ImagesRequest",
         "Txt2ImgRequest",
     ] {
@@ -99,6 +111,11 @@ fn to_json(mut document: OpenApi, limits: &Limits) -> String {
                 field.minimum = Some(Number::UInt(minimum));
                 field.maximum = Some(Number::UInt(maximum));
             }
+        }
+    }
+    for choice in CHOICES {
+        if let Some(RefOr::T(Schema::Object(choice))) = components.schemas.get_mut(*choice) {
+            choice.enum_values.get_or_insert_default().push("".into());
         }
     }
     document
@@ -127,7 +144,7 @@ mod tests {
     }
 
     #[test]
-    fn schemas_of_requests_list_all_keys_and_allow_no_others() {
+    fn schemas_of_requests_list_all_keys_and_allow_others_only_as_null() {
         let document = parsed();
         for (name, keys) in [
             (
@@ -140,12 +157,22 @@ mod tests {
             ),
         ] {
             let schema = &document["components"]["schemas"][name];
-            assert_eq!(schema["additionalProperties"], false, "{name}");
+            let other = &schema["additionalProperties"]["enum"];
+            assert_eq!(other, &serde_json::json!([null]), "{name}");
             for key in keys {
                 assert!(schema["properties"][key].is_object(), "{name}.{key}");
             }
             let steps = &schema["properties"]["num_inference_steps"];
             assert_eq!(steps["maximum"], 77, "{name}");
+        }
+    }
+
+    #[test]
+    fn every_choice_may_be_empty() {
+        let document = parsed();
+        for name in CHOICES {
+            let values = document["components"]["schemas"][name]["enum"].as_array();
+            assert_eq!(values.unwrap().last().unwrap(), "", "{name}");
         }
     }
 

@@ -42,7 +42,7 @@ fn errors() {
         "generate cat --width 100000 --height 100000",
         "generate cat --cfg -1",
         "generate cat --num-images 11",
-        "generate cat --seed -1",
+        "generate cat --seed -2",
         "generate cat --vae-tile-stride 0",
         "generate cat --backend tpu",
         "generate cat --backend auto --device 1",

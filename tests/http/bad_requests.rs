@@ -76,7 +76,8 @@ fn values_out_of_bounds() {
             "num_inference_steps",
         ),
         (cat(&json!({"true_cfg_scale": -0.5})), "true_cfg_scale"),
-        (cat(&json!({"seed": -1})), "seed"),
+        (cat(&json!({"seed": -2})), "seed"),
+        (cat(&json!({"seed": i64::MIN})), "seed"),
         (cat(&json!({"n": 0})), "n"),
         (cat(&json!({"n": 11})), "n"),
         (
@@ -111,8 +112,18 @@ fn invalid_images_requests() {
         (image(&json!({"negative_prompt": long})), "negative_prompt"),
         (image(&json!({"negative_prompt": {}})), "negative_prompt"),
         (image(&json!({"messages": []})), "messages"),
-        (image(&json!({"extra_body": {"n": 2}})), "extra_body"),
+        (image(&json!({"extra_body": []})), "extra_body"),
+        (image(&json!({"extra_body": "n=2"})), "extra_body"),
+        (image(&json!({"extra_body": {"m": 2}})), "extra_body.m"),
+        (
+            image(&json!({"extra_body": {"quality": "low"}})),
+            "extra_body.quality",
+        ),
+        (image(&json!({"n": 1, "extra_body": {"n": 2}})), "n"),
         (image(&json!({"image": "AA=="})), "image"),
+        (image(&json!({"layers": 4})), "layers"),
+        (image(&json!({"loras": [{"name": "x"}]})), "loras"),
+        (image(&json!({"lorra": ""})), "lorra"),
         (image(&json!({"model": 5})), "model"),
         (image(&json!({"n": 0})), "n"),
         (image(&json!({"n": 11})), "n"),
@@ -127,13 +138,19 @@ fn invalid_images_requests() {
         (image(&json!({"size": "64x8"})), "size"),
         (image(&json!({"size": [64, 64]})), "size"),
         (image(&json!({"size": "auto", "height": 64})), "size"),
-        (image(&json!({"response_format": "url"})), "response_format"),
+        (
+            image(&json!({"response_format": "urls"})),
+            "response_format",
+        ),
         (
             image(&json!({"response_format": {"type": "text"}})),
             "response_format",
         ),
         (image(&json!({"output_format": "gif"})), "output_format"),
-        (image(&json!({"output_format": "PNG"})), "output_format"),
+        (
+            image(&json!({"output_format": "image/png"})),
+            "output_format",
+        ),
         (image(&json!({"output_format": 1})), "output_format"),
         (
             image(&json!({"output_compression": -1})),
@@ -177,7 +194,7 @@ fn invalid_images_requests() {
         ),
         (image(&json!({"true_cfg_scale": -1})), "true_cfg_scale"),
         (image(&json!({"cfg_scale": -1})), "cfg_scale"),
-        (image(&json!({"seed": -1})), "seed"),
+        (image(&json!({"seed": -2})), "seed"),
         (image(&json!({"seed": "7"})), "seed"),
         (image(&json!({"guidance_scale": 7.5})), "guidance_scale"),
         (image(&json!({"lora": {"name": "x", "path": "/x"}})), "lora"),
@@ -206,7 +223,7 @@ fn values_of_the_wrong_type() {
         (cat(&json!({"width": true})), "width"),
         (cat(&json!({"size": 512})), "size"),
         (cat(&json!({"size": "512"})), "size"),
-        (cat(&json!({"size": "512*512"})), "size"),
+        (cat(&json!({"size": "512:512"})), "size"),
         (cat(&json!({"size": "-512x512"})), "size"),
         (
             cat(&json!({"num_inference_steps": "many"})),
@@ -265,6 +282,15 @@ fn keys_that_are_unknown_or_contradict_each_other() {
             "stream_options",
         ),
         (cat(&json!({"heigth": 512})), "heigth"),
+        (cat(&json!({"top_q": 5})), "top_q"),
+        (
+            cat(&json!({"chat_template_kwarg": {}})),
+            "chat_template_kwarg",
+        ),
+        (
+            cat(&json!({"image_config": {"aspect_ratio": "1:1"}})),
+            "image_config",
+        ),
         (cat(&json!({"prompt": "a dog"})), "prompt"),
         (
             cat(&json!({"extra_body": {"steps": 20}})),
@@ -282,7 +308,7 @@ fn keys_that_are_unknown_or_contradict_each_other() {
             cat(&json!({"extra_body": {"guidance_scale": 4}})),
             "extra_body.guidance_scale",
         ),
-        (cat(&json!({"lora": {}})), "lora"),
+        (cat(&json!({"lora": {"name": "x"}})), "lora"),
         (
             cat(&json!({"height": 64, "extra_body": {"height": 32}})),
             "height",
@@ -395,11 +421,45 @@ fn bodies_that_are_not_a_json_object() {
     ] {
         assert_refused(&post(headers, good.as_bytes()), 400, None);
     }
+    for encoding in ["gzip", "deflate", "br", "zstd", "identity, gzip", "x"] {
+        let headers = format!("{json_type}Content-Encoding: {encoding}\r\n");
+        let reply = post(&headers, b"\x1f\x8b\x08\x00");
+        assert_refused(&reply, 415, None);
+        let message = reply.body["error"]["message"].as_str().unwrap();
+        let header = format!("Content-Encoding: {encoding}");
+        assert!(message.contains(&header), "{message}");
+    }
     let with_charset = "Content-Type: Application/JSON; charset=utf-8\r\n";
     assert_eq!(post(with_charset, good.as_bytes()).status, 200);
 
     let large = cat(&json!({"user": "x".repeat(kiln::server::DEFAULT_MAX_BODY_BYTES)})).to_string();
     assert_refused(&post(json_type, large.as_bytes()), 413, None);
+}
+
+#[test]
+fn bodies_of_windows_and_of_careful_clients_are_read() {
+    let server = TestServer::start(Pace::Fast, 4);
+    let post = |path: &str, headers: &str, body: &[u8]| {
+        let headers = format!("Content-Type: application/json\r\n{headers}");
+        let content = (headers.as_str(), body);
+        receive(send_raw(connect(server.address), "POST", path, content))
+    };
+    // Windows editors and PowerShell write a byte order mark.
+    let marked = |body: &Value| [b"\xef\xbb\xbf", body.to_string().as_bytes()].concat();
+    let (chat, images) = ("/v1/chat/completions", "/v1/images/generations");
+    assert_eq!(post(chat, "", &marked(&cat(&json!({})))).status, 200);
+    assert_eq!(post(images, "", &marked(&image(&json!({})))).status, 200);
+    let twice = [b"\xef\xbb\xbf".to_vec(), marked(&image(&json!({})))].concat();
+    assert_refused(&post(images, "", &twice), 400, None);
+
+    let plain = image(&json!({})).to_string();
+    for headers in ["Content-Encoding: identity\r\n", "Content-Encoding:\r\n"] {
+        assert_eq!(
+            post(images, headers, plain.as_bytes()).status,
+            200,
+            "{headers}"
+        );
+    }
 }
 
 #[test]

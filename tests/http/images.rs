@@ -113,6 +113,82 @@ fn a_file_is_the_image_itself() {
     assert_eq!(decode_png(&reply.bytes), (64, 64, vec![9; 64 * 64 * 3]));
 }
 
+/// Gateways and clients of DALL-E ask for URLs by default.
+#[test]
+fn a_url_contains_the_image() {
+    let server = TestServer::start(Pace::Fast, 4);
+    let body = json!({
+        "prompt": "a cat", "model": "dall-e-3", "response_format": "url", "n": 2, "seed": 9,
+        "quality": "hd", "style": "vivid",
+    });
+    let reply = generate(&server, &body);
+    assert_eq!(reply.status, 200, "{}", reply.body);
+    let data = reply.body["data"].as_array().unwrap();
+    assert_eq!(data.len(), 2);
+    for image in data {
+        assert_eq!(image.as_object().unwrap().len(), 1, "{image}");
+        let url = image["url"].as_str().unwrap();
+        let file = from_base64(url.strip_prefix("data:image/png;base64,").unwrap());
+        assert_eq!(decode_png(&file), (64, 64, vec![9; 64 * 64 * 3]));
+    }
+    let body = json!({"prompt": "a cat", "response_format": "URL", "output_format": "JPEG"});
+    let reply = generate(&server, &body);
+    let url = reply.body["data"][0]["url"].as_str().unwrap();
+    assert!(url.starts_with("data:image/jpeg;base64,/9j/"), "{url}");
+}
+
+#[test]
+fn base64_is_the_default_response_format() {
+    let server = TestServer::start(Pace::Fast, 4);
+    for format in [json!(null), json!(""), json!("b64_json")] {
+        let reply = generate(
+            &server,
+            &json!({"prompt": "a cat", "response_format": format}),
+        );
+        assert_eq!(files(&reply).len(), 1);
+        assert!(reply.body["data"][0]["url"].is_null());
+    }
+}
+
+#[test]
+fn sizes_and_words_are_read_in_the_forms_that_clients_write() {
+    let server = TestServer::start(Pace::Fast, 4);
+    for (size, expected) in [
+        ("96X32", "96x32"),
+        ("96*32", "96x32"),
+        ("96×32", "96x32"),
+        ("", "64x64"),
+        ("AUTO", "64x64"),
+    ] {
+        let body = json!({
+            "prompt": "a cat", "size": size, "output_format": "JPG", "quality": "LOW",
+            "background": "", "style": "", "moderation": "",
+        });
+        let reply = generate(&server, &body);
+        assert!(files(&reply)[0].starts_with(b"\xff\xd8\xff"));
+        assert_eq!(reply.body["size"], expected, "{size}");
+        assert_eq!(reply.body["num_inference_steps"], 20);
+    }
+}
+
+/// LiteLLM puts a literal `extra_body` into the body, as curl users do.
+#[test]
+fn extra_body_is_read_as_in_chats() {
+    let server = TestServer::start(Pace::Fast, 4);
+    let body = json!({
+        "prompt": "a cat", "size": "96x32",
+        "extra_body": {
+            "seed": 1, "num_inference_steps": 3, "negative_prompt": "blurry", "width": 96,
+        },
+    });
+    let reply = generate(&server, &body);
+    assert_eq!(files(&reply).len(), 1);
+    assert_eq!(reply.body["seed"], 1);
+    assert_eq!(reply.body["size"], "96x32");
+    assert_eq!(server.last_job().sampling.steps, 3);
+    assert!(server.last_job().guidance.is_some());
+}
+
 #[test]
 fn several_files_are_an_archive() {
     let server = TestServer::start(Pace::Fast, 4);

@@ -76,7 +76,12 @@ fn the_document_has_every_route_and_the_servers_limits() {
         "/version",
     ];
     assert_eq!(paths, expected);
-    for request in ["ChatRequest", "ExtraBody", "ImagesRequest"] {
+    for request in [
+        "ChatRequest",
+        "ExtraBody",
+        "ImagesRequest",
+        "ImagesExtraBody",
+    ] {
         let fields = &document["components"]["schemas"][request]["properties"];
         assert_eq!(fields["height"]["minimum"], 16, "{request}");
         assert_eq!(fields["height"]["maximum"], 4096, "{request}");

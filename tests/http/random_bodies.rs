@@ -47,6 +47,7 @@ fn scalar() -> impl Strategy<Value = Value> {
         "png",
         "webp",
         "file",
+        "url",
         "b64_json",
         "low",
         "cuda",

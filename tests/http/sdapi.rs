@@ -196,6 +196,105 @@ fn fields_that_clients_always_send_are_accepted() {
     assert_eq!(files(&generate(&server, &all)).len(), 1);
 }
 
+/// The body that the Stable Diffusion tool of Dify makes, and the one that
+/// text-generation-webui's sd_api_pictures makes.
+#[test]
+fn bodies_of_other_programs_generate_an_image() {
+    let server = start(Pace::Fast);
+    let dify = json!({
+        "prompt": "a cat", "negative_prompt": "", "seed": -1, "subseed": -1,
+        "subseed_strength": 0, "seed_resize_from_h": -1, "seed_resize_from_w": -1,
+        "sampler_index": "DPM++ SDE Karras", "batch_size": 1, "n_iter": 1, "steps": 10,
+        "cfg_scale": 7, "width": 64, "height": 64, "tiling": false, "do_not_save_samples": false,
+        "do_not_save_grid": false, "styles": [], "restore_faces": false, "eta": 0,
+        "denoising_strength": 0, "s_min_uncond": 0, "s_noise": 1, "sampler_name": "Euler a",
+        "override_settings": {"sd_model_checkpoint": "demo"}, "lora": "", "model": "demo",
+        "image_id": "", "lora_1": null,
+    });
+    let pictures = json!({
+        "prompt": "a cat", "seed": -1.0, "sampler_name": "DPM++ 2M", "enable_hr": false,
+        "hr_scale": "1.0", "hr_upscaler": "ESRGAN_4x", "denoising_strength": 0.61, "steps": 32,
+        "cfg_scale": 7, "width": 64, "height": 64, "restore_faces": false,
+        "override_settings_restore_afterwards": true, "negative_prompt": "low quality",
+    });
+    for body in [dify, pictures] {
+        assert_eq!(decode_png(&files(&generate(&server, &body))[0]).0, 64);
+    }
+}
+
+/// Dify and other programs post a text without a content type, which the web UI takes as JSON.
+#[test]
+fn a_body_without_a_content_type_is_json() {
+    let server = start(Pace::Fast);
+    let post = |path: &str, headers: &str, body: &str| {
+        let content = (headers, body.as_bytes());
+        receive(send_raw(connect(server.address), "POST", path, content))
+    };
+    let (options, prompt) = (
+        r#"{"sd_model_checkpoint": "demo"}"#,
+        r#"{"prompt": "a cat"}"#,
+    );
+    for headers in ["", "Content-Type:\r\n"] {
+        let reply = post("/sdapi/v1/options", headers, options);
+        assert_eq!(reply.status, 200, "{}", reply.body);
+        let reply = post(TXT2IMG, headers, prompt);
+        assert_eq!(reply.status, 200, "{}", reply.body);
+        assert_eq!(post("/v1/images/generations", headers, prompt).status, 400);
+    }
+    // A web page can send these without asking the server.
+    for headers in [
+        "Content-Type: text/plain\r\n",
+        "Content-Type: application/x-www-form-urlencoded\r\n",
+        "Content-Type: ;charset=utf-8\r\nContent-Encoding: gzip\r\n",
+    ] {
+        let reply = post(TXT2IMG, headers, prompt);
+        assert!([400, 415].contains(&reply.status), "{headers}");
+        assert_eq!(reply.body["detail"], reply.body["error"]["message"]);
+    }
+}
+
+#[test]
+fn what_kiln_does_not_have_is_an_empty_list() {
+    let server = start(Pace::Fast);
+    for (path, expected) in [
+        ("loras", json!([])),
+        ("hypernetworks", json!([])),
+        ("face-restorers", json!([])),
+        ("realesrgan-models", json!([])),
+        ("prompt-styles", json!([])),
+        ("script-info", json!([])),
+        ("scripts", json!({"txt2img": [], "img2img": []})),
+        ("embeddings", json!({"loaded": {}, "skipped": {}})),
+        ("memory", json!({"ram": {}, "cuda": {}})),
+        ("cmd-flags", json!({})),
+    ] {
+        let reply = get(server.address, &format!("/sdapi/v1/{path}"));
+        assert_eq!((reply.status, reply.body), (200, expected), "{path}");
+    }
+}
+
+/// text-generation-webui frees the memory of the GPU with these, and stops at an error.
+#[test]
+fn commands_that_have_nothing_to_do_succeed() {
+    let server = start(Pace::Fast);
+    for path in [
+        "unload-checkpoint",
+        "reload-checkpoint",
+        "refresh-checkpoints",
+        "refresh-vae",
+        "refresh-loras",
+        "refresh-embeddings",
+    ] {
+        let path = format!("/sdapi/v1/{path}");
+        // With an empty JSON text as the body, and without a body.
+        let reply = post_to(server.address, &path, &json!(""));
+        assert_eq!(reply.status, 200, "{path}");
+        assert_eq!(with_headers(server.address, "POST", &path, "").status, 200);
+        assert_eq!(get(server.address, &path).status, 405);
+    }
+    assert_eq!(generate(&server, &json!({"prompt": "a cat"})).status, 200);
+}
+
 #[test]
 fn unsupported_features_are_refused_by_name() {
     let server = start(Pace::Fast);
@@ -222,7 +321,10 @@ fn unsupported_features_are_refused_by_name() {
         ("alwayson_scripts", json!({"ADetailer": {"args": [true]}})),
         ("refiner_checkpoint", json!("other")),
         ("num_inference_steps", json!(4)),
-        ("init_images", json!([])),
+        ("init_images", json!(["AA=="])),
+        ("lora", json!("<lora:x:1>")),
+        ("loras", json!([{"name": "x"}])),
+        ("stepz", json!(4)),
         ("prompt", json!(null)),
         ("prompt", json!(["a"])),
     ] {
@@ -312,6 +414,8 @@ fn options_may_be_sent_back_with_any_model() {
     options["sd_model_checkpoint"] = json!("dall-e-3");
     let reply = post_to(server.address, path, &options);
     assert_eq!((reply.status, reply.bytes.as_slice()), (200, &b"null"[..]));
+    let nothing = json!({"sd_vae": null, "sd_lora": "", "sd_model_checkpoint": null});
+    assert_eq!(post_to(server.address, path, &nothing).status, 200);
     assert_eq!(
         get(server.address, path).body["sd_model_checkpoint"],
         "test/model"

@@ -71,9 +71,12 @@ fn a_chat_streams_every_step_and_then_the_images() {
     }
 
     let [images, last] = chunks.last_chunk().unwrap();
-    let parts = images["choices"][0]["delta"]["content"].as_array().unwrap();
+    let parts = images["choices"][0]["delta"]["images"].as_array().unwrap();
     assert_eq!(parts.len(), 2);
-    assert_eq!(decode(&parts[1]), (64, 64, vec![7; 64 * 64 * 3]));
+    for (index, part) in parts.iter().enumerate() {
+        assert_eq!(part["index"], index);
+        assert_eq!(decode(part), (64, 64, vec![7; 64 * 64 * 3]));
+    }
     assert_eq!(images["choices"][0]["finish_reason"], Value::Null);
     assert_eq!(last["choices"][0]["finish_reason"], "stop");
     assert_eq!(last["seed"], 7);
@@ -81,6 +84,22 @@ fn a_chat_streams_every_step_and_then_the_images() {
     assert_eq!(last["num_inference_steps"], 5);
     assert!(last["timings"]["denoise"].is_number());
     assert!(chunks.iter().all(|chunk| chunk["usage"].is_null()));
+}
+
+/// Chat programs append `content` to a text: Open WebUI writes a list into the answer as text, or
+/// drops the chunk, and LiteLLM fails when it joins the chunks.
+#[test]
+fn the_content_of_every_chunk_is_text() {
+    let server = TestServer::start(Pace::Fast, 4);
+    let body =
+        chat(&json!({"n": 2, "preview_every": 2, "stream_options": {"include_usage": true}}));
+    let chunks = chunks(&post(server.address, &body));
+    let deltas = chunks.iter().map(|chunk| &chunk["choices"][0]["delta"]);
+    assert!(deltas.clone().any(|delta| delta["images"].is_array()));
+    for delta in deltas {
+        let content = &delta["content"];
+        assert!(content.is_null() || content == "", "{content}");
+    }
 }
 
 #[test]

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::{ArgGroup, Parser, ValueEnum};
 
 use crate::cli::shared_args::{BackendArgs, LoadArgs, RequestArgs};
-use crate::request::GenerationParams;
+use crate::request::{GenerationParams, Integer};
 use crate::runtime::ModelSettings;
 
 /// Generate images from one prompt and write them to files.
@@ -37,7 +37,7 @@ pub(in crate::cli) struct GenerateArgs {
     /// They share the seed and are generated together: time and memory are proportional to their
     /// number.
     #[arg(long, value_name = "COUNT", allow_negative_numbers = true)]
-    num_images: Option<i128>,
+    num_images: Option<Integer>,
 
     /// Image file to write: .png, .jpg or .webp
     ///
@@ -98,7 +98,7 @@ impl GenerateArgs {
     pub(in crate::cli) fn params(&self) -> GenerationParams {
         let prompt = self.prompt.as_ref().or(self.prompt_option.as_ref());
         GenerationParams {
-            num_images: self.num_images,
+            num_images: self.num_images.map(|Integer(images)| images),
             ..self.request.params(prompt.cloned().unwrap_or_default())
         }
     }

@@ -9,7 +9,7 @@ use crate::image::ImageFormat;
 use super::super::error::ApiError;
 use super::super::generation::{EncodedImages, ImageFacts, RequestInfo, RequestProgress};
 use super::super::stream::{EventFormat, error_event, event};
-use super::response::{ChatUsage, ImagePart, ImageUrl};
+use super::response::{AnswerImage, ChatUsage, ImagePart, ImageUrl};
 
 /// Writes the updates of a request as chunks of a chat completion.
 #[derive(Debug, Clone, Copy)]
@@ -67,7 +67,9 @@ impl ChatEvents {
         let info = &encoded.info;
         let mut events = Vec::new();
         let mut images = ChatCompletionChunk::new(info);
-        images.choices[0].delta.content = Some(ImagePart::all(encoded));
+        let parts = ImagePart::all(encoded);
+        images.choices[0].delta.content = Some("");
+        images.choices[0].delta.images = Some(AnswerImage::all(&parts));
         events.push(event(&images)?);
 
         let mut last = ChatCompletionChunk::new(info);
@@ -86,13 +88,13 @@ impl ChatEvents {
 
 /// A chunk of a streamed chat completion.
 #[derive(Serialize, ToSchema)]
-pub(in super::super) struct ChatCompletionChunk {
+pub(in super::super) struct ChatCompletionChunk<'a> {
     id: String,
     object: &'static str,
     created: u64,
     model: String,
     /// One choice; none in the chunk with the usage.
-    choices: Vec<ChunkChoice>,
+    choices: Vec<ChunkChoice<'a>>,
     #[serde(skip_serializing_if = "Option::is_none")]
     usage: Option<ChatUsage>,
     /// Progress of the generation before the images exist.
@@ -104,19 +106,23 @@ pub(in super::super) struct ChatCompletionChunk {
 }
 
 #[derive(Serialize, ToSchema)]
-struct ChunkChoice {
+struct ChunkChoice<'a> {
     index: usize,
-    delta: Delta,
+    delta: Delta<'a>,
     finish_reason: Option<&'static str>,
 }
 
 #[derive(Default, Serialize, ToSchema)]
-struct Delta {
+struct Delta<'a> {
     #[serde(skip_serializing_if = "Option::is_none")]
     role: Option<&'static str>,
-    /// One part for each image.
+    /// Empty: the answer has no text. Chat programs append it to the text before it, so it is no list
+    /// of parts.
     #[serde(skip_serializing_if = "Option::is_none")]
-    content: Option<Vec<ImagePart>>,
+    content: Option<&'static str>,
+    /// All images of the answer, in one chunk.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    images: Option<Vec<AnswerImage<'a>>>,
 }
 
 #[derive(Serialize, ToSchema)]
@@ -141,7 +147,7 @@ enum Progress {
     },
 }
 
-impl ChatCompletionChunk {
+impl ChatCompletionChunk<'_> {
     fn new(info: &RequestInfo) -> Self {
         Self {
             id: info.id.clone(),

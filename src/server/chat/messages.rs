@@ -63,7 +63,8 @@ pub(super) fn prompt(messages: Option<&Value>) -> Result<String, InvalidBody> {
     }
 }
 
-/// Reads `"text"`, `{"type": "text", "text": "text"}` or `{"text": "text"}`, as vLLM-Omni does.
+/// Reads `"text"`, `{"type": "text", "text": "text"}` or `{"text": "text"}`, as vLLM-Omni does, and
+/// `{"type": "input_text", "text": "text"}`, as in `OpenAI`'s Responses API.
 fn part_text<'a>(at: &str, part: &'a Value) -> Result<&'a str, InvalidBody> {
     let fields = match part {
         Value::String(text) => return Ok(text),
@@ -72,7 +73,7 @@ fn part_text<'a>(at: &str, part: &'a Value) -> Result<&'a str, InvalidBody> {
     };
     let is_text = match fields.get("type") {
         None => fields.contains_key("text"),
-        Some(kind) => kind == "text",
+        Some(kind) => kind == "text" || kind == "input_text",
     };
     if !is_text {
         return Err(InvalidBody::NotText {
@@ -111,6 +112,21 @@ mod tests {
             {"role": "user", "content": [{"type": "text", "text": "a cat,"}, "in the", {"text": "rain"}]},
         ]);
         assert_eq!(prompt(Some(&messages)).unwrap(), "a cat, in the rain");
+    }
+
+    #[test]
+    fn the_text_parts_of_the_responses_api_are_text() {
+        let messages = json!([
+            {"role": "user", "content": [
+                {"type": "input_text", "text": "a cat"}, {"type": "text", "text": "in the rain"},
+            ]},
+        ]);
+        assert_eq!(prompt(Some(&messages)).unwrap(), "a cat in the rain");
+        let messages = json!([
+            {"role": "user", "content": [{"type": "input_image", "image_url": "data:"}]},
+        ]);
+        let error = prompt(Some(&messages)).unwrap_err();
+        assert_eq!(error.param(), "messages.0.content.0");
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! `POST /v1/chat/completions`: images as the answer to the last user message.
 
 mod events;
+mod ignored;
 mod messages;
 mod request;
 mod response;
@@ -19,7 +20,7 @@ use super::json::json;
 use super::stream;
 
 use self::request::ChatRequest;
-use self::response::ChatCompletion;
+use self::response::{ChatCompletion, ImagePart};
 
 pub(super) use self::events::ChatCompletionChunk;
 
@@ -54,6 +55,9 @@ pub(super) async fn chat_completions(
         return Ok(stream::respond(running, format));
     }
     running
-        .finish(|encoded| json(&ChatCompletion::new(&encoded)))
+        .finish(|encoded| {
+            let parts = ImagePart::all(&encoded);
+            json(&ChatCompletion::new(&encoded, &parts))
+        })
         .await
 }

@@ -4,58 +4,31 @@ use std::num::NonZeroUsize;
 use std::sync::LazyLock;
 
 use serde::Deserialize;
+use serde::de::IgnoredAny;
 use serde_json::{Map, Value};
 use utoipa::openapi::RefOr;
 use utoipa::openapi::schema::Schema;
 use utoipa::{PartialSchema, ToSchema};
 
-use super::super::body::{self, Keys};
-use super::super::fields::{GenerationFields, Integer};
+use crate::request::Integer;
+
+use super::super::body;
+use super::super::fields::GenerationFields;
 use super::super::generation::Previews;
 use super::super::invalid::InvalidBody;
+use super::super::keys::{self, Keys};
 use super::super::parsed::ParsedRequest;
 use super::events::ChatEvents;
+use super::ignored::INEFFECTIVE;
 use super::messages;
-
-/// Further keys of `OpenAI`'s chat API. They do not concern images and are ignored.
-const IGNORED: &[&str] = &[
-    "audio",
-    "frequency_penalty",
-    "function_call",
-    "functions",
-    "logit_bias",
-    "logprobs",
-    "max_completion_tokens",
-    "max_tokens",
-    "metadata",
-    "modalities",
-    "moderation",
-    "parallel_tool_calls",
-    "prediction",
-    "presence_penalty",
-    "prompt_cache_key",
-    "prompt_cache_retention",
-    "reasoning_effort",
-    "response_format",
-    "safety_identifier",
-    "service_tier",
-    "stop",
-    "store",
-    "temperature",
-    "tool_choice",
-    "tools",
-    "top_logprobs",
-    "top_p",
-    "user",
-    "verbosity",
-    "web_search_options",
-];
 
 static NESTED_KEYS: LazyLock<Keys> = LazyLock::new(|| {
     let mut known = body::field_names::<GenerationFields>();
     known.extend(body::field_names::<PreviewFields>());
-    let ignored = &[];
-    Keys { known, ignored }
+    Keys {
+        known,
+        ineffective: &INEFFECTIVE,
+    }
 });
 
 static KEYS: LazyLock<Keys> = LazyLock::new(|| {
@@ -63,7 +36,7 @@ static KEYS: LazyLock<Keys> = LazyLock::new(|| {
     known.extend(NESTED_KEYS.known.iter().cloned());
     Keys {
         known,
-        ignored: IGNORED,
+        ineffective: &INEFFECTIVE,
     }
 });
 
@@ -85,7 +58,8 @@ struct ChatFields {
     /// Further parameters of the generation. A parameter may be given both here and beside
     /// `extra_body` if the values are equal.
     #[schema(value_type = Option<ExtraBody>)]
-    extra_body: Option<Map<String, Value>>,
+    #[serde(rename = "extra_body")]
+    _extra_body: Option<IgnoredAny>,
 }
 
 /// Options of a stream.
@@ -116,7 +90,8 @@ impl ToSchema for ExtraBody {
 
 impl PartialSchema for ExtraBody {
     fn schema() -> RefOr<Schema> {
-        body::merged_schema::<PreviewFields, GenerationFields>(&[], "Parameters of the generation.")
+        let description = "Parameters of the generation.";
+        keys::merged_schema::<PreviewFields, GenerationFields>(&INEFFECTIVE, description)
     }
 }
 
@@ -139,7 +114,7 @@ enum ChatContent {
 #[derive(ToSchema)]
 #[expect(dead_code, reason = "only for the document: messages are read by hand")]
 struct TextPart {
-    /// `text`
+    /// `text`, or `input_text`.
     r#type: String,
     text: String,
 }
@@ -156,10 +131,8 @@ impl ToSchema for ChatRequest {
 
 impl PartialSchema for ChatRequest {
     fn schema() -> RefOr<Schema> {
-        body::merged_schema::<ChatFields, ExtraBody>(
-            IGNORED,
-            "A chat that is answered with images.",
-        )
+        let description = "A chat that is answered with images.";
+        keys::merged_schema::<ChatFields, ExtraBody>(&INEFFECTIVE, description)
     }
 }
 
@@ -175,14 +148,8 @@ pub(super) struct Parsed {
 
 /// Reads the body of a chat request.
 pub(super) fn parse(mut object: Map<String, Value>) -> Result<Parsed, InvalidBody> {
-    KEYS.check(&object, "")?;
-    let mut generation = body::take(&mut object, &NESTED_KEYS.known);
-    object.retain(|key, _| !IGNORED.contains(&key.as_str()));
+    let mut generation = keys::take_nested(&mut object, &KEYS, &NESTED_KEYS)?;
     let chat: ChatFields = body::read(object)?;
-    if let Some(nested) = chat.extra_body {
-        NESTED_KEYS.check(&nested, "extra_body.")?;
-        body::merge(&mut generation, nested, "extra_body")?;
-    }
     let previews = body::take(&mut generation, &body::field_names::<PreviewFields>());
     let previews = previews_of(&body::read(previews)?)?;
     let fields: GenerationFields = body::read(generation)?;

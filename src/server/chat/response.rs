@@ -1,31 +1,31 @@
 //! The response to a chat request.
 
-use base64::Engine as _;
-use base64::engine::general_purpose::STANDARD as BASE64;
 use serde::Serialize;
 use utoipa::ToSchema;
 
 use crate::image::ImageFormat;
 
+use super::super::data_url::data_url;
 use super::super::generation::{EncodedImages, ImageFacts, RequestInfo};
 
 /// The response to a chat request.
 #[derive(Serialize, ToSchema)]
-pub(super) struct ChatCompletion {
+pub(super) struct ChatCompletion<'a> {
     id: String,
     object: &'static str,
     /// Unix time at which the request arrived, in seconds.
     created: u64,
     model: String,
     #[schema(value_type = Vec<Choice>)]
-    choices: [Choice; 1],
+    choices: [Choice<'a>; 1],
     usage: ChatUsage,
     #[serde(flatten)]
     facts: ImageFacts,
 }
 
-impl ChatCompletion {
-    pub(super) fn new(encoded: &EncodedImages) -> Self {
+impl<'a> ChatCompletion<'a> {
+    /// `parts` are the images.
+    pub(super) fn new(encoded: &EncodedImages, parts: &'a [ImagePart]) -> Self {
         let info = &encoded.info;
         Self {
             id: info.id.clone(),
@@ -36,7 +36,8 @@ impl ChatCompletion {
                 index: 0,
                 message: AnswerMessage {
                     role: "assistant",
-                    content: ImagePart::all(encoded),
+                    content: parts,
+                    images: AnswerImage::all(parts),
                     refusal: None,
                 },
                 logprobs: None,
@@ -49,19 +50,21 @@ impl ChatCompletion {
 }
 
 #[derive(Serialize, ToSchema)]
-struct Choice {
+struct Choice<'a> {
     index: usize,
-    message: AnswerMessage,
+    message: AnswerMessage<'a>,
     #[schema(value_type = Option<Object>)]
     logprobs: Option<()>,
     finish_reason: &'static str,
 }
 
 #[derive(Serialize, ToSchema)]
-struct AnswerMessage {
+struct AnswerMessage<'a> {
     role: &'static str,
-    /// One part for each image.
-    content: Vec<ImagePart>,
+    /// One part for each image, as vLLM-Omni has it.
+    content: &'a [ImagePart],
+    /// The same images, as OpenRouter has them.
+    images: Vec<AnswerImage<'a>>,
     #[schema(value_type = Option<String>)]
     refusal: Option<()>,
 }
@@ -70,6 +73,15 @@ struct AnswerMessage {
 pub(super) struct ImagePart {
     r#type: &'static str,
     image_url: ImageUrl,
+}
+
+/// An image in the field `images` of a message.
+#[derive(Serialize, ToSchema)]
+pub(super) struct AnswerImage<'a> {
+    r#type: &'static str,
+    image_url: &'a ImageUrl,
+    /// Number of the image, from 0.
+    index: usize,
 }
 
 #[derive(Serialize, ToSchema)]
@@ -112,10 +124,22 @@ impl ImagePart {
     }
 }
 
+impl<'a> AnswerImage<'a> {
+    pub(super) fn all(parts: &'a [ImagePart]) -> Vec<Self> {
+        let parts = parts.iter().enumerate();
+        parts
+            .map(|(index, part)| Self {
+                r#type: part.r#type,
+                image_url: &part.image_url,
+                index,
+            })
+            .collect()
+    }
+}
+
 impl ImageUrl {
     pub(super) fn new(format: ImageFormat, file: &[u8]) -> Self {
-        let mut url = format!("data:{};base64,", format.media_type());
-        BASE64.encode_string(file, &mut url);
+        let url = data_url(format, file);
         Self { url }
     }
 }

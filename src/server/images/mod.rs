@@ -62,7 +62,8 @@ pub(super) async fn generations(
     }
     running
         .finish(move |encoded| match parsed.fields.response_format {
-            None | Some(ResponseFormat::B64Json) => json(&ImagesResponse::new(&encoded)),
+            None | Some(ResponseFormat::B64Json) => json(&ImagesResponse::new(&encoded, false)),
+            Some(ResponseFormat::Url) => json(&ImagesResponse::new(&encoded, true)),
             Some(ResponseFormat::File) => response::file(encoded),
         })
         .await

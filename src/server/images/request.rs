@@ -3,27 +3,43 @@
 use std::sync::LazyLock;
 
 use serde::Deserialize;
+use serde::de::IgnoredAny;
 use serde_json::{Map, Value};
 use utoipa::openapi::RefOr;
 use utoipa::openapi::schema::Schema;
 use utoipa::{PartialSchema, ToSchema};
 
-use super::super::body::{self, Keys};
-use super::super::fields::{GenerationFields, Integer};
+use crate::request::Integer;
+
+use super::super::body;
+use super::super::choice::choice;
+use super::super::fields::GenerationFields;
 use super::super::generation::Previews;
 use super::super::invalid::InvalidBody;
+use super::super::keys::{self, FEATURES, Ineffective, Keys, NoMoreFields};
 use super::super::parsed::ParsedRequest;
 
-static GENERATION_KEYS: LazyLock<Keys> = LazyLock::new(|| Keys {
+/// What an images request may have besides the keys that kiln reads.
+const INEFFECTIVE: Ineffective = Ineffective {
+    // vLLM-Omni's clients ask for times, which every response has.
+    ignored: &["return_stage_metrics"],
+    features: FEATURES,
+    accepts_empty: false,
+    others: "",
+};
+
+static NESTED_KEYS: LazyLock<Keys> = LazyLock::new(|| Keys {
     known: body::field_names::<GenerationFields>(),
-    ignored: &[],
+    ineffective: &INEFFECTIVE,
 });
 
 static KEYS: LazyLock<Keys> = LazyLock::new(|| {
     let mut known = body::field_names::<ImagesFields>();
-    known.extend(GENERATION_KEYS.known.iter().cloned());
-    let ignored = &[];
-    Keys { known, ignored }
+    known.extend(NESTED_KEYS.known.iter().cloned());
+    Keys {
+        known,
+        ineffective: &INEFFECTIVE,
+    }
 });
 
 /// The keys of an images request besides [`GenerationFields`].
@@ -37,17 +53,23 @@ pub(super) struct ImagesFields {
     /// Any name is accepted, as the server has one model. The response repeats it if it is one of
     /// the model's names, and contains the model's first name otherwise.
     pub(super) model: Option<String>,
-    /// `b64_json`, the default, returns the images in a JSON body. `file` returns one image as the
-    /// body itself, or several as a ZIP archive. URLs are not supported.
+    /// `b64_json`, the default, returns the images in a JSON body, and `url` returns them there as
+    /// `data:` URLs. `file` returns one image as the body itself, or several as a ZIP archive. Events
+    /// of a stream always have `b64_json`.
+    #[serde(default, deserialize_with = "choice")]
     pub(super) response_format: Option<ResponseFormat>,
     /// Number of steps if `num_inference_steps` is not given: 20 for `low`, 30 for `medium`, 50 for
     /// all others.
+    #[serde(default, deserialize_with = "choice")]
     pub(super) quality: Option<Quality>,
     /// All images are opaque.
+    #[serde(default, deserialize_with = "choice")]
     background: Option<Background>,
     /// Ignored: nothing is moderated.
+    #[serde(default, deserialize_with = "choice")]
     moderation: Option<Moderation>,
     /// Ignored: describe the style in the prompt.
+    #[serde(default, deserialize_with = "choice")]
     style: Option<Style>,
     /// Ignored.
     user: Option<String>,
@@ -60,12 +82,17 @@ pub(super) struct ImagesFields {
     /// steps. Needs `stream`.
     #[schema(value_type = Option<u8>, maximum = 3)]
     partial_images: Option<Integer>,
+    /// Further parameters of the generation. A parameter may be given both here and beside
+    /// `extra_body` if the values are equal.
+    #[schema(value_type = Option<ImagesExtraBody>)]
+    extra_body: Option<IgnoredAny>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub(super) enum ResponseFormat {
     B64Json,
+    Url,
     File,
 }
 
@@ -131,9 +158,26 @@ impl ToSchema for ImagesRequest {
     }
 }
 
+/// Parameters that may be given in `extra_body` or beside it.
+struct ImagesExtraBody;
+
+impl ToSchema for ImagesExtraBody {
+    fn schemas(schemas: &mut Vec<(String, RefOr<Schema>)>) {
+        GenerationFields::schemas(schemas);
+    }
+}
+
+impl PartialSchema for ImagesExtraBody {
+    fn schema() -> RefOr<Schema> {
+        let description = "Parameters of the generation.";
+        keys::merged_schema::<GenerationFields, NoMoreFields>(&INEFFECTIVE, description)
+    }
+}
+
 impl PartialSchema for ImagesRequest {
     fn schema() -> RefOr<Schema> {
-        body::merged_schema::<ImagesFields, GenerationFields>(&[], "Images to generate.")
+        let description = "Images to generate.";
+        keys::merged_schema::<ImagesFields, GenerationFields>(&INEFFECTIVE, description)
     }
 }
 
@@ -147,8 +191,8 @@ pub(in super::super) struct Parsed {
 
 /// Reads the body of an images request.
 pub(in super::super) fn parse(mut object: Map<String, Value>) -> Result<Parsed, InvalidBody> {
-    KEYS.check(&object, "")?;
-    let generation: GenerationFields = body::read(body::take(&mut object, &GENERATION_KEYS.known))?;
+    let generation = keys::take_nested(&mut object, &KEYS, &NESTED_KEYS)?;
+    let generation: GenerationFields = body::read(generation)?;
     let mut fields: ImagesFields = body::read(object)?;
     let previews = previews_of(&fields)?;
     let prompt = fields.prompt.take();

@@ -12,6 +12,7 @@ use utoipa::ToSchema;
 use zip::ZipWriter;
 use zip::write::SimpleFileOptions;
 
+use super::super::data_url::data_url;
 use super::super::error::ApiError;
 use super::super::generation::{EncodedImages, ImageFacts, RequestInfo};
 
@@ -33,10 +34,15 @@ pub(super) struct ImagesResponse {
 }
 
 impl ImagesResponse {
-    pub(super) fn new(encoded: &EncodedImages) -> Self {
+    /// The images are `data:` URLs if `as_urls` is set, and Base64 otherwise.
+    pub(super) fn new(encoded: &EncodedImages, as_urls: bool) -> Self {
         let info = &encoded.info;
-        let images = encoded.files.iter().map(|file| ImageData {
-            b64_json: BASE64.encode(file),
+        let images = encoded.files.iter().map(|file| {
+            if as_urls {
+                ImageData::Url(data_url(info.encoding.format, file))
+            } else {
+                ImageData::B64Json(BASE64.encode(file))
+            }
         });
         Self {
             created: info.created,
@@ -51,9 +57,12 @@ impl ImagesResponse {
 }
 
 #[derive(Serialize, ToSchema)]
-struct ImageData {
+#[serde(rename_all = "snake_case")]
+enum ImageData {
     /// The image file in Base64.
-    b64_json: String,
+    B64Json(String),
+    /// The image file as `data:image/png;base64,…`, if `response_format` is `url`.
+    Url(String),
 }
 
 #[derive(Serialize, ToSchema)]

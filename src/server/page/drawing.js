@@ -65,7 +65,7 @@ async function drawOnce(settings, signal, onProgress) {
       } else if (progress) {
         onProgress(progress);
       }
-      files ??= choices[0]?.delta?.content?.map((part) => fileOf(part.image_url.url));
+      files ??= choices[0]?.delta?.images?.map((image) => fileOf(image.image_url.url));
       if (choices[0]?.finish_reason) return { files, facts: chunk };
     }
   } catch (error) {

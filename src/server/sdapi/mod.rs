@@ -4,6 +4,7 @@
 //! Every field that these clients always send is accepted. A field that asks for something that
 //! kiln cannot do is refused.
 
+mod absent;
 mod answer;
 mod options;
 mod progress;
@@ -12,13 +13,16 @@ mod txt2img;
 use std::num::NonZeroUsize;
 use std::sync::Arc;
 
+use axum::extract::{FromRequest, Request};
 use axum::response::{IntoResponse, Response};
 use serde::Serialize;
+use serde_json::{Map, Value};
 use utoipa::ToSchema;
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use super::App;
+use super::body::read_object;
 use super::error::{ApiError, ErrorEnvelope};
 
 /// Qwen-Image's only sampler and schedule, under the web UI's names.
@@ -41,6 +45,34 @@ pub(super) fn routes() -> OpenApiRouter<Arc<App>> {
         .routes(routes!(options::upscalers))
         .routes(routes!(options::latent_upscale_modes))
         .routes(routes!(options::sd_vae))
+        .routes(routes!(absent::cmd_flags))
+        .routes(routes!(absent::embeddings))
+        .routes(routes!(absent::face_restorers))
+        .routes(routes!(absent::hypernetworks))
+        .routes(routes!(absent::loras))
+        .routes(routes!(absent::memory))
+        .routes(routes!(absent::prompt_styles))
+        .routes(routes!(absent::realesrgan_models))
+        .routes(routes!(absent::script_info))
+        .routes(routes!(absent::scripts))
+        .routes(routes!(absent::refresh_checkpoints))
+        .routes(routes!(absent::refresh_embeddings))
+        .routes(routes!(absent::refresh_loras))
+        .routes(routes!(absent::refresh_vae))
+        .routes(routes!(absent::reload_checkpoint))
+        .routes(routes!(absent::unload_checkpoint))
+}
+
+/// Extracts the JSON object in the body of a request. As in the web UI, a body without a content type
+/// is JSON.
+struct SdapiObject(Map<String, Value>);
+
+impl FromRequest<Arc<App>> for SdapiObject {
+    type Rejection = SdapiError;
+
+    async fn from_request(request: Request, app: &Arc<App>) -> Result<Self, SdapiError> {
+        Ok(Self(read_object(request, app).await?))
+    }
 }
 
 /// The response to a request without a key.

@@ -9,10 +9,12 @@ use serde_json::{Value, json};
 use utoipa::ToSchema;
 
 use super::super::App;
-use super::super::body::JsonObject;
 use super::super::error::ApiError;
 use super::super::invalid::InvalidBody;
-use super::{PREVIEW_STEPS, SAMPLER, SCHEDULER, SdapiError, SdapiErrorBody, json as answer};
+use super::super::keys::is_empty;
+use super::{
+    PREVIEW_STEPS, SAMPLER, SCHEDULER, SdapiError, SdapiErrorBody, SdapiObject, json as answer,
+};
 
 /// Settings of the server, which are read-only.
 #[derive(Serialize, ToSchema)]
@@ -85,8 +87,8 @@ pub(super) async fn options(State(app): State<Arc<App>>) -> Result<Response, Sda
     answer(&Options::new(&app))
 }
 
-/// Accepts the current settings and any name of the model, as the server has one model. Other
-/// changes are refused.
+/// Accepts the current settings, empty values, and any name of the model, as the server has one
+/// model. Other changes are refused.
 #[utoipa::path(
     post,
     path = "/v1/options",
@@ -97,13 +99,12 @@ pub(super) async fn options(State(app): State<Arc<App>>) -> Result<Response, Sda
 )]
 pub(super) async fn set_options(
     State(app): State<Arc<App>>,
-    body: Result<JsonObject, ApiError>,
+    SdapiObject(requested): SdapiObject,
 ) -> Result<Response, SdapiError> {
-    let JsonObject(requested) = body?;
     let current = serde_json::to_value(Options::new(&app)).map_err(ApiError::Response)?;
     for (key, value) in &requested {
-        let is_name = key == "sd_model_checkpoint" && (value.is_string() || value.is_null());
-        if !is_name && current.get(key) != Some(value) {
+        let is_name = key == "sd_model_checkpoint" && value.is_string();
+        if !is_name && !is_empty(value) && current.get(key) != Some(value) {
             let param = key.clone();
             let instead = "settings are given to kiln serve when it is started";
             return Err(InvalidBody::Unavailable { param, instead }.into());

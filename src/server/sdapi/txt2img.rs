@@ -1,6 +1,5 @@
 //! `POST /sdapi/v1/txt2img`: images from a prompt.
 
-use std::collections::BTreeSet;
 use std::sync::{Arc, LazyLock};
 use std::time::Instant;
 
@@ -8,33 +7,43 @@ use axum::Extension;
 use axum::extract::State;
 use axum::response::Response;
 use serde::Deserialize;
-use serde_json::{Map, Value, json};
+use serde_json::{Map, Value};
 use tokio::task::spawn_blocking;
 use utoipa::openapi::RefOr;
-use utoipa::openapi::schema::{ObjectBuilder, Schema, SchemaType};
+use utoipa::openapi::schema::Schema;
 use utoipa::{PartialSchema, ToSchema};
 
 use crate::image::{Encoding, ImageFormat};
 use crate::jobs::{Caller, JobGuard};
-use crate::request::{GenerationParams, random_u64};
+use crate::request::{GenerationParams, Integer, random_u64};
 
 use super::super::App;
-use super::super::body::{self, JsonObject};
+use super::super::body;
 use super::super::error::ApiError;
-use super::super::fields::Integer;
 use super::super::generation::{EncodedImages, Previews, RequestProgress, RunningRequest};
 use super::super::invalid::InvalidBody;
+use super::super::keys::{self, Feature, Ineffective, Keys, NoMoreFields};
 use super::super::parsed::{ParsedRequest, WireNames};
 use super::answer::Txt2ImgResponse;
-use super::{PREVIEW_STEPS, SdapiError, SdapiErrorBody, json as answer};
+use super::{PREVIEW_STEPS, SdapiError, SdapiErrorBody, SdapiObject, json as answer};
+
+/// What a request may have besides the keys that kiln reads. The web UI ignores keys that it does not
+/// know, so clients send what their forms have: an unknown key with an empty value is accepted.
+const INEFFECTIVE: Ineffective = Ineffective {
+    ignored: IGNORED,
+    features: FEATURES,
+    accepts_empty: true,
+    others: ", and others of the web UI",
+};
 
 /// Keys that clients send with every request and that are ignored: settings of the web UI's files
-/// and of other models, and details of the features in [`OFF`].
+/// and of other models, and details of the features in [`FEATURES`].
 const IGNORED: &[&str] = &[
     "clip_skip",
     "comments",
     "denoising_strength",
     "disable_extra_networks",
+    "distilled_cfg_scale",
     "do_not_save_grid",
     "do_not_save_samples",
     "eta",
@@ -54,10 +63,22 @@ const IGNORED: &[&str] = &[
     "hr_scheduler",
     "hr_second_pass_steps",
     "hr_upscaler",
+    "image_cfg_scale",
+    "include_init_images",
+    "initial_noise_multiplier",
+    "inpaint_full_res",
+    "inpaint_full_res_padding",
+    "inpainting_fill",
+    "inpainting_mask_invert",
+    "mask_blur",
+    "mask_blur_x",
+    "mask_blur_y",
+    "mask_round",
     "model",
     "override_settings",
     "override_settings_restore_afterwards",
     "refiner_switch_at",
+    "resize_mode",
     "s_churn",
     "s_min_uncond",
     "s_noise",
@@ -65,30 +86,39 @@ const IGNORED: &[&str] = &[
     "s_tmin",
     "save_images",
     "script_args",
+    "sd_model_checkpoint",
+    "sd_vae",
     "seed_resize_from_h",
     "seed_resize_from_w",
     "subseed",
+    "use_deprecated_controlnet",
     // SillyTavern forwards the address of the server and the key.
     "auth",
     "url",
 ];
 
-/// Features that kiln does not have. Their keys are accepted with an empty value (false, 0, empty or
-/// null), and otherwise refused with this explanation.
-const OFF: &[(&str, &str)] = &[
-    ("alwayson_scripts", "there are no extensions"),
-    ("enable_hr", "ask for a larger width and height"),
-    ("firstpass_image", "images are generated from text only"),
-    ("infotext", "give its values as fields"),
-    ("refiner_checkpoint", "there is one model"),
-    ("restore_faces", "images are not post-processed"),
-    ("script_name", "there are no extensions"),
-    ("styles", "write the style into the prompt"),
-    ("subseed_strength", "an image has one seed"),
-    ("tiling", "tileable images are not supported"),
+/// Features that kiln does not have.
+const FEATURES: &[Feature] = &[
+    Feature::new("alwayson_scripts", "there are no extensions"),
+    Feature::new("enable_hr", "ask for a larger width and height"),
+    Feature::new("firstpass_image", "images are generated from text only"),
+    Feature::new("infotext", "give its values as fields"),
+    Feature::new("init_images", "images are generated from text only"),
+    Feature::new("lora", "adapters cannot be loaded"),
+    Feature::new("loras", "adapters cannot be loaded"),
+    Feature::new("mask", "images are generated from text only"),
+    Feature::new("refiner_checkpoint", "there is one model"),
+    Feature::new("restore_faces", "images are not post-processed"),
+    Feature::new("script_name", "there are no extensions"),
+    Feature::new("styles", "write the style into the prompt"),
+    Feature::new("subseed_strength", "an image has one seed"),
+    Feature::new("tiling", "tileable images are not supported"),
 ];
 
-static KNOWN: LazyLock<BTreeSet<String>> = LazyLock::new(body::field_names::<Txt2ImgFields>);
+static KEYS: LazyLock<Keys> = LazyLock::new(|| Keys {
+    known: body::field_names::<Txt2ImgFields>(),
+    ineffective: &INEFFECTIVE,
+});
 
 /// The keys of a request that have an effect.
 #[derive(Debug, Deserialize, ToSchema)]
@@ -136,10 +166,6 @@ struct Txt2ImgFields {
     send_images: Option<bool>,
 }
 
-/// [`Txt2ImgFields`] has all fields.
-#[derive(ToSchema)]
-struct NoMoreFields {}
-
 /// The body of a request.
 pub(super) struct Txt2ImgRequest;
 
@@ -151,27 +177,8 @@ impl ToSchema for Txt2ImgRequest {
 
 impl PartialSchema for Txt2ImgRequest {
     fn schema() -> RefOr<Schema> {
-        let mut schema =
-            body::merged_schema::<Txt2ImgFields, NoMoreFields>(IGNORED, "Images to generate.");
-        if let RefOr::T(Schema::Object(object)) = &mut schema {
-            for (key, instead) in OFF {
-                let empty = ObjectBuilder::new()
-                    .schema_type(SchemaType::AnyValue)
-                    .enum_values(Some([
-                        json!(null),
-                        json!(false),
-                        json!(0),
-                        json!(""),
-                        json!([]),
-                        json!({}),
-                    ]))
-                    .description(Some(format!(
-                        "Accepted only with an empty value: {instead}."
-                    )));
-                object.properties.insert((*key).to_owned(), empty.into());
-            }
-        }
-        schema
+        let description = "Images to generate.";
+        keys::merged_schema::<Txt2ImgFields, NoMoreFields>(&INEFFECTIVE, description)
     }
 }
 
@@ -191,9 +198,8 @@ impl PartialSchema for Txt2ImgRequest {
 pub(super) async fn txt2img(
     State(app): State<Arc<App>>,
     Extension(caller): Extension<Caller>,
-    body: Result<JsonObject, ApiError>,
+    SdapiObject(object): SdapiObject,
 ) -> Result<Response, SdapiError> {
-    let JsonObject(object) = body?;
     let Parsed {
         request,
         batch_size,
@@ -244,21 +250,7 @@ struct Parsed {
 }
 
 fn parse(mut object: Map<String, Value>) -> Result<Parsed, InvalidBody> {
-    for (key, instead) in OFF {
-        let value = object.remove(*key);
-        if value.is_some_and(|value| !is_empty(&value)) {
-            let param = (*key).to_owned();
-            return Err(InvalidBody::Unavailable { param, instead });
-        }
-    }
-    object.retain(|key, _| !IGNORED.contains(&key.as_str()));
-    if let Some(key) = object.keys().find(|key| !KNOWN.contains(*key)) {
-        let known: Vec<&str> = KNOWN.iter().map(String::as_str).collect();
-        return Err(InvalidBody::Unknown {
-            param: key.clone(),
-            known: format!("{}, and others of the web UI", known.join(", ")),
-        });
-    }
+    KEYS.check(&mut object, "")?;
     let fields: Txt2ImgFields = body::read(object)?;
     if fields.send_images == Some(false) {
         let param = "send_images".to_owned();
@@ -284,7 +276,7 @@ fn parse(mut object: Map<String, Value>) -> Result<Parsed, InvalidBody> {
             width: value(fields.width),
             num_inference_steps: value(fields.steps),
             num_images: Some(batch_size.saturating_mul(n_iter)),
-            seed: value(fields.seed).filter(|seed| *seed != -1),
+            seed: value(fields.seed),
             ..GenerationParams::default()
         },
         names: WireNames {
@@ -309,17 +301,5 @@ fn at_least_1(param: &str, field: Option<Integer>) -> Result<i128, InvalidBody> 
         None => Ok(1),
         Some(Integer(count)) if count >= 1 => Ok(count),
         Some(_) => Err(InvalidBody::value(param.to_owned(), "must be at least 1")),
-    }
-}
-
-/// Whether a value means that a feature is off.
-fn is_empty(value: &Value) -> bool {
-    match value {
-        Value::Null => true,
-        Value::Bool(value) => !value,
-        Value::Number(number) => number.as_f64() == Some(0.0),
-        Value::String(text) => text.is_empty(),
-        Value::Array(values) => values.is_empty(),
-        Value::Object(entries) => entries.is_empty(),
     }
 }
