@@ -197,7 +197,7 @@ fn fields_that_clients_always_send_are_accepted() {
 }
 
 /// The body that the Stable Diffusion tool of Dify makes, and the one that
-/// text-generation-webui's sd_api_pictures makes.
+/// text-generation-webui's `sd_api_pictures` makes.
 #[test]
 fn bodies_of_other_programs_generate_an_image() {
     let server = start(Pace::Fast);
