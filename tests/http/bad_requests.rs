@@ -458,6 +458,12 @@ fn bodies_of_windows_and_of_careful_clients_are_read() {
     assert_eq!(post(images, "", &marked(&image(&json!({})))).status, 200);
     let twice = [b"\xef\xbb\xbf".to_vec(), marked(&image(&json!({})))].concat();
     assert_refused(&post(images, "", &twice), 400, None);
+    for utf16 in [&b"\xff\xfe{\0}\0"[..], b"\xfe\xff\0{\0}"] {
+        let reply = post(images, "", utf16);
+        assert_refused(&reply, 400, None);
+        let message = reply.body["error"]["message"].as_str().unwrap();
+        assert!(message.contains("UTF-16"), "{message}");
+    }
 
     let plain = image(&json!({})).to_string();
     for headers in ["Content-Encoding: identity\r\n", "Content-Encoding:\r\n"] {
