@@ -5,23 +5,28 @@ use std::time::Duration;
 
 use crate::engine::Engine;
 
-/// Waits for SIGINT (ctrl-c) or SIGTERM, drains the engine and returns when it has stopped.
+/// Waits for SIGINT (ctrl-c) or SIGTERM, and returns its name.
+pub async fn shutdown_signal() -> &'static str {
+    match next_signal().await {
+        Ok(name) => name,
+        Err(error) => {
+            tracing::error!(%error, "cannot listen for signals");
+            std::future::pending().await
+        }
+    }
+}
+
+/// Drains the engine because of this signal, and returns when it has stopped.
 ///
 /// Accepted requests have `drain_timeout` to finish. Meanwhile the server keeps responding, so that
 /// `/health/ready` reports the shutdown. A second signal stops the engine: unfinished requests fail
 /// after their current step.
-pub async fn shutdown_signal(engine: Engine, drain_timeout: Duration) {
-    match next_signal().await {
-        Ok(name) => tracing::info!(
-            "{name}: no new requests are accepted, running requests have {} s to finish; \
-             a second signal ends them",
-            drain_timeout.as_secs_f64()
-        ),
-        Err(error) => {
-            tracing::error!(%error, "cannot listen for signals");
-            return std::future::pending().await;
-        }
-    }
+pub async fn drain(engine: &Engine, drain_timeout: Duration, signal: &str) {
+    tracing::info!(
+        "{signal}: no new requests are accepted, running requests have {} s to finish; \
+         a second signal ends them",
+        drain_timeout.as_secs_f64()
+    );
     engine.drain(drain_timeout);
     tokio::select! {
         () = engine.stopped() => {}

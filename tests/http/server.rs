@@ -9,11 +9,10 @@ use std::time::{Duration, Instant};
 
 use kiln::engine::{DEFAULT_MAX_STARTED, Engine, EngineSettings};
 use kiln::request::Limits;
-use kiln::server::{App, Settings};
+use kiln::server::{App, LoadedModel, Settings};
 use kiln::tokenizer::PromptTokenizer;
 use kiln_models::families::Family;
 use kiln_models::job::Job;
-use kiln_models::noise::NoiseGenerator;
 use tokio::sync::oneshot;
 
 use super::pipeline::{Pace, Record, fake};
@@ -41,13 +40,13 @@ impl TestServer {
             warm_up: None,
         };
         let engine = Engine::start(Box::new(pipeline), engine_settings);
-        let app = App::new(
-            engine.clone(),
-            load_tokenizer(),
-            Limits::for_sizes(engine.info().sizes),
-            NoiseGenerator::Cpu,
-            settings,
-        );
+        let app = App::new(settings);
+        app.set_model(LoadedModel {
+            engine: engine.clone(),
+            tokenizer: load_tokenizer().into(),
+            limits: Limits::for_sizes(engine.info().sizes),
+            prompt_guide: None,
+        });
 
         let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         listener.set_nonblocking(true).unwrap();

@@ -5,7 +5,6 @@ use std::sync::{Arc, LazyLock};
 use std::time::Instant;
 
 use axum::Extension;
-use axum::extract::State;
 use axum::response::Response;
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
@@ -18,7 +17,7 @@ use crate::image::{Encoding, ImageFormat};
 use crate::jobs::{Caller, JobGuard};
 use crate::request::{GenerationParams, random_u64};
 
-use super::super::App;
+use super::super::LoadedApp;
 use super::super::body::{self, JsonObject};
 use super::super::error::ApiError;
 use super::super::fields::Integer;
@@ -189,7 +188,7 @@ impl PartialSchema for Txt2ImgRequest {
     security((), ("basic" = []), ("bearer" = [])),
 )]
 pub(super) async fn txt2img(
-    State(app): State<Arc<App>>,
+    Extension(app): Extension<Arc<LoadedApp>>,
     Extension(caller): Extension<Caller>,
     body: Result<JsonObject, ApiError>,
 ) -> Result<Response, SdapiError> {
