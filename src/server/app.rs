@@ -99,10 +99,18 @@ impl LoadedApp {
     }
 }
 
+/// The state of [`require_model`].
+#[derive(Clone)]
+pub(super) struct RequireModel {
+    pub(super) app: Arc<App>,
+    /// Makes the response to a request that is refused.
+    pub(super) refuse: fn(ApiError) -> Response,
+}
+
 /// Middleware of routes that need the model: adds the [`LoadedApp`] to the extensions of a request,
-/// and refuses the request during the start with the response that `refuse` makes.
+/// and refuses the request during the start.
 pub(super) async fn require_model(
-    State((app, refuse)): State<(Arc<App>, fn(ApiError) -> Response)>,
+    State(RequireModel { app, refuse }): State<RequireModel>,
     mut request: Request,
     next: Next,
 ) -> Response {

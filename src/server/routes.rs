@@ -13,7 +13,7 @@ use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use super::access::{Scheme, require_key};
-use super::app::require_model;
+use super::app::{RequireModel, require_model};
 use super::error::ApiError;
 use super::openapi;
 use super::{App, chat, estimate, health, images, metrics, models, sdapi, status};
@@ -75,7 +75,8 @@ fn with_model(
     app: &Arc<App>,
     refuse: fn(ApiError) -> Response,
 ) -> OpenApiRouter<Arc<App>> {
-    let state = (Arc::clone(app), refuse);
+    let app = Arc::clone(app);
+    let state = RequireModel { app, refuse };
     with_fallbacks(router.route_layer(from_fn_with_state(state, require_model)))
 }
 
