@@ -346,6 +346,22 @@ mod tests {
         assert!(!model.tokenizer().encode_prompt("a cat").unwrap().is_empty());
     }
 
+    #[cfg(feature = "flex")]
+    #[test]
+    fn the_bytes_of_all_tensors_count_as_loaded_in_the_end() {
+        let start = Start::new();
+        let model = Model::find_reporting(&ModelSettings::new(DEMO), &start).unwrap();
+        assert_eq!(start.progress().stage, Stage::Finding);
+        let runtime = model.load_reporting(&LoadSettings::default(), &start);
+        let progress = start.progress();
+        assert_eq!(progress.stage, Stage::Loading);
+        // 5.9 million parameters, most of them in bf16.
+        assert!(progress.amount.total_bytes > 11_000_000, "{progress:?}");
+        assert_eq!(progress.amount.bytes, progress.amount.total_bytes);
+        // The weights that are read later do not count again.
+        drop(runtime.unwrap());
+    }
+
     #[test]
     fn random_weights_need_a_shape() {
         let settings = ModelSettings {
