@@ -348,7 +348,7 @@ mod tests {
 
     #[cfg(feature = "flex")]
     #[test]
-    fn the_bytes_of_all_tensors_count_as_loaded_in_the_end() {
+    fn the_bytes_of_the_tensors_that_a_model_has_taken_are_counted() {
         let start = Start::new();
         let model = Model::find_reporting(&ModelSettings::new(DEMO), &start).unwrap();
         assert_eq!(start.progress().stage, Stage::Finding);
@@ -357,9 +357,10 @@ mod tests {
         assert_eq!(progress.stage, Stage::Loading);
         // 5.9 million parameters, most of them in bf16.
         assert!(progress.amount.total_bytes > 11_000_000, "{progress:?}");
-        assert_eq!(progress.amount.bytes, progress.amount.total_bytes);
-        // The weights that are read later do not count again.
-        drop(runtime.unwrap());
+        // Nothing reads the VAE's encoder.
+        assert!(progress.share() > Some(0.8), "{progress:?}");
+        assert!(progress.share() < Some(1.0), "{progress:?}");
+        assert!(runtime.is_ok());
     }
 
     #[test]

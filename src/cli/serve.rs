@@ -22,7 +22,7 @@ use crate::backend::{self, LoadSettings};
 use crate::engine::{DEFAULT_MAX_STARTED, Engine, EngineSettings, State};
 use crate::request::{GenerationParams, GenerationRequest};
 use crate::runtime::{Model, Runtime, Stage, Start};
-use crate::server::{self, App, LoadedModel};
+use crate::server::{self, App, LoadedModel, Signals};
 
 use super::error::CliError;
 
@@ -59,8 +59,7 @@ async fn serve(
     let (stop, stopped) = oneshot::channel::<()>();
     let shutdown = async { drop(stopped.await) };
     let mut server = pin!(server::serve(listener, app.clone(), shutdown));
-    // One future for the whole life of the server, so that no signal is missed.
-    let mut signal = pin!(server::shutdown_signal());
+    let mut signals = Signals::new().map_err(CliError::Server)?;
     tracing::info!("listening on http://{address}");
 
     let drain_timeout = args.drain_timeout();
@@ -69,7 +68,7 @@ async fn serve(
     let model = tokio::select! {
         outcome = &mut server => return outcome.map_err(CliError::Server),
         model = opening => model.unwrap_or_else(|error| resume_unwind(error.into_panic()))?,
-        name = &mut signal => {
+        name = signals.next() => {
             tracing::info!("{name}: the server is stopped before it is ready");
             drop(stop);
             let outcome = timeout(LAST_ANSWERS, server).await;
@@ -82,7 +81,8 @@ async fn serve(
     let outcome = tokio::select! {
         outcome = &mut server => outcome.map_err(CliError::Server),
         outcome = async {
-            server::drain(&engine, drain_timeout, signal.await).await;
+            let name = signals.next().await;
+            server::drain(&engine, drain_timeout, name, &mut signals).await;
             drop(stop);
             pending().await
         } => outcome,

@@ -39,7 +39,7 @@ use tokio::time::sleep;
 
 pub use self::access::{ApiKeys, CorsOrigin, InvalidApiKey, InvalidOrigin};
 pub use self::app::{App, LoadedModel};
-pub use self::signals::{drain, shutdown_signal};
+pub use self::signals::{Signals, drain};
 
 use self::app::LoadedApp;
 
