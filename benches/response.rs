@@ -14,9 +14,8 @@ use std::time::{Duration, Instant};
 use kiln::checkpoint::Checkpoint;
 use kiln::engine::{Engine, EngineSettings};
 use kiln::request::Limits;
-use kiln::server::{App, Settings};
+use kiln::server::{App, LoadedModel, Settings};
 use kiln_models::job::RgbImage;
-use kiln_models::noise::NoiseGenerator;
 use kiln_models::pipeline::{ImageSizes, ModelInfo};
 use kiln_models::testing::{self, FakePipeline};
 
@@ -64,10 +63,13 @@ fn serve() -> Result<SocketAddr, Box<dyn Error>> {
         warm_up: None,
     };
     let engine = Engine::start(Box::new(pipeline), settings);
-    let tokenizer = Checkpoint::demo()?.tokenizer()?;
-    let noise = NoiseGenerator::Cpu;
-    let limits = Limits::for_sizes(sizes);
-    let app = App::new(engine, tokenizer, limits, noise, Settings::new("none"));
+    let app = App::new(Settings::new("none"));
+    app.set_model(LoadedModel {
+        engine,
+        tokenizer: Checkpoint::demo()?.tokenizer()?.into(),
+        limits: Limits::for_sizes(sizes),
+        prompt_guide: None,
+    });
     let listener = TcpListener::bind("127.0.0.1:0")?;
     listener.set_nonblocking(true)?;
     let address = listener.local_addr()?;

@@ -2,7 +2,10 @@
 //!
 //! [`Runtime::open`] does all of it. Callers that check a request before they pay for the weights
 //! do it in two stages: [`Model::find`] finds or downloads the files and reads the small ones,
-//! [`Model::load`] reads the weights.
+//! [`Model::load`] reads the weights. [`Start`] says how far this is.
+
+mod counted;
+mod start;
 
 use std::fmt;
 use std::path::Path;
@@ -10,6 +13,7 @@ use std::str::FromStr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use kiln_models::TensorSource;
 use kiln_models::flops::FlopCount;
 use kiln_models::job::Job;
 use kiln_models::pipeline::{ModelInfo, Pipeline};
@@ -19,6 +23,10 @@ use crate::checkpoint::{Checkpoint, CheckpointError, DEMO, PromptGuide, QWEN_IMA
 use crate::hub::{self, HubError, HubSettings};
 use crate::request::Limits;
 use crate::tokenizer::{PromptTokenizer, TokenizerError};
+
+use self::counted::Counted;
+
+pub use self::start::{Progress, Stage, Start};
 
 /// Where the weights come from.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -153,11 +161,23 @@ impl Model {
     /// The name stands for no model, the download fails, or a configuration, a weight file's header
     /// or the tokenizer cannot be read.
     pub fn find(settings: &ModelSettings) -> Result<Self, RuntimeError> {
+        Self::find_reporting(settings, &Start::new())
+    }
+
+    /// As [`Model::find`], and reports the progress.
+    ///
+    /// # Errors
+    ///
+    /// As [`Model::find`].
+    pub fn find_reporting(settings: &ModelSettings, start: &Start) -> Result<Self, RuntimeError> {
         let name = settings.name.as_str();
         let checkpoint = match settings.load_format {
             LoadFormat::Dummy => Checkpoint::dummy(dummy_shape(name)?)?,
             LoadFormat::Auto if name == DEMO => Checkpoint::demo()?,
-            LoadFormat::Auto => Checkpoint::open(&hub::resolve(name, &settings.hub)?)?,
+            LoadFormat::Auto => {
+                let report = |transfer| start.download(transfer);
+                Checkpoint::open(&hub::resolve(name, &settings.hub, &report)?)?
+            }
         };
         let tokenizer = checkpoint.tokenizer().map_err(RuntimeError::Tokenizer)?;
         Ok(Self {
@@ -217,9 +237,27 @@ impl Model {
     /// The backend or the device is not available, a tensor is missing or has the wrong shape, or
     /// memory runs out.
     pub fn load(&self, settings: &LoadSettings) -> Result<Runtime, RuntimeError> {
+        self.load_reporting(settings, &Start::new())
+    }
+
+    /// As [`Model::load`], and reports the progress.
+    ///
+    /// # Errors
+    ///
+    /// As [`Model::load`].
+    pub fn load_reporting(
+        &self,
+        settings: &LoadSettings,
+        start: &Start,
+    ) -> Result<Runtime, RuntimeError> {
         tracing::info!("loading {}", self.checkpoint.place());
         let started = Instant::now();
-        let pipeline = backend::load(&self.checkpoint, settings)?;
+        let parts = self.checkpoint.parts();
+        let sources = [&parts.text_encoder, &parts.transformer, &parts.vae];
+        let sizes = sources.map(|source| counted::total_bytes(source.as_ref()));
+        start.load(sizes.iter().sum());
+        let counted = |source| -> Arc<dyn TensorSource> { Arc::new(Counted::new(source, start)) };
+        let pipeline = backend::load(&self.checkpoint.map_sources(counted), settings)?;
         let load_time = started.elapsed();
         let info = pipeline.info().clone();
         tracing::info!(
@@ -306,6 +344,23 @@ mod tests {
         assert_eq!(model.limits().sizes.default_side, 128);
         assert!(model.prompt_guide().is_some());
         assert!(!model.tokenizer().encode_prompt("a cat").unwrap().is_empty());
+    }
+
+    #[cfg(feature = "flex")]
+    #[test]
+    fn the_bytes_of_the_tensors_that_a_model_has_taken_are_counted() {
+        let start = Start::new();
+        let model = Model::find_reporting(&ModelSettings::new(DEMO), &start).unwrap();
+        assert_eq!(start.progress().stage, Stage::Finding);
+        let runtime = model.load_reporting(&LoadSettings::default(), &start);
+        let progress = start.progress();
+        assert_eq!(progress.stage, Stage::Loading);
+        // 5.9 million parameters, most of them in bf16.
+        assert!(progress.amount.total_bytes > 11_000_000, "{progress:?}");
+        // Nothing reads the VAE's encoder.
+        assert!(progress.share() > Some(0.8), "{progress:?}");
+        assert!(progress.share() < Some(1.0), "{progress:?}");
+        assert!(runtime.is_ok());
     }
 
     #[test]

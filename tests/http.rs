@@ -13,6 +13,7 @@ mod random_bodies;
 mod real_model;
 mod sdapi;
 mod server;
+mod start;
 mod streams;
 
 use base64::Engine as _;

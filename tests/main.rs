@@ -25,5 +25,8 @@ mod parity;
 mod pipeline;
 /// Comparisons with the texts in `tests/snapshots`.
 mod snapshot;
+/// `kiln serve` before it is ready, run as a process.
+#[cfg(all(unix, feature = "flex"))]
+mod start;
 /// The tables of reports, from fixed figures.
 mod tables;

@@ -26,7 +26,9 @@ mod tests;
 
 use std::fmt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
+use kiln_models::TensorSource;
 use kiln_models::families::CheckpointParts;
 
 use crate::tokenizer::{PromptTokenizer, TokenizerError};
@@ -167,6 +169,29 @@ impl Checkpoint {
             Place::Demo | Place::Dummy(_) => {
                 PromptTokenizer::from_json(&demo::tokenizer(), template)
             }
+        }
+    }
+
+    /// The same model with each component's weights behind another source.
+    #[must_use]
+    pub fn map_sources(
+        &self,
+        wrap: impl Fn(Arc<dyn TensorSource>) -> Arc<dyn TensorSource>,
+    ) -> Self {
+        let CheckpointParts {
+            configs,
+            text_encoder,
+            transformer,
+            vae,
+        } = self.parts.clone();
+        Self {
+            place: self.place.clone(),
+            parts: CheckpointParts {
+                configs,
+                text_encoder: wrap(text_encoder),
+                transformer: wrap(transformer),
+                vae: wrap(vae),
+            },
         }
     }
 

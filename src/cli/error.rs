@@ -13,6 +13,7 @@ use crate::server::InvalidApiKey;
 use crate::tokenizer::TokenizerError;
 
 use super::dump::DumpError;
+use super::health::NoAnswer;
 
 /// Why a command failed.
 #[derive(Debug, thiserror::Error)]
@@ -80,16 +81,18 @@ pub(super) enum CliError {
     Json(#[source] serde_json::Error),
     #[error("there is no manual page of {name:?}; the commands are {}", commands.join(", "))]
     NoSuchPage { name: String, commands: Vec<String> },
-    #[error("{host}:{port} does not answer")]
+    #[error("{host}:{port} {error}")]
     Health {
         host: String,
         port: u16,
-        source: io::Error,
+        error: NoAnswer,
     },
     #[error("there is no folder for compiled kernels: neither XDG_CACHE_HOME nor HOME is set")]
     NoCacheFolder,
     #[error("the kernels in {} cannot be read or removed", folder.display())]
     Cache { folder: PathBuf, source: io::Error },
+    #[error("not ready: {readiness}")]
+    NotReadyYet { readiness: String },
     #[error("not ready: the answer is {status_line:?}")]
     NotReady { status_line: String },
     #[error("cannot write to stdout")]

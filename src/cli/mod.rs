@@ -68,7 +68,7 @@ pub fn main() -> ExitCode {
         }
         Command::Serve(args) => {
             log_with_times(args.log_format);
-            serve::run(&args)
+            serve::run(*args)
         }
         Command::Backends(args) => {
             log_plain_lines(LevelFilter::INFO);

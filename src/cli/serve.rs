@@ -4,67 +4,123 @@ mod args;
 
 pub(super) use self::args::{LogFormat, ServeArgs};
 
+use std::future::pending;
 use std::net::TcpListener;
+use std::panic::resume_unwind;
+use std::pin::pin;
+use std::sync::Arc;
+use std::time::Duration;
 
 use kiln_models::job::Job;
 use kiln_models::noise::NoiseGenerator;
+use tokio::runtime::Handle;
+use tokio::sync::oneshot;
+use tokio::task::spawn_blocking;
+use tokio::time::timeout;
 
-use crate::backend;
-use crate::engine::{DEFAULT_MAX_STARTED, Engine, EngineSettings, StartError, State};
+use crate::backend::{self, LoadSettings};
+use crate::engine::{DEFAULT_MAX_STARTED, Engine, EngineSettings, State};
 use crate::request::{GenerationParams, GenerationRequest};
-use crate::runtime::{Model, Runtime};
-use crate::server::{self, App};
+use crate::runtime::{Model, Runtime, Stage, Start};
+use crate::server::{self, App, LoadedModel, Signals};
 
 use super::error::CliError;
 
+/// How long clients have to read their responses if the server is stopped during its start.
+const LAST_ANSWERS: Duration = Duration::from_secs(1);
+
 /// `kiln serve`.
-pub(super) fn run(args: &ServeArgs) -> Result<(), CliError> {
+pub(super) fn run(args: ServeArgs) -> Result<(), CliError> {
     if args.cfg_parallel_size != 1 {
         return Err(CliError::CfgParallel {
             size: args.cfg_parallel_size,
         });
     }
     let loading = args.loading.settings(args.backend.choice()?)?;
-    let mut settings = args.settings()?;
-    // Before the model is loaded, which takes minutes: the port may be in use. Clients that connect
-    // meanwhile wait.
-    let listener = listen(args)?;
-    backend::check(loading.backend)?;
+    let app = App::new(args.settings()?);
+    // Before anything that takes time: the port may be in use.
+    let listener = listen(&args)?;
+    let threads = tokio::runtime::Runtime::new().map_err(CliError::Server)?;
+    let outcome = threads.block_on(serve(listener, app, args, loading));
+    // Without waiting for the thread that finds and loads the model, which nothing can interrupt.
+    threads.shutdown_background();
+    outcome
+}
 
-    let model = Model::find(&args.model_settings())?;
+/// Answers from the start on, while a thread finds, loads and warms up the model.
+async fn serve(
+    listener: TcpListener,
+    app: App,
+    args: ServeArgs,
+    loading: LoadSettings,
+) -> Result<(), CliError> {
+    let listener = tokio::net::TcpListener::from_std(listener).map_err(CliError::Server)?;
+    let address = listener.local_addr().map_err(CliError::Server)?;
+    let (stop, stopped) = oneshot::channel::<()>();
+    let shutdown = async { drop(stopped.await) };
+    let mut server = pin!(server::serve(listener, app.clone(), shutdown));
+    let mut signals = Signals::new().map_err(CliError::Server)?;
+    tracing::info!("listening on http://{address}");
+
+    let drain_timeout = args.drain_timeout();
+    let start = app.start.clone();
+    let opening = spawn_blocking(move || open(&args, &loading, &start));
+    let model = tokio::select! {
+        outcome = &mut server => return outcome.map_err(CliError::Server),
+        model = opening => model.unwrap_or_else(|error| resume_unwind(error.into_panic()))?,
+        name = signals.next() => {
+            tracing::info!("{name}: the server is stopped before it is ready");
+            drop(stop);
+            let outcome = timeout(LAST_ANSWERS, server).await;
+            return outcome.unwrap_or(Ok(())).map_err(CliError::Server);
+        }
+    };
+    let engine = model.engine.clone();
+    app.set_model(model);
+    tracing::info!("ready");
+    let outcome = tokio::select! {
+        outcome = &mut server => outcome.map_err(CliError::Server),
+        outcome = async {
+            let name = signals.next().await;
+            server::drain(&engine, drain_timeout, name, &mut signals).await;
+            drop(stop);
+            pending().await
+        } => outcome,
+        outcome = report_lost_device(&engine) => outcome,
+    };
+    engine.shutdown();
+    outcome
+}
+
+/// Finds and loads the model, and generates the warm-up image.
+fn open(args: &ServeArgs, loading: &LoadSettings, start: &Start) -> Result<LoadedModel, CliError> {
+    backend::check(loading.backend)?;
+    let model = Model::find_reporting(&args.model_settings(), start)?;
     if let Some(prompt) = &args.default_negative_prompt {
         let tokens = model.tokenizer().encode_prompt(prompt);
         tokens.map_err(CliError::DefaultNegativePrompt)?;
     }
-    let runtime = model.load(&loading)?;
-    settings.prompt_guide = runtime.prompt_guide;
-    let noise = args.noise.generator();
+    let runtime = model.load_reporting(loading, start)?;
     let warm_up = if args.no_warm_up {
         None
     } else {
-        Some(warm_up(&runtime, noise)?)
+        start.enter(Stage::WarmingUp);
+        Some(warm_up(&runtime, args.noise.generator())?)
     };
     let engine_settings = EngineSettings {
         max_queue: args.limits.max_queue,
         max_started: DEFAULT_MAX_STARTED,
         warm_up,
     };
-    let limits = args.limits.limits(runtime.limits.sizes);
     let engine = Engine::start(runtime.pipeline, engine_settings);
-    let app = App::new(engine.clone(), runtime.tokenizer, limits, noise, settings);
-    let threads = tokio::runtime::Runtime::new().map_err(CliError::Server)?;
-    let outcome = threads.block_on(async {
-        let listener = tokio::net::TcpListener::from_std(listener).map_err(CliError::Server)?;
-        let address = listener.local_addr().map_err(CliError::Server)?;
-        tracing::info!("listening on http://{address}");
-        let shutdown = server::shutdown_signal(engine.clone(), args.drain_timeout());
-        tokio::select! {
-            outcome = server::serve(listener, app, shutdown) => outcome.map_err(CliError::Server),
-            error = failed_start(&engine) => Err(CliError::Start(error)),
-        }
-    });
-    engine.shutdown();
-    outcome
+    let ready = Handle::current().block_on(engine.ready());
+    ready.map_err(CliError::Start)?;
+    Ok(LoadedModel {
+        engine,
+        tokenizer: Arc::clone(&runtime.tokenizer),
+        limits: args.limits.limits(runtime.limits.sizes),
+        prompt_guide: runtime.prompt_guide,
+    })
 }
 
 /// A job that compiles, tunes and pages in what a first request would: one step with guidance, at
@@ -82,20 +138,14 @@ fn warm_up(runtime: &Runtime, noise: NoiseGenerator) -> Result<Job, CliError> {
     Ok(request.into_job(tokens, false))
 }
 
-/// Completes if the warm-up fails, and never otherwise.
-async fn failed_start(engine: &Engine) -> StartError {
-    match engine.ready().await {
-        Err(error @ StartError::WarmUp(_)) => return error,
-        // Stopped before it was ready.
-        Err(StartError::Stopped) => {}
-        Ok(()) => tracing::info!("ready"),
-    }
+/// Logs it if the device is lost. Never completes.
+async fn report_lost_device<T>(engine: &Engine) -> T {
     engine.stopped().await;
     if let State::Failed(error) = engine.state() {
         // The health routes report it too.
         tracing::error!(%error, "the device is lost: no more requests are taken; restart kiln");
     }
-    std::future::pending().await
+    pending().await
 }
 
 fn listen(args: &ServeArgs) -> Result<TcpListener, CliError> {

@@ -12,9 +12,12 @@ mod tests;
 use std::env;
 use std::fmt;
 use std::fs;
+use std::panic::resume_unwind;
 use std::path::Path;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::thread;
+use std::time::Duration;
 
 use hf_hub::HFClient;
 use hf_hub::HFClientSync;
@@ -40,6 +43,9 @@ const NEEDED: [&str; 4] = [
 /// such as `model.fp16.safetensors`, which duplicate them.
 const NOT_NEEDED: [&str; 2] = ["*/*/*", "*.*.safetensors"];
 
+/// Time from one report of a download to the next.
+const REPORT_INTERVAL: Duration = Duration::from_millis(100);
+
 /// Where models are downloaded from and cached. A field that is `None` is read from the environment
 /// variables of `huggingface_hub`, such as `HF_ENDPOINT`, `HF_TOKEN` and `HF_HOME`
 /// (<https://huggingface.co/docs/huggingface_hub/package_reference/environment_variables>).
@@ -59,14 +65,30 @@ pub struct HubSettings {
 #[derive(Clone, PartialEq, Eq)]
 pub struct HubToken(String);
 
+/// How far a download is, with the files that were there before.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Transfer {
+    pub files: usize,
+    pub total_files: usize,
+    pub bytes: u64,
+    pub total_bytes: u64,
+}
+
+/// Receives the state of a download again and again, on any thread.
+type Report<'a> = &'a (dyn Fn(Transfer) + Send + Sync);
+
 /// Resolves the name of a model to a folder.
 ///
 /// An existing path, or a name that can only be a path, is returned unchanged;
 /// [`crate::checkpoint::Checkpoint::open`] checks whether it is a model. Any other name is a Hub id,
 /// `owner/name` or `owner/name@revision`: the files that text-to-image generation needs are
 /// downloaded unless they are cached. Blocks until the download is complete, with progress bars if
-/// stderr is a terminal and log lines otherwise.
-pub fn resolve(model: &str, settings: &HubSettings) -> Result<PathBuf, HubError> {
+/// stderr is a terminal and log lines otherwise. `report` is called while files are downloaded.
+pub fn resolve(
+    model: &str,
+    settings: &HubSettings,
+    report: &(dyn Fn(Transfer) + Send + Sync),
+) -> Result<PathBuf, HubError> {
     if Path::new(model).exists() {
         return Ok(model.into());
     }
@@ -77,7 +99,7 @@ pub fn resolve(model: &str, settings: &HubSettings) -> Result<PathBuf, HubError>
     if settings.offline {
         model.cached()
     } else {
-        model.downloaded()
+        model.downloaded(report)
     }
 }
 
@@ -190,7 +212,7 @@ impl<'a> HubModel<'a> {
 
     /// The snapshot in the cache, without network access.
     fn cached(&self) -> Result<PathBuf, HubError> {
-        let snapshot = self.snapshot(true)?;
+        let snapshot = self.snapshot(true, &|_| ())?;
         if !snapshot.join("model_index.json").exists() {
             let path = snapshot.display().to_string();
             return Err(self.error(HFError::LocalEntryNotFound { path }));
@@ -199,7 +221,7 @@ impl<'a> HubModel<'a> {
     }
 
     /// The snapshot after downloading the files that are not cached.
-    fn downloaded(&self) -> Result<PathBuf, HubError> {
+    fn downloaded(&self, report: Report<'_>) -> Result<PathBuf, HubError> {
         let tree = self.repo.list_tree().revision(self.id.revision);
         let tree = tree.recursive(true).send().map_err(|it| self.error(it))?;
         let files = tree
@@ -221,7 +243,7 @@ impl<'a> HubModel<'a> {
                 repo: self.id.repo.to_owned(),
             });
         }
-        let snapshot = self.snapshot(false)?;
+        let snapshot = self.snapshot(false, report)?;
         // Check all files, so that one retry replaces every wrong one.
         let sizes = files
             .into_iter()
@@ -229,17 +251,27 @@ impl<'a> HubModel<'a> {
         sizes.fold(Ok(()), Result::and).map(|()| snapshot)
     }
 
-    fn snapshot(&self, offline: bool) -> Result<PathBuf, HubError> {
+    fn snapshot(&self, offline: bool, report: Report<'_>) -> Result<PathBuf, HubError> {
         let bars = Arc::new(Bars::new());
-        let snapshot = self
+        let download = self
             .repo
             .snapshot_download()
             .revision(self.id.revision)
             .allow_patterns(NEEDED.map(str::to_owned).into())
             .ignore_patterns(NOT_NEEDED.map(str::to_owned).into())
             .local_files_only(offline)
-            .progress(Arc::clone(&bars))
-            .send();
+            .progress(Arc::clone(&bars));
+        let snapshot = thread::scope(|threads| {
+            let sending = threads.spawn(|| download.send());
+            while !sending.is_finished() {
+                if let Some(transfer) = bars.transfer() {
+                    report(transfer);
+                }
+                thread::sleep(REPORT_INTERVAL);
+            }
+            sending.join()
+        });
+        let snapshot = snapshot.unwrap_or_else(|panic| resume_unwind(panic));
         bars.clear();
         snapshot.map_err(|error| self.error(error))
     }

@@ -13,6 +13,8 @@ use indicatif::MultiProgress;
 use indicatif::ProgressBar;
 use indicatif::ProgressStyle;
 
+use super::Transfer;
+
 /// One progress bar for all files and one for each file, or log lines if stderr is not a terminal.
 pub(super) struct Bars {
     all: MultiProgress,
@@ -32,6 +34,18 @@ impl Bars {
     /// Removes the bars from the terminal.
     pub(super) fn clear(&self) {
         self.all.clear().ok();
+    }
+
+    /// How far the download is; `None` if nothing is downloaded.
+    pub(super) fn transfer(&self) -> Option<Transfer> {
+        let total_bytes = self.total.length().filter(|bytes| *bytes > 0)?;
+        let bars = self.files.lock().unwrap_or_else(PoisonError::into_inner);
+        Some(Transfer {
+            files: bars.values().filter(|bar| bar.is_finished()).count(),
+            total_files: bars.len(),
+            bytes: self.total.position(),
+            total_bytes,
+        })
     }
 
     fn update(&self, file: &FileProgress) {

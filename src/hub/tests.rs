@@ -251,7 +251,7 @@ fn tree(folder: &Path) -> HashMap<String, Vec<u8>> {
 
 /// The messages of the error and its sources, with endpoint and cache replaced by placeholders.
 fn resolve_error(model: &str, settings: &HubSettings) -> String {
-    let error = resolve(model, settings).unwrap_err();
+    let error = resolve(model, settings, &|_| ()).unwrap_err();
     let chain = iter::successors(Some(&error as &dyn Error), |error| (*error).source());
     let message = chain
         .map(ToString::to_string)
@@ -266,7 +266,7 @@ fn resolve_error(model: &str, settings: &HubSettings) -> String {
 fn downloads_what_is_needed_then_works_offline() {
     let (hub, home) = (FakeHub::start(), tempfile::tempdir().unwrap());
     let settings = hub.settings(&home);
-    let folder = resolve("own/model", &settings).unwrap();
+    let folder = resolve("own/model", &settings, &|_| ()).unwrap();
     let repo = home.path().join("hub/models--own--model");
     assert_eq!(folder, repo.join("snapshots").join(COMMIT));
     let expected = NEEDED.map(|path| (path.to_owned(), content(path)));
@@ -278,7 +278,7 @@ fn downloads_what_is_needed_then_works_offline() {
 
     // A second call downloads no file, nor does another name of the same commit.
     for model in ["own/model", "own/model@refs/pr/1"] {
-        assert_eq!(resolve(model, &settings).unwrap(), folder);
+        assert_eq!(resolve(model, &settings, &|_| ()).unwrap(), folder);
         let requests = hub.take_requests();
         assert!(
             requests.iter().all(|it| it.starts_with("GET /api/")),
@@ -291,7 +291,7 @@ fn downloads_what_is_needed_then_works_offline() {
         ..settings
     };
     for model in ["own/model", &format!("own/model@{COMMIT}")] {
-        assert_eq!(resolve(model, &offline).unwrap(), folder);
+        assert_eq!(resolve(model, &offline, &|_| ()).unwrap(), folder);
     }
     for (repo, revision) in [
         ("own/model", "v2"),
@@ -316,7 +316,7 @@ fn downloads_what_is_needed_then_works_offline() {
 fn an_interrupted_download_resumes() {
     let (hub, home) = (FakeHub::start(), tempfile::tempdir().unwrap());
     let settings = hub.settings(&home);
-    let mut attempts = iter::repeat_with(|| resolve("own/flaky", &settings));
+    let mut attempts = iter::repeat_with(|| resolve("own/flaky", &settings, &|_| ()));
     assert!(matches!(
         attempts.next(),
         Some(Err(HubError::Network { .. }))
@@ -352,10 +352,10 @@ fn processes_can_download_at_the_same_time() {
     let settings = hub.settings(&home);
     thread::scope(|scope| {
         for _ in 0..4 {
-            scope.spawn(|| resolve("own/model", &settings).unwrap());
+            scope.spawn(|| resolve("own/model", &settings, &|_| ()).unwrap());
         }
     });
-    let folder = resolve("own/model", &settings).unwrap();
+    let folder = resolve("own/model", &settings, &|_| ()).unwrap();
     assert_eq!(
         tree(&folder),
         HashMap::from(NEEDED.map(|it| (it.to_owned(), content(it))))
@@ -376,8 +376,8 @@ fn private_models_need_a_valid_token() {
         );
     }
     settings.token = HubToken::new("secret\n");
-    resolve("own/private", &settings).unwrap();
-    resolve("own/renamed", &settings).unwrap();
+    resolve("own/private", &settings, &|_| ()).unwrap();
+    resolve("own/renamed", &settings, &|_| ()).unwrap();
     assert!(!format!("{settings:?}").contains("secret"));
 }
 
@@ -470,7 +470,7 @@ fn paths_and_hub_ids_are_distinguished() {
         ..HubSettings::default()
     };
     let existing = home.path().to_str().unwrap();
-    assert_eq!(resolve(existing, &settings).unwrap(), home.path());
+    assert_eq!(resolve(existing, &settings, &|_| ()).unwrap(), home.path());
     for path in [
         "./model",
         "../model",
@@ -479,11 +479,11 @@ fn paths_and_hub_ids_are_distinguished() {
         "models/image/",
         ".",
     ] {
-        assert_eq!(resolve(path, &settings).unwrap(), Path::new(path));
+        assert_eq!(resolve(path, &settings, &|_| ()).unwrap(), Path::new(path));
     }
     let user = env::home_dir().unwrap();
     assert_eq!(
-        resolve("~/no-such-model", &settings).unwrap(),
+        resolve("~/no-such-model", &settings, &|_| ()).unwrap(),
         user.join("no-such-model")
     );
 
@@ -514,7 +514,7 @@ fn paths_and_hub_ids_are_distinguished() {
 #[test]
 fn settings_come_from_the_variables_of_huggingface_hub() {
     if env::var_os("KILN_TEST_INNER").is_some() {
-        let folder = resolve("own/private", &HubSettings::from_env()).unwrap();
+        let folder = resolve("own/private", &HubSettings::from_env(), &|_| ()).unwrap();
         return assert!(folder.ends_with(COMMIT));
     }
     let (hub, home) = (FakeHub::start(), tempfile::tempdir().unwrap());

@@ -12,6 +12,7 @@ use utoipa::ToSchema;
 use crate::engine::{JobError, SubmitError};
 use crate::image::{EncodeError, MAX_WEBP_SIDE};
 use crate::request::InvalidRequest;
+use crate::runtime::Progress;
 use crate::tokenizer::TokenizerError;
 
 use super::invalid::InvalidBody;
@@ -33,6 +34,8 @@ pub(super) enum ApiError {
         "the request needs HTTP Basic authentication with a key of this server as the password"
     )]
     UnauthorizedBasic,
+    #[error("{0}")]
+    Starting(Progress),
     #[error("the request was interrupted")]
     Interrupted,
     #[error("the request needs the header \"Content-Type: application/json\"")]
@@ -108,7 +111,8 @@ impl ApiError {
             | Self::Prompt { .. } => StatusCode::BAD_REQUEST,
             Self::Submit(SubmitError::QueueFull { .. }) => StatusCode::TOO_MANY_REQUESTS,
             Self::Submit(SubmitError::Draining | SubmitError::Stopped)
-            | Self::Job(JobError::Stopped) => StatusCode::SERVICE_UNAVAILABLE,
+            | Self::Job(JobError::Stopped)
+            | Self::Starting(_) => StatusCode::SERVICE_UNAVAILABLE,
             Self::Job(JobError::Pipeline(_) | JobError::Panicked(_))
             | Self::Encode(_)
             | Self::Archive(_)
@@ -134,6 +138,7 @@ impl ApiError {
     fn retry_after_seconds(&self) -> Option<u64> {
         let wait = match self {
             Self::Submit(SubmitError::QueueFull { retry_after, .. }) => Some(*retry_after),
+            Self::Starting(progress) => Some(progress.estimated_rest.unwrap_or(RETRY_AFTER_START)),
             // Another instance may have replaced this one by then.
             Self::Submit(SubmitError::Draining | SubmitError::Stopped)
             | Self::Job(JobError::Stopped) => Some(RETRY_AFTER_STOP),
@@ -164,6 +169,9 @@ impl ApiError {
         }
     }
 }
+
+/// Suggested wait during a start whose end cannot be estimated.
+const RETRY_AFTER_START: Duration = Duration::from_secs(5);
 
 /// Suggested wait after the server has stopped.
 const RETRY_AFTER_STOP: Duration = Duration::from_secs(10);

@@ -3,12 +3,12 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use axum::extract::State;
+use axum::Extension;
 use axum::response::Response;
 use serde::Serialize;
 use utoipa::ToSchema;
 
-use super::App;
+use super::LoadedApp;
 use super::body::JsonObject;
 use super::error::{ApiError, ErrorEnvelope};
 use super::images::{self, ImagesRequest};
@@ -47,7 +47,7 @@ pub(super) struct Estimate {
     security((), ("bearer" = [])),
 )]
 pub(super) async fn estimate(
-    State(app): State<Arc<App>>,
+    Extension(app): Extension<Arc<LoadedApp>>,
     JsonObject(object): JsonObject,
 ) -> Result<Response, ApiError> {
     let request = images::parse(object)?.request;

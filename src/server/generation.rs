@@ -14,7 +14,7 @@ use crate::engine::{Event, Finished, JobHandle, SubmitOptions, Timings};
 use crate::image::{Encoding, ImageFormat, MAX_WEBP_SIDE, encode};
 use crate::request::{GenerationRequest, PromptTokens};
 
-use super::App;
+use super::LoadedApp;
 use super::error::ApiError;
 use super::parsed::ParsedRequest;
 
@@ -55,7 +55,7 @@ pub(super) enum RequestProgress {
 /// A request that the engine has accepted. Dropping it cancels the job; it is dropped when the
 /// client disconnects.
 pub(super) struct RunningRequest {
-    app: Arc<App>,
+    app: Arc<LoadedApp>,
     info: Arc<RequestInfo>,
     handle: JobHandle,
     received: Instant,
@@ -155,7 +155,7 @@ impl ParsedRequest {
     /// Checks the request and submits it to the engine. `model` is the model name in the request.
     pub(super) async fn submit(
         self,
-        app: &Arc<App>,
+        app: &Arc<LoadedApp>,
         id: String,
         model: Option<&str>,
         previews: Previews,
@@ -185,7 +185,7 @@ impl ParsedRequest {
     /// Checks the request and tokenizes its prompts, without submitting it.
     pub(super) async fn prepare(
         self,
-        app: &Arc<App>,
+        app: &Arc<LoadedApp>,
         id: String,
         model: Option<&str>,
     ) -> Result<(RequestInfo, Job), ApiError> {
@@ -222,9 +222,9 @@ impl ParsedRequest {
         Ok((info, job))
     }
 
-    fn check(self, app: &App) -> Result<(GenerationRequest, Encoding), ApiError> {
+    fn check(self, app: &LoadedApp) -> Result<(GenerationRequest, Encoding), ApiError> {
         let (names, encoding) = (self.names, self.encoding);
-        let noise = self.noise_generator.unwrap_or(app.noise_generator);
+        let noise = self.noise_generator.unwrap_or(app.settings.noise_generator);
         let mut params = self.params;
         let default = &app.settings.default_negative_prompt;
         params.negative_prompt = params.negative_prompt.or_else(|| default.clone());
@@ -348,7 +348,7 @@ impl RunningRequest {
 }
 
 fn encode_all(
-    app: &App,
+    app: &LoadedApp,
     info: &RequestInfo,
     images: &[RgbImage],
 ) -> Result<Vec<Vec<u8>>, ApiError> {
@@ -363,7 +363,7 @@ fn encode_all(
     Ok(files)
 }
 
-fn prompt_tokens(app: &App, tokens: &PromptTokens) -> usize {
+fn prompt_tokens(app: &LoadedApp, tokens: &PromptTokens) -> usize {
     let prompts = std::iter::once(&tokens.prompt).chain(&tokens.negative_prompt);
     prompts.map(|ids| app.tokenizer.prompt_tokens(ids)).sum()
 }

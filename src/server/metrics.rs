@@ -1,4 +1,4 @@
-//! `GET /metrics`: counters of the engine in Prometheus' text format.
+//! `GET /metrics`: counters of the engine, and times of the start, in Prometheus' text format.
 
 use std::fmt::{Display, Write};
 use std::sync::Arc;
@@ -8,7 +8,7 @@ use axum::http::header::CONTENT_TYPE;
 use axum::response::{IntoResponse, Response};
 use kiln_models::pipeline::CacheUse;
 
-use crate::engine::{BUCKET_BOUNDS, EngineStats, Histogram};
+use crate::engine::{BUCKET_BOUNDS, EngineStats, Histogram, State as EngineState};
 
 use super::App;
 
@@ -20,114 +20,14 @@ use super::App;
     responses((status = 200, body = String, content_type = "text/plain")),
 )]
 pub(super) async fn metrics(State(app): State<Arc<App>>) -> Response {
-    let text = text(&app.engine.stats());
-    ([(CONTENT_TYPE, "text/plain; version=0.0.4")], text).into_response()
-}
-
-/// Writes a snapshot of the engine's numbers.
-fn text(stats: &EngineStats) -> String {
+    let loaded = app.loaded();
+    let stats = loaded.map(|app| app.engine.stats()).unwrap_or_default();
+    let is_ready = loaded.is_some_and(|app| matches!(app.engine.state(), EngineState::Ready));
     let mut page = Page::default();
-    // The second name is vLLM's, which routers read.
-    for name in ["kiln_requests_waiting", "vllm:num_requests_waiting"] {
-        page.gauge(name, "Requests in the queue.", stats.waiting);
-    }
-    for name in ["kiln_requests_running", "vllm:num_requests_running"] {
-        page.gauge(
-            name,
-            "Requests whose images are being generated.",
-            stats.running,
-        );
-    }
-    let outcomes = &stats.outcomes;
-    page.labelled(
-        (
-            "kiln_requests_total",
-            "counter",
-            "Ended requests by outcome.",
-        ),
-        "outcome",
-        &[
-            ("finished", outcomes.finished),
-            ("cancelled", outcomes.cancelled),
-            ("deadline_passed", outcomes.deadline_passed),
-            ("failed", outcomes.failed),
-            ("stopped", outcomes.stopped),
-            ("rejected", outcomes.rejected),
-        ],
-    );
-    page.counter(
-        "kiln_steps_total",
-        "Denoising steps, including those of unfinished requests.",
-        stats.steps,
-    );
-    page.counter("kiln_images_total", "Generated images.", stats.images);
-    page.counter(
-        "kiln_pixels_total",
-        "Pixels of the generated images.",
-        stats.pixels,
-    );
-    for (name, help, histogram) in [
-        (
-            "kiln_queue_seconds",
-            "Time of a request in the queue.",
-            &stats.waiting_time,
-        ),
-        (
-            "kiln_encode_seconds",
-            "Time to encode the prompts of a request and to make its noise and schedule.",
-            &stats.encode_time,
-        ),
-        (
-            "kiln_step_seconds",
-            "Time of one denoising step of one request.",
-            &stats.step_time,
-        ),
-        (
-            "kiln_denoise_seconds",
-            "Time of all denoising steps of a request.",
-            &stats.denoise_time,
-        ),
-        (
-            "kiln_decode_seconds",
-            "Time to decode all images of a request.",
-            &stats.decode_time,
-        ),
-        (
-            "kiln_preview_seconds",
-            "Time to make one preview.",
-            &stats.preview_time,
-        ),
-        (
-            "kiln_request_seconds",
-            "Time from the arrival of a request in the queue to its last image.",
-            &stats.total_time,
-        ),
-    ] {
-        page.histogram(name, help, histogram);
-    }
-    page.caches(&[
-        ("embeddings", stats.embedding_cache),
-        ("modulation", stats.modulation_cache),
-    ]);
-    let memory = [
-        (
-            "kiln_memory_in_use_bytes",
-            "Memory in use on the device.",
-            stats.memory.in_use,
-        ),
-        (
-            "kiln_memory_reserved_bytes",
-            "Memory reserved on the device.",
-            stats.memory.reserved,
-        ),
-    ];
-    for (name, help, bytes) in memory {
-        // Not every device reports its memory.
-        if let Some(bytes) = bytes {
-            page.gauge(name, help, bytes);
-        }
-    }
-    page.text
+    page.start(&app, is_ready);
+    page.engine(&stats);
+    let text = page.text;
+    ([(CONTENT_TYPE, "text/plain; version=0.0.4")], text).into_response()
 }
 
 /// The text that is being written.
@@ -137,6 +37,131 @@ struct Page {
 }
 
 impl Page {
+    /// Writes when the process began, how long its start took, and whether it is over.
+    fn start(&mut self, app: &App, is_ready: bool) {
+        self.gauge(
+            "process_start_time_seconds",
+            "Unix time at which the server started.",
+            app.started,
+        );
+        self.gauge(
+            "kiln_ready",
+            "Whether requests are accepted: 1 or 0.",
+            u8::from(is_ready),
+        );
+        let name = "kiln_start_seconds";
+        let help = "Time that each stage of the start has taken so far.";
+        self.head(name, "gauge", help);
+        for (stage, time) in app.start.times() {
+            let (stage, seconds) = (stage.name(), time.as_secs_f64());
+            self.line(format_args!("{name}{{stage=\"{stage}\"}} {seconds}"));
+        }
+    }
+
+    /// Writes a snapshot of the engine's numbers.
+    fn engine(&mut self, stats: &EngineStats) {
+        // The second name is vLLM's, which routers read.
+        for name in ["kiln_requests_waiting", "vllm:num_requests_waiting"] {
+            self.gauge(name, "Requests in the queue.", stats.waiting);
+        }
+        for name in ["kiln_requests_running", "vllm:num_requests_running"] {
+            self.gauge(
+                name,
+                "Requests whose images are being generated.",
+                stats.running,
+            );
+        }
+        let outcomes = &stats.outcomes;
+        self.labelled(
+            (
+                "kiln_requests_total",
+                "counter",
+                "Ended requests by outcome.",
+            ),
+            "outcome",
+            &[
+                ("finished", outcomes.finished),
+                ("cancelled", outcomes.cancelled),
+                ("deadline_passed", outcomes.deadline_passed),
+                ("failed", outcomes.failed),
+                ("stopped", outcomes.stopped),
+                ("rejected", outcomes.rejected),
+            ],
+        );
+        self.counter(
+            "kiln_steps_total",
+            "Denoising steps, including those of unfinished requests.",
+            stats.steps,
+        );
+        self.counter("kiln_images_total", "Generated images.", stats.images);
+        self.counter(
+            "kiln_pixels_total",
+            "Pixels of the generated images.",
+            stats.pixels,
+        );
+        for (name, help, histogram) in [
+            (
+                "kiln_queue_seconds",
+                "Time of a request in the queue.",
+                &stats.waiting_time,
+            ),
+            (
+                "kiln_encode_seconds",
+                "Time to encode the prompts of a request and to make its noise and schedule.",
+                &stats.encode_time,
+            ),
+            (
+                "kiln_step_seconds",
+                "Time of one denoising step of one request.",
+                &stats.step_time,
+            ),
+            (
+                "kiln_denoise_seconds",
+                "Time of all denoising steps of a request.",
+                &stats.denoise_time,
+            ),
+            (
+                "kiln_decode_seconds",
+                "Time to decode all images of a request.",
+                &stats.decode_time,
+            ),
+            (
+                "kiln_preview_seconds",
+                "Time to make one preview.",
+                &stats.preview_time,
+            ),
+            (
+                "kiln_request_seconds",
+                "Time from the arrival of a request in the queue to its last image.",
+                &stats.total_time,
+            ),
+        ] {
+            self.histogram(name, help, histogram);
+        }
+        self.caches(&[
+            ("embeddings", stats.embedding_cache),
+            ("modulation", stats.modulation_cache),
+        ]);
+        let memory = [
+            (
+                "kiln_memory_in_use_bytes",
+                "Memory in use on the device.",
+                stats.memory.in_use,
+            ),
+            (
+                "kiln_memory_reserved_bytes",
+                "Memory reserved on the device.",
+                stats.memory.reserved,
+            ),
+        ];
+        for (name, help, bytes) in memory {
+            // Not every device reports its memory.
+            if let Some(bytes) = bytes {
+                self.gauge(name, help, bytes);
+            }
+        }
+    }
+
     fn line(&mut self, line: impl Display) {
         // Writing to a string cannot fail.
         let _ = writeln!(self.text, "{line}");
@@ -230,7 +255,15 @@ impl Page {
 mod tests {
     use std::collections::BTreeMap;
 
+    use super::super::Settings;
     use super::*;
+
+    fn text(stats: &EngineStats) -> String {
+        let mut page = Page::default();
+        page.start(&App::new(Settings::new("m")), true);
+        page.engine(stats);
+        page.text
+    }
 
     /// Every sample by its name and labels.
     fn samples(text: &str) -> BTreeMap<&str, f64> {

@@ -2,6 +2,7 @@
 //! uses axum.
 
 mod access;
+mod app;
 mod body;
 mod chat;
 mod choice;
@@ -30,7 +31,7 @@ mod stream;
 use std::future::Future;
 use std::io;
 use std::sync::Arc;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 use axum::Router;
 use axum::extract::DefaultBodyLimit;
@@ -39,35 +40,17 @@ use tokio::net::TcpListener;
 use tokio::sync::oneshot;
 use tokio::time::sleep;
 
-use crate::checkpoint::PromptGuide;
-use crate::engine::Engine;
-use crate::jobs::{JobRegistry, Retention};
-use crate::request::Limits;
-use crate::tokenizer::PromptTokenizer;
-
 pub use self::access::{ApiKeys, CorsOrigin, InvalidApiKey, InvalidOrigin};
-pub use self::signals::shutdown_signal;
+pub use self::app::{App, LoadedModel};
+pub use self::signals::{Signals, drain};
+
+use self::app::LoadedApp;
 
 /// Default limit of a request body in bytes. The longest prompt takes a few kilobytes.
 pub const DEFAULT_MAX_BODY_BYTES: usize = 2 << 20;
 
 /// How long a server that shuts down waits for clients to read their responses.
 const LAST_ANSWERS: Duration = Duration::from_secs(10);
-
-/// The state that all handlers share.
-#[derive(Debug)]
-pub struct App {
-    pub engine: Engine,
-    pub tokenizer: Arc<PromptTokenizer>,
-    pub limits: Limits,
-    /// Makes the noise of requests that do not select a generator.
-    pub noise_generator: NoiseGenerator,
-    pub settings: Settings,
-    /// Unix time of the start, in seconds.
-    started: u64,
-    /// Requests to `/sdapi/v1/txt2img`.
-    sdapi_jobs: Arc<JobRegistry<()>>,
-}
 
 /// Settings of the server that do not depend on the model.
 #[derive(Debug, Clone)]
@@ -84,10 +67,10 @@ pub struct Settings {
     pub default_negative_prompt: Option<String>,
     /// Whether PNG files contain the generation parameters.
     pub metadata: bool,
+    /// Makes the noise of requests that do not select a generator.
+    pub noise_generator: NoiseGenerator,
     /// Whether to serve the API of AUTOMATIC1111's web UI as well.
     pub sdapi: bool,
-    /// Hints for prompts, for a model that knows only some words.
-    pub prompt_guide: Option<&'static PromptGuide>,
 }
 
 impl Settings {
@@ -101,37 +84,9 @@ impl Settings {
             request_timeout: None,
             default_negative_prompt: None,
             metadata: true,
+            noise_generator: NoiseGenerator::Cpu,
             sdapi: false,
-            prompt_guide: None,
         }
-    }
-}
-
-impl App {
-    pub fn new(
-        engine: Engine,
-        tokenizer: impl Into<Arc<PromptTokenizer>>,
-        limits: Limits,
-        noise_generator: NoiseGenerator,
-        settings: Settings,
-    ) -> Self {
-        let now = SystemTime::now().duration_since(UNIX_EPOCH);
-        Self {
-            engine,
-            tokenizer: tokenizer.into(),
-            limits,
-            noise_generator,
-            settings,
-            started: now.unwrap_or_default().as_secs(),
-            sdapi_jobs: Arc::new(JobRegistry::new(Retention::NONE)),
-        }
-    }
-
-    /// The name of the model in a response: the requested one if the model has it, else the first.
-    fn model_name(&self, requested: Option<&str>) -> &str {
-        let names = &self.settings.served_model_names;
-        let served = names.iter().find(|name| Some(name.as_str()) == requested);
-        served.or(names.first()).map_or("kiln", String::as_str)
     }
 }
 
@@ -139,9 +94,9 @@ impl App {
 /// with the error body of `OpenAI`.
 pub fn router(app: App) -> Router {
     let app = Arc::new(app);
-    let (router, document) = routes::routes(&app.settings).split_for_parts();
+    let (router, document) = routes::routes(&app).split_for_parts();
     let router = router
-        .merge(openapi::routes(document, &app.limits))
+        .merge(openapi::routes(document))
         .merge(page::routes())
         .fallback(routes::unknown)
         .method_not_allowed_fallback(routes::wrong_method)

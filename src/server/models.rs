@@ -2,14 +2,15 @@
 
 use std::sync::Arc;
 
-use axum::extract::{Path, State};
+use axum::Extension;
+use axum::extract::Path;
 use axum::response::Response;
 use serde::Serialize;
 use utoipa::ToSchema;
 
 use crate::version;
 
-use super::App;
+use super::LoadedApp;
 use super::error::{ApiError, ErrorEnvelope};
 use super::json::json;
 
@@ -46,7 +47,7 @@ pub(super) struct Version {
     burn: &'static str,
 }
 
-fn card(app: &App, name: &str) -> ModelCard {
+fn card(app: &LoadedApp, name: &str) -> ModelCard {
     ModelCard {
         id: name.to_owned(),
         object: "model",
@@ -63,7 +64,7 @@ fn card(app: &App, name: &str) -> ModelCard {
     responses((status = 200, body = ModelList), (status = "4XX", body = ErrorEnvelope)),
     security((), ("bearer" = [])),
 )]
-pub(super) async fn list(State(app): State<Arc<App>>) -> Result<Response, ApiError> {
+pub(super) async fn list(Extension(app): Extension<Arc<LoadedApp>>) -> Result<Response, ApiError> {
     let names = &app.settings.served_model_names;
     json(&ModelList {
         object: "list",
@@ -81,7 +82,7 @@ pub(super) async fn list(State(app): State<Arc<App>>) -> Result<Response, ApiErr
     security((), ("bearer" = [])),
 )]
 pub(super) async fn retrieve(
-    State(app): State<Arc<App>>,
+    Extension(app): Extension<Arc<LoadedApp>>,
     Path(name): Path<String>,
 ) -> Result<Response, ApiError> {
     let names = &app.settings.served_model_names;

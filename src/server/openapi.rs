@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use axum::Router;
-use axum::body::Bytes;
+use axum::extract::State;
 use axum::http::header::{CONTENT_SECURITY_POLICY, CONTENT_TYPE};
 use axum::routing::get;
 use utoipa::openapi::schema::Schema;
@@ -61,10 +61,15 @@ pub(super) fn add_security_scheme(document: &mut OpenApi, name: &str, scheme: Ht
     components.add_security_scheme(name, scheme);
 }
 
-/// Serves the document of all other routes, and the page.
-pub(super) fn routes(document: OpenApi, limits: &Limits) -> Router<Arc<App>> {
-    let document = Bytes::from(to_json(document, limits));
-    let document = async move || ([(CONTENT_TYPE, "application/json")], document);
+/// Serves the document of all other routes, and the page. The document has the limits of requests
+/// once the model is loaded.
+pub(super) fn routes(document: OpenApi) -> Router<Arc<App>> {
+    let document = Arc::new(document);
+    let document = async move |State(app): State<Arc<App>>| {
+        let limits = app.loaded().map(|app| &app.limits);
+        let text = to_json(OpenApi::clone(&document), limits);
+        ([(CONTENT_TYPE, "application/json")], text)
+    };
     let page = [
         (CONTENT_TYPE, "text/html; charset=utf-8"),
         (CONTENT_SECURITY_POLICY, DOCS_POLICY),
@@ -74,17 +79,33 @@ pub(super) fn routes(document: OpenApi, limits: &Limits) -> Router<Arc<App>> {
         .route("/docs", get(async move || (page, DOCS_PAGE)))
 }
 
-/// Adds the server's limits to the schemas of requests.
+/// Writes the document as JSON.
 ///
 /// # Panics
 ///
 /// If the types have no JSON form; the tests call this.
-fn to_json(mut document: OpenApi, limits: &Limits) -> String {
+fn to_json(mut document: OpenApi, limits: Option<&Limits>) -> String {
     // axum marks a parameter that may contain slashes with an asterisk; OpenAPI has no such mark.
     let paths = std::mem::take(&mut document.paths.paths).into_iter();
     document.paths.paths = paths
         .map(|(path, item)| (path.replace("{*", "{"), item))
         .collect();
+    if let Some(limits) = limits {
+        add_limits(&mut document, limits);
+    }
+    let components = document.components.get_or_insert_default();
+    for choice in CHOICES {
+        if let Some(RefOr::T(Schema::Object(choice))) = components.schemas.get_mut(*choice) {
+            choice.enum_values.get_or_insert_default().push("".into());
+        }
+    }
+    document
+        .to_json()
+        .expect("the document has only strings as keys")
+}
+
+/// Adds the server's limits to the schemas of requests.
+fn add_limits(document: &mut OpenApi, limits: &Limits) {
     let components = document.components.get_or_insert_default();
     let sides = (limits.sizes.multiple, limits.sizes.max_side);
     for request in [
@@ -113,14 +134,6 @@ fn to_json(mut document: OpenApi, limits: &Limits) -> String {
             }
         }
     }
-    for choice in CHOICES {
-        if let Some(RefOr::T(Schema::Object(choice))) = components.schemas.get_mut(*choice) {
-            choice.enum_values.get_or_insert_default().push("".into());
-        }
-    }
-    document
-        .to_json()
-        .expect("the document has only strings as keys")
 }
 
 #[cfg(test)]
@@ -139,8 +152,9 @@ mod tests {
             sdapi: true,
             ..Settings::new("m")
         };
-        let document = super::super::routes::routes(&settings).into_openapi();
-        serde_json::from_str(&to_json(document, &limits)).unwrap()
+        let app = Arc::new(App::new(settings));
+        let document = super::super::routes::routes(&app).into_openapi();
+        serde_json::from_str(&to_json(document, Some(&limits))).unwrap()
     }
 
     #[test]

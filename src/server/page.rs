@@ -32,7 +32,7 @@ macro_rules! files {
     };
 }
 
-const FILES: [(&str, &str, &str); 12] = files! {
+const FILES: [(&str, &str, &str); 13] = files! {
     "/" HTML "index.html"
     "/page/style.css" CSS "style.css"
     "/page/icon.svg" SVG "icon.svg"
@@ -43,6 +43,7 @@ const FILES: [(&str, &str, &str); 12] = files! {
     "/page/main.js" SCRIPT "main.js"
     "/page/settings.js" SCRIPT "settings.js"
     "/page/stage.js" SCRIPT "stage.js"
+    "/page/start.js" SCRIPT "start.js"
     "/page/store.js" SCRIPT "store.js"
     "/page/wording.js" SCRIPT "wording.js"
 };

@@ -6,27 +6,29 @@ use std::sync::Arc;
 use axum::Router;
 use axum::extract::OriginalUri;
 use axum::http::Method;
-use axum::response::IntoResponse;
+use axum::middleware::from_fn_with_state;
+use axum::response::{IntoResponse, Response};
 use utoipa::openapi::security::HttpAuthScheme;
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
-use super::access::{ApiKeys, Scheme, require_key};
+use super::access::{Scheme, require_key};
+use super::app::{RequireModel, require_model};
 use super::error::ApiError;
 use super::openapi;
-use super::{App, Settings, chat, estimate, health, images, metrics, models, sdapi, status};
+use super::{App, chat, estimate, health, images, metrics, models, sdapi, status};
 
-/// Routes of these settings and their `OpenAPI` document.
-pub(super) fn routes(settings: &Settings) -> OpenApiRouter<Arc<App>> {
-    let router = open().nest("/v1", v1(&settings.api_keys));
-    if settings.sdapi {
-        router.nest("/sdapi", with_sdapi(&settings.api_keys))
+/// Routes of a server and their `OpenAPI` document.
+pub(super) fn routes(app: &Arc<App>) -> OpenApiRouter<Arc<App>> {
+    let router = open().nest("/v1", v1(app));
+    if app.settings.sdapi {
+        router.nest("/sdapi", with_sdapi(app))
     } else {
         router.nest("/sdapi", Router::new().fallback(sdapi_off).into())
     }
 }
 
-/// Routes that need no key.
+/// Routes that need no key and no model.
 fn open() -> OpenApiRouter<Arc<App>> {
     OpenApiRouter::with_openapi(openapi::without_routes())
         .routes(routes!(models::version))
@@ -37,7 +39,7 @@ fn open() -> OpenApiRouter<Arc<App>> {
 }
 
 /// The API of `OpenAI`, with kiln's additions.
-fn v1(keys: &ApiKeys) -> OpenApiRouter<Arc<App>> {
+fn v1(app: &Arc<App>) -> OpenApiRouter<Arc<App>> {
     let mut router = OpenApiRouter::new()
         .routes(routes!(chat::chat_completions))
         .routes(routes!(images::generations))
@@ -48,19 +50,34 @@ fn v1(keys: &ApiKeys) -> OpenApiRouter<Arc<App>> {
     let document = router.get_openapi_mut();
     openapi::add_security_scheme(document, "bearer", HttpAuthScheme::Bearer);
     let refuse = || ApiError::Unauthorized.into_response();
-    with_fallbacks(router).layer(require_key(keys, Scheme::Bearer, refuse))
+    with_model(router, app, ApiError::into_response).layer(require_key(
+        &app.settings.api_keys,
+        Scheme::Bearer,
+        refuse,
+    ))
 }
 
 /// The API of AUTOMATIC1111's web UI.
-fn with_sdapi(keys: &ApiKeys) -> OpenApiRouter<Arc<App>> {
+fn with_sdapi(app: &Arc<App>) -> OpenApiRouter<Arc<App>> {
     let mut router = sdapi::routes();
     let document = router.get_openapi_mut();
     openapi::add_security_scheme(document, "basic", HttpAuthScheme::Basic);
-    with_fallbacks(router).layer(require_key(
-        keys,
+    with_model(router, app, sdapi::error).layer(require_key(
+        &app.settings.api_keys,
         Scheme::BasicOrBearer,
         sdapi::unauthorized,
     ))
+}
+
+/// Makes routes answer with an error until there is a model, and adds the fallbacks.
+fn with_model(
+    router: OpenApiRouter<Arc<App>>,
+    app: &Arc<App>,
+    refuse: fn(ApiError) -> Response,
+) -> OpenApiRouter<Arc<App>> {
+    let app = Arc::clone(app);
+    let state = RequireModel { app, refuse };
+    with_fallbacks(router.route_layer(from_fn_with_state(state, require_model)))
 }
 
 /// Adds the responses to unknown paths and methods below a router's prefix, so that a layer of the

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use axum::extract::State;
+use axum::Extension;
 use axum::response::Response;
 use serde::Serialize;
 use utoipa::ToSchema;
@@ -10,7 +10,7 @@ use utoipa::ToSchema;
 use crate::checkpoint::PromptGuide;
 use crate::request::{DEFAULT_NUM_INFERENCE_STEPS, DEFAULT_TRUE_CFG_SCALE};
 
-use super::App;
+use super::LoadedApp;
 use super::error::{ApiError, ErrorEnvelope};
 use super::health;
 use super::json::json;
@@ -18,7 +18,7 @@ use super::json::json;
 /// The model, the bounds and defaults of requests, and the load.
 #[derive(Debug, Serialize, ToSchema)]
 pub(super) struct Status {
-    /// `starting`, `ready`, `draining`, `stopped` or `failed`.
+    /// `ready`, `draining`, `stopped` or `failed`.
     state: &'static str,
     /// The first name of the model.
     model: String,
@@ -105,7 +105,9 @@ impl Guide {
     responses((status = 200, body = Status), (status = "4XX", body = ErrorEnvelope)),
     security((), ("bearer" = [])),
 )]
-pub(super) async fn status(State(app): State<Arc<App>>) -> Result<Response, ApiError> {
+pub(super) async fn status(
+    Extension(app): Extension<Arc<LoadedApp>>,
+) -> Result<Response, ApiError> {
     let (info, stats, limits) = (app.engine.info(), app.engine.stats(), &app.limits);
     json(&Status {
         state: health::state_name(&app.engine.state()),
@@ -131,6 +133,6 @@ pub(super) async fn status(State(app): State<Arc<App>>) -> Result<Response, ApiE
             true_cfg_scale: DEFAULT_TRUE_CFG_SCALE,
             negative_prompt: app.settings.default_negative_prompt.clone(),
         },
-        prompt_guide: app.settings.prompt_guide.map(Guide::new),
+        prompt_guide: app.prompt_guide.map(Guide::new),
     })
 }

@@ -133,6 +133,10 @@ fn a_server_starts_from_its_environment() {
     // An unread pipe would block the server.
     std::thread::spawn(move || lines.for_each(drop));
 
+    while !get(address, "/health/ready").starts_with("HTTP/1.1 200") {
+        std::thread::sleep(std::time::Duration::from_millis(20));
+    }
+
     let models = get(address, "/v1/models");
     assert!(models.contains("\"id\":\"one\""), "{models}");
     assert!(models.contains("\"id\":\"two\""), "{models}");

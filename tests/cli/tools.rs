@@ -4,6 +4,7 @@ use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpListener;
 use std::process::Command;
 use std::thread;
+use std::time::{Duration, Instant};
 
 use super::{failure, kiln, stderr};
 
@@ -137,9 +138,26 @@ fn health_is_the_server_s() {
     let (code, stdout, stderr) = health("HTTP/1.1 503 Service Unavailable\r\n\r\n");
     assert_eq!((code, stdout.as_str()), (1, ""));
     assert!(stderr.contains("not ready: the answer is \"HTTP/1.1 503 Service Unavailable\""));
-    for nonsense in ["", "200\r\n", "SSH-2.0-OpenSSH_9.2\r\n"] {
+    for nonsense in ["200\r\n", "SSH-2.0-OpenSSH_9.2\r\n"] {
         assert_eq!(health(nonsense).0, 1, "{nonsense:?}");
     }
+    let (code, _, stderr) = health("");
+    assert_eq!(code, 1);
+    let closed = "closed the connection without an answer\n";
+    assert!(stderr.ends_with(closed), "{stderr}");
+}
+
+#[test]
+fn health_tells_the_stage_of_a_server_that_starts() {
+    let (code, stdout, stderr) = health(
+        "HTTP/1.1 503 Service Unavailable\r\ncontent-type: application/json\r\n\r\n\
+         {\"status\":\"loading\",\"stage\":\"downloading\",\"progress\":0.429,\"estimated_rest\":130.2}",
+    );
+    assert_eq!((code, stdout.as_str()), (1, ""));
+    assert_eq!(
+        stderr,
+        "error: not ready: downloading, 42 % done, 130 s left\n"
+    );
 }
 
 #[test]
@@ -147,14 +165,30 @@ fn a_server_that_is_not_there_is_not_healthy() {
     let taken = TcpListener::bind("127.0.0.1:0").unwrap();
     let port = taken.local_addr().unwrap().port().to_string();
     // It is connected to, and says nothing.
-    let (code, line) = failure(&["health", "--port", &port, "--timeout", "1"]);
-    assert_eq!(code, 1);
-    assert!(
-        line.starts_with(&format!("127.0.0.1:{port} does not answer: ")),
-        "{line}"
-    );
+    let outcome = failure(&["health", "--port", &port, "--timeout", "1"]);
+    let expected = format!("127.0.0.1:{port} did not answer within 1 s");
+    assert_eq!(outcome, (1, expected));
     drop(taken);
-    assert_eq!(failure(&["health", "--port", &port]).0, 1);
+    let outcome = failure(&["health", "--port", &port]);
+    let expected = format!("127.0.0.1:{port} refuses connections: no server listens there");
+    assert_eq!(outcome, (1, expected));
+}
+
+#[test]
+fn health_does_not_wait_longer_than_it_says_for_bytes_that_trickle_in() {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = listener.local_addr().unwrap().port().to_string();
+    thread::spawn(move || {
+        let (mut stream, _) = listener.accept().unwrap();
+        while stream.write_all(b"H").is_ok() {
+            thread::sleep(Duration::from_millis(100));
+        }
+    });
+    let started = Instant::now();
+    let outcome = failure(&["health", "--port", &port, "--timeout", "1"]);
+    let expected = format!("127.0.0.1:{port} did not answer within 1 s");
+    assert_eq!(outcome, (1, expected));
+    assert!(started.elapsed() < Duration::from_secs(20));
 }
 
 /// `kiln cache` with the caches in this folder.

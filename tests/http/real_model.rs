@@ -43,10 +43,12 @@ impl Server {
         });
         // Reads the rest of the log, so that the process never blocks on a full pipe.
         std::thread::spawn(move || lines.for_each(drop));
-        Self {
-            process,
-            address: address.expect("the server logs its address"),
+        let address = address.expect("the server logs its address");
+        let server = Self { process, address };
+        while get(server.address, "/health/ready").status != 200 {
+            std::thread::sleep(std::time::Duration::from_millis(20));
         }
+        server
     }
 }
 

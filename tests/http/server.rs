@@ -9,11 +9,11 @@ use std::time::{Duration, Instant};
 
 use kiln::engine::{DEFAULT_MAX_STARTED, Engine, EngineSettings};
 use kiln::request::Limits;
-use kiln::server::{App, Settings};
+use kiln::runtime::Start;
+use kiln::server::{App, LoadedModel, Settings};
 use kiln::tokenizer::PromptTokenizer;
 use kiln_models::families::Family;
 use kiln_models::job::Job;
-use kiln_models::noise::NoiseGenerator;
 use tokio::sync::oneshot;
 
 use super::pipeline::{Pace, Record, fake};
@@ -21,6 +21,7 @@ use super::pipeline::{Pace, Record, fake};
 /// A server with a fake pipeline on a free port.
 pub(super) struct TestServer {
     pub(super) address: SocketAddr,
+    app: App,
     pub(super) engine: Engine,
     record: Arc<Record>,
     shutdown: Option<oneshot::Sender<()>>,
@@ -33,6 +34,17 @@ impl TestServer {
     }
 
     pub(super) fn with_settings(pace: Pace, max_queue: usize, settings: Settings) -> Self {
+        let server = Self::with_queue(pace, max_queue, settings);
+        server.set_model();
+        server
+    }
+
+    /// A server that is not ready until [`TestServer::set_model`] is called.
+    pub(super) fn without_model(settings: Settings) -> Self {
+        Self::with_queue(Pace::Fast, 4, settings)
+    }
+
+    fn with_queue(pace: Pace, max_queue: usize, settings: Settings) -> Self {
         let record = Arc::new(Record::default());
         let pipeline = fake(pace, Arc::clone(&record));
         let engine_settings = EngineSettings {
@@ -41,13 +53,8 @@ impl TestServer {
             warm_up: None,
         };
         let engine = Engine::start(Box::new(pipeline), engine_settings);
-        let app = App::new(
-            engine.clone(),
-            load_tokenizer(),
-            Limits::for_sizes(engine.info().sizes),
-            NoiseGenerator::Cpu,
-            settings,
-        );
+        let app = App::new(settings);
+        let served = app.clone();
 
         let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         listener.set_nonblocking(true).unwrap();
@@ -62,16 +69,33 @@ impl TestServer {
             runtime.block_on(async {
                 let listener = tokio::net::TcpListener::from_std(listener).unwrap();
                 let shutdown = async { drop(stopped.await) };
-                kiln::server::serve(listener, app, shutdown).await.unwrap();
+                kiln::server::serve(listener, served, shutdown)
+                    .await
+                    .unwrap();
             });
         });
         Self {
             address,
+            app,
             engine,
             record,
             shutdown: Some(shutdown),
             thread: Some(thread),
         }
+    }
+
+    /// The progress of the start.
+    pub(super) fn progress(&self) -> &Start {
+        &self.app.start
+    }
+
+    pub(super) fn set_model(&self) {
+        self.app.set_model(LoadedModel {
+            engine: self.engine.clone(),
+            tokenizer: load_tokenizer().into(),
+            limits: Limits::for_sizes(self.engine.info().sizes),
+            prompt_guide: None,
+        });
     }
 
     /// The last job that the pipeline has started.

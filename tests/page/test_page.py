@@ -13,13 +13,14 @@ import pathlib
 import re
 import struct
 import sys
+import tempfile
 import time
 import urllib.parse
 
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
-from servers import OtherClient, Server
+from servers import Hub, OtherClient, Server
 
 ROOT = pathlib.Path(__file__).parents[2]
 FLAGS = [
@@ -567,6 +568,29 @@ def test_the_page_recovers_when_the_server_restarts(browser: Browser, binary: st
         set_numbers(page, steps=2)
         page.click("#again")
         wait_for_picture(page)
+
+
+def test_the_page_shows_the_start_and_is_usable_after_it(browser: Browser, binary: str) -> None:
+    weights = "transformer/diffusion_pytorch_model.safetensors"
+    hub = Hub("", weights)
+    with tempfile.TemporaryDirectory() as home:
+        start = dict(wait=False, HF_ENDPOINT=hub.url, HF_HOME=home, HF_HUB_OFFLINE="0")
+        expected = ("status of 503",)
+        with Server(binary, "own/tiny", **start) as server, opened(browser, server, expected) as page:
+            expect(page.locator("#start-title")).to_have_text("The model is being looked for")
+            expect(page.locator("#server")).to_contain_text("is starting")
+            expect(page.locator("#fields")).to_be_hidden()
+            assert_accessible(page, "start")
+            hub.gates[""].set()
+            expect(page.locator("#start-title")).to_have_text("The model is being downloaded")
+            expect(page.locator("#start-text")).to_contain_text(re.compile(r"\d+ %: [\d.]+ MB of [\d.]+ MB"))
+            expect(page.locator("#live")).to_have_text("The model is being downloaded.")
+            assert 0 < float(page.locator("#start-bar").get_attribute("value")) < 1
+            hub.gates[weights].set()
+            expect(page.locator("#server")).to_contain_text("own/tiny is ready")
+            expect(page.locator("#start")).to_be_hidden()
+            set_numbers(page, steps=2)
+            draw(page, CIRCLE)
 
 
 def test_failures_during_a_stream_are_shown(browser: Browser, server: Server) -> None:

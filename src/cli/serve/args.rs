@@ -142,6 +142,7 @@ impl ServeArgs {
                 .map(|seconds| Duration::from_secs(seconds.get())),
             default_negative_prompt: self.default_negative_prompt.clone(),
             metadata: !self.no_metadata,
+            noise_generator: self.noise.generator(),
             sdapi: self.enable_sdapi,
             ..settings
         })

@@ -8,12 +8,12 @@ mod response;
 
 use std::sync::Arc;
 
-use axum::extract::State;
+use axum::Extension;
 use axum::response::Response;
 
 use crate::request::random_u64;
 
-use super::App;
+use super::LoadedApp;
 use super::body::JsonObject;
 use super::error::{ApiError, ErrorEnvelope};
 use super::json::json;
@@ -41,7 +41,7 @@ pub(super) use self::events::ChatCompletionChunk;
     security((), ("bearer" = [])),
 )]
 pub(super) async fn chat_completions(
-    State(app): State<Arc<App>>,
+    Extension(app): Extension<Arc<LoadedApp>>,
     JsonObject(object): JsonObject,
 ) -> Result<Response, ApiError> {
     let parsed = request::parse(object)?;

@@ -6,12 +6,12 @@ mod response;
 
 use std::sync::Arc;
 
-use axum::extract::State;
+use axum::Extension;
 use axum::response::Response;
 
 use crate::request::random_u64;
 
-use super::App;
+use super::LoadedApp;
 use super::body::JsonObject;
 use super::error::{ApiError, ErrorEnvelope};
 use super::json::json;
@@ -46,7 +46,7 @@ pub(super) use self::response::SEED_HEADER;
     security((), ("bearer" = [])),
 )]
 pub(super) async fn generations(
-    State(app): State<Arc<App>>,
+    Extension(app): Extension<Arc<LoadedApp>>,
     JsonObject(object): JsonObject,
 ) -> Result<Response, ApiError> {
     let parsed = parse(object)?;

@@ -26,15 +26,19 @@ export const key = {
 async function request(path, options) {
   const headers = { ...options.headers };
   if (key.get()) headers.Authorization = `Bearer ${key.get()}`;
-  let response;
+  const response = await answer(path, { ...options, headers, cache: 'no-store' });
+  if (!response.ok) throw await serverError(response);
+  return response;
+}
+
+/** The response to a request, whatever its status. */
+async function answer(path, options) {
   try {
-    response = await fetch(path, { ...options, headers, cache: 'no-store' });
+    return await fetch(path, options);
   } catch (error) {
     if (options.signal?.aborted) throw error;
     throw new ConnectionError('The server does not answer. It may have stopped, or the network may be down.');
   }
-  if (!response.ok) throw await serverError(response);
-  return response;
 }
 
 async function serverError(response) {
@@ -48,6 +52,13 @@ async function serverError(response) {
 
 export function get(path) {
   return request(path, {}).then((response) => response.json());
+}
+
+/** The start of the server, as `/health/ready` reports it, or null if the start is over. */
+export async function startOfServer() {
+  const response = await answer('health/ready', { cache: 'no-store' });
+  const body = await response.json().catch(() => null);
+  return body?.status === 'loading' ? body : null;
 }
 
 export function post(path, body, signal) {

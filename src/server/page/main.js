@@ -1,16 +1,19 @@
 // Connects the form, the stage, the history and the server.
 
-import { ConnectionError, get, key } from './api.js';
+import { ConnectionError, get, key, startOfServer } from './api.js';
 import { draw, estimate } from './drawing.js';
 import { showGuide } from './guide.js';
 import { History } from './history.js';
 import { Settings } from './settings.js';
 import { Stage } from './stage.js';
+import { showStart } from './start.js';
 import { Store } from './store.js';
 import { about, before, count } from './wording.js';
 
 /** Milliseconds between status requests. */
 const POLL = 4000;
+/** The same while the server starts. */
+const START_POLL = 1000;
 /** Milliseconds from a change of the settings to the next estimate. */
 const SETTLE = 250;
 
@@ -22,32 +25,60 @@ const history = new History();
 const store = new Store();
 
 let status = null;
+/** Whether the server may be starting. */
+let isStarting = true;
+/** Title of the stage of the start that is shown. */
+let startTitle = '';
 /** AbortController of the request in progress, or null. */
 let drawing = null;
 let chosen = null;
 let timer = null;
 
 const STATES = {
-  starting: 'is starting',
+  loading: 'is starting',
   ready: 'is ready',
   draining: 'is shutting down',
   stopped: 'has stopped',
   failed: 'has failed',
 };
 
-/** Requests the server's status and an estimate, and repeats. */
+/** Shows the server's start, or its status and an estimate, and repeats. */
 async function poll() {
   clearTimeout(timer);
+  let wait = POLL;
   try {
-    if (!document.hidden && !drawing) {
-      showStatus(await get('v1/status'));
-      await updateForecast();
-    }
+    if (!document.hidden && !drawing) wait = await update();
   } catch (error) {
-    showPollError(error);
+    // 503: it was restarted.
+    if (error.status === 503 && !isStarting) wait = 0;
+    else showPollError(error);
+    isStarting = true;
   }
   clearTimeout(timer);
-  timer = setTimeout(poll, POLL);
+  timer = setTimeout(poll, wait);
+}
+
+/** Returns the time to the next request. */
+async function update() {
+  if (isStarting && (await updateStart())) return START_POLL;
+  isStarting = false;
+  showStatus(await get('v1/status'));
+  await updateForecast();
+  return POLL;
+}
+
+/** Shows the server's start. Returns whether it goes on. */
+async function updateStart() {
+  const start = await startOfServer();
+  const title = showStart(start);
+  if (start && title !== startTitle) stage.announce(`${title}.`);
+  startTitle = title;
+  if (start) {
+    byId('server').dataset.state = 'loading';
+    byId('state').textContent = STATES.loading;
+    byId('forecast').textContent = '';
+  }
+  return start !== null;
 }
 
 function showStatus(now) {

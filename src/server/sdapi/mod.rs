@@ -77,7 +77,12 @@ impl FromRequest<Arc<App>> for SdapiObject {
 
 /// The response to a request without a key.
 pub(super) fn unauthorized() -> Response {
-    SdapiError(ApiError::UnauthorizedBasic).into_response()
+    error(ApiError::UnauthorizedBasic)
+}
+
+/// The response to a request that fails before it reaches its route.
+pub(super) fn error(error: ApiError) -> Response {
+    SdapiError(error).into_response()
 }
 
 /// An error in the form that clients of this API show.

@@ -2,13 +2,13 @@
 
 use std::sync::Arc;
 
-use axum::extract::State;
+use axum::Extension;
 use axum::response::Response;
 use serde::Serialize;
 use serde_json::{Value, json};
 use utoipa::ToSchema;
 
-use super::super::App;
+use super::super::LoadedApp;
 use super::super::error::ApiError;
 use super::super::invalid::InvalidBody;
 use super::super::keys::is_empty;
@@ -28,7 +28,7 @@ pub(super) struct Options<'a> {
 }
 
 impl<'a> Options<'a> {
-    fn new(app: &'a App) -> Self {
+    fn new(app: &'a LoadedApp) -> Self {
         Self {
             sd_model_checkpoint: app.model_name(None),
             sd_vae: "Automatic",
@@ -83,7 +83,9 @@ pub(super) struct Upscaler {
     responses((status = 200, body = Options), (status = "4XX", body = SdapiErrorBody)),
     security((), ("basic" = []), ("bearer" = [])),
 )]
-pub(super) async fn options(State(app): State<Arc<App>>) -> Result<Response, SdapiError> {
+pub(super) async fn options(
+    Extension(app): Extension<Arc<LoadedApp>>,
+) -> Result<Response, SdapiError> {
     answer(&Options::new(&app))
 }
 
@@ -98,7 +100,7 @@ pub(super) async fn options(State(app): State<Arc<App>>) -> Result<Response, Sda
     security((), ("basic" = []), ("bearer" = [])),
 )]
 pub(super) async fn set_options(
-    State(app): State<Arc<App>>,
+    Extension(app): Extension<Arc<LoadedApp>>,
     SdapiObject(requested): SdapiObject,
 ) -> Result<Response, SdapiError> {
     let current = serde_json::to_value(Options::new(&app)).map_err(ApiError::Response)?;
@@ -121,7 +123,9 @@ pub(super) async fn set_options(
     responses((status = 200, body = Vec<SdModel>), (status = "4XX", body = SdapiErrorBody)),
     security((), ("basic" = []), ("bearer" = [])),
 )]
-pub(super) async fn sd_models(State(app): State<Arc<App>>) -> Result<Response, SdapiError> {
+pub(super) async fn sd_models(
+    Extension(app): Extension<Arc<LoadedApp>>,
+) -> Result<Response, SdapiError> {
     let names = app.settings.served_model_names.iter();
     let model = |name| SdModel {
         title: name,

@@ -5,8 +5,8 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use axum::Extension;
+use axum::extract::Query;
 use axum::extract::rejection::QueryRejection;
-use axum::extract::{Query, State};
 use axum::response::Response;
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
@@ -16,7 +16,7 @@ use utoipa::ToSchema;
 
 use crate::jobs::{Caller, JobRecord, JobState};
 
-use super::super::App;
+use super::super::LoadedApp;
 use super::super::invalid::InvalidBody;
 use super::{SdapiError, SdapiErrorBody, json as answer};
 
@@ -81,7 +81,7 @@ enum Flag {
     security((), ("basic" = []), ("bearer" = [])),
 )]
 pub(super) async fn progress(
-    State(app): State<Arc<App>>,
+    Extension(app): Extension<Arc<LoadedApp>>,
     Extension(caller): Extension<Caller>,
     query: Result<Query<ProgressQuery>, QueryRejection>,
 ) -> Result<Response, SdapiError> {
@@ -122,7 +122,7 @@ pub(super) async fn progress(
     security((), ("basic" = []), ("bearer" = [])),
 )]
 pub(super) async fn interrupt(
-    State(app): State<Arc<App>>,
+    Extension(app): Extension<Arc<LoadedApp>>,
     Extension(caller): Extension<Caller>,
 ) -> Result<Response, SdapiError> {
     if let Some(job) = current(&app.sdapi_jobs.unfinished(caller)) {

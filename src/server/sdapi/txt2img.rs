@@ -4,7 +4,6 @@ use std::sync::{Arc, LazyLock};
 use std::time::Instant;
 
 use axum::Extension;
-use axum::extract::State;
 use axum::response::Response;
 use serde::Deserialize;
 use serde_json::{Map, Value};
@@ -17,7 +16,7 @@ use crate::image::{Encoding, ImageFormat};
 use crate::jobs::{Caller, JobGuard};
 use crate::request::{GenerationParams, Integer, random_u64};
 
-use super::super::App;
+use super::super::LoadedApp;
 use super::super::body;
 use super::super::error::ApiError;
 use super::super::generation::{EncodedImages, Previews, RequestProgress, RunningRequest};
@@ -196,7 +195,7 @@ impl PartialSchema for Txt2ImgRequest {
     security((), ("basic" = []), ("bearer" = [])),
 )]
 pub(super) async fn txt2img(
-    State(app): State<Arc<App>>,
+    Extension(app): Extension<Arc<LoadedApp>>,
     Extension(caller): Extension<Caller>,
     SdapiObject(object): SdapiObject,
 ) -> Result<Response, SdapiError> {

@@ -1,0 +1,122 @@
+//! What handlers share: [`App`] from the first second, [`LoadedApp`] once there is a model.
+
+use std::sync::{Arc, OnceLock};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use axum::extract::{Request, State};
+use axum::middleware::Next;
+use axum::response::Response;
+
+use crate::checkpoint::PromptGuide;
+use crate::engine::Engine;
+use crate::jobs::{JobRegistry, Retention};
+use crate::request::Limits;
+use crate::runtime::Start;
+use crate::tokenizer::PromptTokenizer;
+
+use super::Settings;
+use super::error::ApiError;
+
+/// The state of a server. Clones share it.
+///
+/// It serves health, metrics and the page at once, and refuses requests for images with status 503
+/// until [`App::set_model`] is called.
+#[derive(Debug, Clone)]
+pub struct App {
+    pub settings: Arc<Settings>,
+    /// The progress of the start, for whoever finds and loads the model.
+    pub start: Start,
+    /// Unix time of the start, in seconds.
+    pub(super) started: u64,
+    loaded: Arc<OnceLock<Arc<LoadedApp>>>,
+}
+
+/// A model that is ready for requests.
+#[derive(Debug)]
+pub struct LoadedModel {
+    pub engine: Engine,
+    pub tokenizer: Arc<PromptTokenizer>,
+    /// Limits of requests.
+    pub limits: Limits,
+    /// Hints for prompts, for a model that knows only some words.
+    pub prompt_guide: Option<&'static PromptGuide>,
+}
+
+/// The state of a server whose model is ready: what requests for images need.
+#[derive(Debug)]
+pub(super) struct LoadedApp {
+    pub(super) engine: Engine,
+    pub(super) tokenizer: Arc<PromptTokenizer>,
+    pub(super) limits: Limits,
+    pub(super) prompt_guide: Option<&'static PromptGuide>,
+    pub(super) settings: Arc<Settings>,
+    /// Unix time of the start, in seconds.
+    pub(super) started: u64,
+    /// Requests to `/sdapi/v1/txt2img`.
+    pub(super) sdapi_jobs: Arc<JobRegistry<()>>,
+}
+
+impl App {
+    /// A server without a model, whose start begins now.
+    pub fn new(settings: Settings) -> Self {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH);
+        Self {
+            settings: Arc::new(settings),
+            start: Start::new(),
+            started: now.unwrap_or_default().as_secs(),
+            loaded: Arc::default(),
+        }
+    }
+
+    /// Ends the start: requests are accepted from now on. A second call changes nothing.
+    pub fn set_model(&self, model: LoadedModel) {
+        self.start.finish();
+        self.loaded.get_or_init(|| {
+            Arc::new(LoadedApp {
+                engine: model.engine,
+                tokenizer: model.tokenizer,
+                limits: model.limits,
+                prompt_guide: model.prompt_guide,
+                settings: Arc::clone(&self.settings),
+                started: self.started,
+                sdapi_jobs: Arc::new(JobRegistry::new(Retention::NONE)),
+            })
+        });
+    }
+
+    /// The state with the model, or `None` during the start.
+    pub(super) fn loaded(&self) -> Option<&Arc<LoadedApp>> {
+        self.loaded.get()
+    }
+}
+
+impl LoadedApp {
+    /// The name of the model in a response: the requested one if the model has it, else the first.
+    pub(super) fn model_name(&self, requested: Option<&str>) -> &str {
+        let names = &self.settings.served_model_names;
+        let served = names.iter().find(|name| Some(name.as_str()) == requested);
+        served.or(names.first()).map_or("kiln", String::as_str)
+    }
+}
+
+/// The state of [`require_model`].
+#[derive(Clone)]
+pub(super) struct RequireModel {
+    pub(super) app: Arc<App>,
+    /// Makes the response to a request that is refused.
+    pub(super) refuse: fn(ApiError) -> Response,
+}
+
+/// Middleware of routes that need the model: adds the [`LoadedApp`] to the extensions of a request,
+/// and refuses the request during the start.
+pub(super) async fn require_model(
+    State(RequireModel { app, refuse }): State<RequireModel>,
+    mut request: Request,
+    next: Next,
+) -> Response {
+    let Some(loaded) = app.loaded() else {
+        return refuse(ApiError::Starting(app.start.progress()));
+    };
+    request.extensions_mut().insert(Arc::clone(loaded));
+    next.run(request).await
+}
