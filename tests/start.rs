@@ -47,7 +47,9 @@ fn answer(mut connection: TcpStream, fault: Fault) {
         format!(
             "HTTP/1.1 {status}\r\nContent-Length: {length}\r\nX-Repo-Commit: {COMMIT}\r\n\
              ETag: \"{}\"\r\nConnection: close\r\n\r\n",
-            path.replace('/', "-")
+            tag(path
+                .rsplit_once(COMMIT)
+                .map_or("", |(_, name)| name.trim_start_matches('/')))
         )
     };
     match fault {
@@ -64,7 +66,7 @@ fn answer(mut connection: TcpStream, fault: Fault) {
     let body = if path.contains("/tree/") {
         let entry = |name: &String| {
             let size = std::fs::metadata(demo().join(name)).unwrap().len();
-            json!({"type": "file", "oid": name.replace('/', "-"), "size": size, "path": name})
+            json!({"type": "file", "oid": tag(name), "size": size, "path": name})
         };
         let files = files();
         let tree: Vec<Value> = files.iter().map(entry).collect();
@@ -87,6 +89,11 @@ fn answer(mut connection: TcpStream, fault: Fault) {
         return stay(connection);
     }
     connection.write_all(&body).ok();
+}
+
+/// A stand-in for the hash of a file.
+fn tag(name: &str) -> String {
+    name.replace('/', "-")
 }
 
 /// Keeps a connection open until the other side closes it.

@@ -103,15 +103,19 @@ class Hub:
         self.url = f"http://127.0.0.1:{self.server.server_port}"
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
 
+    @staticmethod
+    def tag(path: str) -> str:
+        """A stand-in for the hash of a file."""
+        return path.replace("/", "-")
+
     def answer(self, request: http.server.BaseHTTPRequestHandler) -> None:
         path = request.path
         name = ""
         if "/tree/" in path:
-            files = [file for file in self.MODEL.rglob("*.json")] + [*self.MODEL.rglob("*.safetensors")]
+            files = [*self.MODEL.rglob("*.json"), *self.MODEL.rglob("*.safetensors")]
             body = json.dumps([
-                {"type": "file", "oid": str(len(file.name)), "size": file.stat().st_size,
-                 "path": str(file.relative_to(self.MODEL))}
-                for file in files
+                {"type": "file", "oid": self.tag(path), "size": (self.MODEL / path).stat().st_size, "path": path}
+                for path in (str(file.relative_to(self.MODEL)) for file in files)
             ]).encode()
         elif path.startswith("/api/"):
             body = json.dumps({"id": "own/tiny", "sha": self.COMMIT}).encode()
@@ -124,7 +128,7 @@ class Hub:
         request.send_response(200)
         request.send_header("Content-Length", str(len(body)))
         request.send_header("X-Repo-Commit", self.COMMIT)
-        request.send_header("ETag", json.dumps(path.replace("/", "-")))
+        request.send_header("ETag", json.dumps(self.tag(name)))
         request.end_headers()
         if request.command == "HEAD":
             return
