@@ -24,6 +24,7 @@ pub(super) fn run(args: &ServeArgs) -> Result<(), CliError> {
             size: args.cfg_parallel_size,
         });
     }
+    server::raise_open_file_limit();
     let loading = args.loading.settings(args.backend.choice()?)?;
     let mut settings = args.settings()?;
     // Before the model is loaded, which takes minutes: the port may be in use. Clients that connect

@@ -11,6 +11,7 @@ use kiln_models::pipeline::CacheUse;
 use crate::engine::{BUCKET_BOUNDS, EngineStats, Histogram};
 
 use super::App;
+use super::connections::{Closed, Connections};
 
 /// Returns counters and timings in Prometheus' text format.
 #[utoipa::path(
@@ -20,8 +21,26 @@ use super::App;
     responses((status = 200, body = String, content_type = "text/plain")),
 )]
 pub(super) async fn metrics(State(app): State<Arc<App>>) -> Response {
-    let text = text(&app.engine.stats());
+    let mut text = text(&app.engine.stats());
+    text.push_str(&connections_text(&app.connections));
     ([(CONTENT_TYPE, "text/plain; version=0.0.4")], text).into_response()
+}
+
+/// Writes the numbers of connections.
+fn connections_text(connections: &Connections) -> String {
+    let mut page = Page::default();
+    let count = connections.count();
+    page.gauge("kiln_connections", "Open connections.", count);
+    page.labelled(
+        (
+            "kiln_connections_closed_total",
+            "counter",
+            "Connections that the server closed, by reason.",
+        ),
+        "reason",
+        &Closed::ALL.map(|reason| (reason.name(), connections.closed(reason))),
+    );
+    page.text
 }
 
 /// Writes a snapshot of the engine's numbers.

@@ -4,6 +4,7 @@
 mod access;
 mod body;
 mod chat;
+mod connections;
 mod error;
 mod estimate;
 mod fields;
@@ -23,6 +24,7 @@ mod sdapi;
 mod signals;
 mod status;
 mod stream;
+mod web_pages;
 
 use std::future::Future;
 use std::io;
@@ -35,6 +37,7 @@ use kiln_models::noise::NoiseGenerator;
 use tokio::net::TcpListener;
 use tokio::sync::oneshot;
 use tokio::time::sleep;
+use tower_http::normalize_path::NormalizePath;
 
 use crate::checkpoint::PromptGuide;
 use crate::engine::Engine;
@@ -42,8 +45,12 @@ use crate::jobs::{JobRegistry, Retention};
 use crate::request::Limits;
 use crate::tokenizer::PromptTokenizer;
 
-pub use self::access::{ApiKeys, CorsOrigin, InvalidApiKey, InvalidOrigin};
+use self::connections::{Bounds, Connections};
+
+pub use self::access::{ApiKeys, InvalidApiKey};
+pub use self::connections::raise_open_file_limit;
 pub use self::signals::shutdown_signal;
+pub use self::web_pages::{AllowedHost, CorsOrigin, InvalidHost, InvalidOrigin};
 
 /// Default limit of a request body in bytes. The longest prompt takes a few kilobytes.
 pub const DEFAULT_MAX_BODY_BYTES: usize = 2 << 20;
@@ -64,6 +71,7 @@ pub struct App {
     started: u64,
     /// Requests to `/sdapi/v1/txt2img`.
     sdapi_jobs: Arc<JobRegistry<()>>,
+    connections: Arc<Connections>,
 }
 
 /// Settings of the server that do not depend on the model.
@@ -74,6 +82,9 @@ pub struct Settings {
     pub api_keys: ApiKeys,
     /// Origins whose web pages may use the API.
     pub cors_origins: Vec<CorsOrigin>,
+    /// Names by which a server that listens on a loopback address and has no keys may be called,
+    /// besides names and addresses of this machine.
+    pub allowed_hosts: Vec<AllowedHost>,
     pub max_body_bytes: usize,
     /// Time limit of a request from its arrival; after it, the request fails with 408.
     pub request_timeout: Option<Duration>,
@@ -94,6 +105,7 @@ impl Settings {
             served_model_names: vec![served_model_name.to_owned()],
             api_keys: ApiKeys::default(),
             cors_origins: Vec::new(),
+            allowed_hosts: Vec::new(),
             max_body_bytes: DEFAULT_MAX_BODY_BYTES,
             request_timeout: None,
             default_negative_prompt: None,
@@ -121,6 +133,7 @@ impl App {
             settings,
             started: now.unwrap_or_default().as_secs(),
             sdapi_jobs: Arc::new(JobRegistry::new(Retention::NONE)),
+            connections: Arc::default(),
         }
     }
 
@@ -133,8 +146,13 @@ impl App {
 }
 
 /// All routes, with their middleware. Every failure, of a route or of the routing, is answered
-/// with the error body of `OpenAI`.
+/// with the error body of `OpenAI`. The header `Host` is not checked; [`serve`] does that.
 pub fn router(app: App) -> Router {
+    router_for_hosts(app, None)
+}
+
+/// [`router`], which with `hosts` answers to these and to this machine's names only.
+fn router_for_hosts(app: App, hosts: Option<&[AllowedHost]>) -> Router {
     let app = Arc::new(app);
     let (router, document) = routes::routes(&app.settings).split_for_parts();
     let router = router
@@ -143,26 +161,42 @@ pub fn router(app: App) -> Router {
         .fallback(routes::unknown)
         .method_not_allowed_fallback(routes::wrong_method)
         .layer(DefaultBodyLimit::max(app.settings.max_body_bytes));
-    layers::add_to(router, &app.settings.cors_origins).with_state(app)
+    let router = layers::add_to(router, &app.settings.cors_origins, hosts).with_state(app);
+    // A path with a slash at its end is the path without it. Layers of a router see a request after
+    // its route is chosen, so this is a router of its own.
+    Router::new().fallback_service(NormalizePath::trim_trailing_slash(router))
 }
 
 /// Serves requests until `shutdown` is ready, then finishes the requests that have been accepted.
 /// Clients have ten more seconds to read their responses.
+///
+/// The number of connections stays below the limit of open files. Connections without a request, and
+/// those whose client does not read, are closed after a time, or when others need their place.
+///
+/// On a loopback address and without API keys, only requests to this machine's names and addresses
+/// and to [`Settings::allowed_hosts`] are answered: other names are those of web pages that have
+/// given their host name this machine's address.
 pub async fn serve(
     listener: TcpListener,
     app: App,
     shutdown: impl Future<Output = ()> + Send + 'static,
 ) -> io::Result<()> {
+    let is_local = listener.local_addr()?.ip().to_canonical().is_loopback();
+    let hosts = app.settings.allowed_hosts.clone();
+    let hosts = (is_local && app.settings.api_keys.is_empty()).then_some(hosts.as_slice());
+    let connections = Arc::clone(&app.connections);
+    let router = router_for_hosts(app, hosts);
     let (closing, closed) = oneshot::channel::<()>();
-    let server = axum::serve(listener, router(app)).with_graceful_shutdown(async move {
+    let shutdown = async move {
         shutdown.await;
         drop(closing);
-    });
+    };
+    let server = connections::serve(listener, router, connections, Bounds::default(), shutdown);
     tokio::select! {
-        outcome = server => outcome,
+        () = server => {}
         () = async { drop(closed.await); sleep(LAST_ANSWERS).await } => {
             tracing::warn!("shutting down without waiting for clients that have not read their responses");
-            Ok(())
         }
     }
+    Ok(())
 }

@@ -2,7 +2,8 @@
 
 use std::sync::Arc;
 
-use axum::extract::{Path, State};
+use axum::extract::rejection::PathRejection;
+use axum::extract::{OriginalUri, Path, State};
 use axum::response::Response;
 use serde::Serialize;
 use utoipa::ToSchema;
@@ -82,8 +83,12 @@ pub(super) async fn list(State(app): State<Arc<App>>) -> Result<Response, ApiErr
 )]
 pub(super) async fn retrieve(
     State(app): State<Arc<App>>,
-    Path(name): Path<String>,
+    OriginalUri(uri): OriginalUri,
+    name: Result<Path<String>, PathRejection>,
 ) -> Result<Response, ApiError> {
+    // A name that is not UTF-8 when decoded stays as it was sent.
+    let sent = || uri.path().trim_start_matches("/v1/models/").to_owned();
+    let name = name.map_or_else(|_| sent(), |Path(name)| name);
     let names = &app.settings.served_model_names;
     if names.contains(&name) {
         json(&card(&app, &name))
