@@ -61,6 +61,8 @@ fn a_bad_value_is_a_usage_error_that_names_the_option() {
         ("KILN_BACKEND", "tpu", "--backend"),
         ("KILN_DTYPE", "int8", "--dtype"),
         ("KILN_CORS_ORIGIN", "https://a.org,b.org", "--cors-origin"),
+        ("KILN_CORS_ORIGIN", "https://*.a.org", "--cors-origin"),
+        ("KILN_ALLOWED_HOST", "a.org,http://b.org", "--allowed-host"),
         ("KILN_LOG_FORMAT", "xml", "--log-format"),
     ] {
         let (code, text) = failure(&[(variable, value)], &["./none"]);
