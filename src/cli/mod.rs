@@ -107,11 +107,11 @@ fn first_paragraph(error: &clap::Error) -> String {
 
 /// An error and its tip, as they are written to stderr.
 fn report(error: &CliError) -> String {
-    let mut text = format!("error: {}\n", crate::error_chain(error));
-    if let Some(tip) = error.tip() {
-        text.push_str(&format!("tip: {tip}\n"));
+    let message = crate::error_chain(error);
+    match error.tip() {
+        Some(tip) => format!("error: {message}\ntip: {tip}\n"),
+        None => format!("error: {message}\n"),
     }
-    text
 }
 
 /// Writes an error to stdout, for commands with `--json`.

@@ -11,6 +11,7 @@ use std::sync::Arc;
 
 use axum::body::Body;
 use axum::http::header::{HOST, ORIGIN};
+use axum::http::uri::Authority;
 use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Uri};
 use axum::response::{IntoResponse, Response};
 use tower_http::validate_request::ValidateRequest;
@@ -228,7 +229,7 @@ fn is_same_host<B>(origin: &HeaderValue, request: &Request<B>) -> bool {
         .into_iter()
         .flatten()
         .filter_map(|host| host.to_str().ok());
-    let called = called.chain(request.uri().authority().map(|host| host.as_str()));
+    let called = called.chain(request.uri().authority().map(Authority::as_str));
     let without_port = |host: &str| host.strip_suffix(default_port).unwrap_or(host).to_owned();
     // Each proxy on the way may have added one.
     called

@@ -217,6 +217,21 @@ fn dropped_lines_of_the_log_are_counted_when_it_is_read_again() {
 }
 
 #[test]
+fn the_log_has_the_id_of_a_request() {
+    let mut server = Server::start("");
+    let head = "GET /unknown HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n";
+    let answer = read(server.send(format!("{head}X-Request-Id: my-id\r\n\r\n").as_bytes()));
+    assert!(answer.contains("x-request-id: my-id\r\n"), "{answer}");
+    let made = read(server.send(format!("{head}\r\n").as_bytes()));
+    let (_, made) = made.split_once("x-request-id: ").unwrap();
+    server.signal(Signal::TERM);
+    server.end(Duration::from_secs(20));
+    let log = server.log();
+    assert!(log.contains("my-id"), "{log}");
+    assert!(log.contains(made.lines().next().unwrap()), "{log}");
+}
+
+#[test]
 fn an_error_at_the_end_is_the_last_line() {
     let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let port = taken.local_addr().unwrap().port().to_string();

@@ -163,6 +163,7 @@ pub(in crate::cli) enum LogFormat {
 /// Who may use the server.
 #[derive(Args)]
 #[command(next_help_heading = "Access")]
+#[expect(clippy::doc_markdown, reason = "clap prints the comments as they are")]
 struct AccessArgs {
     /// Bearer token that requests to /v1 must have; may be given several times
     ///

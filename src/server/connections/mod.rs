@@ -80,6 +80,9 @@ impl Default for Bounds {
     }
 }
 
+/// Size of a request's head; larger ones are answered with 431.
+const MAX_HEAD_BYTES: usize = 64 << 10;
+
 /// How often the time limits are checked.
 const CHECK_INTERVAL: Duration = Duration::from_millis(500);
 
@@ -94,8 +97,10 @@ const LOG_INTERVAL: Duration = Duration::from_secs(30);
 #[cfg(any(target_os = "linux", target_os = "android"))]
 const MAX_UNSENT_BYTES: u32 = 128 << 10;
 
-/// After this time without a sign of life, the client of a silent connection is asked for one.
-const KEEPALIVE: Duration = Duration::from_secs(60);
+/// Time without a packet after which a client is asked for one, and the time between further
+/// questions. The system closes the connection after some of them, nine on Linux.
+const KEEPALIVE: Duration = Duration::from_mins(1);
+const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(15);
 
 /// Answers requests with a router until `shutdown` is ready, then finishes the requests that have
 /// begun.
@@ -232,7 +237,9 @@ async fn connection(
         stream,
         slot: Arc::clone(slot),
     });
-    let mut http = pin!(http1::Builder::new().serve_connection(io, service));
+    let mut builder = http1::Builder::new();
+    builder.max_header_size(MAX_HEAD_BYTES);
+    let mut http = pin!(builder.serve_connection(io, service));
     tokio::select! {
         outcome = &mut http => return log_end(outcome),
         () = slot.told_to_close() => return,
@@ -258,8 +265,9 @@ fn set_options(stream: &TcpStream) -> io::Result<()> {
     let socket = SockRef::from(stream);
     #[cfg(any(target_os = "linux", target_os = "android"))]
     socket.set_tcp_notsent_lowat(MAX_UNSENT_BYTES)?;
-    // Without it, a client that lost its network would be generated for to the end.
-    socket.set_tcp_keepalive(&TcpKeepalive::new().with_time(KEEPALIVE))
+    // Tells that a client has lost its network, for which an image is being generated.
+    let keepalive = TcpKeepalive::new().with_time(KEEPALIVE);
+    socket.set_tcp_keepalive(&keepalive.with_interval(KEEPALIVE_INTERVAL))
 }
 
 async fn answer(
@@ -356,10 +364,7 @@ pub fn raise_open_file_limit() {
         use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
         let limit = getrlimit(Resource::Nofile);
-        let raised = |current| Rlimit {
-            current,
-            ..limit.clone()
-        };
+        let raised = |current| Rlimit { current, ..limit };
         // macOS has a lower limit than the one that it reports.
         if setrlimit(Resource::Nofile, raised(limit.maximum)).is_err()
             && limit.current.is_some_and(|files| files < MACOS_OPEN_MAX)

@@ -79,19 +79,20 @@ impl Connections {
         }
     }
 
-    /// Closes the connection that has waited longest for its client; if none waits, the one whose
-    /// client has read nothing for longest. Returns whether there is one.
+    /// Closes the connections that have waited longest for their client, one in [`AT_ONCE`]; if none
+    /// waits, those whose client has read nothing for longest. Returns whether there are any.
     pub(super) fn make_room(&self) -> bool {
         let now = now();
         let open = self.lock();
         let ranked = open
             .values()
             .filter_map(|slot| slot.rank(now).map(|rank| (rank, slot)));
-        let first = ranked.min_by_key(|(rank, _)| *rank);
-        if let Some((_, slot)) = first {
+        let mut ranked: Vec<_> = ranked.collect();
+        ranked.sort_unstable_by_key(|(rank, _)| *rank);
+        for (_, slot) in ranked.iter().take(open.len().div_ceil(AT_ONCE)) {
             self.close(slot, Closed::ForAnother);
         }
-        first.is_some()
+        !ranked.is_empty()
     }
 
     fn close(&self, slot: &Slot, reason: Closed) {
@@ -136,9 +137,12 @@ pub(super) enum Phase {
 /// Time without a byte read after which a client counts as one that does not read.
 const STALLED: Duration = Duration::from_secs(5);
 
+/// One in this many connections is closed when room is needed, so that there is room for some more.
+const AT_ONCE: usize = 32;
+
 /// Time for which a connection that waits for its client stays open in any case: what the client has
 /// sent may not have been read yet.
-const GRACE: u64 = 50;
+const GRACE_MS: u64 = 50;
 
 /// The state of one connection. Times are milliseconds of [`now`].
 #[derive(Debug)]
@@ -218,7 +222,7 @@ impl Slot {
             return (unread >= STALLED).then_some((true, since));
         }
         let (phase, since) = *self.phase();
-        let may_close = phase != Phase::Answer && now.saturating_sub(since) >= GRACE;
+        let may_close = phase != Phase::Answer && now.saturating_sub(since) >= GRACE_MS;
         may_close.then_some((false, since))
     }
 

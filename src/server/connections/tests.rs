@@ -287,7 +287,7 @@ fn an_error_reaches_a_client_that_sends_its_whole_body_first() {
         ] {
             let mut stream = server.send(head.as_bytes());
             for _ in 0..40 {
-                stream.write_all(&[b'x'; 1 << 20]).unwrap();
+                stream.write_all(&vec![b'x'; 1 << 20]).unwrap();
             }
             let answer = next(&mut stream);
             assert!(answer.starts_with("HTTP/1.1 413"), "{head}: {answer}");
@@ -324,6 +324,17 @@ fn a_body_that_waits_for_a_continue_is_asked_for_only_if_it_is_wanted() {
     assert!(next(&mut stream).starts_with("HTTP/1.1 100"));
     stream.write_all(b"12345").unwrap();
     assert!(next(&mut stream).ends_with("\r\n5"));
+}
+
+#[test]
+fn a_large_head_is_refused() {
+    let server = TestServer::start(BOUNDS);
+    let head = |bytes: usize| format!("GET /fast HTTP/1.1\r\nX: {}\r\n", "x".repeat(bytes));
+    let mut stream = server.send(format!("{}\r\n", head(60_000)).as_bytes());
+    assert!(next(&mut stream).ends_with("fast"));
+    // Before it has arrived as a whole.
+    let mut stream = server.send(head(70_000).as_bytes());
+    assert!(next(&mut stream).starts_with("HTTP/1.1 431"));
 }
 
 #[test]
