@@ -239,6 +239,10 @@ fn is_same_host<B>(origin: &HeaderValue, request: &Request<B>) -> bool {
 
 /// The name or address in a header `Host`, without the port and the brackets of IPv6.
 fn host_name(host: &str) -> &str {
+    if host.parse::<IpAddr>().is_ok() {
+        // Some programs leave out the brackets of IPv6.
+        return host;
+    }
     let name = match host.strip_prefix('[') {
         Some(rest) => rest.split(']').next().unwrap_or(rest),
         None => match host.rsplit_once(':') {
@@ -370,6 +374,7 @@ mod tests {
             "127.9.9.9:80",
             "[::1]",
             "[::1]:8091",
+            "::1",
             "[::ffff:127.0.0.1]:8091",
             "0.0.0.0:8091",
             "images.example",

@@ -240,16 +240,22 @@ async fn connection(
     let mut builder = http1::Builder::new();
     builder.max_header_size(MAX_HEAD_BYTES);
     let mut http = pin!(builder.serve_connection(io, service));
-    tokio::select! {
-        outcome = &mut http => return log_end(outcome),
-        () = slot.told_to_close() => return,
-        // Whether it changed or the sender is gone.
-        _ = stopped.changed() => {}
-    }
-    http.as_mut().graceful_shutdown();
-    tokio::select! {
-        outcome = &mut http => log_end(outcome),
-        () = slot.told_to_close() => {}
+    let mut is_stopping = false;
+    loop {
+        tokio::select! {
+            biased;
+            outcome = &mut http => return log_end(outcome),
+            () = slot.told_to_close() => {
+                if slot.still_closes() {
+                    return;
+                }
+            }
+            // Whether it changed or the sender is gone.
+            _ = stopped.changed(), if !is_stopping => {
+                is_stopping = true;
+                http.as_mut().graceful_shutdown();
+            }
+        }
     }
 }
 

@@ -190,6 +190,15 @@ impl Slot {
         self.close.notified().await;
     }
 
+    /// Whether a connection that was told to close must do so: not if a request has arrived, or the
+    /// client has read, in the meantime.
+    pub(super) fn still_closes(&self) -> bool {
+        let is_unread = self.unread_since.load(Ordering::Relaxed) != 0;
+        let closes = is_unread || self.phase().0 != Phase::Answer;
+        self.is_closing.store(closes, Ordering::Relaxed);
+        closes
+    }
+
     /// How long the client has read nothing that waits for it.
     fn unread(&self, now: u64) -> Option<Duration> {
         let since = self.unread_since.load(Ordering::Relaxed);
