@@ -21,6 +21,9 @@ const LAYERS: &[&[&str]] = &[
 /// External crates that only some files name: the crate, and the prefixes of those files' paths.
 const OWNERS: &[(&str, &[&str])] = &[
     ("axum", &["src/server"]),
+    ("hyper", &["src/server"]),
+    ("hyper_util", &["src/server"]),
+    ("socket2", &["src/server"]),
     ("tower", &["src/server"]),
     ("tower_http", &["src/server"]),
     ("utoipa", &["src/server"]),
@@ -28,6 +31,7 @@ const OWNERS: &[(&str, &[&str])] = &[
     ("clap", &["src/cli"]),
     ("clap_complete", &["src/cli"]),
     ("clap_mangen", &["src/cli"]),
+    ("tracing_appender", &["src/cli/log"]),
     ("indicatif", &["src/cli", "src/hub"]),
     ("hf_hub", &["src/hub"]),
     ("memmap2", &["src/checkpoint"]),

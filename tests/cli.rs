@@ -2,6 +2,8 @@
 
 mod environment;
 mod json;
+#[cfg(all(target_os = "linux", feature = "flex"))]
+mod process;
 mod snapshots;
 #[cfg(target_os = "linux")]
 mod terminal;

@@ -12,6 +12,7 @@ mod dump;
 mod error;
 mod generate;
 mod health;
+mod log;
 mod man;
 mod output;
 mod progress;
@@ -21,20 +22,15 @@ mod show;
 mod terminal;
 
 use std::env;
-use std::io::{self, IsTerminal, Write};
-use std::panic;
+use std::io::{self, Write};
 use std::process::ExitCode;
 
 use serde_json::json;
 use tracing::level_filters::LevelFilter;
-use tracing_subscriber::filter::Targets;
-use tracing_subscriber::layer::{Layer, SubscriberExt};
-use tracing_subscriber::util::SubscriberInitExt;
 
 use self::args::{Args, Command};
 use self::error::CliError;
-use self::progress::LogLines;
-use self::serve::LogFormat;
+use self::log::{log_panics_on_one_line, log_plain_lines, log_with_times};
 
 /// Runs the command line of this process. Returns 0 for success, 2 for a usage error, 1 for any
 /// other failure.
@@ -52,6 +48,7 @@ pub fn main() -> ExitCode {
     };
     log_panics_on_one_line();
     let json = args.command.json();
+    let mut server_log = None;
     let outcome = match args.command {
         Command::Generate(args) => {
             let quiet = args.quiet;
@@ -67,7 +64,7 @@ pub fn main() -> ExitCode {
             compare::run(&args)
         }
         Command::Serve(args) => {
-            log_with_times(args.log_format);
+            server_log = Some(log_with_times(args.log_format));
             serve::run(*args)
         }
         Command::Backends(args) => {
@@ -86,7 +83,11 @@ pub fn main() -> ExitCode {
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            report(&error);
+            let text = report(&error);
+            match &mut server_log {
+                Some(log) => log.write(&text),
+                None => drop(io::stderr().lock().write_all(text.as_bytes())),
+            }
             if json {
                 let message = crate::error_chain(&error);
                 report_as_json(&message, error.tip(), error.exit_code().into());
@@ -104,11 +105,12 @@ fn first_paragraph(error: &clap::Error) -> String {
     words.join(" ").trim_start_matches("error: ").to_owned()
 }
 
-fn report(error: &CliError) {
-    let mut stderr = io::stderr().lock();
-    drop(writeln!(stderr, "error: {}", crate::error_chain(error)));
-    if let Some(tip) = error.tip() {
-        drop(writeln!(stderr, "tip: {tip}"));
+/// An error and its tip, as they are written to stderr.
+fn report(error: &CliError) -> String {
+    let message = crate::error_chain(error);
+    match error.tip() {
+        Some(tip) => format!("error: {message}\ntip: {tip}\n"),
+        None => format!("error: {message}\n"),
     }
 }
 
@@ -120,55 +122,4 @@ fn report_as_json(message: &str, tip: Option<String>, exit_code: i32) {
         "{:#}",
         json!({ "error": error })
     ));
-}
-
-/// Log format of interactive commands: the message only, no time, level or target.
-fn log_plain_lines(level: LevelFilter) {
-    let layer = tracing_subscriber::fmt::layer()
-        .without_time()
-        .with_level(false)
-        .with_target(false)
-        .with_ansi(has_colours())
-        .with_writer(LogLines::default);
-    tracing_subscriber::registry()
-        .with(layer.with_filter(log_filter(level)))
-        .init();
-}
-
-fn log_with_times(format: LogFormat) {
-    let layer = tracing_subscriber::fmt::layer().with_writer(io::stderr);
-    let layer = match format {
-        LogFormat::Text => layer.with_ansi(has_colours()).boxed(),
-        LogFormat::Json => layer.json().flatten_event(true).boxed(),
-    };
-    tracing_subscriber::registry()
-        .with(layer.with_filter(log_filter(LevelFilter::INFO)))
-        .init();
-}
-
-/// Whether the log has colours: on a terminal, unless `NO_COLOR` is set (<https://no-color.org>).
-fn has_colours() -> bool {
-    io::stderr().is_terminal() && env::var_os("NO_COLOR").is_none_or(|value| value.is_empty())
-}
-
-/// kiln's messages of this level, and warnings of libraries. The Hub client logs nothing: its errors
-/// are part of kiln's.
-fn log_filter(level: LevelFilter) -> Targets {
-    Targets::new()
-        .with_default(LevelFilter::WARN)
-        .with_target("kiln", level)
-        .with_target("hf_hub", LevelFilter::OFF)
-        // The job reports a panic on a device's thread, and kernel_cache a cache that does not work.
-        .with_target("cubecl_common", LevelFilter::OFF)
-        // Prints every measurement if two processes tune the same operation.
-        .with_target("cubecl_runtime::tune", LevelFilter::ERROR)
-}
-
-/// Logs a panic as one line without a backtrace: the engine catches it, and it ends one job only.
-fn log_panics_on_one_line() {
-    panic::set_hook(Box::new(|info| {
-        let location = info.location().map(ToString::to_string).unwrap_or_default();
-        let message = kiln_models::panic_message(info.payload());
-        tracing::error!("panic at {location}: {message}");
-    }));
 }

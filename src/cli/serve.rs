@@ -36,6 +36,7 @@ pub(super) fn run(args: ServeArgs) -> Result<(), CliError> {
             size: args.cfg_parallel_size,
         });
     }
+    server::raise_open_file_limit();
     let loading = args.loading.settings(args.backend.choice()?)?;
     let app = App::new(args.settings()?);
     // Before anything that takes time: the port may be in use.

@@ -1,12 +1,11 @@
-//! Access control: API keys, and web pages of other origins.
+//! Access control: API keys.
 
 use std::fmt;
-use std::str::FromStr;
 use std::sync::Arc;
 
 use axum::body::Body;
 use axum::http::header::AUTHORIZATION;
-use axum::http::{HeaderMap, HeaderValue, Request};
+use axum::http::{HeaderMap, Request};
 use axum::response::Response;
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
@@ -33,6 +32,10 @@ impl ApiKeys {
             return Err(InvalidApiKey);
         }
         Ok(Self(keys.into()))
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.0.is_empty()
     }
 
     /// The sender of a request with these headers, or `None` if it has none of the keys.
@@ -85,29 +88,6 @@ fn credentials<'a>(headers: &'a HeaderMap, scheme: &[u8]) -> Option<&'a [u8]> {
 impl fmt::Debug for ApiKeys {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(formatter, "ApiKeys({} keys)", self.0.len())
-    }
-}
-
-/// An origin of web pages: a scheme and a host, or `*` for any origin.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct CorsOrigin(pub(super) HeaderValue);
-
-/// A text that is not an origin.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("an origin is a scheme and a host, such as http://localhost:3000, or *")]
-pub struct InvalidOrigin;
-
-impl FromStr for CorsOrigin {
-    type Err = InvalidOrigin;
-
-    fn from_str(text: &str) -> Result<Self, InvalidOrigin> {
-        let host = text
-            .strip_prefix("https://")
-            .or_else(|| text.strip_prefix("http://"));
-        let is_origin = host.is_some_and(|host| !host.is_empty() && !host.contains('/'));
-        let value = HeaderValue::from_str(text).ok();
-        let value = value.filter(|_| is_origin || text == "*");
-        value.map(Self).ok_or(InvalidOrigin)
     }
 }
 
@@ -214,23 +194,6 @@ mod tests {
         }
         assert!(!allowed(&["one"], None));
         assert!(allowed(&[], None));
-    }
-
-    #[test]
-    fn an_origin_is_a_scheme_and_a_host() {
-        for origin in ["*", "https://example.org", "http://localhost:3000"] {
-            assert_eq!(origin.parse::<CorsOrigin>().unwrap().0, origin);
-        }
-        for origin in [
-            "",
-            "example.org",
-            "https://",
-            "https://a/b",
-            "ftp://a",
-            "https://a\n",
-        ] {
-            assert_eq!(origin.parse::<CorsOrigin>(), Err(InvalidOrigin), "{origin}");
-        }
     }
 
     #[test]

@@ -15,6 +15,7 @@ use crate::runtime::Start;
 use crate::tokenizer::PromptTokenizer;
 
 use super::Settings;
+use super::connections::Connections;
 use super::error::ApiError;
 
 /// The state of a server. Clones share it.
@@ -28,6 +29,7 @@ pub struct App {
     pub start: Start,
     /// Unix time of the start, in seconds.
     pub(super) started: u64,
+    pub(super) connections: Arc<Connections>,
     loaded: Arc<OnceLock<Arc<LoadedApp>>>,
 }
 
@@ -64,6 +66,7 @@ impl App {
             settings: Arc::new(settings),
             start: Start::new(),
             started: now.unwrap_or_default().as_secs(),
+            connections: Arc::default(),
             loaded: Arc::default(),
         }
     }

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
-use axum::body::Bytes;
+use axum::body::{Bytes, HttpBody};
 use axum::extract::{FromRequest, Request};
 use axum::http::header::{CONTENT_ENCODING, CONTENT_TYPE};
 use axum::http::{HeaderMap, StatusCode};
@@ -51,12 +51,17 @@ pub(super) async fn read_object(
     if let Some(encoding) = content_encoding(headers) {
         return Err(ApiError::ContentEncoding { encoding });
     }
+    let max = app.settings.max_body_bytes;
+    // Of a body that is announced as larger, nothing is read: a client that waits for
+    // "100 Continue" sends none of it.
+    if request.body().size_hint().lower() > max as u64 {
+        return Err(ApiError::BodyTooLarge { max });
+    }
     let bytes = timeout(BODY_TIMEOUT, Bytes::from_request(request, app))
         .await
         .map_err(|_| ApiError::SlowBody)?
         .map_err(|rejection| {
             if rejection.status() == StatusCode::PAYLOAD_TOO_LARGE {
-                let max = app.settings.max_body_bytes;
                 ApiError::BodyTooLarge { max }
             } else {
                 ApiError::Body(rejection)

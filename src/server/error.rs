@@ -36,6 +36,16 @@ pub(super) enum ApiError {
     UnauthorizedBasic,
     #[error("{0}")]
     Starting(Progress),
+    #[error(
+        "the server listens on this machine only and does not answer to the host {host:?}: if clients \
+         are to call it so, start it with --allowed-host and this name, or with --api-key"
+    )]
+    OtherHost { host: String },
+    #[error(
+        "a web page of the origin {origin:?} may not do this: if it is to use the API, start the \
+         server with --cors-origin and this origin"
+    )]
+    OtherOrigin { origin: String },
     #[error("the request was interrupted")]
     Interrupted,
     #[error("the request needs the header \"Content-Type: application/json\"")]
@@ -95,6 +105,7 @@ impl ApiError {
             }
             Self::Method { .. } => StatusCode::METHOD_NOT_ALLOWED,
             Self::Unauthorized | Self::UnauthorizedBasic => StatusCode::UNAUTHORIZED,
+            Self::OtherHost { .. } | Self::OtherOrigin { .. } => StatusCode::FORBIDDEN,
             Self::Interrupted => StatusCode::CONFLICT,
             Self::BodyTooLarge { .. } => StatusCode::PAYLOAD_TOO_LARGE,
             Self::ContentEncoding { .. } => StatusCode::UNSUPPORTED_MEDIA_TYPE,

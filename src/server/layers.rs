@@ -1,4 +1,5 @@
-//! Middleware around all routes: request ids, the span of a request, panics and CORS.
+//! Middleware around all routes: request ids, the span of a request, panics, CORS, and requests from
+//! web pages.
 
 use std::any::Any;
 use std::time::Duration;
@@ -6,34 +7,44 @@ use std::time::Duration;
 use axum::Router;
 use axum::extract::Request;
 use axum::http::header::{AUTHORIZATION, RETRY_AFTER};
-use axum::http::{HeaderName, Method};
+use axum::http::{HeaderName, HeaderValue, Method};
 use axum::response::{IntoResponse, Response};
+use tower::util::MapRequestLayer;
 use tower_http::catch_panic::CatchPanicLayer;
 use tower_http::cors::{AllowHeaders, AllowOrigin, CorsLayer};
 use tower_http::request_id::{MakeRequestUuid, PropagateRequestIdLayer, SetRequestIdLayer};
 use tower_http::sensitive_headers::SetSensitiveRequestHeadersLayer;
 use tower_http::trace::TraceLayer;
+use tower_http::validate_request::ValidateRequestHeaderLayer;
 use tracing::{Level, Span};
 
-use super::access::CorsOrigin;
 use super::error::ApiError;
 use super::images::SEED_HEADER;
+use super::web_pages::{AllowedHost, CorsOrigin, RefuseOtherPages, is_allowed_origin};
 
-/// Id of a request: the client's own, or one that the server makes. The response repeats it.
+/// Id of a request: the client's own, if it is short and printable, or one that the server makes. The
+/// response repeats it.
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
 /// Routes that monitoring calls again and again. Their spans and log lines have the level debug.
 const PROBES: [&str; 4] = ["/health", "/health/live", "/health/ready", "/metrics"];
 
-/// Longest path and longest request id in a log line, in bytes.
+/// Longest path in a log line, in bytes.
 const MAX_LOGGED_BYTES: usize = 200;
+
+/// Longest id of a request, in bytes.
+const MAX_ID_BYTES: usize = 128;
 
 /// Adds the middleware to a router. The last layer is the outermost one.
 pub(super) fn add_to<S: Clone + Send + Sync + 'static>(
     router: Router<S>,
     cors_origins: &[CorsOrigin],
+    allowed_hosts: Option<&[AllowedHost]>,
 ) -> Router<S> {
-    let mut router = router.layer(CatchPanicLayer::custom(respond_to_panic));
+    let refuse_other_pages = RefuseOtherPages::new(cors_origins, allowed_hosts);
+    let mut router = router
+        .layer(CatchPanicLayer::custom(respond_to_panic))
+        .layer(ValidateRequestHeaderLayer::custom(refuse_other_pages));
     if !cors_origins.is_empty() {
         router = router.layer(cors(cors_origins));
     }
@@ -48,15 +59,34 @@ pub(super) fn add_to<S: Clone + Send + Sync + 'static>(
         .layer(trace)
         .layer(SetSensitiveRequestHeadersLayer::new([AUTHORIZATION]))
         .layer(SetRequestIdLayer::new(REQUEST_ID, MakeRequestUuid))
+        .layer(MapRequestLayer::new(without_unusable_id))
+}
+
+/// Removes ids that cannot be logged and repeated as they are.
+fn without_unusable_id(mut request: Request) -> Request {
+    let headers = request.headers_mut();
+    let mut ids = headers
+        .get_all(REQUEST_ID)
+        .iter()
+        .map(HeaderValue::as_bytes);
+    let is_usable = |id: &[u8]| {
+        let is_printable = |byte: &u8| byte.is_ascii_graphic() || *byte == b' ';
+        (1..=MAX_ID_BYTES).contains(&id.len()) && id.iter().all(is_printable)
+    };
+    let usable = ids.next().is_none_or(is_usable) && ids.next().is_none();
+    if !usable {
+        headers.remove(REQUEST_ID);
+    }
+    request
 }
 
 /// A layer that lets web pages of these origins use the API.
 fn cors(origins: &[CorsOrigin]) -> CorsLayer {
-    let origins = origins.iter().map(|origin| origin.0.clone());
-    let allowed = if origins.clone().any(|origin| origin == "*") {
+    let allowed = if origins.iter().any(CorsOrigin::is_any) {
         AllowOrigin::any()
     } else {
-        AllowOrigin::list(origins)
+        let origins = origins.to_vec();
+        AllowOrigin::predicate(move |origin, _| is_allowed_origin(&origins, origin))
     };
     CorsLayer::new()
         .allow_origin(allowed)
@@ -71,7 +101,7 @@ fn make_span(request: &Request) -> Span {
     let path = shortened(request.uri().path());
     let request_id = request.headers().get(REQUEST_ID);
     let request_id = request_id.and_then(|id| id.to_str().ok());
-    let request_id = shortened(request_id.unwrap_or_default());
+    let request_id = request_id.unwrap_or_default();
     if PROBES.contains(&path) {
         tracing::debug_span!("request", %method, path, request_id)
     } else {
@@ -107,7 +137,7 @@ fn respond_to_panic(payload: Box<dyn Any + Send>) -> Response {
 #[cfg(test)]
 mod tests {
     use axum::body::{Body, to_bytes};
-    use axum::http::{HeaderValue, StatusCode};
+    use axum::http::StatusCode;
     use axum::routing::get;
     use serde_json::Value;
     use tower::ServiceExt;
@@ -131,7 +161,7 @@ mod tests {
         *request.uri_mut() = path.parse().unwrap();
         let value = HeaderValue::from_static(value);
         request.headers_mut().insert(name, value);
-        let router = add_to(router, &["*".parse().unwrap()]);
+        let router = add_to(router, &["*".parse().unwrap()], None);
         router.oneshot(request).await.unwrap()
     }
 
@@ -155,6 +185,34 @@ mod tests {
     async fn the_key_is_marked_as_sensitive() {
         let response = respond("/key", (AUTHORIZATION, "Bearer key")).await;
         assert_eq!(body(response).await, b"true");
+    }
+
+    #[tokio::test]
+    async fn an_id_that_is_long_or_not_printable_is_replaced() {
+        let id = async |id: &'static str| {
+            let response = respond("/key", (REQUEST_ID, id)).await;
+            response.headers()[REQUEST_ID].to_str().unwrap().to_owned()
+        };
+        let longest = "x".repeat(MAX_ID_BYTES).leak();
+        for own in ["1", "my-id/2 (x)", longest] {
+            assert_eq!(id(own).await, own);
+        }
+        for unusable in ["", "x\ty", "x".repeat(MAX_ID_BYTES + 1).leak()] {
+            assert_eq!(id(unusable).await.len(), 36, "{unusable:?}");
+        }
+        let request = |ids: &[&[u8]]| {
+            let mut request = Request::new(Body::empty());
+            for id in ids {
+                let id = HeaderValue::from_bytes(id).unwrap();
+                request.headers_mut().append(REQUEST_ID, id);
+            }
+            without_unusable_id(request)
+                .headers()
+                .contains_key(REQUEST_ID)
+        };
+        assert!(request(&[b"a"]));
+        assert!(!request(&["é".as_bytes()]));
+        assert!(!request(&[b"a", b"b"]), "which of the two is not known");
     }
 
     #[test]

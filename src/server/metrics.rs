@@ -11,6 +11,7 @@ use kiln_models::pipeline::CacheUse;
 use crate::engine::{BUCKET_BOUNDS, EngineStats, Histogram, State as EngineState};
 
 use super::App;
+use super::connections::{Closed, Connections};
 
 /// Returns counters and timings in Prometheus' text format.
 #[utoipa::path(
@@ -26,6 +27,7 @@ pub(super) async fn metrics(State(app): State<Arc<App>>) -> Response {
     let mut page = Page::default();
     page.start(&app, is_ready);
     page.engine(&stats);
+    page.connections(&app.connections);
     let text = page.text;
     ([(CONTENT_TYPE, "text/plain; version=0.0.4")], text).into_response()
 }
@@ -56,6 +58,20 @@ impl Page {
             let (stage, seconds) = (stage.name(), time.as_secs_f64());
             self.line(format_args!("{name}{{stage=\"{stage}\"}} {seconds}"));
         }
+    }
+
+    /// Writes the numbers of connections.
+    fn connections(&mut self, connections: &Connections) {
+        self.gauge("kiln_connections", "Open connections.", connections.count());
+        self.labelled(
+            (
+                "kiln_connections_closed_total",
+                "counter",
+                "Connections that the server closed, by reason.",
+            ),
+            "reason",
+            &Closed::ALL.map(|reason| (reason.name(), connections.closed(reason))),
+        );
     }
 
     /// Writes a snapshot of the engine's numbers.

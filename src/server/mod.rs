@@ -6,6 +6,7 @@ mod app;
 mod body;
 mod chat;
 mod choice;
+mod connections;
 mod data_url;
 mod error;
 mod estimate;
@@ -27,6 +28,7 @@ mod sdapi;
 mod signals;
 mod status;
 mod stream;
+mod web_pages;
 
 use std::future::Future;
 use std::io;
@@ -39,12 +41,16 @@ use kiln_models::noise::NoiseGenerator;
 use tokio::net::TcpListener;
 use tokio::sync::oneshot;
 use tokio::time::sleep;
+use tower_http::normalize_path::NormalizePath;
 
-pub use self::access::{ApiKeys, CorsOrigin, InvalidApiKey, InvalidOrigin};
+pub use self::access::{ApiKeys, InvalidApiKey};
 pub use self::app::{App, LoadedModel};
+pub use self::connections::raise_open_file_limit;
 pub use self::signals::{Signals, drain};
+pub use self::web_pages::{AllowedHost, CorsOrigin, InvalidHost, InvalidOrigin};
 
 use self::app::LoadedApp;
+use self::connections::Bounds;
 
 /// Default limit of a request body in bytes. The longest prompt takes a few kilobytes.
 pub const DEFAULT_MAX_BODY_BYTES: usize = 2 << 20;
@@ -60,6 +66,9 @@ pub struct Settings {
     pub api_keys: ApiKeys,
     /// Origins whose web pages may use the API.
     pub cors_origins: Vec<CorsOrigin>,
+    /// Names by which a server that listens on a loopback address and has no keys may be called,
+    /// besides names and addresses of this machine.
+    pub allowed_hosts: Vec<AllowedHost>,
     pub max_body_bytes: usize,
     /// Time limit of a request from its arrival; after it, the request fails with 408.
     pub request_timeout: Option<Duration>,
@@ -80,6 +89,7 @@ impl Settings {
             served_model_names: vec![served_model_name.to_owned()],
             api_keys: ApiKeys::default(),
             cors_origins: Vec::new(),
+            allowed_hosts: Vec::new(),
             max_body_bytes: DEFAULT_MAX_BODY_BYTES,
             request_timeout: None,
             default_negative_prompt: None,
@@ -91,8 +101,13 @@ impl Settings {
 }
 
 /// All routes, with their middleware. Every failure, of a route or of the routing, is answered
-/// with the error body of `OpenAI`.
+/// with the error body of `OpenAI`. The header `Host` is not checked; [`serve`] does that.
 pub fn router(app: App) -> Router {
+    router_for_hosts(app, None)
+}
+
+/// [`router`], which with `hosts` answers to these and to this machine's names only.
+fn router_for_hosts(app: App, hosts: Option<&[AllowedHost]>) -> Router {
     let app = Arc::new(app);
     let (router, document) = routes::routes(&app).split_for_parts();
     let router = router
@@ -101,26 +116,42 @@ pub fn router(app: App) -> Router {
         .fallback(routes::unknown)
         .method_not_allowed_fallback(routes::wrong_method)
         .layer(DefaultBodyLimit::max(app.settings.max_body_bytes));
-    layers::add_to(router, &app.settings.cors_origins).with_state(app)
+    let router = layers::add_to(router, &app.settings.cors_origins, hosts).with_state(app);
+    // A path with a slash at its end is the path without it. Layers of a router see a request after
+    // its route is chosen, so this is a router of its own.
+    Router::new().fallback_service(NormalizePath::trim_trailing_slash(router))
 }
 
 /// Serves requests until `shutdown` is ready, then finishes the requests that have been accepted.
 /// Clients have ten more seconds to read their responses.
+///
+/// The number of connections stays below the limit of open files. Connections without a request, and
+/// those whose client does not read, are closed after a time, or when others need their place.
+///
+/// On a loopback address and without API keys, only requests to this machine's names and addresses
+/// and to [`Settings::allowed_hosts`] are answered: other names are those of web pages that have
+/// given their host name this machine's address.
 pub async fn serve(
     listener: TcpListener,
     app: App,
     shutdown: impl Future<Output = ()> + Send + 'static,
 ) -> io::Result<()> {
+    let is_local = listener.local_addr()?.ip().to_canonical().is_loopback();
+    let hosts = app.settings.allowed_hosts.clone();
+    let hosts = (is_local && app.settings.api_keys.is_empty()).then_some(hosts.as_slice());
+    let connections = Arc::clone(&app.connections);
+    let router = router_for_hosts(app, hosts);
     let (closing, closed) = oneshot::channel::<()>();
-    let server = axum::serve(listener, router(app)).with_graceful_shutdown(async move {
+    let shutdown = async move {
         shutdown.await;
         drop(closing);
-    });
+    };
+    let server = connections::serve(listener, router, connections, Bounds::default(), shutdown);
     tokio::select! {
-        outcome = server => outcome,
+        () = server => {}
         () = async { drop(closed.await); sleep(LAST_ANSWERS).await } => {
             tracing::warn!("shutting down without waiting for clients that have not read their responses");
-            Ok(())
         }
     }
+    Ok(())
 }

@@ -3,7 +3,8 @@
 use std::sync::Arc;
 
 use axum::Extension;
-use axum::extract::Path;
+use axum::extract::rejection::PathRejection;
+use axum::extract::{OriginalUri, Path};
 use axum::response::Response;
 use serde::Serialize;
 use utoipa::ToSchema;
@@ -83,8 +84,12 @@ pub(super) async fn list(Extension(app): Extension<Arc<LoadedApp>>) -> Result<Re
 )]
 pub(super) async fn retrieve(
     Extension(app): Extension<Arc<LoadedApp>>,
-    Path(name): Path<String>,
+    OriginalUri(uri): OriginalUri,
+    name: Result<Path<String>, PathRejection>,
 ) -> Result<Response, ApiError> {
+    // A name that is not UTF-8 when decoded stays as it was sent.
+    let sent = || uri.path().trim_start_matches("/v1/models/").to_owned();
+    let name = name.map_or_else(|_| sent(), |Path(name)| name);
     let names = &app.settings.served_model_names;
     if names.contains(&name) {
         json(&card(&app, &name))

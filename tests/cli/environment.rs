@@ -61,6 +61,8 @@ fn a_bad_value_is_a_usage_error_that_names_the_option() {
         ("KILN_BACKEND", "tpu", "--backend"),
         ("KILN_DTYPE", "int8", "--dtype"),
         ("KILN_CORS_ORIGIN", "https://a.org,b.org", "--cors-origin"),
+        ("KILN_CORS_ORIGIN", "https://*.a.org", "--cors-origin"),
+        ("KILN_ALLOWED_HOST", "a.org,http://b.org", "--allowed-host"),
         ("KILN_LOG_FORMAT", "xml", "--log-format"),
     ] {
         let (code, text) = failure(&[(variable, value)], &["./none"]);
@@ -97,7 +99,7 @@ impl Drop for Server {
 /// The response to a GET request, with its head.
 fn get(address: SocketAddr, path: &str) -> String {
     let mut stream = TcpStream::connect(address).unwrap();
-    let head = format!("GET {path} HTTP/1.1\r\nHost: kiln\r\nConnection: close\r\n\r\n");
+    let head = format!("GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n");
     stream.write_all(head.as_bytes()).unwrap();
     let mut response = String::new();
     stream.read_to_string(&mut response).unwrap();

@@ -1,9 +1,13 @@
-//! API keys and origins.
+//! API keys, origins of web pages, and names of the host.
+
+use std::io::Write;
 
 use kiln::server::{ApiKeys, Settings};
 use serde_json::json;
 
-use super::client::{connect, get, receive, send, send_raw, with_headers};
+use super::client::{
+    Reply, connect, get, json_with_headers, receive, send, send_raw, with_headers,
+};
 use super::pipeline::Pace;
 use super::server::TestServer;
 
@@ -150,4 +154,117 @@ fn other_origins_are_allowed_only_by_the_settings() {
     };
     let server = TestServer::with_settings(Pace::Fast, 4, settings);
     assert_eq!(allowed(&server, preflight), Some((200, "*".to_owned())));
+}
+
+#[test]
+fn pages_of_any_scheme_can_be_allowed() {
+    let allowed = ["app://obsidian.md", "https://A.example/", "null"];
+    let settings = Settings {
+        cors_origins: allowed.map(|origin| origin.parse().unwrap()).to_vec(),
+        ..Settings::new("m")
+    };
+    let server = TestServer::with_settings(Pace::Fast, 4, settings);
+    for (origin, is_allowed) in [
+        ("app://obsidian.md", true),
+        ("https://a.example", true),
+        ("null", true),
+        ("https://b.example", false),
+        ("app://other.md", false),
+    ] {
+        let headers = format!("Origin: {origin}\r\nAccess-Control-Request-Method: POST\r\n");
+        let path = "/v1/images/generations";
+        let reply = with_headers(server.address, "OPTIONS", path, &headers);
+        let allowed = reply.header("access-control-allow-origin");
+        assert_eq!(allowed, is_allowed.then_some(origin));
+        let body = json!({"prompt": "a cat", "num_inference_steps": 1});
+        let reply = json_with_headers(server.address, path, &headers, &body);
+        assert_eq!(reply.status, if is_allowed { 200 } else { 403 }, "{origin}");
+    }
+}
+
+#[test]
+fn pages_of_other_origins_change_nothing() {
+    let settings = Settings {
+        sdapi: true,
+        ..Settings::new("m")
+    };
+    let server = TestServer::with_settings(Pace::Fast, 4, settings);
+    let document = get(server.address, "/openapi.json").body;
+    let mut posts = 0;
+    for (path, methods) in document["paths"].as_object().unwrap() {
+        if methods.get("post").is_none() {
+            continue;
+        }
+        posts += 1;
+        for origin in [
+            "https://other.example",
+            "null",
+            "http://localhost.other.example",
+        ] {
+            let headers = format!("Origin: {origin}\r\n");
+            let reply = json_with_headers(server.address, path, &headers, &json!({}));
+            assert_eq!(reply.status, 403, "{path}");
+            assert_eq!(reply.body["error"]["code"], 403);
+            let message = reply.body["error"]["message"].as_str().unwrap();
+            assert!(message.contains("--cors-origin"), "{message}");
+        }
+        // Its own page, and programs.
+        for headers in ["Origin: http://localhost\r\n", ""] {
+            let reply = json_with_headers(server.address, path, headers, &json!({}));
+            assert_ne!(reply.status, 403, "{path}");
+        }
+    }
+    assert!(posts >= 5, "{posts}");
+    let reply = with_headers(
+        server.address,
+        "GET",
+        "/v1/models",
+        "Origin: https://other.example\r\n",
+    );
+    assert_eq!(reply.status, 200);
+}
+
+/// The reply to a request without headers but these.
+fn with_head(server: &TestServer, version: &str, headers: &str) -> Reply {
+    let mut stream = connect(server.address);
+    let head = format!("GET /v1/models HTTP/{version}\r\nConnection: close\r\n{headers}\r\n");
+    stream.write_all(head.as_bytes()).unwrap();
+    receive(stream)
+}
+
+#[test]
+fn a_local_server_without_keys_answers_to_names_of_this_machine_only() {
+    let status = |server: &TestServer, host: &str| {
+        with_head(server, "1.1", &format!("Host: {host}\r\n")).status
+    };
+    let server = TestServer::start(Pace::Fast, 4);
+    for host in [
+        "localhost",
+        "localhost:8091",
+        "127.0.0.1:8091",
+        "[::1]:8091",
+        "x.localhost",
+    ] {
+        assert_eq!(status(&server, host), 200, "{host}");
+    }
+    assert_eq!(with_head(&server, "1.0", "").status, 200);
+    for host in ["rebound.example", "rebound.example:8091", "192.0.2.1:8091"] {
+        let reply = with_head(&server, "1.1", &format!("Host: {host}\r\n"));
+        assert_eq!(reply.status, 403, "{host}");
+        assert_eq!(reply.body["error"]["code"], 403);
+        let message = reply.body["error"]["message"].as_str().unwrap();
+        assert!(message.contains("--allowed-host"), "{message}");
+        assert!(reply.header("x-request-id").is_some());
+    }
+
+    let settings = Settings {
+        allowed_hosts: vec!["images.example".parse().unwrap()],
+        ..Settings::new("m")
+    };
+    let server = TestServer::with_settings(Pace::Fast, 4, settings);
+    assert_eq!(status(&server, "Images.example:443"), 200);
+    assert_eq!(status(&server, "other.example"), 403);
+    // A page under another name does not know the key.
+    let server = with_keys();
+    assert_eq!(status(&server, "other.example"), 401);
 }

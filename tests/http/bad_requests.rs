@@ -483,14 +483,16 @@ fn routes_and_methods_that_do_not_exist() {
         "/page/",
         "/index.html",
         "/v1",
-        "/v1/chat/completions/",
         "/v1/chat/completion",
         "/v1/images/edits",
-        "/docs/",
     ] {
         assert_refused(&get(server.address, path), 404, None);
     }
-    assert_refused(&get(server.address, "/v1/models/other"), 404, Some("model"));
+    // Names that are not UTF-8 too.
+    for path in ["other", "%FF", "a/%C3", "%", "%2", "%zz"] {
+        let path = format!("/v1/models/{path}");
+        assert_refused(&get(server.address, &path), 404, Some("model"));
+    }
     for (method, path) in [
         ("GET", "/v1/chat/completions"),
         ("PUT", "/v1/chat/completions"),
@@ -504,4 +506,70 @@ fn routes_and_methods_that_do_not_exist() {
         assert_refused(&reply, 405, None);
         assert!(reply.header("allow").is_some());
     }
+}
+
+#[test]
+fn every_path_and_query_that_cannot_be_read_has_the_error_body() {
+    let settings = kiln::server::Settings {
+        sdapi: true,
+        ..kiln::server::Settings::new("m")
+    };
+    let server = TestServer::with_settings(Pace::Fast, 4, settings);
+    for (path, status) in [
+        ("/%FF", 404),
+        ("/v1/%FF", 404),
+        ("/v1/models%FF", 404),
+        ("/sdapi/v1/%FF", 404),
+        ("/sdapi/v1/progress?skip_current_image=%FF", 400),
+        (
+            "/sdapi/v1/progress?skip_current_image=1&skip_current_image=0",
+            400,
+        ),
+    ] {
+        let reply = get(server.address, path);
+        assert_eq!(reply.status, status, "{path}");
+        assert_eq!(reply.body["error"]["code"], status, "{path}");
+    }
+}
+
+#[test]
+fn a_slash_at_the_end_of_a_path_changes_nothing() {
+    let server = TestServer::start(Pace::Fast, 4);
+    for path in [
+        "/",
+        "/health/",
+        "/v1/models/",
+        "/v1/models/test/model/",
+        "/docs/",
+        "/health///",
+    ] {
+        assert_eq!(get(server.address, path).status, 200, "{path}");
+    }
+    let body = json!({"prompt": "a cat", "num_inference_steps": 1});
+    let reply = post_to(server.address, "/v1/images/generations/?x=1", &body);
+    assert_eq!(reply.status, 200);
+    for (path, status) in [
+        ("/v1/", 404),
+        ("/unknown/", 404),
+        ("/v1/chat/completions/", 405),
+    ] {
+        let reply = get(server.address, path);
+        assert_refused(&reply, status, None);
+        let message = reply.body["error"]["message"].as_str().unwrap();
+        assert!(message.contains(path), "{message}");
+    }
+}
+
+#[test]
+fn a_body_over_the_limit_is_413_for_clients_that_send_all_of_it_first() {
+    let server = TestServer::start(Pace::Fast, 4);
+    let body = vec![b'x'; 60 << 20];
+    for path in ["/v1/chat/completions", "/v1/images/generations"] {
+        let content = ("Content-Type: application/json\r\n", body.as_slice());
+        let stream = send_raw(connect(server.address), "POST", path, content);
+        assert_refused(&receive(stream), 413, None);
+    }
+    // Any other error too.
+    let stream = send_raw(connect(server.address), "POST", "/unknown", ("", &body));
+    assert_refused(&receive(stream), 404, None);
 }

@@ -87,7 +87,7 @@ pub(super) fn send_raw(
 ) -> TcpStream {
     let (headers, body) = content;
     let head = format!(
-        "{method} {path} HTTP/1.1\r\nHost: kiln\r\nConnection: close\r\n{headers}\
+        "{method} {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n{headers}\
          Content-Length: {}\r\n\r\n",
         body.len()
     );

@@ -97,6 +97,11 @@ fn the_metrics_count_requests_steps_and_images() {
         "kiln_step_seconds_count 5",
         "kiln_request_seconds_count 2",
         "kiln_decode_seconds_count 2",
+        "kiln_connections 1",
+        "kiln_connections_closed_total{reason=\"idle\"} 0",
+        "kiln_connections_closed_total{reason=\"slow_head\"} 0",
+        "kiln_connections_closed_total{reason=\"not_read\"} 0",
+        "kiln_connections_closed_total{reason=\"for_another\"} 0",
     ] {
         assert!(
             text.lines().any(|found| found == line),
@@ -132,4 +137,14 @@ fn every_response_has_a_request_id() {
         "X-Request-Id: mine\r\n",
     );
     assert_eq!(reply.header("x-request-id"), Some("mine"));
+    let long = "x".repeat(129);
+    for unusable in ["", "caf\u{e9}", "a\tb", &long, "a\r\nX-Request-Id: b"] {
+        let header = format!("X-Request-Id: {unusable}\r\n");
+        let reply = with_headers(server.address, "GET", "/v1/models", &header);
+        assert_eq!(
+            reply.header("x-request-id").unwrap().len(),
+            36,
+            "{unusable:?}"
+        );
+    }
 }

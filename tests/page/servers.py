@@ -146,7 +146,7 @@ class OtherClient:
         body = json.dumps({"prompt": "a red circle", "num_inference_steps": 1000})
         self.connection = socket.create_connection(("127.0.0.1", server.port))
         self.connection.sendall(
-            f"POST /v1/images/generations HTTP/1.1\r\nHost: kiln\r\nContent-Type: application/json\r\n"
+            f"POST /v1/images/generations HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
             f"Content-Length: {len(body)}\r\n\r\n{body}".encode()
         )
 

@@ -13,13 +13,13 @@ use crate::cli::shared_args::{BackendArgs, LoadArgs, NoiseArgs};
 use crate::engine::DEFAULT_MAX_QUEUE;
 use crate::request::{DEFAULT_MAX_IMAGE_PIXELS, DEFAULT_MAX_NUM_IMAGES, DEFAULT_MAX_STEPS, Limits};
 use crate::runtime::ModelSettings;
-use crate::server::{ApiKeys, CorsOrigin, DEFAULT_MAX_BODY_BYTES, Settings};
+use crate::server::{AllowedHost, ApiKeys, CorsOrigin, DEFAULT_MAX_BODY_BYTES, Settings};
 
 /// Serve an OpenAI-compatible HTTP API.
 ///
 /// The main routes are POST /v1/chat/completions and POST /v1/images/generations; GET /docs shows
-/// the whole API. Ctrl-c or SIGTERM stops the server after the running requests, a second one stops
-/// it at once.
+/// the whole API. Ctrl-c, SIGTERM or SIGHUP stops the server after the running requests, a second one
+/// stops it at once.
 ///
 /// Every option can be set by an environment variable, such as KILN_MAX_QUEUE for --max-queue; the
 /// command line takes precedence. An option without a value takes true or false there, and commas
@@ -83,7 +83,7 @@ pub(in crate::cli) struct ServeArgs {
     #[arg(long)]
     pub(super) no_warm_up: bool,
 
-    /// Seconds that running requests may take to finish after ctrl-c or SIGTERM
+    /// Seconds that running requests may take to finish after ctrl-c, SIGTERM or SIGHUP
     #[arg(long, value_name = "SECONDS", default_value_t = 60)]
     drain_timeout: u64,
 
@@ -127,6 +127,9 @@ impl ServeArgs {
 
     pub(super) fn settings(&self) -> Result<Settings, CliError> {
         let mut settings = Settings::new(self.model());
+        let mut allowed_hosts = self.access.allowed_host.clone();
+        // The name that this machine has for itself, which may be one of a loopback address.
+        allowed_hosts.extend(self.host.parse::<AllowedHost>());
         if !self.served_model_name.is_empty() {
             settings
                 .served_model_names
@@ -135,6 +138,7 @@ impl ServeArgs {
         Ok(Settings {
             api_keys: ApiKeys::new(self.access.api_key.clone())?,
             cors_origins: self.access.cors_origin.clone(),
+            allowed_hosts,
             max_body_bytes: self.limits.max_body_bytes,
             request_timeout: self
                 .limits
@@ -160,6 +164,7 @@ pub(in crate::cli) enum LogFormat {
 /// Who may use the server.
 #[derive(Args)]
 #[command(next_help_heading = "Access")]
+#[expect(clippy::doc_markdown, reason = "clap prints the comments as they are")]
 struct AccessArgs {
     /// Bearer token that requests to /v1 must have; may be given several times
     ///
@@ -170,10 +175,20 @@ struct AccessArgs {
 
     /// Origin whose web pages may use the API from a browser, or * for all
     ///
-    /// A scheme and a host; may be given several times, or separated by commas. By default browsers
-    /// let no other origin read the responses.
+    /// A scheme and a host, such as https://example.org or app://obsidian.md, or null; may be given
+    /// several times, or separated by commas. By default pages of other origins can neither read the
+    /// responses nor generate images.
     #[arg(long, value_name = "ORIGIN")]
     cors_origin: Vec<CorsOrigin>,
+
+    /// Host name by which clients may call a server that listens on this machine only
+    ///
+    /// A name without a port, such as host.docker.internal, or * for all; may be given several times,
+    /// or separated by commas. On a loopback address and without --api-key the server answers to
+    /// localhost and to loopback addresses only, so that no web page can use it under the name of its
+    /// own site. Other servers answer to every name.
+    #[arg(long, value_name = "HOST")]
+    allowed_host: Vec<AllowedHost>,
 }
 
 /// Leaves out the keys.
@@ -182,6 +197,7 @@ impl fmt::Debug for AccessArgs {
         formatter
             .debug_struct("AccessArgs")
             .field("cors_origin", &self.cors_origin)
+            .field("allowed_host", &self.allowed_host)
             .finish_non_exhaustive()
     }
 }
