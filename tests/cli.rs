@@ -177,7 +177,7 @@ fn values_out_of_bounds_are_usage_errors() {
         ),
         (
             &["--true-cfg-scale", "-1"],
-            "true_cfg_scale must be a finite number of at least 0",
+            "true_cfg_scale must be from 0 to 20",
         ),
         (&["--true-cfg-scale", "nan"], "true_cfg_scale must be"),
         (&["--true-cfg-scale", "inf"], "true_cfg_scale must be"),

@@ -1,6 +1,7 @@
 //! Reading folders and text files, with errors that name the path.
 
 use std::fs;
+use std::io;
 use std::path::Path;
 
 use super::CheckpointError;
@@ -12,7 +13,31 @@ pub(super) fn read_text(path: &Path) -> Result<String, CheckpointError> {
             path: path.to_owned(),
         });
     }
-    Ok(text)
+    // Windows' editors put a byte order mark in front.
+    Ok(text
+        .strip_prefix('\u{feff}')
+        .map(str::to_owned)
+        .unwrap_or(text))
+}
+
+/// Whether there is a file or a folder at `path`.
+///
+/// # Errors
+/// If the path is a link to nothing, or cannot be looked at.
+pub(super) fn is_there(path: &Path) -> Result<bool, CheckpointError> {
+    match fs::metadata(path) {
+        Ok(_) => Ok(true),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => match fs::read_link(path) {
+            Ok(target) => Err(CheckpointError::DanglingLink {
+                path: path.to_owned(),
+                target,
+            }),
+            Err(_) => Ok(false),
+        },
+        // A part of the path is a file.
+        Err(error) if error.kind() == io::ErrorKind::NotADirectory => Ok(false),
+        Err(source) => Err(CheckpointError::io(path, source)),
+    }
 }
 
 /// Whether a file is the pointer that a clone without Git LFS has in place of a large file:

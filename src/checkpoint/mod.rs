@@ -7,17 +7,23 @@
 //! the models tensor by tensor, through [`TensorSource`].
 //!
 //! - `layout`: the folder layout of diffusers; another layout is another module beside it
+//! - `diagnosis`: what a path that is no model folder is, for messages
+//! - `mapped`, `bus_errors`: memory maps of files that may change or fail while they are in use
 //! - `safetensors`: a reader of weight files; another format is another module beside it
 //! - `dummy`: random weights
 //! - `demo`, `qwen_image`: the demo model, and the configurations of Qwen-Image
 //!
 //! [`TensorSource`]: kiln_models::TensorSource
 
+#[cfg(unix)]
+mod bus_errors;
 mod demo;
+mod diagnosis;
 mod dummy;
 mod error;
 mod files;
 mod layout;
+mod mapped;
 mod qwen_image;
 mod safetensors;
 

@@ -93,7 +93,7 @@ async fn failed_start(engine: &Engine) -> StartError {
     engine.stopped().await;
     if let State::Failed(error) = engine.state() {
         // The health routes report it too.
-        tracing::error!(%error, "the device is lost: no more requests are taken; restart kiln");
+        tracing::error!(%error, "no more requests are taken: restart kiln");
     }
     std::future::pending().await
 }

@@ -19,7 +19,7 @@ pub(super) struct RequestArgs {
     #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
     negative_prompt: Option<String>,
 
-    /// Guidance scale: how strongly to avoid the negative prompt [default: 4]
+    /// Guidance scale, from 0 to 20: how strongly to avoid the negative prompt [default: 4]
     ///
     /// Guidance is off at 1 and below, and without a negative prompt.
     #[arg(
@@ -63,7 +63,7 @@ pub(super) struct RequestArgs {
     )]
     num_inference_steps: Option<i128>,
 
-    /// Time shift of the noise levels, above 0 [default: the model's schedule]
+    /// Time shift of the noise levels, from 0.001 to 100 [default: the model's schedule]
     ///
     /// Replaces the schedule of the model's configuration. Lightning models need 3.
     #[arg(long, value_name = "SHIFT", allow_negative_numbers = true)]

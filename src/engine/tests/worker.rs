@@ -58,7 +58,7 @@ fn only_the_job_that_fails_alone_fails() {
         let booked = bench.execute(Plan::Step(vec![1, 2]));
         // Together, and then each alone.
         assert_eq!(booked.took, cost(&job(1, 4, 5), Stage::Step) * 4);
-        assert!(booked.device_lost.is_none());
+        assert!(booked.lost.is_none());
         assert_eq!(booked.holdings.memory.in_use, Some(1));
         let steps = steps(booked);
         let [(1, Ok(4)), (2, Err(error))] = steps.as_slice() else {
@@ -98,7 +98,7 @@ fn jobs_that_fail_only_together_go_on() {
 fn a_device_that_fails_for_every_job_is_lost() {
     let mut bench = with_two_jobs(LOSE_DEVICE_IN_STEP);
     let booked = bench.execute(Plan::Step(vec![1, 2]));
-    let error = booked.device_lost.as_ref().unwrap();
+    let error = booked.lost.as_ref().unwrap();
     assert_eq!(error.to_string(), "the device failed: gone");
     assert_eq!(booked.holdings.memory.in_use, Some(0));
     assert!(steps(booked).iter().all(|(_, step)| step.is_err()));
