@@ -1,10 +1,8 @@
 //! What a path is that is no model folder, for a message that says what to give instead.
 
-use std::fs::File;
-use std::io::Read;
 use std::path::{Path, PathBuf};
 
-use super::files::{is_lfs_pointer, list_folder, read_text};
+use super::files::{list_folder, read_text, refuse_lfs_pointer};
 use super::layout::COMPONENTS;
 use super::safetensors::tensor_names;
 use super::{CheckpointError, QWEN_IMAGE};
@@ -45,14 +43,9 @@ pub(super) fn of_file(path: &Path) -> CheckpointError {
         let path = path.to_owned();
         return CheckpointError::PartOfModel { path, what, model };
     }
-    let mut start = [0; 64];
-    let read = File::open(path).and_then(|mut file| file.read(&mut start));
-    match read {
-        Err(source) => CheckpointError::io(path, source),
-        Ok(bytes) if is_lfs_pointer(&start[..bytes]) => CheckpointError::LfsPointer {
-            path: path.to_owned(),
-        },
-        Ok(_) => lora(path).unwrap_or_else(|| CheckpointError::IsFile {
+    match refuse_lfs_pointer(path) {
+        Err(error) => error,
+        Ok(()) => lora(path).unwrap_or_else(|| CheckpointError::IsFile {
             path: path.to_owned(),
         }),
     }

@@ -181,6 +181,9 @@ pub enum CheckpointError {
     #[error("{path} is not a safetensors file ({reason}): download this file again")]
     NotSafetensors { path: PathBuf, reason: String },
 
+    #[error("{path} is empty: the copy is incomplete, download this file again")]
+    Empty { path: PathBuf },
+
     #[error(
         "{path} is a Git LFS pointer, not the file itself: run `git lfs pull` in the model folder"
     )]

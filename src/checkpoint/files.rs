@@ -1,7 +1,7 @@
 //! Reading folders and text files, with errors that name the path.
 
-use std::fs;
-use std::io;
+use std::fs::{self, File};
+use std::io::{self, Read};
 use std::path::Path;
 
 use super::CheckpointError;
@@ -10,6 +10,11 @@ pub(super) fn read_text(path: &Path) -> Result<String, CheckpointError> {
     let text = fs::read_to_string(path).map_err(|source| CheckpointError::io(path, source))?;
     if is_lfs_pointer(text.as_bytes()) {
         return Err(CheckpointError::LfsPointer {
+            path: path.to_owned(),
+        });
+    }
+    if text.is_empty() {
+        return Err(CheckpointError::Empty {
             path: path.to_owned(),
         });
     }
@@ -44,6 +49,20 @@ pub(super) fn is_there(path: &Path) -> Result<bool, CheckpointError> {
 /// <https://github.com/git-lfs/git-lfs/blob/v3.5.1/docs/spec.md>.
 pub(super) fn is_lfs_pointer(content: &[u8]) -> bool {
     content.starts_with(b"version https://git-lfs")
+}
+
+/// Refuses a file that is a pointer of Git LFS.
+pub(super) fn refuse_lfs_pointer(path: &Path) -> Result<(), CheckpointError> {
+    let mut start = [0; 64];
+    let bytes = File::open(path)
+        .and_then(|mut file| file.read(&mut start))
+        .map_err(|source| CheckpointError::io(path, source))?;
+    if is_lfs_pointer(&start[..bytes]) {
+        return Err(CheckpointError::LfsPointer {
+            path: path.to_owned(),
+        });
+    }
+    Ok(())
 }
 
 /// The names in a folder, sorted; the names of folders end in a slash.

@@ -9,7 +9,7 @@ use kiln_models::families::{CheckpointConfigs, CheckpointParts};
 
 use super::CheckpointError;
 use super::diagnosis;
-use super::files::{is_there, read_text};
+use super::files::{is_there, read_text, refuse_lfs_pointer};
 use super::safetensors::SafetensorsWeights;
 
 pub(super) const COMPONENTS: [&str; 5] = [
@@ -47,8 +47,11 @@ pub(super) fn open(folder: &Path) -> Result<CheckpointParts, CheckpointError> {
         }
     }
     for file in TOKENIZER_FILES {
-        // The tokenizer says which of them it needs; here, links to nothing are found.
-        is_there(&folder.join("tokenizer").join(file))?;
+        // The tokenizer says which of them it needs.
+        let path = folder.join("tokenizer").join(file);
+        if is_there(&path)? {
+            refuse_lfs_pointer(&path)?;
+        }
     }
     let weights = |component, stem| -> Result<Arc<dyn TensorSource>, CheckpointError> {
         let folder = folder.join(component);
