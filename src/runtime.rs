@@ -15,7 +15,9 @@ use kiln_models::job::Job;
 use kiln_models::pipeline::{ModelInfo, Pipeline};
 
 use crate::backend::{self, BackendError, LoadSettings, UnknownName};
-use crate::checkpoint::{Checkpoint, CheckpointError, DEMO, PromptGuide, QWEN_IMAGE, Shape};
+use crate::checkpoint::{
+    Checkpoint, CheckpointError, DEMO, PromptGuide, QWEN_IMAGE, Shape, WeightAccess,
+};
 use crate::hub::{self, HubError, HubSettings};
 use crate::request::Limits;
 use crate::tokenizer::{PromptTokenizer, TokenizerError};
@@ -36,6 +38,7 @@ pub struct ModelSettings {
     /// A folder in diffusers layout, a Hugging Face id such as [`QWEN_IMAGE`], or [`DEMO`].
     pub name: String,
     pub load_format: LoadFormat,
+    pub weight_access: WeightAccess,
     /// How a Hugging Face id becomes a folder. Unused for folders, for [`DEMO`] and for
     /// [`LoadFormat::Dummy`].
     pub hub: HubSettings,
@@ -130,6 +133,7 @@ impl ModelSettings {
         Self {
             name: name.into(),
             load_format: LoadFormat::Auto,
+            weight_access: WeightAccess::Mapped,
             hub: HubSettings::from_env(),
         }
     }
@@ -157,7 +161,10 @@ impl Model {
         let checkpoint = match settings.load_format {
             LoadFormat::Dummy => Checkpoint::dummy(dummy_shape(name)?)?,
             LoadFormat::Auto if name == DEMO => Checkpoint::demo()?,
-            LoadFormat::Auto => Checkpoint::open(&hub::resolve(name, &settings.hub)?)?,
+            LoadFormat::Auto => {
+                let folder = hub::resolve(name, &settings.hub)?;
+                Checkpoint::open_with(&folder, settings.weight_access)?
+            }
         };
         let tokenizer = checkpoint.tokenizer().map_err(RuntimeError::Tokenizer)?;
         Ok(Self {

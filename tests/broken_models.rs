@@ -346,6 +346,17 @@ fn unsupported_configurations_are_errors() {
         set("vae/config.json", "base_dim", 0.into()),
         &["vae/config.json", "base_dim"],
     );
+    for file in [
+        "transformer/config.json",
+        "vae/config.json",
+        "scheduler/scheduler_config.json",
+    ] {
+        breaks(
+            "base",
+            set(file, "novel_key", 1.into()),
+            &[file, "novel_key"],
+        );
+    }
     breaks(
         "base",
         |model| fs::write(model.join("transformer/config.json"), "{").unwrap(),

@@ -7,10 +7,10 @@ use kiln_models::TensorSource;
 use kiln_models::config::ConfigText;
 use kiln_models::families::{CheckpointConfigs, CheckpointParts};
 
-use super::CheckpointError;
 use super::diagnosis;
 use super::files::{is_there, read_text, refuse_lfs_pointer};
 use super::safetensors::SafetensorsWeights;
+use super::{CheckpointError, WeightAccess};
 
 pub(super) const COMPONENTS: [&str; 5] = [
     "scheduler",
@@ -32,10 +32,13 @@ const TOKENIZER_FILES: [&str; 5] = [
 const TRANSFORMERS_STEM: &str = "model";
 const DIFFUSERS_STEM: &str = "diffusion_pytorch_model";
 
-/// Reads the configurations of a model folder and maps its weight files.
+/// Reads the configurations of a model folder and opens its weight files.
 ///
-/// Reads the header of each safetensors file, and no weights.
-pub(super) fn open(folder: &Path) -> Result<CheckpointParts, CheckpointError> {
+/// Reads the header of each safetensors file, and the weights if they are to be in memory.
+pub(super) fn open(
+    folder: &Path,
+    access: WeightAccess,
+) -> Result<CheckpointParts, CheckpointError> {
     check_is_model_folder(folder)?;
     for component in COMPONENTS {
         let path = folder.join(component);
@@ -55,7 +58,7 @@ pub(super) fn open(folder: &Path) -> Result<CheckpointParts, CheckpointError> {
     }
     let weights = |component, stem| -> Result<Arc<dyn TensorSource>, CheckpointError> {
         let folder = folder.join(component);
-        Ok(Arc::new(SafetensorsWeights::open(&folder, stem)?))
+        Ok(Arc::new(SafetensorsWeights::open(&folder, stem, access)?))
     };
     Ok(CheckpointParts {
         configs: read_configs(folder)?,

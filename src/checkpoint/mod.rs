@@ -56,6 +56,16 @@ pub struct PromptGuide {
     pub words: &'static [(&'static str, &'static [&'static str])],
 }
 
+/// Where the content of weight files is while a model is in use.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum WeightAccess {
+    /// In the files, which are mapped and must not change.
+    #[default]
+    Mapped,
+    /// In memory: as much as the files are large.
+    InMemory,
+}
+
 /// An open model.
 #[derive(Debug, Clone)]
 pub struct Checkpoint {
@@ -118,9 +128,14 @@ impl Checkpoint {
     /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
     pub fn open(folder: &Path) -> Result<Self, CheckpointError> {
+        Self::open_with(folder, WeightAccess::Mapped)
+    }
+
+    /// As [`Checkpoint::open`], and reads the weights at once if they are to be in memory.
+    pub fn open_with(folder: &Path, access: WeightAccess) -> Result<Self, CheckpointError> {
         Ok(Self {
             place: Place::Folder(folder.to_owned()),
-            parts: layout::open(folder)?,
+            parts: layout::open(folder, access)?,
         })
     }
 

@@ -1,7 +1,8 @@
-//! Safetensors files, memory-mapped or embedded in the binary, as the tensors of one component.
+//! Safetensors files, memory-mapped, in memory or embedded in the binary, as the tensors of one component.
 
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
+use std::fs;
 use std::ops::Range;
 use std::path::Path;
 use std::path::PathBuf;
@@ -15,9 +16,9 @@ use kiln_models::TensorSource;
 use safetensors::Dtype;
 use safetensors::tensor::Metadata;
 
-use super::CheckpointError;
 use super::files::{is_lfs_pointer, is_there, list_folder, read_text};
 use super::mapped::MappedFile;
+use super::{CheckpointError, WeightAccess};
 
 /// Size of the length field that precedes a safetensors header.
 const LENGTH_BYTES: usize = 8;
@@ -35,6 +36,7 @@ pub(super) struct SafetensorsWeights {
     folder: PathBuf,
     tensors: BTreeMap<String, StoredTensor>,
     files: Vec<Arc<MappedFile>>,
+    access: WeightAccess,
 }
 
 /// The index of a sharded component. Its `metadata` is not read.
@@ -56,14 +58,21 @@ struct StoredTensor {
 #[derive(Debug, Clone)]
 enum FileBytes {
     Mapped(Arc<MappedFile>),
-    Embedded(&'static [u8]),
+    InMemory(Bytes),
 }
 
 impl SafetensorsWeights {
     /// Opens `{stem}.safetensors.index.json` and its shards; if there is no index,
     /// `{stem}.safetensors`; if there is neither, every safetensors file in the folder.
-    pub(super) fn open(folder: &Path, stem: &'static str) -> Result<Self, CheckpointError> {
-        let mut weights = Self::new(folder);
+    pub(super) fn open(
+        folder: &Path,
+        stem: &'static str,
+        access: WeightAccess,
+    ) -> Result<Self, CheckpointError> {
+        let mut weights = Self {
+            access,
+            ..Self::new(folder)
+        };
         let index = folder.join(format!("{stem}.safetensors.index.json"));
         let single = folder.join(format!("{stem}.safetensors"));
         if is_there(&index)? {
@@ -100,6 +109,7 @@ impl SafetensorsWeights {
             folder: folder.to_owned(),
             tensors: BTreeMap::new(),
             files: Vec::new(),
+            access: WeightAccess::Mapped,
         }
     }
 
@@ -148,9 +158,14 @@ impl SafetensorsWeights {
         Ok(())
     }
 
-    /// Maps a safetensors file and adds its tensors.
+    /// Maps or reads a safetensors file and adds its tensors.
     fn add_file(&mut self, path: &Path) -> Result<(), CheckpointError> {
         is_there(path)?;
+        if self.access == WeightAccess::InMemory {
+            let bytes = fs::read(path).map_err(|source| CheckpointError::io(path, source))?;
+            let header = read_header(path, &bytes)?;
+            return self.add(path, &FileBytes::InMemory(bytes.into()), header);
+        }
         let file = Arc::new(MappedFile::open(path)?);
         let header = read_header(path, file.bytes());
         file.check()?;
@@ -166,7 +181,11 @@ impl SafetensorsWeights {
         bytes: &'static [u8],
     ) -> Result<(), CheckpointError> {
         let header = read_header(path, bytes)?;
-        self.add(path, &FileBytes::Embedded(bytes), header)
+        self.add(
+            path,
+            &FileBytes::InMemory(Bytes::from_static(bytes)),
+            header,
+        )
     }
 
     fn add(
@@ -228,7 +247,7 @@ impl TensorSource for SafetensorsWeights {
                 file: Arc::clone(file),
                 range: range.clone(),
             }),
-            FileBytes::Embedded(bytes) => Bytes::from_static(&bytes[range.clone()]),
+            FileBytes::InMemory(bytes) => bytes.slice(range.clone()),
         }
     }
 

@@ -130,6 +130,22 @@ fn opens_single_and_sharded_components() {
 }
 
 #[test]
+fn weights_in_memory_do_not_depend_on_their_files() {
+    let folder = model();
+    let checkpoint = Checkpoint::open_with(folder.path(), WeightAccess::InMemory).unwrap();
+    let transformer = &checkpoint.parts().transformer;
+    write(folder.path(), "transformer/two.safetensors", "");
+    assert_eq!(transformer.check_files(), Ok(()));
+    assert_eq!(&transformer.bytes("c")[..], [8, 9, 10, 11, 12, 13, 14, 15]);
+
+    let folder = model();
+    let mapped = Checkpoint::open(folder.path()).unwrap();
+    write(folder.path(), "transformer/two.safetensors", "");
+    let fault = mapped.parts().transformer.check_files().unwrap_err();
+    assert_eq!(fault.file, "transformer/two.safetensors");
+}
+
+#[test]
 fn tensors_of_unsupported_dtypes_do_not_fail_opening() {
     let folder = model();
     let header = r#"{"__metadata__":{"format":"pt"},

@@ -5,6 +5,7 @@ use clap::{Args, ValueEnum};
 use kiln_models::noise::NoiseGenerator;
 
 use crate::backend::{BackendChoice, BackendKind, DTypeChoice, InvalidChoice, LoadSettings};
+use crate::checkpoint::WeightAccess;
 use crate::request::GenerationParams;
 use crate::runtime::{LoadFormat, ModelSettings};
 
@@ -196,6 +197,13 @@ pub(super) struct LoadArgs {
     )]
     dtype: DTypeChoice,
 
+    /// Read the weights into memory instead of mapping their files
+    ///
+    /// The files may then change while kiln runs. Takes as much memory as they are large; on a GPU,
+    /// that of the transformer is otherwise used only while it is loaded.
+    #[arg(long)]
+    no_mmap: bool,
+
     #[command(flatten)]
     vae: VaeArgs,
 }
@@ -209,6 +217,11 @@ impl LoadArgs {
     pub(super) fn model_settings(&self, name: &str) -> ModelSettings {
         ModelSettings {
             load_format: self.load_format,
+            weight_access: if self.no_mmap {
+                WeightAccess::InMemory
+            } else {
+                WeightAccess::Mapped
+            },
             ..ModelSettings::new(name)
         }
     }

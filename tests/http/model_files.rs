@@ -20,10 +20,14 @@ const FILES: [&str; 3] = [
 
 /// A server of a copy of the smallest checkpoint, when it is ready.
 fn serve_copy(change: impl Fn(&Path)) -> (tempfile::TempDir, Server) {
+    serve_copy_with(change, &["--no-warm-up"])
+}
+
+fn serve_copy_with(change: impl Fn(&Path), args: &[&str]) -> (tempfile::TempDir, Server) {
     let folder = tempfile::tempdir().unwrap();
     copy(&model(), folder.path());
     change(folder.path());
-    let server = Server::start_with(Some(folder.path()), &["--no-warm-up"]);
+    let server = Server::start_with(Some(folder.path()), args);
     let started = Instant::now();
     while get(server.address, "/health/ready").status != 200 {
         assert!(started.elapsed() < Duration::from_mins(1), "not ready");
@@ -104,6 +108,16 @@ fn files_that_are_replaced_by_renaming_leave_the_server_as_it_was() {
     assert_eq!(after.body["choices"], before.body["choices"]);
     // A new schedule reads the modulation layers again.
     assert_eq!(post(server.address, &body(32, 3)).status, 200);
+}
+
+#[test]
+fn weights_in_memory_let_files_change() {
+    let (folder, server) = serve_copy_with(|_| (), &["--no-warm-up", "--no-mmap"]);
+    assert_eq!(post(server.address, &body(32, 1)).status, 200);
+    for file in FILES {
+        File::create(folder.path().join(file)).unwrap();
+    }
+    assert_eq!(post(server.address, &body(32, 2)).status, 200);
 }
 
 #[test]
