@@ -37,8 +37,8 @@ impl fmt::Display for Stage {
 /// The first stage of a job that computed NaN or infinity.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "the model produced values that are not numbers (NaN or infinity) in {stage}: its weights are \
-     damaged{}", self.advice()
+    "the model produced values that are not numbers (NaN or infinity) in {stage}: its weights may \
+     be damaged{}", self.advice()
 )]
 pub struct NotFinite {
     pub stage: Stage,
@@ -49,8 +49,8 @@ pub struct NotFinite {
 impl NotFinite {
     fn advice(&self) -> String {
         match self.dtype {
-            "f32" => ", download them again".to_owned(),
-            narrow => format!(", or {narrow} is too narrow for them: try --dtype f32"),
+            "f32" => ": download them again".to_owned(),
+            narrow => format!(", or {narrow} too narrow for them: try --dtype f32"),
         }
     }
 }
@@ -127,9 +127,9 @@ mod tests {
         assert_eq!(
             message("f16"),
             "the model produced values that are not numbers (NaN or infinity) in denoising step 3 \
-             of 20: its weights are damaged, or f16 is too narrow for them: try --dtype f32"
+             of 20: its weights may be damaged, or f16 too narrow for them: try --dtype f32"
         );
-        assert!(message("f32").ends_with("its weights are damaged, download them again"));
+        assert!(message("f32").ends_with("its weights may be damaged: download them again"));
         assert_eq!(Stage::TextEncoding.to_string(), "text encoding");
         assert_eq!(Stage::Decoding.to_string(), "VAE decoding");
     }

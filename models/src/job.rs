@@ -135,7 +135,8 @@ pub struct RgbImage {
 }
 
 impl RgbImage {
-    /// Converts values from 0 to 1; values outside are clamped. Halves are rounded to even, as numpy and so diffusers do.
+    /// Converts values from 0 to 1; values outside are clamped. Halves are rounded to even, as numpy
+    /// and so diffusers do.
     pub fn rounded(height: usize, width: usize, values: &[f32]) -> Self {
         let values = values.iter();
         Self {

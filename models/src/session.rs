@@ -138,6 +138,10 @@ impl<B: FusedOps> ImagePipeline<B> {
                 self.denoiser.drop_caches();
                 PipelineError::Device(format!("{}: {report}", self.info.device()))
             }
+            PipelineError::NotFinite(found) => {
+                self.needs_reset = true;
+                PipelineError::NotFinite(found)
+            }
             other => other,
         })
     }

@@ -131,7 +131,7 @@ fn values_that_are_not_numbers_fail_the_request_with_the_stage_and_the_server_go
         assert_eq!(
             message(&reply),
             "the model produced values that are not numbers (NaN or infinity) in denoising step 1 \
-             of 2: its weights are damaged, download them again"
+             of 2: its weights may be damaged: download them again"
         );
     }
     assert_eq!(get(server.address, "/health/ready").status, 200);
