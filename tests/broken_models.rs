@@ -254,6 +254,37 @@ fn values_that_are_not_numbers_are_errors_that_name_the_stage() {
     }
 }
 
+#[test]
+fn a_dump_has_the_values_that_are_not_numbers_and_there_is_no_image() {
+    let folder = tempfile::tempdir().unwrap();
+    let base = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/checkpoints/base");
+    copy(&base, &folder.path().join("model"));
+    let transformer = folder.path().join("model").join(TRANSFORMER);
+    set_first_value(&transformer, "proj_out.weight", f32::NAN);
+    let stderr = refused(
+        1,
+        Command::new(env!("CARGO_BIN_EXE_kiln"))
+            .args(["generate", "a cat", "--size", "32x32", "--steps", "1"])
+            .args([
+                "--backend",
+                "flex",
+                "--model",
+                "model",
+                "--dump",
+                "run.safetensors",
+            ])
+            .args(["--output", "out.png"])
+            .current_dir(folder.path()),
+    );
+    assert!(stderr.contains("in denoising step 1 of 1"), "{stderr}");
+    assert!(!folder.path().join("out.png").exists());
+    let dump = fs::read(folder.path().join("run.safetensors")).unwrap();
+    let dump = SafeTensors::deserialize(&dump).unwrap();
+    let latents = dump.tensor("latents_step0").unwrap();
+    let mut values = latents.data().as_chunks().0.iter();
+    assert!(values.any(|value| f32::from_le_bytes(*value).is_nan()));
+}
+
 /// The text encoder as three classes of transformers name its tensors.
 #[test]
 fn every_naming_of_the_text_encoder_generates_the_same_image() {
