@@ -16,12 +16,7 @@ const ADAPTER_PARTS: [&str; 8] = [
 ];
 
 /// Folders that models for ComfyUI are distributed in.
-const COMFY_FOLDERS: [&str; 4] = [
-    "split_files/",
-    "diffusion_models/",
-    "text_encoders/",
-    "unet/",
-];
+const COMFY_FOLDERS: [&str; 3] = ["split_files/", "diffusion_models/", "text_encoders/"];
 
 /// Endings of files that hold a whole model, or one network of it.
 const SINGLE_FILES: [&str; 6] = ["safetensors", "gguf", "ckpt", "pt", "pth", "bin"];

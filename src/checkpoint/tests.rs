@@ -297,9 +297,11 @@ fn errors_say_why_a_path_is_not_a_model_folder() {
     for i in 1..=14 {
         write(path, &format!("part{i:02}/x"), "");
     }
-    write(path, "other.gguf", "");
+    fs::remove_file(path.join("qwen-image-Q4_K_M.gguf")).unwrap();
+    write(path, "other.txt", "");
+    write(path, "readme.md", "");
     let error = open_error(path, path);
-    let found = "found other.gguf, part01/, part02/, part03/, part04/, part05/, part06/, part07/, \
+    let found = "found other.txt, part01/, part02/, part03/, part04/, part05/, part06/, part07/, \
                  part08/, part09/, part10/, part11/ and 4 more. Give";
     assert!(error.contains(found), "{error}");
 }
