@@ -162,7 +162,7 @@ fn values_out_of_bounds_are_usage_errors() {
             &["--steps", "0"],
             "num_inference_steps must be from 1 to 1000, got 0",
         ),
-        (&["--cfg", "-1"], "true_cfg_scale must be a finite number"),
+        (&["--cfg", "-1"], "true_cfg_scale must be from 0 to 20"),
         (
             &["--width", "100000", "--height", "100000"],
             "at most 33177600 pixels",

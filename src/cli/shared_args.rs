@@ -199,8 +199,8 @@ pub(super) struct LoadArgs {
 
     /// Read the weights into memory instead of mapping their files
     ///
-    /// The files may then change while kiln runs. Takes as much memory as they are large; on a GPU,
-    /// that of the transformer is otherwise used only while it is loaded.
+    /// The files may then change while kiln runs. Takes as much memory as the files are large, for as
+    /// long as kiln runs.
     #[arg(long)]
     no_mmap: bool,
 
