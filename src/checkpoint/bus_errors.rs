@@ -24,7 +24,7 @@ struct Range {
     bytes: usize,
     is_mapped: AtomicBool,
     is_broken: AtomicBool,
-    next: OnceLock<Box<Range>>,
+    next: OnceLock<Box<Self>>,
 }
 
 /// The first of all ranges; it is empty.

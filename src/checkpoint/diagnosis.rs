@@ -7,15 +7,15 @@ use super::layout::COMPONENTS;
 use super::safetensors::tensor_names;
 use super::{CheckpointError, QWEN_IMAGE};
 
-/// The description of a LoRA in the layout of peft.
+/// The file that describes an adapter in the layout of peft.
 const ADAPTER: &str = "adapter_config.json";
 
-/// Parts of tensor names that only adapters have: of peft, diffusers, kohya-ss and LyCORIS.
+/// Parts of tensor names that only adapters have: of peft, diffusers, kohya-ss and lycoris.
 const ADAPTER_PARTS: [&str; 8] = [
     "lora_", ".lora.", "lokr_", "loha_", "hada_", "oft_", "dora_", ".diff_b",
 ];
 
-/// Folders that models for ComfyUI are distributed in.
+/// Folders that models for `ComfyUI` are distributed in.
 const COMFY_FOLDERS: [&str; 3] = ["split_files/", "diffusion_models/", "text_encoders/"];
 
 /// Endings of files that hold a whole model, or one network of it.
@@ -46,7 +46,7 @@ pub(super) fn of_file(path: &Path) -> CheckpointError {
     }
 }
 
-/// Why a folder without model_index.json is no model.
+/// Why a folder without `model_index.json` is no model.
 pub(super) fn of_folder(folder: &Path) -> CheckpointError {
     let found = match list_folder(folder) {
         Ok(found) => found,
@@ -142,7 +142,7 @@ fn component(folder: &Path) -> String {
     }
 }
 
-/// The error of a file that is a LoRA.
+/// The error of a file that is an adapter.
 fn lora(path: &Path) -> Option<CheckpointError> {
     let names = has_extension(&path.to_string_lossy(), "safetensors")
         .then(|| tensor_names(path))?

@@ -299,7 +299,7 @@ fn missing_shard(name: &str, found: &[&String]) -> Option<String> {
     // Not as many as a name may claim: one of the first is missing.
     (1..=shards.min(found.len() + 1))
         .map(|number| format!("{stem}-{number:0digits$}-of-{count}.safetensors"))
-        .find(|shard| !found.iter().any(|name| *name == shard))
+        .find(|shard| !found.contains(&shard))
 }
 
 /// Reads and checks a header. Returns the offset of the data in the file and the parsed header.
