@@ -122,7 +122,7 @@ fn install() -> io::Result<()> {
 
 /// The handler. It may use neither locks nor the heap.
 #[expect(unsafe_code, reason = "signal handlers have no safe interface")]
-extern "C" fn handle(_signal: c_int, info: *mut libc::siginfo_t, _context: *mut c_void) {
+extern "C" fn handle(signal: c_int, info: *mut libc::siginfo_t, _context: *mut c_void) {
     // SAFETY: the system gives a valid `info` to a handler with `SA_SIGINFO`.
     let address = unsafe { (*info).si_addr() } as usize;
     let page_bytes = PAGE_BYTES.load(Ordering::Acquire);
@@ -145,7 +145,8 @@ extern "C" fn handle(_signal: c_int, info: *mut libc::siginfo_t, _context: *mut 
             return;
         }
     }
-    // The instruction runs again after the return, and the previous action gets its signal.
+    // An instruction that faulted runs again after the return, and the previous action gets its
+    // signal.
     let previous = PREVIOUS.get();
     let previous = previous.map_or(ptr::null(), |Action(action)| &raw const *action);
     if previous.is_null() {
@@ -154,4 +155,11 @@ extern "C" fn handle(_signal: c_int, info: *mut libc::siginfo_t, _context: *mut 
     }
     // SAFETY: `previous` was returned by the system.
     unsafe { libc::sigaction(libc::SIGBUS, previous, ptr::null_mut()) };
+    // SAFETY: as for `si_addr`; and signal handlers may raise signals.
+    unsafe {
+        // A signal that a process sent has no instruction.
+        if (*info).si_code <= 0 {
+            libc::raise(signal);
+        }
+    }
 }

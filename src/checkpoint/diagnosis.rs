@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use super::files::{list_folder, read_text, refuse_lfs_pointer};
+use super::files::{is_there, list_folder, read_text, refuse_lfs_pointer};
 use super::layout::COMPONENTS;
 use super::safetensors::tensor_names;
 use super::{CheckpointError, QWEN_IMAGE};
@@ -78,6 +78,10 @@ pub(super) fn of_folder(folder: &Path) -> CheckpointError {
     let single_files: Vec<String> = (found.iter().filter(|name| is_single_file(name)))
         .cloned()
         .collect();
+    let paths = single_files.iter().map(|name| folder.join(name));
+    if let Some(error) = paths.map(|path| is_there(&path)).find_map(Result::err) {
+        return error;
+    }
     if let Some(lora) = single_files
         .iter()
         .find_map(|name| lora(&folder.join(name)))
@@ -128,13 +132,18 @@ fn parent_of(path: &Path) -> PathBuf {
     match named {
         Some(parent) if parent.as_os_str().is_empty() => PathBuf::from("."),
         Some(parent) => parent.to_owned(),
-        None => path.join(".."),
+        None => {
+            let real = path.canonicalize();
+            let parent = real.ok().and_then(|real| Some(real.parent()?.to_owned()));
+            parent.unwrap_or_else(|| path.join(".."))
+        }
     }
 }
 
 /// What a folder inside of a model's folder is.
 fn component(folder: &Path) -> String {
-    let name = folder.file_name().unwrap_or_default();
+    let real = folder.canonicalize().unwrap_or_default();
+    let name = folder.file_name().or(real.file_name()).unwrap_or_default();
     if COMPONENTS.iter().any(|component| name == *component) {
         format!("the {}", name.display())
     } else {

@@ -545,6 +545,13 @@ fn links_to_nothing_are_named_with_their_target() {
             )
         );
     }
+    // A file in a folder that is no model.
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("some.safetensors");
+    std::os::unix::fs::symlink("../blobs/1f2e", path).unwrap();
+    let error = open_error(folder.path(), folder.path());
+    let expected = "DIR/some.safetensors is a link to ../blobs/1f2e, which is not there";
+    assert!(error.starts_with(expected), "{error}");
     // The folder itself.
     let folder = tempfile::tempdir().unwrap();
     let link = folder.path().join("model");
