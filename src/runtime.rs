@@ -19,7 +19,9 @@ use kiln_models::job::Job;
 use kiln_models::pipeline::{ModelInfo, Pipeline};
 
 use crate::backend::{self, BackendError, LoadSettings, UnknownName};
-use crate::checkpoint::{Checkpoint, CheckpointError, DEMO, PromptGuide, QWEN_IMAGE, Shape};
+use crate::checkpoint::{
+    Checkpoint, CheckpointError, DEMO, PromptGuide, QWEN_IMAGE, Shape, WeightAccess,
+};
 use crate::hub::{self, HubError, HubSettings};
 use crate::request::Limits;
 use crate::tokenizer::{PromptTokenizer, TokenizerError};
@@ -44,6 +46,7 @@ pub struct ModelSettings {
     /// A folder in diffusers layout, a Hugging Face id such as [`QWEN_IMAGE`], or [`DEMO`].
     pub name: String,
     pub load_format: LoadFormat,
+    pub weight_access: WeightAccess,
     /// How a Hugging Face id becomes a folder. Unused for folders, for [`DEMO`] and for
     /// [`LoadFormat::Dummy`].
     pub hub: HubSettings,
@@ -138,6 +141,7 @@ impl ModelSettings {
         Self {
             name: name.into(),
             load_format: LoadFormat::Auto,
+            weight_access: WeightAccess::Mapped,
             hub: HubSettings::from_env(),
         }
     }
@@ -176,7 +180,8 @@ impl Model {
             LoadFormat::Auto if name == DEMO => Checkpoint::demo()?,
             LoadFormat::Auto => {
                 let report = |transfer| start.download(transfer);
-                Checkpoint::open(&hub::resolve(name, &settings.hub, &report)?)?
+                let folder = hub::resolve(name, &settings.hub, &report)?;
+                Checkpoint::open_with(&folder, settings.weight_access)?
             }
         };
         let tokenizer = checkpoint.tokenizer().map_err(RuntimeError::Tokenizer)?;

@@ -59,7 +59,7 @@ fn refused(code: i32, command: &mut Command) -> String {
     stderr
 }
 
-fn copy(from: &Path, to: &Path) {
+pub(crate) fn copy(from: &Path, to: &Path) {
     fs::create_dir_all(to).unwrap();
     for entry in fs::read_dir(from).unwrap() {
         let (from, to) = (
@@ -101,6 +101,17 @@ fn edit_tensors(path: &Path, edit: impl Fn(&mut Vec<(String, TensorView<'_>)>)) 
         .collect();
     edit(&mut tensors);
     fs::write(path, safetensors::serialize(tensors, None).unwrap()).unwrap();
+}
+
+/// Replaces the first value of an f32 tensor in a safetensors file.
+pub(crate) fn set_first_value(path: &Path, tensor: &str, value: f32) {
+    let mut bytes = fs::read(path).unwrap();
+    let file = SafeTensors::deserialize(&bytes).unwrap();
+    let view = file.tensor(tensor).unwrap();
+    assert_eq!(view.dtype(), safetensors::Dtype::F32);
+    let at = view.data().as_ptr() as usize - bytes.as_ptr() as usize;
+    bytes[at..at + 4].copy_from_slice(&value.to_le_bytes());
+    fs::write(path, bytes).unwrap();
 }
 
 const TRANSFORMER: &str = "transformer/diffusion_pytorch_model.safetensors";
@@ -215,6 +226,108 @@ fn missing_misshapen_and_unknown_tensors_are_errors() {
 }
 
 #[test]
+fn values_that_are_not_numbers_are_errors_that_name_the_stage() {
+    for value in [f32::NAN, f32::INFINITY] {
+        for (file, tensor, stage) in [
+            (TRANSFORMER, "proj_out.weight", "in denoising step 1 of 1:"),
+            (
+                "text_encoder/model.safetensors",
+                "model.language_model.norm.weight",
+                "in text encoding:",
+            ),
+            (
+                "vae/diffusion_pytorch_model.safetensors",
+                "decoder.conv_out.bias",
+                "in VAE decoding:",
+            ),
+        ] {
+            breaks(
+                "base",
+                |model| set_first_value(&model.join(file), tensor, value),
+                &[
+                    "values that are not numbers",
+                    stage,
+                    "weights may be damaged",
+                ],
+            );
+        }
+    }
+}
+
+#[test]
+fn a_dump_has_the_values_that_are_not_numbers_and_there_is_no_image() {
+    let folder = tempfile::tempdir().unwrap();
+    let base = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/checkpoints/base");
+    copy(&base, &folder.path().join("model"));
+    let transformer = folder.path().join("model").join(TRANSFORMER);
+    set_first_value(&transformer, "proj_out.weight", f32::NAN);
+    let stderr = refused(
+        1,
+        Command::new(env!("CARGO_BIN_EXE_kiln"))
+            .args(["generate", "a cat", "--size", "32x32", "--steps", "1"])
+            .args([
+                "--backend",
+                "flex",
+                "--model",
+                "model",
+                "--dump",
+                "run.safetensors",
+            ])
+            .args(["--output", "out.png"])
+            .current_dir(folder.path()),
+    );
+    assert!(stderr.contains("in denoising step 1 of 1"), "{stderr}");
+    assert!(!folder.path().join("out.png").exists());
+    let dump = fs::read(folder.path().join("run.safetensors")).unwrap();
+    let dump = SafeTensors::deserialize(&dump).unwrap();
+    let latents = dump.tensor("latents_step0").unwrap();
+    let mut values = latents.data().as_chunks().0.iter();
+    assert!(values.any(|value| f32::from_le_bytes(*value).is_nan()));
+}
+
+/// The text encoder as three classes of transformers name its tensors.
+#[test]
+fn every_naming_of_the_text_encoder_generates_the_same_image() {
+    let base = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/checkpoints/base");
+    let generate = |class: &str, renamed: &dyn Fn(&str) -> String| {
+        let folder = tempfile::tempdir().unwrap();
+        let model = folder.path().join("model");
+        copy(&base, &model);
+        let encoder = model.join("text_encoder");
+        edit_tensors(&encoder.join("model.safetensors"), |all| {
+            for (name, _) in all {
+                *name = renamed(name);
+            }
+        });
+        edit_json(&encoder.join("config.json"), |config| {
+            config["architectures"] = serde_json::json!([class]);
+        });
+        let output = Command::new(env!("CARGO_BIN_EXE_kiln"))
+            .args(["generate", "a cat", "--size", "32x32", "--steps", "1"])
+            .args(["--seed", "1", "--no-metadata", "--output", "out.png"])
+            .args(["--backend", "flex", "--model", "model"])
+            .current_dir(folder.path())
+            .output()
+            .unwrap();
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{class}: {stderr}");
+        fs::read(folder.path().join("out.png")).unwrap()
+    };
+    let as_it_is = generate("Qwen2_5_VLForConditionalGeneration", &str::to_owned);
+    for (class, prefix) in [
+        ("Qwen2_5_VLForConditionalGeneration", "model."),
+        ("Qwen2_5_VLModel", "language_model."),
+        ("Qwen2_5_VLTextModel", ""),
+    ] {
+        let renamed = |name: &str| match name.strip_prefix("model.language_model.") {
+            Some(rest) => format!("{prefix}{rest}"),
+            None => name.replace("model.visual.", "visual."),
+        };
+        assert!(generate(class, &renamed) == as_it_is, "{class}");
+    }
+}
+
+#[test]
 fn unsupported_configurations_are_errors() {
     let set = |file: &'static str, key: &'static str, value: Value| {
         move |model: &Path| edit_json(&model.join(file), |config| config[key] = value.clone())
@@ -268,6 +381,17 @@ fn unsupported_configurations_are_errors() {
         set("vae/config.json", "base_dim", 0.into()),
         &["vae/config.json", "base_dim"],
     );
+    for file in [
+        "transformer/config.json",
+        "vae/config.json",
+        "scheduler/scheduler_config.json",
+    ] {
+        breaks(
+            "base",
+            set(file, "novel_key", 1.into()),
+            &[file, "novel_key"],
+        );
+    }
     breaks(
         "base",
         |model| fs::write(model.join("transformer/config.json"), "{").unwrap(),

@@ -195,7 +195,7 @@ fn values_out_of_bounds_are_usage_errors() {
             &["--steps", "0"],
             "num_inference_steps must be from 1 to 1000, got 0",
         ),
-        (&["--cfg", "-1"], "true_cfg_scale must be a finite number"),
+        (&["--cfg", "-1"], "true_cfg_scale must be from 0 to 20"),
         (
             &["--width", "100000", "--height", "100000"],
             "at most 33177600 pixels",
@@ -210,7 +210,7 @@ fn values_out_of_bounds_are_usage_errors() {
         ),
         (
             &["--true-cfg-scale", "-1"],
-            "true_cfg_scale must be a finite number of at least 0",
+            "true_cfg_scale must be from 0 to 20",
         ),
         (&["--true-cfg-scale", "nan"], "true_cfg_scale must be"),
         (&["--true-cfg-scale", "inf"], "true_cfg_scale must be"),

@@ -6,6 +6,7 @@ mod bad_requests;
 mod client;
 mod images;
 mod information;
+mod model_files;
 mod operation;
 mod page;
 mod pipeline;

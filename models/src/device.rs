@@ -3,6 +3,7 @@
 use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 
+use cubecl_common::stream_id::StreamId;
 use kiln_ops::faults::Checkpoint;
 use kiln_ops::{FaultWatch, FusedOps};
 
@@ -29,11 +30,19 @@ pub(crate) fn reliably<B: FusedOps, T>(
     loop {
         let before = idle::<B>(device)?;
         let watch = FaultWatch::start();
-        let (value, after) = caught(&watch, || Ok((work(run)?, checkpoint::<B>(device)?)))?;
+        let attempt = || {
+            let value = match work(run) {
+                // It may follow from a failure that the checkpoint reports.
+                value @ (Ok(_) | Err(PipelineError::NotFinite(_))) => value,
+                Err(error) => return Err(error),
+            };
+            Ok((value, checkpoint::<B>(device)?))
+        };
+        let (value, after) = caught(&watch, attempt)?;
         run += 1;
         // burn measures without end if a settings file asks for the time of each kernel.
         if !after.measured_since(before) || run == MAX_RUNS {
-            return fault(&watch).map_or(Ok(value), Err);
+            return fault(&watch).map_or(value, Err);
         }
     }
 }
@@ -78,6 +87,41 @@ pub(crate) fn fault(watch: &FaultWatch) -> Option<PipelineError> {
     watch
         .fault()
         .map(|report| PipelineError::Device(summary(report)))
+}
+
+/// Returns the backend's memory to the device when a pipeline is dropped: GPU backends keep the
+/// memory of dropped tensors for later ones, and another backend could not have it.
+#[derive(Debug)]
+pub(crate) struct DeviceMemory<B: FusedOps> {
+    device: B::Device,
+    /// Memory is kept by stream.
+    stream: StreamId,
+}
+
+impl<B: FusedOps> DeviceMemory<B> {
+    /// The memory that the current stream keeps.
+    pub(crate) fn new(device: &B::Device) -> Self {
+        Self {
+            device: device.clone(),
+            stream: StreamId::current(),
+        }
+    }
+}
+
+impl<B: FusedOps> Drop for DeviceMemory<B> {
+    fn drop(&mut self) {
+        let watch = FaultWatch::start();
+        let clean_up = || {
+            // Until then the device may use it.
+            B::sync(&self.device).ok();
+            B::memory_cleanup(&self.device);
+            // The clean-up is queued as well.
+            B::sync(&self.device).ok();
+            Ok(())
+        };
+        // burn panics if a device is lost, and no caller can act on it here.
+        self.stream.executes(|| caught(&watch, clean_up).ok());
+    }
 }
 
 /// The message of a caught panic.

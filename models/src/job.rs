@@ -7,6 +7,7 @@ use std::fmt;
 
 use serde::Serialize;
 
+use crate::finite::NotFinite;
 use crate::noise::NoiseGenerator;
 
 /// Identifies a job within one pipeline. The caller chooses it and does not reuse the id of a job
@@ -134,7 +135,8 @@ pub struct RgbImage {
 }
 
 impl RgbImage {
-    /// Converts values from 0 to 1. Halves are rounded to even, as numpy and so diffusers do.
+    /// Converts values from 0 to 1; values outside are clamped. Halves are rounded to even, as numpy
+    /// and so diffusers do.
     pub fn rounded(height: usize, width: usize, values: &[f32]) -> Self {
         let values = values.iter();
         Self {
@@ -161,6 +163,9 @@ pub struct Output {
     pub images: Vec<RgbImage>,
     /// Empty unless [`Job::record`] was set.
     pub trace: Vec<TraceTensor>,
+    /// The first stage whose values were not finite: the images are not usable. Only a job with
+    /// [`Job::record`] ends with an output then, others fail.
+    pub not_finite: Option<NotFinite>,
 }
 
 /// One stage of a recorded run, in f32.

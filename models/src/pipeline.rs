@@ -5,8 +5,10 @@
 
 pub use kiln_ops::MemoryUse;
 
+use crate::finite::NotFinite;
 use crate::flops::CostModel;
 use crate::job::{Job, JobId, Output, RgbImage, Size};
+use crate::source::FileFault;
 
 /// Largest height or width of a preview, in pixels.
 pub const MAX_PREVIEW_SIDE: usize = 256;
@@ -107,6 +109,12 @@ pub enum PipelineError {
     Unfinished(JobId),
     #[error("job {0} has made no step that could be shown")]
     NothingToShow(JobId),
+    /// A stage of the job gave NaN or infinity.
+    #[error(transparent)]
+    NotFinite(#[from] NotFinite),
+    /// A file of weights changed or failed. No later job can be right.
+    #[error(transparent)]
+    File(#[from] FileFault),
     #[error("the device failed: {0}")]
     Device(String),
 }
@@ -135,7 +143,8 @@ pub trait Pipeline: Send {
     ///
     /// # Errors
     ///
-    /// If the job is invalid or the device fails; the pipeline then has no such job.
+    /// If the job is invalid, the device or a file of weights fails, or an embedding is not finite;
+    /// the pipeline then has no such job.
     fn start(&mut self, id: JobId, job: Job) -> Result<(), PipelineError>;
 
     /// Advances every given job by one denoising step, in one forward pass of the transformer.
@@ -143,8 +152,8 @@ pub trait Pipeline: Send {
     ///
     /// # Errors
     ///
-    /// If an id is unknown or the device fails. No job has advanced then, so that the caller can
-    /// step each job alone.
+    /// If an id is unknown, the device or a file of weights fails, or a job's latents are not
+    /// finite. No job has advanced then, so that the caller can step each job alone.
     fn step(&mut self, ids: &[JobId]) -> Result<Vec<StepOutcome>, PipelineError>;
 
     /// Predicts the first image of a job from its last step: an image of at most
@@ -152,14 +161,16 @@ pub trait Pipeline: Send {
     ///
     /// # Errors
     ///
-    /// If the id is unknown, the job has made no step, or the device fails.
+    /// If the id is unknown, the job has made no step, the device or a file of weights fails, or
+    /// the pixels are not finite.
     fn preview(&mut self, id: JobId) -> Result<RgbImage, PipelineError>;
 
     /// Decodes the images of a job that has no steps left, and removes the job.
     ///
     /// # Errors
     ///
-    /// If the id is unknown, the job has steps left, or the device fails.
+    /// If the id is unknown, the job has steps left, the device or a file of weights fails, or the
+    /// pixels are not finite.
     fn finish(&mut self, id: JobId) -> Result<Output, PipelineError>;
 
     /// Removes a job, whatever its state.

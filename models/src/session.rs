@@ -8,21 +8,22 @@ use std::sync::Arc;
 
 use burn::tensor::module::adaptive_avg_pool2d;
 use burn::tensor::{DType, Tensor};
-use cubecl_common::stream_id::StreamId;
 use kiln_ops::{FaultWatch, FusedOps};
 
 use crate::cache::Cache;
 use crate::denoiser::{Branch, Denoiser};
-use crate::device::{caught, idle, reliably, summary};
+use crate::device::{DeviceMemory, caught, idle, reliably};
 use crate::families::qwen_image::QwenImage;
+use crate::finite::{Stage, check, read, traced};
 use crate::flops::CostModel;
-use crate::guidance::true_cfg;
-use crate::job::{Job, JobId, Output, RgbImage, TraceTensor};
+use crate::job::{Job, JobId, Output, RgbImage};
 use crate::pipeline::{
     CacheUses, MAX_PREVIEW_SIDE, MemoryUse, ModelInfo, Pipeline, PipelineError, StepOutcome,
 };
-use crate::sampling::{Schedule, euler_step};
-use crate::transformer::{ModulationTable, Segment, Transformer};
+use crate::sampling::Schedule;
+use crate::source::WeightFiles;
+use crate::state::{Advance, Half, JobState};
+use crate::transformer::{ModulationTable, Transformer};
 use crate::vae::VaeSettings;
 use crate::weights::Precision;
 
@@ -54,6 +55,7 @@ pub(crate) struct ImagePipeline<B: FusedOps> {
     denoiser: Denoiser<B>,
     settings: SessionSettings<B>,
     info: ModelInfo,
+    files: WeightFiles,
     jobs: HashMap<JobId, JobState<B>>,
     /// Embeddings by token ids.
     embeddings: Cache<Vec<u32>, Tensor<B, 2>>,
@@ -65,111 +67,12 @@ pub(crate) struct ImagePipeline<B: FusedOps> {
     _memory: DeviceMemory<B>,
 }
 
-/// Returns the backend's memory to the device when a pipeline is dropped: GPU backends keep the
-/// memory of dropped tensors for later ones, and another backend could not have it.
-#[derive(Debug)]
-struct DeviceMemory<B: FusedOps> {
-    device: B::Device,
-    /// Memory is kept by stream.
-    stream: StreamId,
-}
-
-impl<B: FusedOps> Drop for DeviceMemory<B> {
-    fn drop(&mut self) {
-        let watch = FaultWatch::start();
-        let clean_up = || {
-            // Until then the device may use it.
-            B::sync(&self.device).ok();
-            B::memory_cleanup(&self.device);
-            // The clean-up is queued as well.
-            B::sync(&self.device).ok();
-            Ok(())
-        };
-        // burn panics if a device is lost, and no caller can act on it here.
-        self.stream.executes(|| caught(&watch, clean_up).ok());
-    }
-}
-
-/// A job between start and finish.
-#[derive(Debug)]
-struct JobState<B: FusedOps> {
-    job: Job,
-    schedule: Schedule,
-    modulation: Arc<ModulationTable<B>>,
-    steps_done: usize,
-    /// `[images · tokens, channels]`, f32.
-    latents: Tensor<B, 2>,
-    /// What the last step predicted, in the shape of `latents`; `None` before the first step.
-    velocity: Option<Tensor<B, 2>>,
-    /// The conditional half, and with guidance the unconditional one.
-    halves: Vec<Half<B>>,
-    trace: Vec<TraceTensor>,
-}
-
-/// The text of one half, for every image of the job.
-#[derive(Debug)]
-struct Half<B: FusedOps> {
-    /// `[images · text tokens, dim]`.
-    text: Tensor<B, 2>,
-    /// One sequence for each image, with row 0.
-    segments: Vec<Segment>,
-}
-
-/// What a step computed for one job, not yet stored.
-#[derive(Debug)]
-struct Advance<B: FusedOps> {
-    id: JobId,
-    latents: Tensor<B, 2>,
-    velocity: Tensor<B, 2>,
-    trace: Option<TraceTensor>,
-}
-
-impl<B: FusedOps> JobState<B> {
-    fn steps_left(&self) -> usize {
-        self.schedule.steps() - self.steps_done
-    }
-
-    /// Applies guidance and the Euler step to the velocities of the job's halves.
-    fn advance(&self, id: JobId, halves: Vec<Tensor<B, 2>>) -> Result<Advance<B>, PipelineError> {
-        let mut halves = halves.into_iter();
-        let positive = halves.next();
-        let positive = positive.expect("every job has a conditional half");
-        let velocity = match (&self.job.guidance, halves.next()) {
-            (Some(guidance), Some(negative)) => true_cfg(positive, negative, guidance.scale),
-            _ => positive,
-        };
-        let step = self.steps_done;
-        let latents = euler_step(&self.schedule, step, self.latents.clone(), velocity.clone());
-        let trace = if self.job.record {
-            let [rows, channels] = latents.dims();
-            let images = self.job.num_images;
-            let shape = vec![images, rows / images, channels];
-            let name = format!("latents_step{step}");
-            Some(record(&name, shape, latents.clone())?)
-        } else {
-            None
-        };
-        Ok(Advance {
-            id,
-            latents,
-            velocity,
-            trace,
-        })
-    }
-
-    fn commit(&mut self, advance: Advance<B>) {
-        self.latents = advance.latents;
-        self.velocity = Some(advance.velocity);
-        self.steps_done += 1;
-        self.trace.extend(advance.trace);
-    }
-}
-
 impl<B: FusedOps> ImagePipeline<B> {
     pub(crate) fn new(
         family: QwenImage<B>,
         transformer: Transformer<B>,
         settings: SessionSettings<B>,
+        files: WeightFiles,
     ) -> Self {
         let info = ModelInfo {
             sizes: family.sizes,
@@ -183,15 +86,13 @@ impl<B: FusedOps> ImagePipeline<B> {
                 _ => "f32",
             },
         };
-        let memory = DeviceMemory {
-            device: settings.device.clone(),
-            stream: StreamId::current(),
-        };
+        let memory = DeviceMemory::new(&settings.device);
         Self {
             family,
             denoiser: Denoiser::new(transformer, settings.precision.activations),
             settings,
             info,
+            files,
             jobs: HashMap::new(),
             embeddings: Cache::new(KEPT_EMBEDDING_BYTES),
             tables: Cache::new(KEPT_TABLE_BYTES),
@@ -237,6 +138,10 @@ impl<B: FusedOps> ImagePipeline<B> {
                 self.denoiser.drop_caches();
                 PipelineError::Device(format!("{}: {report}", self.info.device()))
             }
+            PipelineError::NotFinite(found) => {
+                self.needs_reset = true;
+                PipelineError::NotFinite(found)
+            }
             other => other,
         })
     }
@@ -257,19 +162,23 @@ impl<B: FusedOps> ImagePipeline<B> {
         let (latents, noise) = self.family.noise(job, &self.settings);
 
         let mut trace = Vec::new();
-        if job.record {
-            for (name, embeds) in ["prompt_embeds", "negative_prompt_embeds"]
-                .iter()
-                .zip(&embeddings)
-            {
-                let [tokens, dim] = embeds.dims();
-                trace.push(record(name, vec![1, tokens, dim], embeds.clone())?);
+        let mut not_finite = None;
+        let names = ["prompt_embeds", "negative_prompt_embeds"];
+        for (name, embeds) in names.iter().zip(&embeddings) {
+            let [tokens, dim] = embeds.dims();
+            let values = read(embeds.clone())?;
+            let found = check(&values, Stage::TextEncoding, self.info.dtype, job)?;
+            not_finite = not_finite.or(found);
+            if job.record {
+                trace.push(traced(name, vec![1, tokens, dim], values));
             }
-            trace.push(TraceTensor {
-                name: "initial_noise".to_owned(),
-                shape: self.family.latent_shape(job),
-                values: noise,
-            });
+        }
+        if job.record {
+            trace.push(traced(
+                "initial_noise",
+                self.family.latent_shape(job),
+                noise,
+            ));
         }
 
         let half = |embeds: Tensor<B, 2>| Half {
@@ -285,6 +194,7 @@ impl<B: FusedOps> ImagePipeline<B> {
             velocity: None,
             halves: embeddings.into_iter().map(half).collect(),
             trace,
+            not_finite,
         })
     }
 
@@ -320,7 +230,7 @@ impl<B: FusedOps> ImagePipeline<B> {
         jobs.iter()
             .map(|(id, state)| {
                 let halves = velocities.by_ref().take(state.halves.len());
-                state.advance(*id, halves.collect())
+                state.advance(*id, halves.collect(), self.info.dtype)
             })
             .collect()
     }
@@ -344,7 +254,9 @@ impl<B: FusedOps> ImagePipeline<B> {
         let latents = adaptive_avg_pool2d(self.family.unpack(size, clean), reduced);
         let pixels = self.family.decode(latents, VaeSettings::default());
         let [_, height, width, _] = pixels.dims();
-        Ok(RgbImage::rounded(height, width, &read(pixels)?))
+        let values = read(pixels)?;
+        check(&values, Stage::Decoding, self.info.dtype, &state.job)?;
+        Ok(RgbImage::rounded(height, width, &values))
     }
 
     fn state(&self, id: JobId) -> Result<&JobState<B>, PipelineError> {
@@ -366,13 +278,17 @@ where
 
     fn start(&mut self, id: JobId, job: Job) -> Result<(), PipelineError> {
         self.family.check(&job)?;
+        self.files.check()?;
         // Set until the job is prepared, because preparing may end in a panic.
         let needed_reset = std::mem::replace(&mut self.needs_reset, true);
         let state = self.reliably(|pipeline, run| {
             if needed_reset || run > 0 {
                 pipeline.drop_caches();
             }
-            pipeline.prepare(&job)
+            let prepared = pipeline.prepare(&job);
+            // A file that is cut short reads as zeros: that comes before what followed from it.
+            pipeline.files.check()?;
+            prepared
         })?;
         self.needs_reset = false;
         self.jobs.insert(id, state);
@@ -380,7 +296,9 @@ where
     }
 
     fn step(&mut self, ids: &[JobId]) -> Result<Vec<StepOutcome>, PipelineError> {
-        for advance in self.reliably(|pipeline, _| pipeline.predict(ids))? {
+        let advances = self.reliably(|pipeline, _| pipeline.predict(ids));
+        self.files.check_in_place()?;
+        for advance in advances? {
             if let Some(state) = self.jobs.get_mut(&advance.id) {
                 state.commit(advance);
             }
@@ -396,7 +314,9 @@ where
     }
 
     fn preview(&mut self, id: JobId) -> Result<RgbImage, PipelineError> {
-        self.reliably(|pipeline, _| pipeline.decode_preview(id))
+        let preview = self.reliably(|pipeline, _| pipeline.decode_preview(id));
+        self.files.check_in_place()?;
+        preview
     }
 
     fn finish(&mut self, id: JobId) -> Result<Output, PipelineError> {
@@ -408,25 +328,33 @@ where
             job,
             latents,
             mut trace,
+            not_finite,
             ..
         } = state.ok_or(PipelineError::UnknownJob(id))?;
-        let (shape, values) = self.reliably(|pipeline, _| {
+        let decoded = self.reliably(|pipeline, _| {
             let latents = pipeline.family.unpack(job.size, latents.clone());
             let pixels = pipeline.family.decode(latents, pipeline.settings.vae);
             Ok((pixels.dims(), read(pixels)?))
-        })?;
+        });
+        self.files.check_in_place()?;
+        let (shape, mut values) = decoded?;
+        let found = check(&values, Stage::Decoding, self.info.dtype, &job)?;
+        // Infinity stays, so that a comparison of recorded values counts it.
+        for value in values.iter_mut().filter(|value| value.is_finite()) {
+            *value = value.clamp(0.0, 1.0);
+        }
         let images = values
             .chunks_exact(job.size.pixels() * 3)
             .map(|image| RgbImage::rounded(job.size.height, job.size.width, image))
             .collect();
         if job.record {
-            trace.push(TraceTensor {
-                name: "image_float".to_owned(),
-                shape: shape.to_vec(),
-                values,
-            });
+            trace.push(traced("image_float", shape.to_vec(), values));
         }
-        Ok(Output { images, trace })
+        Ok(Output {
+            images,
+            trace,
+            not_finite: not_finite.or(found),
+        })
     }
 
     fn discard(&mut self, id: JobId) {
@@ -457,27 +385,6 @@ where
             positions: self.denoiser.position_cache(),
         }
     }
-}
-
-fn record<B: FusedOps, const D: usize>(
-    name: &str,
-    shape: Vec<usize>,
-    tensor: Tensor<B, D>,
-) -> Result<TraceTensor, PipelineError> {
-    Ok(TraceTensor {
-        name: name.to_owned(),
-        shape,
-        values: read(tensor.cast(DType::F32))?,
-    })
-}
-
-/// Reads f32 values from the device. Out-of-memory errors of queued work are reported here.
-fn read<B: FusedOps, const D: usize>(tensor: Tensor<B, D>) -> Result<Vec<f32>, PipelineError> {
-    let data = tensor
-        .try_into_data()
-        .map_err(|error| PipelineError::Device(summary(&error.to_string())))?;
-    data.into_vec::<f32>()
-        .map_err(|error| PipelineError::Device(summary(&format!("{error:?}"))))
 }
 
 /// Height and width of a preview in latents: the image's own, shrunk so that neither exceeds `max`.

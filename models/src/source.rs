@@ -9,6 +9,9 @@
 //! - it copies every tensor out of its memory map, while on backends that compute in the host's
 //!   memory kiln uses the bytes of the map where they lie.
 
+use std::fmt;
+use std::sync::Arc;
+
 use burn::tensor::DType;
 use bytes::Bytes;
 
@@ -51,6 +54,31 @@ pub struct TensorInfo {
     pub file: String,
 }
 
+/// A file of weights that changed, or could not be read, after it was opened.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{file} {problem} while it was in use: put the right file in its place and restart kiln")]
+pub struct FileFault {
+    /// The file's name, with its folder in the model's.
+    pub file: String,
+    pub problem: FileProblem,
+}
+
+/// What happened to a file of weights.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum FileProblem {
+    Changed,
+    Unreadable,
+}
+
+impl fmt::Display for FileProblem {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.write_str(match self {
+            Self::Changed => "changed",
+            Self::Unreadable => "could not be read",
+        })
+    }
+}
+
 /// The weights of one component (text encoder, transformer or VAE), by tensor name.
 ///
 /// Implementations should read lazily: [`TensorSource::bytes`] is called once for each tensor that is
@@ -90,4 +118,47 @@ pub trait TensorSource: std::fmt::Debug + Send + Sync {
     /// # Panics
     /// If there is no such tensor: callers check [`TensorSource::info`] first.
     fn bytes(&self, name: &str) -> Bytes;
+
+    /// Checks that no file has changed or failed since it was opened. Until this is checked, bytes
+    /// that were read may be wrong.
+    ///
+    /// # Errors
+    /// The first file that has.
+    fn check_files(&self) -> Result<(), FileFault> {
+        Ok(())
+    }
+}
+
+/// The weights that are read after a model is loaded.
+#[derive(Debug)]
+pub(crate) struct WeightFiles {
+    /// Read whenever a job starts.
+    deferred: Arc<dyn TensorSource>,
+    /// Read by every op, where they lie.
+    in_place: Vec<Arc<dyn TensorSource>>,
+}
+
+impl WeightFiles {
+    pub(crate) fn new(
+        deferred: &Arc<dyn TensorSource>,
+        in_place: &[&Arc<dyn TensorSource>],
+    ) -> Self {
+        Self {
+            deferred: Arc::clone(deferred),
+            in_place: in_place.iter().copied().cloned().collect(),
+        }
+    }
+
+    /// Checks all files that may be read from now on.
+    pub(crate) fn check(&self) -> Result<(), FileFault> {
+        self.deferred.check_files()?;
+        self.check_in_place()
+    }
+
+    /// Checks the files that a step and a decoding may have read.
+    pub(crate) fn check_in_place(&self) -> Result<(), FileFault> {
+        self.in_place
+            .iter()
+            .try_for_each(|source| source.check_files())
+    }
 }

@@ -193,6 +193,7 @@ impl Pipeline for FakePipeline {
         Ok(Output {
             images: vec![(self.image)(&job, 0); job.num_images],
             trace: job.record.then_some(stage).into_iter().collect(),
+            not_finite: None,
         })
     }
 

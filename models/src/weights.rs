@@ -14,7 +14,7 @@ use kiln_ops::FusedOps;
 use rayon::prelude::*;
 
 use crate::config::ConfigError;
-use crate::source::{StoredDType, TensorSource};
+use crate::source::{FileFault, StoredDType, TensorSource};
 
 /// Why a component could not be loaded.
 #[derive(Debug, thiserror::Error)]
@@ -44,6 +44,9 @@ pub enum LoadError {
         name: String,
         dtype: String,
     },
+    /// A file changed or failed while it was loaded.
+    #[error(transparent)]
+    File(#[from] FileFault),
     /// The component has tensors that the network does not use and does not list as unused.
     #[error(
         "{origin} has {count} tensors that this model does not know, first: `{first}`; \

@@ -3,6 +3,13 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
+use kiln_models::FileFault;
+
+/// What to give in place of a model in another layout.
+const DIFFUSERS_LAYOUT: &str = "get the same model in diffusers layout (a folder with \
+                                model_index.json, transformer/, text_encoder/, vae/, ...), for \
+                                example with `hf download Qwen/Qwen-Image`";
+
 /// Why a model cannot be opened. Every message says how to fix it.
 #[derive(Debug, thiserror::Error)]
 pub enum CheckpointError {
@@ -33,6 +40,57 @@ pub enum CheckpointError {
         listing(found)
     )]
     NotAModelFolder { folder: PathBuf, found: Vec<String> },
+
+    #[error(
+        "{path} is a link to {target}, which is not there: copy the model with its links followed \
+         (cp -aL), or download it again"
+    )]
+    DanglingLink { path: PathBuf, target: PathBuf },
+
+    #[error(
+        "{path} is a LoRA (it has the tensor {tensor}), which cannot be loaded yet: give its base \
+         model, {base}"
+    )]
+    Lora {
+        path: PathBuf,
+        tensor: String,
+        base: String,
+    },
+
+    #[error(
+        "{folder} holds the adapter of a LoRA ({file}), which cannot be loaded yet: give its base \
+         model, {base}"
+    )]
+    Adapter {
+        folder: PathBuf,
+        file: &'static str,
+        base: String,
+    },
+
+    #[error(
+        "{folder} holds GGUF files ({}), which cannot be loaded: {DIFFUSERS_LAYOUT}",
+        listing(files)
+    )]
+    Gguf { folder: PathBuf, files: Vec<String> },
+
+    #[error(
+        "{folder} holds files for ComfyUI ({}), which cannot be loaded: {DIFFUSERS_LAYOUT}",
+        listing(files)
+    )]
+    ComfyUi { folder: PathBuf, files: Vec<String> },
+
+    #[error("{path} is {what} of a model: give {model}, the model's folder")]
+    PartOfModel {
+        path: PathBuf,
+        what: String,
+        model: PathBuf,
+    },
+
+    #[error("{folder} is not a model folder, but {} is: give that one", models[0].display())]
+    HoldsModel {
+        folder: PathBuf,
+        models: Vec<PathBuf>,
+    },
 
     #[error(
         "the model folder {folder} has no {component}/: the copy is incomplete, download the \
@@ -85,6 +143,12 @@ pub enum CheckpointError {
     },
 
     #[error(
+        "{shard} is missing, and so is {index}: the copy is incomplete, download both, or the model \
+         again"
+    )]
+    ShardMissingOf { shard: PathBuf, index: PathBuf },
+
+    #[error(
         "{index} places the tensor {tensor} in {shard}, which does not have it: the index and the \
          weights are not of the same version, download both again"
     )]
@@ -117,10 +181,16 @@ pub enum CheckpointError {
     #[error("{path} is not a safetensors file ({reason}): download this file again")]
     NotSafetensors { path: PathBuf, reason: String },
 
+    #[error("{path} is empty: the copy is incomplete, download this file again")]
+    Empty { path: PathBuf },
+
     #[error(
         "{path} is a Git LFS pointer, not the file itself: run `git lfs pull` in the model folder"
     )]
     LfsPointer { path: PathBuf },
+
+    #[error(transparent)]
+    File(#[from] FileFault),
 
     #[error("cannot read {path}")]
     Io { path: PathBuf, source: io::Error },

@@ -7,11 +7,12 @@ use kiln_models::TensorSource;
 use kiln_models::config::ConfigText;
 use kiln_models::families::{CheckpointConfigs, CheckpointParts};
 
-use super::CheckpointError;
-use super::files::{list_folder, read_text};
+use super::diagnosis;
+use super::files::{is_there, read_text, refuse_lfs_pointer};
 use super::safetensors::SafetensorsWeights;
+use super::{CheckpointError, WeightAccess};
 
-const COMPONENTS: [&str; 5] = [
+pub(super) const COMPONENTS: [&str; 5] = [
     "scheduler",
     "text_encoder",
     "tokenizer",
@@ -19,26 +20,45 @@ const COMPONENTS: [&str; 5] = [
     "vae",
 ];
 
+const TOKENIZER_FILES: [&str; 5] = [
+    "tokenizer.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer_config.json",
+    "added_tokens.json",
+];
+
 /// File stems under which transformers and diffusers save a component's weights.
 const TRANSFORMERS_STEM: &str = "model";
 const DIFFUSERS_STEM: &str = "diffusion_pytorch_model";
 
-/// Reads the configurations of a model folder and maps its weight files.
+/// Reads the configurations of a model folder and opens its weight files.
 ///
-/// Reads the header of each safetensors file, and no weights.
-pub(super) fn open(folder: &Path) -> Result<CheckpointParts, CheckpointError> {
+/// Reads the header of each safetensors file, and the weights if they are to be in memory.
+pub(super) fn open(
+    folder: &Path,
+    access: WeightAccess,
+) -> Result<CheckpointParts, CheckpointError> {
     check_is_model_folder(folder)?;
     for component in COMPONENTS {
-        if !folder.join(component).is_dir() {
+        let path = folder.join(component);
+        if !is_there(&path)? || !path.is_dir() {
             return Err(CheckpointError::ComponentMissing {
                 folder: folder.to_owned(),
                 component,
             });
         }
     }
+    for file in TOKENIZER_FILES {
+        // The tokenizer says which of them it needs.
+        let path = folder.join("tokenizer").join(file);
+        if is_there(&path)? {
+            refuse_lfs_pointer(&path)?;
+        }
+    }
     let weights = |component, stem| -> Result<Arc<dyn TensorSource>, CheckpointError> {
         let folder = folder.join(component);
-        Ok(Arc::new(SafetensorsWeights::open(&folder, stem)?))
+        Ok(Arc::new(SafetensorsWeights::open(&folder, stem, access)?))
     };
     Ok(CheckpointParts {
         configs: read_configs(folder)?,
@@ -55,34 +75,20 @@ pub(super) fn open_configs(folder: &Path) -> Result<CheckpointConfigs, Checkpoin
 }
 
 fn check_is_model_folder(folder: &Path) -> Result<(), CheckpointError> {
-    if folder.is_file() {
-        return Err(CheckpointError::IsFile {
-            path: folder.to_owned(),
-        });
-    }
-    if !folder.is_dir() {
+    if !is_there(folder)? {
         return Err(CheckpointError::FolderMissing {
             path: folder.to_owned(),
         });
     }
-    if folder.join("model_index.json").is_file() {
-        return Ok(());
+    if !folder.is_dir() {
+        return Err(diagnosis::of_file(folder));
     }
-    let found = list_folder(folder)?;
-    let single_file = |name: &String| {
-        Path::new(name)
-            .extension()
-            .is_some_and(|it| it == "safetensors" || it == "gguf")
-    };
-    let mut checkpoints = found.iter().filter(|name| single_file(name));
-    if let (Some(file), None) = (checkpoints.next(), checkpoints.next()) {
-        let (folder, file) = (folder.to_owned(), file.clone());
-        return Err(CheckpointError::SingleFile { folder, file });
+    let model_index = folder.join("model_index.json");
+    if is_there(&model_index)? && model_index.is_file() {
+        Ok(())
+    } else {
+        Err(diagnosis::of_folder(folder))
     }
-    Err(CheckpointError::NotAModelFolder {
-        folder: folder.to_owned(),
-        found,
-    })
 }
 
 /// Reads the files as text; the model families parse them.
@@ -97,7 +103,7 @@ fn read_configs(folder: &Path) -> Result<CheckpointConfigs, CheckpointError> {
 }
 
 fn read_config(path: PathBuf) -> Result<ConfigText, CheckpointError> {
-    if !path.exists() {
+    if !is_there(&path)? {
         return Err(CheckpointError::ConfigMissing { path });
     }
     let text = read_text(&path)?;

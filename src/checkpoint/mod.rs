@@ -7,17 +7,23 @@
 //! the models tensor by tensor, through [`TensorSource`].
 //!
 //! - `layout`: the folder layout of diffusers; another layout is another module beside it
+//! - `diagnosis`: what a path that is no model folder is, for messages
+//! - `mapped`, `bus_errors`: memory maps of files that may change or fail while they are in use
 //! - `safetensors`: a reader of weight files; another format is another module beside it
 //! - `dummy`: random weights
 //! - `demo`, `qwen_image`: the demo model, and the configurations of Qwen-Image
 //!
 //! [`TensorSource`]: kiln_models::TensorSource
 
+#[cfg(unix)]
+mod bus_errors;
 mod demo;
+mod diagnosis;
 mod dummy;
 mod error;
 mod files;
 mod layout;
+mod mapped;
 mod qwen_image;
 mod safetensors;
 
@@ -50,6 +56,16 @@ pub struct PromptGuide {
     pub examples: &'static [&'static str],
     /// All words that the model knows, in named groups.
     pub words: &'static [(&'static str, &'static [&'static str])],
+}
+
+/// Where the content of weight files is while a model is in use.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum WeightAccess {
+    /// In the files, which are mapped and must not change.
+    #[default]
+    Mapped,
+    /// In memory: as much as the files are large.
+    InMemory,
 }
 
 /// An open model.
@@ -114,9 +130,14 @@ impl Checkpoint {
     /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
     pub fn open(folder: &Path) -> Result<Self, CheckpointError> {
+        Self::open_with(folder, WeightAccess::Mapped)
+    }
+
+    /// As [`Checkpoint::open`], and reads the weights at once if they are to be in memory.
+    pub fn open_with(folder: &Path, access: WeightAccess) -> Result<Self, CheckpointError> {
         Ok(Self {
             place: Place::Folder(folder.to_owned()),
-            parts: layout::open(folder)?,
+            parts: layout::open(folder, access)?,
         })
     }
 

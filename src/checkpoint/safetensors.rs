@@ -1,23 +1,24 @@
-//! Safetensors files, memory-mapped or embedded in the binary, as the tensors of one component.
+//! Safetensors files, memory-mapped, in memory or embedded in the binary, as the tensors of one component.
 
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
-use std::fs::File;
+use std::fs;
 use std::ops::Range;
 use std::path::Path;
 use std::path::PathBuf;
 use std::sync::Arc;
 
 use bytes::Bytes;
+use kiln_models::FileFault;
 use kiln_models::StoredDType;
 use kiln_models::TensorInfo;
 use kiln_models::TensorSource;
-use memmap2::Mmap;
 use safetensors::Dtype;
 use safetensors::tensor::Metadata;
 
-use super::CheckpointError;
-use super::files::{is_lfs_pointer, list_folder, read_text};
+use super::files::{is_lfs_pointer, is_there, list_folder, read_text};
+use super::mapped::MappedFile;
+use super::{CheckpointError, WeightAccess};
 
 /// Size of the length field that precedes a safetensors header.
 const LENGTH_BYTES: usize = 8;
@@ -34,6 +35,8 @@ const RELEASE_BYTES: usize = 64 * 1024;
 pub(super) struct SafetensorsWeights {
     folder: PathBuf,
     tensors: BTreeMap<String, StoredTensor>,
+    files: Vec<Arc<MappedFile>>,
+    access: WeightAccess,
 }
 
 /// The index of a sharded component. Its `metadata` is not read.
@@ -54,28 +57,48 @@ struct StoredTensor {
 /// The contents of a whole file.
 #[derive(Debug, Clone)]
 enum FileBytes {
-    Mapped(Arc<Mmap>),
-    Embedded(&'static [u8]),
+    Mapped(Arc<MappedFile>),
+    InMemory(Bytes),
 }
 
 impl SafetensorsWeights {
-    /// Opens `{stem}.safetensors.index.json` and its shards, or `{stem}.safetensors` if there is
-    /// no index.
-    pub(super) fn open(folder: &Path, stem: &'static str) -> Result<Self, CheckpointError> {
-        let mut weights = Self::new(folder);
+    /// Opens `{stem}.safetensors.index.json` and its shards; if there is no index,
+    /// `{stem}.safetensors`; if there is neither, every safetensors file in the folder.
+    pub(super) fn open(
+        folder: &Path,
+        stem: &'static str,
+        access: WeightAccess,
+    ) -> Result<Self, CheckpointError> {
+        let mut weights = Self {
+            access,
+            ..Self::new(folder)
+        };
         let index = folder.join(format!("{stem}.safetensors.index.json"));
         let single = folder.join(format!("{stem}.safetensors"));
-        if index.exists() {
+        if is_there(&index)? {
             weights.add_shards(&index)?;
-        } else if single.exists() {
+        } else if is_there(&single)? {
             weights.add_file(&single)?;
         } else {
             let found = list_folder(folder)?;
-            return Err(CheckpointError::NoWeights {
-                folder: folder.to_owned(),
-                stem,
-                found,
-            });
+            let shards = found.iter().filter(|name| name.ends_with(".safetensors"));
+            let shards: Vec<&String> = shards.collect();
+            if shards.is_empty() {
+                return Err(CheckpointError::NoWeights {
+                    folder: folder.to_owned(),
+                    stem,
+                    found,
+                });
+            }
+            if let Some(missing) = shards.iter().find_map(|name| missing_shard(name, &shards)) {
+                return Err(CheckpointError::ShardMissingOf {
+                    shard: folder.join(missing),
+                    index,
+                });
+            }
+            for name in shards {
+                weights.add_file(&folder.join(name))?;
+            }
         }
         Ok(weights)
     }
@@ -85,6 +108,8 @@ impl SafetensorsWeights {
         Self {
             folder: folder.to_owned(),
             tensors: BTreeMap::new(),
+            files: Vec::new(),
+            access: WeightAccess::Mapped,
         }
     }
 
@@ -114,7 +139,7 @@ impl SafetensorsWeights {
             }
             let shard = self.folder.join(name);
             let index = index.to_owned();
-            if !shard.exists() {
+            if !is_there(&shard)? {
                 return Err(CheckpointError::ShardMissing {
                     shard,
                     index,
@@ -133,11 +158,19 @@ impl SafetensorsWeights {
         Ok(())
     }
 
-    /// Maps a safetensors file and adds its tensors.
+    /// Maps or reads a safetensors file and adds its tensors.
     fn add_file(&mut self, path: &Path) -> Result<(), CheckpointError> {
-        let map = Arc::new(map_file(path)?);
-        let header = read_header(path, &map)?;
-        self.add(path, &FileBytes::Mapped(map), header)
+        is_there(path)?;
+        if self.access == WeightAccess::InMemory {
+            let bytes = fs::read(path).map_err(|source| CheckpointError::io(path, source))?;
+            let header = read_header(path, &bytes)?;
+            return self.add(path, &FileBytes::InMemory(bytes.into()), header);
+        }
+        let file = Arc::new(MappedFile::open(path)?);
+        let header = read_header(path, file.bytes());
+        file.check()?;
+        self.files.push(Arc::clone(&file));
+        self.add(path, &FileBytes::Mapped(file), header?)
     }
 
     /// Adds the tensors of a safetensors file embedded in the binary. `path` is its name in
@@ -148,7 +181,11 @@ impl SafetensorsWeights {
         bytes: &'static [u8],
     ) -> Result<(), CheckpointError> {
         let header = read_header(path, bytes)?;
-        self.add(path, &FileBytes::Embedded(bytes), header)
+        self.add(
+            path,
+            &FileBytes::InMemory(Bytes::from_static(bytes)),
+            header,
+        )
     }
 
     fn add(
@@ -206,12 +243,16 @@ impl TensorSource for SafetensorsWeights {
     fn bytes(&self, name: &str) -> Bytes {
         let StoredTensor { file, range, .. } = &self.tensors[name];
         match file {
-            FileBytes::Mapped(map) => Bytes::from_owner(MappedBytes {
-                map: Arc::clone(map),
+            FileBytes::Mapped(file) => Bytes::from_owner(MappedBytes {
+                file: Arc::clone(file),
                 range: range.clone(),
             }),
-            FileBytes::Embedded(bytes) => Bytes::from_static(&bytes[range.clone()]),
+            FileBytes::InMemory(bytes) => bytes.slice(range.clone()),
         }
+    }
+
+    fn check_files(&self) -> Result<(), FileFault> {
+        self.files.iter().try_for_each(|file| file.check())
     }
 }
 
@@ -219,13 +260,13 @@ impl TensorSource for SafetensorsWeights {
 /// [`Bytes`], releases its resident pages, so that a checkpoint that is converted while it is loaded
 /// is not in memory twice.
 struct MappedBytes {
-    map: Arc<Mmap>,
+    file: Arc<MappedFile>,
     range: Range<usize>,
 }
 
 impl AsRef<[u8]> for MappedBytes {
     fn as_ref(&self) -> &[u8] {
-        &self.map[self.range.clone()]
+        &self.file.bytes()[self.range.clone()]
     }
 }
 
@@ -235,38 +276,30 @@ impl Drop for MappedBytes {
         let start = self.range.start.next_multiple_of(RELEASE_BYTES);
         let end = self.range.end / RELEASE_BYTES * RELEASE_BYTES;
         if start < end {
-            release(&self.map, start..end);
+            self.file.release(start..end);
         }
     }
 }
 
-#[cfg(unix)]
-#[expect(
-    unsafe_code,
-    reason = "memmap2 marks DontNeed unsafe because of private, writable maps"
-)]
-fn release(map: &Mmap, pages: Range<usize>) {
-    // SAFETY: `map` is a read-only map of a file. The system drops its resident pages, and a later
-    // read through any slice loads the same bytes from the file again.
-    let released = unsafe {
-        map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, pages.start, pages.len())
-    };
-    // A failure only costs memory.
-    if let Err(error) = released {
-        tracing::debug!(%error, "cannot release the memory of a loaded tensor");
-    }
+/// The names of the tensors in a safetensors file.
+pub(super) fn tensor_names(path: &Path) -> Result<Vec<String>, CheckpointError> {
+    let mut weights = SafetensorsWeights::new(path);
+    weights.add_file(path)?;
+    Ok(weights.tensors.into_keys().collect())
 }
 
-#[cfg(not(unix))]
-fn release(_map: &Mmap, _pages: Range<usize>) {}
-
-#[expect(unsafe_code, reason = "mapping a file has no safe interface")]
-fn map_file(path: &Path) -> Result<Mmap, CheckpointError> {
-    let file = File::open(path).map_err(|source| CheckpointError::io(path, source))?;
-    // SAFETY: sound as long as the file is not modified or truncated while it is mapped. kiln does not
-    // write to model files, and tools that replace them (Git, the Hub's tools) write a new file and
-    // rename it. Every program that maps weights relies on that.
-    unsafe { Mmap::map(&file) }.map_err(|source| CheckpointError::io(path, source))
+/// The first shard that is not there, of those that the name of one shard implies: it ends in
+/// `-00001-of-00009.safetensors`.
+fn missing_shard(name: &str, found: &[&String]) -> Option<String> {
+    let rest = name.strip_suffix(".safetensors")?;
+    let (rest, count) = rest.rsplit_once("-of-")?;
+    let (stem, number) = rest.rsplit_once('-')?;
+    number.parse::<usize>().ok()?;
+    let (digits, shards) = (count.len(), count.parse::<usize>().ok()?);
+    // Not as many as a name may claim: one of the first is missing.
+    (1..=shards.min(found.len() + 1))
+        .map(|number| format!("{stem}-{number:0digits$}-of-{count}.safetensors"))
+        .find(|shard| !found.contains(&shard))
 }
 
 /// Reads and checks a header. Returns the offset of the data in the file and the parsed header.

@@ -130,6 +130,22 @@ fn opens_single_and_sharded_components() {
 }
 
 #[test]
+fn weights_in_memory_do_not_depend_on_their_files() {
+    let folder = model();
+    let checkpoint = Checkpoint::open_with(folder.path(), WeightAccess::InMemory).unwrap();
+    let transformer = &checkpoint.parts().transformer;
+    write(folder.path(), "transformer/two.safetensors", "");
+    assert_eq!(transformer.check_files(), Ok(()));
+    assert_eq!(&transformer.bytes("c")[..], [8, 9, 10, 11, 12, 13, 14, 15]);
+
+    let folder = model();
+    let mapped = Checkpoint::open(folder.path()).unwrap();
+    write(folder.path(), "transformer/two.safetensors", "");
+    let fault = mapped.parts().transformer.check_files().unwrap_err();
+    assert_eq!(fault.file, "transformer/two.safetensors");
+}
+
+#[test]
 fn tensors_of_unsupported_dtypes_do_not_fail_opening() {
     let folder = model();
     let header = r#"{"__metadata__":{"format":"pt"},
@@ -281,9 +297,11 @@ fn errors_say_why_a_path_is_not_a_model_folder() {
     for i in 1..=14 {
         write(path, &format!("part{i:02}/x"), "");
     }
-    write(path, "other.gguf", "");
+    fs::remove_file(path.join("qwen-image-Q4_K_M.gguf")).unwrap();
+    write(path, "other.txt", "");
+    write(path, "readme.md", "");
     let error = open_error(path, path);
-    let found = "found other.gguf, part01/, part02/, part03/, part04/, part05/, part06/, part07/, \
+    let found = "found other.txt, part01/, part02/, part03/, part04/, part05/, part06/, part07/, \
                  part08/, part09/, part10/, part11/ and 4 more. Give";
     assert!(error.contains(found), "{error}");
 }
@@ -402,6 +420,12 @@ fn damaged_weight_files_are_refused() {
         error_with("vae/config.json", Some(pointer)),
         lfs("vae/config.json")
     );
+    let vocabulary = "tokenizer/vocab.json";
+    assert_eq!(error_with(vocabulary, Some(pointer)), lfs(vocabulary));
+    assert_eq!(
+        error_with("vae/config.json", Some(b"")),
+        "DIR/vae/config.json is empty: the copy is incomplete, download this file again"
+    );
     let not_text = error_with("vae/config.json", Some(b"\xff"));
     assert_eq!(
         not_text,
@@ -462,5 +486,199 @@ fn the_demo_model_knows_each_word_of_its_guide() {
             .unwrap()
             .prompt_guide()
             .is_none()
+    );
+}
+
+#[test]
+fn a_byte_order_mark_in_a_configuration_is_skipped() {
+    let folder = model();
+    let index = "transformer/diffusion_pytorch_model.safetensors.index.json";
+    for name in ["model_index.json", "vae/config.json", index] {
+        let text = fs::read_to_string(folder.path().join(name)).unwrap();
+        write(folder.path(), name, format!("\u{feff}{text}"));
+    }
+    let checkpoint = Checkpoint::open(folder.path()).unwrap();
+    assert_eq!(checkpoint.parts().configs.vae.text, "{\"vae\": 1}");
+    assert!(checkpoint.parts().configs.family().is_ok());
+}
+
+#[test]
+fn pipelines_with_the_same_weights_are_text_to_image() {
+    for class in [
+        "QwenImagePipeline",
+        "QwenImageImg2ImgPipeline",
+        "QwenImageInpaintPipeline",
+    ] {
+        let folder = model();
+        let text = format!("{{\"_class_name\": \"{class}\"}}");
+        write(folder.path(), "model_index.json", text);
+        let checkpoint = Checkpoint::open(folder.path()).unwrap();
+        assert!(checkpoint.parts().configs.family().is_ok(), "{class}");
+    }
+}
+
+#[cfg(unix)]
+#[test]
+fn links_to_nothing_are_named_with_their_target() {
+    for name in [
+        "model_index.json",
+        "vae/config.json",
+        "vae/diffusion_pytorch_model.safetensors",
+        "transformer/diffusion_pytorch_model.safetensors.index.json",
+        "transformer/two.safetensors",
+        "tokenizer/merges.txt",
+        "text_encoder",
+    ] {
+        let folder = model();
+        let path = folder.path().join(name);
+        if path.is_dir() {
+            fs::remove_dir_all(&path).unwrap();
+        } else if path.exists() {
+            fs::remove_file(&path).unwrap();
+        }
+        std::os::unix::fs::symlink("../../blobs/1f2e", &path).unwrap();
+        assert_eq!(
+            open_error(folder.path(), folder.path()),
+            format!(
+                "DIR/{name} is a link to ../../blobs/1f2e, which is not there: copy the model with \
+                 its links followed (cp -aL), or download it again"
+            )
+        );
+    }
+    // A file in a folder that is no model.
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("some.safetensors");
+    std::os::unix::fs::symlink("../blobs/1f2e", path).unwrap();
+    let error = open_error(folder.path(), folder.path());
+    let expected = "DIR/some.safetensors is a link to ../blobs/1f2e, which is not there";
+    assert!(error.starts_with(expected), "{error}");
+    // The folder itself.
+    let folder = tempfile::tempdir().unwrap();
+    let link = folder.path().join("model");
+    std::os::unix::fs::symlink("/nowhere/at/all", &link).unwrap();
+    let error = open_error(&link, folder.path());
+    let expected = "DIR/model is a link to /nowhere/at/all, which is not there";
+    assert!(error.starts_with(expected), "{error}");
+}
+
+#[test]
+fn shards_without_their_index_are_read() {
+    let folder = model();
+    let transformer = folder.path().join("transformer");
+    fs::remove_file(transformer.join("diffusion_pytorch_model.safetensors.index.json")).unwrap();
+    let checkpoint = Checkpoint::open(folder.path()).unwrap();
+    assert_eq!(checkpoint.parts().transformer.names(), ["a", "b", "c"]);
+
+    write(&transformer, "two.safetensors", vectors(&["b", "a"]));
+    assert_eq!(
+        open_error(folder.path(), folder.path()),
+        "the tensor a is both in DIR/transformer/one.safetensors and in \
+         DIR/transformer/two.safetensors: the folder mixes two versions of the model, download it \
+         into an empty folder"
+    );
+
+    for (old, number) in [("one.safetensors", 1), ("two.safetensors", 3)] {
+        let new = format!("diffusion_pytorch_model-0000{number}-of-00003.safetensors");
+        fs::rename(transformer.join(old), transformer.join(new)).unwrap();
+    }
+    assert_eq!(
+        open_error(folder.path(), folder.path()),
+        "DIR/transformer/diffusion_pytorch_model-00002-of-00003.safetensors is missing, and so is \
+         DIR/transformer/diffusion_pytorch_model.safetensors.index.json: the copy is incomplete, \
+         download both, or the model again"
+    );
+}
+
+#[test]
+fn a_lora_is_named_as_one() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path();
+    for tensor in [
+        "transformer.transformer_blocks.0.attn.to_q.lora_A.weight",
+        "lora_unet_transformer_blocks_0_attn_to_q.lora_down.weight",
+        "transformer_blocks.0.attn.to_q.lokr_w1",
+    ] {
+        write(path, "some.safetensors", vectors(&[tensor]));
+        let expected = format!(
+            "DIR/some.safetensors is a LoRA (it has the tensor {tensor}), which cannot be loaded \
+             yet: give its base model, such as Qwen/Qwen-Image"
+        );
+        assert_eq!(open_error(path, path), expected);
+        assert_eq!(open_error(&path.join("some.safetensors"), path), expected);
+    }
+    write(
+        path,
+        "adapter_config.json",
+        "{\"base_model_name_or_path\": \"own/base\"}",
+    );
+    assert_eq!(
+        open_error(path, path),
+        "DIR holds the adapter of a LoRA (adapter_config.json), which cannot be loaded yet: give \
+         its base model, own/base"
+    );
+}
+
+#[test]
+fn gguf_files_and_files_for_comfyui_are_named() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path();
+    let layout = "which cannot be loaded: get the same model in diffusers layout (a folder with \
+                  model_index.json, transformer/, text_encoder/, vae/, ...), for example with `hf \
+                  download Qwen/Qwen-Image`";
+    write(path, "qwen-image-Q4_K_M.gguf", "GGUF");
+    write(path, "qwen-image-Q8_0.GGUF", "GGUF");
+    assert_eq!(
+        open_error(path, path),
+        format!("DIR holds GGUF files (qwen-image-Q4_K_M.gguf, qwen-image-Q8_0.GGUF), {layout}")
+    );
+    write(
+        path,
+        "split_files/diffusion_models/qwen_image_bf16.safetensors",
+        "",
+    );
+    assert_eq!(
+        open_error(path, path),
+        format!("DIR holds files for ComfyUI (split_files/), {layout}")
+    );
+    assert!(
+        open_error(&path.join("split_files"), path).starts_with("DIR/split_files holds files for"),
+    );
+}
+
+#[test]
+fn a_part_of_a_model_and_the_folder_around_it_name_the_model() {
+    let folder = model();
+    let path = folder.path();
+    for (part, what) in [
+        ("transformer", "the transformer"),
+        ("vae/", "the vae"),
+        ("model_index.json", "the model_index.json"),
+        ("transformer/two.safetensors", "a file of the transformer"),
+    ] {
+        assert_eq!(
+            open_error(&path.join(part), path),
+            format!("DIR/{part} is {what} of a model: give DIR, the model's folder")
+        );
+    }
+    let name = path.file_name().unwrap().display();
+    let around = path.parent().unwrap().join(format!("around-{name}"));
+    fs::create_dir(&around).unwrap();
+    fs::rename(path, around.join("inner")).unwrap();
+    assert_eq!(
+        open_error(&around, &around),
+        "DIR is not a model folder, but DIR/inner is: give that one"
+    );
+    fs::remove_dir_all(&around).unwrap();
+}
+
+#[test]
+fn a_folder_in_the_place_of_a_file_is_named() {
+    let folder = model();
+    let name = "vae/diffusion_pytorch_model.safetensors";
+    fs::remove_file(folder.path().join(name)).unwrap();
+    fs::create_dir(folder.path().join(name)).unwrap();
+    assert_eq!(
+        open_error(folder.path(), folder.path()),
+        format!("cannot read DIR/{name}: is a directory")
     );
 }

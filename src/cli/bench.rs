@@ -42,7 +42,7 @@ pub(super) struct BenchArgs {
     )]
     steps: Integer,
 
-    /// Guidance scale; guidance is off at 1 and below
+    /// Guidance scale, from 0 to 20; guidance is off at 1 and below
     ///
     /// With guidance each step also runs the transformer on a blank negative prompt.
     #[arg(

@@ -11,9 +11,12 @@ use std::path::PathBuf;
 use std::time::Instant;
 
 use kiln_models::job::Output;
+use kiln_models::pipeline::PipelineError;
 
 use crate::backend;
-use crate::engine::{Engine, EngineSettings, Event, Finished, JobHandle, SubmitOptions, Timings};
+use crate::engine::{
+    Engine, EngineSettings, Event, Finished, JobError, JobHandle, SubmitOptions, Timings,
+};
 use crate::image::{Encoding, encode};
 use crate::request::{GenerationRequest, Limits};
 use crate::runtime::Model;
@@ -64,6 +67,13 @@ pub(super) fn run(args: &GenerateArgs) -> Result<(), CliError> {
     let finished = generate(handle, progress, request.sampling.steps, decode_steps)?;
 
     log_timings(&finished.timings);
+    if let Some(not_finite) = finished.output.not_finite {
+        // Only a recorded run gets so far; its values are worth to be looked at.
+        if let Some(path) = &args.dump {
+            dump::write(path, &tokens, &finished.output.trace)?;
+        }
+        return Err(JobError::from(PipelineError::from(not_finite)).into());
+    }
     let writing = Instant::now();
     let images = write_images(&finished.output, &paths, &request, args, screen)?;
     if let Some(path) = &args.dump {

@@ -144,7 +144,7 @@ async fn report_lost_device<T>(engine: &Engine) -> T {
     engine.stopped().await;
     if let State::Failed(error) = engine.state() {
         // The health routes report it too.
-        tracing::error!(%error, "the device is lost: no more requests are taken; restart kiln");
+        tracing::error!(%error, "no more requests are taken: restart kiln");
     }
     pending().await
 }

@@ -5,6 +5,7 @@ use clap::{Args, ValueEnum};
 use kiln_models::noise::NoiseGenerator;
 
 use crate::backend::{BackendChoice, BackendKind, DTypeChoice, InvalidChoice, LoadSettings};
+use crate::checkpoint::WeightAccess;
 use crate::request::{GenerationParams, Integer, WrittenSize};
 use crate::runtime::{LoadFormat, ModelSettings};
 
@@ -19,7 +20,7 @@ pub(super) struct RequestArgs {
     #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
     negative_prompt: Option<String>,
 
-    /// Guidance scale: how strongly to avoid the negative prompt [default: 4]
+    /// Guidance scale, from 0 to 20: how strongly to avoid the negative prompt [default: 4]
     ///
     /// Guidance is off at 1 and below, and without a negative prompt.
     #[arg(
@@ -62,7 +63,7 @@ pub(super) struct RequestArgs {
     )]
     num_inference_steps: Option<Integer>,
 
-    /// Time shift of the noise levels, above 0 [default: the model's schedule]
+    /// Time shift of the noise levels, from 0.001 to 100 [default: the model's schedule]
     ///
     /// Replaces the schedule of the model's configuration. Lightning models need 3.
     #[arg(long, value_name = "SHIFT", allow_negative_numbers = true)]
@@ -178,6 +179,13 @@ pub(super) struct LoadArgs {
     )]
     dtype: DTypeChoice,
 
+    /// Read the weights into memory instead of mapping their files
+    ///
+    /// The files may then change while kiln runs. Takes as much memory as the files are large, for as
+    /// long as kiln runs.
+    #[arg(long)]
+    no_mmap: bool,
+
     #[command(flatten)]
     vae: VaeArgs,
 }
@@ -191,6 +199,11 @@ impl LoadArgs {
     pub(super) fn model_settings(&self, name: &str) -> ModelSettings {
         ModelSettings {
             load_format: self.load_format,
+            weight_access: if self.no_mmap {
+                WeightAccess::InMemory
+            } else {
+                WeightAccess::Mapped
+            },
             ..ModelSettings::new(name)
         }
     }

@@ -127,6 +127,11 @@ impl JobError {
             Self::DeadlinePassed | Self::Stopped => false,
         }
     }
+
+    /// Whether a file of the model changed or failed, so that no later job can be right.
+    pub(super) fn is_of_model_file(&self) -> bool {
+        matches!(self, Self::Pipeline(error) if matches!(**error, PipelineError::File(_)))
+    }
 }
 
 impl From<PipelineError> for JobError {
@@ -150,6 +155,9 @@ pub enum SubmitError {
     Draining,
     #[error("the engine has stopped")]
     Stopped,
+    /// The engine is [`State::Failed`].
+    #[error("no requests are taken: {reason}")]
+    Failed { reason: String },
 }
 
 /// What would happen to a job if it were submitted now.
@@ -177,7 +185,8 @@ pub enum State {
     Draining,
     /// No jobs are accepted. All jobs have ended, or end after the pipeline call that runs now.
     Stopped,
-    /// The engine stopped because the warm-up failed or the device was lost.
+    /// The engine stopped because the warm-up failed, the device was lost, or a file of the model
+    /// changed or failed.
     Failed(JobError),
 }
 

@@ -70,8 +70,9 @@ pub(super) struct Booked {
     pub(super) outcome: Outcome,
     /// Time of the pipeline calls.
     pub(super) took: Duration,
-    /// The error of the device, if it no longer computes.
-    pub(super) device_lost: Option<JobError>,
+    /// Why no job can be generated any more: the device no longer computes, or a file of the model
+    /// changed or failed.
+    pub(super) lost: Option<JobError>,
     pub(super) holdings: Holdings,
 }
 

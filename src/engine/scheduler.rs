@@ -192,7 +192,7 @@ impl Scheduler {
         let took = booked.took;
         self.stats.set_holdings(booked.holdings);
         self.device_time += took;
-        if let Some(error) = booked.device_lost {
+        if let Some(error) = booked.lost {
             self.lose(error, now);
         }
         match booked.outcome {
@@ -365,7 +365,7 @@ impl Scheduler {
         self.end_waiting(&JobError::Stopped, now);
     }
 
-    /// No job can be generated any more, because the device no longer computes.
+    /// No job can be generated any more.
     fn lose(&mut self, error: JobError, now: Instant) {
         // A warm-up that failed sets the state by itself.
         if matches!(self.state, State::Ready | State::Draining) {
@@ -422,7 +422,10 @@ impl Scheduler {
         match self.state {
             State::Starting | State::Ready => self.refuse_if_full(),
             State::Draining => Err(SubmitError::Draining),
-            State::Stopped | State::Failed(_) => Err(SubmitError::Stopped),
+            State::Stopped => Err(SubmitError::Stopped),
+            State::Failed(ref error) => Err(SubmitError::Failed {
+                reason: error.to_string(),
+            }),
         }
     }
 

@@ -69,17 +69,18 @@ impl Worker {
             }
             Plan::Sleep | Plan::End => return None,
         };
-        let mut errors = outcome.errors().into_iter();
-        let device_lost = if errors.any(JobError::may_be_of_device) {
-            self.probe().err()
-        } else {
-            None
+        let errors = outcome.errors();
+        let of_file = errors.iter().find(|error| error.is_of_model_file());
+        let lost = match of_file {
+            Some(error) => Some(JobError::clone(error)),
+            None if errors.iter().any(|error| error.may_be_of_device()) => self.probe().err(),
+            None => None,
         };
         drop(entered);
         Some(Booked {
             outcome,
             took,
-            device_lost,
+            lost,
             holdings: Holdings::of(self.pipeline.as_ref()),
         })
     }

@@ -4,12 +4,10 @@ use kiln_models::job::{Guidance, Noise, Sampling, Size};
 use kiln_models::noise::NoiseGenerator;
 
 use super::limits::{
-    DEFAULT_NUM_INFERENCE_STEPS, DEFAULT_TRUE_CFG_SCALE, Limits, MAX_PROMPT_BYTES,
+    DEFAULT_NUM_INFERENCE_STEPS, DEFAULT_TRUE_CFG_SCALE, Limits, MAX_PROMPT_BYTES, MAX_SHIFT,
+    MAX_TRUE_CFG_SCALE, MIN_SHIFT,
 };
 use super::params::GenerationParams;
-
-/// Largest [`Sampling::shift`]. At this value 99 % of the steps are above a noise level of 0.5.
-const MAX_SHIFT: f64 = 100.0;
 
 /// The seed that asks for any seed, as no seed does.
 const ANY_SEED: i128 = -1;
@@ -20,7 +18,7 @@ pub struct GenerationRequest {
     pub prompt: String,
     /// The negative prompt as given. [`Self::guidance`] is `None` if it is not used.
     pub negative_prompt: Option<String>,
-    /// Finite, at least 0.
+    /// From 0 to [`MAX_TRUE_CFG_SCALE`].
     pub true_cfg_scale: f64,
     /// Size of the images: the given size, rounded down to a multiple that the model can generate.
     pub size: Size,
@@ -56,9 +54,9 @@ pub enum InvalidRequest {
     },
     #[error("num_inference_steps must be from 1 to {max}, got {got}")]
     Steps { got: i128, max: usize },
-    #[error("shift must be above 0 and at most {MAX_SHIFT}, got {got}")]
+    #[error("shift must be from {MIN_SHIFT} to {MAX_SHIFT}, got {got}")]
     Shift { got: f64 },
-    #[error("true_cfg_scale must be a finite number of at least 0, got {got}")]
+    #[error("true_cfg_scale must be from 0 to {MAX_TRUE_CFG_SCALE}, got {got}")]
     TrueCfgScale { got: f64 },
     #[error("the number of images must be from 1 to {max}, got {got}")]
     NumImages { got: i128, max: usize },
@@ -134,7 +132,7 @@ impl GenerationRequest {
             max: limits.max_steps,
         })?;
         let shift = params.shift;
-        if let Some(got) = shift.filter(|shift| !(*shift > 0.0 && *shift <= MAX_SHIFT)) {
+        if let Some(got) = shift.filter(|shift| !(MIN_SHIFT..=MAX_SHIFT).contains(shift)) {
             return Err(InvalidRequest::Shift { got });
         }
         let images = params.num_images.unwrap_or(1);
@@ -152,7 +150,7 @@ impl GenerationRequest {
         }
 
         let true_cfg_scale = params.true_cfg_scale.unwrap_or(DEFAULT_TRUE_CFG_SCALE);
-        if !true_cfg_scale.is_finite() || true_cfg_scale < 0.0 {
+        if !(0.0..=MAX_TRUE_CFG_SCALE).contains(&true_cfg_scale) {
             return Err(InvalidRequest::TrueCfgScale {
                 got: true_cfg_scale,
             });
@@ -382,19 +380,32 @@ mod tests {
     }
 
     #[test]
-    fn negative_and_non_finite_scales_are_refused() {
-        for got in [-0.1, f64::NAN, f64::INFINITY, f64::NEG_INFINITY] {
+    fn scales_outside_the_bounds_are_refused() {
+        for got in [
+            -0.1,
+            20.1,
+            1e39,
+            1e308,
+            f64::NAN,
+            f64::INFINITY,
+            f64::NEG_INFINITY,
+        ] {
             let params = GenerationParams {
                 true_cfg_scale: Some(got),
                 ..GenerationParams::default()
             };
-            assert_eq!(check(params).unwrap_err().param(), "true_cfg_scale");
+            let error = check(params).unwrap_err();
+            assert_eq!(error.param(), "true_cfg_scale");
+            let expected = format!("true_cfg_scale must be from 0 to 20, got {got}");
+            assert_eq!(error.to_string(), expected);
         }
-        let params = GenerationParams {
-            true_cfg_scale: Some(0.0),
-            ..GenerationParams::default()
-        };
-        assert!(check(params).is_ok());
+        for scale in [0.0, 1.0, MAX_TRUE_CFG_SCALE] {
+            let params = GenerationParams {
+                true_cfg_scale: Some(scale),
+                ..GenerationParams::default()
+            };
+            assert!(check(params).is_ok());
+        }
     }
 
     #[test]
@@ -457,7 +468,7 @@ mod tests {
     }
 
     #[test]
-    fn a_shift_is_above_zero_and_bounded() {
+    fn a_shift_is_bounded_on_both_sides() {
         let shifted = |shift| {
             let params = GenerationParams {
                 shift: Some(shift),
@@ -468,7 +479,7 @@ mod tests {
         for shift in [1e-3, 3.0, MAX_SHIFT] {
             assert_eq!(shifted(shift).unwrap(), Some(shift));
         }
-        for got in [0.0, -1.0, 100.5, f64::NAN, f64::INFINITY] {
+        for got in [0.0, -1.0, 1e-4, 1e-50, 100.5, 1e39, f64::NAN, f64::INFINITY] {
             assert_eq!(shifted(got).unwrap_err().param(), "shift");
         }
     }

@@ -6,6 +6,12 @@ use kiln_models::pipeline::ImageSizes;
 pub const DEFAULT_NUM_INFERENCE_STEPS: u32 = 50;
 /// Guidance scale if a request gives none, as in diffusers.
 pub const DEFAULT_TRUE_CFG_SCALE: f64 = 4.0;
+/// Largest guidance scale, as in the images API of vLLM-Omni. The smallest is 0.
+pub const MAX_TRUE_CFG_SCALE: f64 = 20.0;
+/// Smallest time shift. Far below it, f32 has no noise level between the first and the last.
+pub const MIN_SHIFT: f64 = 0.001;
+/// Largest time shift. At this value 99 % of the steps are above a noise level of 0.5.
+pub const MAX_SHIFT: f64 = 100.0;
 /// Largest number of pixels of all images of a request: 7680x4320, the limit of vLLM-Omni.
 pub const DEFAULT_MAX_IMAGE_PIXELS: usize = 33_177_600;
 /// Largest number of steps: the model was trained with 1,000 timesteps, more steps add nothing.

@@ -18,7 +18,8 @@ pub use self::checked::{GenerationRequest, InvalidRequest, random_u64};
 pub use self::job::{InvalidPrompt, PromptTokens};
 pub use self::limits::{
     DEFAULT_MAX_IMAGE_PIXELS, DEFAULT_MAX_NUM_IMAGES, DEFAULT_MAX_STEPS,
-    DEFAULT_NUM_INFERENCE_STEPS, DEFAULT_TRUE_CFG_SCALE, Limits, MAX_PROMPT_BYTES,
+    DEFAULT_NUM_INFERENCE_STEPS, DEFAULT_TRUE_CFG_SCALE, Limits, MAX_PROMPT_BYTES, MAX_SHIFT,
+    MAX_TRUE_CFG_SCALE, MIN_SHIFT,
 };
 pub use self::params::GenerationParams;
 pub use self::written::{Integer, NotASize, NotAnInteger, WrittenSize};

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use bytes::Bytes;
-use kiln_models::{StoredDType, TensorInfo, TensorSource};
+use kiln_models::{FileFault, StoredDType, TensorInfo, TensorSource};
 
 use super::Start;
 
@@ -49,6 +49,10 @@ impl TensorSource for Counted {
 
     fn bytes(&self, name: &str) -> Bytes {
         self.source.bytes(name)
+    }
+
+    fn check_files(&self) -> Result<(), FileFault> {
+        self.source.check_files()
     }
 }
 

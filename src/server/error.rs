@@ -6,6 +6,7 @@ use axum::extract::rejection::BytesRejection;
 use axum::http::header::{CONTENT_TYPE, RETRY_AFTER, WWW_AUTHENTICATE};
 use axum::http::{HeaderValue, Method, StatusCode};
 use axum::response::{IntoResponse, Response};
+use kiln_models::pipeline::PipelineError;
 use serde::Serialize;
 use utoipa::ToSchema;
 
@@ -121,7 +122,9 @@ impl ApiError {
             | Self::WebpSide { .. }
             | Self::Prompt { .. } => StatusCode::BAD_REQUEST,
             Self::Submit(SubmitError::QueueFull { .. }) => StatusCode::TOO_MANY_REQUESTS,
-            Self::Submit(SubmitError::Draining | SubmitError::Stopped)
+            Self::Submit(
+                SubmitError::Draining | SubmitError::Stopped | SubmitError::Failed { .. },
+            )
             | Self::Job(JobError::Stopped)
             | Self::Starting(_) => StatusCode::SERVICE_UNAVAILABLE,
             Self::Job(JobError::Pipeline(_) | JobError::Panicked(_))
@@ -131,6 +134,16 @@ impl ApiError {
             | Self::Worker(_)
             | Self::HandlerPanicked(_) => StatusCode::INTERNAL_SERVER_ERROR,
         }
+    }
+
+    /// Whether the model's files or values are at fault: the message has no more detail than who
+    /// runs the server can publish, and other requests fail as well.
+    fn is_of_model(&self) -> bool {
+        matches!(
+            self,
+            Self::Job(JobError::Pipeline(error))
+                if matches!(**error, PipelineError::NotFinite(_) | PipelineError::File(_))
+        )
     }
 
     /// The key of the request that the error is about.
@@ -151,20 +164,27 @@ impl ApiError {
             Self::Submit(SubmitError::QueueFull { retry_after, .. }) => Some(*retry_after),
             Self::Starting(progress) => Some(progress.estimated_rest.unwrap_or(RETRY_AFTER_START)),
             // Another instance may have replaced this one by then.
-            Self::Submit(SubmitError::Draining | SubmitError::Stopped)
+            Self::Submit(
+                SubmitError::Draining | SubmitError::Stopped | SubmitError::Failed { .. },
+            )
             | Self::Job(JobError::Stopped) => Some(RETRY_AFTER_STOP),
             _ => None,
         };
         wait.map(|wait| wait.as_secs().clamp(1, 3600))
     }
 
-    /// The body of the response. Details of internal errors go to the log, not to the client.
+    /// The body of the response. Details of internal errors go to the log, not to the client, unless
+    /// the model is at fault.
     pub(super) fn envelope(&self) -> ErrorEnvelope {
         let status = self.status();
         let message = if status == StatusCode::INTERNAL_SERVER_ERROR {
             let detail = crate::error_chain(self);
             tracing::error!("a request failed: {detail}");
-            "the image could not be generated; the server's log says why".to_owned()
+            if self.is_of_model() {
+                self.to_string()
+            } else {
+                "the image could not be generated; the server's log says why".to_owned()
+            }
         } else if let Some(seconds) = self.retry_after_seconds() {
             format!("{self}; try again in {seconds} s")
         } else {

@@ -34,16 +34,13 @@ pub(super) struct GenerationFields {
     /// Number of denoising steps, 50 by default. The time grows in proportion to it.
     #[schema(value_type = Option<i64>, minimum = 1)]
     num_inference_steps: Option<Integer>,
-    /// Time shift of the noise levels, above 0 and at most 100. Replaces the schedule of the model's
+    /// Time shift of the noise levels, from 0.001 to 100. Replaces the schedule of the model's
     /// `scheduler_config.json`; Lightning models need 3.
-    #[schema(exclusive_minimum = 0.0, maximum = 100.0)]
     shift: Option<f64>,
-    /// Scale of the classifier-free guidance away from the negative prompt, 4 by default. There is
-    /// no guidance at 1 and below, nor without a negative prompt.
-    #[schema(minimum = 0.0)]
+    /// Scale of the classifier-free guidance away from the negative prompt, from 0 to 20, 4 by default.
+    /// There is no guidance at 1 and below, nor without a negative prompt.
     true_cfg_scale: Option<f64>,
     /// Alias of `true_cfg_scale`.
-    #[schema(minimum = 0.0)]
     cfg_scale: Option<f64>,
     /// Seed of the noise, from 0 to 2^64 - 1. Without it, or with -1, the server chooses one; the
     /// response contains the seed in either case.

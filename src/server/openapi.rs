@@ -11,7 +11,7 @@ use utoipa::openapi::security::{Http, HttpAuthScheme, SecurityScheme};
 use utoipa::openapi::{OpenApi, RefOr};
 use utoipa::{Number, OpenApi as _};
 
-use crate::request::Limits;
+use crate::request::{Limits, MAX_SHIFT, MAX_TRUE_CFG_SCALE, MIN_SHIFT};
 
 use super::{App, chat, images};
 
@@ -133,6 +133,16 @@ fn add_limits(document: &mut OpenApi, limits: &Limits) {
                 field.maximum = Some(Number::UInt(maximum));
             }
         }
+        for (name, (minimum, maximum)) in [
+            ("true_cfg_scale", (0.0, MAX_TRUE_CFG_SCALE)),
+            ("cfg_scale", (0.0, MAX_TRUE_CFG_SCALE)),
+            ("shift", (MIN_SHIFT, MAX_SHIFT)),
+        ] {
+            if let Some(RefOr::T(Schema::Object(field))) = request.properties.get_mut(name) {
+                field.minimum = Some(Number::Float(minimum));
+                field.maximum = Some(Number::Float(maximum));
+            }
+        }
     }
 }
 
@@ -178,6 +188,15 @@ mod tests {
             }
             let steps = &schema["properties"]["num_inference_steps"];
             assert_eq!(steps["maximum"], 77, "{name}");
+            for (key, minimum, maximum) in [
+                ("true_cfg_scale", 0.0, 20.0),
+                ("cfg_scale", 0.0, 20.0),
+                ("shift", 0.001, 100.0),
+            ] {
+                let field = &schema["properties"][key];
+                assert_eq!(field["minimum"], minimum, "{name}.{key}");
+                assert_eq!(field["maximum"], maximum, "{name}.{key}");
+            }
         }
     }
 

@@ -321,7 +321,7 @@ fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T, TokenizerError> {
 }
 
 fn read(path: &Path) -> Result<String, TokenizerError> {
-    fs::read_to_string(path).map_err(|source| match source.kind() {
+    let text = fs::read_to_string(path).map_err(|source| match source.kind() {
         io::ErrorKind::NotFound => TokenizerError::FileMissing {
             path: path.to_owned(),
         },
@@ -329,5 +329,10 @@ fn read(path: &Path) -> Result<String, TokenizerError> {
             path: path.to_owned(),
             source,
         },
-    })
+    })?;
+    // Windows' editors put a byte order mark in front.
+    Ok(text
+        .strip_prefix('\u{feff}')
+        .map(str::to_owned)
+        .unwrap_or(text))
 }

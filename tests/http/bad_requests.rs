@@ -76,6 +76,8 @@ fn values_out_of_bounds() {
             "num_inference_steps",
         ),
         (cat(&json!({"true_cfg_scale": -0.5})), "true_cfg_scale"),
+        (cat(&json!({"true_cfg_scale": 1e308})), "true_cfg_scale"),
+        (cat(&json!({"true_cfg_scale": 20.5})), "true_cfg_scale"),
         (cat(&json!({"seed": -2})), "seed"),
         (cat(&json!({"seed": i64::MIN})), "seed"),
         (cat(&json!({"n": 0})), "n"),

@@ -11,24 +11,30 @@ use serde_json::{Value, json};
 use super::client::{connect, get, post, send};
 use super::{decode, parts};
 
-fn model() -> PathBuf {
+pub(super) fn model() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/checkpoints/base")
 }
 
 /// A `kiln serve` process, killed when dropped.
-struct Server {
-    process: Child,
-    address: SocketAddr,
+pub(super) struct Server {
+    pub(super) process: Child,
+    pub(super) address: SocketAddr,
 }
 
 impl Server {
     /// Serves `model`, or the default model, from an empty folder and without network access.
     fn start(model: Option<&Path>) -> Self {
+        Self::start_with(model, &[])
+    }
+
+    /// As [`Server::start`], with more arguments.
+    pub(super) fn start_with(model: Option<&Path>, args: &[&str]) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let mut process = Command::new(env!("CARGO_BIN_EXE_kiln"))
             .arg("serve")
             .args(model)
             .args(["--port", "0", "--backend", "flex"])
+            .args(args)
             .current_dir(folder.path())
             .env("HF_HUB_OFFLINE", "1")
             .env("HF_HOME", folder.path())

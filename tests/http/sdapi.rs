@@ -304,6 +304,7 @@ fn unsupported_features_are_refused_by_name() {
         ("width", json!(15)),
         ("height", json!(100_000)),
         ("cfg_scale", json!(-1)),
+        ("cfg_scale", json!(1e39)),
         ("seed", json!(-2)),
         ("batch_size", json!(0)),
         ("batch_size", json!(11)),

@@ -12,7 +12,7 @@ use crate::config::{ConfigError, ConfigReader, ConfigText};
 use crate::flops::CostModel;
 use crate::pipeline::{ImageSizes, Pipeline};
 use crate::session::{ImagePipeline, SessionSettings};
-use crate::source::TensorSource;
+use crate::source::{TensorSource, WeightFiles};
 use crate::vae::VaeSettings;
 use crate::weights::LoadError;
 
@@ -55,12 +55,17 @@ pub struct PromptTemplate {
 /// A family of models, named by the class of its pipeline in diffusers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Family {
-    /// `QwenImagePipeline`: text-to-image.
+    /// `QwenImagePipeline`: text-to-image. The pipelines for image-to-image and inpainting have the
+    /// same components and weights.
     QwenImage,
 }
 
 impl Family {
-    const CLASSES: [(&'static str, Self); 1] = [("QwenImagePipeline", Self::QwenImage)];
+    const CLASSES: [(&'static str, Self); 3] = [
+        ("QwenImagePipeline", Self::QwenImage),
+        ("QwenImageImg2ImgPipeline", Self::QwenImage),
+        ("QwenImageInpaintPipeline", Self::QwenImage),
+    ];
 
     /// Finds the family of a `model_index.json`.
     ///
@@ -127,7 +132,22 @@ where
     match parts.configs.family()? {
         Family::QwenImage => {
             let (family, transformer) = QwenImage::<B>::load(parts, &settings)?;
-            Ok(Box::new(ImagePipeline::new(family, transformer, settings)))
+            let CheckpointParts {
+                text_encoder,
+                transformer: deferred,
+                vae,
+                ..
+            } = parts;
+            let sources = [text_encoder, deferred, vae];
+            sources.iter().try_for_each(|source| source.check_files())?;
+            let in_place = if B::IS_IN_PLACE { &sources[..] } else { &[] };
+            let files = WeightFiles::new(deferred, in_place);
+            Ok(Box::new(ImagePipeline::new(
+                family,
+                transformer,
+                settings,
+                files,
+            )))
         }
     }
 }

@@ -283,10 +283,10 @@ impl<B: FusedOps> QwenImage<B> {
     ///
     /// # Shapes
     /// - latents: `[images, z, h, w]`, normalised as the transformer has them
-    /// - output: `[images, h, w, 3]`, f32 from 0 to 1
+    /// - output: `[images, h, w, 3]`, f32 nominally from 0 to 1, not clamped
     pub(crate) fn decode(&self, latents: Tensor<B, 4>, settings: VaeSettings) -> Tensor<B, 4> {
         let decoded = self.vae.decode(self.vae.denormalise(latents), settings);
-        (decoded * 0.5 + 0.5).clamp(0.0, 1.0).permute([0, 2, 3, 1])
+        (decoded * 0.5 + 0.5).permute([0, 2, 3, 1])
     }
 }
 

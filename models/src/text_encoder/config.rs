@@ -1,11 +1,18 @@
 //! The text encoder's config.json.
 
 use kiln_ops::KernelShape;
+use serde_json::Value;
 
 use crate::config::{ConfigError, ConfigReader, ConfigText};
 
-/// The values of config.json that the language model uses, of architecture
-/// `Qwen2_5_VLForConditionalGeneration`.
+/// Classes of transformers that hold the language model.
+const CLASSES: [&str; 3] = [
+    "Qwen2_5_VLForConditionalGeneration",
+    "Qwen2_5_VLModel",
+    "Qwen2_5_VLTextModel",
+];
+
+/// The values of config.json that the language model uses, of one of [`CLASSES`].
 #[derive(Debug, Clone, PartialEq)]
 pub struct TextEncoderConfig {
     pub vocab_size: usize,
@@ -29,12 +36,12 @@ impl TextEncoderConfig {
     pub fn from_json(config: &ConfigText) -> Result<Self, ConfigError> {
         let top = ConfigReader::parse(config)?;
         if let Some(value) = top.value("architectures") {
-            let known = "Qwen2_5_VLForConditionalGeneration";
+            let is_known = |name: &Value| name.as_str().is_some_and(|name| CLASSES.contains(&name));
             if !value
                 .as_array()
-                .is_some_and(|list| list.iter().any(|name| name == known))
+                .is_some_and(|list| list.iter().any(is_known))
             {
-                return Err(top.unsupported("architectures", known));
+                return Err(top.unsupported("architectures", CLASSES.join(", ")));
             }
         }
         if top.value("quantization_config").is_some() {

@@ -24,6 +24,11 @@ const UNUSED: [&str; 4] = [
     ".rotary_emb.inv_freq",
 ];
 
+/// What the language model's names begin with. It depends on the class and on the version of
+/// transformers that saved the checkpoint: `Qwen2_5_VLForConditionalGeneration` (new and old),
+/// `Qwen2_5_VLModel` and `Qwen2_5_VLTextModel`.
+const PREFIXES: [&str; 4] = ["model.language_model", "model", "language_model", ""];
+
 /// The language model without its output head.
 #[derive(Module, Debug)]
 pub struct TextEncoder<B: FusedOps> {
@@ -49,13 +54,12 @@ impl<B: FusedOps> TextEncoder<B> {
         precision: Precision,
     ) -> Result<Self, LoadError> {
         let weights = Weights::new(source, device, precision);
-        // The prefix depends on the version of transformers that saved the checkpoint.
-        let nested = weights.has("model.language_model.embed_tokens.weight");
-        let model = weights.at(if nested {
-            "model.language_model"
-        } else {
-            "model"
-        });
+        let has_embeddings = |prefix: &&&str| {
+            let dot = if prefix.is_empty() { "" } else { "." };
+            weights.has(&format!("{prefix}{dot}embed_tokens.weight"))
+        };
+        let prefix = PREFIXES.iter().find(has_embeddings).unwrap_or(&"model");
+        let model = weights.at(prefix);
         let hidden = config.hidden_size;
         let layers = (0..config.num_hidden_layers)
             .map(|index| DecoderLayer::load(config, &model.at(format!("layers.{index}"))))

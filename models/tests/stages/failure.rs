@@ -8,19 +8,21 @@ use burn_flex::{Flex, FlexDevice};
 use bytes::Bytes;
 use kiln_models::families::{self, CheckpointParts};
 use kiln_models::job::{Job, JobId, Output};
-use kiln_models::pipeline::Pipeline;
+use kiln_models::pipeline::{Pipeline, PipelineError};
 use kiln_models::session::SessionSettings;
 use kiln_models::testing;
 use kiln_models::vae::VaeSettings;
-use kiln_models::{TensorInfo, TensorSource};
+use kiln_models::{FileFault, FileProblem, TensorInfo, TensorSource};
 
 use crate::fixtures::{F32, parts};
 
-/// A source whose tensors cannot be read while `is_broken` is set.
+/// A source whose tensors cannot be read while `is_broken` is set, and whose file has changed while
+/// `is_changed` is set.
 #[derive(Debug)]
 struct Unreliable {
     source: Arc<dyn TensorSource>,
     is_broken: Arc<AtomicBool>,
+    is_changed: Arc<AtomicBool>,
 }
 
 impl TensorSource for Unreliable {
@@ -40,20 +42,37 @@ impl TensorSource for Unreliable {
         assert!(!self.is_broken.load(Ordering::Relaxed), "{name} is gone");
         self.source.bytes(name)
     }
+
+    fn check_files(&self) -> Result<(), FileFault> {
+        if self.is_changed.load(Ordering::Relaxed) {
+            return Err(FileFault {
+                file: "transformer/weights".to_owned(),
+                problem: FileProblem::Changed,
+            });
+        }
+        self.source.check_files()
+    }
 }
 
-/// A pipeline of the smallest checkpoint, and the switch that makes the transformer's weights
-/// unreadable.
-fn pipeline() -> (Box<dyn Pipeline>, Arc<AtomicBool>) {
-    let is_broken = Arc::new(AtomicBool::new(false));
+/// A pipeline of the smallest checkpoint, and the switches that make the transformer's weights
+/// unreadable and changed.
+fn pipeline() -> (Box<dyn Pipeline>, [Arc<AtomicBool>; 2]) {
+    let switches = [false; 2].map(|off| Arc::new(AtomicBool::new(off)));
+    let [is_broken, is_changed] = &switches;
     let whole = parts("base");
     let parts = CheckpointParts {
         transformer: Arc::new(Unreliable {
             source: Arc::clone(&whole.transformer),
-            is_broken: Arc::clone(&is_broken),
+            is_broken: Arc::clone(is_broken),
+            is_changed: Arc::clone(is_changed),
         }),
         ..whole
     };
+    (open(&parts), switches)
+}
+
+/// A pipeline in f32.
+pub(crate) fn open(parts: &CheckpointParts) -> Box<dyn Pipeline> {
     let settings = SessionSettings::<Flex> {
         device: FlexDevice,
         backend: "test",
@@ -62,17 +81,17 @@ fn pipeline() -> (Box<dyn Pipeline>, Arc<AtomicBool>) {
         precision: F32,
         vae: VaeSettings::default(),
     };
-    (families::open(&parts, settings).unwrap(), is_broken)
+    families::open(parts, settings).unwrap()
 }
 
-fn job(steps: usize) -> Job {
+pub(crate) fn job(steps: usize) -> Job {
     Job {
         conditioning: (0..40).collect::<Vec<u32>>().into(),
         ..testing::job(32, steps)
     }
 }
 
-fn generate(pipeline: &mut dyn Pipeline, id: JobId, job: Job) -> Output {
+pub(crate) fn generate(pipeline: &mut dyn Pipeline, id: JobId, job: Job) -> Output {
     pipeline.start(id, job).unwrap();
     while pipeline.step(&[id]).unwrap()[0].steps_left > 0 {}
     pipeline.finish(id).unwrap()
@@ -80,7 +99,7 @@ fn generate(pipeline: &mut dyn Pipeline, id: JobId, job: Job) -> Output {
 
 #[test]
 fn a_panic_empties_the_caches_and_loses_nothing_else() {
-    let (mut pipeline, is_broken) = pipeline();
+    let (mut pipeline, [is_broken, _]) = pipeline();
     let expected = generate(&mut *pipeline, 1, job(2));
     // This job is unfinished while another one fails.
     pipeline.start(2, job(2)).unwrap();
@@ -104,4 +123,29 @@ fn a_panic_empties_the_caches_and_loses_nothing_else() {
     // Entries made after the panic are kept.
     assert_eq!(generate(&mut *pipeline, 5, job(2)), expected);
     assert_eq!(pipeline.caches().embeddings.misses, after.embeddings.misses);
+}
+
+#[test]
+fn a_changed_file_fails_every_call_that_may_have_read_it() {
+    let (mut pipeline, [_, is_changed]) = pipeline();
+    let expected = generate(&mut *pipeline, 1, job(2));
+    pipeline.start(2, job(2)).unwrap();
+    pipeline.step(&[2]).unwrap();
+
+    is_changed.store(true, Ordering::Relaxed);
+    let is_of_file = |error: PipelineError| match error {
+        PipelineError::File(fault) => assert_eq!(fault.file, "transformer/weights"),
+        other => panic!("{other}"),
+    };
+    is_of_file(pipeline.start(3, job(3)).unwrap_err());
+    is_of_file(pipeline.preview(2).unwrap_err());
+    is_of_file(pipeline.step(&[2]).unwrap_err());
+    is_changed.store(false, Ordering::Relaxed);
+
+    // The step that failed was not made.
+    assert_eq!(pipeline.step(&[2]).unwrap()[0].steps_left, 0);
+    is_changed.store(true, Ordering::Relaxed);
+    is_of_file(pipeline.finish(2).unwrap_err());
+    is_changed.store(false, Ordering::Relaxed);
+    assert_eq!(generate(&mut *pipeline, 4, job(2)), expected);
 }

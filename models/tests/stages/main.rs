@@ -8,6 +8,7 @@
 )]
 
 mod failure;
+mod finite;
 mod fixtures;
 mod modules;
 mod packing;

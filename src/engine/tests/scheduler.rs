@@ -72,12 +72,12 @@ impl Driver {
         self.book_with(outcome, took, None);
     }
 
-    fn book_with(&mut self, outcome: Outcome, took: Duration, device_lost: Option<JobError>) {
+    fn book_with(&mut self, outcome: Outcome, took: Duration, lost: Option<JobError>) {
         self.now += took;
         let booked = Booked {
             outcome,
             took,
-            device_lost,
+            lost,
             holdings: Holdings::default(),
         };
         self.events.extend(self.scheduler.book(booked, self.now));
@@ -113,6 +113,7 @@ impl Driver {
                 let (job, steps_left) = self.started.remove(&id).unwrap();
                 assert_eq!(steps_left, 0);
                 let output = Output {
+                    not_finite: None,
                     images: vec![image()],
                     trace: Vec::new(),
                 };

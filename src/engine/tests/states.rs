@@ -77,10 +77,11 @@ fn a_device_that_is_lost_fails_the_engine_and_every_job() {
         panic!("{:?}", state(&bench));
     };
     assert_eq!(error.to_string(), "the device failed: gone");
-    assert!(matches!(
-        bench.try_submit(job(5, 1, 1)),
-        Err(SubmitError::Stopped)
-    ));
+    let refused = bench.try_submit(job(5, 1, 1)).unwrap_err();
+    assert_eq!(
+        refused.to_string(),
+        "no requests are taken: the device failed: gone"
+    );
     assert!(matches!(bench.shared.poll().plan, Plan::End));
 }
 
@@ -112,7 +113,9 @@ fn a_failed_warm_up_fails_the_engine() {
     assert!(!bench.calls().contains(&Call::Start(1)));
     assert_eq!(
         bench.try_submit(job(2, 1, 1)).unwrap_err(),
-        SubmitError::Stopped
+        SubmitError::Failed {
+            reason: "the pipeline panicked: step went wrong".to_owned()
+        }
     );
     assert!(matches!(bench.shared.poll().plan, Plan::End));
     let outcomes = Outcomes {

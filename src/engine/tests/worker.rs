@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex};
 use kiln_models::job::JobId;
 use kiln_models::pipeline::PipelineError;
 use kiln_models::testing::{self, FakePipeline};
+use kiln_models::{FileFault, FileProblem};
 use tracing::Span;
 
 use super::bench::{
@@ -14,7 +15,7 @@ use super::bench::{
 };
 use crate::engine::cost::Stage;
 use crate::engine::plan::{Booked, Outcome, Plan};
-use crate::engine::{JobError, SubmitOptions};
+use crate::engine::{JobError, State, SubmitOptions};
 
 /// A bench whose pipeline has jobs 1 and 2, with five steps each; the second behaves like this.
 fn with_two_jobs(behaviour: u32) -> Bench {
@@ -58,7 +59,7 @@ fn only_the_job_that_fails_alone_fails() {
         let booked = bench.execute(Plan::Step(vec![1, 2]));
         // Together, and then each alone.
         assert_eq!(booked.took, cost(&job(1, 4, 5), Stage::Step) * 4);
-        assert!(booked.device_lost.is_none());
+        assert!(booked.lost.is_none());
         assert_eq!(booked.holdings.memory.in_use, Some(1));
         let steps = steps(booked);
         let [(1, Ok(4)), (2, Err(error))] = steps.as_slice() else {
@@ -98,10 +99,35 @@ fn jobs_that_fail_only_together_go_on() {
 fn a_device_that_fails_for_every_job_is_lost() {
     let mut bench = with_two_jobs(LOSE_DEVICE_IN_STEP);
     let booked = bench.execute(Plan::Step(vec![1, 2]));
-    let error = booked.device_lost.as_ref().unwrap();
+    let error = booked.lost.as_ref().unwrap();
     assert_eq!(error.to_string(), "the device failed: gone");
     assert_eq!(booked.holdings.memory.in_use, Some(0));
     assert!(steps(booked).iter().all(|(_, step)| step.is_err()));
+}
+
+#[test]
+fn a_model_file_that_changed_fails_every_job_and_the_engine_with_its_name() {
+    let pipeline = FakePipeline::new(testing::model_info()).on_call(|call| match call {
+        testing::Call::Step(_) => Err(PipelineError::File(FileFault {
+            file: "vae/weights".to_owned(),
+            problem: FileProblem::Changed,
+        })),
+        testing::Call::Probe => panic!("the device is not at fault"),
+        _ => Ok(()),
+    });
+    let (clock, log) = (Arc::new(SimulatedClock::new()), Arc::default());
+    let mut bench = Bench::with_pipeline(settings(8, 8), pipeline, clock, log);
+    let handles = [1, 2, 3].map(|seed| bench.submit(job(seed, 4, 2)));
+    bench.run();
+    for handle in handles {
+        let error = outcome(handle).unwrap_err().to_string();
+        assert!(error.starts_with("vae/weights changed"), "{error}");
+    }
+    let state = bench.shared.state().borrow().clone();
+    assert!(matches!(state, State::Failed(_)), "{state:?}");
+    let refused = bench.try_submit(job(4, 4, 2)).unwrap_err().to_string();
+    let expected = "no requests are taken: vae/weights changed";
+    assert!(refused.starts_with(expected), "{refused}");
 }
 
 #[test]

@@ -131,9 +131,8 @@ struct Txt2ImgFields {
     /// Number of denoising steps, 50 by default.
     #[schema(value_type = Option<i64>, minimum = 1)]
     steps: Option<Integer>,
-    /// Scale of the classifier-free guidance away from the negative prompt, 4 by default. There is
-    /// no guidance at 1 and below, nor without a negative prompt.
-    #[schema(minimum = 0.0)]
+    /// Scale of the classifier-free guidance away from the negative prompt, from 0 to 20, 4 by default.
+    /// There is no guidance at 1 and below, nor without a negative prompt.
     cfg_scale: Option<f64>,
     /// Width of the image in pixels, rounded down to a multiple of 16. Default: the model's own
     /// size, 1024 for Qwen-Image.
