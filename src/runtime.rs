@@ -157,7 +157,7 @@ impl Model {
         let checkpoint = match settings.load_format {
             LoadFormat::Dummy => Checkpoint::dummy(dummy_shape(name)?)?,
             LoadFormat::Auto if name == DEMO => Checkpoint::demo()?,
-            LoadFormat::Auto => Checkpoint::open(&hub::resolve(name, &settings.hub)?)?,
+            LoadFormat::Auto => Checkpoint::open(&hub::resolve(name, &settings.hub, &|_| {})?)?,
         };
         let tokenizer = checkpoint.tokenizer().map_err(RuntimeError::Tokenizer)?;
         Ok(Self {

@@ -29,7 +29,9 @@ const OWNERS: &[(&str, &[&str])] = &[
     ("clap_complete", &["src/cli"]),
     ("clap_mangen", &["src/cli"]),
     ("indicatif", &["src/cli", "src/hub"]),
-    ("hf_hub", &["src/hub"]),
+    ("reqwest", &["src/hub"]),
+    ("rustls", &["src/hub"]),
+    ("ring", &["src/hub"]),
     ("memmap2", &["src/checkpoint"]),
     // `cli/dump` writes and reads recorded runs, not models.
     (
