@@ -132,11 +132,17 @@ impl CachedRepo {
         create_parent(&target)?;
         let up = "../".repeat(path.split('/').count() + 1);
         let source = PathBuf::from(format!("{up}blobs/{etag}"));
-        let temporary = temporary(&target);
-        if self.symlinks && symlink(&source, &temporary).is_ok() {
-            return fs::rename(&temporary, &target).inspect_err(|_| {
-                fs::remove_file(&temporary).ok();
-            });
+        if self.symlinks {
+            match symlink(&source, &target) {
+                Ok(()) => return Ok(()),
+                Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+                    fs::remove_file(&target)?;
+                    return symlink(&source, &target);
+                }
+                Err(error) => {
+                    tracing::debug!("{} cannot be a link: {error}", target.display());
+                }
+            }
         }
         // As `huggingface_hub` does where there are no symbolic links.
         fs::rename(blob, target)

@@ -92,8 +92,9 @@ pub(super) fn complete(
         source,
     };
     let snapshot = repo.snapshot(commit);
-    let mut files = needed;
-    files.retain(|file| !repo.has(commit, file));
+    let (there, mut files) = needed
+        .into_iter()
+        .partition::<Vec<_>, _>(|file| repo.has(commit, file));
     if files.is_empty() {
         // A cache that cannot be written works without it.
         repo.set_commit(&id.revision, commit).ok();
@@ -107,7 +108,25 @@ pub(super) fn complete(
     repo.set_listing(commit, listing).map_err(io)?;
     // Small files first: an interrupted download then tells what it lacks.
     files.sort_by_key(|file| file.size);
-    fetch_all(environment, repo, id, commit, files, report).inspect_err(|error| {
+    let progress = Progress::new(&files, &there, environment.progress_bars);
+    if progress.is_hidden() {
+        let bytes = repo.remaining(&files);
+        tracing::info!(bytes, files = files.len(), "downloading {id}");
+    }
+    let fetcher = Fetcher {
+        http: &Http::new(environment, environment.download_timeout).map_err(client)?,
+        repo,
+        id,
+        commit,
+        endpoint: &environment.endpoint_name(),
+        retry_wait: environment.retry_wait,
+        timeout: environment.download_timeout,
+        progress: &progress,
+        stop: AtomicBool::new(false),
+    };
+    let fetched = fetch_all(&fetcher, files, report);
+    progress.clear();
+    fetched.inspect_err(|error| {
         // The list may be what is wrong: it is asked for again next time.
         if error.doubts_listing() {
             repo.forget_listing(commit);
@@ -132,31 +151,11 @@ fn check_space(repo: &CachedRepo, id: &HubId, files: &[Listed]) -> Result<(), Hu
 
 /// Downloads files on several threads. The first failure ends them all.
 fn fetch_all(
-    environment: &Environment,
-    repo: &CachedRepo,
-    id: &HubId,
-    commit: &str,
+    fetcher: &Fetcher,
     files: Vec<Listed>,
     report: &(dyn Fn(Transfer) + Send + Sync),
 ) -> Result<(), HubError> {
-    let http = Http::new(environment, environment.download_timeout).map_err(client)?;
-    let bytes = files.iter().map(|file| file.size).sum();
-    let progress = Progress::new(files.len(), bytes, environment.progress_bars);
-    if progress.is_hidden() {
-        tracing::info!(bytes, files = files.len(), "downloading {id}");
-    }
-    let stop = AtomicBool::new(false);
-    let fetcher = Fetcher {
-        http: &http,
-        repo,
-        id,
-        commit,
-        endpoint: &environment.endpoint_name(),
-        retry_wait: environment.retry_wait,
-        timeout: environment.download_timeout,
-        progress: &progress,
-        stop: &stop,
-    };
+    let Fetcher { progress, stop, .. } = fetcher;
     let threads = CONNECTIONS.min(files.len());
     let queue = Mutex::new(files.into_iter());
     let failed = Mutex::new(None);
@@ -164,7 +163,7 @@ fn fetch_all(
     thread::scope(|scope| {
         for _ in 0..threads {
             let alive = alive.clone();
-            let (fetcher, queue, failed, stop) = (&fetcher, &queue, &failed, &stop);
+            let (queue, failed) = (&queue, &failed);
             scope.spawn(move || {
                 // The reports end when the last thread drops it.
                 let _alive = alive;
@@ -180,7 +179,7 @@ fn fetch_all(
             });
         }
         drop(alive);
-        let mut lines = LogLines::new(id.to_string());
+        let mut lines = LogLines::new(fetcher.id.to_string(), progress.transfer());
         loop {
             report(progress.transfer());
             if progress.is_hidden() {
@@ -193,7 +192,6 @@ fn fetch_all(
         }
     });
     report(progress.transfer());
-    progress.clear();
     let failed = failed.into_inner().unwrap_or_else(PoisonError::into_inner);
     failed.map_or(Ok(()), Err)
 }

@@ -211,13 +211,13 @@ fn expand_variables(variable: &str, text: &str, get: Lookup) -> String {
     while let Some(at) = rest.find('$') {
         expanded.push_str(&rest[..at]);
         let after = &rest[at + 1..];
-        let (name, length) = match after.strip_prefix('{').and_then(|it| it.split_once('}')) {
-            Some((name, _)) => (name, name.len() + 2),
-            None => {
-                let word = |c: char| c.is_ascii_alphanumeric() || c == '_';
-                let length = after.find(|c| !word(c)).unwrap_or(after.len());
-                (&after[..length], length)
-            }
+        let braced = after.strip_prefix('{').and_then(|it| it.split_once('}'));
+        let (name, length) = if let Some((name, _)) = braced {
+            (name, name.len() + 2)
+        } else {
+            let word = |c: char| c.is_ascii_alphanumeric() || c == '_';
+            let length = after.find(|c| !word(c)).unwrap_or(after.len());
+            (&after[..length], length)
         };
         if let Some(value) = (!name.is_empty()).then(|| get(name)).flatten() {
             expanded.push_str(&value.to_string_lossy());

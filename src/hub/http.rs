@@ -75,7 +75,7 @@ impl Http {
     /// URL of a path on the Hub.
     pub(super) fn url(&self, path: &str) -> Result<Url, Failure> {
         let hub = self.hub.as_str().trim_end_matches('/');
-        self.join(&self.hub, &format!("{hub}/{path}"))
+        join(&self.hub, &format!("{hub}/{path}"))
     }
 
     /// Requests a URL, from byte `start` of what it stands for.
@@ -93,7 +93,7 @@ impl Http {
         let started = Instant::now();
         let mut answer = self.get(url, 0)?;
         let next = next_page(answer.response.headers());
-        let next = next.map(|next| self.join(url, &next)).transpose()?;
+        let next = next.map(|next| join(url, &next)).transpose()?;
         let mut body = Vec::new();
         let mut chunk = vec![0; 64 << 10];
         loop {
@@ -163,7 +163,7 @@ impl Http {
             if status.is_redirection() && status != StatusCode::NOT_MODIFIED {
                 let to = headers.get(LOCATION).and_then(|it| it.to_str().ok());
                 let to = to.unwrap_or_default();
-                url = self.join(&url, to)?;
+                url = join(&url, to)?;
                 continue;
             }
             if !status.is_success() {
@@ -194,16 +194,16 @@ impl Http {
             && (self.hub.port(), url.port()) == (None, None);
         url.host_str() == self.hub.host_str() && (url.origin() == self.hub.origin() || upgraded)
     }
+}
 
-    fn join(&self, base: &Url, location: &str) -> Result<Url, Failure> {
-        let url = base.join(location).ok();
-        let url =
-            url.filter(|url| !location.is_empty() && matches!(url.scheme(), "http" | "https"));
-        url.ok_or_else(|| Failure::Redirect {
-            host: host(base),
-            to: format!("to {location:?}, which is no address"),
-        })
-    }
+/// The URL of a link in an answer from `base`.
+fn join(base: &Url, location: &str) -> Result<Url, Failure> {
+    let url = base.join(location).ok();
+    let url = url.filter(|url| !location.is_empty() && matches!(url.scheme(), "http" | "https"));
+    url.ok_or_else(|| Failure::Redirect {
+        host: host(base),
+        to: format!("to {location:?}, which is no address"),
+    })
 }
 
 fn host(url: &Url) -> String {
@@ -228,12 +228,11 @@ fn text(headers: &HeaderMap, name: &HeaderName) -> Option<String> {
 /// `Retry-After`, in seconds or as a date.
 fn retry_after(headers: &HeaderMap) -> Option<Duration> {
     let value = text(headers, &RETRY_AFTER)?;
-    let wait = match value.parse() {
-        Ok(seconds) => Duration::from_secs(seconds),
-        Err(_) => {
-            let date = httpdate::parse_http_date(&value).ok()?;
-            date.duration_since(SystemTime::now()).unwrap_or_default()
-        }
+    let wait = if let Ok(seconds) = value.parse() {
+        Duration::from_secs(seconds)
+    } else {
+        let date = httpdate::parse_http_date(&value).ok()?;
+        date.duration_since(SystemTime::now()).unwrap_or_default()
     };
     Some(wait.min(MAX_RETRY_AFTER))
 }

@@ -33,11 +33,11 @@ impl Name {
     ///
     /// `endpoint` is the Hub whose addresses stand for ids.
     pub(super) fn read(model: &str, endpoint: &Url) -> Result<Self, HubError> {
-        if let Some(address) = address(model) {
-            return read_address(model, &address, endpoint);
-        }
         if let Some(path) = as_path(model) {
             return Ok(Self::Path(path));
+        }
+        if let Some(address) = address(model) {
+            return read_address(model, &address, endpoint);
         }
         if let Some(repo) = repo_of_folder(model) {
             return Ok(Self::Id(HubId::parse(&repo)?));
@@ -136,7 +136,10 @@ pub(super) fn snapshot_in(folder: &Path) -> Result<Option<(PathBuf, String)>, Hu
 }
 
 /// The path, with `~` expanded, if the name can only be a path; it need not exist.
-fn as_path(model: &str) -> Option<PathBuf> {
+pub(super) fn as_path(model: &str) -> Option<PathBuf> {
+    if address(model).is_some() {
+        return None;
+    }
     let before_revision = model.split('@').next().unwrap_or(model);
     let is_path = model.starts_with(['.', '/', '~'])
         || model.contains('\\')

@@ -169,12 +169,13 @@ fn is_needed(path: &str) -> bool {
     if !parts.iter().all(|part| is_plain_name(part)) {
         return false;
     }
+    let is_json = path.strip_suffix(".json").is_some();
     match parts.as_slice() {
         ["model_index.json"] | ["tokenizer", _] => true,
-        ["scheduler", name] => name.ends_with(".json"),
+        ["scheduler", _] => is_json,
         ["text_encoder" | "transformer" | "vae", name] => {
             let weights = name.strip_suffix(".safetensors");
-            name.ends_with(".json") || weights.is_some_and(|stem| !stem.contains('.'))
+            is_json || weights.is_some_and(|stem| !stem.contains('.'))
         }
         _ => false,
     }

@@ -65,12 +65,12 @@ pub struct HubSettings {
 #[derive(Clone, PartialEq, Eq)]
 pub struct HubToken(String);
 
-/// How far a download is.
+/// How far a download is, with the files that were there before.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Transfer {
     /// Files that are complete.
     pub files: usize,
-    /// Files that the cache lacked.
+    /// Files that the model needs.
     pub total_files: usize,
     /// Bytes of these files that are on disk.
     pub bytes: u64,
@@ -101,18 +101,21 @@ pub fn resolve(
 ) -> Result<PathBuf, HubError> {
     let path = Path::new(model);
     if path.exists() {
-        return existing(path);
+        return resolve_path(path);
+    }
+    // A path needs no settings.
+    if let Some(path) = id::as_path(model) {
+        return resolve_path(&path);
     }
     let environment = Environment::read(settings)?;
     match Name::read(model, &environment.endpoint)? {
-        Name::Path(path) if path.exists() => existing(&path),
-        Name::Path(path) => Ok(path),
+        Name::Path(path) => resolve_path(&path),
         Name::Id(id) => resolve_id(&id, &environment, report),
     }
 }
 
-/// The folder of a model at a path that exists.
-fn existing(path: &Path) -> Result<PathBuf, HubError> {
+/// The path itself, or the snapshot in a model's folder of the cache.
+fn resolve_path(path: &Path) -> Result<PathBuf, HubError> {
     let Some((snapshot, repo)) = id::snapshot_in(path)? else {
         return Ok(path.to_owned());
     };

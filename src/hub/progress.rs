@@ -7,6 +7,7 @@ use indicatif::{BinaryBytes, HumanDuration, MultiProgress, ProgressBar};
 use indicatif::{ProgressDrawTarget, ProgressStyle};
 
 use super::Transfer;
+use super::listing::Listed;
 
 /// Time between two log lines.
 const LOG_INTERVAL: Duration = Duration::from_secs(30);
@@ -37,7 +38,11 @@ pub(super) struct LogLines {
 }
 
 impl Progress {
-    pub(super) fn new(total_files: usize, total_bytes: u64, with_bars: bool) -> Self {
+    /// Progress of files that are to be downloaded, with those that are there.
+    pub(super) fn new(missing: &[Listed], there: &[Listed], with_bars: bool) -> Self {
+        let bytes = |files: &[Listed]| files.iter().map(|file| file.size).sum::<u64>();
+        let bytes_there = bytes(there);
+        let total_bytes = bytes_there + bytes(missing);
         let bars = MultiProgress::new();
         if !with_bars {
             bars.set_draw_target(ProgressDrawTarget::hidden());
@@ -45,11 +50,13 @@ impl Progress {
         let total = bars.add(ProgressBar::new(total_bytes));
         total.set_style(style("{binary_bytes_per_sec:>12} {eta:>4}"));
         total.set_message("all files");
+        total.set_position(bytes_there);
+        total.reset_eta();
         Self {
-            total_files,
+            total_files: there.len() + missing.len(),
             total_bytes,
-            files: AtomicUsize::new(0),
-            bytes: AtomicU64::new(0),
+            files: AtomicUsize::new(there.len()),
+            bytes: AtomicU64::new(bytes_there),
             bars,
             total,
         }
@@ -115,11 +122,12 @@ impl Drop for FileProgress<'_> {
 }
 
 impl LogLines {
-    pub(super) fn new(name: String) -> Self {
+    /// `start` is how far the download is already.
+    pub(super) fn new(name: String, start: Transfer) -> Self {
         Self {
             name,
             last: Instant::now(),
-            bytes: 0,
+            bytes: start.bytes,
         }
     }
 
@@ -182,7 +190,12 @@ mod tests {
 
     #[test]
     fn bytes_that_are_taken_back_are_counted_once() {
-        let progress = Progress::new(2, 100, false);
+        let listed = |path: &str, size| Listed {
+            path: path.to_owned(),
+            size,
+            etag: None,
+        };
+        let progress = Progress::new(&[listed("a", 60)], &[listed("b", 40)], false);
         let file = progress.file("a", 60);
         file.found(20);
         file.add(30);
@@ -190,9 +203,9 @@ mod tests {
         file.add(60);
         file.finish();
         let expected = Transfer {
-            files: 1,
+            files: 2,
             total_files: 2,
-            bytes: 60,
+            bytes: 100,
             total_bytes: 100,
         };
         assert_eq!(progress.transfer(), expected);

@@ -43,7 +43,7 @@ pub(super) struct Fetcher<'a> {
     pub(super) timeout: Duration,
     pub(super) progress: &'a Progress,
     /// Set when another file failed.
-    pub(super) stop: &'a AtomicBool,
+    pub(super) stop: AtomicBool,
 }
 
 /// Why an attempt to download a file ended.
@@ -129,7 +129,7 @@ impl Fetcher<'_> {
                     break;
                 }
                 Err(failure) => backoff
-                    .wait(failure, &listed.path, self.stop)
+                    .wait(failure, &listed.path, &self.stop)
                     .map_err(|failure| self.error(listed, 0, failure))?,
             }
         }
@@ -173,7 +173,7 @@ impl Fetcher<'_> {
                 Err(failure)
             } else {
                 let what = format!("{} at byte {}", listed.path, partial.length);
-                backoff.wait(failure, &what, self.stop)
+                backoff.wait(failure, &what, &self.stop)
             };
             waited.map_err(|failure| self.error(listed, partial.length, failure))?;
         }
@@ -195,7 +195,7 @@ impl Fetcher<'_> {
             }
             answer => answer?,
         };
-        self.check_start(&answer, partial)?;
+        check_start(&answer, partial)?;
         let length = answer.response.headers().get(CONTENT_LENGTH);
         let length = length.and_then(|it| it.to_str().ok()?.parse::<u64>().ok());
         if let Some(length) = length.filter(|it| partial.length + it != partial.size) {
@@ -207,32 +207,6 @@ impl Fetcher<'_> {
             .into());
         }
         self.receive(&mut answer, length.is_some(), partial)
-    }
-
-    /// Checks that an answer goes on where the file ends, and starts over if it does not.
-    fn check_start(&self, answer: &Answer, partial: &mut Partial) -> Result<(), Ended> {
-        let headers = answer.response.headers();
-        let tag = etag(headers);
-        let partial_answer = answer.response.status() == StatusCode::PARTIAL_CONTENT;
-        let changed = || Failure::Changed {
-            host: answer.host.clone(),
-        };
-        if partial.length > 0 && !partial_answer {
-            // The host ignores ranges: the whole file comes.
-            partial.restart()?;
-        } else if partial_answer {
-            let range = headers.get(CONTENT_RANGE).and_then(|it| it.to_str().ok());
-            let expected = format!("bytes {}-{}", partial.length, partial.size - 1);
-            let fits = range.is_none_or(|range| range.starts_with(&expected));
-            // Without a hash, only the sender's tag tells whether its bytes belong together.
-            let same = partial.hash.is_some() || partial.sender_tag == tag;
-            if !fits || !same {
-                partial.restart()?;
-                return Err(changed().into());
-            }
-        }
-        partial.sender_tag = tag;
-        Ok(())
     }
 
     fn receive(
@@ -312,6 +286,32 @@ impl Fetcher<'_> {
             source,
         }
     }
+}
+
+/// Checks that an answer goes on where the file ends, and starts over if it does not.
+fn check_start(answer: &Answer, partial: &mut Partial) -> Result<(), Ended> {
+    let headers = answer.response.headers();
+    let tag = etag(headers);
+    let partial_answer = answer.response.status() == StatusCode::PARTIAL_CONTENT;
+    let changed = || Failure::Changed {
+        host: answer.host.clone(),
+    };
+    if partial.length > 0 && !partial_answer {
+        // The host ignores ranges: the whole file comes.
+        partial.restart()?;
+    } else if partial_answer {
+        let range = headers.get(CONTENT_RANGE).and_then(|it| it.to_str().ok());
+        let expected = format!("bytes {}-{}", partial.length, partial.size - 1);
+        let fits = range.is_none_or(|range| range.starts_with(&expected));
+        // Without a hash, only the sender's tag tells whether its bytes belong together.
+        let same = partial.hash.is_some() || partial.sender_tag == tag;
+        if !fits || !same {
+            partial.restart()?;
+            return Err(changed().into());
+        }
+    }
+    partial.sender_tag = tag;
+    Ok(())
 }
 
 impl<'a> Partial<'a> {

@@ -13,7 +13,7 @@ use super::fake_hub::{Answer, Deed, FakeHub, NEEDED, Request, content, hash_of, 
 const DOWNLOADS: u64 = 100;
 
 /// Longest time that one download may take.
-const LIMIT: Duration = Duration::from_secs(60);
+const LIMIT: Duration = Duration::from_mins(1);
 
 /// Misbehaves in one of ten ways, more often for larger seeds, or not at all. The same request gets
 /// the same answer in every run of a seed.

@@ -353,7 +353,8 @@ fn part(request: &Request, content: Vec<u8>) -> Answer {
 fn wait_for_end(mut connection: &TcpStream) {
     let minute = Some(Duration::from_mins(1));
     connection.set_read_timeout(minute).unwrap();
-    connection.read(&mut [0]).ok();
+    // Nothing more comes.
+    connection.read_exact(&mut [0]).ok();
 }
 
 /// The answer that lists files.
