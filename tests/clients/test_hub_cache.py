@@ -150,7 +150,7 @@ def generate(cache: Path, endpoint: str, **variables: str) -> subprocess.Complet
     return subprocess.run(
         command(),
         env=environment(cache, endpoint) | variables,
-        cwd=cache.parent,
+        cwd=cache.parents[1],
         capture_output=True,
         text=True,
         timeout=120,
