@@ -135,9 +135,14 @@ impl Request {
             let start = range.strip_prefix("bytes=").unwrap();
             start.trim_end_matches('-').parse().unwrap()
         });
+        let (method, url) = (words.next()?, words.next()?);
+        // A proxy is asked for a whole URL.
+        let path = url
+            .strip_prefix("http://")
+            .and_then(|it| it.find('/').map(|at| &it[at..]));
         Some(Self {
-            method: words.next()?.to_owned(),
-            path: words.next()?.to_owned(),
+            method: method.to_owned(),
+            path: path.unwrap_or(url).to_owned(),
             token: header("authorization"),
             start,
             earlier: 0,

@@ -223,6 +223,7 @@ fn settings_come_from_the_variables_of_huggingface_hub() {
             .env_remove("HF_HUB_DISABLE_IMPLICIT_TOKEN")
             .env_remove("HF_TOKEN")
             .env_remove("HF_HUB_OFFLINE")
+            .env_remove("NO_PROXY")
             .env("KILN_TEST_INNER", "1")
             .env("FOLDER", home.path())
             .env("HF_HOME", "$FOLDER/hf")
@@ -238,11 +239,18 @@ fn settings_come_from_the_variables_of_huggingface_hub() {
     ]);
     let repo = home.path().join("hf/hub/models--own--private");
     assert!(repo.join("refs/main").exists());
-    fs::remove_dir_all(repo).unwrap();
+    fs::remove_dir_all(&repo).unwrap();
     run([
         ("HF_ENDPOINT", &(hub.endpoint.clone() + "/")),
         ("HF_TOKEN", "secret"),
         ("HUGGING_FACE_HUB_TOKEN", "wrong"),
+    ]);
+    // This Hub can only be reached by a proxy.
+    fs::remove_dir_all(&repo).unwrap();
+    run([
+        ("HF_ENDPOINT", "http://hub.invalid"),
+        ("HF_TOKEN", "secret"),
+        ("HTTP_PROXY", &hub.endpoint),
     ]);
     for offline in ["HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"] {
         let unused = ("HF_ENDPOINT", "http://unused.invalid");
