@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Tests `kiln serve` with clients, on the demo model: curl, the official openai packages, the programs in
-# examples/, and requests as other programs send them. Needs curl, jq and Python 3 with venv; the first run
-# installs packages into target/clients. KILN names the binary; a development build is the default.
+# examples/, and requests as other programs send them; and the cache that kiln shares with huggingface_hub.
+# Needs curl, jq and Python 3 with venv; the first run installs packages into target/clients. KILN names the
+# binary; a development build is the default.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -23,6 +24,8 @@ python "$clients/test_openai.py" "$server" test-key
 python "$clients/test_programs.py" "$server" test-key
 python "$clients/test_docs.py" "$server" test-key "$node"
 python "$clients/test_examples.py" "$server" test-key "$(realpath "$KILN")"
+
+python "$clients/test_hub_cache.py" "$(realpath "$KILN")"
 
 kill -TERM "$process"
 wait "$process"

@@ -33,7 +33,9 @@ const OWNERS: &[(&str, &[&str])] = &[
     ("clap_mangen", &["src/cli"]),
     ("tracing_appender", &["src/cli/log"]),
     ("indicatif", &["src/cli", "src/hub"]),
-    ("hf_hub", &["src/hub"]),
+    ("reqwest", &["src/hub"]),
+    ("rustls", &["src/hub"]),
+    ("ring", &["src/hub"]),
     ("memmap2", &["src/checkpoint"]),
     // `cli/dump` writes and reads recorded runs, not models.
     (

@@ -145,13 +145,11 @@ fn has_colours() -> bool {
     io::stderr().is_terminal() && env::var_os("NO_COLOR").is_none_or(|value| value.is_empty())
 }
 
-/// kiln's messages of this level, and warnings of libraries. The Hub client logs nothing: its errors
-/// are part of kiln's.
+/// kiln's messages of this level, and warnings of libraries.
 fn log_filter(level: LevelFilter) -> Targets {
     Targets::new()
         .with_default(LevelFilter::WARN)
         .with_target("kiln", level)
-        .with_target("hf_hub", LevelFilter::OFF)
         // The job reports a panic on a device's thread, and kernel_cache a cache that does not work.
         .with_target("cubecl_common", LevelFilter::OFF)
         // Prints every measurement if two processes tune the same operation.

@@ -1,9 +1,10 @@
 //! Why a model cannot be resolved to a folder.
 
+use std::error::Error;
 use std::io;
+use std::iter;
 use std::path::PathBuf;
-
-use hf_hub::HFError;
+use std::time::Duration;
 
 /// Why a model cannot be resolved. Every message says how to fix it.
 #[derive(Debug, thiserror::Error)]
@@ -14,8 +15,27 @@ pub enum HubError {
     )]
     InvalidId { model: String },
 
-    #[error("the Hub cannot be used: check HF_ENDPOINT")]
-    Client { source: Box<HFError> },
+    #[error("{address} is not the address of a model: {hint}")]
+    Address { address: String, hint: String },
+
+    #[error("{folder} is a model's folder in the Hub cache, and {reason}")]
+    CacheFolder { folder: PathBuf, reason: String },
+
+    #[error("{variable} must begin with http:// or https://, it is {value:?}")]
+    Endpoint {
+        variable: &'static str,
+        value: String,
+    },
+
+    #[error("{variable} must be {expected}, it is {value:?}")]
+    Variable {
+        variable: &'static str,
+        expected: &'static str,
+        value: String,
+    },
+
+    #[error("HTTPS cannot be used: check the system's certificates and the variables of its proxy")]
+    Client { source: Box<Failure> },
 
     #[error("{endpoint} has no model {repo}: check the spelling of owner/name")]
     NotFound { repo: String, endpoint: String },
@@ -54,13 +74,23 @@ pub enum HubError {
     NotAModel { repo: String },
 
     #[error(
-        "HF_HUB_OFFLINE is set and revision {revision:?} of {repo} is not in the cache {cache}: \
-         unset HF_HUB_OFFLINE to download it, or set HF_HOME or HF_HUB_CACHE to where it is"
+        "{variable} is set and revision {revision:?} of {repo} is not in the cache {cache}: \
+         unset {variable} to download it, or set HF_HOME or HF_HUB_CACHE to where it is"
     )]
     Offline {
+        variable: &'static str,
         repo: String,
         revision: String,
         cache: PathBuf,
+    },
+
+    #[error("the copy of {repo} in {snapshot} is incomplete: {} {}: {remedy}", missing.join(", "), if missing.len() == 1 { "is missing" } else { "are missing" })]
+    Incomplete {
+        repo: String,
+        snapshot: PathBuf,
+        /// Path of each file in the snapshot, with what is wrong if it is there.
+        missing: Vec<String>,
+        remedy: String,
     },
 
     #[error(
@@ -70,27 +100,149 @@ pub enum HubError {
     )]
     Network {
         endpoint: String,
-        source: Box<HFError>,
-    },
-
-    #[error("{path} has {actual} bytes where the Hub lists {expected}, and was removed: try again")]
-    WrongSize {
-        path: PathBuf,
-        expected: u64,
-        actual: u64,
+        source: Box<Failure>,
     },
 
     #[error(
-        "another process is downloading the same and holds {lock}: try again when it has ended"
+        "the answers of {endpoint} lack {lacking}: set HF_ENDPOINT to another mirror, or unset it"
     )]
-    Busy { lock: PathBuf },
+    Mirror {
+        endpoint: String,
+        lacking: &'static str,
+    },
+
+    #[error("cannot download {repo}: try again later")]
+    Download { repo: String, source: Box<Failure> },
+
+    #[error(
+        "cannot download {file} of {repo}: {received} of {size} bytes are there; start again to go \
+         on from there, and check the network or HF_ENDPOINT if that does not help"
+    )]
+    File {
+        repo: String,
+        file: String,
+        /// Bytes that a later attempt need not download again.
+        received: u64,
+        size: u64,
+        source: Box<Failure>,
+    },
+
+    #[error(
+        "not enough disk space for {repo}: {needed} bytes are still to be downloaded, and {free} \
+         bytes are free in {cache}: free some, or set HF_HOME to a folder elsewhere"
+    )]
+    NoSpace {
+        repo: String,
+        needed: u64,
+        free: u64,
+        cache: PathBuf,
+    },
 
     #[error(
         "cannot use the Hub cache {cache}: check its permissions and the disk's free space, or set \
          HF_HOME to a folder elsewhere"
     )]
     Io { cache: PathBuf, source: io::Error },
+}
 
-    #[error("cannot download {repo}: try again later")]
-    Download { repo: String, source: Box<HFError> },
+/// Why a request to the Hub failed.
+#[derive(Debug, thiserror::Error)]
+pub enum Failure {
+    #[error("{host} sent nothing for {} s", waited.as_secs_f64())]
+    Stalled { host: String, waited: Duration },
+
+    #[error("{host} sends too slowly: {bytes} bytes in {} s", waited.as_secs_f64())]
+    Slow {
+        host: String,
+        bytes: u64,
+        waited: Duration,
+    },
+
+    #[error("HTTP request error")]
+    Request(#[source] reqwest::Error),
+
+    #[error("the connection to {host} broke")]
+    Broken { host: String, source: io::Error },
+
+    #[error("HTTP error: {status} from {host}")]
+    Status {
+        host: String,
+        status: reqwest::StatusCode,
+        /// The `X-Error-Code` header.
+        code: Option<String>,
+        /// The `Retry-After` header.
+        retry_after: Option<Duration>,
+        /// Whether the host is the Hub's own, and not one that it redirected to.
+        of_hub: bool,
+    },
+
+    #[error("{host} redirects {to}")]
+    Redirect { host: String, to: String },
+
+    #[error("the answer is not that of the Hub's API")]
+    Json(#[source] serde_json::Error),
+
+    #[error("the answer of {host} is too large")]
+    TooLarge { host: String },
+
+    #[error("{host} offers {actual} bytes where the Hub lists {expected}")]
+    Length {
+        host: String,
+        actual: u64,
+        expected: u64,
+    },
+
+    #[error("the file changed while it was downloaded from {host}")]
+    Changed { host: String },
+
+    #[error(
+        "the bytes received do not have the hash {expected} that the Hub lists, and were removed"
+    )]
+    Hash { expected: String },
+
+    #[error("another download failed")]
+    Stopped,
+}
+
+impl HubError {
+    /// Whether the error holds whatever is in the cache.
+    pub(super) fn is_final(&self) -> bool {
+        matches!(self, Self::RevisionNotFound { .. } | Self::NotAModel { .. })
+    }
+
+    /// Whether a file is not what the Hub lists.
+    pub(super) fn doubts_listing(&self) -> bool {
+        let Self::File { source, .. } = self else {
+            return false;
+        };
+        matches!(**source, Failure::Hash { .. } | Failure::Length { .. })
+    }
+}
+
+/// The message of an error with those of its sources.
+pub(super) fn chain(error: &dyn Error) -> String {
+    let chain = iter::successors(Some(error), |error| (*error).source());
+    let messages: Vec<String> = chain.map(ToString::to_string).collect();
+    messages.join(": ")
+}
+
+impl Failure {
+    /// Whether the same request may succeed later.
+    pub(super) fn is_temporary(&self) -> bool {
+        match self {
+            // A link to another host is valid for a while, and the Hub gives a new one.
+            Self::Status { status, of_hub, .. } => {
+                !of_hub || matches!(status.as_u16(), 408 | 429 | 500 | 502 | 503 | 504)
+            }
+            Self::Redirect { .. } | Self::TooLarge { .. } | Self::Stopped => false,
+            Self::Json(_)
+            | Self::Stalled { .. }
+            | Self::Slow { .. }
+            | Self::Request(_)
+            | Self::Broken { .. }
+            | Self::Length { .. }
+            | Self::Changed { .. }
+            | Self::Hash { .. } => true,
+        }
+    }
 }
