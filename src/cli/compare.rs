@@ -4,7 +4,6 @@ mod args;
 
 pub(super) use self::args::CompareArgs;
 
-use std::fs;
 use std::io::{self, Write};
 use std::path::Path;
 
@@ -159,10 +158,7 @@ fn report_file(path: &Path) -> Result<(&Path, ReportFormat), CliError> {
 
 fn write_report(report: &CompareReport, path: &Path, format: ReportFormat) -> Result<(), CliError> {
     let text = report.render(format)?;
-    fs::write(path, text).map_err(|source| CliError::Write {
-        path: path.to_owned(),
-        source,
-    })?;
+    output::write(path, text.as_bytes())?;
     tracing::info!("wrote {}", path.display());
     Ok(())
 }

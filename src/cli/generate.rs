@@ -5,7 +5,6 @@ mod report;
 
 pub(super) use self::args::{GenerateArgs, Show};
 
-use std::fs;
 use std::io::{self, Write};
 use std::path::PathBuf;
 use std::time::Instant;
@@ -127,10 +126,7 @@ fn write_images(
     for (index, (image, path)) in output.images.iter().zip(paths).enumerate() {
         let metadata = (!args.no_metadata).then(|| request.metadata_text(args.model(), index));
         let file = encode(image, encoding, metadata.as_deref())?;
-        fs::write(path, &file).map_err(|source| CliError::Write {
-            path: path.clone(),
-            source,
-        })?;
+        output::write(path, &file)?;
         if let Some(screen) = screen {
             screen.show(image)?;
         }

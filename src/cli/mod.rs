@@ -12,6 +12,7 @@ mod dump;
 mod error;
 mod generate;
 mod health;
+mod interrupt;
 mod man;
 mod output;
 mod progress;

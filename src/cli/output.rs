@@ -1,12 +1,21 @@
 //! Output files, checked before the model is loaded.
 
-use std::fs::{self, OpenOptions};
-use std::io;
 use std::path::{Path, PathBuf};
 
+use crate::files;
 use crate::image::ImageFormat;
 
 use super::error::CliError;
+use super::interrupt;
+
+/// Writes a file whole or not at all, also if the command is interrupted.
+pub(super) fn write(path: &Path, content: &[u8]) -> Result<(), CliError> {
+    interrupt::clean_up_on_signals();
+    files::write(path, content).map_err(|source| CliError::Write {
+        path: path.to_owned(),
+        source,
+    })
+}
 
 /// The format that a file name's extension chooses.
 pub(super) fn image_format(output: &Path) -> Result<ImageFormat, CliError> {
@@ -58,15 +67,8 @@ pub(super) fn check_writable(path: &Path) -> Result<(), CliError> {
             folder: folder.to_owned(),
         });
     }
-    // Permissions are not enough (read-only mounts, quotas): try it.
-    let outcome = match OpenOptions::new().write(true).create_new(true).open(path) {
-        Ok(_) => fs::remove_file(path),
-        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
-            OpenOptions::new().write(true).open(path).map(drop)
-        }
-        Err(error) => Err(error),
-    };
-    outcome.map_err(|source| CliError::Write {
+    interrupt::clean_up_on_signals();
+    files::check(path).map_err(|source| CliError::Write {
         path: path.to_owned(),
         source,
     })
@@ -83,17 +85,6 @@ mod tests {
         assert_eq!(image_paths(&output, 1).unwrap(), [output.as_path()]);
         let expected = ["a.b-0.PNG", "a.b-1.PNG"].map(|name| folder.path().join(name));
         assert_eq!(image_paths(&output, 2).unwrap(), expected);
-    }
-
-    #[test]
-    fn a_check_leaves_no_file_and_changes_none() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("out.png");
-        check_writable(&path).unwrap();
-        assert!(!path.exists());
-        fs::write(&path, "kept").unwrap();
-        check_writable(&path).unwrap();
-        assert_eq!(fs::read(&path).unwrap(), b"kept");
     }
 
     #[test]
