@@ -7,6 +7,8 @@ use std::time::Duration;
 use clap::Parser;
 
 use super::error::CliError;
+use super::output;
+use super::shared_args::parse_host;
 
 /// Ask a server whether it is ready for requests.
 ///
@@ -15,7 +17,7 @@ use super::error::CliError;
 #[derive(Debug, Parser)]
 pub(super) struct HealthArgs {
     /// Address that the server listens on
-    #[arg(long, default_value = "127.0.0.1")]
+    #[arg(long, default_value = "127.0.0.1", value_parser = parse_host)]
     host: String,
 
     /// TCP port that the server listens on
@@ -37,15 +39,24 @@ impl HealthArgs {
 const MAX_STATUS_LINE: u64 = 1024;
 
 pub(super) fn run(args: &HealthArgs) -> Result<(), CliError> {
-    let (host, port) = (args.host.clone(), args.port);
+    let (host, port) = (host_in_url(&args.host), args.port);
     let status_line = ask(args).map_err(|source| CliError::Health { host, port, source })?;
     // HTTP/1.1 200 OK
     if status_line.split(' ').nth(1) == Some("200") {
-        writeln!(io::stdout().lock(), "ready").map_err(CliError::Stdout)
+        output::print(b"ready\n")
     } else {
         Err(CliError::NotReady {
             status_line: status_line.trim().to_owned(),
         })
+    }
+}
+
+/// An IPv6 address has brackets in URLs and in the header `Host`.
+fn host_in_url(host: &str) -> String {
+    if host.contains(':') {
+        format!("[{host}]")
+    } else {
+        host.to_owned()
     }
 }
 
@@ -60,7 +71,7 @@ fn ask(args: &HealthArgs) -> io::Result<String> {
     let mut stream = outcome?;
     stream.set_read_timeout(Some(args.timeout()))?;
     stream.set_write_timeout(Some(args.timeout()))?;
-    let host = &args.host;
+    let host = host_in_url(&args.host);
     write!(
         stream,
         "GET /health/ready HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n"

@@ -1,6 +1,6 @@
 //! `kiln man`: manual pages, made from the help texts.
 
-use std::io::{self, Write};
+use std::io;
 use std::path::{Path, PathBuf};
 
 use clap::{Command, Parser};
@@ -50,10 +50,7 @@ pub(super) fn run(args: &ManArgs) -> Result<(), CliError> {
             })?,
     };
     let page = page(command).map_err(CliError::Stdout)?;
-    io::stdout()
-        .lock()
-        .write_all(&page)
-        .map_err(CliError::Stdout)
+    output::print(&page)
 }
 
 fn write_page(command: &Command, folder: &Path) -> Result<(), CliError> {

@@ -1,5 +1,6 @@
 //! The output of `kiln generate --json`. Keys may be added; existing ones keep name and meaning.
 
+use std::fmt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -7,6 +8,7 @@ use kiln_models::job::{RgbImage, Sampling};
 use kiln_models::pipeline::ModelInfo;
 use serde::Serialize;
 
+use crate::cli::output;
 use crate::engine::Timings;
 use crate::image::ImageFormat;
 use crate::request::GenerationRequest;
@@ -16,7 +18,7 @@ use crate::request::GenerationRequest;
 pub(super) struct Report<'a> {
     /// kiln's version.
     kiln: &'static str,
-    /// Name of the model, as given.
+    /// [`ModelSettings::public_name`](crate::runtime::ModelSettings::public_name).
     model: &'a str,
     /// Name for `--backend`.
     backend: &'static str,
@@ -39,7 +41,7 @@ pub(super) struct Report<'a> {
 /// One image file.
 #[derive(Debug, Serialize)]
 pub(super) struct Image {
-    path: PathBuf,
+    pub(super) path: PathBuf,
     format: &'static str,
     /// Size of the file.
     bytes: usize,
@@ -49,7 +51,7 @@ pub(super) struct Image {
     height: usize,
     seed: u64,
     /// Index among the images of the seed, from 0.
-    index: usize,
+    pub(super) index: usize,
 }
 
 /// Wall-clock time of each stage.
@@ -115,6 +117,20 @@ impl Image {
             seed,
             index,
         }
+    }
+}
+
+/// `out.png 128x128 seed 7`, or `128x128 seed 7` on stdout.
+impl fmt::Display for Image {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if !output::is_stdout(&self.path) {
+            write!(formatter, "{} ", self.path.display())?;
+        }
+        write!(
+            formatter,
+            "{}x{} seed {}",
+            self.width, self.height, self.seed
+        )
     }
 }
 
