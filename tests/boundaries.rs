@@ -168,7 +168,7 @@ fn a_crate_that_is_named_elsewhere_is_found() {
 }
 
 #[test]
-fn a_file_that_is_opened_in_the_models_is_found() {
+fn a_file_that_is_opened_or_written_elsewhere_is_found() {
     let faults = |path, text| text_fault(&source(path, text));
     assert_eq!(
         faults("models/src/noise/mod.rs", "let x = std::fs::read(p);"),
@@ -183,6 +183,11 @@ fn a_file_that_is_opened_in_the_models_is_found() {
         ["contains `thread::spawn`"]
     );
     assert!(faults("src/engine/mod.rs", "std::thread::spawn(f);").is_empty());
+    assert_eq!(
+        faults("src/cli/generate.rs", "fs::write(path, file)?;"),
+        ["contains `fs::write`"]
+    );
+    assert!(faults("src/files.rs", "fs::write(path, file)?;").is_empty());
     assert!(faults("models/src/denoiser.rs", "thread::spawn(f);").is_empty());
     assert!(faults("models/src/lib.rs", "// std::fs::read").is_empty());
 }

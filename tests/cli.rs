@@ -11,6 +11,7 @@ mod streams;
 mod terminal;
 mod tools;
 
+use std::io::{BufRead, BufReader, Write};
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
 
@@ -297,13 +298,31 @@ fn command_lines_of_vllm_are_understood() {
 
 #[test]
 fn an_ipv6_address_may_have_brackets() {
-    let taken = std::net::TcpListener::bind("[::1]:0").unwrap();
+    let Ok(taken) = std::net::TcpListener::bind("[::1]:0") else {
+        // A machine without IPv6.
+        return;
+    };
     let port = taken.local_addr().unwrap().port().to_string();
     for host in ["[::1]", "::1"] {
         let (code, line) = failure(&["serve", "./none", "--host", host, "--port", &port]);
         assert_eq!(code, 1);
         assert!(line.contains("Address already in use"), "{line}");
     }
+    let server = std::thread::spawn(move || {
+        let (mut client, _) = taken.accept().unwrap();
+        let mut head = String::new();
+        let mut lines = BufReader::new(client.try_clone().unwrap());
+        while !head.ends_with("\r\n\r\n") {
+            assert!(lines.read_line(&mut head).unwrap() > 0);
+        }
+        client.write_all(b"HTTP/1.1 200 OK\r\n\r\n").unwrap();
+        head
+    });
+    let folder = tempfile::tempdir().unwrap();
+    let output = kiln(folder.path(), &["health", "--host=[::1]", "--port", &port]);
+    assert!(output.status.success(), "{}", stderr(&output));
+    let head = server.join().unwrap();
+    assert!(head.contains("\r\nHost: [::1]\r\n"), "{head}");
 }
 
 #[test]

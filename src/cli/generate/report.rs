@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use kiln_models::job::{RgbImage, Sampling};
 use kiln_models::pipeline::ModelInfo;
-use serde::Serialize;
+use serde::{Serialize, Serializer};
 
 use crate::cli::output;
 use crate::engine::Timings;
@@ -34,13 +34,14 @@ pub(super) struct Report<'a> {
     sampling: Sampling,
     rng: &'static str,
     images: Vec<Image>,
-    dump: Option<&'a Path>,
+    dump: Option<String>,
     seconds: Seconds,
 }
 
 /// One image file.
 #[derive(Debug, Serialize)]
 pub(super) struct Image {
+    #[serde(serialize_with = "as_text")]
     pub(super) path: PathBuf,
     format: &'static str,
     /// Size of the file.
@@ -93,7 +94,7 @@ impl<'a> Report<'a> {
             sampling: request.sampling,
             rng: request.noise.generator.name(),
             images,
-            dump,
+            dump: dump.map(|path| path.display().to_string()),
             seconds,
         }
     }
@@ -132,6 +133,11 @@ impl fmt::Display for Image {
             self.width, self.height, self.seed
         )
     }
+}
+
+/// A path as text; bytes that are not UTF-8 are replaced.
+fn as_text<S: Serializer>(path: &Path, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_str(&path.display())
 }
 
 impl Seconds {
