@@ -271,7 +271,8 @@ impl FromStr for BackendChoice {
 }
 
 impl DTypeChoice {
-    /// What [`FromStr`] accepts: `auto`, and the names of [`ModelDType::ALL`].
+    /// What [`FromStr`] accepts besides [`ModelDType::aliases`]: `auto`, and the names of
+    /// [`ModelDType::ALL`].
     pub fn names() -> Vec<&'static str> {
         let names = ModelDType::ALL.map(ModelDType::name);
         ["auto"].into_iter().chain(names).collect()

@@ -3,14 +3,13 @@
 //! Uses the crates `png`, `jpeg-encoder` and `webp` instead of `image`: the PNG encoder of `image`
 //! 0.25 cannot write text chunks, and its WebP encoder is lossless only.
 
-use kiln_models::job::RgbImage;
+use std::borrow::Cow;
+
+use kiln_models::job::{RgbImage, Size};
 use png::text_metadata::{ITXtChunk, TEXtChunk};
 
 /// Keyword of the PNG text chunk with the generation parameters; image tools look for this name.
 const METADATA_KEYWORD: &str = "parameters";
-/// Largest height or width of a WebP image, in pixels.
-pub const MAX_WEBP_SIDE: usize = 16_383;
-
 /// Format of an image file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ImageFormat {
@@ -39,6 +38,34 @@ impl ImageFormat {
         }
     }
 
+    /// Largest height or width of an image, in pixels, that the usual decoders read. libpng stops at
+    /// this side unless it is told otherwise, and libjpeg a little below what a JPEG file can hold.
+    pub fn max_side(self) -> usize {
+        match self {
+            Self::Png => 1_000_000,
+            Self::Jpeg => 65_500,
+            Self::Webp => 16_383,
+        }
+    }
+
+    /// Checks that a file of this format can hold an image.
+    pub fn check_size(self, size: Size) -> Result<(), SideTooLong> {
+        let longest = size.height.max(size.width);
+        if longest > self.max_side() {
+            return Err(SideTooLong { format: self, size });
+        }
+        Ok(())
+    }
+
+    /// The name in messages.
+    fn title(self) -> &'static str {
+        match self {
+            Self::Png => "PNG",
+            Self::Jpeg => "JPEG",
+            Self::Webp => "WebP",
+        }
+    }
+
     pub fn media_type(self) -> &'static str {
         match self {
             Self::Png => "image/png",
@@ -64,6 +91,18 @@ impl Encoding {
     }
 }
 
+/// An image has more pixels a side than a file of the format can hold.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "a {} file has {} pixels a side at most, got {size}",
+    format.title(),
+    format.max_side()
+)]
+pub struct SideTooLong {
+    pub format: ImageFormat,
+    pub size: Size,
+}
+
 /// Why an image cannot be encoded.
 #[derive(Debug, thiserror::Error)]
 pub enum EncodeError {
@@ -73,6 +112,8 @@ pub enum EncodeError {
     Jpeg(#[from] jpeg_encoder::EncodingError),
     #[error("the WebP encoder failed: {0}")]
     Webp(String),
+    #[error(transparent)]
+    Side(#[from] SideTooLong),
     #[error("an image of {height}x{width} has {values} values")]
     Size {
         height: usize,
@@ -96,6 +137,7 @@ pub fn encode(
             values,
         });
     }
+    encoding.format.check_size(Size { height, width })?;
     match encoding.format {
         ImageFormat::Png => encode_png(image, encoding.quality, metadata),
         ImageFormat::Jpeg => encode_jpeg(image, encoding.quality),
@@ -109,7 +151,6 @@ fn encode_png(
     metadata: Option<&str>,
 ) -> Result<Vec<u8>, EncodeError> {
     let mut file = Vec::new();
-    // The limits of a request keep both sides far below 2^31.
     let mut encoder = png::Encoder::new(&mut file, image.width as u32, image.height as u32);
     encoder.set_color(png::ColorType::Rgb);
     encoder.set_depth(png::BitDepth::Eight);
@@ -120,12 +161,12 @@ fn encode_png(
         _ => png::Compression::Fast,
     });
     let mut writer = encoder.write_header()?;
-    if let Some(text) = metadata {
+    if let Some(text) = metadata.map(chunk_text) {
         // tEXt chunks hold Latin-1 only, and not every reader knows iTXt chunks.
         if text.chars().all(|character| u32::from(character) < 256) {
-            writer.write_text_chunk(&TEXtChunk::new(METADATA_KEYWORD, text))?;
+            writer.write_text_chunk(&TEXtChunk::new(METADATA_KEYWORD, text.as_ref()))?;
         } else {
-            writer.write_text_chunk(&ITXtChunk::new(METADATA_KEYWORD, text))?;
+            writer.write_text_chunk(&ITXtChunk::new(METADATA_KEYWORD, text.as_ref()))?;
         }
     }
     writer.write_image_data(&image.pixels)?;
@@ -133,15 +174,25 @@ fn encode_png(
     Ok(file)
 }
 
+/// The text without what a PNG chunk cannot hold: it ends at the first NUL, its lines end with a line
+/// feed, and other control characters but the tab have no meaning in it.
+fn chunk_text(text: &str) -> Cow<'_, str> {
+    let kept = |character: char| !character.is_control() || matches!(character, '\n' | '\t');
+    if text.chars().all(kept) {
+        return text.into();
+    }
+    let lines = text.replace("\r\n", "\n").replace('\r', "\n");
+    lines.chars().filter(|&character| kept(character)).collect()
+}
+
 fn encode_jpeg(image: &RgbImage, quality: u8) -> Result<Vec<u8>, EncodeError> {
     let mut file = Vec::new();
     // The encoder's lowest quality is 1.
     let encoder = jpeg_encoder::Encoder::new(&mut file, quality.max(1));
-    let side = |side: usize| u16::try_from(side).unwrap_or(u16::MAX);
     encoder.encode(
         &image.pixels,
-        side(image.width),
-        side(image.height),
+        image.width as u16,
+        image.height as u16,
         jpeg_encoder::ColorType::Rgb,
     )?;
     Ok(file)
@@ -209,6 +260,65 @@ mod tests {
         assert!(info.uncompressed_latin1_text.is_empty());
         assert_eq!(info.utf8_text[0].keyword, "parameters");
         assert_eq!(info.utf8_text[0].get_text().unwrap(), "雪\nSteps: 1");
+    }
+
+    #[test]
+    fn the_metadata_has_no_character_that_a_png_text_cannot_hold() {
+        for (text, kept) in [
+            ("a\0b\nSteps: 1", "ab\nSteps: 1"),
+            ("雪\0\nSteps: 1", "雪\nSteps: 1"),
+            ("a\r\nb\rc\td\nSteps: 1", "a\nb\nc\td\nSteps: 1"),
+            ("\u{1b}[2J\u{7f}\u{9b}é\nSteps: 1", "[2Jé\nSteps: 1"),
+        ] {
+            let file = encode(&image(), Encoding::new(ImageFormat::Png), Some(text)).unwrap();
+            let info = reader(file).info().clone();
+            let latin = info
+                .uncompressed_latin1_text
+                .iter()
+                .map(|it| it.text.clone());
+            let utf8 = info.utf8_text.iter().map(|it| it.get_text().unwrap());
+            assert_eq!(latin.chain(utf8).collect::<Vec<_>>(), [kept]);
+        }
+    }
+
+    #[test]
+    fn no_format_is_written_with_a_longer_side_than_decoders_read() {
+        for format in [ImageFormat::Png, ImageFormat::Jpeg, ImageFormat::Webp] {
+            let longest = format.max_side();
+            for (height, width) in [(longest, 1), (1, longest)] {
+                assert_eq!(format.check_size(Size { height, width }), Ok(()));
+            }
+            for (height, width) in [(longest + 1, 1), (1, longest + 1)] {
+                let image = RgbImage {
+                    height,
+                    width,
+                    pixels: vec![0; height * width * 3],
+                };
+                let error = encode(&image, Encoding::new(format), None).unwrap_err();
+                let expected = format!(
+                    "a {} file has {longest} pixels a side at most, got {width}x{height}",
+                    format.title()
+                );
+                assert_eq!(error.to_string(), expected);
+            }
+        }
+    }
+
+    #[test]
+    fn the_longest_jpeg_has_its_size_in_its_header() {
+        let image = RgbImage {
+            height: 1,
+            width: 65_500,
+            pixels: vec![0; 65_500 * 3],
+        };
+        let file = encode(&image, Encoding::new(ImageFormat::Jpeg), None).unwrap();
+        // Start of frame: length, precision, height, width.
+        let at = file
+            .windows(2)
+            .position(|it| it[0] == 0xff && (0xc0..=0xc2).contains(&it[1]));
+        let header = &file[at.unwrap() + 2..];
+        assert_eq!(header[3..5], 1_u16.to_be_bytes());
+        assert_eq!(header[5..7], 65_500_u16.to_be_bytes());
     }
 
     #[test]

@@ -8,7 +8,7 @@
 use std::env;
 use std::fs::{self, File, TryLockError};
 use std::hash::{DefaultHasher, Hash, Hasher};
-use std::io;
+use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 use std::time::SystemTime;
@@ -92,8 +92,7 @@ impl KernelCache {
             .open(folder.join(IN_USE))?;
         in_use.set_modified(SystemTime::now())?;
         // Only writing a file shows whether the folder is writable.
-        let probe = folder.join(format!("probe-{}", std::process::id()));
-        fs::write(&probe, [0; 4096]).and_then(|()| fs::remove_file(&probe))?;
+        tempfile::tempfile_in(&folder)?.write_all(&[0; 4096])?;
         if in_use.try_lock().is_ok() {
             repair(&folder)?;
             in_use.unlock()?;

@@ -16,6 +16,8 @@
 //! [`compare`] compares the same run on several backends, [`mod@bench`] times runs; both measure
 //! with [`measure`].
 //!
+//! [`files`] writes every file that a user named.
+//!
 //! A program that embeds kiln opens a model with [`runtime::Runtime::open`] and gives its pipeline
 //! to an [`engine::Engine`]; `examples/embed.rs` does it.
 
@@ -25,6 +27,7 @@ pub mod checkpoint;
 pub mod cli;
 pub mod compare;
 pub mod engine;
+pub mod files;
 pub mod hub;
 pub mod image;
 pub mod jobs;

@@ -7,8 +7,9 @@
 mod counted;
 mod start;
 
+use std::ffi::{OsStr, OsString};
 use std::fmt;
-use std::path::Path;
+use std::path::{self, Path};
 use std::str::FromStr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -20,7 +21,7 @@ use kiln_models::pipeline::{ModelInfo, Pipeline};
 
 use crate::backend::{self, BackendError, LoadSettings, UnknownName};
 use crate::checkpoint::{
-    Checkpoint, CheckpointError, DEMO, PromptGuide, QWEN_IMAGE, Shape, WeightAccess,
+    Checkpoint, CheckpointError, DEMO, Place, PromptGuide, QWEN_IMAGE, Shape, WeightAccess,
 };
 use crate::hub::{self, HubError, HubSettings};
 use crate::request::Limits;
@@ -44,7 +45,8 @@ pub enum LoadFormat {
 #[derive(Debug, Clone)]
 pub struct ModelSettings {
     /// A folder in diffusers layout, a Hugging Face id such as [`QWEN_IMAGE`], or [`DEMO`].
-    pub name: String,
+    /// Only a path may be something else than UTF-8.
+    pub name: OsString,
     pub load_format: LoadFormat,
     pub weight_access: WeightAccess,
     /// How a Hugging Face id becomes a folder. Unused for folders, for [`DEMO`] and for
@@ -68,7 +70,7 @@ pub enum RuntimeError {
         "{name:?} has no shape for --load-format dummy: give a folder with a model's \
          configurations (model_index.json, transformer/config.json, ...), {QWEN_IMAGE} or {DEMO}"
     )]
-    DummyShape { name: String },
+    DummyShape { name: OsString },
     #[error(transparent)]
     Checkpoint(#[from] CheckpointError),
     #[error("the tokenizer cannot be loaded")]
@@ -80,6 +82,8 @@ pub enum RuntimeError {
 /// A model whose files were found, without its weights.
 #[derive(Debug, Clone)]
 pub struct Model {
+    /// [`ModelSettings::public_name`].
+    name: String,
     checkpoint: Checkpoint,
     tokenizer: Arc<PromptTokenizer>,
     limits: Limits,
@@ -137,7 +141,7 @@ impl FromStr for LoadFormat {
 
 impl ModelSettings {
     /// A model's own weights; the Hub's settings come from the environment.
-    pub fn new(name: impl Into<String>) -> Self {
+    pub fn new(name: impl Into<OsString>) -> Self {
         Self {
             name: name.into(),
             load_format: LoadFormat::Auto,
@@ -145,11 +149,29 @@ impl ModelSettings {
             hub: HubSettings::from_env(),
         }
     }
+
+    /// The model's name in images, answers and reports, which does not say where its files are: of a
+    /// path the last part, or the Hub id if the path is a snapshot in the Hub's cache.
+    pub fn public_name(&self) -> String {
+        let path = Path::new(&self.name);
+        let id = self.name.to_str().filter(|name| !name.starts_with('~'));
+        if let Some(id) = id.filter(|_| !path.exists()) {
+            return id.to_owned();
+        }
+        // `.` and `..` have no last part.
+        let whole = match path.file_name() {
+            Some(_) => path::absolute(path),
+            None => path.canonicalize(),
+        };
+        let path = whole.unwrap_or_else(|_| path.to_owned());
+        let name = path.file_name().unwrap_or(path.as_os_str());
+        snapshot_id(&path).unwrap_or_else(|| name.to_string_lossy().into_owned())
+    }
 }
 
 impl RuntimeSettings {
     /// A model's own weights, loaded with the default [`LoadSettings`].
-    pub fn new(model: impl Into<String>) -> Self {
+    pub fn new(model: impl Into<OsString>) -> Self {
         Self {
             model: ModelSettings::new(model),
             load: LoadSettings::default(),
@@ -174,18 +196,23 @@ impl Model {
     ///
     /// As [`Model::find`].
     pub fn find_reporting(settings: &ModelSettings, start: &Start) -> Result<Self, RuntimeError> {
-        let name = settings.name.as_str();
-        let checkpoint = match settings.load_format {
-            LoadFormat::Dummy => Checkpoint::dummy(dummy_shape(name)?)?,
-            LoadFormat::Auto if name == DEMO => Checkpoint::demo()?,
-            LoadFormat::Auto => {
+        let name = &settings.name;
+        let checkpoint = match (settings.load_format, name.to_str()) {
+            (LoadFormat::Dummy, _) => Checkpoint::dummy(dummy_shape(name)?)?,
+            (LoadFormat::Auto, Some(DEMO)) => Checkpoint::demo()?,
+            (LoadFormat::Auto, Some(name)) => {
                 let report = |transfer| start.download(transfer);
                 let folder = hub::resolve(name, &settings.hub, &report)?;
                 Checkpoint::open_with(&folder, settings.weight_access)?
             }
+            // Only a path may be something else than UTF-8.
+            (LoadFormat::Auto, None) => {
+                Checkpoint::open_with(Path::new(name), settings.weight_access)?
+            }
         };
         let tokenizer = checkpoint.tokenizer().map_err(RuntimeError::Tokenizer)?;
         Ok(Self {
+            name: settings.public_name(),
             limits: Limits::for_sizes(backend::image_sizes(&checkpoint)?),
             tokenizer: Arc::new(tokenizer),
             checkpoint,
@@ -206,9 +233,15 @@ impl Model {
         self.checkpoint.prompt_guide()
     }
 
-    /// What messages call the model: its folder, or a description.
+    /// What reports call the model: [`ModelSettings::public_name`], or a description.
     pub fn description(&self) -> String {
-        self.checkpoint.place().to_string()
+        match self.checkpoint.place() {
+            Place::Folder(_) => self.name.clone(),
+            Place::Dummy(Shape::Folder(_)) => {
+                format!("random weights in the shape of {}", self.name)
+            }
+            place => place.to_string(),
+        }
     }
 
     /// Floating-point operations of a job, by stage.
@@ -316,10 +349,10 @@ impl fmt::Debug for Runtime {
 }
 
 /// The configurations that random weights follow. Nothing is downloaded for them.
-fn dummy_shape(name: &str) -> Result<Shape, RuntimeError> {
-    match name {
-        DEMO => Ok(Shape::Demo),
-        QWEN_IMAGE => Ok(Shape::QwenImage),
+fn dummy_shape(name: &OsStr) -> Result<Shape, RuntimeError> {
+    match name.to_str() {
+        Some(DEMO) => Ok(Shape::Demo),
+        Some(QWEN_IMAGE) => Ok(Shape::QwenImage),
         _ if Path::new(name).exists() => Ok(Shape::Folder(name.into())),
         _ => Err(RuntimeError::DummyShape {
             name: name.to_owned(),
@@ -327,9 +360,18 @@ fn dummy_shape(name: &str) -> Result<Shape, RuntimeError> {
     }
 }
 
+/// The id of a snapshot in the Hub's cache: `OWNER/NAME` for `models--OWNER--NAME/snapshots/COMMIT`.
+fn snapshot_id(path: &Path) -> Option<String> {
+    let snapshots = path.parent()?;
+    let repository = snapshots.parent()?.file_name()?.to_str()?;
+    let id = repository.strip_prefix("models--")?;
+    (snapshots.file_name()? == "snapshots").then(|| id.replacen("--", "/", 1))
+}
+
 #[cfg(test)]
 mod tests {
     use std::error::Error;
+    use std::fs;
 
     use super::*;
 
@@ -366,6 +408,36 @@ mod tests {
         assert!(progress.share() > Some(0.8), "{progress:?}");
         assert!(progress.share() < Some(1.0), "{progress:?}");
         assert!(runtime.is_ok());
+    }
+
+    #[test]
+    fn the_name_of_a_model_does_not_say_where_it_is() {
+        let name = |model: &Path| ModelSettings::new(model).public_name();
+        for id in [DEMO, QWEN_IMAGE, "owner/name@revision"] {
+            assert_eq!(name(id.as_ref()), id);
+        }
+        assert_eq!(name("~/models/fox".as_ref()), "fox");
+        let folder = tempfile::tempdir().unwrap();
+        let fox = folder.path().join("home/user/fox");
+        let cached = folder.path().join("hub/models--Qwen--Qwen-Image");
+        let snapshot = cached.join("snapshots/75e0b4be");
+        fs::create_dir_all(&fox).unwrap();
+        fs::create_dir_all(snapshot.join("vae")).unwrap();
+        for (path, expected) in [
+            (fox.clone(), "fox"),
+            (fox.join(""), "fox"),
+            (fox.join("."), "fox"),
+            (fox.join("../fox"), "fox"),
+            (fox.join(".."), "user"),
+            (snapshot.clone(), "Qwen/Qwen-Image"),
+            (snapshot.join(""), "Qwen/Qwen-Image"),
+            (snapshot.join("vae/.."), "Qwen/Qwen-Image"),
+            (snapshot.join("vae"), "vae"),
+            ("src".into(), "src"),
+            ("./src/".into(), "src"),
+        ] {
+            assert_eq!(name(&path), expected, "{}", path.display());
+        }
     }
 
     #[test]

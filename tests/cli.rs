@@ -1,14 +1,19 @@
 //! The program as a user runs it. Nothing here needs a model.
 
 mod environment;
+#[cfg(all(target_os = "linux", feature = "flex"))]
+mod files;
 mod json;
 #[cfg(all(target_os = "linux", feature = "flex"))]
 mod process;
 mod snapshots;
+#[cfg(all(target_os = "linux", feature = "flex"))]
+mod streams;
 #[cfg(target_os = "linux")]
 mod terminal;
 mod tools;
 
+use std::io::{BufRead, BufReader, Write};
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
 
@@ -150,6 +155,13 @@ fn arguments_that_clap_refuses_are_usage_errors() {
         &["serve", "m", "--request-timeout", "0"],
         &["serve", "m", "--drain-timeout", "-1"],
         &["serve", "m", "--cors-origin", "example.org"],
+        &["serve", "m", "--served-model-name", ""],
+        &["serve", "m", "--served-model-name", "a", " "],
+        &["serve", "m", "--host", ""],
+        &["serve", "m", "--host", "127.0.0.1:8091"],
+        &["serve", "m", "--host", "[::1]:8091"],
+        &["serve", "m", "--host", "[localhost]"],
+        &["health", "--host", "http://127.0.0.1"],
         &["serve", "m", "--log-format", "xml"],
     ] {
         let (code, line) = failure(args);
@@ -248,11 +260,102 @@ fn values_out_of_bounds_are_usage_errors() {
             "out does not end in .png, .jpg or .webp",
         ),
         (&["--output", "."], ". is a folder"),
+        (
+            &["--size", "65536x16", "--output", "a.jpg"],
+            "a JPEG file has 65500 pixels a side at most, got 65536x16",
+        ),
+        (
+            &["--size", "16x65504", "--output", "a.jpeg"],
+            "a JPEG file has 65500 pixels a side at most, got 16x65504",
+        ),
+        (
+            &["--size", "16384x16", "--output", "a.webp"],
+            "a WebP file has 16383 pixels a side at most, got 16384x16",
+        ),
+        (
+            &["--size", "1000016x16", "--output", "a.png"],
+            "a PNG file has 1000000 pixels a side at most, got 1000016x16",
+        ),
+        (
+            &["--output", "-", "--num-images", "2"],
+            "--output - writes one image to stdout, and not 2",
+        ),
+        (&["--dump", "-"], "only an image can be written to stdout"),
+        (
+            &["--dump", "./a.png", "--output", "a.png"],
+            "./a.png would be written twice",
+        ),
     ] {
         let (code, line) = generate(args);
         assert_eq!(code, 2, "{args:?}: {line}");
         assert!(line.contains(expected), "{args:?}: {line}");
     }
+}
+
+#[test]
+fn command_lines_of_vllm_are_understood() {
+    for dtype in [
+        "auto", "bfloat16", "float16", "half", "float32", "float", "bf16",
+    ] {
+        let args = ["serve", "./none", "--omni", "--port=0", "--dtype", dtype];
+        let (code, line) = failure(&args);
+        assert_eq!(
+            (code, line.contains("no folder ./none")),
+            (1, true),
+            "{line}"
+        );
+        let (code, line) = generate(&["--dtype", dtype]);
+        assert_eq!(
+            (code, line.contains("no folder ./none")),
+            (1, true),
+            "{line}"
+        );
+    }
+    let args = [
+        "compare",
+        "--backends",
+        "flex:0",
+        "--model=./none",
+        "--dtype=bfloat16",
+    ];
+    let (code, line) = failure(&args);
+    assert_eq!(
+        (code, line.contains("no folder ./none")),
+        (1, true),
+        "{line}"
+    );
+    let (code, line) = generate(&["--dtype", "int8"]);
+    assert_eq!(code, 2);
+    assert!(line.contains("invalid value 'int8'"), "{line}");
+}
+
+#[test]
+fn an_ipv6_address_may_have_brackets() {
+    let Ok(taken) = std::net::TcpListener::bind("[::1]:0") else {
+        // A machine without IPv6.
+        return;
+    };
+    let port = taken.local_addr().unwrap().port().to_string();
+    for host in ["[::1]", "::1"] {
+        let (code, line) = failure(&["serve", "./none", "--host", host, "--port", &port]);
+        assert_eq!(code, 1);
+        assert!(line.contains("Address already in use"), "{line}");
+    }
+    let server = std::thread::spawn(move || {
+        let (mut client, _) = taken.accept().unwrap();
+        let mut head = String::new();
+        let mut lines = BufReader::new(client.try_clone().unwrap());
+        while !head.ends_with("\r\n\r\n") {
+            assert!(lines.read_line(&mut head).unwrap() > 0);
+        }
+        client.write_all(b"HTTP/1.1 200 OK\r\n\r\n").unwrap();
+        head
+    });
+    let folder = tempfile::tempdir().unwrap();
+    let output = kiln(folder.path(), &["health", "--host=[::1]", "--port", &port]);
+    assert!(output.status.success(), "{}", stderr(&output));
+    let head = server.join().unwrap();
+    assert!(head.contains("\r\nHost: [::1]\r\n"), "{head}");
 }
 
 #[test]

@@ -28,9 +28,19 @@ pub enum ModelDType {
 impl ModelDType {
     pub const ALL: [Self; 3] = [Self::F32, Self::Bf16, Self::F16];
 
-    /// Finds a type by its [`ModelDType::name`].
+    /// Finds a type by its [`ModelDType::name`] or one of its [`ModelDType::aliases`].
     pub fn named(name: &str) -> Option<Self> {
-        Self::ALL.into_iter().find(|dtype| dtype.name() == name)
+        let is_named = |dtype: &Self| dtype.name() == name || dtype.aliases().contains(&name);
+        Self::ALL.into_iter().find(is_named)
+    }
+
+    /// Its names in PyTorch and vLLM.
+    pub fn aliases(self) -> &'static [&'static str] {
+        match self {
+            Self::F32 => &["float32", "float"],
+            Self::Bf16 => &["bfloat16"],
+            Self::F16 => &["float16", "half"],
+        }
     }
 
     pub fn name(self) -> &'static str {

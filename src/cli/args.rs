@@ -22,6 +22,9 @@ use super::health::HealthArgs;
 use super::man::ManArgs;
 use super::serve::ServeArgs;
 
+/// The variable that must not be empty.
+pub(super) const API_KEY: &str = "KILN_API_KEY";
+
 /// Text-to-image with Qwen-Image, from one binary.
 #[derive(Debug, Parser)]
 #[command(
@@ -106,7 +109,7 @@ fn with_variable(arg: Arg) -> Arg {
         return arg;
     };
     let name = variable_name(long);
-    if is_service_link(&name) {
+    if is_service_link(&name) || is_empty(&name) {
         return arg;
     }
     let arg = arg.env(name).hide_env_values(true);
@@ -125,6 +128,13 @@ fn variable_name(long: &str) -> String {
 /// `KILN_PORT=tcp://10.0.0.1:8091`.
 fn is_service_link(name: &str) -> bool {
     name == "KILN_PORT" && env::var(name).is_ok_and(|value| value.contains("://"))
+}
+
+/// Whether a variable is set and empty, which counts as not set: compose files and manifests pass
+/// variables on that nobody has set. An empty `KILN_API_KEY` is refused later, as a server without
+/// a key would answer everybody.
+fn is_empty(name: &str) -> bool {
+    name != API_KEY && env::var_os(name).is_some_and(|value| value.is_empty())
 }
 
 /// Refuses two models on the command line. This is not an `Arg::conflicts_with`, as a model on the
@@ -200,7 +210,7 @@ mod tests {
             else {
                 panic!("not generate")
             };
-            let params = args.params();
+            let params = args.params().unwrap();
             Ok::<_, clap::Error>((params.width, params.height))
         };
         assert_eq!(parse("64x48").unwrap(), (Some(64), Some(48)));
@@ -222,7 +232,7 @@ mod tests {
             let Command::Generate(args) = parse(args).unwrap().command else {
                 panic!("not generate")
             };
-            assert_eq!(args.params().prompt, "a cat");
+            assert_eq!(args.params().unwrap().prompt, "a cat");
         }
     }
 }

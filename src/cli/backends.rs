@@ -1,7 +1,5 @@
 //! `kiln backends`.
 
-use std::io::{self, Write};
-
 use clap::Parser;
 use kiln_models::loading::{DeviceInfo, ModelDType};
 use serde_json::{Value, json};
@@ -9,6 +7,7 @@ use serde_json::{Value, json};
 use crate::backend::{self, BackendKind, BackendReport};
 
 use super::error::CliError;
+use super::output;
 
 /// List the backends and their devices.
 ///
@@ -28,10 +27,7 @@ pub(super) fn run(args: &BackendsArgs) -> Result<(), CliError> {
     } else {
         to_table(&reports)
     };
-    io::stdout()
-        .lock()
-        .write_all(text.as_bytes())
-        .map_err(CliError::Stdout)
+    output::print(text.as_bytes())
 }
 
 fn to_json(reports: &[BackendReport]) -> Value {

@@ -1,6 +1,6 @@
 //! `kiln bench`.
 
-use std::io::{self, Write};
+use std::ffi::OsString;
 
 use clap::Parser;
 use kiln_models::families::qwen_image::TEMPLATE;
@@ -14,6 +14,7 @@ use crate::request::{GenerationParams, GenerationRequest, Integer, Limits, Writt
 use crate::runtime::{Model, ModelSettings};
 
 use super::error::CliError;
+use super::output;
 use super::shared_args::{BackendArgs, LoadArgs};
 
 /// Time a model, stage by stage.
@@ -27,7 +28,7 @@ pub(super) struct BenchArgs {
     /// With --load-format dummy a folder needs its configuration files only, and the default is
     /// Qwen/Qwen-Image, which needs no file.
     #[arg(long, value_name = "PATH_OR_ID")]
-    model: Option<String>,
+    model: Option<OsString>,
 
     /// Width and height of the images in pixels [default: the model's]
     #[arg(long, value_name = "WIDTHxHEIGHT", allow_hyphen_values = true)]
@@ -92,8 +93,7 @@ pub(super) struct BenchArgs {
 
 impl BenchArgs {
     fn model_settings(&self) -> ModelSettings {
-        let name = self.loading.model_or_default(self.model.as_deref());
-        self.loading.model_settings(name)
+        self.loading.model_settings(self.model.as_deref())
     }
 
     /// Parameters with empty prompts, which only take part in the checks.
@@ -155,8 +155,7 @@ pub(super) fn run(args: &BenchArgs) -> Result<(), CliError> {
     } else {
         report.to_string()
     };
-    let mut stdout = io::stdout().lock();
-    stdout.write_all(text.as_bytes()).map_err(CliError::Stdout)
+    output::print(text.as_bytes())
 }
 
 fn log_run(number: usize, runs: usize, run: &Run) {

@@ -1,6 +1,5 @@
 //! `kiln cache`.
 
-use std::io::{self, Write};
 use std::time::SystemTime;
 
 use clap::{Parser, ValueEnum};
@@ -8,6 +7,7 @@ use clap::{Parser, ValueEnum};
 use crate::kernel_cache::{KernelCache, KernelFolder};
 
 use super::error::CliError;
+use super::output;
 
 /// Show or remove the compiled GPU kernels that are kept on disk.
 ///
@@ -48,10 +48,7 @@ pub(super) fn run(args: &CacheArgs) -> Result<(), CliError> {
             format!("{removed} removed\n{}", in_use.collect::<String>())
         }
     };
-    io::stdout()
-        .lock()
-        .write_all(text.as_bytes())
-        .map_err(CliError::Stdout)
+    output::print(text.as_bytes())
 }
 
 /// A line for each folder, and one with the sum.

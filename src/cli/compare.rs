@@ -4,8 +4,6 @@ mod args;
 
 pub(super) use self::args::CompareArgs;
 
-use std::fs;
-use std::io::{self, Write};
 use std::path::Path;
 
 use crate::backend::{self, BackendChoice, DTypeChoice};
@@ -45,7 +43,8 @@ pub(super) fn run(args: &CompareArgs) -> Result<(), CliError> {
         ..Tolerance::of(args.dtype)
     };
 
-    let model = Model::find(&ModelSettings::new(args.model.as_str()))?;
+    let model_settings = ModelSettings::new(&args.model);
+    let model = Model::find(&model_settings)?;
     let request = GenerationRequest::new(params, model.limits(), noise)?;
     let runner = Runner {
         args,
@@ -71,18 +70,17 @@ pub(super) fn run(args: &CompareArgs) -> Result<(), CliError> {
 
     let report = CompareReport {
         kiln: version::VERSION,
-        settings: CompareSettings::new(&args.model, args.dtype, &runner.request),
+        settings: CompareSettings::new(&model_settings.public_name(), args.dtype, &runner.request),
         tolerance,
         reference: reference.name,
         runs,
         comparisons,
         reference_image: reference.image,
     };
-    let mut stdout = io::stdout().lock();
-    write!(stdout, "{}", report.summary()).map_err(CliError::Stdout)?;
     if let Some((path, format)) = report_file {
         write_report(&report, path, format)?;
     }
+    output::print(report.summary().as_bytes())?;
     verdict(&report)
 }
 
@@ -159,10 +157,7 @@ fn report_file(path: &Path) -> Result<(&Path, ReportFormat), CliError> {
 
 fn write_report(report: &CompareReport, path: &Path, format: ReportFormat) -> Result<(), CliError> {
     let text = report.render(format)?;
-    fs::write(path, text).map_err(|source| CliError::Write {
-        path: path.to_owned(),
-        source,
-    })?;
+    output::write(path, text.as_bytes())?;
     tracing::info!("wrote {}", path.display());
     Ok(())
 }

@@ -1,12 +1,11 @@
 //! `kiln completions`.
 
-use std::io::{self, Write};
-
 use clap::Parser;
 use clap_complete::Shell;
 
 use super::args::command;
 use super::error::CliError;
+use super::output;
 
 /// Write a script to stdout that completes kiln's commands and options in a shell.
 ///
@@ -20,8 +19,5 @@ pub(super) struct CompletionsArgs {
 pub(super) fn run(args: &CompletionsArgs) -> Result<(), CliError> {
     let mut script = Vec::new();
     clap_complete::generate(args.shell, &mut command(), "kiln", &mut script);
-    io::stdout()
-        .lock()
-        .write_all(&script)
-        .map_err(CliError::Stdout)
+    output::print(&script)
 }

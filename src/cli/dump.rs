@@ -11,8 +11,11 @@ use std::path::{Path, PathBuf};
 use kiln_models::job::TraceTensor;
 use safetensors::tensor::{Dtype, SafeTensorError, TensorView};
 
+use crate::files;
 use crate::request::PromptTokens;
 use crate::version;
+
+use super::interrupt;
 
 /// Why a dump cannot be written, or cannot be compared with.
 #[derive(Debug, thiserror::Error)]
@@ -72,7 +75,9 @@ pub(super) fn write(
         .collect::<Result<_, _>>()
         .map_err(failed)?;
     let metadata = HashMap::from([("kiln".to_owned(), version::VERSION.to_owned())]);
-    safetensors::serialize_to_file(views, Some(metadata), path).map_err(failed)
+    let file = safetensors::serialize(views, Some(metadata)).map_err(failed)?;
+    interrupt::clean_up_on_signals();
+    files::write_private(path, &file).map_err(|error| failed(error.into()))
 }
 
 struct Entry {

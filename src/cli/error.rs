@@ -1,17 +1,19 @@
 //! The one error of all commands, its exit code and its tip.
 
+use std::env;
 use std::io;
 use std::path::PathBuf;
 
 use crate::backend::{BackendChoice, BackendError, InvalidChoice};
 use crate::compare::{CompareError, ReportError};
 use crate::engine::{JobError, StartError, SubmitError};
-use crate::image::EncodeError;
-use crate::request::{InvalidPrompt, InvalidRequest};
+use crate::image::{EncodeError, ImageFormat, SideTooLong};
+use crate::request::{InvalidPrompt, InvalidRequest, MAX_PROMPT_BYTES};
 use crate::runtime::RuntimeError;
 use crate::server::InvalidApiKey;
 use crate::tokenizer::TokenizerError;
 
+use super::args::API_KEY;
 use super::dump::DumpError;
 use super::health::NoAnswer;
 
@@ -41,6 +43,28 @@ pub(super) enum CliError {
     DefaultNegativePrompt(#[source] TokenizerError),
     #[error(transparent)]
     ApiKey(#[from] InvalidApiKey),
+    #[error("{}", empty_api_key())]
+    EmptyApiKey,
+    #[error("stdin cannot be read for the prompt")]
+    Stdin(#[source] io::Error),
+    #[error("the prompt on stdin is empty")]
+    EmptyStdin,
+    #[error("the prompt on stdin has more than {MAX_PROMPT_BYTES} bytes: shorten it")]
+    LongStdin,
+    #[error("the prompt on stdin is not UTF-8: the byte at {at} is not valid")]
+    StdinEncoding { at: usize },
+    #[error("--output - writes one image to stdout, and not {num_images}")]
+    SeveralToStdout { num_images: usize },
+    #[error("--output - and --json cannot both write to stdout")]
+    JsonToStdout,
+    #[error("--output - would write a PNG file to the terminal")]
+    ImageToTerminal,
+    #[error("only an image can be written to stdout: name a file, or ./- for a file of that name")]
+    FileToStdout,
+    #[error("{} would be written twice: name another file", path.display())]
+    SameFile { path: PathBuf },
+    #[error(transparent)]
+    Side(#[from] SideTooLong),
     #[error("{} is a folder, not a file to write to", path.display())]
     OutputIsFolder { path: PathBuf },
     #[error("there is no folder {} to write to", folder.display())]
@@ -119,6 +143,16 @@ impl CliError {
             | Self::CfgParallel { .. }
             | Self::DefaultNegativePrompt(_)
             | Self::ApiKey(_)
+            | Self::EmptyApiKey
+            | Self::EmptyStdin
+            | Self::LongStdin
+            | Self::StdinEncoding { .. }
+            | Self::SeveralToStdout { .. }
+            | Self::JsonToStdout
+            | Self::ImageToTerminal
+            | Self::FileToStdout
+            | Self::SameFile { .. }
+            | Self::Side(_)
             | Self::Choice(_)
             | Self::Extension { .. }
             | Self::ReportExtension { .. }
@@ -136,6 +170,18 @@ impl CliError {
                 "use --output {}",
                 path.with_extension("png").display()
             )),
+            Self::SeveralToStdout { .. } | Self::JsonToStdout => {
+                Some("name a file: --output out.png".to_owned())
+            }
+            Self::ImageToTerminal => {
+                Some("name a file, or send stdout to a program or a file".to_owned())
+            }
+            Self::Side(error) if error.format == ImageFormat::Png => {
+                Some("choose a smaller size".to_owned())
+            }
+            Self::Side(_) => {
+                Some("choose a smaller size, or an --output that ends in .png".to_owned())
+            }
             Self::OutputIsFolder { path } => Some(format!(
                 "name a file in it, such as {}",
                 path.join("out.png").display()
@@ -148,5 +194,14 @@ impl CliError {
             }
             _ => None,
         }
+    }
+}
+
+/// An empty key never means that no key is needed.
+fn empty_api_key() -> String {
+    if env::var_os(API_KEY).is_some_and(|value| value.is_empty()) {
+        format!("{API_KEY} is set and empty: unset it, or give a key")
+    } else {
+        "an API key is empty: give a key, or leave it out".to_owned()
     }
 }

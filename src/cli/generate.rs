@@ -1,16 +1,15 @@
 //! `kiln generate`.
 
 mod args;
+mod prompt;
 mod report;
 
 pub(super) use self::args::{GenerateArgs, Show};
 
-use std::fs;
-use std::io::{self, Write};
-use std::path::PathBuf;
+use std::path::{self, Path, PathBuf};
 use std::time::Instant;
 
-use kiln_models::job::Output;
+use kiln_models::job::{RgbImage, Size};
 use kiln_models::pipeline::PipelineError;
 
 use crate::backend;
@@ -34,19 +33,28 @@ pub(super) fn run(args: &GenerateArgs) -> Result<(), CliError> {
     let started = Instant::now();
     let settings = args.loading.settings(args.backend.choice()?)?;
     let noise = args.request.noise.generator();
-    let params = args.params();
+    let params = args.params()?;
     // What no model can generate is refused before a model is downloaded.
     let any_model = Limits::for_any_model();
-    let num_images = GenerationRequest::new(params.clone(), &any_model, noise)?.num_images;
-    let paths = output::image_paths(&args.output, num_images)?;
-    args.dump
-        .as_deref()
-        .map_or(Ok(()), output::check_writable)?;
+    let any_request = GenerationRequest::new(params.clone(), &any_model, noise)?;
+    let paths = output::image_paths(&args.output, any_request.num_images)?;
+    let format = output::image_format(&args.output)?;
+    format.check_size(rounded_down(any_request.size))?;
+    if args.json && output::is_stdout(&args.output) {
+        return Err(CliError::JsonToStdout);
+    }
+    if let Some(dump) = &args.dump {
+        output::check_writable(dump)?;
+        check_differs(dump, &paths)?;
+    }
 
     backend::check(settings.backend)?;
 
-    let model = Model::find(&args.model_settings())?;
+    let model_settings = args.model_settings();
+    let model_name = model_settings.public_name();
+    let model = Model::find(&model_settings)?;
     let request = GenerationRequest::new(params, model.limits(), noise)?;
+    format.check_size(request.size)?;
     let tokens = request.tokenize(model.tokenizer())?;
     let job = request
         .clone()
@@ -75,22 +83,56 @@ pub(super) fn run(args: &GenerateArgs) -> Result<(), CliError> {
         return Err(JobError::from(PipelineError::from(not_finite)).into());
     }
     let writing = Instant::now();
-    let images = write_images(&finished.output, &paths, &request, args, screen)?;
+    let writer = Writer {
+        request: &request,
+        model: &model_name,
+        encoding: Encoding::new(format),
+        metadata: !args.no_metadata,
+    };
+    let images = &finished.output.images;
+    // All files are written, whatever fails, before anything is reported.
+    let (written, mut outcome) = writer.write_all(images, &paths);
     if let Some(path) = &args.dump {
-        dump::write(path, &tokens, &finished.output.trace)?;
+        let dumped = dump::write(path, &tokens, &finished.output.trace);
+        outcome = outcome.and(dumped.map_err(CliError::from));
     }
+    let writing = writing.elapsed();
+    for image in &written {
+        if let Some(screen) = screen {
+            outcome = outcome.and(screen.show(&images[image.index]));
+        }
+        if !args.json {
+            outcome = outcome.and(report_line(image));
+        }
+    }
+    outcome?;
     if args.json {
         let timings = &finished.timings;
-        let seconds = Seconds::new(
-            runtime.load_time,
-            timings,
-            writing.elapsed(),
-            started.elapsed(),
-        );
+        let seconds = Seconds::new(runtime.load_time, timings, writing, started.elapsed());
         let dump = args.dump.as_deref();
-        let report = Report::new(args.model(), engine.info(), &request, images, dump, seconds);
+        let report = Report::new(&model_name, engine.info(), &request, written, dump, seconds);
         let text = serde_json::to_string_pretty(&report).map_err(CliError::Json)?;
-        writeln!(io::stdout().lock(), "{text}").map_err(CliError::Stdout)?;
+        output::print(format!("{text}\n").as_bytes())?;
+    }
+    Ok(())
+}
+
+/// The size without what every model rounds off.
+fn rounded_down(size: Size) -> Size {
+    const MULTIPLE: usize = 16;
+    Size {
+        height: size.height / MULTIPLE * MULTIPLE,
+        width: size.width / MULTIPLE * MULTIPLE,
+    }
+}
+
+/// Refuses a dump that has the name of an image.
+fn check_differs(dump: &Path, images: &[PathBuf]) -> Result<(), CliError> {
+    let absolute = |path: &Path| path::absolute(path).unwrap_or_else(|_| path.to_owned());
+    if images.iter().any(|image| absolute(image) == absolute(dump)) {
+        return Err(CliError::SameFile {
+            path: dump.to_owned(),
+        });
     }
     Ok(())
 }
@@ -123,44 +165,55 @@ fn log_timings(timings: &Timings) {
     );
 }
 
-/// Writes and shows each image, and prints its line unless `--json` is given.
-fn write_images(
-    output: &Output,
-    paths: &[PathBuf],
-    request: &GenerationRequest,
-    args: &GenerateArgs,
-    screen: Option<Screen>,
-) -> Result<Vec<Image>, CliError> {
-    let encoding = Encoding::new(output::image_format(&args.output)?);
-    let mut stdout = io::stdout().lock();
-    let mut written = Vec::new();
-    for (index, (image, path)) in output.images.iter().zip(paths).enumerate() {
-        let metadata = (!args.no_metadata).then(|| request.metadata_text(args.model(), index));
-        let file = encode(image, encoding, metadata.as_deref())?;
-        fs::write(path, &file).map_err(|source| CliError::Write {
-            path: path.clone(),
-            source,
-        })?;
-        if let Some(screen) = screen {
-            screen.show(image)?;
-        }
-        if !args.json {
-            let (path, width, height, seed) = (
-                path.display(),
-                image.width,
-                image.height,
-                request.noise.seed,
-            );
-            writeln!(stdout, "{path} {width}x{height} seed {seed}").map_err(CliError::Stdout)?;
-        }
-        written.push(Image::new(
-            path,
-            encoding.format,
-            file.len(),
-            image,
-            request.noise.seed,
-            index,
-        ));
+/// Prints the path, the size and the seed of an image; on stderr, if stdout has the image itself.
+fn report_line(image: &Image) -> Result<(), CliError> {
+    if output::is_stdout(&image.path) {
+        tracing::info!("wrote {image}");
+        return Ok(());
     }
-    Ok(written)
+    output::print(format!("{image}\n").as_bytes())
+}
+
+/// Writes the images of a request.
+struct Writer<'a> {
+    request: &'a GenerationRequest,
+    /// Name of the model.
+    model: &'a str,
+    encoding: Encoding,
+    /// Whether a PNG file contains the parameters.
+    metadata: bool,
+}
+
+impl Writer<'_> {
+    /// Writes every image that can be written. Returns what was written, and the first failure;
+    /// the others are logged.
+    fn write_all(
+        &self,
+        images: &[RgbImage],
+        paths: &[PathBuf],
+    ) -> (Vec<Image>, Result<(), CliError>) {
+        let mut written = Vec::new();
+        let mut outcome = Ok(());
+        for (index, (image, path)) in images.iter().zip(paths).enumerate() {
+            match self.write(image, path, index) {
+                Ok(image) => written.push(image),
+                Err(error) if outcome.is_ok() => outcome = Err(error),
+                Err(error) => tracing::error!("error: {}", crate::error_chain(&error)),
+            }
+        }
+        (written, outcome)
+    }
+
+    fn write(&self, image: &RgbImage, path: &Path, index: usize) -> Result<Image, CliError> {
+        let metadata = || self.request.metadata_text(self.model, index);
+        let metadata = self.metadata.then(metadata);
+        let file = encode(image, self.encoding, metadata.as_deref())?;
+        if output::is_stdout(path) {
+            output::write_image_to_stdout(&file)?;
+        } else {
+            output::write(path, &file)?;
+        }
+        let (format, seed) = (self.encoding.format, self.request.noise.seed);
+        Ok(Image::new(path, format, file.len(), image, seed, index))
+    }
 }

@@ -9,6 +9,8 @@ use clap::Parser;
 use serde::Deserialize;
 
 use super::error::CliError;
+use super::output;
+use super::shared_args::parse_host;
 
 /// Ask a server whether it is ready for requests.
 ///
@@ -18,7 +20,7 @@ use super::error::CliError;
 #[derive(Debug, Parser)]
 pub(super) struct HealthArgs {
     /// Address that the server listens on
-    #[arg(long, default_value = "127.0.0.1")]
+    #[arg(long, default_value = "127.0.0.1", value_parser = parse_host)]
     host: String,
 
     /// TCP port that the server listens on
@@ -64,13 +66,13 @@ impl NoAnswer {
 const MAX_RESPONSE: u64 = 64 << 10;
 
 pub(super) fn run(args: &HealthArgs) -> Result<(), CliError> {
-    let (host, port) = (args.host.clone(), args.port);
+    let (host, port) = (host_in_url(&args.host), args.port);
     let response = ask(args).map_err(|error| CliError::Health { host, port, error })?;
     let (head, body) = response.split_once("\r\n\r\n").unwrap_or((&response, ""));
     let status_line = head.lines().next().unwrap_or_default();
     // HTTP/1.1 200 OK
     if status_line.split(' ').nth(1) == Some("200") {
-        return writeln!(io::stdout().lock(), "ready").map_err(CliError::Stdout);
+        return output::print(b"ready\n");
     }
     Err(match serde_json::from_str::<Readiness>(body) {
         Ok(readiness) => CliError::NotReadyYet {
@@ -80,6 +82,15 @@ pub(super) fn run(args: &HealthArgs) -> Result<(), CliError> {
             status_line: status_line.trim().to_owned(),
         },
     })
+}
+
+/// An IPv6 address has brackets in URLs and in the header `Host`.
+fn host_in_url(host: &str) -> String {
+    if host.contains(':') {
+        format!("[{host}]")
+    } else {
+        host.to_owned()
+    }
 }
 
 /// Sends the request. Returns what came of the response until the connection ended or the time was
@@ -97,7 +108,7 @@ fn ask(args: &HealthArgs) -> Result<String, NoAnswer> {
     }
     let mut stream = outcome.map_err(no_answer)?;
     let mut bytes = Vec::new();
-    match exchange(&mut stream, &args.host, until, &mut bytes) {
+    match exchange(&mut stream, &host_in_url(&args.host), until, &mut bytes) {
         // A server that does not close the connection has answered all the same.
         Err(error) if !bytes.contains(&b'\n') => Err(no_answer(error)),
         _ if bytes.is_empty() => Err(NoAnswer::Closed),

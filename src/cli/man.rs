@@ -1,7 +1,6 @@
 //! `kiln man`: manual pages, made from the help texts.
 
-use std::fs;
-use std::io::{self, Write};
+use std::io;
 use std::path::{Path, PathBuf};
 
 use clap::{Command, Parser};
@@ -12,6 +11,7 @@ use crate::version;
 
 use super::args::command;
 use super::error::CliError;
+use super::output;
 
 /// Write kiln's manual pages.
 ///
@@ -50,17 +50,15 @@ pub(super) fn run(args: &ManArgs) -> Result<(), CliError> {
             })?,
     };
     let page = page(command).map_err(CliError::Stdout)?;
-    io::stdout()
-        .lock()
-        .write_all(&page)
-        .map_err(CliError::Stdout)
+    output::print(&page)
 }
 
 fn write_page(command: &Command, folder: &Path) -> Result<(), CliError> {
     let path = folder.join(Man::new(command.clone()).get_filename());
-    page(command)
-        .and_then(|page| fs::write(&path, page))
-        .map_err(|source| CliError::Write { path, source })
+    match page(command) {
+        Ok(page) => output::write(&path, &page),
+        Err(source) => Err(CliError::Write { path, source }),
+    }
 }
 
 /// The page of [`Man::render`], with a header that has no date, and with the examples unformatted.

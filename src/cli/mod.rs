@@ -12,6 +12,7 @@ mod dump;
 mod error;
 mod generate;
 mod health;
+mod interrupt;
 mod log;
 mod man;
 mod output;

@@ -1,23 +1,70 @@
-//! Output files, checked before the model is loaded.
+//! What commands write: files, checked before the model is loaded, and stdout.
 
-use std::fs::{self, OpenOptions};
-use std::io;
+use std::io::{self, ErrorKind, IsTerminal, Write};
 use std::path::{Path, PathBuf};
 
+use crate::files;
 use crate::image::ImageFormat;
 
 use super::error::CliError;
+use super::interrupt;
 
-/// The format that a file name's extension chooses.
+/// Whether a path stands for stdout.
+pub(super) fn is_stdout(path: &Path) -> bool {
+    path == Path::new("-")
+}
+
+/// Writes a file whole or not at all, also if the command is interrupted.
+pub(super) fn write(path: &Path, content: &[u8]) -> Result<(), CliError> {
+    interrupt::clean_up_on_signals();
+    files::write(path, content).map_err(|source| CliError::Write {
+        path: path.to_owned(),
+        source,
+    })
+}
+
+/// Writes what a command reports to stdout. A reader that has gone is no failure: `| head` has what
+/// it wanted.
+pub(super) fn print(text: &[u8]) -> Result<(), CliError> {
+    match write_to_stdout(text) {
+        Err(error) if error.kind() == ErrorKind::BrokenPipe => Ok(()),
+        outcome => outcome.map_err(CliError::Stdout),
+    }
+}
+
+/// Writes an image to stdout, where a reader that has gone is a failure.
+pub(super) fn write_image_to_stdout(file: &[u8]) -> Result<(), CliError> {
+    write_to_stdout(file).map_err(CliError::Stdout)
+}
+
+fn write_to_stdout(bytes: &[u8]) -> io::Result<()> {
+    let mut stdout = io::stdout().lock();
+    stdout.write_all(bytes)?;
+    stdout.flush()
+}
+
+/// The format that a file name's extension chooses; PNG on stdout.
 pub(super) fn image_format(output: &Path) -> Result<ImageFormat, CliError> {
+    if is_stdout(output) {
+        return Ok(ImageFormat::Png);
+    }
     let extension = output.extension().unwrap_or_default().to_string_lossy();
     ImageFormat::from_extension(&extension).ok_or_else(|| CliError::Extension {
         path: output.to_owned(),
     })
 }
 
-/// The path of each image: `out.png`, or `out-0.png`, `out-1.png`, … for several.
+/// The path of each image: `out.png`, or `out-0.png`, `out-1.png`, … for several; `-` is stdout.
 pub(super) fn image_paths(output: &Path, num_images: usize) -> Result<Vec<PathBuf>, CliError> {
+    if is_stdout(output) {
+        return if num_images != 1 {
+            Err(CliError::SeveralToStdout { num_images })
+        } else if io::stdout().is_terminal() {
+            Err(CliError::ImageToTerminal)
+        } else {
+            Ok(vec![output.to_owned()])
+        };
+    }
     if output.is_dir() {
         return Err(CliError::OutputIsFolder {
             path: output.to_owned(),
@@ -44,6 +91,9 @@ fn numbered(output: &Path, index: usize) -> PathBuf {
 
 /// Checks that a file can be written there, without changing an existing one.
 pub(super) fn check_writable(path: &Path) -> Result<(), CliError> {
+    if is_stdout(path) {
+        return Err(CliError::FileToStdout);
+    }
     if path.is_dir() {
         return Err(CliError::OutputIsFolder {
             path: path.to_owned(),
@@ -58,15 +108,8 @@ pub(super) fn check_writable(path: &Path) -> Result<(), CliError> {
             folder: folder.to_owned(),
         });
     }
-    // Permissions are not enough (read-only mounts, quotas): try it.
-    let outcome = match OpenOptions::new().write(true).create_new(true).open(path) {
-        Ok(_) => fs::remove_file(path),
-        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
-            OpenOptions::new().write(true).open(path).map(drop)
-        }
-        Err(error) => Err(error),
-    };
-    outcome.map_err(|source| CliError::Write {
+    interrupt::clean_up_on_signals();
+    files::check(path).map_err(|source| CliError::Write {
         path: path.to_owned(),
         source,
     })
@@ -83,17 +126,6 @@ mod tests {
         assert_eq!(image_paths(&output, 1).unwrap(), [output.as_path()]);
         let expected = ["a.b-0.PNG", "a.b-1.PNG"].map(|name| folder.path().join(name));
         assert_eq!(image_paths(&output, 2).unwrap(), expected);
-    }
-
-    #[test]
-    fn a_check_leaves_no_file_and_changes_none() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("out.png");
-        check_writable(&path).unwrap();
-        assert!(!path.exists());
-        fs::write(&path, "kept").unwrap();
-        check_writable(&path).unwrap();
-        assert_eq!(fs::read(&path).unwrap(), b"kept");
     }
 
     #[test]

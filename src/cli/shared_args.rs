@@ -1,7 +1,10 @@
 //! Arguments that several commands share: the request, the noise, the backend, and loading.
 
-use clap::builder::{PossibleValuesParser, TypedValueParser};
+use std::ffi::OsStr;
+
+use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
 use clap::{Args, ValueEnum};
+use kiln_models::loading::ModelDType;
 use kiln_models::noise::NoiseGenerator;
 
 use crate::backend::{BackendChoice, BackendKind, DTypeChoice, InvalidChoice, LoadSettings};
@@ -98,6 +101,26 @@ impl RequestArgs {
     }
 }
 
+/// An address or a name to connect to or to listen on. `[::1]`, as in a URL, is `::1`.
+pub(super) fn parse_host(text: &str) -> Result<String, String> {
+    let bare = text.strip_prefix('[').and_then(|it| it.strip_suffix(']'));
+    match bare {
+        Some(address) if address.contains(':') => return Ok(address.to_owned()),
+        Some(_) => return Err("only an IPv6 address has brackets".to_owned()),
+        None => {}
+    }
+    let has_port = text.contains("]:") || text.matches(':').count() == 1;
+    if text.is_empty() {
+        Err("give an address, such as 127.0.0.1, or 0.0.0.0 for all".to_owned())
+    } else if text.contains('/') {
+        Err("give the address alone, without a scheme and a path".to_owned())
+    } else if has_port {
+        Err("give the port as --port".to_owned())
+    } else {
+        Ok(text.to_owned())
+    }
+}
+
 /// The generator of the noise.
 #[derive(Debug, Args)]
 pub(super) struct NoiseArgs {
@@ -150,6 +173,12 @@ impl BackendArgs {
     }
 }
 
+/// The types of weights, with hidden aliases.
+pub(super) fn dtypes() -> impl Iterator<Item = PossibleValue> {
+    let dtypes = ModelDType::ALL.into_iter();
+    dtypes.map(|dtype| PossibleValue::new(dtype.name()).aliases(dtype.aliases()))
+}
+
 /// How a model is loaded.
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Loading")]
@@ -174,7 +203,7 @@ pub(super) struct LoadArgs {
     #[arg(
         long,
         default_value = "auto",
-        value_parser = PossibleValuesParser::new(DTypeChoice::names())
+        value_parser = PossibleValuesParser::new(["auto".into()].into_iter().chain(dtypes()))
             .try_map(|name| name.parse::<DTypeChoice>())
     )]
     dtype: DTypeChoice,
@@ -192,11 +221,9 @@ pub(super) struct LoadArgs {
 
 impl LoadArgs {
     /// The given model, or the load format's default one.
-    pub(super) fn model_or_default<'a>(&self, given: Option<&'a str>) -> &'a str {
-        given.unwrap_or(self.load_format.default_model())
-    }
-
-    pub(super) fn model_settings(&self, name: &str) -> ModelSettings {
+    /// Settings for the given model, or for the load format's default one.
+    pub(super) fn model_settings(&self, given: Option<&OsStr>) -> ModelSettings {
+        let default = || self.load_format.default_model().as_ref();
         ModelSettings {
             load_format: self.load_format,
             weight_access: if self.no_mmap {
@@ -204,7 +231,7 @@ impl LoadArgs {
             } else {
                 WeightAccess::Mapped
             },
-            ..ModelSettings::new(name)
+            ..ModelSettings::new(given.unwrap_or_else(default))
         }
     }
 

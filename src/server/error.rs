@@ -11,7 +11,7 @@ use serde::Serialize;
 use utoipa::ToSchema;
 
 use crate::engine::{JobError, SubmitError};
-use crate::image::{EncodeError, MAX_WEBP_SIDE};
+use crate::image::{EncodeError, SideTooLong};
 use crate::request::InvalidRequest;
 use crate::runtime::Progress;
 use crate::tokenizer::TokenizerError;
@@ -75,8 +75,11 @@ pub(super) enum ApiError {
         error: InvalidRequest,
         param: &'static str,
     },
-    #[error("{param}: a WebP file has {MAX_WEBP_SIDE} pixels a side at most, got {got}")]
-    WebpSide { param: &'static str, got: usize },
+    #[error("{param}: {error}: choose a smaller size or another output_format")]
+    Side {
+        param: &'static str,
+        error: SideTooLong,
+    },
     #[error("{param}: {error}")]
     Prompt {
         error: TokenizerError,
@@ -119,7 +122,7 @@ impl ApiError {
             | Self::NotAnObject
             | Self::Invalid(_)
             | Self::Request { .. }
-            | Self::WebpSide { .. }
+            | Self::Side { .. }
             | Self::Prompt { .. } => StatusCode::BAD_REQUEST,
             Self::Submit(SubmitError::QueueFull { .. }) => StatusCode::TOO_MANY_REQUESTS,
             Self::Submit(
@@ -150,9 +153,9 @@ impl ApiError {
     fn param(&self) -> Option<&str> {
         match self {
             Self::Invalid(error) => Some(error.param()),
-            Self::Request { param, .. }
-            | Self::WebpSide { param, .. }
-            | Self::Prompt { param, .. } => Some(param),
+            Self::Request { param, .. } | Self::Side { param, .. } | Self::Prompt { param, .. } => {
+                Some(param)
+            }
             Self::UnknownModel { .. } => Some("model"),
             _ => None,
         }

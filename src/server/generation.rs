@@ -11,7 +11,7 @@ use tracing::Span;
 use utoipa::ToSchema;
 
 use crate::engine::{Event, Finished, JobHandle, SubmitOptions, Timings};
-use crate::image::{Encoding, ImageFormat, MAX_WEBP_SIDE, encode};
+use crate::image::{Encoding, ImageFormat, encode};
 use crate::request::{GenerationRequest, PromptTokens};
 
 use super::LoadedApp;
@@ -232,17 +232,11 @@ impl ParsedRequest {
             let param = names.of(error.param());
             ApiError::Request { error, param }
         })?;
-        if encoding.format == ImageFormat::Webp {
-            for (side, field) in [
-                (request.size.height, "height"),
-                (request.size.width, "width"),
-            ] {
-                if side > MAX_WEBP_SIDE {
-                    let param = names.of(field);
-                    return Err(ApiError::WebpSide { param, got: side });
-                }
-            }
-        }
+        encoding.format.check_size(request.size).map_err(|error| {
+            let tall = request.size.height > request.size.width;
+            let param = names.of(if tall { "height" } else { "width" });
+            ApiError::Side { param, error }
+        })?;
         Ok((request, encoding))
     }
 }

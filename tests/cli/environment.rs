@@ -86,6 +86,40 @@ fn keys_in_the_environment_are_not_printed() {
     }
 }
 
+#[test]
+fn an_empty_key_is_refused_by_name() {
+    let empty = "KILN_API_KEY is set and empty: unset it, or give a key";
+    let (code, text) = failure(&[("KILN_API_KEY", "")], &["./none", "--port=0"]);
+    assert_eq!(code, 2, "{text}");
+    assert!(text.contains(empty), "{text}");
+    // The command line takes precedence.
+    let variables = [("KILN_API_KEY", ""), ("KILN_PORT", "0")];
+    let (code, text) = failure(&variables, &["./none", "--api-key", "hunter2"]);
+    assert_eq!(code, 1, "{text}");
+    for keys in [",", "hunter2,", "hunter2,,hunter3"] {
+        let (code, text) = failure(&[("KILN_API_KEY", keys)], &["./none", "--port=0"]);
+        assert_eq!(code, 2, "{text}");
+        assert!(text.contains("an API key is empty"), "{text}");
+        assert!(!text.contains("hunter"), "{text}");
+    }
+}
+
+#[test]
+fn an_empty_variable_counts_as_not_set() {
+    let help = serve(&[], &["--help"]).output().unwrap().stdout;
+    let help = String::from_utf8(help).unwrap();
+    let names = help
+        .split("[env: ")
+        .skip(1)
+        .map(|it| it.split(']').next().unwrap());
+    let names: Vec<&str> = names.filter(|name| *name != "KILN_API_KEY").collect();
+    assert!(names.len() >= 25, "{names:?}");
+    let variables: Vec<(&str, &str)> = names.into_iter().map(|name| (name, "")).collect();
+    let (code, text) = failure(&variables, &["./none", "--port=0"]);
+    assert_eq!(code, 1, "{text}");
+    assert!(text.contains("no folder ./none"), "{text}");
+}
+
 /// A server that is stopped at the end of the test.
 struct Server(Child);
 

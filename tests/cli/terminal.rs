@@ -221,3 +221,15 @@ fn what_was_typed_is_for_the_shell() {
     assert!(sent.contains("got later"), "{sent:?}");
     assert!(!sent.contains(QUESTION_END), "{sent:?}");
 }
+
+#[test]
+fn no_image_is_written_to_the_terminal() {
+    let folder = tempfile::tempdir().unwrap();
+    let line = "kiln generate a --output -; echo \"code $?\"";
+    let sent = on_terminal(folder.path(), "", line, KITTY);
+    assert!(
+        sent.contains("--output - would write a PNG file to the terminal"),
+        "{sent}"
+    );
+    assert!(sent.contains("code 2") && !sent.contains("PNG\r"), "{sent}");
+}

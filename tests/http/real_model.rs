@@ -8,7 +8,7 @@ use std::process::{Child, Command, Stdio};
 use base64::Engine as _;
 use serde_json::{Value, json};
 
-use super::client::{connect, get, post, send};
+use super::client::{connect, get, post, post_to, send};
 use super::{decode, parts};
 
 pub(super) fn model() -> PathBuf {
@@ -127,6 +127,73 @@ fn the_server_and_the_command_line_generate_the_same_images() {
         (refused.status, &refused.body["error"]["param"]),
         (400, &json!("height"))
     );
+}
+
+#[test]
+fn answers_and_images_do_not_say_where_the_model_is() {
+    let server = Server::start(Some(&model()));
+    let models = get(server.address, "/v1/models").body;
+    assert_eq!(models["data"][0]["id"], "base");
+    assert_eq!(get(server.address, "/v1/status").body["model"], "base");
+    let body = json!({
+        "messages": [{"role": "user", "content": "a\u{0}b"}], "num_inference_steps": 1, "size": "32x32",
+    });
+    let reply = post(server.address, &body);
+    assert_eq!(reply.body["model"], "base");
+    let url = parts(&reply)[0]["image_url"]["url"]
+        .as_str()
+        .unwrap()
+        .to_owned();
+    let data = url.strip_prefix("data:image/png;base64,").unwrap();
+    let file = base64::engine::general_purpose::STANDARD
+        .decode(data)
+        .unwrap();
+    let holds = |text: &[u8]| file.windows(text.len()).any(|part| part == text);
+    assert!(holds(b"parameters\0ab\nSteps: 1, ") && holds(b", Model: base, "));
+}
+
+#[test]
+fn an_image_that_its_file_cannot_hold_is_refused() {
+    let server = Server::start(None);
+    for (format, name, longest, size, param) in [
+        ("jpeg", "JPEG", 65_500, json!({"size": "65536x16"}), "size"),
+        (
+            "jpg",
+            "JPEG",
+            65_500,
+            json!({"width": 16, "height": 65_519}),
+            "height",
+        ),
+        (
+            "webp",
+            "WebP",
+            16_383,
+            json!({"width": 16_384, "height": 16}),
+            "width",
+        ),
+    ] {
+        let mut body = json!({"prompt": "a", "num_inference_steps": 1, "output_format": format});
+        body.as_object_mut()
+            .unwrap()
+            .extend(size.as_object().unwrap().clone());
+        let reply = post_to(server.address, "/v1/images/generations", &body);
+        let error = &reply.body["error"];
+        assert_eq!(
+            (reply.status, &error["param"]),
+            (400, &json!(param)),
+            "{error}"
+        );
+        let message = error["message"].as_str().unwrap();
+        let expected = format!("{param}: a {name} file has {longest} pixels a side at most, got ");
+        assert!(message.starts_with(&expected), "{message}");
+        assert!(message.ends_with("or another output_format"), "{message}");
+    }
+    // The longest that fits.
+    let body = json!({
+        "prompt": "a", "num_inference_steps": 1, "size": "65503x16", "output_format": "jpeg",
+    });
+    let reply = post_to(server.address, "/v1/images/estimate", &body);
+    assert_eq!(reply.status, 200, "{}", reply.body);
 }
 
 #[cfg(unix)]

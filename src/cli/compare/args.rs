@@ -1,5 +1,6 @@
 //! Arguments of `kiln compare`.
 
+use std::ffi::OsString;
 use std::fmt;
 use std::path::PathBuf;
 use std::str::FromStr;
@@ -10,7 +11,7 @@ use kiln_models::loading::ModelDType;
 
 use crate::backend::{BackendChoice, BackendKind, InvalidChoice};
 use crate::checkpoint::DEMO;
-use crate::cli::shared_args::{RequestArgs, VaeArgs};
+use crate::cli::shared_args::{RequestArgs, VaeArgs, dtypes};
 
 /// Generate one image on several backends and compare them stage by stage.
 ///
@@ -38,7 +39,7 @@ pub(in crate::cli) struct CompareArgs {
 
     /// Folder in diffusers layout, Hugging Face id, or demo
     #[arg(long, value_name = "PATH_OR_ID", default_value = DEMO)]
-    pub(super) model: String,
+    pub(super) model: OsString,
 
     /// Prompt: what the image shows
     #[arg(
@@ -71,7 +72,7 @@ pub(in crate::cli) struct CompareArgs {
     #[arg(
         long,
         default_value = "f32",
-        value_parser = PossibleValuesParser::new(ModelDType::ALL.map(ModelDType::name))
+        value_parser = PossibleValuesParser::new(dtypes())
             .try_map(|name| ModelDType::named(&name).ok_or("no such type"))
     )]
     pub(super) dtype: ModelDType,

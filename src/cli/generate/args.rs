@@ -1,12 +1,16 @@
 //! Arguments of `kiln generate`.
 
+use std::ffi::OsString;
 use std::path::PathBuf;
 
 use clap::{ArgGroup, Parser, ValueEnum};
 
+use crate::cli::error::CliError;
 use crate::cli::shared_args::{BackendArgs, LoadArgs, RequestArgs};
 use crate::request::{GenerationParams, Integer};
 use crate::runtime::ModelSettings;
+
+use super::prompt;
 
 /// Generate images from one prompt and write them to files.
 ///
@@ -15,7 +19,7 @@ use crate::runtime::ModelSettings;
 #[derive(Debug, Parser)]
 #[command(group = ArgGroup::new("prompts").required(true).args(["prompt", "prompt_option"]))]
 pub(in crate::cli) struct GenerateArgs {
-    /// Prompt: what the image shows
+    /// Prompt: what the image shows; - reads it from stdin
     prompt: Option<String>,
 
     /// The prompt, as an option
@@ -27,7 +31,7 @@ pub(in crate::cli) struct GenerateArgs {
     /// An id such as Qwen/Qwen-Image is downloaded unless the Hugging Face cache has it. demo is
     /// the small model in this program, which generates one coloured shape on a coloured background.
     #[arg(long, value_name = "PATH_OR_ID")]
-    model: Option<String>,
+    model: Option<OsString>,
 
     #[command(flatten)]
     pub(super) request: RequestArgs,
@@ -39,10 +43,10 @@ pub(in crate::cli) struct GenerateArgs {
     #[arg(long, value_name = "COUNT", allow_negative_numbers = true)]
     num_images: Option<Integer>,
 
-    /// Image file to write: .png, .jpg or .webp
+    /// Image file to write: .png, .jpg or .webp; - writes one PNG file to stdout
     ///
-    /// With several images out.png becomes out-0.png, out-1.png and so on. Existing files are
-    /// replaced.
+    /// With several images out.png becomes out-0.png, out-1.png and so on. An existing file is
+    /// replaced when the new one is complete.
     #[arg(long, short, value_name = "FILE", default_value = "out.png")]
     pub(super) output: PathBuf,
 
@@ -87,20 +91,21 @@ pub(in crate::cli) struct GenerateArgs {
 }
 
 impl GenerateArgs {
-    pub(super) fn model(&self) -> &str {
-        self.loading.model_or_default(self.model.as_deref())
-    }
-
     pub(super) fn model_settings(&self) -> ModelSettings {
-        self.loading.model_settings(self.model())
+        self.loading.model_settings(self.model.as_deref())
     }
 
-    pub(in crate::cli) fn params(&self) -> GenerationParams {
+    /// The parameters of the request. Reads a prompt that is `-` from stdin.
+    pub(in crate::cli) fn params(&self) -> Result<GenerationParams, CliError> {
         let prompt = self.prompt.as_ref().or(self.prompt_option.as_ref());
-        GenerationParams {
+        let prompt = match prompt.map(String::as_str) {
+            Some("-") => prompt::from_stdin()?,
+            given => given.unwrap_or_default().to_owned(),
+        };
+        Ok(GenerationParams {
             num_images: self.num_images.map(|Integer(images)| images),
-            ..self.request.params(prompt.cloned().unwrap_or_default())
-        }
+            ..self.request.params(prompt)
+        })
     }
 }
 

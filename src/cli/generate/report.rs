@@ -1,12 +1,14 @@
 //! The output of `kiln generate --json`. Keys may be added; existing ones keep name and meaning.
 
+use std::fmt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use kiln_models::job::{RgbImage, Sampling};
 use kiln_models::pipeline::ModelInfo;
-use serde::Serialize;
+use serde::{Serialize, Serializer};
 
+use crate::cli::output;
 use crate::engine::Timings;
 use crate::image::ImageFormat;
 use crate::request::GenerationRequest;
@@ -16,7 +18,7 @@ use crate::request::GenerationRequest;
 pub(super) struct Report<'a> {
     /// kiln's version.
     kiln: &'static str,
-    /// Name of the model, as given.
+    /// [`ModelSettings::public_name`](crate::runtime::ModelSettings::public_name).
     model: &'a str,
     /// Name for `--backend`.
     backend: &'static str,
@@ -32,14 +34,15 @@ pub(super) struct Report<'a> {
     sampling: Sampling,
     rng: &'static str,
     images: Vec<Image>,
-    dump: Option<&'a Path>,
+    dump: Option<String>,
     seconds: Seconds,
 }
 
 /// One image file.
 #[derive(Debug, Serialize)]
 pub(super) struct Image {
-    path: PathBuf,
+    #[serde(serialize_with = "as_text")]
+    pub(super) path: PathBuf,
     format: &'static str,
     /// Size of the file.
     bytes: usize,
@@ -49,7 +52,7 @@ pub(super) struct Image {
     height: usize,
     seed: u64,
     /// Index among the images of the seed, from 0.
-    index: usize,
+    pub(super) index: usize,
 }
 
 /// Wall-clock time of each stage.
@@ -91,7 +94,7 @@ impl<'a> Report<'a> {
             sampling: request.sampling,
             rng: request.noise.generator.name(),
             images,
-            dump,
+            dump: dump.map(|path| path.display().to_string()),
             seconds,
         }
     }
@@ -116,6 +119,25 @@ impl Image {
             index,
         }
     }
+}
+
+/// `out.png 128x128 seed 7`, or `128x128 seed 7` on stdout.
+impl fmt::Display for Image {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if !output::is_stdout(&self.path) {
+            write!(formatter, "{} ", self.path.display())?;
+        }
+        write!(
+            formatter,
+            "{}x{} seed {}",
+            self.width, self.height, self.seed
+        )
+    }
+}
+
+/// A path as text; bytes that are not UTF-8 are replaced.
+fn as_text<S: Serializer>(path: &Path, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_str(&path.display())
 }
 
 impl Seconds {

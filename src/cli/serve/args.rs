@@ -1,15 +1,16 @@
 //! Arguments of `kiln serve`. Each option also has an environment variable: see
 //! [`command`](crate::cli::args::command).
 
+use std::ffi::OsString;
 use std::fmt;
 use std::num::{NonZeroU64, NonZeroUsize};
 use std::time::Duration;
 
-use clap::{Args, Parser, ValueEnum};
+use clap::{Arg, ArgAction, Args, Parser, ValueEnum};
 use kiln_models::pipeline::ImageSizes;
 
 use crate::cli::error::CliError;
-use crate::cli::shared_args::{BackendArgs, LoadArgs, NoiseArgs};
+use crate::cli::shared_args::{BackendArgs, LoadArgs, NoiseArgs, parse_host};
 use crate::engine::DEFAULT_MAX_QUEUE;
 use crate::request::{DEFAULT_MAX_IMAGE_PIXELS, DEFAULT_MAX_NUM_IMAGES, DEFAULT_MAX_STEPS, Limits};
 use crate::runtime::ModelSettings;
@@ -23,36 +24,39 @@ use crate::server::{AllowedHost, ApiKeys, CorsOrigin, DEFAULT_MAX_BODY_BYTES, Se
 ///
 /// Every option can be set by an environment variable, such as KILN_MAX_QUEUE for --max-queue; the
 /// command line takes precedence. An option without a value takes true or false there, and commas
-/// separate several values.
+/// separate several values. An empty variable counts as not set, but for KILN_API_KEY, where it is an
+/// error.
 #[expect(clippy::doc_markdown, reason = "clap prints the comment as it is")]
 #[derive(Debug, Parser)]
+#[command(arg = omni())]
 pub(in crate::cli) struct ServeArgs {
     /// Folder in diffusers layout, Hugging Face id, or demo [default: demo]
     ///
     /// An id such as Qwen/Qwen-Image is downloaded unless the Hugging Face cache has it. demo is
     /// the small model in this program, which generates one coloured shape on a coloured background.
     #[arg(value_name = "MODEL")]
-    model: Option<String>,
+    model: Option<OsString>,
 
     /// The model, as an option
     #[arg(long = "model", value_name = "MODEL")]
-    model_option: Option<String>,
+    model_option: Option<OsString>,
 
     /// Address to listen on
     ///
     /// With 0.0.0.0 everyone who can reach this machine can use the API, unless --api-key is given.
-    #[arg(long, default_value = "127.0.0.1")]
+    #[arg(long, default_value = "127.0.0.1", value_parser = parse_host)]
     pub(super) host: String,
 
     /// TCP port to listen on; 0 takes a free one
     #[arg(long, default_value_t = 8091)]
     pub(super) port: u16,
 
-    /// Names of the model in responses, separated by spaces or commas [default: the given MODEL]
+    /// Names of the model in responses, separated by spaces or commas [default: the given MODEL, or
+    /// the last part of its path]
     ///
     /// Requests may name any model. The response has the same name if it is one of these, and
     /// otherwise the first of these.
-    #[arg(long, value_name = "NAME", num_args = 1..)]
+    #[arg(long, value_name = "NAME", num_args = 1.., value_parser = parse_name)]
     served_model_name: Vec<String>,
 
     /// Negative prompt of requests that have none
@@ -112,13 +116,9 @@ pub(in crate::cli) struct ServeArgs {
 }
 
 impl ServeArgs {
-    fn model(&self) -> &str {
-        let model = self.model.as_deref().or(self.model_option.as_deref());
-        self.loading.model_or_default(model)
-    }
-
     pub(super) fn model_settings(&self) -> ModelSettings {
-        self.loading.model_settings(self.model())
+        let model = self.model.as_deref().or(self.model_option.as_deref());
+        self.loading.model_settings(model)
     }
 
     pub(super) fn drain_timeout(&self) -> Duration {
@@ -126,7 +126,7 @@ impl ServeArgs {
     }
 
     pub(super) fn settings(&self) -> Result<Settings, CliError> {
-        let mut settings = Settings::new(self.model());
+        let mut settings = Settings::new(&self.model_settings().public_name());
         let mut allowed_hosts = self.access.allowed_host.clone();
         // The name that this machine has for itself, which may be one of a loopback address.
         allowed_hosts.extend(self.host.parse::<AllowedHost>());
@@ -136,7 +136,7 @@ impl ServeArgs {
                 .clone_from(&self.served_model_name);
         }
         Ok(Settings {
-            api_keys: ApiKeys::new(self.access.api_key.clone())?,
+            api_keys: self.access.api_keys()?,
             cors_origins: self.access.cors_origin.clone(),
             allowed_hosts,
             max_body_bytes: self.limits.max_body_bytes,
@@ -151,6 +151,19 @@ impl ServeArgs {
             ..settings
         })
     }
+}
+
+/// `--omni` does nothing: command lines of vLLM-Omni have it.
+fn omni() -> Arg {
+    let omni = Arg::new("omni").long("omni").action(ArgAction::SetTrue);
+    omni.hide(true)
+}
+
+fn parse_name(text: &str) -> Result<String, String> {
+    if text.trim().is_empty() {
+        return Err("a name has at least one letter".to_owned());
+    }
+    Ok(text.to_owned())
 }
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
@@ -189,6 +202,15 @@ struct AccessArgs {
     /// own site. Other servers answer to every name.
     #[arg(long, value_name = "HOST")]
     allowed_host: Vec<AllowedHost>,
+}
+
+impl AccessArgs {
+    fn api_keys(&self) -> Result<ApiKeys, CliError> {
+        if self.api_key.iter().any(String::is_empty) {
+            return Err(CliError::EmptyApiKey);
+        }
+        Ok(ApiKeys::new(self.api_key.clone())?)
+    }
 }
 
 /// Leaves out the keys.
