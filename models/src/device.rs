@@ -3,6 +3,7 @@
 use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 
+use cubecl_common::stream_id::StreamId;
 use kiln_ops::faults::Checkpoint;
 use kiln_ops::{FaultWatch, FusedOps};
 
@@ -13,6 +14,41 @@ const MAX_RUNS: usize = 3;
 
 /// Longest report of a failure, in characters.
 const MAX_REPORT: usize = 240;
+
+/// Returns the backend's memory to the device when a pipeline is dropped: GPU backends keep the
+/// memory of dropped tensors for later ones, and another backend could not have it.
+#[derive(Debug)]
+pub(crate) struct DeviceMemory<B: FusedOps> {
+    device: B::Device,
+    /// Memory is kept by stream.
+    stream: StreamId,
+}
+
+impl<B: FusedOps> DeviceMemory<B> {
+    /// The memory of this thread's stream on a device.
+    pub(crate) fn of(device: B::Device) -> Self {
+        Self {
+            device,
+            stream: StreamId::current(),
+        }
+    }
+}
+
+impl<B: FusedOps> Drop for DeviceMemory<B> {
+    fn drop(&mut self) {
+        let watch = FaultWatch::start();
+        let clean_up = || {
+            // Until then the device may use it.
+            B::sync(&self.device).ok();
+            B::memory_cleanup(&self.device);
+            // The clean-up is queued as well.
+            B::sync(&self.device).ok();
+            Ok(())
+        };
+        // burn panics if a device is lost, and no caller can act on it here.
+        self.stream.executes(|| caught(&watch, clean_up).ok());
+    }
+}
 
 /// Runs `work` and waits for the device. `work` gets the number of the run, from 0.
 ///

@@ -8,18 +8,18 @@ use std::sync::Arc;
 
 use burn::tensor::module::adaptive_avg_pool2d;
 use burn::tensor::{DType, Tensor};
-use cubecl_common::stream_id::StreamId;
 use kiln_ops::{FaultWatch, FusedOps};
 
 use crate::cache::Cache;
 use crate::denoiser::{Branch, Denoiser};
-use crate::device::{caught, idle, reliably, summary};
+use crate::device::{DeviceMemory, caught, idle, reliably, summary};
 use crate::families::qwen_image::QwenImage;
 use crate::flops::CostModel;
 use crate::guidance::true_cfg;
-use crate::job::{Job, JobId, Output, RgbImage, TraceTensor};
+use crate::job::{Decoding, Job, JobId, Output, RgbImage, TraceTensor};
+use crate::memory::MemoryModel;
 use crate::pipeline::{
-    CacheUses, MAX_PREVIEW_SIDE, MemoryUse, ModelInfo, Pipeline, PipelineError, StepOutcome,
+    CacheUses, MAX_PREVIEW_SIDE, MemoryRoom, MemoryUse, ModelInfo, Pipeline, PipelineError, StepOutcome,
 };
 use crate::sampling::{Schedule, euler_step};
 use crate::transformer::{ModulationTable, Segment, Transformer};
@@ -43,6 +43,8 @@ pub struct SessionSettings<B: FusedOps> {
     /// Number of the device among the backend's devices.
     pub device_index: usize,
     pub device_name: String,
+    /// Memory of the device in bytes, if it is known.
+    pub device_memory: Option<u64>,
     pub precision: Precision,
     pub vae: VaeSettings,
 }
@@ -63,31 +65,6 @@ pub(crate) struct ImagePipeline<B: FusedOps> {
     needs_reset: bool,
     /// Dropped last, as fields are dropped in their order.
     _memory: DeviceMemory<B>,
-}
-
-/// Returns the backend's memory to the device when a pipeline is dropped: GPU backends keep the
-/// memory of dropped tensors for later ones, and another backend could not have it.
-#[derive(Debug)]
-struct DeviceMemory<B: FusedOps> {
-    device: B::Device,
-    /// Memory is kept by stream.
-    stream: StreamId,
-}
-
-impl<B: FusedOps> Drop for DeviceMemory<B> {
-    fn drop(&mut self) {
-        let watch = FaultWatch::start();
-        let clean_up = || {
-            // Until then the device may use it.
-            B::sync(&self.device).ok();
-            B::memory_cleanup(&self.device);
-            // The clean-up is queued as well.
-            B::sync(&self.device).ok();
-            Ok(())
-        };
-        // burn panics if a device is lost, and no caller can act on it here.
-        self.stream.executes(|| caught(&watch, clean_up).ok());
-    }
 }
 
 /// A job between start and finish.
@@ -183,10 +160,7 @@ impl<B: FusedOps> ImagePipeline<B> {
                 _ => "f32",
             },
         };
-        let memory = DeviceMemory {
-            device: settings.device.clone(),
-            stream: StreamId::current(),
-        };
+        let memory = DeviceMemory::of(settings.device.clone());
         Self {
             family,
             denoiser: Denoiser::new(transformer, settings.precision.activations),
@@ -364,6 +338,10 @@ where
         self.family.cost_model.clone()
     }
 
+    fn memory_model(&self) -> Option<MemoryModel> {
+        Some(self.family.memory_model.clone())
+    }
+
     fn start(&mut self, id: JobId, job: Job) -> Result<(), PipelineError> {
         self.family.check(&job)?;
         // Set until the job is prepared, because preparing may end in a panic.
@@ -410,9 +388,12 @@ where
             mut trace,
             ..
         } = state.ok_or(PipelineError::UnknownJob(id))?;
+        let vae = self.settings.vae.of(job.decoding);
+        let latent_size = self.family.latent_size(job.size);
+        let tiled = vae.tiling_of(latent_size, self.family.scale_factor).is_some();
         let (shape, values) = self.reliably(|pipeline, _| {
             let latents = pipeline.family.unpack(job.size, latents.clone());
-            let pixels = pipeline.family.decode(latents, pipeline.settings.vae);
+            let pixels = pipeline.family.decode(latents, vae);
             Ok((pixels.dims(), read(pixels)?))
         })?;
         let images = values
@@ -426,7 +407,17 @@ where
                 values,
             });
         }
-        Ok(Output { images, trace })
+        Ok(Output {
+            images,
+            tiled,
+            trace,
+        })
+    }
+
+    fn set_decoding(&mut self, id: JobId, decoding: Decoding) {
+        if let Some(state) = self.jobs.get_mut(&id) {
+            state.job.decoding = decoding;
+        }
     }
 
     fn discard(&mut self, id: JobId) {
@@ -448,6 +439,18 @@ where
         let watch = FaultWatch::start();
         let memory = caught(&watch, || Ok(B::memory_use(&self.settings.device)));
         memory.unwrap_or_default()
+    }
+
+    fn memory_room(&self) -> Option<MemoryRoom> {
+        B::memory_room(&self.settings.device).or_else(|| {
+            let total = self.settings.device_memory?;
+            let free = total.saturating_sub(self.memory().in_use?);
+            Some(MemoryRoom { free, total: free })
+        })
+    }
+
+    fn drop_caches(&mut self) {
+        Self::drop_caches(self);
     }
 
     fn caches(&self) -> CacheUses {

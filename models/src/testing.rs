@@ -5,7 +5,7 @@ use std::fmt;
 
 use crate::flops::{CostModel, FlopCount};
 use crate::job::{
-    Conditioning, Guidance, Job, JobId, Noise, Output, RgbImage, Sampling, Size, TraceTensor,
+    Conditioning, Decoding, Guidance, Job, JobId, Noise, Output, RgbImage, Sampling, Size, TraceTensor,
 };
 use crate::noise::NoiseGenerator;
 use crate::pipeline::{
@@ -24,6 +24,7 @@ pub fn job(side: usize, steps: usize) -> Job {
             generator: NoiseGenerator::Cpu,
         },
         num_images: 1,
+        decoding: Decoding::default(),
         record: false,
     }
 }
@@ -192,6 +193,7 @@ impl Pipeline for FakePipeline {
         };
         Ok(Output {
             images: vec![(self.image)(&job, 0); job.num_images],
+            tiled: job.decoding == Decoding::Tiled,
             trace: job.record.then_some(stage).into_iter().collect(),
         })
     }

@@ -59,6 +59,7 @@ fn pipeline() -> (Box<dyn Pipeline>, Arc<AtomicBool>) {
         backend: "test",
         device_index: 0,
         device_name: "fake".to_owned(),
+        device_memory: None,
         precision: F32,
         vae: VaeSettings::default(),
     };

@@ -114,6 +114,7 @@ impl Driver {
                 assert_eq!(steps_left, 0);
                 let output = Output {
                     images: vec![image()],
+                    tiled: false,
                     trace: Vec::new(),
                 };
                 let took = cost(&job, Stage::Decode);

@@ -1,0 +1,119 @@
+//! The memory that jobs take on flex, measured in processes of their own, beside what is planned; and
+//! a server that has less memory than a request needs.
+
+use std::fs;
+use std::process::{Command, Stdio};
+
+use kiln::runtime::{ModelSettings, Runtime, RuntimeSettings};
+use kiln_models::job::{Decoding, Job, Size};
+use kiln_models::pipeline::Pipeline;
+use kiln_models::testing;
+
+/// Names the job that [`child`] measures: `MODEL WIDTHxHEIGHT IMAGES DECODING`.
+const JOB: &str = "KILN_TEST_MEMORY_JOB";
+
+/// Measured bytes over planned bytes.
+const RATIOS: std::ops::RangeInclusive<f64> = 0.7..=1.1;
+
+/// Runs a job in a process of its own, because an allocator that has freed memory hides what a later
+/// job needs. Returns the planned and the measured bytes.
+fn measure(job: &str) -> (f64, f64) {
+    let output = Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", "memory::child", "--ignored", "--nocapture"])
+        .env(JOB, job)
+        .stderr(Stdio::inherit())
+        .output()
+        .unwrap();
+    let stdout = String::from_utf8(output.stdout).unwrap();
+    let line = stdout.lines().find_map(|line| line.split_once("bytes: "));
+    let (_, bytes) = line.unwrap_or_else(|| panic!("{job}: {stdout}"));
+    let bytes: Vec<f64> = bytes.split(' ').map(|it| it.parse().unwrap()).collect();
+    (bytes[0], bytes[1])
+}
+
+fn status(name: &str) -> u64 {
+    let text = fs::read_to_string("/proc/self/status").unwrap();
+    let line = text.lines().find_map(|line| line.strip_prefix(name));
+    let kib = line.unwrap().trim_matches([':', ' ', '\t', 'k', 'B']);
+    kib.parse::<u64>().unwrap() * 1024
+}
+
+fn run(pipeline: &mut dyn Pipeline, job: Job) {
+    pipeline.start(0, job).unwrap();
+    while pipeline.step(&[0]).unwrap()[0].steps_left > 0 {}
+    pipeline.finish(0).unwrap();
+}
+
+#[test]
+#[ignore = "a process of `measure`"]
+#[expect(clippy::print_stdout, reason = "the parent reads it")]
+fn child() {
+    let text = std::env::var(JOB).unwrap();
+    let parts: Vec<&str> = text.split(' ').collect();
+    let (width, height) = parts[1].split_once('x').unwrap();
+    let decoding = match parts[3] {
+        "whole" => Decoding::AsSet,
+        "tiled" => Decoding::Tiled,
+        other => panic!("{other}"),
+    };
+    let job = Job {
+        conditioning: (0..60).collect::<Vec<u32>>().into(),
+        guidance: testing::guidance((0..50).collect(), 4.0),
+        size: Size {
+            width: width.parse().unwrap(),
+            height: height.parse().unwrap(),
+        },
+        num_images: parts[2].parse().unwrap(),
+        decoding,
+        ..testing::job(64, 1)
+    };
+    let mut pipeline = Runtime::open(&RuntimeSettings {
+        model: ModelSettings::new(parts[0]),
+        ..RuntimeSettings::new("demo")
+    })
+    .unwrap()
+    .pipeline;
+    // Touches the weights and starts the threads.
+    let first = Job {
+        size: Size::square(64),
+        num_images: 1,
+        ..job.clone()
+    };
+    run(&mut *pipeline, first);
+    let planned = pipeline.memory_model().unwrap().plan(&job);
+    fs::write("/proc/self/clear_refs", "5").unwrap();
+    let before = status("VmRSS");
+    run(&mut *pipeline, job);
+    let measured = status("VmHWM") - before;
+    eprintln!("{text} {planned:?}");
+    println!("bytes: {} {measured}", planned.peak());
+}
+
+#[test]
+#[expect(clippy::print_stdout, reason = "shows the ratios with --nocapture")]
+fn the_planned_peak_is_the_measured_one() {
+    let mut wrong = Vec::new();
+    for job in [
+        "demo 256x256 1 whole",
+        "demo 512x512 1 whole",
+        "demo 1024x384 1 whole",
+        "demo 768x1344 1 whole",
+        "demo 1024x1024 1 whole",
+        "demo 1536x1536 1 whole",
+        "demo 512x512 3 whole",
+        "demo 1024x1024 1 tiled",
+        "demo 2048x2048 1 tiled",
+    ] {
+        let (planned, measured) = measure(job);
+        let ratio = measured / planned;
+        println!(
+            "{job}: planned {:.1} MB, measured {:.1} MB, ratio {ratio:.2}",
+            planned / 1e6,
+            measured / 1e6
+        );
+        if !RATIOS.contains(&ratio) {
+            wrong.push(format!("{job}: {ratio:.2}"));
+        }
+    }
+    assert!(wrong.is_empty(), "{wrong:?}");
+}
