@@ -39,6 +39,7 @@ pub(crate) fn generate(prompt: &str, path: &Path) -> Result<(), Box<dyn Error>> 
     let settings = EngineSettings {
         max_queue: 0,
         max_started: 1,
+        max_memory: None,
         warm_up: None,
     };
     let engine = Engine::start(runtime.pipeline, settings);

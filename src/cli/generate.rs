@@ -55,6 +55,7 @@ pub(super) fn run(args: &GenerateArgs) -> Result<(), CliError> {
     let one_job = EngineSettings {
         max_queue: 0,
         max_started: 1,
+        max_memory: None,
         warm_up: None,
     };
     let progress = Progress::new(args.quiet);

@@ -47,6 +47,7 @@ pub(super) fn run(args: &ServeArgs) -> Result<(), CliError> {
     let engine_settings = EngineSettings {
         max_queue: args.limits.max_queue,
         max_started: DEFAULT_MAX_STARTED,
+        max_memory: None,
         warm_up,
     };
     let limits = args.limits.limits(runtime.limits.sizes);

@@ -47,6 +47,16 @@ pub(super) fn next_turn(jobs: &[Candidate], max_started: usize) -> Option<usize>
     favourite(jobs, max_started)
 }
 
+/// As [`next_turn`], of the started jobs alone: there is no memory for the one that it would be.
+///
+/// The oldest job has the next turn again and again while it waits for memory, so no other job is
+/// started before it, and the started ones end.
+pub(super) fn next_started(jobs: &[Candidate]) -> Option<usize> {
+    let started = jobs.iter().copied().enumerate().filter(|(_, job)| job.started);
+    let (indices, started): (Vec<usize>, Vec<Candidate>) = started.unzip();
+    next_turn(&started, usize::MAX).map(|index| indices[index])
+}
+
 /// The order in which the jobs will be finished if no other is submitted, by the first rule alone.
 pub(super) fn expected_order(jobs: &[Candidate], max_started: usize) -> Vec<usize> {
     let mut left: Vec<usize> = (0..jobs.len()).collect();
