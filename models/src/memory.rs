@@ -130,7 +130,9 @@ impl Networks {
         let pixels = images * job.size.pixels() as u64;
         let trace = if job.record {
             // The noise, the latents of every step, the embeddings, and the image in f32.
-            noise * (job.sampling.steps as u64 + 1) + F32 * text_dim * text_tokens + 3 * F32 * pixels
+            noise * (job.sampling.steps as u64 + 1)
+                + F32 * text_dim * text_tokens
+                + 3 * F32 * pixels
         } else {
             0
         };

@@ -19,7 +19,8 @@ use crate::guidance::true_cfg;
 use crate::job::{Decoding, Job, JobId, Output, RgbImage, TraceTensor};
 use crate::memory::MemoryModel;
 use crate::pipeline::{
-    CacheUses, MAX_PREVIEW_SIDE, MemoryRoom, MemoryUse, ModelInfo, Pipeline, PipelineError, StepOutcome,
+    CacheUses, MAX_PREVIEW_SIDE, MemoryRoom, MemoryUse, ModelInfo, Pipeline, PipelineError,
+    StepOutcome,
 };
 use crate::sampling::{Schedule, euler_step};
 use crate::transformer::{ModulationTable, Segment, Transformer};
@@ -390,7 +391,9 @@ where
         } = state.ok_or(PipelineError::UnknownJob(id))?;
         let vae = self.settings.vae.of(job.decoding);
         let latent_size = self.family.latent_size(job.size);
-        let tiled = vae.tiling_of(latent_size, self.family.scale_factor).is_some();
+        let tiled = vae
+            .tiling_of(latent_size, self.family.scale_factor)
+            .is_some();
         let (shape, values) = self.reliably(|pipeline, _| {
             let latents = pipeline.family.unpack(job.size, latents.clone());
             let pixels = pipeline.family.decode(latents, vae);

@@ -79,6 +79,7 @@ pub(super) fn run(args: &GenerateArgs) -> Result<(), CliError> {
             started.elapsed(),
         );
         let dump = args.dump.as_deref();
+        let images = (images, finished.output.tiled);
         let report = Report::new(args.model(), engine.info(), &request, images, dump, seconds);
         let text = serde_json::to_string_pretty(&report).map_err(CliError::Json)?;
         writeln!(io::stdout().lock(), "{text}").map_err(CliError::Stdout)?;
@@ -126,7 +127,8 @@ fn write_images(
     let mut stdout = io::stdout().lock();
     let mut written = Vec::new();
     for (index, (image, path)) in output.images.iter().zip(paths).enumerate() {
-        let metadata = (!args.no_metadata).then(|| request.metadata_text(args.model(), index));
+        let metadata =
+            (!args.no_metadata).then(|| request.metadata_text(args.model(), index, output.tiled));
         let file = encode(image, encoding, metadata.as_deref())?;
         fs::write(path, &file).map_err(|source| CliError::Write {
             path: path.clone(),

@@ -47,7 +47,7 @@ pub(super) fn run(args: &ServeArgs) -> Result<(), CliError> {
     let engine_settings = EngineSettings {
         max_queue: args.limits.max_queue,
         max_started: DEFAULT_MAX_STARTED,
-        max_memory: None,
+        max_memory: args.limits.max_memory,
         warm_up,
     };
     let limits = args.limits.limits(runtime.limits.sizes);

@@ -69,7 +69,9 @@ impl Entry {
 
     /// The memory that the job takes.
     pub(super) fn plan(&self) -> MemoryPlan {
-        self.plans.first().map_or_else(MemoryPlan::default, |(_, plan)| *plan)
+        self.plans
+            .first()
+            .map_or_else(MemoryPlan::default, |(_, plan)| *plan)
     }
 
     pub(super) fn is_started(&self) -> bool {

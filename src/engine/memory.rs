@@ -181,7 +181,8 @@ impl Memory {
             if entry.is_started() {
                 plan.decode
             } else {
-                plan.held.saturating_add(plan.stage().max(others.unwrap_or(0)))
+                plan.held
+                    .saturating_add(plan.stage().max(others.unwrap_or(0)))
             }
         };
         if need(plan) <= room {
@@ -210,6 +211,9 @@ impl Memory {
     pub(super) fn planned(entries: &[Entry]) -> u64 {
         let started = || entries.iter().filter(|entry| entry.is_started());
         let held: u64 = started().map(|entry| entry.plan().held).sum();
-        held + started().map(|entry| entry.plan().stage()).max().unwrap_or(0)
+        held + started()
+            .map(|entry| entry.plan().stage())
+            .max()
+            .unwrap_or(0)
     }
 }

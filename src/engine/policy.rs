@@ -52,7 +52,11 @@ pub(super) fn next_turn(jobs: &[Candidate], max_started: usize) -> Option<usize>
 /// The oldest job has the next turn again and again while it waits for memory, so no other job is
 /// started before it, and the started ones end.
 pub(super) fn next_started(jobs: &[Candidate]) -> Option<usize> {
-    let started = jobs.iter().copied().enumerate().filter(|(_, job)| job.started);
+    let started = jobs
+        .iter()
+        .copied()
+        .enumerate()
+        .filter(|(_, job)| job.started);
     let (indices, started): (Vec<usize>, Vec<Candidate>) = started.unzip();
     next_turn(&started, usize::MAX).map(|index| indices[index])
 }

@@ -13,8 +13,8 @@ use kiln_models::job::{Job, JobId, Output, RgbImage};
 
 use super::cost::{Speed, Stage, Work, shares};
 use super::entry::Entry;
-use super::plan::{Booked, Holdings, Outcome, Plan};
 use super::memory::{Memory, Plans};
+use super::plan::{Booked, Holdings, Outcome, Plan};
 use super::policy::{Candidate, expected_order};
 use super::{
     EngineSettings, EngineStats, Event, Finished, Forecast, JobError, State, SubmitError,
@@ -136,7 +136,9 @@ impl Scheduler {
     /// If it does not fit in any way.
     pub(super) fn fit(&self, job: Job) -> Result<(Job, Plans), TooLarge> {
         let plans = self.memory.plans(&job)?;
-        let decoding = plans.first().map_or(job.decoding, |(decoding, _)| *decoding);
+        let decoding = plans
+            .first()
+            .map_or(job.decoding, |(decoding, _)| *decoding);
         Ok((Job { decoding, ..job }, plans))
     }
 
@@ -398,12 +400,7 @@ impl Scheduler {
         })
     }
 
-    fn push(
-        &mut self,
-        (job, plans): (Job, Plans),
-        options: &SubmitOptions,
-        now: Instant,
-    ) -> JobId {
+    fn push(&mut self, (job, plans): (Job, Plans), options: &SubmitOptions, now: Instant) -> JobId {
         let id = self.next_id;
         self.next_id += 1;
         let work = self.work(&job);

@@ -74,7 +74,10 @@ impl Shared {
         clock: Arc<dyn Clock>,
     ) -> Self {
         let holdings = Holdings::of(pipeline);
-        let models = (pipeline.cost_model(), Memory::of(pipeline, settings.max_memory));
+        let models = (
+            pipeline.cost_model(),
+            Memory::of(pipeline, settings.max_memory),
+        );
         let scheduler = Scheduler::new(settings, models, holdings, clock.now());
         Self {
             locked: Mutex::new(Locked {

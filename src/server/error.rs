@@ -9,7 +9,7 @@ use axum::response::{IntoResponse, Response};
 use serde::Serialize;
 use utoipa::ToSchema;
 
-use crate::engine::{JobError, SubmitError};
+use crate::engine::{JobError, SubmitError, TooLarge};
 use crate::image::{EncodeError, MAX_WEBP_SIDE};
 use crate::request::InvalidRequest;
 use crate::tokenizer::TokenizerError;
@@ -54,6 +54,11 @@ pub(super) enum ApiError {
         error: InvalidRequest,
         param: &'static str,
     },
+    #[error("{error}")]
+    TooLarge {
+        error: TooLarge,
+        param: &'static str,
+    },
     #[error("{param}: a WebP file has {MAX_WEBP_SIDE} pixels a side at most, got {got}")]
     WebpSide { param: &'static str, got: usize },
     #[error("{param}: {error}")]
@@ -95,11 +100,15 @@ impl ApiError {
             | Self::NotAnObject
             | Self::Invalid(_)
             | Self::Request { .. }
+            | Self::TooLarge { .. }
+            | Self::Submit(SubmitError::TooLarge(_))
             | Self::WebpSide { .. }
             | Self::Prompt { .. } => StatusCode::BAD_REQUEST,
             Self::Submit(SubmitError::QueueFull { .. }) => StatusCode::TOO_MANY_REQUESTS,
             Self::Submit(SubmitError::Draining | SubmitError::Stopped)
-            | Self::Job(JobError::Stopped) => StatusCode::SERVICE_UNAVAILABLE,
+            | Self::Job(JobError::Stopped | JobError::NoMemory { .. }) => {
+                StatusCode::SERVICE_UNAVAILABLE
+            }
             Self::Job(JobError::Pipeline(_) | JobError::Panicked(_))
             | Self::Encode(_)
             | Self::Archive(_)
@@ -114,9 +123,11 @@ impl ApiError {
         match self {
             Self::Invalid(error) => Some(error.param()),
             Self::Request { param, .. }
+            | Self::TooLarge { param, .. }
             | Self::WebpSide { param, .. }
             | Self::Prompt { param, .. } => Some(param),
             Self::UnknownModel { .. } => Some("model"),
+            Self::Submit(SubmitError::TooLarge(_)) => Some("size"),
             _ => None,
         }
     }
@@ -125,9 +136,9 @@ impl ApiError {
     fn retry_after_seconds(&self) -> Option<u64> {
         let wait = match self {
             Self::Submit(SubmitError::QueueFull { retry_after, .. }) => Some(*retry_after),
-            // Another instance may have replaced this one by then.
+            // Another instance may have replaced this one by then, or memory may be free.
             Self::Submit(SubmitError::Draining | SubmitError::Stopped)
-            | Self::Job(JobError::Stopped) => Some(RETRY_AFTER_STOP),
+            | Self::Job(JobError::Stopped | JobError::NoMemory { .. }) => Some(RETRY_AFTER_STOP),
             _ => None,
         };
         wait.map(|wait| wait.as_secs().clamp(1, 3600))
@@ -156,7 +167,7 @@ impl ApiError {
     }
 }
 
-/// Suggested wait after the server has stopped.
+/// Suggested wait after the server has stopped, or found no memory.
 const RETRY_AFTER_STOP: Duration = Duration::from_secs(10);
 
 /// The body of an error response.

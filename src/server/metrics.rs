@@ -120,6 +120,16 @@ fn text(stats: &EngineStats) -> String {
             "Memory reserved on the device.",
             stats.memory.reserved,
         ),
+        (
+            "kiln_memory_planned_bytes",
+            "Memory that the requests in progress take at most, by plan.",
+            Some(stats.planned_memory),
+        ),
+        (
+            "kiln_memory_free_bytes",
+            "Memory that could still be allocated when a request last needed it.",
+            stats.free_memory,
+        ),
     ];
     for (name, help, bytes) in memory {
         // Not every device reports its memory.

@@ -151,7 +151,10 @@ mod tests {
                 ("pod/memory.max", "1048576000\n"),
                 ("pod/memory.high", "max\n"),
                 ("pod/memory.current", "104857600\n"),
-                ("pod/memory.stat", "anon 5\nactive_file 1048576\ninactive_file 2097152\n"),
+                (
+                    "pod/memory.stat",
+                    "anon 5\nactive_file 1048576\ninactive_file 2097152\n",
+                ),
                 ("pod/box/memory.max", "max\n"),
                 ("pod/box/memory.high", "524288000\n"),
                 ("pod/box/memory.current", "73400320\n"),

@@ -44,7 +44,9 @@ impl VaeSettings {
         let tiling = self.tiling.unwrap_or(self.automatic_tiling);
         Self {
             use_slicing: self.use_slicing || decoding != Decoding::AsSet,
-            tiling: self.tiling.or((decoding == Decoding::Tiled).then_some(tiling)),
+            tiling: self
+                .tiling
+                .or((decoding == Decoding::Tiled).then_some(tiling)),
             ..self
         }
     }

@@ -31,6 +31,8 @@ pub(super) struct Report<'a> {
     #[serde(flatten)]
     sampling: Sampling,
     rng: &'static str,
+    /// Whether the images were decoded in tiles.
+    vae_use_tiling: bool,
     images: Vec<Image>,
     dump: Option<&'a Path>,
     seconds: Seconds,
@@ -74,7 +76,7 @@ impl<'a> Report<'a> {
         model: &'a str,
         info: &ModelInfo,
         request: &'a GenerationRequest,
-        images: Vec<Image>,
+        (images, vae_use_tiling): (Vec<Image>, bool),
         dump: Option<&'a Path>,
         seconds: Seconds,
     ) -> Self {
@@ -90,6 +92,7 @@ impl<'a> Report<'a> {
             guidance: request.guidance().is_some(),
             sampling: request.sampling,
             rng: request.noise.generator.name(),
+            vae_use_tiling,
             images,
             dump,
             seconds,

@@ -43,7 +43,7 @@ impl ChatCompletion {
                 finish_reason: "stop",
             }],
             usage: ChatUsage::new(info),
-            facts: ImageFacts::new(info, encoded.timings),
+            facts: ImageFacts::new(encoded),
         }
     }
 }
