@@ -18,7 +18,7 @@ mod compare;
 mod embed;
 /// The HTTP server, in this process, over TCP.
 mod http;
-/// The memory of jobs, measured, and a server with little memory.
+/// The memory of jobs on flex, planned and measured.
 #[cfg(all(feature = "flex", target_os = "linux"))]
 mod memory;
 /// `kiln generate` compared with diffusers.

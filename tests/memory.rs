@@ -1,13 +1,14 @@
-//! The memory that jobs take on flex, measured in processes of their own, beside what is planned; and
-//! a server that has less memory than a request needs.
+//! The memory that jobs take on flex, measured in processes of their own, beside what is planned.
 
 use std::fs;
+use std::path::Path;
 use std::process::{Command, Stdio};
 
-use kiln::runtime::{ModelSettings, Runtime, RuntimeSettings};
+use kiln::runtime::{LoadFormat, ModelSettings, Runtime, RuntimeSettings};
 use kiln_models::job::{Decoding, Job, Size};
 use kiln_models::pipeline::Pipeline;
 use kiln_models::testing;
+use serde_json::{Value, json};
 
 /// Names the job that [`child`] measures: `MODEL WIDTHxHEIGHT IMAGES DECODING`.
 const JOB: &str = "KILN_TEST_MEMORY_JOB";
@@ -46,7 +47,6 @@ fn run(pipeline: &mut dyn Pipeline, job: Job) {
 
 #[test]
 #[ignore = "a process of `measure`"]
-#[expect(clippy::print_stdout, reason = "the parent reads it")]
 fn child() {
     let text = std::env::var(JOB).unwrap();
     let parts: Vec<&str> = text.split(' ').collect();
@@ -67,12 +67,19 @@ fn child() {
         decoding,
         ..testing::job(64, 1)
     };
-    let mut pipeline = Runtime::open(&RuntimeSettings {
-        model: ModelSettings::new(parts[0]),
+    let load_format = if parts[0] == "demo" {
+        LoadFormat::Auto
+    } else {
+        LoadFormat::Dummy
+    };
+    let settings = RuntimeSettings {
+        model: ModelSettings {
+            load_format,
+            ..ModelSettings::new(parts[0])
+        },
         ..RuntimeSettings::new("demo")
-    })
-    .unwrap()
-    .pipeline;
+    };
+    let mut pipeline = Runtime::open(&settings).unwrap().pipeline;
     // Touches the weights and starts the threads.
     let first = Job {
         size: Size::square(64),
@@ -89,22 +96,46 @@ fn child() {
     println!("bytes: {} {measured}", planned.peak());
 }
 
+/// A folder with the configurations of the demo model, and the widths of Qwen-Image's VAE.
+fn model_with_a_wide_vae(folder: &Path) {
+    let demo = Path::new(env!("CARGO_MANIFEST_DIR")).join("models/demo");
+    for file in [
+        "model_index.json",
+        "scheduler/scheduler_config.json",
+        "text_encoder/config.json",
+        "transformer/config.json",
+        "vae/config.json",
+    ] {
+        let mut config: Value =
+            serde_json::from_slice(&fs::read(demo.join(file)).unwrap()).unwrap();
+        if file.starts_with("vae") {
+            config["base_dim"] = json!(96);
+            config["num_res_blocks"] = json!(2);
+        }
+        let path = folder.join(file);
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        fs::write(path, config.to_string()).unwrap();
+    }
+}
+
 #[test]
-#[expect(clippy::print_stdout, reason = "shows the ratios with --nocapture")]
 fn the_planned_peak_is_the_measured_one() {
+    let folder = tempfile::tempdir().unwrap();
+    model_with_a_wide_vae(folder.path());
+    let wide = folder.path().display();
     let mut wrong = Vec::new();
     for job in [
-        "demo 256x256 1 whole",
-        "demo 512x512 1 whole",
-        "demo 1024x384 1 whole",
-        "demo 768x1344 1 whole",
-        "demo 1024x1024 1 whole",
-        "demo 1536x1536 1 whole",
-        "demo 512x512 3 whole",
-        "demo 1024x1024 1 tiled",
-        "demo 2048x2048 1 tiled",
+        "demo 256x256 1 whole".to_owned(),
+        "demo 512x512 1 whole".to_owned(),
+        "demo 1024x384 1 whole".to_owned(),
+        "demo 384x832 1 whole".to_owned(),
+        "demo 448x320 3 whole".to_owned(),
+        "demo 1024x1024 1 whole".to_owned(),
+        "demo 1024x1024 1 tiled".to_owned(),
+        format!("{wide} 256x192 1 whole"),
+        format!("{wide} 320x320 1 tiled"),
     ] {
-        let (planned, measured) = measure(job);
+        let (planned, measured) = measure(&job);
         let ratio = measured / planned;
         println!(
             "{job}: planned {:.1} MB, measured {:.1} MB, ratio {ratio:.2}",
@@ -116,4 +147,25 @@ fn the_planned_peak_is_the_measured_one() {
         }
     }
     assert!(wrong.is_empty(), "{wrong:?}");
+}
+
+#[test]
+fn generate_refuses_a_size_that_no_memory_holds_as_a_wrong_argument() {
+    let folder = tempfile::tempdir().unwrap();
+    let kiln = env!("CARGO_BIN_EXE_kiln");
+    let script = format!("ulimit -v 600000; exec {kiln} generate x --size 5120x5120 --steps 1");
+    let output = Command::new("sh")
+        .args(["-c", &script])
+        .current_dir(folder.path())
+        .env("RAYON_NUM_THREADS", "2")
+        .output()
+        .unwrap();
+    let stderr = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(2), "{stderr}");
+    let expected = "error: 5120x5120 needs ";
+    assert!(stderr.contains(expected), "{stderr}");
+    assert!(
+        stderr.contains("the largest size of this shape"),
+        "{stderr}"
+    );
 }

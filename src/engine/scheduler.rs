@@ -209,6 +209,10 @@ impl Scheduler {
     /// What to do next.
     pub(super) fn plan(&mut self, now: Instant) -> (Plan, Events) {
         let plan = self.choose(now);
+        if matches!(plan, Plan::Sleep) {
+            // What is free may have changed when the next job comes.
+            self.memory.changed();
+        }
         (plan, self.take_events())
     }
 

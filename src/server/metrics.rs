@@ -109,34 +109,7 @@ fn text(stats: &EngineStats) -> String {
         ("embeddings", stats.embedding_cache),
         ("modulation", stats.modulation_cache),
     ]);
-    let memory = [
-        (
-            "kiln_memory_in_use_bytes",
-            "Memory in use on the device.",
-            stats.memory.in_use,
-        ),
-        (
-            "kiln_memory_reserved_bytes",
-            "Memory reserved on the device.",
-            stats.memory.reserved,
-        ),
-        (
-            "kiln_memory_planned_bytes",
-            "Memory that the requests in progress take at most, by plan.",
-            Some(stats.planned_memory),
-        ),
-        (
-            "kiln_memory_free_bytes",
-            "Memory that could still be allocated when a request last needed it.",
-            stats.free_memory,
-        ),
-    ];
-    for (name, help, bytes) in memory {
-        // Not every device reports its memory.
-        if let Some(bytes) = bytes {
-            page.gauge(name, help, bytes);
-        }
-    }
+    page.memory(stats);
     page.text
 }
 
@@ -155,6 +128,37 @@ impl Page {
     fn head(&mut self, name: &str, kind: &str, help: &str) {
         self.line(format_args!("# HELP {name} {help}"));
         self.line(format_args!("# TYPE {name} {kind}"));
+    }
+
+    fn memory(&mut self, stats: &EngineStats) {
+        let memory = [
+            (
+                "kiln_memory_in_use_bytes",
+                "Memory in use on the device.",
+                stats.memory.in_use,
+            ),
+            (
+                "kiln_memory_reserved_bytes",
+                "Memory reserved on the device.",
+                stats.memory.reserved,
+            ),
+            (
+                "kiln_memory_planned_bytes",
+                "Memory that the requests in progress take at most, by plan.",
+                Some(stats.planned_memory),
+            ),
+            (
+                "kiln_memory_free_bytes",
+                "Memory that could still be allocated when a request last needed it.",
+                stats.free_memory,
+            ),
+        ];
+        for (name, help, bytes) in memory {
+            // Not every device reports its memory.
+            if let Some(bytes) = bytes {
+                self.gauge(name, help, bytes);
+            }
+        }
     }
 
     fn gauge(&mut self, name: &str, help: &str, value: impl Display) {

@@ -1,5 +1,6 @@
 //! What the scheduler plans next: the ends that are due, previews, and the turn of a job.
 
+use std::ops::ControlFlow;
 use std::time::Instant;
 
 use super::{End, Scheduler};
@@ -27,8 +28,8 @@ impl Scheduler {
             return Plan::Preview(entry.id);
         }
         let next = match self.next(now) {
-            Ok(next) => next,
-            Err(plan) => return plan,
+            ControlFlow::Continue(next) => next,
+            ControlFlow::Break(plan) => return plan,
         };
         let Some(entry) = next.and_then(|index| self.entries.get_mut(index)) else {
             return match self.state {
@@ -84,7 +85,7 @@ impl Scheduler {
     }
 
     /// The job that has the next turn, for which there is memory; or what must be done first.
-    fn next(&mut self, now: Instant) -> Result<Option<usize>, Plan> {
+    fn next(&mut self, now: Instant) -> ControlFlow<Plan, Option<usize>> {
         let mut next = match self.state {
             // The warm-up comes before every other job.
             State::Starting => Some(0),
@@ -95,17 +96,19 @@ impl Scheduler {
             let is_started = self.entries[index].is_started();
             match self.memory.turn(&self.entries, index) {
                 Turn::Take => break,
-                Turn::Measure { drop_caches } => return Err(Plan::Measure { drop_caches }),
+                Turn::Measure { drop_caches } => {
+                    return ControlFlow::Break(Plan::Measure { drop_caches });
+                }
                 Turn::Wait => next = next_started(&self.candidates()),
                 Turn::Decode(decoding) => {
                     self.entries[index].plans.retain(|(it, _)| *it >= decoding);
                     if is_started {
-                        return Err(Plan::Decode(id, decoding));
+                        return ControlFlow::Break(Plan::Decode(id, decoding));
                     }
                 }
                 Turn::Refuse(error) => {
                     self.end(index, End::Failed(error), now);
-                    return Err(if is_started {
+                    return ControlFlow::Break(if is_started {
                         Plan::Discard(id)
                     } else {
                         self.choose(now)
@@ -113,6 +116,6 @@ impl Scheduler {
                 }
             }
         }
-        Ok(next)
+        ControlFlow::Continue(next)
     }
 }
