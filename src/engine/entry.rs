@@ -86,6 +86,7 @@ impl Entry {
         Candidate {
             size: self.work.total(),
             started: self.is_started(),
+            alone: false,
             idle: device_time.saturating_sub(self.last_turn_end),
             turn: speed
                 .step(&self.work)

@@ -168,27 +168,23 @@ impl Memory {
         if !self.is_measured {
             return Turn::Measure { drop_caches: false };
         }
-        let started = || entries.iter().filter(|other| other.is_started());
-        let held: u64 = started().map(|other| other.plan().held).sum();
+        let started = Started::of(entries);
         let free = self.free.map(|free| free.saturating_sub(MARGIN));
-        let left = self.max.map(|max| max.saturating_sub(held));
+        let left = self.max.map(|max| max.saturating_sub(started.held));
         let Some(room) = [free, left].into_iter().flatten().min() else {
             return Turn::Take;
         };
-        // Only one job is stepped or decoded at a time.
-        let others = started().map(|other| other.plan().stage()).max();
         let need = |plan: &MemoryPlan| {
             if entry.is_started() {
                 plan.decode
             } else {
-                plan.held
-                    .saturating_add(plan.stage().max(others.unwrap_or(0)))
+                plan.held.saturating_add(plan.stage().max(started.stage))
             }
         };
         if need(plan) <= room {
             return Turn::Take;
         }
-        if !entry.is_started() && others.is_some() {
+        if !entry.is_started() && started.jobs > 0 {
             return Turn::Wait;
         }
         if !self.has_no_caches {
@@ -207,13 +203,42 @@ impl Memory {
         )
     }
 
+    /// Whether a waiting job must be started when no other is, because it does not fit beside the
+    /// started ones, by plan.
+    pub(super) fn is_alone(&self, plan: &MemoryPlan, entries: &[Entry]) -> bool {
+        let started = Started::of(entries);
+        let needed = started.held + plan.held.saturating_add(plan.stage().max(started.stage));
+        self.most.is_some_and(|most| needed > most)
+    }
+
     /// Bytes that the started jobs take at most.
     pub(super) fn planned(entries: &[Entry]) -> u64 {
-        let started = || entries.iter().filter(|entry| entry.is_started());
-        let held: u64 = started().map(|entry| entry.plan().held).sum();
-        held + started()
-            .map(|entry| entry.plan().stage())
-            .max()
-            .unwrap_or(0)
+        let started = Started::of(entries);
+        started.held.saturating_add(started.stage)
+    }
+}
+
+/// The plans of the started jobs together. Only one of them is stepped or decoded at a time.
+struct Started {
+    jobs: usize,
+    /// What they hold.
+    held: u64,
+    /// The largest stage of any.
+    stage: u64,
+}
+
+impl Started {
+    fn of(entries: &[Entry]) -> Self {
+        let plans = entries.iter().filter(|entry| entry.is_started());
+        let nothing = Self {
+            jobs: 0,
+            held: 0,
+            stage: 0,
+        };
+        plans.map(Entry::plan).fold(nothing, |sum, plan| Self {
+            jobs: sum.jobs + 1,
+            held: sum.held.saturating_add(plan.held),
+            stage: sum.stage.max(plan.stage()),
+        })
     }
 }

@@ -55,8 +55,8 @@ pub struct EngineSettings {
     /// Largest number of bytes that all started jobs take together, the model not counted; `None`
     /// for what the device has.
     pub max_memory: Option<u64>,
-    /// A job that is generated before all others; the engine is [`State::Starting`] until it has
-    /// ended. Its output is dropped.
+    /// A job that is generated before all others, in a smaller size if there is no memory for its own;
+    /// the engine is [`State::Starting`] until it has ended. Its output is dropped.
     pub warm_up: Option<Job>,
 }
 

@@ -77,6 +77,13 @@ impl Scheduler {
         };
         scheduler.stats.set_holdings(holdings);
         if let Some(job) = settings.warm_up {
+            let job = match scheduler.memory.plans(&job) {
+                Err(TooLarge {
+                    largest: Some(size),
+                    ..
+                }) => Job { size, ..job },
+                _ => job,
+            };
             let fit = scheduler.fit(job.clone());
             let (job, plans) = fit.unwrap_or_else(|_| {
                 let plans = scheduler.memory.all_plans(&job);
@@ -148,6 +155,11 @@ impl Scheduler {
         candidates.push(Candidate {
             size: work.total(),
             started: false,
+            alone: self
+                .memory
+                .all_plans(job)
+                .first()
+                .is_some_and(|(_, plan)| self.memory.is_alone(plan, &self.entries)),
             idle: Duration::ZERO,
             turn: Duration::ZERO,
         });
@@ -422,7 +434,10 @@ impl Scheduler {
     }
 
     fn candidates(&self) -> Vec<Candidate> {
-        let candidate = |entry: &Entry| entry.candidate(self.device_time, &self.speed);
+        let candidate = |entry: &Entry| Candidate {
+            alone: !entry.is_started() && self.memory.is_alone(&entry.plan(), &self.entries),
+            ..entry.candidate(self.device_time, &self.speed)
+        };
         self.entries.iter().map(candidate).collect()
     }
 

@@ -733,3 +733,38 @@ fn all_started_jobs_share_the_limit_that_the_user_sets() {
         .position(|plan| *plan == format!("start {second}"));
     assert!(finished < started.unwrap(), "{plans:?}");
 }
+
+#[test]
+fn a_job_that_must_wait_for_memory_is_told_so() {
+    for (mebibytes, position) in [(700, 1), (800, 0)] {
+        let mut driver = with_memory(mebibytes);
+        driver.submit(job(1, 10, 4));
+        while driver.started.is_empty() {
+            driver.cycle();
+        }
+        // By its work it would overtake. Beside the first job it takes 705 MiB.
+        let small = job(2, 11, 1);
+        assert_eq!(driver.scheduler.forecast(&small).position, position);
+        let id = driver.submit(small);
+        let events = driver.of(id);
+        let told = matches!(events[0], Event::Queued { position: it, .. } if *it == position);
+        assert!(told, "{events:?}");
+    }
+}
+
+#[test]
+fn a_warm_up_that_does_not_fit_is_made_smaller() {
+    let pipeline = FakePipeline::new(model_info())
+        .with_memory(MemoryModel::new(memory_plan), || room(2 * 32 * 32));
+    let with_warm_up = EngineSettings {
+        warm_up: Some(job(0, 64, 1)),
+        ..settings(8, 8)
+    };
+    let mut driver = Driver::with_pipeline(with_warm_up, &pipeline, Instant::now());
+    while driver.started.is_empty() {
+        driver.cycle();
+    }
+    assert_eq!(driver.started[&0].0.size, Size::square(32));
+    driver.run();
+    assert!(matches!(driver.scheduler.state(), State::Ready));
+}
