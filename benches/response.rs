@@ -60,6 +60,7 @@ fn serve() -> Result<SocketAddr, Box<dyn Error>> {
     let settings = EngineSettings {
         max_queue: 0,
         max_started: 1,
+        max_memory: None,
         warm_up: None,
     };
     let engine = Engine::start(Box::new(pipeline), settings);

@@ -39,6 +39,7 @@ pub(crate) fn generate(prompt: &str, path: &Path) -> Result<(), Box<dyn Error>> 
     let settings = EngineSettings {
         max_queue: 0,
         max_started: 1,
+        max_memory: None,
         warm_up: None,
     };
     let engine = Engine::start(runtime.pipeline, settings);
@@ -52,7 +53,7 @@ pub(crate) fn generate(prompt: &str, path: &Path) -> Result<(), Box<dyn Error>> 
         }
     };
 
-    let metadata = request.metadata_text("demo", 0);
+    let metadata = request.metadata_text("demo", 0, output.tiled);
     let png = encode(
         &output.images[0],
         Encoding::new(ImageFormat::Png),

@@ -74,12 +74,14 @@ impl Default for LoadSettings {
 impl LoadSettings {
     /// How images are decoded.
     pub fn vae(&self) -> VaeSettings {
+        let tiling = Tiling {
+            size: self.vae_tile_size,
+            stride: self.vae_tile_stride,
+        };
         VaeSettings {
             use_slicing: self.vae_use_slicing,
-            tiling: self.vae_use_tiling.then_some(Tiling {
-                size: self.vae_tile_size,
-                stride: self.vae_tile_stride,
-            }),
+            tiling: self.vae_use_tiling.then_some(tiling),
+            automatic_tiling: tiling,
         }
     }
 }

@@ -6,6 +6,8 @@ mod bad_requests;
 mod client;
 mod images;
 mod information;
+#[cfg(target_os = "linux")]
+mod memory;
 mod model_files;
 mod operation;
 mod page;

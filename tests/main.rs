@@ -18,6 +18,9 @@ mod compare;
 mod embed;
 /// The HTTP server, in this process, over TCP.
 mod http;
+/// The memory of jobs on flex, planned and measured.
+#[cfg(all(feature = "flex", target_os = "linux"))]
+mod memory;
 /// `kiln generate` compared with diffusers.
 mod parity;
 /// The demo model's pipeline, in this process, with one and several jobs.

@@ -10,7 +10,7 @@ use crate::families::qwen_image::{PATCH, TEMPLATE};
 use crate::job::Job;
 use crate::text_encoder::TextEncoderConfig;
 use crate::transformer::{Segment, TIME_CHANNELS, TransformerConfig};
-use crate::vae::{Tiling, VaeConfig, VaeSettings};
+use crate::vae::{VaeConfig, VaeSettings};
 
 /// Multiply-adds of a job's stages. One multiply-add is two floating-point operations.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -80,7 +80,7 @@ fn count(
         encode: encode(text_encoder, &prompts),
         modulation: job.sampling.steps as u64 * modulation(transformer),
         step: images * step(transformer, &segments),
-        decode: images * decode_tiled(vae, latents, settings.tiling),
+        decode: images * decode_tiled(vae, latents, settings.of(job.decoding)),
     }
 }
 
@@ -120,10 +120,9 @@ fn step(config: &TransformerConfig, segments: &[Segment]) -> u64 {
 }
 
 /// Multiply-adds of decoding one image's latents, whole or in tiles.
-fn decode_tiled(config: &VaeConfig, latents: [usize; 2], tiling: Option<Tiling>) -> u64 {
+fn decode_tiled(config: &VaeConfig, latents: [usize; 2], settings: VaeSettings) -> u64 {
     let scale = config.scale_factor();
-    let whole = tiling.is_none_or(|tiling| latents[0].max(latents[1]) <= tiling.size / scale);
-    let Some(tiling) = tiling.filter(|_| !whole) else {
+    let Some(tiling) = settings.tiling_of(latents, scale) else {
         return decode(config, latents);
     };
     let (size, stride) = (tiling.size / scale, tiling.stride / scale);
@@ -178,6 +177,7 @@ fn decode(config: &VaeConfig, [height, width]: [usize; 2]) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::job::Decoding;
 
     /// Qwen-Image's configuration.
     fn transformer() -> TransformerConfig {
@@ -257,14 +257,11 @@ mod tests {
         assert_eq!(2 * decode(&config, [128, 128]), 4_710_245_335_040);
 
         // 40 latents in tiles of 32 every 24: 32 and 16 of them, both ways.
-        let tiling = Tiling {
-            size: 256,
-            stride: 192,
-        };
+        let tiled_settings = VaeSettings::default().of(Decoding::Tiled);
         let tiles = [[32, 32], [32, 16], [16, 32], [16, 16]].map(|tile| decode(&config, tile));
-        let tiled = decode_tiled(&config, [40, 40], Some(tiling));
+        let tiled = decode_tiled(&config, [40, 40], tiled_settings);
         assert_eq!(tiled, tiles.into_iter().sum::<u64>());
-        let small = decode_tiled(&config, [32, 32], Some(tiling));
+        let small = decode_tiled(&config, [32, 32], tiled_settings);
         assert_eq!(small, decode(&config, [32, 32]));
     }
 

@@ -101,6 +101,23 @@ impl From<Vec<u32>> for Conditioning {
     }
 }
 
+/// How the images of a job are decoded. The later values take less memory.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Decoding {
+    /// As the model was loaded to decode: see [`VaeSettings`](crate::vae::VaeSettings).
+    #[default]
+    AsSet,
+    /// One image at a time, which does not change the images.
+    Sliced,
+    /// One image at a time, in tiles if it is larger than one.
+    Tiled,
+}
+
+impl Decoding {
+    /// Every way, the one that takes the most memory first.
+    pub const ALL: [Self; 3] = [Self::AsSet, Self::Sliced, Self::Tiled];
+}
+
 /// One request, fully resolved: no value is a default any more.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Job {
@@ -113,6 +130,7 @@ pub struct Job {
     pub noise: Noise,
     /// At least 1. The images of a job share one draw of noise, as in diffusers with one generator.
     pub num_images: usize,
+    pub decoding: Decoding,
     /// Keep every stage of the run in [`Output::trace`], for comparing runs.
     pub record: bool,
 }
@@ -161,6 +179,8 @@ impl RgbImage {
 #[derive(Debug, Clone, PartialEq)]
 pub struct Output {
     pub images: Vec<RgbImage>,
+    /// Whether the images were decoded in tiles, which changes them slightly.
+    pub tiled: bool,
     /// Empty unless [`Job::record`] was set.
     pub trace: Vec<TraceTensor>,
     /// The first stage whose values were not finite: the images are not usable. Only a job with

@@ -20,6 +20,7 @@ pub mod guidance;
 pub mod job;
 mod layers;
 pub mod loading;
+pub mod memory;
 pub mod noise;
 pub mod pipeline;
 pub mod sampling;

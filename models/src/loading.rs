@@ -5,12 +5,13 @@ use std::path::PathBuf;
 
 use burn::tensor::DType;
 use cubecl_common::stream_id::StreamId;
-use kiln_ops::{FaultWatch, FusedOps, MemoryUse, host};
+use kiln_ops::{FaultWatch, FusedOps, MemoryRoom, MemoryUse, host};
 
 use crate::device::{caught, checkpoint, fault, panic_message};
 use crate::families::{self, CheckpointParts};
 use crate::flops::CostModel;
-use crate::job::{Job, JobId, Output, RgbImage};
+use crate::job::{Decoding, Job, JobId, Output, RgbImage};
+use crate::memory::MemoryModel;
 use crate::pipeline::{CacheUses, ModelInfo, Pipeline, PipelineError, StepOutcome, device_label};
 use crate::session::SessionSettings;
 use crate::source::StoredDType;
@@ -186,6 +187,7 @@ pub fn open<B: FusedOps>(
     let DeviceInfo {
         index,
         name,
+        memory,
         dtypes,
         ..
     } = target.info;
@@ -219,6 +221,7 @@ pub fn open<B: FusedOps>(
         backend: target.backend,
         device_index: *index,
         device_name: name.clone(),
+        device_memory: *memory,
         precision,
         vae: options.vae,
     };
@@ -266,6 +269,10 @@ impl Pipeline for OneStream {
         self.pipeline.cost_model()
     }
 
+    fn memory_model(&self) -> Option<MemoryModel> {
+        self.pipeline.memory_model()
+    }
+
     fn start(&mut self, id: JobId, job: Job) -> Result<(), PipelineError> {
         self.stream.executes(|| self.pipeline.start(id, job))
     }
@@ -282,6 +289,10 @@ impl Pipeline for OneStream {
         self.stream.executes(|| self.pipeline.finish(id))
     }
 
+    fn set_decoding(&mut self, id: JobId, decoding: Decoding) {
+        self.pipeline.set_decoding(id, decoding);
+    }
+
     fn discard(&mut self, id: JobId) {
         self.stream.executes(|| self.pipeline.discard(id));
     }
@@ -292,6 +303,14 @@ impl Pipeline for OneStream {
 
     fn memory(&self) -> MemoryUse {
         self.stream.executes(|| self.pipeline.memory())
+    }
+
+    fn memory_room(&self) -> Option<MemoryRoom> {
+        self.stream.executes(|| self.pipeline.memory_room())
+    }
+
+    fn drop_caches(&mut self) {
+        self.stream.executes(|| self.pipeline.drop_caches());
     }
 
     fn caches(&self) -> CacheUses {

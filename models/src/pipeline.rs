@@ -3,11 +3,12 @@
 //! Only plain data crosses it: a [`Job`] in, progress and RGB bytes out, jobs by number. A server
 //! change never recompiles a kernel, and an engine can be tested with any pipeline.
 
-pub use kiln_ops::MemoryUse;
+pub use kiln_ops::{MemoryRoom, MemoryUse};
 
 use crate::finite::NotFinite;
 use crate::flops::CostModel;
-use crate::job::{Job, JobId, Output, RgbImage, Size};
+use crate::job::{Decoding, Job, JobId, Output, RgbImage, Size};
+use crate::memory::MemoryModel;
 use crate::source::FileFault;
 
 /// Largest height or width of a preview, in pixels.
@@ -139,6 +140,11 @@ pub trait Pipeline: Send {
     /// threads that do not own the pipeline.
     fn cost_model(&self) -> CostModel;
 
+    /// Plans the memory of jobs; `None` if nothing is known about it.
+    fn memory_model(&self) -> Option<MemoryModel> {
+        None
+    }
+
     /// Encodes the prompts, generates the noise and makes the schedule.
     ///
     /// # Errors
@@ -173,6 +179,9 @@ pub trait Pipeline: Send {
     /// pixels are not finite.
     fn finish(&mut self, id: JobId) -> Result<Output, PipelineError>;
 
+    /// Changes how the images of a job will be decoded.
+    fn set_decoding(&mut self, _id: JobId, _decoding: Decoding) {}
+
     /// Removes a job, whatever its state.
     fn discard(&mut self, id: JobId);
 
@@ -187,6 +196,14 @@ pub trait Pipeline: Send {
 
     /// Memory of the device that this program uses.
     fn memory(&self) -> MemoryUse;
+
+    /// Memory that this program can still allocate; `None` if it is not known.
+    fn memory_room(&self) -> Option<MemoryRoom> {
+        None
+    }
+
+    /// Frees what the caches hold.
+    fn drop_caches(&mut self) {}
 
     fn caches(&self) -> CacheUses;
 }

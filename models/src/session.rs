@@ -16,9 +16,11 @@ use crate::device::{DeviceMemory, caught, idle, reliably};
 use crate::families::qwen_image::QwenImage;
 use crate::finite::{Stage, check, read, traced};
 use crate::flops::CostModel;
-use crate::job::{Job, JobId, Output, RgbImage};
+use crate::job::{Decoding, Job, JobId, Output, RgbImage};
+use crate::memory::MemoryModel;
 use crate::pipeline::{
-    CacheUses, MAX_PREVIEW_SIDE, MemoryUse, ModelInfo, Pipeline, PipelineError, StepOutcome,
+    CacheUses, MAX_PREVIEW_SIDE, MemoryRoom, MemoryUse, ModelInfo, Pipeline, PipelineError,
+    StepOutcome,
 };
 use crate::sampling::Schedule;
 use crate::source::WeightFiles;
@@ -44,6 +46,8 @@ pub struct SessionSettings<B: FusedOps> {
     /// Number of the device among the backend's devices.
     pub device_index: usize,
     pub device_name: String,
+    /// Memory of the device in bytes, if it is known.
+    pub device_memory: Option<u64>,
     pub precision: Precision,
     pub vae: VaeSettings,
 }
@@ -276,6 +280,10 @@ where
         self.family.cost_model.clone()
     }
 
+    fn memory_model(&self) -> Option<MemoryModel> {
+        Some(self.family.memory_model.clone())
+    }
+
     fn start(&mut self, id: JobId, job: Job) -> Result<(), PipelineError> {
         self.family.check(&job)?;
         self.files.check()?;
@@ -331,9 +339,14 @@ where
             not_finite,
             ..
         } = state.ok_or(PipelineError::UnknownJob(id))?;
+        let vae = self.settings.vae.of(job.decoding);
+        let latent_size = self.family.latent_size(job.size);
+        let tiled = vae
+            .tiling_of(latent_size, self.family.scale_factor)
+            .is_some();
         let decoded = self.reliably(|pipeline, _| {
             let latents = pipeline.family.unpack(job.size, latents.clone());
-            let pixels = pipeline.family.decode(latents, pipeline.settings.vae);
+            let pixels = pipeline.family.decode(latents, vae);
             Ok((pixels.dims(), read(pixels)?))
         });
         self.files.check_in_place()?;
@@ -352,9 +365,16 @@ where
         }
         Ok(Output {
             images,
+            tiled,
             trace,
             not_finite: not_finite.or(found),
         })
+    }
+
+    fn set_decoding(&mut self, id: JobId, decoding: Decoding) {
+        if let Some(state) = self.jobs.get_mut(&id) {
+            state.job.decoding = decoding;
+        }
     }
 
     fn discard(&mut self, id: JobId) {
@@ -376,6 +396,18 @@ where
         let watch = FaultWatch::start();
         let memory = caught(&watch, || Ok(B::memory_use(&self.settings.device)));
         memory.unwrap_or_default()
+    }
+
+    fn memory_room(&self) -> Option<MemoryRoom> {
+        B::memory_room(&self.settings.device).or_else(|| {
+            let total = self.settings.device_memory?;
+            let free = total.saturating_sub(self.memory().in_use?);
+            Some(MemoryRoom { free, total: free })
+        })
+    }
+
+    fn drop_caches(&mut self) {
+        Self::drop_caches(self);
     }
 
     fn caches(&self) -> CacheUses {

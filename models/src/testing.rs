@@ -5,11 +5,13 @@ use std::fmt;
 
 use crate::flops::{CostModel, FlopCount};
 use crate::job::{
-    Conditioning, Guidance, Job, JobId, Noise, Output, RgbImage, Sampling, Size, TraceTensor,
+    Conditioning, Decoding, Guidance, Job, JobId, Noise, Output, RgbImage, Sampling, Size,
+    TraceTensor,
 };
+use crate::memory::MemoryModel;
 use crate::noise::NoiseGenerator;
 use crate::pipeline::{
-    CacheUses, ImageSizes, MemoryUse, ModelInfo, Pipeline, PipelineError, StepOutcome,
+    CacheUses, ImageSizes, MemoryRoom, MemoryUse, ModelInfo, Pipeline, PipelineError, StepOutcome,
 };
 
 /// A job of one square image without guidance: one prompt token, seed 0, torch's CPU noise.
@@ -24,6 +26,7 @@ pub fn job(side: usize, steps: usize) -> Job {
             generator: NoiseGenerator::Cpu,
         },
         num_images: 1,
+        decoding: Decoding::default(),
         record: false,
     }
 }
@@ -62,6 +65,8 @@ pub enum Call<'a> {
 }
 
 type OnCall = Box<dyn FnMut(Call<'_>) -> Result<(), PipelineError> + Send>;
+/// Memory that can be allocated.
+type Room = Box<dyn Fn() -> MemoryRoom + Send>;
 /// Makes the image of a job; the number is that of the steps that are left.
 type MakeImage = Box<dyn Fn(&Job, usize) -> RgbImage + Send>;
 
@@ -71,6 +76,7 @@ pub struct FakePipeline {
     info: ModelInfo,
     cost_model: CostModel,
     caches: CacheUses,
+    memory: Option<(MemoryModel, Room)>,
     jobs: HashMap<JobId, (Job, usize)>,
     on_call: OnCall,
     image: MakeImage,
@@ -88,6 +94,7 @@ impl FakePipeline {
             info,
             cost_model: CostModel::new(move |_| work),
             caches: CacheUses::default(),
+            memory: None,
             jobs: HashMap::new(),
             on_call: Box::new(|_| Ok(())),
             image: Box::new(|job, steps_left| {
@@ -135,6 +142,19 @@ impl FakePipeline {
     }
 }
 
+impl FakePipeline {
+    /// Plans jobs with this model, on a device with this memory.
+    #[must_use]
+    pub fn with_memory(
+        mut self,
+        model: MemoryModel,
+        room: impl Fn() -> MemoryRoom + Send + 'static,
+    ) -> Self {
+        self.memory = Some((model, Box::new(room)));
+        self
+    }
+}
+
 impl Pipeline for FakePipeline {
     fn info(&self) -> &ModelInfo {
         &self.info
@@ -142,6 +162,20 @@ impl Pipeline for FakePipeline {
 
     fn cost_model(&self) -> CostModel {
         self.cost_model.clone()
+    }
+
+    fn memory_model(&self) -> Option<MemoryModel> {
+        self.memory.as_ref().map(|(model, _)| model.clone())
+    }
+
+    fn memory_room(&self) -> Option<MemoryRoom> {
+        self.memory.as_ref().map(|(_, room)| room())
+    }
+
+    fn set_decoding(&mut self, id: JobId, decoding: Decoding) {
+        if let Some((job, _)) = self.jobs.get_mut(&id) {
+            job.decoding = decoding;
+        }
     }
 
     fn start(&mut self, id: JobId, job: Job) -> Result<(), PipelineError> {
@@ -192,6 +226,7 @@ impl Pipeline for FakePipeline {
         };
         Ok(Output {
             images: vec![(self.image)(&job, 0); job.num_images],
+            tiled: job.decoding == Decoding::Tiled,
             trace: job.record.then_some(stage).into_iter().collect(),
             not_finite: None,
         })

@@ -158,7 +158,8 @@ impl CliError {
             | Self::ReportExtension { .. }
             | Self::NothingToCompare { .. }
             | Self::NoSuchPage { .. }
-            | Self::OutputIsFolder { .. } => 2,
+            | Self::OutputIsFolder { .. }
+            | Self::Submit(SubmitError::TooLarge(_)) => 2,
             _ => 1,
         }
     }

@@ -66,6 +66,7 @@ pub(super) fn run(args: &GenerateArgs) -> Result<(), CliError> {
     let one_job = EngineSettings {
         max_queue: 0,
         max_started: 1,
+        max_memory: None,
         warm_up: None,
     };
     let progress = Progress::new(args.quiet);
@@ -88,6 +89,7 @@ pub(super) fn run(args: &GenerateArgs) -> Result<(), CliError> {
         model: &model_name,
         encoding: Encoding::new(format),
         metadata: !args.no_metadata,
+        tiled: finished.output.tiled,
     };
     let images = &finished.output.images;
     // All files are written, whatever fails, before anything is reported.
@@ -110,7 +112,8 @@ pub(super) fn run(args: &GenerateArgs) -> Result<(), CliError> {
         let timings = &finished.timings;
         let seconds = Seconds::new(runtime.load_time, timings, writing, started.elapsed());
         let dump = args.dump.as_deref();
-        let report = Report::new(&model_name, engine.info(), &request, written, dump, seconds);
+        let images = (written, finished.output.tiled);
+        let report = Report::new(&model_name, engine.info(), &request, images, dump, seconds);
         let text = serde_json::to_string_pretty(&report).map_err(CliError::Json)?;
         output::print(format!("{text}\n").as_bytes())?;
     }
@@ -182,6 +185,8 @@ struct Writer<'a> {
     encoding: Encoding,
     /// Whether a PNG file contains the parameters.
     metadata: bool,
+    /// Whether the images were decoded in tiles.
+    tiled: bool,
 }
 
 impl Writer<'_> {
@@ -205,7 +210,7 @@ impl Writer<'_> {
     }
 
     fn write(&self, image: &RgbImage, path: &Path, index: usize) -> Result<Image, CliError> {
-        let metadata = || self.request.metadata_text(self.model, index);
+        let metadata = || self.request.metadata_text(self.model, index, self.tiled);
         let metadata = self.metadata.then(metadata);
         let file = encode(image, self.encoding, metadata.as_deref())?;
         if output::is_stdout(path) {

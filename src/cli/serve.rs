@@ -111,6 +111,7 @@ fn open(args: &ServeArgs, loading: &LoadSettings, start: &Start) -> Result<Loade
     let engine_settings = EngineSettings {
         max_queue: args.limits.max_queue,
         max_started: DEFAULT_MAX_STARTED,
+        max_memory: args.limits.max_memory,
         warm_up,
     };
     let engine = Engine::start(runtime.pipeline, engine_settings);

@@ -4,8 +4,10 @@ use std::num::NonZeroUsize;
 use std::time::{Duration, Instant};
 
 use kiln_models::job::{Job, JobId};
+use kiln_models::memory::MemoryPlan;
 
 use super::cost::{Speed, Stage, Work};
+use super::memory::Plans;
 use super::policy::Candidate;
 use super::{SubmitOptions, Timings};
 
@@ -15,6 +17,8 @@ pub(super) struct Entry {
     /// The job, until the pipeline is given it.
     pub(super) waiting: Option<Job>,
     pub(super) work: Work,
+    /// The job is decoded in the first way. Empty if nothing is known about its memory.
+    pub(super) plans: Plans,
     pub(super) deadline: Option<Instant>,
     preview_every: Option<NonZeroUsize>,
     pub(super) submitted: Instant,
@@ -38,7 +42,7 @@ impl Entry {
     pub(super) fn new(
         id: JobId,
         job: Job,
-        work: Work,
+        (work, plans): (Work, Plans),
         options: &SubmitOptions,
         now: Instant,
         device_time: Duration,
@@ -46,6 +50,7 @@ impl Entry {
         Self {
             id,
             work,
+            plans,
             deadline: options.deadline,
             preview_every: options.preview_every,
             submitted: now,
@@ -62,6 +67,13 @@ impl Entry {
         }
     }
 
+    /// The memory that the job takes.
+    pub(super) fn plan(&self) -> MemoryPlan {
+        self.plans
+            .first()
+            .map_or_else(MemoryPlan::default, |(_, plan)| *plan)
+    }
+
     pub(super) fn is_started(&self) -> bool {
         self.waiting.is_none()
     }
@@ -74,6 +86,7 @@ impl Entry {
         Candidate {
             size: self.work.total(),
             started: self.is_started(),
+            alone: false,
             idle: device_time.saturating_sub(self.last_turn_end),
             turn: speed
                 .step(&self.work)

@@ -4,7 +4,7 @@ use std::num::NonZeroUsize;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use kiln_models::job::{Output, RgbImage};
+use kiln_models::job::{Output, RgbImage, Size};
 use kiln_models::pipeline::PipelineError;
 use tracing::Span;
 
@@ -116,6 +116,17 @@ pub enum JobError {
     DeadlinePassed,
     #[error("the engine was stopped before the image was finished")]
     Stopped,
+    /// Other programs hold the memory that the job needs.
+    #[error(
+        "the image needs {} of memory, and {} are free: other programs hold the rest",
+        mebibytes(*needed), mebibytes(*free)
+    )]
+    NoMemory {
+        /// Bytes that the job needs when it takes the least.
+        needed: u64,
+        /// Bytes that jobs can take now.
+        free: u64,
+    },
 }
 
 impl JobError {
@@ -124,7 +135,7 @@ impl JobError {
         match self {
             Self::Pipeline(error) => matches!(**error, PipelineError::Device(_)),
             Self::Panicked(_) => true,
-            Self::DeadlinePassed | Self::Stopped => false,
+            Self::DeadlinePassed | Self::Stopped | Self::NoMemory { .. } => false,
         }
     }
 
@@ -151,6 +162,8 @@ pub enum SubmitError {
         /// before a first job has been generated completely.
         retry_after: Duration,
     },
+    #[error(transparent)]
+    TooLarge(#[from] TooLarge),
     #[error("no new requests are taken, the engine finishes those it has and stops")]
     Draining,
     #[error("the engine has stopped")]
@@ -158,6 +171,34 @@ pub enum SubmitError {
     /// The engine is [`State::Failed`].
     #[error("no requests are taken: {reason}")]
     Failed { reason: String },
+}
+
+/// A job takes more memory than there is, however its images are decoded.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "{size} needs {} of memory, and there are {}: {}",
+    mebibytes(*needed), mebibytes(*most), remedy(*largest)
+)]
+pub struct TooLarge {
+    pub size: Size,
+    /// Bytes that the job takes at least.
+    pub needed: u64,
+    /// Bytes that jobs can take at most.
+    pub most: u64,
+    /// The largest size of the same shape that fits; `None` if none does.
+    pub largest: Option<Size>,
+}
+
+fn remedy(largest: Option<Size>) -> String {
+    largest.map_or_else(
+        || "no size of this shape fits".to_owned(),
+        |size| format!("the largest size of this shape that fits is {size}"),
+    )
+}
+
+/// Bytes as messages show them.
+fn mebibytes(bytes: u64) -> String {
+    format!("{} MiB", bytes.div_ceil(1 << 20))
 }
 
 /// What would happen to a job if it were submitted now.

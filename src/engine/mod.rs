@@ -9,6 +9,7 @@
 mod cost;
 mod entry;
 mod events;
+mod memory;
 mod plan;
 mod policy;
 mod scheduler;
@@ -26,6 +27,7 @@ use tokio::sync::mpsc::UnboundedReceiver;
 
 pub use self::events::{
     Event, Finished, Forecast, JobError, StartError, State, SubmitError, SubmitOptions, Timings,
+    TooLarge,
 };
 pub use self::stats::{BUCKET_BOUNDS, EngineStats, Histogram, Outcomes};
 
@@ -50,8 +52,11 @@ pub struct EngineSettings {
     /// memory of a step is needed once, because steps are made one after the other. With 1, no job
     /// overtakes another.
     pub max_started: usize,
-    /// A job that is generated before all others; the engine is [`State::Starting`] until it has
-    /// ended. Its output is dropped.
+    /// Largest number of bytes that all started jobs take together, the model not counted; `None`
+    /// for what the device has.
+    pub max_memory: Option<u64>,
+    /// A job that is generated before all others, in a smaller size if there is no memory for its own;
+    /// the engine is [`State::Starting`] until it has ended. Its output is dropped.
     pub warm_up: Option<Job>,
 }
 
@@ -72,7 +77,12 @@ pub struct EngineSettings {
 /// let request = GenerationRequest::new(params, &runtime.limits, NoiseGenerator::Cpu)?;
 /// let tokens = request.tokenize(&runtime.tokenizer)?;
 ///
-/// let settings = EngineSettings { max_queue: 4, max_started: 2, warm_up: None };
+/// let settings = EngineSettings {
+///     max_queue: 4,
+///     max_started: 2,
+///     max_memory: None,
+///     warm_up: None,
+/// };
 /// let engine = Engine::start(runtime.pipeline, settings);
 /// let mut handle = engine.submit(request.into_job(tokens, false), SubmitOptions::default())?;
 /// let output = loop {
@@ -93,6 +103,13 @@ pub struct EngineSettings {
 /// of a large one and not for the whole of it; otherwise jobs are finished in the order of their
 /// submission. The oldest job has at least a quarter of the device's time, whatever overtakes it. A
 /// job's size is its number of multiply-adds.
+///
+/// # Memory
+///
+/// A job takes its memory from what the device has free, the model not counted. A job that fits only
+/// if its images are decoded one at a time or in tiles is decoded so; one that does not fit even so
+/// is not accepted. A job that does not fit beside the started ones waits until they have ended. If
+/// other programs hold the memory, the job ends with [`JobError::NoMemory`].
 ///
 /// # Ends
 ///
@@ -133,9 +150,20 @@ impl Engine {
     ///
     /// # Errors
     ///
-    /// If the queue is full, or the engine is draining or has stopped.
+    /// If the queue is full, the job takes more memory than there is, or the engine is draining or
+    /// has stopped.
     pub fn submit(&self, job: Job, options: SubmitOptions) -> Result<JobHandle, SubmitError> {
         self.thread.shared.submit(job, options)
+    }
+
+    /// Chooses how the job's images are decoded: as the model was loaded to do it, one at a time, or
+    /// in tiles, the first for which there is enough memory. [`Engine::submit`] does it as well.
+    ///
+    /// # Errors
+    ///
+    /// If the job takes more memory than there is.
+    pub fn fit(&self, job: Job) -> Result<Job, TooLarge> {
+        self.thread.shared.fit(job)
     }
 
     /// What would happen to a job if it were submitted now.

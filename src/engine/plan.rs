@@ -2,8 +2,8 @@
 
 use std::time::Duration;
 
-use kiln_models::job::{Job, JobId, Output, RgbImage};
-use kiln_models::pipeline::{CacheUses, MemoryUse, Pipeline};
+use kiln_models::job::{Decoding, Job, JobId, Output, RgbImage};
+use kiln_models::pipeline::{CacheUses, MemoryRoom, MemoryUse, Pipeline};
 
 use super::JobError;
 
@@ -16,6 +16,12 @@ pub(super) enum Plan {
     /// A preview of a job. It directly follows the job's step and belongs to the same turn.
     Preview(JobId),
     Finish(JobId),
+    /// Measures the memory that is free, after dropping the caches if so.
+    Measure {
+        drop_caches: bool,
+    },
+    /// Changes how a job will be decoded.
+    Decode(JobId, Decoding),
     /// Removes a job that has ended from the pipeline.
     Discard(JobId),
     /// Nothing, until a job is submitted or the engine is drained or stopped.
@@ -29,10 +35,12 @@ impl Plan {
     pub(super) fn jobs(&self) -> &[JobId] {
         match self {
             Self::Step(ids) => ids,
-            Self::Start(id, _) | Self::Preview(id) | Self::Finish(id) | Self::Discard(id) => {
-                std::slice::from_ref(id)
-            }
-            Self::Sleep | Self::End => &[],
+            Self::Start(id, _)
+            | Self::Preview(id)
+            | Self::Finish(id)
+            | Self::Decode(id, _)
+            | Self::Discard(id) => std::slice::from_ref(id),
+            Self::Measure { .. } | Self::Sleep | Self::End => &[],
         }
     }
 }
@@ -46,6 +54,11 @@ pub(super) enum Outcome {
     /// `None` if the preview failed.
     Previewed(JobId, Option<RgbImage>),
     Finished(JobId, Result<Output, JobError>),
+    Measured {
+        room: Option<MemoryRoom>,
+        dropped_caches: bool,
+    },
+    DecodingChanged,
     Discarded,
 }
 

@@ -12,8 +12,8 @@
 //!    time, and a job is finished after at most four times the sum of its own work and the work of
 //!    the jobs submitted before it.
 //!
-//! Started jobs take memory, so there are at most `max_started` of them, and one of these places is
-//! reserved for the oldest job. With eight places, the seventh job in a row of halves is smaller
+//! Started jobs take memory, so a job that does not fit beside them waits until they have ended, there
+//! are at most `max_started` of them, and one of these places is reserved for the oldest job. With eight places, the seventh job in a row of halves is smaller
 //! than one step of a job of 64 steps: a small job waits no longer than that even when all places
 //! are taken.
 
@@ -29,6 +29,8 @@ pub(super) struct Candidate {
     pub(super) size: f64,
     /// Whether the job has been started and so takes memory on the device.
     pub(super) started: bool,
+    /// Whether the job waits and does not fit the memory beside the started ones.
+    pub(super) alone: bool,
     /// How long the device has worked on other jobs since this job's last turn, or since its
     /// submission.
     pub(super) idle: Duration,
@@ -45,6 +47,20 @@ pub(super) fn next_turn(jobs: &[Candidate], max_started: usize) -> Option<usize>
         return Some(0);
     }
     favourite(jobs, max_started)
+}
+
+/// As [`next_turn`], of the started jobs alone: there is no memory for the one that it would be.
+///
+/// The oldest job has the next turn again and again while it waits for memory, so no other job is
+/// started before it, and the started ones end.
+pub(super) fn next_started(jobs: &[Candidate]) -> Option<usize> {
+    let started = jobs
+        .iter()
+        .copied()
+        .enumerate()
+        .filter(|(_, job)| job.started);
+    let (indices, started): (Vec<usize>, Vec<Candidate>) = started.unzip();
+    next_turn(&started, usize::MAX).map(|index| indices[index])
 }
 
 /// The order in which the jobs will be finished if no other is submitted, by the first rule alone.
@@ -67,7 +83,8 @@ fn favourite(jobs: &[Candidate], max_started: usize) -> Option<usize> {
     let kept_for_oldest = usize::from(jobs.first().is_some_and(|oldest| !oldest.started));
     let has_room = started().count() + kept_for_oldest < max_started;
     for (index, job) in jobs.iter().enumerate().filter(|(_, job)| !job.started) {
-        let may_start = has_room || index == 0;
+        let has_memory = !job.alone || started().next().is_none();
+        let may_start = has_memory && (has_room || index == 0);
         if may_start && best.is_none_or(|best| 2.0 * job.size <= jobs[best].size) {
             best = Some(index);
         }

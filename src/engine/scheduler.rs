@@ -4,6 +4,8 @@
 //! owner asks for a [`Plan`], carries it out, and books the outcome before it asks for the next
 //! plan. Every method that changes something returns the events that the owner must send.
 
+mod turns;
+
 use std::time::{Duration, Instant};
 
 use kiln_models::flops::CostModel;
@@ -11,11 +13,12 @@ use kiln_models::job::{Job, JobId, Output, RgbImage};
 
 use super::cost::{Speed, Stage, Work, shares};
 use super::entry::Entry;
+use super::memory::{Memory, Plans};
 use super::plan::{Booked, Holdings, Outcome, Plan};
-use super::policy::{Candidate, expected_order, next_turn};
+use super::policy::{Candidate, expected_order};
 use super::{
     EngineSettings, EngineStats, Event, Finished, Forecast, JobError, State, SubmitError,
-    SubmitOptions,
+    SubmitOptions, TooLarge,
 };
 
 /// When to try again before anything has been measured.
@@ -38,6 +41,7 @@ pub(super) struct Scheduler {
     max_unfinished: usize,
     max_started: usize,
     cost_model: CostModel,
+    memory: Memory,
     next_id: JobId,
     state: State,
     /// When the time to drain is over.
@@ -53,7 +57,7 @@ pub(super) struct Scheduler {
 impl Scheduler {
     pub(super) fn new(
         settings: EngineSettings,
-        cost_model: CostModel,
+        (cost_model, memory): (CostModel, Memory),
         holdings: Holdings,
         now: Instant,
     ) -> Self {
@@ -62,6 +66,7 @@ impl Scheduler {
             max_unfinished: settings.max_queue + 1,
             max_started: settings.max_started.max(1),
             cost_model,
+            memory,
             next_id: 0,
             state: State::Ready,
             stop_at: None,
@@ -72,7 +77,19 @@ impl Scheduler {
         };
         scheduler.stats.set_holdings(holdings);
         if let Some(job) = settings.warm_up {
-            scheduler.push(job, &SubmitOptions::default(), now);
+            let job = match scheduler.memory.plans(&job) {
+                Err(TooLarge {
+                    largest: Some(size),
+                    ..
+                }) => Job { size, ..job },
+                _ => job,
+            };
+            let fit = scheduler.fit(job.clone());
+            let (job, plans) = fit.unwrap_or_else(|_| {
+                let plans = scheduler.memory.all_plans(&job);
+                (job, plans)
+            });
+            scheduler.push((job, plans), &SubmitOptions::default(), now);
             scheduler.entries[0].is_warm_up = true;
             scheduler.state = State::Starting;
         }
@@ -88,6 +105,8 @@ impl Scheduler {
         EngineStats {
             waiting: jobs().filter(|entry| !entry.is_started()).count(),
             running: jobs().filter(|entry| entry.is_started()).count(),
+            planned_memory: Memory::planned(&self.entries),
+            free_memory: self.memory.free(),
             ..self.stats.clone()
         }
     }
@@ -102,19 +121,32 @@ impl Scheduler {
     ///
     /// # Errors
     ///
-    /// If the queue is full or the engine is about to stop.
+    /// If the queue is full, the job does not fit the memory, or the engine is about to stop.
     pub(super) fn submit(
         &mut self,
         job: Job,
         options: &SubmitOptions,
         now: Instant,
     ) -> Result<(JobId, Events), SubmitError> {
-        let admitted = self.admit();
+        let fit = self.fit(job).map_err(SubmitError::from);
+        let admitted = self.admit().and(fit);
         self.stats.outcomes.rejected += u64::from(admitted.is_err());
-        admitted?;
-        let id = self.push(job, options, now);
+        let id = self.push(admitted?, options, now);
         self.report_positions();
         Ok((id, self.take_events()))
+    }
+
+    /// Chooses how a job is decoded, so that it fits the memory.
+    ///
+    /// # Errors
+    ///
+    /// If it does not fit in any way.
+    pub(super) fn fit(&self, job: Job) -> Result<(Job, Plans), TooLarge> {
+        let plans = self.memory.plans(&job)?;
+        let decoding = plans
+            .first()
+            .map_or(job.decoding, |(decoding, _)| *decoding);
+        Ok((Job { decoding, ..job }, plans))
     }
 
     pub(super) fn forecast(&self, job: &Job) -> Forecast {
@@ -123,6 +155,11 @@ impl Scheduler {
         candidates.push(Candidate {
             size: work.total(),
             started: false,
+            alone: self
+                .memory
+                .all_plans(job)
+                .first()
+                .is_some_and(|(_, plan)| self.memory.is_alone(plan, &self.entries)),
             idle: Duration::ZERO,
             turn: Duration::ZERO,
         });
@@ -184,6 +221,10 @@ impl Scheduler {
     /// What to do next.
     pub(super) fn plan(&mut self, now: Instant) -> (Plan, Events) {
         let plan = self.choose(now);
+        if matches!(plan, Plan::Sleep) {
+            // What is free may have changed when the next job comes.
+            self.memory.changed();
+        }
         (plan, self.take_events())
     }
 
@@ -195,6 +236,7 @@ impl Scheduler {
         if let Some(error) = booked.lost {
             self.lose(error, now);
         }
+        self.memory.changed();
         match booked.outcome {
             Outcome::Started(id, Ok(())) => {
                 self.book_turn(id, Stage::Encode, took);
@@ -209,80 +251,13 @@ impl Scheduler {
             Outcome::Started(id, Err(error)) | Outcome::Finished(id, Err(error)) => {
                 self.fail(id, error, now);
             }
-            Outcome::Discarded => {}
+            Outcome::Measured {
+                room,
+                dropped_caches,
+            } => self.memory.measured(room, dropped_caches),
+            Outcome::DecodingChanged | Outcome::Discarded => {}
         }
         self.take_events()
-    }
-
-    fn choose(&mut self, now: Instant) -> Plan {
-        let is_draining = matches!(self.state, State::Draining);
-        if is_draining && self.stop_at.is_some_and(|at| at <= now) {
-            self.stop_now(now);
-        }
-        while let Some((index, end)) = self.first_to_end(now) {
-            let (id, is_started) = (self.entries[index].id, self.entries[index].is_started());
-            self.end(index, end, now);
-            if is_started {
-                return Plan::Discard(id);
-            }
-        }
-        if let Some(entry) = self.entries.iter_mut().find(|entry| entry.is_preview_due) {
-            entry.is_preview_due = false;
-            return Plan::Preview(entry.id);
-        }
-        let next = match self.state {
-            // The warm-up comes before every other job.
-            State::Starting => Some(0),
-            _ => next_turn(&self.candidates(), self.max_started),
-        };
-        let Some(entry) = next.and_then(|index| self.entries.get_mut(index)) else {
-            return match self.state {
-                State::Starting | State::Ready => Plan::Sleep,
-                State::Draining => {
-                    self.state = State::Stopped;
-                    Plan::End
-                }
-                State::Stopped | State::Failed(_) => Plan::End,
-            };
-        };
-        let id = entry.id;
-        if let Some(job) = entry.waiting.take() {
-            entry.timings.queue = now.saturating_duration_since(entry.submitted);
-            self.events.push((id, Event::Started));
-            self.report_positions();
-            return Plan::Start(id, job);
-        }
-        if entry.steps_left > 0 {
-            Plan::Step(vec![id])
-        } else {
-            Plan::Finish(id)
-        }
-    }
-
-    /// The first job that must not go on, and how it ends.
-    fn first_to_end(&self, now: Instant) -> Option<(usize, End)> {
-        // The error that ends every job.
-        let (over, is_starting) = match &self.state {
-            State::Stopped => (Some(&JobError::Stopped), false),
-            State::Failed(error) => (Some(error), false),
-            State::Starting => (None, true),
-            State::Ready | State::Draining => (None, false),
-        };
-        let end = |entry: &Entry| {
-            if entry.is_abandoned {
-                Some(End::Cancelled)
-            } else if let Some(error) = over.filter(|_| entry.is_started()) {
-                Some(End::Failed(error.clone()))
-            } else if over.is_some() || (entry.is_warm_up && !is_starting) {
-                Some(End::Failed(JobError::Stopped))
-            } else if entry.deadline.is_some_and(|at| at <= now) {
-                Some(End::Failed(JobError::DeadlinePassed))
-            } else {
-                None
-            }
-        };
-        let mut entries = self.entries.iter().enumerate();
-        entries.find_map(|(index, entry)| Some((index, end(entry)?)))
     }
 
     /// Books a successful turn of one job, and measures the speed by it. Returns the job's index.
@@ -444,11 +419,11 @@ impl Scheduler {
         })
     }
 
-    fn push(&mut self, job: Job, options: &SubmitOptions, now: Instant) -> JobId {
+    fn push(&mut self, (job, plans): (Job, Plans), options: &SubmitOptions, now: Instant) -> JobId {
         let id = self.next_id;
         self.next_id += 1;
         let work = self.work(&job);
-        let entry = Entry::new(id, job, work, options, now, self.device_time);
+        let entry = Entry::new(id, job, (work, plans), options, now, self.device_time);
         self.entries.push(entry);
         id
     }
@@ -462,7 +437,10 @@ impl Scheduler {
     }
 
     fn candidates(&self) -> Vec<Candidate> {
-        let candidate = |entry: &Entry| entry.candidate(self.device_time, &self.speed);
+        let candidate = |entry: &Entry| Candidate {
+            alone: !entry.is_started() && self.memory.is_alone(&entry.plan(), &self.entries),
+            ..entry.candidate(self.device_time, &self.speed)
+        };
         self.entries.iter().map(candidate).collect()
     }
 

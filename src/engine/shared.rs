@@ -14,10 +14,12 @@ use tokio::sync::mpsc::{UnboundedSender, unbounded_channel};
 use tokio::sync::watch;
 use tracing::Span;
 
+use super::memory::Memory;
 use super::plan::{Booked, Holdings, Plan};
 use super::scheduler::{Events, Scheduler};
 use super::{
     EngineSettings, EngineStats, Event, Forecast, JobHandle, State, SubmitError, SubmitOptions,
+    TooLarge,
 };
 
 /// The source of the current time; tests have a clock that they can set.
@@ -72,7 +74,11 @@ impl Shared {
         clock: Arc<dyn Clock>,
     ) -> Self {
         let holdings = Holdings::of(pipeline);
-        let scheduler = Scheduler::new(settings, pipeline.cost_model(), holdings, clock.now());
+        let models = (
+            pipeline.cost_model(),
+            Memory::of(pipeline, settings.max_memory),
+        );
+        let scheduler = Scheduler::new(settings, models, holdings, clock.now());
         Self {
             locked: Mutex::new(Locked {
                 state: watch::Sender::new(scheduler.state().clone()),
@@ -110,6 +116,11 @@ impl Shared {
             events: receiver,
             shared: Arc::clone(self),
         })
+    }
+
+    pub(super) fn fit(&self, job: Job) -> Result<Job, TooLarge> {
+        let (job, _) = self.lock().scheduler.fit(job)?;
+        Ok(job)
     }
 
     pub(super) fn forecast(&self, job: &Job) -> Forecast {

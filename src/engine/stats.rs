@@ -51,14 +51,17 @@ pub struct Outcomes {
     pub failed: u64,
     /// The engine was stopped, or the time to drain was over.
     pub stopped: u64,
-    /// Not accepted: the queue was full, or the engine was draining or had stopped.
+    /// Not accepted: the queue was full, the job was too large for the memory, or the engine was
+    /// draining or had stopped.
     pub rejected: u64,
 }
 
 impl Outcomes {
     pub(super) fn add_failed(&mut self, error: &JobError) {
         match error {
-            JobError::Pipeline(_) | JobError::Panicked(_) => self.failed += 1,
+            JobError::Pipeline(_) | JobError::Panicked(_) | JobError::NoMemory { .. } => {
+                self.failed += 1;
+            }
             JobError::DeadlinePassed => self.deadline_passed += 1,
             JobError::Stopped => self.stopped += 1,
         }
@@ -99,6 +102,10 @@ pub struct EngineStats {
     pub modulation_cache: CacheUse,
     /// Device memory after the pipeline's last call.
     pub memory: MemoryUse,
+    /// Bytes that the started jobs take at most, by plan.
+    pub planned_memory: u64,
+    /// Bytes that could be allocated when that was last measured; `None` if it is not known.
+    pub free_memory: Option<u64>,
 }
 
 impl EngineStats {

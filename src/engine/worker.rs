@@ -5,7 +5,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::time::Duration;
 
-use kiln_models::job::JobId;
+use kiln_models::job::{Decoding, JobId};
 use kiln_models::panic_message;
 use kiln_models::pipeline::{Pipeline, PipelineError, StepOutcome};
 use tracing::Span;
@@ -45,6 +45,7 @@ impl Worker {
         let entered = span.enter();
         let (outcome, took) = match plan {
             Plan::Start(id, job) => {
+                log_decoding(id, job.decoding);
                 let (started, took) = self.call(|pipeline| pipeline.start(id, job));
                 (Outcome::Started(id, self.discard_failed(id, started)), took)
             }
@@ -62,6 +63,12 @@ impl Worker {
             Plan::Finish(id) => {
                 let (output, took) = self.call(|pipeline| pipeline.finish(id));
                 (Outcome::Finished(id, self.discard_failed(id, output)), took)
+            }
+            Plan::Measure { drop_caches } => (self.measure(drop_caches), Duration::ZERO),
+            Plan::Decode(id, decoding) => {
+                log_decoding(id, decoding);
+                self.pipeline.set_decoding(id, decoding);
+                (Outcome::DecodingChanged, Duration::ZERO)
             }
             Plan::Discard(id) => {
                 self.discard(id);
@@ -127,6 +134,20 @@ impl Worker {
         }
     }
 
+    /// Measures the memory that is free. A measurement that fails knows nothing.
+    fn measure(&mut self, drop_caches: bool) -> Outcome {
+        let (room, _) = self.call(|pipeline| {
+            if drop_caches {
+                pipeline.drop_caches();
+            }
+            Ok(pipeline.memory_room())
+        });
+        Outcome::Measured {
+            room: room.ok().flatten(),
+            dropped_caches: drop_caches,
+        }
+    }
+
     /// Tests whether the device still computes. A device that fails once is tested again.
     fn probe(&mut self) -> Result<(), JobError> {
         let (first, _) = self.call(|pipeline| pipeline.probe());
@@ -144,6 +165,18 @@ impl Worker {
         let took = self.shared.clock.now().saturating_duration_since(started);
         (result, took)
     }
+}
+
+fn log_decoding(id: JobId, decoding: Decoding) {
+    let how = match decoding {
+        Decoding::AsSet => return,
+        Decoding::Sliced => "one at a time",
+        Decoding::Tiled => "in tiles",
+    };
+    tracing::info!(
+        job = id,
+        "there is no memory to decode the images whole and together: they are decoded {how}"
+    );
 }
 
 fn span_of(id: JobId, spans: &HashMap<JobId, Span>) -> Span {

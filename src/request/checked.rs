@@ -339,7 +339,7 @@ mod tests {
         })
         .unwrap();
         assert_eq!(
-            request.metadata_text("Qwen/Qwen-Image", 1),
+            request.metadata_text("Qwen/Qwen-Image", 1, false),
             concat!(
                 "a fox, 雪\nNegative prompt: blurry\nSteps: 50, Sampler: Euler, CFG scale: 4, ",
                 "Seed: 7, Size: 128x64, Model: Qwen/Qwen-Image, RNG: CPU, Batch size: 2, ",
@@ -353,12 +353,13 @@ mod tests {
             num_images: 1,
             ..request
         };
-        let text = plain.metadata_text("a, b", 0);
+        let text = plain.metadata_text("a, b", 0, true);
         assert!(
             text.starts_with("a fox, 雪\nSteps: 50, Sampler: Euler, CFG scale: 1, "),
             "{text}"
         );
         assert!(text.contains("Model: \"a, b\", RNG"), "{text}");
+        assert!(text.contains(", VAE tiling: True, Version"), "{text}");
     }
 
     #[test]

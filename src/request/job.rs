@@ -1,6 +1,6 @@
 //! Tokenizes a request and converts it to a job.
 
-use kiln_models::job::{Guidance, Job};
+use kiln_models::job::{Decoding, Guidance, Job};
 
 use crate::tokenizer::{PromptTokenizer, TokenizerError};
 
@@ -49,6 +49,7 @@ impl GenerationRequest {
             sampling: self.sampling,
             noise: self.noise,
             num_images: self.num_images,
+            decoding: Decoding::default(),
             record,
         }
     }

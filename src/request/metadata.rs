@@ -6,8 +6,9 @@ use super::GenerationRequest;
 
 impl GenerationRequest {
     /// Formats the parameters of image `index` of the request as AUTOMATIC1111's web UI does, which
-    /// image tools read. `model` is the name of the model.
-    pub fn metadata_text(&self, model: &str, index: usize) -> String {
+    /// image tools read. `model` is the name of the model; `tiled` says whether the image was decoded
+    /// in tiles.
+    pub fn metadata_text(&self, model: &str, index: usize, tiled: bool) -> String {
         let guidance = self.guidance();
         let scale = guidance.map_or(1.0, |guidance| guidance.scale);
         let negative = guidance.map(|it| format!("Negative prompt: {}\n", it.negative));
@@ -21,7 +22,7 @@ impl GenerationRequest {
             .then(|| format!("Batch size: {}, Batch pos: {index}, ", self.num_images));
         format!(
             "{}\n{}Steps: {}, Sampler: Euler, CFG scale: {scale}, Seed: {}, Size: {}, \
-             Model: {}, RNG: {rng}, {}{}Version: {}",
+             Model: {}, RNG: {rng}, {}{}{}Version: {}",
             self.prompt,
             negative.unwrap_or_default(),
             self.sampling.steps,
@@ -30,6 +31,7 @@ impl GenerationRequest {
             quoted(model),
             shift.unwrap_or_default(),
             batch.unwrap_or_default(),
+            if tiled { "VAE tiling: True, " } else { "" },
             crate::version::PROGRAM,
         )
     }

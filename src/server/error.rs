@@ -10,7 +10,7 @@ use kiln_models::pipeline::PipelineError;
 use serde::Serialize;
 use utoipa::ToSchema;
 
-use crate::engine::{JobError, SubmitError};
+use crate::engine::{JobError, SubmitError, TooLarge};
 use crate::image::{EncodeError, SideTooLong};
 use crate::request::InvalidRequest;
 use crate::runtime::Progress;
@@ -75,6 +75,11 @@ pub(super) enum ApiError {
         error: InvalidRequest,
         param: &'static str,
     },
+    #[error("{error}")]
+    TooLarge {
+        error: TooLarge,
+        param: &'static str,
+    },
     #[error("{param}: {error}: choose a smaller size or another output_format")]
     Side {
         param: &'static str,
@@ -123,12 +128,14 @@ impl ApiError {
             | Self::Invalid(_)
             | Self::Request { .. }
             | Self::Side { .. }
+            | Self::TooLarge { .. }
+            | Self::Submit(SubmitError::TooLarge(_))
             | Self::Prompt { .. } => StatusCode::BAD_REQUEST,
             Self::Submit(SubmitError::QueueFull { .. }) => StatusCode::TOO_MANY_REQUESTS,
             Self::Submit(
                 SubmitError::Draining | SubmitError::Stopped | SubmitError::Failed { .. },
             )
-            | Self::Job(JobError::Stopped)
+            | Self::Job(JobError::Stopped | JobError::NoMemory { .. })
             | Self::Starting(_) => StatusCode::SERVICE_UNAVAILABLE,
             Self::Job(JobError::Pipeline(_) | JobError::Panicked(_))
             | Self::Encode(_)
@@ -153,10 +160,12 @@ impl ApiError {
     fn param(&self) -> Option<&str> {
         match self {
             Self::Invalid(error) => Some(error.param()),
-            Self::Request { param, .. } | Self::Side { param, .. } | Self::Prompt { param, .. } => {
-                Some(param)
-            }
+            Self::Request { param, .. }
+            | Self::Side { param, .. }
+            | Self::TooLarge { param, .. }
+            | Self::Prompt { param, .. } => Some(param),
             Self::UnknownModel { .. } => Some("model"),
+            Self::Submit(SubmitError::TooLarge(_)) => Some("size"),
             _ => None,
         }
     }
@@ -166,11 +175,11 @@ impl ApiError {
         let wait = match self {
             Self::Submit(SubmitError::QueueFull { retry_after, .. }) => Some(*retry_after),
             Self::Starting(progress) => Some(progress.estimated_rest.unwrap_or(RETRY_AFTER_START)),
-            // Another instance may have replaced this one by then.
+            // Another instance may have replaced this one by then, or memory may be free.
             Self::Submit(
                 SubmitError::Draining | SubmitError::Stopped | SubmitError::Failed { .. },
             )
-            | Self::Job(JobError::Stopped) => Some(RETRY_AFTER_STOP),
+            | Self::Job(JobError::Stopped | JobError::NoMemory { .. }) => Some(RETRY_AFTER_STOP),
             _ => None,
         };
         wait.map(|wait| wait.as_secs().clamp(1, 3600))
@@ -207,7 +216,7 @@ impl ApiError {
 /// Suggested wait during a start whose end cannot be estimated.
 const RETRY_AFTER_START: Duration = Duration::from_secs(5);
 
-/// Suggested wait after the server has stopped.
+/// Suggested wait after the server has stopped, or found no memory.
 const RETRY_AFTER_STOP: Duration = Duration::from_secs(10);
 
 /// The body of an error response.

@@ -4,7 +4,7 @@ use std::num::NonZeroUsize;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use kiln_models::job::{Job, RgbImage};
+use kiln_models::job::{Job, Output, RgbImage};
 use serde::Serialize;
 use tokio::task::spawn_blocking;
 use tracing::Span;
@@ -85,6 +85,8 @@ pub(super) struct EncodedImages {
     pub(super) info: Arc<RequestInfo>,
     /// One file for each image.
     pub(super) files: Vec<Vec<u8>>,
+    /// Whether they were decoded in tiles.
+    pub(super) tiled: bool,
     pub(super) timings: StageSeconds,
 }
 
@@ -100,17 +102,28 @@ pub(super) struct ImageFacts {
     /// The time shift of the request; absent if the model's own schedule was used.
     #[serde(skip_serializing_if = "Option::is_none")]
     shift: Option<f64>,
+    /// True if the images were decoded in tiles, which changes them slightly: by `--vae-use-tiling`,
+    /// or because the memory is too small for whole images. Absent otherwise.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    vae_use_tiling: Option<bool>,
     timings: StageSeconds,
 }
 
 impl ImageFacts {
-    pub(super) fn new(info: &RequestInfo, timings: StageSeconds) -> Self {
+    pub(super) fn new(encoded: &EncodedImages) -> Self {
+        let EncodedImages {
+            info,
+            tiled,
+            timings,
+            ..
+        } = encoded;
         Self {
             seed: info.request.noise.seed,
             size: info.size(),
             num_inference_steps: info.request.sampling.steps,
             shift: info.request.sampling.shift,
-            timings,
+            vae_use_tiling: tiled.then_some(true),
+            timings: *timings,
         }
     }
 }
@@ -195,6 +208,11 @@ impl ParsedRequest {
             .as_secs();
         let model = app.model_name(model).to_owned();
         let names = self.names;
+        let size_param = match (self.params.height, self.params.width) {
+            (None, None) => "size",
+            (None, Some(_)) => names.of("width"),
+            (Some(_), _) => names.of("height"),
+        };
         let (request, encoding) = self.check(app)?;
 
         let (app, tokens, request) = {
@@ -219,6 +237,10 @@ impl ParsedRequest {
             request,
         };
         let job = info.request.clone().into_job(tokens, false);
+        let job = app.engine.fit(job).map_err(|error| ApiError::TooLarge {
+            error,
+            param: size_param,
+        })?;
         Ok((info, job))
     }
 
@@ -309,21 +331,23 @@ impl RunningRequest {
         respond: impl FnOnce(EncodedImages) -> Result<T, ApiError> + Send + 'static,
     ) -> Result<T, ApiError> {
         let Finished { output, timings } = finished;
+        let tiled = output.tiled;
         let (app, info) = (Arc::clone(&self.app), Arc::clone(&self.info));
         let response = spawn_blocking(move || {
-            let files = encode_all(&app, &info, &output.images)?;
+            let files = encode_all(&app, &info, &output)?;
             respond(EncodedImages {
                 info,
                 files,
+                tiled,
                 timings: timings.into(),
             })
         })
         .await??;
-        self.log_finished(timings);
+        self.log_finished(timings, tiled);
         Ok(response)
     }
 
-    fn log_finished(&self, timings: Timings) {
+    fn log_finished(&self, timings: Timings, tiled: bool) {
         let RequestInfo { id, request, .. } = self.info.as_ref();
         tracing::info!(
             id,
@@ -331,6 +355,7 @@ impl RunningRequest {
             steps = request.sampling.steps,
             images = request.num_images,
             seed = request.noise.seed,
+            vae_use_tiling = tiled.then_some(true),
             "finished in {:.3} s: queue {:.3}, encode {:.3}, denoise {:.3}, decode {:.3}",
             self.received.elapsed().as_secs_f64(),
             timings.queue.as_secs_f64(),
@@ -344,14 +369,14 @@ impl RunningRequest {
 fn encode_all(
     app: &LoadedApp,
     info: &RequestInfo,
-    images: &[RgbImage],
+    output: &Output,
 ) -> Result<Vec<Vec<u8>>, ApiError> {
-    let mut files = Vec::with_capacity(images.len());
-    for (index, image) in images.iter().enumerate() {
+    let mut files = Vec::with_capacity(output.images.len());
+    for (index, image) in output.images.iter().enumerate() {
         let metadata = app
             .settings
             .metadata
-            .then(|| info.request.metadata_text(&info.model, index));
+            .then(|| info.request.metadata_text(&info.model, index, output.tiled));
         files.push(encode(image, info.encoding, metadata.as_deref())?);
     }
     Ok(files)

@@ -158,6 +158,20 @@ impl Page {
             ("embeddings", stats.embedding_cache),
             ("modulation", stats.modulation_cache),
         ]);
+        self.memory(stats);
+    }
+
+    fn line(&mut self, line: impl Display) {
+        // Writing to a string cannot fail.
+        let _ = writeln!(self.text, "{line}");
+    }
+
+    fn head(&mut self, name: &str, kind: &str, help: &str) {
+        self.line(format_args!("# HELP {name} {help}"));
+        self.line(format_args!("# TYPE {name} {kind}"));
+    }
+
+    fn memory(&mut self, stats: &EngineStats) {
         let memory = [
             (
                 "kiln_memory_in_use_bytes",
@@ -169,6 +183,16 @@ impl Page {
                 "Memory reserved on the device.",
                 stats.memory.reserved,
             ),
+            (
+                "kiln_memory_planned_bytes",
+                "Memory that the requests in progress take at most, by plan.",
+                Some(stats.planned_memory),
+            ),
+            (
+                "kiln_memory_free_bytes",
+                "Memory that could still be allocated when a request last needed it.",
+                stats.free_memory,
+            ),
         ];
         for (name, help, bytes) in memory {
             // Not every device reports its memory.
@@ -176,16 +200,6 @@ impl Page {
                 self.gauge(name, help, bytes);
             }
         }
-    }
-
-    fn line(&mut self, line: impl Display) {
-        // Writing to a string cannot fail.
-        let _ = writeln!(self.text, "{line}");
-    }
-
-    fn head(&mut self, name: &str, kind: &str, help: &str) {
-        self.line(format_args!("# HELP {name} {help}"));
-        self.line(format_args!("# TYPE {name} {kind}"));
     }
 
     fn gauge(&mut self, name: &str, help: &str, value: impl Display) {

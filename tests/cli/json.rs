@@ -95,6 +95,7 @@ fn the_report_says_how_and_how_long() {
             "guidance": false,
             "num_inference_steps": 2,
             "rng": "cpu",
+            "vae_use_tiling": false,
             "images": null,
             "dump": "run.safetensors",
             "seconds": null,

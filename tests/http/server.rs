@@ -50,6 +50,7 @@ impl TestServer {
         let engine_settings = EngineSettings {
             max_queue,
             max_started: DEFAULT_MAX_STARTED,
+            max_memory: None,
             warm_up: None,
         };
         let engine = Engine::start(Box::new(pipeline), engine_settings);

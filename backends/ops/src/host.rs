@@ -37,7 +37,7 @@ fn read_field(path: &str, name: &str) -> Option<String> {
     field(&fs::read_to_string(path).ok()?, name)
 }
 
-fn field(text: &str, name: &str) -> Option<String> {
+pub(crate) fn field(text: &str, name: &str) -> Option<String> {
     text.lines()
         .filter_map(|line| line.split_once(':'))
         .find(|(key, _)| key.trim() == name)
@@ -45,7 +45,7 @@ fn field(text: &str, name: &str) -> Option<String> {
 }
 
 /// Converts `123 kB` to bytes; `/proc` writes kB for KiB.
-fn kibibytes(value: &str) -> Option<u64> {
+pub(crate) fn kibibytes(value: &str) -> Option<u64> {
     let count: u64 = value.strip_suffix(" kB")?.parse().ok()?;
     count.checked_mul(1024)
 }

@@ -13,6 +13,8 @@ pub mod faults;
 #[cfg(feature = "flex")]
 mod flex;
 pub mod host;
+#[cfg(any(feature = "flex", feature = "ndarray"))]
+mod host_room;
 mod memory;
 mod shapes;
 mod upload;
@@ -23,7 +25,7 @@ use burn_tensor::{DType, Tensor};
 #[cfg(feature = "cubecl")]
 pub use cubecl::{Gate, Kernel, KernelChoice, KernelRuntime, read_settings};
 pub use faults::{DeviceCheck, FaultWatch};
-pub use memory::{MemoryReport, MemoryUse};
+pub use memory::{MemoryReport, MemoryRoom, MemoryUse};
 pub use shapes::KernelShape;
 pub use upload::Upload;
 

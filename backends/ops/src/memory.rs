@@ -13,11 +13,25 @@ pub struct MemoryUse {
     pub peak: Option<u64>,
 }
 
+/// Memory that this process can still allocate, in bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct MemoryRoom {
+    /// What can be allocated now.
+    pub free: u64,
+    /// What could be allocated besides what this process holds now, if no other program held memory.
+    pub total: u64,
+}
+
 /// A backend that reports the memory use of its devices.
 pub trait MemoryReport: Backend {
     /// Reads the memory use of a device. Call it on the thread that created the device's tensors:
     /// GPU backends count per thread.
     fn memory_use(device: &Self::Device) -> MemoryUse;
+
+    /// Reads what can still be allocated on a device; `None` where the backend does not know it.
+    fn memory_room(_device: &Self::Device) -> Option<MemoryRoom> {
+        None
+    }
 }
 
 #[cfg(feature = "flex")]
@@ -25,12 +39,20 @@ impl MemoryReport for burn_flex::Flex {
     fn memory_use(_device: &Self::Device) -> MemoryUse {
         crate::host::process_memory()
     }
+
+    fn memory_room(_device: &Self::Device) -> Option<MemoryRoom> {
+        crate::host_room::room()
+    }
 }
 
 #[cfg(feature = "ndarray")]
 impl MemoryReport for burn_ndarray::NdArray {
     fn memory_use(_device: &Self::Device) -> MemoryUse {
         crate::host::process_memory()
+    }
+
+    fn memory_room(_device: &Self::Device) -> Option<MemoryRoom> {
+        crate::host_room::room()
     }
 }
 

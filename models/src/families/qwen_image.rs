@@ -9,6 +9,7 @@ use kiln_ops::FusedOps;
 use crate::config::ConfigError;
 use crate::flops::CostModel;
 use crate::job::{Conditioning, Job, Size};
+use crate::memory::MemoryModel;
 use crate::noise::randn;
 use crate::pipeline::{ImageSizes, PipelineError};
 use crate::sampling::{Schedule, SchedulerConfig, round_to};
@@ -76,6 +77,7 @@ pub struct QwenImage<B: FusedOps> {
     pub(crate) sizes: ImageSizes,
     pub(crate) vocab_size: usize,
     pub(crate) cost_model: CostModel,
+    pub(crate) memory_model: MemoryModel,
     /// Pixels per latent, in height and in width.
     pub(crate) scale_factor: usize,
     latent_channels: usize,
@@ -98,14 +100,14 @@ impl<B: FusedOps> QwenImage<B> {
         let vae_config = VaeConfig::from_json(&configs.vae)?;
         check_widths(configs, &text_config, &transformer_config, &vae_config)?;
         let scale_factor = vae_config.scale_factor();
-        if let Some(tiling) = settings.vae.tiling {
-            tiling
-                .check(scale_factor)
-                .map_err(|problem| ConfigError::Inconsistent {
-                    file: configs.vae.file.clone(),
-                    problem: problem.to_string(),
-                })?;
-        }
+        let tiling = settings.vae.tiling;
+        let tiling = tiling.unwrap_or(settings.vae.automatic_tiling);
+        tiling
+            .check(scale_factor)
+            .map_err(|problem| ConfigError::Inconsistent {
+                file: configs.vae.file.clone(),
+                problem: problem.to_string(),
+            })?;
 
         let (device, precision) = (&settings.device, settings.precision);
         let shapes = [
@@ -136,6 +138,13 @@ impl<B: FusedOps> QwenImage<B> {
             vocab_size: text_config.vocab_size,
             scale_factor,
             latent_channels: vae_config.z_dim,
+            memory_model: MemoryModel::of_networks(
+                text_config.clone(),
+                transformer_config.clone(),
+                vae_config.clone(),
+                settings.vae,
+                precision,
+            ),
             cost_model: CostModel::of_networks(
                 text_config,
                 transformer_config,

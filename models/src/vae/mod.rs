@@ -16,6 +16,7 @@ use kiln_ops::FusedOps;
 pub use config::VaeConfig;
 pub use tiling::Tiling;
 
+use crate::job::Decoding;
 use crate::layers::Conv2d;
 use crate::source::TensorSource;
 use crate::weights::{LoadError, Precision, Weights};
@@ -32,6 +33,29 @@ pub struct VaeSettings {
     pub use_slicing: bool,
     /// Decodes images that are larger than one tile in overlapping tiles.
     pub tiling: Option<Tiling>,
+    /// The tiles of a job with [`Decoding::Tiled`] where [`VaeSettings::tiling`] names none.
+    pub automatic_tiling: Tiling,
+}
+
+impl VaeSettings {
+    /// The settings for the images of a job.
+    #[must_use]
+    pub fn of(self, decoding: Decoding) -> Self {
+        let tiling = self.tiling.unwrap_or(self.automatic_tiling);
+        Self {
+            use_slicing: self.use_slicing || decoding != Decoding::AsSet,
+            tiling: self
+                .tiling
+                .or((decoding == Decoding::Tiled).then_some(tiling)),
+            ..self
+        }
+    }
+
+    /// The tiles of an image of this height and width in latents; `None` if it is decoded whole.
+    pub(crate) fn tiling_of(&self, latents: [usize; 2], scale: usize) -> Option<Tiling> {
+        let longest = latents[0].max(latents[1]);
+        self.tiling.filter(|tiling| longest > tiling.size / scale)
+    }
 }
 
 /// The VAE's decoder: turns latents into images.
@@ -119,12 +143,12 @@ impl<B: FusedOps> VaeDecoder<B> {
 
     fn decode_batch(&self, latents: Tensor<B, 4>, settings: VaeSettings) -> Tensor<B, 4> {
         let [_, _, height, width] = latents.dims();
-        match settings.tiling {
-            Some(tiling) if height.max(width) > tiling.size / self.scale_factor => {
+        match settings.tiling_of([height, width], self.scale_factor) {
+            Some(tiling) => {
                 let tiles = tiling.in_latents(self.scale_factor);
                 tiles.decode(latents, |tile| self.decode_whole(tile))
             }
-            _ => self.decode_whole(latents),
+            None => self.decode_whole(latents),
         }
     }
 

@@ -14,6 +14,16 @@ pub struct Tiling {
     pub stride: usize,
 }
 
+/// The tiles of diffusers: 256 pixels every 192.
+impl Default for Tiling {
+    fn default() -> Self {
+        Self {
+            size: 256,
+            stride: 192,
+        }
+    }
+}
+
 /// Why a tile geometry cannot be used.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error(

@@ -4,7 +4,7 @@
 use std::fs;
 
 use kiln_models::families::CheckpointParts;
-use kiln_models::job::{Guidance, Job, Noise, Sampling, Size};
+use kiln_models::job::{Decoding, Guidance, Job, Noise, Sampling, Size};
 use kiln_models::loading::{LoadOptions, ModelDType};
 use kiln_models::noise::NoiseGenerator;
 use kiln_models::pipeline::Pipeline;
@@ -98,6 +98,7 @@ fn job(case: &Value, reference: &Stages) -> Job {
             generator: NoiseGenerator::Cpu,
         },
         num_images: size[0],
+        decoding: Decoding::default(),
         record: true,
     }
 }

@@ -78,6 +78,7 @@ pub(crate) fn open(parts: &CheckpointParts) -> Box<dyn Pipeline> {
         backend: "test",
         device_index: 0,
         device_name: "fake".to_owned(),
+        device_memory: None,
         precision: F32,
         vae: VaeSettings::default(),
     };

@@ -200,10 +200,9 @@ fn tiled_decode<B: FusedOps>(checkpoints: &[&str], cases: &[&str], device: &B::D
             &cases[range],
             |checkpoint, stages| {
                 let latents = stages.tensor::<B, 4>("vae_in", device);
-                let tiling = Some(Tiling { size, stride });
                 let settings = VaeSettings {
-                    use_slicing: false,
-                    tiling,
+                    tiling: Some(Tiling { size, stride }),
+                    ..VaeSettings::default()
                 };
                 let decoded = vae::<B>(checkpoint, device).decode(latents, settings);
                 let image = (decoded * 0.5 + 0.5).clamp(0.0, 1.0).permute([0, 2, 3, 1]);
@@ -221,7 +220,7 @@ fn sliced_decode<B: FusedOps>(checkpoints: &[&str], cases: &[&str], device: &B::
         let decode = |use_slicing| {
             let settings = VaeSettings {
                 use_slicing,
-                tiling: None,
+                ..VaeSettings::default()
             };
             vae.decode(latents.clone(), settings).into_data()
         };

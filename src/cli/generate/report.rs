@@ -33,6 +33,8 @@ pub(super) struct Report<'a> {
     #[serde(flatten)]
     sampling: Sampling,
     rng: &'static str,
+    /// Whether the images were decoded in tiles.
+    vae_use_tiling: bool,
     images: Vec<Image>,
     dump: Option<String>,
     seconds: Seconds,
@@ -77,7 +79,7 @@ impl<'a> Report<'a> {
         model: &'a str,
         info: &ModelInfo,
         request: &'a GenerationRequest,
-        images: Vec<Image>,
+        (images, vae_use_tiling): (Vec<Image>, bool),
         dump: Option<&'a Path>,
         seconds: Seconds,
     ) -> Self {
@@ -93,6 +95,7 @@ impl<'a> Report<'a> {
             guidance: request.guidance().is_some(),
             sampling: request.sampling,
             rng: request.noise.generator.name(),
+            vae_use_tiling,
             images,
             dump: dump.map(|path| path.display().to_string()),
             seconds,

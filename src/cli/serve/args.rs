@@ -250,6 +250,13 @@ pub(super) struct LimitArgs {
     #[arg(long, value_name = "BYTES", default_value_t = DEFAULT_MAX_BODY_BYTES)]
     max_body_bytes: usize,
 
+    /// Bytes that all requests in progress may take together [default: what is free]
+    ///
+    /// The model itself does not count. A request that fits only in tiles is decoded in tiles; one
+    /// that does not fit at all is refused with status 400.
+    #[arg(long, value_name = "BYTES")]
+    pub(super) max_memory: Option<u64>,
+
     /// Seconds that a request may take, including the time in the queue [default: unlimited]
     ///
     /// A request that takes longer ends with status 408 after its current step.

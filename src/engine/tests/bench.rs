@@ -250,6 +250,7 @@ pub(super) fn settings(max_queue: usize, max_started: usize) -> EngineSettings {
     EngineSettings {
         max_queue,
         max_started,
+        max_memory: None,
         warm_up: None,
     }
 }

@@ -5,11 +5,14 @@ use std::num::NonZeroUsize;
 use std::time::{Duration, Instant};
 
 use kiln_models::flops::CostModel;
-use kiln_models::job::{Job, JobId, Output, RgbImage};
-use kiln_models::pipeline::PipelineError;
+use kiln_models::job::{Decoding, Job, JobId, Output, RgbImage, Size};
+use kiln_models::memory::{MemoryModel, MemoryPlan};
+use kiln_models::pipeline::{MemoryRoom, Pipeline, PipelineError};
+use kiln_models::testing::{FakePipeline, model_info};
 
 use super::bench::{cost, flops, job, ms, settings, whole_cost};
 use crate::engine::cost::{Stage, shares};
+use crate::engine::memory::Memory;
 use crate::engine::plan::{Booked, Holdings, Outcome, Plan};
 use crate::engine::scheduler::{Events, Scheduler};
 use crate::engine::{EngineSettings, Event, JobError, State, SubmitError, SubmitOptions, Timings};
@@ -25,18 +28,27 @@ struct Driver {
     started: HashMap<JobId, (Job, usize)>,
     /// All events so far.
     events: Events,
+    /// What a measurement of the memory finds.
+    room: Option<MemoryRoom>,
 }
 
 impl Driver {
     fn new(settings: EngineSettings) -> Self {
         let start = Instant::now();
-        let model = CostModel::new(flops);
+        let pipeline = FakePipeline::new(model_info());
+        Self::with_pipeline(settings, &pipeline, start)
+    }
+
+    fn with_pipeline(settings: EngineSettings, pipeline: &FakePipeline, start: Instant) -> Self {
+        let memory = Memory::of(pipeline, settings.max_memory);
+        let models = (CostModel::new(flops), memory);
         Self {
-            scheduler: Scheduler::new(settings, model, Holdings::default(), start),
+            scheduler: Scheduler::new(settings, models, Holdings::default(), start),
             start,
             now: start,
             started: HashMap::new(),
             events: Events::new(),
+            room: pipeline.memory_room(),
         }
     }
 
@@ -115,11 +127,25 @@ impl Driver {
                 let output = Output {
                     not_finite: None,
                     images: vec![image()],
+                    tiled: false,
                     trace: Vec::new(),
                 };
                 let took = cost(&job, Stage::Decode);
                 self.book(Outcome::Finished(id, Ok(output)), took);
                 format!("finish {id}")
+            }
+            Plan::Measure { drop_caches } => {
+                let outcome = Outcome::Measured {
+                    room: self.room,
+                    dropped_caches: drop_caches,
+                };
+                self.book(outcome, Duration::ZERO);
+                format!("measure {drop_caches}")
+            }
+            Plan::Decode(id, decoding) => {
+                self.started.get_mut(&id).unwrap().0.decoding = decoding;
+                self.book(Outcome::DecodingChanged, Duration::ZERO);
+                format!("decode {id} {decoding:?}")
             }
             Plan::Discard(id) => {
                 self.started.remove(&id).unwrap();
@@ -497,4 +523,249 @@ fn shares_are_in_proportion_and_add_up() {
     for (part, expected) in parts.iter().zip([100_000, 200_000, 700_000]) {
         assert!(part.abs_diff(Duration::from_nanos(expected)) < Duration::from_nanos(10));
     }
+}
+
+const MIB: u64 = 1 << 20;
+
+/// A pixel takes 1 MiB from start to end, and 4 more to be decoded; 1 in tiles.
+fn memory_plan(job: &Job) -> MemoryPlan {
+    let pixels = job.size.pixels() as u64 * MIB;
+    let images = job.num_images as u64;
+    MemoryPlan {
+        held: pixels * images,
+        decode: match job.decoding {
+            Decoding::AsSet => 4 * pixels * images,
+            Decoding::Sliced => 4 * pixels,
+            Decoding::Tiled => pixels,
+        },
+        ..MemoryPlan::default()
+    }
+}
+
+/// A device with this memory besides the margin.
+fn room(mebibytes: u64) -> MemoryRoom {
+    let bytes = (mebibytes + 32) * MIB;
+    MemoryRoom {
+        free: bytes,
+        total: bytes,
+    }
+}
+
+fn with_memory(mebibytes: u64) -> Driver {
+    let pipeline = FakePipeline::new(model_info())
+        .with_memory(MemoryModel::new(memory_plan), move || room(mebibytes));
+    Driver::with_pipeline(settings(8, 8), &pipeline, Instant::now())
+}
+
+/// The plans without the measurements.
+fn calls(driver: &mut Driver) -> Vec<String> {
+    let plans = driver.run();
+    let is_call = |plan: &String| !plan.starts_with("measure");
+    plans.into_iter().filter(is_call).collect()
+}
+
+#[test]
+fn a_job_is_decoded_whole_if_that_fits_and_else_one_at_a_time_or_in_tiles() {
+    let three = Job {
+        num_images: 3,
+        ..job(1, 16, 1)
+    };
+    let px = 16 * 16;
+    for (mebibytes, decoding) in [
+        (15 * px, Decoding::AsSet),
+        (15 * px - 1, Decoding::Sliced),
+        (7 * px, Decoding::Sliced),
+        (7 * px - 1, Decoding::Tiled),
+        (4 * px, Decoding::Tiled),
+    ] {
+        let mut driver = with_memory(mebibytes);
+        let id = driver.submit(three.clone());
+        while driver.started.is_empty() {
+            driver.cycle();
+        }
+        assert_eq!(driver.started[&id].0.decoding, decoding, "{mebibytes} MiB");
+        driver.run();
+        assert!(matches!(driver.end(id), Some(Ok(_))));
+    }
+}
+
+#[test]
+fn a_job_that_can_never_fit_is_refused_with_the_largest_size_that_does() {
+    let mut driver = with_memory(2 * 64 * 32);
+    let wide = Job {
+        size: Size {
+            width: 128,
+            height: 64,
+        },
+        ..job(1, 64, 1)
+    };
+    let options = SubmitOptions::default();
+    let error = driver.scheduler.submit(wide, &options, driver.now);
+    let Err(SubmitError::TooLarge(error)) = error else {
+        panic!("{error:?}");
+    };
+    // In tiles a pixel takes 2 MiB.
+    let largest = Size {
+        width: 64,
+        height: 32,
+    };
+    assert_eq!(error.largest, Some(largest));
+    assert_eq!(
+        error.to_string(),
+        "128x64 needs 16384 MiB of memory, and there are 4096 MiB: the largest size of this shape \
+         that fits is 64x32"
+    );
+    assert_eq!(driver.scheduler.stats().outcomes.rejected, 1);
+    let fitting = driver.submit(Job {
+        size: largest,
+        ..job(1, 64, 1)
+    });
+    driver.run();
+    assert!(matches!(driver.end(fitting), Some(Ok(_))));
+}
+
+#[test]
+fn a_job_that_does_not_fit_now_waits_and_is_not_starved_by_small_ones() {
+    let mut driver = with_memory(700);
+    let large = driver.submit(job(1, 10, 4));
+    while driver.started.is_empty() {
+        driver.cycle();
+    }
+    // What is free shrinks by what the started job holds.
+    driver.room = Some(room(600));
+    // It takes 5 * 121 MiB, so it does not fit beside the first job.
+    let waiting = driver.submit(job(2, 11, 4));
+    let small = driver.submit(job(3, 4, 1));
+    let mut plans = Vec::new();
+    while driver.end(large).is_none() {
+        plans.push(driver.cycle());
+        assert!(!driver.started.contains_key(&waiting));
+    }
+    assert!(plans.contains(&format!("finish {small}")), "{plans:?}");
+    driver.room = Some(room(700));
+    let more = driver.submit(job(4, 4, 1));
+    driver.run();
+    for id in [waiting, more] {
+        assert!(matches!(driver.end(id), Some(Ok(_))), "{id}");
+    }
+}
+
+#[test]
+fn memory_that_other_programs_hold_makes_tiles_or_ends_one_job() {
+    let mut driver = with_memory(1000);
+    let id = driver.submit(job(1, 10, 1));
+    driver.room = Some(room(499));
+    let plans = driver.run();
+    let expected = [
+        "measure false",
+        "measure true",
+        "start 0",
+        "step [0]",
+        "measure false",
+        "finish 0",
+        "sleep",
+    ];
+    assert_eq!(plans, expected);
+    assert!(matches!(driver.end(id), Some(Ok(_))));
+
+    driver.room = Some(room(199));
+    let id = driver.submit(job(2, 10, 1));
+    assert_eq!(calls(&mut driver), ["sleep"]);
+    let Some(Err(error)) = driver.end(id) else {
+        panic!("the job was not ended");
+    };
+    assert_eq!(
+        error.to_string(),
+        "the image needs 200 MiB of memory, and 199 MiB are free: other programs hold the rest"
+    );
+    driver.room = Some(room(1000));
+    let id = driver.submit(job(3, 10, 1));
+    driver.run();
+    assert!(matches!(driver.end(id), Some(Ok(_))));
+}
+
+#[test]
+fn memory_that_is_gone_before_the_images_are_decoded_makes_tiles() {
+    let mut driver = with_memory(1000);
+    let id = driver.submit(job(1, 10, 1));
+    while !driver.cycle().starts_with("step") {}
+    driver.room = Some(room(100));
+    let expected = [
+        "measure false",
+        "measure true",
+        "decode 0 Tiled",
+        "measure false",
+        "finish 0",
+        "sleep",
+    ];
+    assert_eq!(driver.run(), expected);
+    assert!(matches!(driver.end(id), Some(Ok(_))));
+
+    let id = driver.submit(job(2, 5, 1));
+    while !driver.cycle().starts_with("step") {}
+    driver.room = Some(room(10));
+    assert_eq!(calls(&mut driver), ["discard 1", "sleep"]);
+    let error = driver.end(id).unwrap().unwrap_err();
+    assert!(matches!(error, JobError::NoMemory { .. }), "{error}");
+}
+
+#[test]
+fn all_started_jobs_share_the_limit_that_the_user_sets() {
+    let pipeline = FakePipeline::new(model_info())
+        .with_memory(MemoryModel::new(memory_plan), || room(1_000_000));
+    let limited = EngineSettings {
+        max_memory: Some(520 * MIB),
+        ..settings(8, 8)
+    };
+    let mut driver = Driver::with_pipeline(limited, &pipeline, Instant::now());
+    driver.submit(job(1, 10, 4));
+    while driver.started.is_empty() {
+        driver.cycle();
+    }
+    let stats = driver.scheduler.stats();
+    assert_eq!(stats.planned_memory, 500 * MIB);
+    assert_eq!(stats.free_memory, Some(room(1_000_000).free));
+    // It takes 25 MiB and 400 for the decoding of either, beside the 100 of the first.
+    let second = driver.submit(job(2, 5, 1));
+    let plans = calls(&mut driver);
+    let finished = plans.iter().position(|plan| plan == "finish 0").unwrap();
+    let started = plans
+        .iter()
+        .position(|plan| *plan == format!("start {second}"));
+    assert!(finished < started.unwrap(), "{plans:?}");
+}
+
+#[test]
+fn a_job_that_must_wait_for_memory_is_told_so() {
+    for (mebibytes, position) in [(700, 1), (800, 0)] {
+        let mut driver = with_memory(mebibytes);
+        driver.submit(job(1, 10, 4));
+        while driver.started.is_empty() {
+            driver.cycle();
+        }
+        // By its work it would overtake. Beside the first job it takes 705 MiB.
+        let small = job(2, 11, 1);
+        assert_eq!(driver.scheduler.forecast(&small).position, position);
+        let id = driver.submit(small);
+        let first = driver.of(id).next();
+        let told = matches!(first, Some(Event::Queued { position: it, .. }) if *it == position);
+        assert!(told, "{first:?}");
+    }
+}
+
+#[test]
+fn a_warm_up_that_does_not_fit_is_made_smaller() {
+    let pipeline = FakePipeline::new(model_info())
+        .with_memory(MemoryModel::new(memory_plan), || room(2 * 32 * 32));
+    let with_warm_up = EngineSettings {
+        warm_up: Some(job(0, 64, 1)),
+        ..settings(8, 8)
+    };
+    let mut driver = Driver::with_pipeline(with_warm_up, &pipeline, Instant::now());
+    while driver.started.is_empty() {
+        driver.cycle();
+    }
+    assert_eq!(driver.started[&0].0.size, Size::square(32));
+    driver.run();
+    assert!(matches!(driver.scheduler.state(), State::Ready));
 }

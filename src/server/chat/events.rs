@@ -74,7 +74,7 @@ impl ChatEvents {
 
         let mut last = ChatCompletionChunk::new(info);
         last.choices[0].finish_reason = Some("stop");
-        last.facts = Some(ImageFacts::new(info, encoded.timings));
+        last.facts = Some(ImageFacts::new(encoded));
         events.push(event(&last)?);
         if self.with_usage {
             let mut usage = ChatCompletionChunk::new(info);

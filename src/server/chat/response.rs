@@ -44,7 +44,7 @@ impl<'a> ChatCompletion<'a> {
                 finish_reason: "stop",
             }],
             usage: ChatUsage::new(info),
-            facts: ImageFacts::new(info, encoded.timings),
+            facts: ImageFacts::new(encoded),
         }
     }
 }

@@ -59,7 +59,7 @@ impl EventFormat for ImagesEvents {
                         background: "opaque",
                         output_format: info.encoding.format.name(),
                         usage: ImagesUsage::new(info),
-                        facts: ImageFacts::new(info, encoded.timings),
+                        facts: ImageFacts::new(&encoded),
                     };
                     Ok(event(&image_event)?.event(image_event.r#type))
                 })

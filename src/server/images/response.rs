@@ -51,7 +51,7 @@ impl ImagesResponse {
             output_format: info.encoding.format.name(),
             usage: ImagesUsage::new(info),
             model: info.model.clone(),
-            facts: ImageFacts::new(info, encoded.timings),
+            facts: ImageFacts::new(encoded),
         }
     }
 }

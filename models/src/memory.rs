@@ -1,0 +1,417 @@
+//! Plans the memory of a job from the configurations, as [`crate::flops`] counts its operations.
+//!
+//! A plan follows the layers in the order in which they run, and adds up the tensors that exist at
+//! the same time where there are most of them. Two facts decide a job's peak: the decoder's widest
+//! layer, and the transformer's tokens. Convolutions are planned as flex computes them, with a copy
+//! of their input. Weights are not part of a plan, because they are loaded before any job.
+//!
+//! The sums are exact for what is allocated. Allocators keep a part of what has been freed: glibc's
+//! was measured to keep up to a quarter of a job's peak, and about 64 MiB of a large one.
+
+use std::fmt;
+use std::sync::Arc;
+
+use crate::families::qwen_image::{PATCH, TEMPLATE};
+use crate::job::Job;
+use crate::text_encoder::TextEncoderConfig;
+use crate::transformer::TransformerConfig;
+use crate::vae::{Tiling, VaeConfig, VaeSettings};
+use crate::weights::Precision;
+
+/// Bytes of a value that is f32 whatever the model's type.
+const F32: u64 = 4;
+
+/// Largest number of bytes that an allocator keeps of memory that has been freed.
+const MAX_KEPT: u64 = 64 << 20;
+
+/// Values by which one image's padded planes exceed its pixels in a convolution on flex.
+const PLANE_PADDING: u64 = 32;
+
+/// Memory of a job in bytes, by stage. The stages are additional to [`MemoryPlan::held`], and never
+/// run at the same time.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct MemoryPlan {
+    /// From the job's start to its end: embeddings, modulation table, latents, recorded stages.
+    pub held: u64,
+    /// Encoding the prompts, generating the noise and making the modulation table.
+    pub start: u64,
+    /// One step, or one preview.
+    pub step: u64,
+    /// Decoding all images of the job.
+    pub decode: u64,
+}
+
+impl MemoryPlan {
+    /// The largest stage.
+    pub fn stage(&self) -> u64 {
+        self.start.max(self.step).max(self.decode)
+    }
+
+    /// The job's peak.
+    pub fn peak(&self) -> u64 {
+        self.held.saturating_add(self.stage())
+    }
+}
+
+/// Plans the memory of jobs. Clones are cheap.
+#[derive(Clone)]
+pub struct MemoryModel(Arc<dyn Fn(&Job) -> MemoryPlan + Send + Sync>);
+
+impl MemoryModel {
+    pub fn new(plan: impl Fn(&Job) -> MemoryPlan + Send + Sync + 'static) -> Self {
+        Self(Arc::new(plan))
+    }
+
+    /// The memory of three networks whose images are decoded with these settings.
+    pub(crate) fn of_networks(
+        text_encoder: TextEncoderConfig,
+        transformer: TransformerConfig,
+        vae: VaeConfig,
+        settings: VaeSettings,
+        precision: Precision,
+    ) -> Self {
+        let networks = Networks {
+            text_encoder,
+            transformer,
+            vae,
+            settings,
+            element: precision.activations.size() as u64,
+            weight: precision.model.size() as u64,
+        };
+        Self::new(move |job| networks.plan(job))
+    }
+
+    /// The plan of a job that is decoded as [`Job::decoding`] says.
+    pub fn plan(&self, job: &Job) -> MemoryPlan {
+        (self.0)(job)
+    }
+}
+
+impl fmt::Debug for MemoryModel {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.write_str("MemoryModel")
+    }
+}
+
+struct Networks {
+    text_encoder: TextEncoderConfig,
+    transformer: TransformerConfig,
+    vae: VaeConfig,
+    settings: VaeSettings,
+    /// Bytes of an activation.
+    element: u64,
+    /// Bytes of a weight.
+    weight: u64,
+}
+
+impl Networks {
+    fn plan(&self, job: &Job) -> MemoryPlan {
+        let scale = self.vae.scale_factor();
+        let latents = [job.size.height / scale, job.size.width / scale];
+        let images = job.num_images as u64;
+        let (dim, text_dim) = (
+            self.transformer.dim() as u64,
+            self.transformer.joint_attention_dim as u64,
+        );
+        let prompts: Vec<u64> = job.branches().map(|it| it.tokens.len() as u64).collect();
+        let kept = |tokens: &u64| {
+            let kept = tokens.saturating_sub(TEMPLATE.dropped_tokens as u64);
+            kept.min(TEMPLATE.max_prompt_tokens as u64)
+        };
+        let text_tokens = images * prompts.iter().map(kept).sum::<u64>();
+        let image_tokens = images * area(latents) / (PATCH * PATCH) as u64;
+        // Latents of the job, in f32.
+        let noise = F32 * image_tokens * self.transformer.in_channels as u64;
+
+        let layers = self.transformer.num_layers as u64;
+        let table = F32 * job.sampling.steps as u64 * dim * (12 * layers + 3);
+        // The cache has the embeddings of one image, the job those of all.
+        let embeddings = self.element * text_dim * (text_tokens + text_tokens / images.max(1));
+        let pixels = images * job.size.pixels() as u64;
+        let trace = if job.record {
+            // The noise, the latents of every step, the embeddings, and the image in f32.
+            noise * (job.sampling.steps as u64 + 1)
+                + F32 * text_dim * text_tokens
+                + 3 * F32 * pixels
+        } else {
+            0
+        };
+        let encode = prompts.iter().map(|&tokens| self.encode(tokens)).max();
+        let modulation = 6 * dim * dim * self.weight;
+        let branches = prompts.len() as u64;
+        let step = self.step(branches * image_tokens, text_tokens) + (3 * branches + 2) * noise;
+        MemoryPlan {
+            // The latents, and the velocity of the last step.
+            held: table + embeddings + trace + 2 * noise,
+            start: with_kept(encode.unwrap_or(0).max(modulation).max(4 * noise)),
+            step: with_kept(step),
+            decode: with_kept(self.decode_images(latents, images, self.settings.of(job.decoding))),
+        }
+    }
+
+    /// The text encoder on a prompt of this many tokens: its MLP or its attention.
+    fn encode(&self, tokens: u64) -> u64 {
+        let config = &self.text_encoder;
+        let (hidden, wide) = (config.hidden_size as u64, config.intermediate_size as u64);
+        let kv = (config.num_key_value_heads * config.head_dim) as u64;
+        let mlp = 2 * hidden + wide * (2 + u64::from(self.rounds()));
+        // Queries, keys and values before and after their rotation, packed keys and values, output.
+        let attention = 5 * hidden + 6 * kv;
+        self.element * tokens * mlp.max(attention)
+    }
+
+    /// The transformer on this many tokens of all segments together: its attention or the MLP of the
+    /// image stream.
+    fn step(&self, image_tokens: u64, text_tokens: u64) -> u64 {
+        let dim = self.transformer.dim() as u64;
+        let (image, joint) = (image_tokens * dim, (image_tokens + text_tokens) * dim);
+        // Residual, queries, keys and values, packed keys and values, output.
+        let attention = 7 * joint;
+        // Residual, hidden values four times as wide, output.
+        let mlp = joint + image * (5 + 4 * u64::from(self.rounds()));
+        let rope = F32 * (image_tokens + text_tokens) * self.transformer.attention_head_dim as u64;
+        self.element * attention.max(mlp) + rope
+    }
+
+    /// Whether a linear layer rounds a copy of its input to the type of its weights.
+    fn rounds(&self) -> bool {
+        self.weight < self.element
+    }
+
+    fn decode_images(&self, latents: [usize; 2], images: u64, settings: VaeSettings) -> u64 {
+        let scale = self.vae.scale_factor();
+        let together = if settings.use_slicing { 1 } else { images };
+        // An image's values in f32.
+        let image = 3 * F32 * area(latents.map(|side| side * scale));
+        let batch = match settings.tiling_of(latents, scale) {
+            Some(tiling) => self.decode_tiles(latents, tiling, together),
+            None => self.decode(latents, together),
+        };
+        // The slices that are ready, or the whole batch once more while it is converted and read.
+        (batch + (images - together) * image).max(2 * images * image)
+    }
+
+    /// Decoding in tiles: one tile's decoding, beside the tiles that are ready.
+    fn decode_tiles(&self, latents: [usize; 2], tiling: Tiling, images: u64) -> u64 {
+        let scale = self.vae.scale_factor();
+        let tile = latents.map(|side| side.min(tiling.size / scale));
+        let values = images * 3 * F32;
+        let image = values * area(latents.map(|side| side * scale));
+        let columns = latents[1].div_ceil((tiling.stride / scale).max(1));
+        let row = values * area(tile.map(|side| side * scale)) * columns as u64;
+        // Whole tiles are kept of the row that is being decoded and of the row above it.
+        let kept = 2 * row;
+        (self.decode(tile, images) + image + kept).max(2 * image + kept)
+    }
+
+    /// The decoder network on a batch of this height and width in latents.
+    fn decode(&self, [height, width]: [usize; 2], images: u64) -> u64 {
+        let mut widths: Vec<u64> = self.vae.widths().iter().map(|&it| it as u64).collect();
+        widths.reverse();
+        let (lowest, z) = (widths[0], self.vae.z_dim as u64);
+        let mut peak = Peak::default();
+        let mut level = Level { height, width };
+        peak.see(level.convolution(z, lowest));
+        // Input, queries, keys and values together and apart, packed keys and values, output.
+        peak.see(10 * lowest * level.pixels());
+        let mut channels = lowest;
+        for (index, &width) in widths.iter().enumerate() {
+            level.residual(channels, width, &mut peak);
+            level.residual(width, width, &mut peak);
+            channels = width;
+            if index + 1 < widths.len() {
+                let before = width * level.pixels();
+                level = level.doubled();
+                peak.see(before + width * level.pixels());
+                peak.see(level.convolution(width, width / 2));
+                channels = width / 2;
+            }
+        }
+        peak.see(level.convolution(channels, 3));
+        let widest = widths.iter().max().copied().unwrap_or(0);
+        // The transformed weights of one convolution.
+        self.element * images * peak.0 + F32 * 16 * widest * widest
+    }
+}
+
+/// The largest number of values that exist at once.
+#[derive(Default)]
+struct Peak(u64);
+
+impl Peak {
+    fn see(&mut self, values: u64) {
+        self.0 = self.0.max(values);
+    }
+}
+
+/// Height and width of the decoder's values at one resolution.
+#[derive(Clone, Copy)]
+struct Level {
+    height: usize,
+    width: usize,
+}
+
+impl Level {
+    fn doubled(self) -> Self {
+        Self {
+            height: 2 * self.height,
+            width: 2 * self.width,
+        }
+    }
+
+    fn pixels(self) -> u64 {
+        area([self.height, self.width])
+    }
+
+    /// Input, its copy and output of a convolution of 3x3 pixels.
+    fn convolution(self, from: u64, to: u64) -> u64 {
+        (from + to) * self.pixels() + self.copy(from)
+    }
+
+    /// The copy of a convolution's input: four planes by the parity of rows and columns, padded.
+    fn copy(self, channels: u64) -> u64 {
+        let plane = area([self.height.div_ceil(2) + 1, self.width.div_ceil(2) + 1]);
+        4 * channels * (plane + PLANE_PADDING)
+    }
+
+    /// A residual block: its convolutions beside the shortcut.
+    fn residual(self, from: u64, to: u64, peak: &mut Peak) {
+        let pixels = self.pixels();
+        let shortcut = to * pixels;
+        if from != to {
+            // The input, its copy and the shortcut; then the input's norm.
+            peak.see(2 * from * (pixels + PLANE_PADDING) + shortcut);
+        }
+        peak.see(shortcut + self.convolution(from, to));
+        peak.see(shortcut + self.convolution(to, to));
+    }
+}
+
+/// Adds what the allocator keeps of memory that has been freed.
+fn with_kept(bytes: u64) -> u64 {
+    bytes + (bytes / 5).min(MAX_KEPT)
+}
+
+fn area([height, width]: [usize; 2]) -> u64 {
+    height as u64 * width as u64
+}
+
+#[cfg(test)]
+mod tests {
+    use burn::tensor::DType;
+
+    use super::*;
+    use crate::job::{Decoding, Size};
+    use crate::testing;
+
+    /// Small networks whose decoder has two levels.
+    fn networks() -> Networks {
+        Networks {
+            text_encoder: TextEncoderConfig {
+                vocab_size: 10,
+                hidden_size: 8,
+                intermediate_size: 16,
+                num_hidden_layers: 1,
+                num_attention_heads: 2,
+                num_key_value_heads: 1,
+                head_dim: 4,
+                rms_norm_eps: 1e-6,
+                rope_theta: 1e6,
+            },
+            transformer: TransformerConfig {
+                patch_size: 2,
+                in_channels: 8,
+                out_channels: 2,
+                num_layers: 2,
+                attention_head_dim: 4,
+                num_attention_heads: 2,
+                joint_attention_dim: 8,
+                axes_dims_rope: [2, 1, 1],
+                sample_size: 8,
+            },
+            vae: VaeConfig {
+                base_dim: 4,
+                z_dim: 2,
+                dim_mult: vec![1, 2],
+                num_res_blocks: 1,
+                latents_mean: vec![0.0; 2],
+                latents_std: vec![1.0; 2],
+            },
+            settings: VaeSettings {
+                automatic_tiling: Tiling {
+                    size: 64,
+                    stride: 48,
+                },
+                ..VaeSettings::default()
+            },
+            element: DType::F32.size() as u64,
+            weight: DType::F32.size() as u64,
+        }
+    }
+
+    /// Counted by hand: the convolution after upsampling, of 8 channels to 4, has the most values.
+    #[test]
+    fn the_widest_layer_of_the_decoder_is_its_peak() {
+        let (height, width) = (32, 48);
+        let copy = 8 * 4 * ((height / 2 + 1) * (width / 2 + 1) + 32);
+        let values = (8 + 4) * height * width + copy;
+        let weights = 16 * 8 * 8;
+        assert_eq!(networks().decode([16, 24], 1), 4 * (values + weights));
+        assert_eq!(networks().decode([16, 24], 3), 4 * (3 * values + weights));
+    }
+
+    #[test]
+    fn slices_take_less_than_a_batch_and_tiles_less_than_slices() {
+        let plan = |decoding| {
+            networks().plan(&Job {
+                conditioning: vec![0; 40].into(),
+                num_images: 4,
+                decoding,
+                ..testing::job(256, 2)
+            })
+        };
+        let plans = Decoding::ALL.map(plan);
+        let falls = plans.is_sorted_by(|more, less| more.decode > less.decode);
+        assert!(falls, "{plans:?}");
+        assert!(plans.iter().all(|plan| plan.step == plans[0].step));
+    }
+
+    #[test]
+    fn a_job_holds_the_table_of_its_steps_and_what_it_records() {
+        let plan = |steps, record| {
+            networks().plan(&Job {
+                conditioning: vec![0; 40].into(),
+                record,
+                ..testing::job(64, steps)
+            })
+        };
+        // 12 rows for each layer, 2 for the output norm, the time embedding.
+        let row = F32 * 8 * (12 * 2 + 3);
+        assert_eq!(plan(9, false).held - plan(8, false).held, row);
+        let latents = F32 * 2 * 32 * 32;
+        assert_eq!(plan(9, true).held - plan(8, true).held, row + latents);
+    }
+
+    #[test]
+    fn guidance_images_and_pixels_make_a_step_larger() {
+        let step = |images, guidance, width| {
+            let job = Job {
+                conditioning: vec![0; 40].into(),
+                guidance,
+                num_images: images,
+                size: Size { width, height: 64 },
+                ..testing::job(64, 1)
+            };
+            networks().plan(&job).step as f64
+        };
+        let one = step(1, None, 64);
+        let guided = step(1, testing::guidance(vec![0; 40], 2.0), 64);
+        for (larger, times) in [
+            (guided, 2.0),
+            (step(3, None, 64), 3.0),
+            (step(1, None, 128), 2.0),
+        ] {
+            assert!((larger / one - times).abs() < 0.2, "{larger} {one} {times}");
+        }
+    }
+}

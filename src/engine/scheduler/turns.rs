@@ -1,0 +1,121 @@
+//! What the scheduler plans next: the ends that are due, previews, and the turn of a job.
+
+use std::ops::ControlFlow;
+use std::time::Instant;
+
+use super::{End, Scheduler};
+use crate::engine::entry::Entry;
+use crate::engine::memory::Turn;
+use crate::engine::plan::Plan;
+use crate::engine::policy::{next_started, next_turn};
+use crate::engine::{Event, JobError, State};
+
+impl Scheduler {
+    pub(super) fn choose(&mut self, now: Instant) -> Plan {
+        let is_draining = matches!(self.state, State::Draining);
+        if is_draining && self.stop_at.is_some_and(|at| at <= now) {
+            self.stop_now(now);
+        }
+        while let Some((index, end)) = self.first_to_end(now) {
+            let (id, is_started) = (self.entries[index].id, self.entries[index].is_started());
+            self.end(index, end, now);
+            if is_started {
+                return Plan::Discard(id);
+            }
+        }
+        if let Some(entry) = self.entries.iter_mut().find(|entry| entry.is_preview_due) {
+            entry.is_preview_due = false;
+            return Plan::Preview(entry.id);
+        }
+        let next = match self.next(now) {
+            ControlFlow::Continue(next) => next,
+            ControlFlow::Break(plan) => return plan,
+        };
+        let Some(entry) = next.and_then(|index| self.entries.get_mut(index)) else {
+            return match self.state {
+                State::Starting | State::Ready => Plan::Sleep,
+                State::Draining => {
+                    self.state = State::Stopped;
+                    Plan::End
+                }
+                State::Stopped | State::Failed(_) => Plan::End,
+            };
+        };
+        let id = entry.id;
+        if let Some(mut job) = entry.waiting.take() {
+            if let Some((decoding, _)) = entry.plans.first() {
+                job.decoding = *decoding;
+            }
+            entry.timings.queue = now.saturating_duration_since(entry.submitted);
+            self.events.push((id, Event::Started));
+            self.report_positions();
+            return Plan::Start(id, job);
+        }
+        if entry.steps_left > 0 {
+            Plan::Step(vec![id])
+        } else {
+            Plan::Finish(id)
+        }
+    }
+
+    /// The first job that must not go on, and how it ends.
+    fn first_to_end(&self, now: Instant) -> Option<(usize, End)> {
+        // The error that ends every job.
+        let (over, is_starting) = match &self.state {
+            State::Stopped => (Some(&JobError::Stopped), false),
+            State::Failed(error) => (Some(error), false),
+            State::Starting => (None, true),
+            State::Ready | State::Draining => (None, false),
+        };
+        let end = |entry: &Entry| {
+            if entry.is_abandoned {
+                Some(End::Cancelled)
+            } else if let Some(error) = over.filter(|_| entry.is_started()) {
+                Some(End::Failed(error.clone()))
+            } else if over.is_some() || (entry.is_warm_up && !is_starting) {
+                Some(End::Failed(JobError::Stopped))
+            } else if entry.deadline.is_some_and(|at| at <= now) {
+                Some(End::Failed(JobError::DeadlinePassed))
+            } else {
+                None
+            }
+        };
+        let mut entries = self.entries.iter().enumerate();
+        entries.find_map(|(index, entry)| Some((index, end(entry)?)))
+    }
+
+    /// The job that has the next turn, for which there is memory; or what must be done first.
+    fn next(&mut self, now: Instant) -> ControlFlow<Plan, Option<usize>> {
+        let mut next = match self.state {
+            // The warm-up comes before every other job.
+            State::Starting => Some(0),
+            _ => next_turn(&self.candidates(), self.max_started),
+        };
+        while let Some(index) = next.filter(|index| *index < self.entries.len()) {
+            let id = self.entries[index].id;
+            let is_started = self.entries[index].is_started();
+            match self.memory.turn(&self.entries, index) {
+                Turn::Take => break,
+                Turn::Measure { drop_caches } => {
+                    return ControlFlow::Break(Plan::Measure { drop_caches });
+                }
+                Turn::Wait => next = next_started(&self.candidates()),
+                Turn::Decode(decoding) => {
+                    self.entries[index].plans.retain(|(it, _)| *it >= decoding);
+                    if is_started {
+                        return ControlFlow::Break(Plan::Decode(id, decoding));
+                    }
+                }
+                Turn::Refuse(error) => {
+                    self.end(index, End::Failed(error), now);
+                    return ControlFlow::Break(if is_started {
+                        Plan::Discard(id)
+                    } else {
+                        self.choose(now)
+                    });
+                }
+            }
+        }
+        ControlFlow::Continue(next)
+    }
+}

@@ -1,0 +1,199 @@
+//! The memory that jobs take on flex, measured in processes of their own, beside what is planned.
+
+use std::fs;
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+use kiln::backend::LoadSettings;
+use kiln::runtime::{LoadFormat, ModelSettings, Runtime, RuntimeSettings};
+use kiln_models::job::{Decoding, Job, Size};
+use kiln_models::pipeline::Pipeline;
+use kiln_models::testing;
+use serde_json::{Value, json};
+
+/// Names the job that [`child`] measures: `MODEL WIDTHxHEIGHT IMAGES STAGES`. The stages are all, with
+/// images that are decoded `whole` or `tiled`, or the `steps` alone.
+const JOB: &str = "KILN_TEST_MEMORY_JOB";
+
+/// Measured bytes over planned bytes.
+const RATIOS: std::ops::RangeInclusive<f64> = 0.7..=1.1;
+
+/// Runs a job in a process of its own, because an allocator that has freed memory hides what a later
+/// job needs. Returns the planned and the measured bytes.
+fn measure(job: &str) -> (f64, f64) {
+    let output = Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", "memory::child", "--ignored", "--nocapture"])
+        .env(JOB, job)
+        .stderr(Stdio::inherit())
+        .output()
+        .unwrap();
+    let stdout = String::from_utf8(output.stdout).unwrap();
+    let line = stdout.lines().find_map(|line| line.split_once("bytes: "));
+    let (_, bytes) = line.unwrap_or_else(|| panic!("{job}: {stdout}"));
+    let bytes: Vec<f64> = bytes.split(' ').map(|it| it.parse().unwrap()).collect();
+    (bytes[0], bytes[1])
+}
+
+fn status(name: &str) -> u64 {
+    let text = fs::read_to_string("/proc/self/status").unwrap();
+    let line = text.lines().find_map(|line| line.strip_prefix(name));
+    let kib = line.unwrap().trim_matches([':', ' ', '\t', 'k', 'B']);
+    kib.parse::<u64>().unwrap() * 1024
+}
+
+fn run(pipeline: &mut dyn Pipeline, job: Job, only_steps: bool) {
+    pipeline.start(0, job).unwrap();
+    while pipeline.step(&[0]).unwrap()[0].steps_left > 0 {}
+    if only_steps {
+        pipeline.discard(0);
+    } else {
+        pipeline.finish(0).unwrap();
+    }
+}
+
+#[test]
+#[ignore = "a process of `measure`"]
+fn child() {
+    let text = std::env::var(JOB).unwrap();
+    let parts: Vec<&str> = text.split(' ').collect();
+    let (width, height) = parts[1].split_once('x').unwrap();
+    let decoding = match parts[3] {
+        "whole" | "steps" => Decoding::AsSet,
+        "tiled" => Decoding::Tiled,
+        other => panic!("{other}"),
+    };
+    let job = Job {
+        conditioning: (0..60).collect::<Vec<u32>>().into(),
+        guidance: testing::guidance((0..50).collect(), 4.0),
+        size: Size {
+            width: width.parse().unwrap(),
+            height: height.parse().unwrap(),
+        },
+        num_images: parts[2].parse().unwrap(),
+        decoding,
+        ..testing::job(64, 1)
+    };
+    let load_format = if parts[0] == "demo" {
+        LoadFormat::Auto
+    } else {
+        LoadFormat::Dummy
+    };
+    let settings = RuntimeSettings {
+        model: ModelSettings {
+            load_format,
+            ..ModelSettings::new(parts[0])
+        },
+        load: LoadSettings {
+            // Weights in bf16 are planned with a copy of each linear layer's input.
+            dtype: if parts[3] == "steps" { "f32" } else { "auto" }
+                .parse()
+                .unwrap(),
+            ..LoadSettings::default()
+        },
+    };
+    let mut pipeline = Runtime::open(&settings).unwrap().pipeline;
+    // Touches the weights and starts the threads.
+    let first = Job {
+        size: Size::square(64),
+        num_images: 1,
+        ..job.clone()
+    };
+    run(&mut *pipeline, first, false);
+    let only_steps = parts[3] == "steps";
+    let plan = pipeline.memory_model().unwrap().plan(&job);
+    let planned = if only_steps {
+        plan.held + plan.start.max(plan.step)
+    } else {
+        plan.peak()
+    };
+    fs::write("/proc/self/clear_refs", "5").unwrap();
+    let before = status("VmRSS");
+    run(&mut *pipeline, job, only_steps);
+    let measured = status("VmHWM") - before;
+    println!("bytes: {planned} {measured}");
+}
+
+/// A folder with the configurations of the demo model, and of one component with the widths of
+/// Qwen-Image's VAE or a third of the width of its transformer.
+fn wide_model(folder: &Path, component: &str) {
+    let demo = Path::new(env!("CARGO_MANIFEST_DIR")).join("models/demo");
+    for file in [
+        "model_index.json",
+        "scheduler/scheduler_config.json",
+        "text_encoder/config.json",
+        "transformer/config.json",
+        "vae/config.json",
+    ] {
+        let mut config: Value =
+            serde_json::from_slice(&fs::read(demo.join(file)).unwrap()).unwrap();
+        if file.starts_with("vae") && component == "vae" {
+            config["base_dim"] = json!(96);
+            config["num_res_blocks"] = json!(2);
+        }
+        if file.starts_with("transformer") && component == "transformer" {
+            config["num_attention_heads"] = json!(8);
+            config["attention_head_dim"] = json!(128);
+            config["axes_dims_rope"] = json!([16, 56, 56]);
+            config["num_layers"] = json!(2);
+        }
+        let path = folder.join(file);
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        fs::write(path, config.to_string()).unwrap();
+    }
+}
+
+#[test]
+fn the_planned_peak_is_the_measured_one() {
+    let folder = tempfile::tempdir().unwrap();
+    let wide = ["vae", "transformer"].map(|component| {
+        let folder = folder.path().join(component);
+        wide_model(&folder, component);
+        folder.display().to_string()
+    });
+    let mut wrong = Vec::new();
+    for job in [
+        "demo 256x256 1 whole".to_owned(),
+        "demo 512x512 1 whole".to_owned(),
+        "demo 1024x384 1 whole".to_owned(),
+        "demo 384x832 1 whole".to_owned(),
+        "demo 448x320 3 whole".to_owned(),
+        "demo 1024x1024 1 whole".to_owned(),
+        "demo 1024x1024 1 tiled".to_owned(),
+        format!("{} 256x192 1 whole", wide[0]),
+        format!("{} 320x320 1 tiled", wide[0]),
+        format!("{} 768x768 1 steps", wide[1]),
+    ] {
+        let (planned, measured) = measure(&job);
+        let ratio = measured / planned;
+        println!(
+            "{job}: planned {:.1} MB, measured {:.1} MB, ratio {ratio:.2}",
+            planned / 1e6,
+            measured / 1e6
+        );
+        if !RATIOS.contains(&ratio) {
+            wrong.push(format!("{job}: {ratio:.2}"));
+        }
+    }
+    assert!(wrong.is_empty(), "{wrong:?}");
+}
+
+#[test]
+fn generate_refuses_a_size_that_no_memory_holds_as_a_wrong_argument() {
+    let folder = tempfile::tempdir().unwrap();
+    let kiln = env!("CARGO_BIN_EXE_kiln");
+    let script = format!("ulimit -v 600000; exec {kiln} generate x --size 5120x5120 --steps 1");
+    let output = Command::new("sh")
+        .args(["-c", &script])
+        .current_dir(folder.path())
+        .env("RAYON_NUM_THREADS", "2")
+        .output()
+        .unwrap();
+    let stderr = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(2), "{stderr}");
+    let expected = "error: 5120x5120 needs ";
+    assert!(stderr.contains(expected), "{stderr}");
+    assert!(
+        stderr.contains("the largest size of this shape"),
+        "{stderr}"
+    );
+}
