@@ -97,7 +97,7 @@ fn a_plain_prompt_is_generated_with_the_defaults() {
     assert_eq!(pixels, vec![seed as u8; 64 * 64 * 3]);
 }
 
-/// Open WebUI, LiteLLM and clients of OpenRouter read the field `images` of a message.
+/// Open WebUI, `LiteLLM` and clients of `OpenRouter` read the field `images` of a message.
 #[test]
 fn an_answer_has_its_images_in_content_and_in_images() {
     let server = TestServer::start(Pace::Fast, 4);

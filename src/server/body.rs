@@ -62,6 +62,9 @@ pub(super) async fn read_object(
                 ApiError::Body(rejection)
             }
         })?;
+    if bytes.starts_with(b"\xff\xfe") || bytes.starts_with(b"\xfe\xff") {
+        return Err(ApiError::Utf16);
+    }
     let text = bytes.strip_prefix(BYTE_ORDER_MARK).unwrap_or(&bytes);
     match serde_json::from_slice(text).map_err(ApiError::Json)? {
         Value::Object(object) => Ok(object),

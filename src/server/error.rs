@@ -48,6 +48,8 @@ pub(super) enum ApiError {
     SlowBody,
     #[error("the body could not be read")]
     Body(#[source] BytesRejection),
+    #[error("the body begins with the byte order mark of UTF-16: send JSON in UTF-8")]
+    Utf16,
     #[error("the body is not valid JSON: {0}")]
     Json(#[source] serde_json::Error),
     #[error("the body must be a JSON object")]
@@ -97,6 +99,7 @@ impl ApiError {
             // vLLM-Omni also returns 400 for a wrong content type.
             Self::ContentType
             | Self::Body(_)
+            | Self::Utf16
             | Self::Json(_)
             | Self::NotAnObject
             | Self::Invalid(_)

@@ -39,6 +39,8 @@ def chat(client: openai.OpenAI) -> None:
     assert len(parts) == 2
     for part in parts:
         assert png_size(data_url(part["image_url"]["url"])) == (96, 64)
+    images = answer.choices[0].message.model_extra["images"]
+    assert [image["image_url"] for image in images] == [part["image_url"] for part in parts]
     assert answer.usage.prompt_tokens > 3
     assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
     assert answer.model_extra["seed"] == 42
@@ -53,19 +55,21 @@ def chat_stream(client: openai.OpenAI) -> None:
         stream_options={"include_usage": True},
         extra_body={"num_inference_steps": 4, "preview_every": 2},
     )
-    stages, parts, finish, usage = [], [], None, None
+    stages, parts, text, finish, usage = [], [], "", None, None
     for chunk in stream:
         progress = (chunk.model_extra or {}).get("progress")
         if progress:
             stages.append(progress["stage"])
         for choice in chunk.choices:
-            parts += choice.delta.content or []
+            text += choice.delta.content or ""
+            parts += (choice.delta.model_extra or {}).get("images", [])
             finish = choice.finish_reason or finish
         usage = chunk.usage or usage
     assert stages[0] == "queued", stages
     assert stages.count("step") == 4, stages
     assert stages.count("preview") == 1, stages
     assert [png_size(data_url(part["image_url"]["url"])) for part in parts] == [(128, 128)]
+    assert text == ""
     assert finish == "stop"
     assert usage.completion_tokens == 64
 

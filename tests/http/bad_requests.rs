@@ -112,18 +112,7 @@ fn invalid_images_requests() {
         (image(&json!({"negative_prompt": long})), "negative_prompt"),
         (image(&json!({"negative_prompt": {}})), "negative_prompt"),
         (image(&json!({"messages": []})), "messages"),
-        (image(&json!({"extra_body": []})), "extra_body"),
-        (image(&json!({"extra_body": "n=2"})), "extra_body"),
-        (image(&json!({"extra_body": {"m": 2}})), "extra_body.m"),
-        (
-            image(&json!({"extra_body": {"quality": "low"}})),
-            "extra_body.quality",
-        ),
-        (image(&json!({"n": 1, "extra_body": {"n": 2}})), "n"),
         (image(&json!({"image": "AA=="})), "image"),
-        (image(&json!({"layers": 4})), "layers"),
-        (image(&json!({"loras": [{"name": "x"}]})), "loras"),
-        (image(&json!({"lorra": ""})), "lorra"),
         (image(&json!({"model": 5})), "model"),
         (image(&json!({"n": 0})), "n"),
         (image(&json!({"n": 11})), "n"),
@@ -196,6 +185,24 @@ fn invalid_images_requests() {
         (image(&json!({"cfg_scale": -1})), "cfg_scale"),
         (image(&json!({"seed": -2})), "seed"),
         (image(&json!({"seed": "7"})), "seed"),
+    ];
+    assert_all_refused_at("/v1/images/generations", &cases);
+}
+
+#[test]
+fn keys_of_images_requests_that_cannot_be_honoured() {
+    let cases = [
+        (image(&json!({"extra_body": []})), "extra_body"),
+        (image(&json!({"extra_body": "n=2"})), "extra_body"),
+        (image(&json!({"extra_body": {"m": 2}})), "extra_body.m"),
+        (
+            image(&json!({"extra_body": {"quality": "low"}})),
+            "extra_body.quality",
+        ),
+        (image(&json!({"n": 1, "extra_body": {"n": 2}})), "n"),
+        (image(&json!({"layers": 4})), "layers"),
+        (image(&json!({"loras": [{"name": "x"}]})), "loras"),
+        (image(&json!({"lorra": ""})), "lorra"),
         (image(&json!({"guidance_scale": 7.5})), "guidance_scale"),
         (image(&json!({"lora": {"name": "x", "path": "/x"}})), "lora"),
         (image(&json!({"vae_use_tiling": true})), "vae_use_tiling"),
@@ -451,6 +458,12 @@ fn bodies_of_windows_and_of_careful_clients_are_read() {
     assert_eq!(post(images, "", &marked(&image(&json!({})))).status, 200);
     let twice = [b"\xef\xbb\xbf".to_vec(), marked(&image(&json!({})))].concat();
     assert_refused(&post(images, "", &twice), 400, None);
+    for utf16 in [&b"\xff\xfe{\0}\0"[..], b"\xfe\xff\0{\0}"] {
+        let reply = post(images, "", utf16);
+        assert_refused(&reply, 400, None);
+        let message = reply.body["error"]["message"].as_str().unwrap();
+        assert!(message.contains("UTF-16"), "{message}");
+    }
 
     let plain = image(&json!({})).to_string();
     for headers in ["Content-Encoding: identity\r\n", "Content-Encoding:\r\n"] {

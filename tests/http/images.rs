@@ -171,7 +171,7 @@ fn sizes_and_words_are_read_in_the_forms_that_clients_write() {
     }
 }
 
-/// LiteLLM puts a literal `extra_body` into the body, as curl users do.
+/// `LiteLLM` puts a literal `extra_body` into the body, as curl users do.
 #[test]
 fn extra_body_is_read_as_in_chats() {
     let server = TestServer::start(Pace::Fast, 4);

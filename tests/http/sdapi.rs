@@ -197,7 +197,7 @@ fn fields_that_clients_always_send_are_accepted() {
 }
 
 /// The body that the Stable Diffusion tool of Dify makes, and the one that
-/// text-generation-webui's sd_api_pictures makes.
+/// text-generation-webui's `sd_api_pictures` makes.
 #[test]
 fn bodies_of_other_programs_generate_an_image() {
     let server = start(Pace::Fast);
@@ -637,11 +637,15 @@ fn the_document_has_the_routes_and_every_key() {
         INTERRUPT,
         "/sdapi/v1/options",
         "/sdapi/v1/sd-models",
+        "/sdapi/v1/loras",
+        "/sdapi/v1/unload-checkpoint",
     ] {
         assert!(document["paths"][path].is_object(), "{path}");
     }
     let request = &document["components"]["schemas"]["Txt2ImgRequest"];
-    assert_eq!(request["additionalProperties"], false);
+    let others = json!([null, false, 0, "", [], {}]);
+    assert_eq!(request["additionalProperties"]["enum"], others);
+    assert_eq!(request["properties"]["lora"]["enum"], others);
     assert_eq!(request["required"], json!(["prompt"]));
     assert_eq!(request["properties"]["width"]["maximum"], 4096);
     assert_eq!(request["properties"]["steps"]["maximum"], 1000);

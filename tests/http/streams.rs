@@ -87,7 +87,7 @@ fn a_chat_streams_every_step_and_then_the_images() {
 }
 
 /// Chat programs append `content` to a text: Open WebUI writes a list into the answer as text, or
-/// drops the chunk, and LiteLLM fails when it joins the chunks.
+/// drops the chunk, and `LiteLLM` joins the chunks as texts.
 #[test]
 fn the_content_of_every_chunk_is_text() {
     let server = TestServer::start(Pace::Fast, 4);

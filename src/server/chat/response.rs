@@ -63,7 +63,7 @@ struct AnswerMessage<'a> {
     role: &'static str,
     /// One part for each image, as vLLM-Omni has it.
     content: &'a [ImagePart],
-    /// The same images, as OpenRouter has them.
+    /// The same images, as `OpenRouter` has them.
     images: Vec<AnswerImage<'a>>,
     #[schema(value_type = Option<String>)]
     refusal: Option<()>,
