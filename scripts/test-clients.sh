@@ -22,7 +22,7 @@ echo "clients are installed (after $SECONDS s)"
 KILN_API_KEY=other-key,test-key start_server --enable-sdapi
 "$KILN" health --port "${server##*:}"
 bash "$clients/test_curl.sh" "$server" test-key
-python "$clients/test_openai.py" "$server" test-key
+python "$clients/test_openai.py" "$server" test-key "$(realpath "$KILN")"
 python "$clients/test_programs.py" "$server" test-key
 python "$clients/test_open_webui.py" "$server" test-key "$(command -v open-webui)"
 python "$clients/test_litellm.py" "$server" test-key "$(command -v litellm)"

@@ -77,7 +77,7 @@ def running(command: list[str], health: str, **settings: str) -> Iterator[subpro
             command, env=variables(**settings), cwd=folder, stdout=log, stderr=subprocess.STDOUT
         )
         try:
-            wait_for(health, process, seconds=180)
+            wait_for(health, process, seconds=300)
             yield process
         except BaseException:
             log.seek(0)

@@ -1,19 +1,18 @@
 """Tests the official openai package with a running `kiln serve` with the demo model.
 
-Usage: python test_openai.py URL KEY
+Usage: python test_openai.py URL KEY KILN
 """
 
 import base64
-import http.server
+import subprocess
 import sys
 import threading
-import urllib.error
 import urllib.request
 import warnings
 
 import openai
 
-from support import data_url, png_size
+from support import data_url, free_port, png_size
 
 
 def chat(client: openai.OpenAI) -> None:
@@ -168,6 +167,33 @@ def images_stream(client: openai.OpenAI) -> None:
     assert events[-1].usage.output_tokens == 64
 
 
+def retries(client: openai.OpenAI) -> None:
+    """The package sends a request again while a server starts, and while its queue is full."""
+    port = free_port()
+    command = [sys.argv[3], "serve", "--port", str(port), "--max-queue", "1"]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    patient = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=20)
+
+    def generate(steps: int) -> None:
+        answer = patient.images.generate(
+            model="demo", prompt="a square", size="64x64", extra_body={"num_inference_steps": steps}
+        )
+        sizes.append(png_size(base64.b64decode(answer.data[0].b64_json)))
+
+    sizes: list[tuple[int, int]] = []
+    try:
+        generate(1)
+        threads = [threading.Thread(target=generate, args=[20]) for _ in range(6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        process.terminate()
+        process.wait(timeout=60)
+    assert sizes == [(64, 64)] * 7, sizes
+
+
 def models(client: openai.OpenAI) -> None:
     assert [model.id for model in client.models.list()] == ["demo"]
     assert client.models.retrieve("demo").id == "demo"
@@ -210,6 +236,7 @@ def main() -> None:
         images,
         images_forms,
         images_stream,
+        retries,
         models,
         errors,
     ]:

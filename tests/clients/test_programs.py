@@ -197,19 +197,19 @@ def silly_tavern() -> None:
 
 
 def dify() -> None:
-    """The tool Stable Diffusion: no authentication, bodies of JSON without a Content-Type, and its parameters
-    beside those of the web UI. The server has keys, so they are added here."""
-    headers = basic(KEY)
-    get = lambda path: requests.get(f"{SERVER}/sdapi/v1/{path}", headers=headers).json()
+    """The tool Stable Diffusion: bodies of JSON without a Content-Type, and its own parameters beside those of the
+    web UI. It has no setting for a key, but its HTTP client reads one in the URL."""
+    url = SERVER.replace("://", f"://kiln:{KEY}@") + "/sdapi/v1"
 
     def post(path: str, body: dict) -> requests.Response:
-        answer = requests.post(f"{SERVER}/sdapi/v1/{path}", data=json.dumps(body), headers=headers)
+        answer = requests.post(f"{url}/{path}", data=json.dumps(body))
         assert "Content-Type" not in answer.request.headers
         return answer
 
     # The choices of the parameters, and the check of the settings.
-    assert [model["model_name"] for model in get("sd-models")] == ["demo"]
-    assert [sampler["name"] for sampler in get("samplers")] == ["Euler"]
+    models = requests.get(f"{url}/sd-models").json()
+    assert [model["model_name"] for model in models] == ["demo"]
+    assert [sampler["name"] for sampler in requests.get(f"{url}/samplers").json()] == ["Euler"]
     off = ["subseed_strength", "refiner_switch_at", "firstphase_width", "firstphase_height", "hr_resize_x"]
     off += ["hr_resize_y", "hr_second_pass_steps"]
     body = {
