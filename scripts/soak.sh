@@ -6,7 +6,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 . scripts/common.sh
-start_server --enable-sdapi --max-queue 16
+start_server --enable-sdapi --max-queue 24
 python3 tests/clients/soak.py "$server" "$process" "${1:-30}" || {
     tail -n 20 "$log" >&2
     exit 1

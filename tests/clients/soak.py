@@ -240,7 +240,7 @@ class Soak:
         if place == "in the answer":
             request = Good("", "/v1/images/generations", {}, (0, 0))
             body = json.dumps({"prompt": "a", "num_inference_steps": 20, "stream": True, "partial_images": 3}).encode()
-        head = f"POST {request.path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        head = f"POST {request.path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         message = f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
         if place == "in the head":
             message = message[: rng.randrange(1, len(head))]
@@ -260,7 +260,7 @@ class Soak:
         kind = rng.choice(["nothing sent", "half a head", "kept alive"])
         with contextlib.closing(self.connect()) as connection:
             if kind == "half a head":
-                connection.sock.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\nX-a")
+                connection.sock.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\nX-a")
             if kind == "kept alive":
                 for _ in range(3):
                     connection.request("GET", "/health")
@@ -268,11 +268,14 @@ class Soak:
                     answer.read()
                     assert answer.status == 200, f"/health: {answer.status}"
             connection.sock.settimeout(max(0.1, min(rng.uniform(1, 20), self.left())))
+            outcome = "closed by the server"
             try:
                 connection.sock.recv(1000)
-                self.count("idle", kind, "closed by the server")
             except TimeoutError:
-                self.count("idle", kind, "closed by the client")
+                outcome = "closed by the client"
+            except ConnectionResetError:
+                pass
+            self.count("idle", kind, outcome)
 
     def bad(self, rng: random.Random) -> None:
         kind, body, headers = bad_bodies(rng)
@@ -294,7 +297,7 @@ class Soak:
 
     def client(self, number: int) -> None:
         rng = random.Random(number)
-        actions = [self.good] * 5 + [self.hang_up] * 3 + [self.idle] * 2 + [self.bad] * 3 + [self.poll] * 2
+        actions = [self.good] * 3 + [self.hang_up] * 3 + [self.idle] * 2 + [self.bad] * 3 + [self.poll] * 2
         while self.left() > 0:
             action = rng.choice(actions)
             try:
