@@ -284,7 +284,7 @@ class Soak:
             # There, a body without a prompt is a good one, and unknown keys are ignored.
             path = "/v1/images/generations"
         status, _, content = self.ask("POST", path, body, headers)
-        assert 400 <= status < 500 and status != 429, f"{kind} to {path}: {status} {content[:200]}"
+        assert 400 <= status < 500 and status != 429, f"{kind} to {path}: {status} {content[:80]}"
         message = json.loads(content)["error"]["message"]
         assert message, f"{kind} to {path}: no message"
         self.count("bad", kind, str(status))
@@ -348,7 +348,8 @@ class Soak:
             time.sleep(min(2, self.seconds / 50))
 
     def jobs(self) -> float:
-        _, _, content = self.ask("GET", "/metrics", None, {})
+        status, _, content = self.ask("GET", "/metrics", None, {})
+        assert status == 200, f"/metrics: {status}"
         lines = [line.rsplit(" ", 1) for line in content.decode().splitlines() if not line.startswith("#")]
         numbers = {name: float(value) for name, value in lines}
         return numbers["kiln_requests_running"] + numbers["kiln_requests_waiting"]

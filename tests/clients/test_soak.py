@@ -32,6 +32,9 @@ class BrokenServer(socketserver.ThreadingMixIn, http.server.HTTPServer):
     request_queue_size = 128
     daemon_threads = True
 
+    def handle_error(self, *_) -> None:
+        """Clients that hang up are no news."""
+
 
 def refused(check, *arguments) -> str:
     try:
