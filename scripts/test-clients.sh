@@ -1,13 +1,16 @@
 #!/usr/bin/env bash
 # Tests `kiln serve` with clients, on the demo model: curl, the official openai packages, the programs in
-# examples/, and requests as other programs send them; and the cache that kiln shares with huggingface_hub.
-# Needs curl, jq and Python 3 with venv; the first run installs packages into target/clients. KILN names the
-# binary; a development build is the default.
+# examples/, the servers of Open WebUI and LiteLLM, and requests as other programs send them; the cache that kiln
+# shares with huggingface_hub; and 45 seconds of the soak test. Needs curl, jq and Python 3.11 with venv; the first
+# run installs packages into target/clients and target/servers. KILN names the binary; a development build is the
+# default.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 . scripts/common.sh
 clients="$(pwd)/tests/clients"
+# First, so that its programs come last in PATH.
+python_packages servers "$clients/servers.txt" open-webui==0.12.4
 python_packages clients "$clients/requirements.txt"
 node="$target/clients/node_project"
 if ! cmp --silent "$clients/package.json" "$node/package.json"; then
@@ -20,8 +23,10 @@ echo "clients are installed (after $SECONDS s)"
 KILN_API_KEY=other-key,test-key start_server --enable-sdapi
 "$KILN" health --port "${server##*:}"
 bash "$clients/test_curl.sh" "$server" test-key
-python "$clients/test_openai.py" "$server" test-key
+python "$clients/test_openai.py" "$server" test-key "$(realpath "$KILN")"
 python "$clients/test_programs.py" "$server" test-key
+python "$clients/test_open_webui.py" "$server" test-key "$(command -v open-webui)"
+python "$clients/test_litellm.py" "$server" test-key "$(command -v litellm)"
 python "$clients/test_docs.py" "$server" test-key "$node"
 python "$clients/test_examples.py" "$server" test-key "$(realpath "$KILN")"
 
@@ -34,3 +39,7 @@ if grep -q 'test-key\|other-key' "$log"; then
     echo "the log contains an API key" >&2
     exit 1
 fi
+
+python "$clients/test_soak.py" "$(realpath "$KILN")"
+KILN="$(realpath "$KILN")" bash scripts/soak.sh 0.75
+echo "clients: done (after $SECONDS s)"

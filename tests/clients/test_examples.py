@@ -4,20 +4,18 @@ server whose responses have the form of vLLM-Omni's.
 Usage: python test_examples.py URL KEY KILN
 """
 
-import os
 import signal
 import socket
-import struct
 import subprocess
 import sys
 import tempfile
 import time
-import urllib.request
 from pathlib import Path
 
 import gradio_client
 
 from reference_server import MESSAGES, ReferenceServer
+from support import free_port, png_size, variables, wait_for
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 KILN_URL, KEY, KILN = sys.argv[1:]
@@ -32,10 +30,8 @@ SDK_IMAGES = [sys.executable, str(EXAMPLES / "openai_sdk_client.py"), "--retries
 SDK_CHAT = [*SDK_IMAGES, "--api", "chat"]
 
 
-def variables(url: str, **others: str) -> dict[str, str]:
-    """The environment of a program: UTF-8, and none of the variables that programs read."""
-    kept = {name: os.environ[name] for name in ["PATH", "HOME", "TMPDIR"] if name in os.environ}
-    return {**kept, "LANG": "C.UTF-8", "API_KEY": KEY, "SERVER": url, **others}
+def environment(url: str, **others: str) -> dict[str, str]:
+    return variables(API_KEY=KEY, SERVER=url, **others)
 
 
 def run(program: list[str], url: str, folder: Path, count: int) -> subprocess.CompletedProcess:
@@ -53,7 +49,7 @@ def run(program: list[str], url: str, folder: Path, count: int) -> subprocess.Co
         arguments += ["--size", "96x64"]
     return subprocess.run(
         [*program, *arguments],
-        env=variables(url, **others),
+        env=environment(url, **others),
         cwd=folder,
         capture_output=True,
         text=True,
@@ -64,12 +60,6 @@ def run(program: list[str], url: str, folder: Path, count: int) -> subprocess.Co
 
 def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
-
-
-def png_size(file: bytes) -> tuple[int, int]:
-    assert file.startswith(b"\x89PNG"), file[:16]
-    assert file.endswith(b"IEND\xaeB`\x82"), "the file is not complete"
-    return struct.unpack(">II", file[16:24])
 
 
 def images_are_saved(program: list[str], url: str) -> None:
@@ -135,7 +125,7 @@ def defaults_are_those_of_the_reference(reference: ReferenceServer) -> None:
         with tempfile.TemporaryDirectory() as name:
             server = ["--server", reference.url] if program is CHAT else []
             done = subprocess.run(
-                [*program, *server], env=variables(reference.url), cwd=name, capture_output=True
+                [*program, *server], env=environment(reference.url), cwd=name, capture_output=True
             )
             assert done.returncode == 0, done
             [file] = names(Path(name))
@@ -146,30 +136,13 @@ def defaults_are_those_of_the_reference(reference: ReferenceServer) -> None:
         }
 
 
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
-def wait_for(url: str, process: subprocess.Popen) -> None:
-    for _ in range(600):
-        assert process.poll() is None, f"ended with code {process.returncode}"
-        try:
-            urllib.request.urlopen(url, timeout=5).close()
-            return
-        except OSError:
-            time.sleep(0.1)
-    raise AssertionError(f"nothing at {url}")
-
-
 def server_script() -> None:
     script = str(EXAMPLES / "run_server.sh")
     for arguments, model in [([], "demo"), (["--model", "demo"], "no/such-model")]:
         port = free_port()
         process = subprocess.Popen(
             [script, "--no-warm-up", *arguments],
-            env=variables("", KILN=KILN, MODEL=model, PORT=str(port)),
+            env=environment("", KILN=KILN, MODEL=model, PORT=str(port)),
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
@@ -179,7 +152,7 @@ def server_script() -> None:
         stdout, _ = process.communicate(timeout=60)
         assert process.returncode == 0, process.returncode
         assert f"Port: {port}" in stdout, stdout
-    without = subprocess.run([script], env=variables("", KILN="no-such-kiln"), capture_output=True)
+    without = subprocess.run([script], env=environment("", KILN="no-such-kiln"), capture_output=True)
     assert without.returncode == 127 and b"no-such-kiln" in without.stderr, without
 
 
@@ -188,7 +161,7 @@ def gradio_demo(reference: ReferenceServer) -> None:
         port = free_port()
         process = subprocess.Popen(
             [sys.executable, str(EXAMPLES / "gradio_demo.py"), "--server", url, "--port", str(port)],
-            env=variables(url),
+            env=environment(url),
             stdout=subprocess.DEVNULL,
         )
         try:

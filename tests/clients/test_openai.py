@@ -1,24 +1,18 @@
 """Tests the official openai package with a running `kiln serve` with the demo model.
 
-Usage: python test_openai.py URL KEY
+Usage: python test_openai.py URL KEY KILN
 """
 
 import base64
-import struct
+import subprocess
 import sys
+import threading
+import urllib.request
+import warnings
 
 import openai
 
-
-def png_size(file: bytes) -> tuple[int, int]:
-    assert file.startswith(b"\x89PNG"), file[:16]
-    return struct.unpack(">II", file[16:24])
-
-
-def data_url(url: str) -> bytes:
-    head, data = url.split(",", 1)
-    assert head == "data:image/png;base64", head
-    return base64.b64decode(data)
+from support import data_url, free_port, png_size
 
 
 def chat(client: openai.OpenAI) -> None:
@@ -95,6 +89,67 @@ def images(client: openai.OpenAI) -> None:
     assert base64.b64decode(webp.data[0].b64_json).startswith(b"RIFF")
 
 
+def images_forms(client: openai.OpenAI) -> None:
+    """Forms of parameters that clients send: URLs as in DALL-E's API, the seed -1, sizes."""
+    small = {"num_inference_steps": 1}
+    answer = client.images.generate(
+        model="dall-e-3", prompt="a square", response_format="url", size="96x64", extra_body=small
+    )
+    assert answer.data[0].b64_json is None
+    assert png_size(data_url(answer.data[0].url)) == (96, 64)
+    # The package downloads nothing, but urllib and browsers read such a URL.
+    assert png_size(urllib.request.urlopen(answer.data[0].url).read()) == (96, 64)
+    seeds = set()
+    for _ in range(2):
+        answer = client.images.generate(
+            model="demo", prompt="a square", size="64x64", extra_body={**small, "seed": -1}
+        )
+        seeds.add(answer.model_extra["seed"])
+    assert len(seeds) == 2 and min(seeds) >= 0, seeds
+    for size in ["96x64", "96X64", "96*64", "96×64"]:
+        answer = client.images.generate(model="demo", prompt="a square", size=size, extra_body=small)
+        assert (answer.size, png_size(base64.b64decode(answer.data[0].b64_json))) == ("96x64", (96, 64))
+    for size in ["", "AUTO", "auto"]:
+        answer = client.images.generate(model="demo", prompt="a square", size=size, extra_body=small)
+        assert answer.size == "128x128", answer.size
+    jpeg = client.images.generate(model="demo", prompt="a square", output_format="JPEG", extra_body=small)
+    assert base64.b64decode(jpeg.data[0].b64_json).startswith(b"\xff\xd8\xff")
+    nested = {"extra_body": {**small, "seed": 7}}
+    assert client.images.generate(model="demo", prompt="a", extra_body=nested).model_extra["seed"] == 7
+
+
+def chat_stream_helper(client: openai.OpenAI) -> None:
+    """The package's `stream`, which joins the chunks, and writes what does not fit its types as warnings."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with client.chat.completions.stream(
+            model="demo",
+            messages=[{"role": "user", "content": "a green square"}],
+            extra_body={"num_inference_steps": 2, "n": 2},
+        ) as stream:
+            for event in stream:
+                str(event)
+            answer = stream.get_final_completion()
+        answer.model_dump_json()
+    message = answer.choices[0].message
+    assert not message.content and answer.choices[0].finish_reason == "stop"
+    images = message.model_extra["images"]
+    assert [png_size(data_url(image["image_url"]["url"])) for image in images] == [(128, 128)] * 2
+
+
+def chat_text(client: openai.OpenAI) -> None:
+    """Clients for which the content of an answer is a text ask for one."""
+    answer = client.chat.completions.create(
+        model="demo",
+        messages=[{"role": "user", "content": "a green square"}],
+        modalities=["image", "text"],
+        extra_body={"num_inference_steps": 1},
+    )
+    message = answer.choices[0].message
+    assert message.content == ""
+    assert png_size(data_url(message.model_extra["images"][0]["image_url"]["url"])) == (128, 128)
+
+
 def images_stream(client: openai.OpenAI) -> None:
     stream = client.images.generate(
         model="demo", prompt="a white triangle", stream=True, partial_images=2,
@@ -110,6 +165,33 @@ def images_stream(client: openai.OpenAI) -> None:
     for event in events:
         png_size(base64.b64decode(event.b64_json))
     assert events[-1].usage.output_tokens == 64
+
+
+def retries(client: openai.OpenAI) -> None:
+    """The package sends a request again while a server starts, and while its queue is full."""
+    port = free_port()
+    command = [sys.argv[3], "serve", "--port", str(port), "--max-queue", "1"]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    patient = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=20)
+
+    def generate(steps: int) -> None:
+        answer = patient.images.generate(
+            model="demo", prompt="a square", size="64x64", extra_body={"num_inference_steps": steps}
+        )
+        sizes.append(png_size(base64.b64decode(answer.data[0].b64_json)))
+
+    sizes: list[tuple[int, int]] = []
+    try:
+        generate(1)
+        threads = [threading.Thread(target=generate, args=[20]) for _ in range(6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        process.terminate()
+        process.wait(timeout=60)
+    assert sizes == [(64, 64)] * 7, sizes
 
 
 def models(client: openai.OpenAI) -> None:
@@ -146,7 +228,18 @@ def errors(client: openai.OpenAI) -> None:
 
 def main() -> None:
     client = openai.OpenAI(base_url=f"{sys.argv[1]}/v1", api_key=sys.argv[2], max_retries=0)
-    for test in [chat, chat_stream, images, images_stream, models, errors]:
+    for test in [
+        chat,
+        chat_stream,
+        chat_stream_helper,
+        chat_text,
+        images,
+        images_forms,
+        images_stream,
+        retries,
+        models,
+        errors,
+    ]:
         test(client)
         print(f"openai {openai.__version__}: {test.__name__} ok")
 

@@ -1,16 +1,16 @@
-"""Tests a running `kiln serve --enable-sdapi` with the demo model with the calls that Open WebUI and
-SillyTavern make to generate images, and with the package webuiapi.
+"""Tests a running `kiln serve --enable-sdapi` with the demo model with the calls that Open WebUI, SillyTavern
+and Dify make to generate images, and with the package webuiapi.
 
 Usage: python test_programs.py URL KEY
 
-The calls are those of Open WebUI 0.12.4 (open_webui/routers/images.py of the package on PyPI) and SillyTavern 1.19.0
+The calls are those of Open WebUI 0.12.4 (open_webui/routers/images.py of the package on PyPI), of Dify's tool Stable
+Diffusion (tools/stablediffusion of langgenius/dify-official-plugins), and of SillyTavern 1.19.0
 (src/endpoints/stable-diffusion.js and public/scripts/extensions/stable-diffusion/index.js of the
 package on npm). Names in parentheses are the functions that make the calls.
 """
 
 import base64
 import json
-import struct
 import sys
 import threading
 import time
@@ -19,14 +19,14 @@ import urllib.parse
 import requests
 import webuiapi
 
+import support
+
 SERVER, KEY = sys.argv[1:]
 PROMPT = 'a large red "circle"\non a blue background 红'
 
 
 def png_size(data: str) -> tuple[int, int]:
-    file = base64.b64decode(data, validate=True)
-    assert file.startswith(b"\x89PNG"), file[:16]
-    return struct.unpack(">II", file[16:24])
+    return support.png_size(base64.b64decode(data, validate=True))
 
 
 def basic(typed: str) -> dict[str, str]:
@@ -196,6 +196,44 @@ def silly_tavern() -> None:
     program.generate_and_abort()
 
 
+def dify() -> None:
+    """The tool Stable Diffusion: bodies of JSON without a Content-Type, and its own parameters beside those of the
+    web UI. It has no setting for a key, but its HTTP client reads one in the URL."""
+    url = SERVER.replace("://", f"://kiln:{KEY}@") + "/sdapi/v1"
+
+    def post(path: str, body: dict) -> requests.Response:
+        answer = requests.post(f"{url}/{path}", data=json.dumps(body))
+        assert "Content-Type" not in answer.request.headers
+        return answer
+
+    # The choices of the parameters, and the check of the settings.
+    models = requests.get(f"{url}/sd-models").json()
+    assert [model["model_name"] for model in models] == ["demo"]
+    assert [sampler["name"] for sampler in requests.get(f"{url}/samplers").json()] == ["Euler"]
+    off = ["subseed_strength", "refiner_switch_at", "firstphase_width", "firstphase_height", "hr_resize_x"]
+    off += ["hr_resize_y", "hr_second_pass_steps"]
+    body = {
+        **{key: 0 for key in off},
+        **{key: -1 for key in ["seed", "subseed", "seed_resize_from_h", "seed_resize_from_w"]},
+        **{key: "" for key in ["refiner_checkpoint", "hr_prompt", "hr_negative_prompt"]},
+        **{key: False for key in ["do_not_save_samples", "do_not_save_grid", "disable_extra_networks"]},
+        **{"enable_hr": False, "hr_scale": 2, "script_args": [], "alwayson_scripts": {}},
+        **{"send_images": True, "save_images": False, "batch_size": 1, "n_iter": 1, "cfg_scale": 7},
+        **{"override_settings_restore_afterwards": True, "sampler_name": "DPM++ 2M"},
+        # The tool's own parameters, with its defaults but for the size and the steps.
+        **{"prompt": PROMPT, "negative_prompt": "bad art, ugly, deformed", "steps": 2, "width": 96, "height": 64},
+    }
+    for model in ["", "demo"]:
+        assert post("options", {"sd_model_checkpoint": model or "demo"}).status_code == 200
+        chosen = {"model": model, "lora": "", "override_settings": {"sd_model_checkpoint": model}}
+        answer = post("txt2img", {**body, **chosen})
+        assert answer.status_code == 200, answer.text
+        [image] = answer.json()["images"]
+        assert png_size(image) == (96, 64)
+    refused = post("txt2img", {**body, "lora": "<lora:style:1>"})
+    assert refused.status_code == 400 and "lora" in refused.json()["detail"], refused.text
+
+
 def webuiapi_package() -> None:
     """A client that sends every field that the web UI has."""
     url = urllib.parse.urlsplit(SERVER)
@@ -218,7 +256,7 @@ def webuiapi_package() -> None:
 
 
 def main() -> None:
-    for test in [open_webui_openai, open_webui_automatic1111, silly_tavern, webuiapi_package]:
+    for test in [open_webui_openai, open_webui_automatic1111, silly_tavern, dify, webuiapi_package]:
         started = time.monotonic()
         test()
         print(f"programs: {test.__name__} ok ({time.monotonic() - started:.1f} s)")

@@ -22,7 +22,6 @@ const IGNORED: &[&str] = &[
     "max_completion_tokens",
     "max_tokens",
     "metadata",
-    "modalities",
     "moderation",
     "parallel_tool_calls",
     "prediction",

@@ -47,6 +47,7 @@ pub(super) async fn chat_completions(
     let parsed = request::parse(object)?;
     let id = format!("chatcmpl-{:016x}", random_u64());
     let model = parsed.model.as_deref();
+    let wants_text = parsed.wants_text;
     let running = parsed
         .request
         .submit(&app, id, model, parsed.previews)
@@ -55,9 +56,9 @@ pub(super) async fn chat_completions(
         return Ok(stream::respond(running, format));
     }
     running
-        .finish(|encoded| {
+        .finish(move |encoded| {
             let parts = ImagePart::all(&encoded);
-            json(&ChatCompletion::new(&encoded, &parts))
+            json(&ChatCompletion::new(&encoded, &parts, wants_text))
         })
         .await
 }

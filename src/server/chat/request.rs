@@ -24,7 +24,7 @@ use super::messages;
 
 static NESTED_KEYS: LazyLock<Keys> = LazyLock::new(|| {
     let mut known = body::field_names::<GenerationFields>();
-    known.extend(body::field_names::<PreviewFields>());
+    known.extend(body::field_names::<AnswerFields>());
     Keys {
         known,
         ineffective: &INEFFECTIVE,
@@ -69,10 +69,13 @@ struct StreamOptions {
     include_usage: Option<bool>,
 }
 
-/// Parameters of previews.
+/// Parameters of the answer's form.
 #[derive(Debug, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
-struct PreviewFields {
+struct AnswerFields {
+    /// If it is a list with `text`, `message.content` of the answer is a text, which is empty, and the
+    /// images are only in `message.images`. Other values are ignored.
+    modalities: Option<Value>,
     /// Send a small preview of the first image each time this number of steps is over. Needs
     /// `stream`.
     #[schema(value_type = Option<i64>, minimum = 1)]
@@ -91,7 +94,7 @@ impl ToSchema for ExtraBody {
 impl PartialSchema for ExtraBody {
     fn schema() -> RefOr<Schema> {
         let description = "Parameters of the generation.";
-        keys::merged_schema::<PreviewFields, GenerationFields>(&INEFFECTIVE, description)
+        keys::merged_schema::<AnswerFields, GenerationFields>(&INEFFECTIVE, description)
     }
 }
 
@@ -142,6 +145,8 @@ pub(super) struct Parsed {
     pub(super) model: Option<String>,
     pub(super) request: ParsedRequest,
     pub(super) previews: Previews,
+    /// Whether the content of the answer's message is a text, and not a list of the images.
+    pub(super) wants_text: bool,
     /// `None` for a single JSON response.
     pub(super) stream: Option<ChatEvents>,
 }
@@ -150,8 +155,9 @@ pub(super) struct Parsed {
 pub(super) fn parse(mut object: Map<String, Value>) -> Result<Parsed, InvalidBody> {
     let mut generation = keys::take_nested(&mut object, &KEYS, &NESTED_KEYS)?;
     let chat: ChatFields = body::read(object)?;
-    let previews = body::take(&mut generation, &body::field_names::<PreviewFields>());
-    let previews = previews_of(&body::read(previews)?)?;
+    let answer = body::take(&mut generation, &body::field_names::<AnswerFields>());
+    let answer: AnswerFields = body::read(answer)?;
+    let previews = previews_of(&answer)?;
     let fields: GenerationFields = body::read(generation)?;
     let prompt = messages::prompt(chat.messages.as_ref())?;
     let stream = chat.stream.unwrap_or_default().then(|| ChatEvents {
@@ -167,11 +173,19 @@ pub(super) fn parse(mut object: Map<String, Value>) -> Result<Parsed, InvalidBod
         model: chat.model,
         request: fields.parse(prompt, "messages")?,
         previews,
+        wants_text: answer.wants_text(),
         stream,
     })
 }
 
-fn previews_of(fields: &PreviewFields) -> Result<Previews, InvalidBody> {
+impl AnswerFields {
+    fn wants_text(&self) -> bool {
+        let modalities = self.modalities.as_ref().and_then(Value::as_array);
+        modalities.is_some_and(|modalities| modalities.iter().any(|modality| modality == "text"))
+    }
+}
+
+fn previews_of(fields: &AnswerFields) -> Result<Previews, InvalidBody> {
     let Some(Integer(interval)) = fields.preview_every else {
         return Ok(Previews::Never);
     };
@@ -213,6 +227,24 @@ mod tests {
         assert_eq!(params.num_images, Some(2));
         assert_eq!(params.true_cfg_scale, Some(3.0));
         assert_eq!(params.negative_prompt.as_deref(), Some(""));
+    }
+
+    #[test]
+    fn modalities_with_text_ask_for_a_text() {
+        for (extra, wants_text) in [
+            (json!({}), false),
+            (json!({"modalities": ["image", "text"]}), true),
+            (json!({"extra_body": {"modalities": ["text"]}}), true),
+            (json!({"modalities": ["image"]}), false),
+            (json!({"modalities": "text"}), false),
+            (json!({"modalities": [7, null]}), false),
+        ] {
+            assert_eq!(
+                parse(cat(extra.clone())).unwrap().wants_text,
+                wants_text,
+                "{extra}"
+            );
+        }
     }
 
     #[test]

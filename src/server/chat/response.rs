@@ -25,7 +25,7 @@ pub(super) struct ChatCompletion<'a> {
 
 impl<'a> ChatCompletion<'a> {
     /// `parts` are the images.
-    pub(super) fn new(encoded: &EncodedImages, parts: &'a [ImagePart]) -> Self {
+    pub(super) fn new(encoded: &EncodedImages, parts: &'a [ImagePart], wants_text: bool) -> Self {
         let info = &encoded.info;
         Self {
             id: info.id.clone(),
@@ -36,7 +36,11 @@ impl<'a> ChatCompletion<'a> {
                 index: 0,
                 message: AnswerMessage {
                     role: "assistant",
-                    content: parts,
+                    content: if wants_text {
+                        AnswerContent::Text("")
+                    } else {
+                        AnswerContent::Parts(parts)
+                    },
                     images: AnswerImage::all(parts),
                     refusal: None,
                 },
@@ -61,12 +65,20 @@ struct Choice<'a> {
 #[derive(Serialize, ToSchema)]
 struct AnswerMessage<'a> {
     role: &'static str,
-    /// One part for each image, as vLLM-Omni has it.
-    content: &'a [ImagePart],
-    /// The same images, as `OpenRouter` has them.
+    content: AnswerContent<'a>,
+    /// All images, as `OpenRouter` has them.
     images: Vec<AnswerImage<'a>>,
     #[schema(value_type = Option<String>)]
     refusal: Option<()>,
+}
+
+#[derive(Serialize, ToSchema)]
+#[serde(untagged)]
+enum AnswerContent<'a> {
+    /// One part for each image, as vLLM-Omni has it.
+    Parts(&'a [ImagePart]),
+    /// Empty, for a request whose `modalities` contain `text`.
+    Text(&'static str),
 }
 
 #[derive(Serialize, ToSchema)]
