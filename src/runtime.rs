@@ -9,7 +9,7 @@ mod start;
 
 use std::ffi::{OsStr, OsString};
 use std::fmt;
-use std::path::{self, Path};
+use std::path::{self, Path, PathBuf};
 use std::str::FromStr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -23,7 +23,7 @@ use crate::backend::{self, BackendError, LoadSettings, UnknownName};
 use crate::checkpoint::{
     Checkpoint, CheckpointError, DEMO, Place, PromptGuide, QWEN_IMAGE, Shape, WeightAccess,
 };
-use crate::hub::{self, HubError, HubSettings};
+use crate::hub::{self, HubError, HubSettings, Location};
 use crate::request::Limits;
 use crate::tokenizer::{PromptTokenizer, TokenizerError};
 
@@ -151,21 +151,26 @@ impl ModelSettings {
     }
 
     /// The model's name in images, answers and reports, which does not say where its files are: of a
-    /// path the last part, or the Hub id if the path is a snapshot in the Hub's cache.
+    /// path the last part, or the Hub id if the path is in the Hub's cache.
     pub fn public_name(&self) -> String {
-        let path = Path::new(&self.name);
-        let id = self.name.to_str().filter(|name| !name.starts_with('~'));
-        if let Some(id) = id.filter(|_| !path.exists()) {
-            return id.to_owned();
-        }
+        let location = self
+            .name
+            .to_str()
+            .and_then(|name| hub::locate(name, &self.hub).ok());
+        let path = match location {
+            Some(Location::Id(id)) => return id,
+            Some(Location::Path(path)) => path,
+            // `demo`, or a name that no model has.
+            None => PathBuf::from(&self.name),
+        };
         // `.` and `..` have no last part.
         let whole = match path.file_name() {
-            Some(_) => path::absolute(path),
+            Some(_) => path::absolute(&path),
             None => path.canonicalize(),
         };
-        let path = whole.unwrap_or_else(|_| path.to_owned());
+        let path = whole.unwrap_or(path);
         let name = path.file_name().unwrap_or(path.as_os_str());
-        snapshot_id(&path).unwrap_or_else(|| name.to_string_lossy().into_owned())
+        cached_id(&path).unwrap_or_else(|| name.to_string_lossy().into_owned())
     }
 }
 
@@ -360,12 +365,18 @@ fn dummy_shape(name: &OsStr) -> Result<Shape, RuntimeError> {
     }
 }
 
-/// The id of a snapshot in the Hub's cache: `OWNER/NAME` for `models--OWNER--NAME/snapshots/COMMIT`.
-fn snapshot_id(path: &Path) -> Option<String> {
-    let snapshots = path.parent()?;
-    let repository = snapshots.parent()?.file_name()?.to_str()?;
-    let id = repository.strip_prefix("models--")?;
-    (snapshots.file_name()? == "snapshots").then(|| id.replacen("--", "/", 1))
+/// The id of a folder in the Hub's cache: `OWNER/NAME` for `models--OWNER--NAME` and the snapshots in it.
+fn cached_id(path: &Path) -> Option<String> {
+    let id = |folder: &Path| {
+        let id = folder.file_name()?.to_str()?.strip_prefix("models--")?;
+        Some(id.replacen("--", "/", 1))
+    };
+    let parent = path.parent()?;
+    if parent.file_name() == Some(OsStr::new("snapshots")) {
+        id(parent.parent()?)
+    } else {
+        id(path)
+    }
 }
 
 #[cfg(test)]
@@ -416,7 +427,12 @@ mod tests {
         for id in [DEMO, QWEN_IMAGE, "owner/name@revision"] {
             assert_eq!(name(id.as_ref()), id);
         }
+        for address in ["https://huggingface.co/owner/name", "hf://owner/name"] {
+            assert_eq!(name(address.as_ref()), "owner/name");
+        }
+        assert_eq!(name("models--owner--name".as_ref()), "owner/name");
         assert_eq!(name("~/models/fox".as_ref()), "fox");
+        assert_eq!(name("file:///home/user/fox".as_ref()), "fox");
         let folder = tempfile::tempdir().unwrap();
         let fox = folder.path().join("home/user/fox");
         let cached = folder.path().join("hub/models--Qwen--Qwen-Image");
@@ -433,6 +449,7 @@ mod tests {
             (snapshot.join(""), "Qwen/Qwen-Image"),
             (snapshot.join("vae/.."), "Qwen/Qwen-Image"),
             (snapshot.join("vae"), "vae"),
+            (cached, "Qwen/Qwen-Image"),
             ("src".into(), "src"),
             ("./src/".into(), "src"),
         ] {

@@ -214,8 +214,8 @@ mod tests {
             Ok::<_, clap::Error>((params.width, params.height))
         };
         assert_eq!(parse("64x48").unwrap(), (Some(64), Some(48)));
-        assert_eq!(parse("-64x48").unwrap(), (Some(-64), Some(48)));
-        for size in ["64", "x", "64x", "64x48x3", "64 x 48", "1.5x2"] {
+        assert_eq!(parse("64 X 48").unwrap(), (Some(64), Some(48)));
+        for size in ["64", "x", "64x", "64x48x3", "1.5x2", "-64x48"] {
             assert!(parse(size).is_err(), "{size}");
         }
     }

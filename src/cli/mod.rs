@@ -12,6 +12,7 @@ mod dump;
 mod error;
 mod generate;
 mod health;
+mod heap;
 mod interrupt;
 mod log;
 mod man;
@@ -36,6 +37,7 @@ use self::log::{log_panics_on_one_line, log_plain_lines, log_with_times};
 /// Runs the command line of this process. Returns 0 for success, 2 for a usage error, 1 for any
 /// other failure.
 pub fn main() -> ExitCode {
+    heap::share_in_limited_address_space();
     let args = match Args::read(env::args_os()) {
         Ok(args) => args,
         Err(error) => {

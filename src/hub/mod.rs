@@ -114,6 +114,35 @@ pub fn resolve(
     }
 }
 
+/// What a name of a model stands for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Location {
+    /// `owner/name` or `owner/name@revision` on the Hub.
+    Id(String),
+    Path(PathBuf),
+}
+
+/// Reads a name as [`resolve`] does, without a download.
+///
+/// # Errors
+///
+/// The name stands for nothing, or a setting of the Hub cannot be read.
+pub fn locate(model: &str, settings: &HubSettings) -> Result<Location, HubError> {
+    let path = Path::new(model);
+    if path.exists() {
+        return Ok(Location::Path(path.to_owned()));
+    }
+    // A path needs no settings.
+    if let Some(path) = id::as_path(model) {
+        return Ok(Location::Path(path));
+    }
+    let environment = Environment::read(settings)?;
+    Ok(match Name::read(model, &environment.endpoint)? {
+        Name::Path(path) => Location::Path(path),
+        Name::Id(id) => Location::Id(id.to_string()),
+    })
+}
+
 /// The path itself, or the snapshot in a model's folder of the cache.
 fn resolve_path(path: &Path) -> Result<PathBuf, HubError> {
     let Some((snapshot, repo)) = id::snapshot_in(path)? else {

@@ -22,7 +22,7 @@ impl Server {
         let script = format!("{limit} exec {kiln} serve --no-warm-up --port 0 {arguments}");
         let mut process = Command::new("sh")
             .args(["-c", &script])
-            // Each thread takes address space, whatever the number of cores.
+            // Each thread's stack takes address space, whatever the number of cores.
             .env("RAYON_NUM_THREADS", "2")
             .env("TOKIO_WORKER_THREADS", "2")
             .stderr(Stdio::piped())
@@ -35,10 +35,12 @@ impl Server {
             Some(address.parse().unwrap())
         });
         std::thread::spawn(move || lines.for_each(drop));
-        Self {
-            process,
-            address: address.expect("the server logs its address"),
+        let address = address.expect("the server logs its address");
+        let server = Self { process, address };
+        while get(address, "/health/ready").status != 200 {
+            std::thread::sleep(Duration::from_millis(20));
         }
+        server
     }
 
     fn generate(&self, size: &str) -> Reply {
@@ -70,8 +72,16 @@ fn assert_too_large(reply: &Reply) -> String {
 }
 
 #[test]
-fn a_server_with_little_address_space_decodes_in_tiles_and_lives() {
+fn the_heaps_of_threads_do_not_fill_a_limited_address_space() {
     let server = Server::start("ulimit -v 600000;", "");
+    let reply = server.generate("1024x1024");
+    assert_eq!(reply.status, 200, "{}", reply.body);
+    assert_eq!(reply.body["vae_use_tiling"], json!(null));
+}
+
+#[test]
+fn a_server_with_little_address_space_decodes_in_tiles_and_lives() {
+    let server = Server::start("ulimit -v 350000;", "");
     let reply = server.generate("1024x1024");
     assert_eq!(reply.status, 200, "{}", reply.body);
     assert_eq!(reply.body["vae_use_tiling"], true);
