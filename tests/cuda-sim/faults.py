@@ -147,6 +147,9 @@ def serve(failing, is_lost):
             assert server.poll() is None, open("log").read()
             listening = [line for line in open("log") if "listening on" in line]
             url = listening[0].split("listening on ")[1].strip() if listening else time.sleep(0.05)
+        while answer(f"{url}/health/ready")[0] != 200:
+            assert server.poll() is None, open("log").read()
+            time.sleep(0.05)
         body = {"prompt": "a red circle", "num_inference_steps": 2, "seed": 1, "size": "128x128"}
         generate_image = lambda: answer(f"{url}/v1/images/generations", body)
         status, first = generate_image()

@@ -12,7 +12,7 @@ const CLASSES: [&str; 3] = [
     "Qwen2_5_VLTextModel",
 ];
 
-/// The values of config.json that the language model uses, of one of [`CLASSES`].
+/// The values of config.json that the language model uses, of one of the classes that transformers saves it from.
 #[derive(Debug, Clone, PartialEq)]
 pub struct TextEncoderConfig {
     pub vocab_size: usize,
