@@ -90,7 +90,7 @@ fn post(address: SocketAddr, path: &str, body: &str) -> Result<(Duration, usize)
     let started = Instant::now();
     write!(
         stream,
-        "POST {path} HTTP/1.1\r\nHost: bench\r\nConnection: close\r\n\
+        "POST {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\
          Content-Type: application/json\r\nContent-Length: {}\r\n\r\n{body}",
         body.len()
     )?;
