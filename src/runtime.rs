@@ -170,7 +170,7 @@ impl ModelSettings {
         };
         let path = whole.unwrap_or(path);
         let name = path.file_name().unwrap_or(path.as_os_str());
-        cached_id(&path).unwrap_or_else(|| name.to_string_lossy().into_owned())
+        hub::id_in_cache(&path).unwrap_or_else(|| name.to_string_lossy().into_owned())
     }
 }
 
@@ -222,6 +222,11 @@ impl Model {
             tokenizer: Arc::new(tokenizer),
             checkpoint,
         })
+    }
+
+    /// [`ModelSettings::public_name`].
+    pub fn name(&self) -> &str {
+        &self.name
     }
 
     pub fn tokenizer(&self) -> &PromptTokenizer {
@@ -362,20 +367,6 @@ fn dummy_shape(name: &OsStr) -> Result<Shape, RuntimeError> {
         _ => Err(RuntimeError::DummyShape {
             name: name.to_owned(),
         }),
-    }
-}
-
-/// The id of a folder in the Hub's cache: `OWNER/NAME` for `models--OWNER--NAME` and the snapshots in it.
-fn cached_id(path: &Path) -> Option<String> {
-    let id = |folder: &Path| {
-        let id = folder.file_name()?.to_str()?.strip_prefix("models--")?;
-        Some(id.replacen("--", "/", 1))
-    };
-    let parent = path.parent()?;
-    if parent.file_name() == Some(OsStr::new("snapshots")) {
-        id(parent.parent()?)
-    } else {
-        id(path)
     }
 }
 

@@ -43,8 +43,7 @@ pub(super) fn run(args: &CompareArgs) -> Result<(), CliError> {
         ..Tolerance::of(args.dtype)
     };
 
-    let model_settings = ModelSettings::new(&args.model);
-    let model = Model::find(&model_settings)?;
+    let model = Model::find(&ModelSettings::new(&args.model))?;
     let request = GenerationRequest::new(params, model.limits(), noise)?;
     let runner = Runner {
         args,
@@ -70,7 +69,7 @@ pub(super) fn run(args: &CompareArgs) -> Result<(), CliError> {
 
     let report = CompareReport {
         kiln: version::VERSION,
-        settings: CompareSettings::new(&model_settings.public_name(), args.dtype, &runner.request),
+        settings: CompareSettings::new(runner.model.name(), args.dtype, &runner.request),
         tolerance,
         reference: reference.name,
         runs,

@@ -50,9 +50,7 @@ pub(super) fn run(args: &GenerateArgs) -> Result<(), CliError> {
 
     backend::check(settings.backend)?;
 
-    let model_settings = args.model_settings();
-    let model_name = model_settings.public_name();
-    let model = Model::find(&model_settings)?;
+    let model = Model::find(&args.model_settings())?;
     let request = GenerationRequest::new(params, model.limits(), noise)?;
     format.check_size(request.size)?;
     let tokens = request.tokenize(model.tokenizer())?;
@@ -76,17 +74,19 @@ pub(super) fn run(args: &GenerateArgs) -> Result<(), CliError> {
     let finished = generate(handle, progress, request.sampling.steps, decode_steps)?;
 
     log_timings(&finished.timings);
+    let write_dump = || match &args.dump {
+        Some(path) => dump::write(path, &tokens, &finished.output.trace),
+        None => Ok(()),
+    };
     if let Some(not_finite) = finished.output.not_finite {
         // Only a recorded run gets so far; its values are worth to be looked at.
-        if let Some(path) = &args.dump {
-            dump::write(path, &tokens, &finished.output.trace)?;
-        }
+        write_dump()?;
         return Err(JobError::from(PipelineError::from(not_finite)).into());
     }
     let writing = Instant::now();
     let writer = Writer {
         request: &request,
-        model: &model_name,
+        model: model.name(),
         encoding: Encoding::new(format),
         metadata: !args.no_metadata,
         tiled: finished.output.tiled,
@@ -94,10 +94,8 @@ pub(super) fn run(args: &GenerateArgs) -> Result<(), CliError> {
     let images = &finished.output.images;
     // All files are written, whatever fails, before anything is reported.
     let (written, mut outcome) = writer.write_all(images, &paths);
-    if let Some(path) = &args.dump {
-        let dumped = dump::write(path, &tokens, &finished.output.trace);
-        outcome = outcome.and(dumped.map_err(CliError::from));
-    }
+    let dumped = write_dump().map_err(CliError::from);
+    outcome = outcome.and(dumped);
     let writing = writing.elapsed();
     for image in &written {
         if let Some(screen) = screen {
@@ -113,7 +111,7 @@ pub(super) fn run(args: &GenerateArgs) -> Result<(), CliError> {
         let seconds = Seconds::new(runtime.load_time, timings, writing, started.elapsed());
         let dump = args.dump.as_deref();
         let images = (written, finished.output.tiled);
-        let report = Report::new(&model_name, engine.info(), &request, images, dump, seconds);
+        let report = Report::new(model.name(), engine.info(), &request, images, dump, seconds);
         let text = serde_json::to_string_pretty(&report).map_err(CliError::Json)?;
         output::print(format!("{text}\n").as_bytes())?;
     }

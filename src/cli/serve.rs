@@ -21,7 +21,7 @@ use tokio::time::timeout;
 use crate::backend::{self, LoadSettings};
 use crate::engine::{DEFAULT_MAX_STARTED, Engine, EngineSettings, State};
 use crate::request::{GenerationParams, GenerationRequest};
-use crate::runtime::{Model, Runtime, Stage, Start};
+use crate::runtime::{Model, ModelSettings, Runtime, Stage, Start};
 use crate::server::{self, App, LoadedModel, Signals};
 
 use super::error::CliError;
@@ -38,11 +38,12 @@ pub(super) fn run(args: ServeArgs) -> Result<(), CliError> {
     }
     server::raise_open_file_limit();
     let loading = args.loading.settings(args.backend.choice()?)?;
-    let app = App::new(args.settings()?);
+    let model = args.model_settings();
+    let app = App::new(args.settings(&model.public_name())?);
     // Before anything that takes time: the port may be in use.
     let listener = listen(&args)?;
     let threads = tokio::runtime::Runtime::new().map_err(CliError::Server)?;
-    let outcome = threads.block_on(serve(listener, app, args, loading));
+    let outcome = threads.block_on(serve(listener, app, args, model, loading));
     // Without waiting for the thread that finds and loads the model, which nothing can interrupt.
     threads.shutdown_background();
     outcome
@@ -53,6 +54,7 @@ async fn serve(
     listener: TcpListener,
     app: App,
     args: ServeArgs,
+    model: ModelSettings,
     loading: LoadSettings,
 ) -> Result<(), CliError> {
     let listener = tokio::net::TcpListener::from_std(listener).map_err(CliError::Server)?;
@@ -65,7 +67,7 @@ async fn serve(
 
     let drain_timeout = args.drain_timeout();
     let start = app.start.clone();
-    let opening = spawn_blocking(move || open(&args, &loading, &start));
+    let opening = spawn_blocking(move || open(&args, &model, &loading, &start));
     let model = tokio::select! {
         outcome = &mut server => return outcome.map_err(CliError::Server),
         model = opening => model.unwrap_or_else(|error| resume_unwind(error.into_panic()))?,
@@ -94,9 +96,14 @@ async fn serve(
 }
 
 /// Finds and loads the model, and generates the warm-up image.
-fn open(args: &ServeArgs, loading: &LoadSettings, start: &Start) -> Result<LoadedModel, CliError> {
+fn open(
+    args: &ServeArgs,
+    model: &ModelSettings,
+    loading: &LoadSettings,
+    start: &Start,
+) -> Result<LoadedModel, CliError> {
     backend::check(loading.backend)?;
-    let model = Model::find_reporting(&args.model_settings(), start)?;
+    let model = Model::find_reporting(model, start)?;
     if let Some(prompt) = &args.default_negative_prompt {
         let tokens = model.tokenizer().encode_prompt(prompt);
         tokens.map_err(CliError::DefaultNegativePrompt)?;

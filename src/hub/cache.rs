@@ -2,11 +2,13 @@
 //! `trees` of listings, and lock files.
 
 use std::fs::{self, File, TryLockError};
-use std::io::{self, Write};
+use std::io;
 use std::path::{Path, PathBuf};
 use std::process;
 use std::thread;
 use std::time::{Duration, Instant};
+
+use crate::files;
 
 use super::complete;
 use super::id::{folder_of_repo, is_commit};
@@ -235,23 +237,7 @@ pub(super) fn create_parent(path: &Path) -> io::Result<()> {
 /// Writes a small file that is either as before or complete.
 fn write_whole(path: &Path, content: &[u8]) -> io::Result<()> {
     create_parent(path)?;
-    let temporary = temporary(path);
-    let written = File::create(&temporary).and_then(|mut file| {
-        file.write_all(content)?;
-        file.sync_all()?;
-        fs::rename(&temporary, path)
-    });
-    written.inspect_err(|_| {
-        fs::remove_file(&temporary).ok();
-    })
-}
-
-/// A name beside a path that no other thread or process uses.
-fn temporary(path: &Path) -> PathBuf {
-    let unique = getrandom::u64().unwrap_or_default();
-    let mut name = path.file_name().unwrap_or_default().to_owned();
-    name.push(format!(".{unique:016x}.tmp"));
-    path.with_file_name(name)
+    files::write(path, content)
 }
 
 #[cfg(unix)]

@@ -70,7 +70,7 @@ impl Environment {
             user_agent = format!("{user_agent}; origin/{origin}");
         }
         Ok(Self {
-            endpoint: endpoint(settings.endpoint.as_deref(), get)?,
+            endpoint: read_endpoint(settings, get)?,
             token,
             cache,
             offline: offline.map(|it| it.unwrap_or("HF_HUB_OFFLINE")),
@@ -91,6 +91,11 @@ impl Environment {
         shown.set_username("").ok();
         shown.as_str().trim_end_matches('/').to_owned()
     }
+}
+
+/// The base URL of the Hub: the given one, or that of `HF_ENDPOINT`.
+pub(super) fn endpoint(settings: &HubSettings) -> Result<Url, HubError> {
+    read_endpoint(settings, &|name| env::var_os(name))
 }
 
 /// Whether `HF_HUB_OFFLINE`, or else `TRANSFORMERS_OFFLINE`, forbids network access.
@@ -135,9 +140,10 @@ fn seconds(variable: &'static str, get: Lookup) -> Result<Duration, HubError> {
     }
 }
 
-fn endpoint(given: Option<&str>, get: Lookup) -> Result<Url, HubError> {
+fn read_endpoint(settings: &HubSettings, get: Lookup) -> Result<Url, HubError> {
     let variable = "HF_ENDPOINT";
-    let value = given.map(str::to_owned).or_else(|| text(variable, get));
+    let given = settings.endpoint.clone();
+    let value = given.or_else(|| text(variable, get));
     let value = value.unwrap_or_else(|| DEFAULT_ENDPOINT.to_owned());
     let url = Url::parse(value.trim_end_matches('/')).ok();
     url.filter(|url| matches!(url.scheme(), "http" | "https") && url.has_host())

@@ -1,8 +1,6 @@
 //! Why a model cannot be resolved to a folder.
 
-use std::error::Error;
 use std::io;
-use std::iter;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -217,13 +215,6 @@ impl HubError {
         };
         matches!(**source, Failure::Hash { .. } | Failure::Length { .. })
     }
-}
-
-/// The message of an error with those of its sources.
-pub(super) fn chain(error: &dyn Error) -> String {
-    let chain = iter::successors(Some(error), |error| (*error).source());
-    let messages: Vec<String> = chain.map(ToString::to_string).collect();
-    messages.join(": ")
 }
 
 impl Failure {

@@ -1,5 +1,6 @@
 //! What a name of a model is: a path, a Hub id, or an address.
 
+use std::ffi::OsStr;
 use std::fmt;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -99,8 +100,26 @@ pub(super) fn folder_of_repo(repo: &str) -> String {
 
 /// The id whose folder in the cache has this name, if only one id has.
 fn repo_of_folder(folder: &str) -> Option<String> {
-    let (owner, name) = folder.strip_prefix("models--")?.split_once("--")?;
-    (!name.contains("--")).then(|| format!("{owner}/{name}"))
+    let id = probable_repo_of_folder(folder)?;
+    (id.contains('/') && !id.contains("--")).then_some(id)
+}
+
+/// The id whose folder in the cache has this name, if the owner's name has no `--`.
+fn probable_repo_of_folder(folder: &str) -> Option<String> {
+    let id = folder.strip_prefix("models--")?;
+    Some(id.replacen("--", "/", 1))
+}
+
+/// The id of a folder in the Hub's cache: `OWNER/NAME` for `models--OWNER--NAME` and the snapshots in
+/// it.
+pub fn id_in_cache(path: &Path) -> Option<String> {
+    let parent = path.parent()?;
+    let folder = if parent.file_name() == Some(OsStr::new("snapshots")) {
+        parent.parent()?
+    } else {
+        path
+    };
+    probable_repo_of_folder(folder.file_name()?.to_str()?)
 }
 
 /// The snapshot in a model's folder of the Hub cache, `models--OWNER--NAME`, and the model's id;

@@ -32,10 +32,10 @@ use std::time::Duration;
 use self::cache::CachedRepo;
 use self::download::Found;
 use self::environment::Environment;
-use self::error::chain;
 use self::id::{HubId, Name};
 
 pub use self::error::{Failure, HubError};
+pub use self::id::id_in_cache;
 
 /// Where models are downloaded from and cached. A field that is `None` is read from the environment
 /// variables of `huggingface_hub`, such as `HF_ENDPOINT`, `HF_TOKEN` and `HF_HOME`
@@ -99,18 +99,9 @@ pub fn resolve(
     settings: &HubSettings,
     report: &(dyn Fn(Transfer) + Send + Sync),
 ) -> Result<PathBuf, HubError> {
-    let path = Path::new(model);
-    if path.exists() {
-        return resolve_path(path);
-    }
-    // A path needs no settings.
-    if let Some(path) = id::as_path(model) {
-        return resolve_path(&path);
-    }
-    let environment = Environment::read(settings)?;
-    match Name::read(model, &environment.endpoint)? {
+    match name(model, settings)? {
         Name::Path(path) => resolve_path(&path),
-        Name::Id(id) => resolve_id(&id, &environment, report),
+        Name::Id(id) => resolve_id(&id, &Environment::read(settings)?, report),
     }
 }
 
@@ -126,21 +117,24 @@ pub enum Location {
 ///
 /// # Errors
 ///
-/// The name stands for nothing, or a setting of the Hub cannot be read.
+/// The name stands for nothing, or `HF_ENDPOINT` is not an address.
 pub fn locate(model: &str, settings: &HubSettings) -> Result<Location, HubError> {
-    let path = Path::new(model);
-    if path.exists() {
-        return Ok(Location::Path(path.to_owned()));
-    }
-    // A path needs no settings.
-    if let Some(path) = id::as_path(model) {
-        return Ok(Location::Path(path));
-    }
-    let environment = Environment::read(settings)?;
-    Ok(match Name::read(model, &environment.endpoint)? {
+    Ok(match name(model, settings)? {
         Name::Path(path) => Location::Path(path),
         Name::Id(id) => Location::Id(id.to_string()),
     })
+}
+
+fn name(model: &str, settings: &HubSettings) -> Result<Name, HubError> {
+    let path = Path::new(model);
+    if path.exists() {
+        return Ok(Name::Path(path.to_owned()));
+    }
+    // A path needs no settings.
+    if let Some(path) = id::as_path(model) {
+        return Ok(Name::Path(path));
+    }
+    Name::read(model, &environment::endpoint(settings)?)
 }
 
 /// The path itself, or the snapshot in a model's folder of the cache.
@@ -218,7 +212,7 @@ fn cached_instead(
     }
     tracing::warn!(
         "{}; the copy in the cache is used: {}",
-        chain(&error),
+        crate::error_chain(&error),
         cached.snapshot.display()
     );
     Ok(cached.snapshot)

@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use super::error::{Failure, chain};
+use super::error::Failure;
 
 /// Failures in succession after which a request is given up, less one.
 pub(super) const RETRIES: u32 = 5;
@@ -62,7 +62,7 @@ impl Backoff {
         self.failures += 1;
         tracing::warn!(
             "{what}: {}; trying again in {:.1} s ({} of {})",
-            chain(&failure),
+            crate::error_chain(&failure),
             wait.as_secs_f64(),
             self.failures,
             self.retries

@@ -125,8 +125,9 @@ impl ServeArgs {
         Duration::from_secs(self.drain_timeout)
     }
 
-    pub(super) fn settings(&self) -> Result<Settings, CliError> {
-        let mut settings = Settings::new(&self.model_settings().public_name());
+    /// Settings of a server that calls its model `model` unless other names are given.
+    pub(super) fn settings(&self, model: &str) -> Result<Settings, CliError> {
+        let mut settings = Settings::new(model);
         let mut allowed_hosts = self.access.allowed_host.clone();
         // The name that this machine has for itself, which may be one of a loopback address.
         allowed_hosts.extend(self.host.parse::<AllowedHost>());

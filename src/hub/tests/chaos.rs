@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 use std::{fs, thread};
 
-use crate::hub::error::chain;
+use crate::error_chain;
 use crate::hub::{HubSettings, resolve};
 
 use super::fake_hub::{Answer, Deed, FakeHub, NEEDED, Request, content, hash_of, model, tree};
@@ -75,7 +75,7 @@ fn download(seed: u64) -> bool {
     match &first {
         Ok(folder) => assert_eq!(tree(folder), model(), "seed {seed}"),
         Err(error) => {
-            let message = chain(error);
+            let message = error_chain(error);
             let names = NEEDED.iter().any(|file| message.contains(file));
             let of_hub = message.contains(&hub.endpoint) || message.contains("own/model");
             assert!(names || of_hub, "seed {seed}: {message}");

@@ -22,7 +22,7 @@ fn fetch(model: &str, settings: &HubSettings) -> Result<PathBuf, HubError> {
 /// The messages of the error and its sources, with endpoint and cache replaced by placeholders.
 fn resolve_error(model: &str, settings: &HubSettings) -> String {
     let error = fetch(model, settings).unwrap_err();
-    chain(&error)
+    crate::error_chain(&error)
         .replace(settings.endpoint.as_deref().unwrap(), "ENDPOINT")
         .replace(settings.cache.as_ref().unwrap().to_str().unwrap(), "CACHE")
 }
