@@ -36,11 +36,23 @@ pub mod measure;
 pub mod request;
 pub mod runtime;
 pub mod server;
+#[cfg(unix)]
+mod signals;
 pub mod tokenizer;
 pub mod version;
 
 /// Types of the models' interface: jobs, noise, images, [`ModelInfo`](kiln_models::pipeline::ModelInfo).
 pub use kiln_models;
+
+/// What programs on Windows write before a text in UTF-8.
+const BYTE_ORDER_MARK: &str = "\u{feff}";
+
+/// The text without a byte order mark at its start.
+fn without_mark(text: String) -> String {
+    text.strip_prefix(BYTE_ORDER_MARK)
+        .map(str::to_owned)
+        .unwrap_or(text)
+}
 
 /// Formats an error and its causes on one line.
 fn error_chain(error: &dyn std::error::Error) -> String {

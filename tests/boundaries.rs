@@ -8,7 +8,14 @@ use std::path::Path;
 /// The root crate's modules, lowest first. A module may name itself and the modules of rows above
 /// its own row; modules of one row do not name each other, so there are no circles.
 const LAYERS: &[&[&str]] = &[
-    &["files", "tokenizer", "image", "kernel_cache", "version"],
+    &[
+        "files",
+        "signals",
+        "tokenizer",
+        "image",
+        "kernel_cache",
+        "version",
+    ],
     &["checkpoint", "request"],
     &["hub", "backend", "engine"],
     &["runtime", "measure"],

@@ -18,11 +18,7 @@ pub(super) fn read_text(path: &Path) -> Result<String, CheckpointError> {
             path: path.to_owned(),
         });
     }
-    // Windows' editors put a byte order mark in front.
-    Ok(text
-        .strip_prefix('\u{feff}')
-        .map(str::to_owned)
-        .unwrap_or(text))
+    Ok(crate::without_mark(text))
 }
 
 /// Whether there is a file or a folder at `path`.

@@ -27,6 +27,8 @@ pub(super) fn clean_up_on_signals() {
 fn listen(runtime: &Runtime) -> io::Result<()> {
     use tokio::signal::unix::{SignalKind, signal};
 
+    use crate::signals::is_ignored;
+
     let _context = runtime.enter();
     let ends = [libc::SIGHUP, libc::SIGINT, libc::SIGQUIT, libc::SIGTERM];
     for number in ends.into_iter().filter(|&number| !is_ignored(number)) {
@@ -50,18 +52,6 @@ fn listen(runtime: &Runtime) -> io::Result<()> {
         }
     });
     Ok(())
-}
-
-#[cfg(unix)]
-#[expect(unsafe_code, reason = "only sigaction tells what a signal does")]
-fn is_ignored(number: libc::c_int) -> bool {
-    let mut action = std::mem::MaybeUninit::<libc::sigaction>::zeroed();
-    // SAFETY: reads the action of a signal into a structure of that type, for which zeros are valid.
-    let action = unsafe {
-        libc::sigaction(number, std::ptr::null(), action.as_mut_ptr());
-        action.assume_init()
-    };
-    action.sa_sigaction == libc::SIG_IGN
 }
 
 /// Ends the process as the signal does by default.

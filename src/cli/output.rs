@@ -99,10 +99,7 @@ pub(super) fn check_writable(path: &Path) -> Result<(), CliError> {
             path: path.to_owned(),
         });
     }
-    let folder = match path.parent() {
-        Some(folder) if folder != Path::new("") => folder,
-        _ => Path::new("."),
-    };
+    let folder = files::folder_of(path);
     if !folder.is_dir() {
         return Err(CliError::NoOutputFolder {
             folder: folder.to_owned(),

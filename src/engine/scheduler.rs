@@ -128,8 +128,7 @@ impl Scheduler {
         options: &SubmitOptions,
         now: Instant,
     ) -> Result<(JobId, Events), SubmitError> {
-        let fit = self.fit(job).map_err(SubmitError::from);
-        let admitted = self.admit().and(fit);
+        let admitted = self.admit().and_then(|()| Ok(self.fit(job)?));
         self.stats.outcomes.rejected += u64::from(admitted.is_err());
         let id = self.push(admitted?, options, now);
         self.report_positions();

@@ -22,9 +22,6 @@ use super::invalid::InvalidBody;
 /// How long a client may take to send a body.
 const BODY_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// What some editors put before a text in UTF-8.
-const BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";
-
 /// Extracts the JSON object in the body of a request.
 pub(super) struct JsonObject(pub(super) Map<String, Value>);
 
@@ -70,7 +67,9 @@ pub(super) async fn read_object(
     if bytes.starts_with(b"\xff\xfe") || bytes.starts_with(b"\xfe\xff") {
         return Err(ApiError::Utf16);
     }
-    let text = bytes.strip_prefix(BYTE_ORDER_MARK).unwrap_or(&bytes);
+    let text = bytes
+        .strip_prefix(crate::BYTE_ORDER_MARK.as_bytes())
+        .unwrap_or(&bytes);
     match serde_json::from_slice(text).map_err(ApiError::Json)? {
         Value::Object(object) => Ok(object),
         _ => Err(ApiError::NotAnObject),

@@ -48,8 +48,10 @@ impl Signals {
     pub fn new() -> io::Result<Self> {
         use tokio::signal::unix::{SignalKind, signal};
 
+        use crate::signals::is_ignored;
+
         // Before a handler is set, which replaces the disposition.
-        let hang_up = if hang_up_is_ignored() {
+        let hang_up = if is_ignored(libc::SIGHUP) {
             None
         } else {
             Some(signal(SignalKind::hangup())?)
@@ -75,18 +77,6 @@ impl Signals {
             _ = hang_up => "SIGHUP",
         }
     }
-}
-
-/// Whether this process was started with SIGHUP ignored. Only Linux tells.
-#[cfg(unix)]
-fn hang_up_is_ignored() -> bool {
-    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
-    let mask = status
-        .lines()
-        .find_map(|line| line.strip_prefix("SigIgn:"))
-        .and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok());
-    // SIGHUP is signal 1, and has the lowest bit.
-    mask.is_some_and(|mask| mask & 1 != 0)
 }
 
 /// The signal that ends the server.

@@ -330,9 +330,5 @@ fn read(path: &Path) -> Result<String, TokenizerError> {
             source,
         },
     })?;
-    // Windows' editors put a byte order mark in front.
-    Ok(text
-        .strip_prefix('\u{feff}')
-        .map(str::to_owned)
-        .unwrap_or(text))
+    Ok(crate::without_mark(text))
 }

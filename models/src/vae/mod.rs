@@ -41,12 +41,10 @@ impl VaeSettings {
     /// The settings for the images of a job.
     #[must_use]
     pub fn of(self, decoding: Decoding) -> Self {
-        let tiling = self.tiling.unwrap_or(self.automatic_tiling);
+        let tiled = (decoding == Decoding::Tiled).then_some(self.automatic_tiling);
         Self {
             use_slicing: self.use_slicing || decoding != Decoding::AsSet,
-            tiling: self
-                .tiling
-                .or((decoding == Decoding::Tiled).then_some(tiling)),
+            tiling: self.tiling.or(tiled),
             ..self
         }
     }

@@ -5,8 +5,6 @@ use std::io::{self, IsTerminal, Read};
 use crate::cli::error::CliError;
 use crate::request::MAX_PROMPT_BYTES;
 
-/// Byte order mark that programs on Windows write before a text.
-const MARK: char = '\u{feff}';
 /// Bytes of a mark and a line break, which do not belong to the prompt.
 const AROUND: usize = 5;
 
@@ -32,7 +30,7 @@ fn read(source: impl Read) -> Result<String, CliError> {
     let text = String::from_utf8(bytes).map_err(|error| CliError::StdinEncoding {
         at: error.utf8_error().valid_up_to(),
     })?;
-    let prompt = text.strip_prefix(MARK).unwrap_or(&text);
+    let prompt = text.strip_prefix(crate::BYTE_ORDER_MARK).unwrap_or(&text);
     let prompt = prompt.trim_end_matches(['\r', '\n']);
     if prompt.is_empty() {
         return Err(CliError::EmptyStdin);
