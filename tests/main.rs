@@ -26,6 +26,8 @@ mod parity;
 /// The demo model's pipeline, in this process, with one and several jobs.
 #[cfg(feature = "flex")]
 mod pipeline;
+/// Helpers for tests that run `kiln serve` as a process.
+mod served;
 /// Comparisons with the texts in `tests/snapshots`.
 mod snapshot;
 /// `kiln serve` before it is ready, run as a process.

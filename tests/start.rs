@@ -12,6 +12,8 @@ use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
+use crate::served;
+
 const COMMIT: &str = "0123456789abcdef0123456789abcdef01234567";
 
 /// How a fake Hub misbehaves.
@@ -162,22 +164,18 @@ impl Server {
             .env_remove("HF_HUB_OFFLINE")
             .stderr(Stdio::piped());
         let mut process = command.spawn().unwrap();
-        let mut lines = BufReader::new(process.stderr.take().unwrap()).lines();
-        let address = lines.find_map(|line| {
-            let line = line.unwrap();
-            let (_, address) = line.split_once("listening on http://")?;
-            Some(address.parse().unwrap())
-        });
+        let mut lines = BufReader::new(process.stderr.take().unwrap());
+        let address = served::address(&mut lines);
         let log = Arc::new(Mutex::new(String::new()));
         let written = Arc::clone(&log);
         thread::spawn(move || {
-            for line in lines.map_while(Result::ok) {
+            for line in lines.lines().map_while(Result::ok) {
                 *written.lock().unwrap() += &(line + "\n");
             }
         });
         Self {
             process,
-            address: address.expect("the server logs its address"),
+            address,
             log,
             _home: home,
         }

@@ -5,6 +5,7 @@ use std::net::{SocketAddr, TcpStream};
 use std::process::{Child, Command, Output, Stdio};
 
 use super::stderr;
+use crate::served;
 
 /// A `kiln serve` with these variables and arguments, from an empty folder and without a network.
 fn serve(variables: &[(&str, &str)], args: &[&str]) -> Command {
@@ -157,17 +158,11 @@ fn a_server_starts_from_its_environment() {
         .stderr(Stdio::piped())
         .spawn()
         .unwrap();
-    let mut lines = BufReader::new(process.stderr.take().unwrap()).lines();
+    let mut log = BufReader::new(process.stderr.take().unwrap());
     let _server = Server(process);
-    let address: SocketAddr = lines
-        .find_map(|line| {
-            let line = line.unwrap();
-            let (_, address) = line.split_once("listening on http://")?;
-            Some(address.parse().unwrap())
-        })
-        .expect("the server logs its address");
+    let address = served::address(&mut log);
     // An unread pipe would block the server.
-    std::thread::spawn(move || lines.for_each(drop));
+    std::thread::spawn(move || log.lines().for_each(drop));
 
     while !get(address, "/health/ready").starts_with("HTTP/1.1 200") {
         std::thread::sleep(std::time::Duration::from_millis(20));

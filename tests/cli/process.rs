@@ -8,6 +8,8 @@ use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Resource, Rlimit, Signal, getrlimit, kill_process, prlimit, setrlimit};
 
+use crate::served;
+
 /// A server with the demo model. It is killed when this is dropped.
 struct Server {
     process: Child,
@@ -30,13 +32,7 @@ impl Server {
             .spawn()
             .unwrap();
         let mut stderr = BufReader::new(process.stderr.take().unwrap());
-        let address = loop {
-            let mut line = String::new();
-            assert_ne!(stderr.read_line(&mut line).unwrap(), 0, "the server ended");
-            if let Some((_, address)) = line.split_once("listening on http://") {
-                break address.trim().parse().unwrap();
-            }
-        };
+        let address = served::address(&mut stderr);
         let server = Self {
             process,
             address,

@@ -2,6 +2,7 @@
 
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
+use std::thread;
 use std::time::Duration;
 
 use serde_json::Value;
@@ -35,6 +36,13 @@ pub(super) fn connect(address: SocketAddr) -> TcpStream {
 
 pub(super) fn get(address: SocketAddr, path: &str) -> Reply {
     receive(send(connect(address), "GET", path, None))
+}
+
+/// Waits until a server accepts requests.
+pub(super) fn wait_until_ready(address: SocketAddr) {
+    while get(address, "/health/ready").status != 200 {
+        thread::sleep(Duration::from_millis(20));
+    }
 }
 
 /// Sends a chat request.

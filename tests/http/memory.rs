@@ -7,7 +7,8 @@ use std::time::Duration;
 
 use serde_json::json;
 
-use super::client::{Reply, connect, get, receive, send};
+use super::client::{Reply, connect, get, receive, send, wait_until_ready};
+use crate::served;
 
 /// A `kiln serve` process of the demo model, killed when dropped.
 struct Server {
@@ -28,18 +29,11 @@ impl Server {
             .stderr(Stdio::piped())
             .spawn()
             .unwrap();
-        let mut lines = BufReader::new(process.stderr.take().unwrap()).lines();
-        let address = lines.find_map(|line| {
-            let line = line.unwrap();
-            let (_, address) = line.split_once("listening on http://")?;
-            Some(address.parse().unwrap())
-        });
-        std::thread::spawn(move || lines.for_each(drop));
-        let address = address.expect("the server logs its address");
+        let mut log = BufReader::new(process.stderr.take().unwrap());
+        let address = served::address(&mut log);
+        std::thread::spawn(move || log.lines().for_each(drop));
         let server = Self { process, address };
-        while get(address, "/health/ready").status != 200 {
-            std::thread::sleep(Duration::from_millis(20));
-        }
+        wait_until_ready(address);
         server
     }
 

@@ -8,8 +8,9 @@ use std::process::{Child, Command, Stdio};
 use base64::Engine as _;
 use serde_json::{Value, json};
 
-use super::client::{connect, get, post, post_to, send};
+use super::client::{connect, get, post, post_to, send, wait_until_ready};
 use super::{decode, parts};
+use crate::served;
 
 pub(super) fn model() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/checkpoints/base")
@@ -41,19 +42,12 @@ impl Server {
             .stderr(Stdio::piped())
             .spawn()
             .unwrap();
-        let mut lines = BufReader::new(process.stderr.take().unwrap()).lines();
-        let address = lines.find_map(|line| {
-            let line = line.unwrap();
-            line.split_once("listening on http://")
-                .map(|(_, address)| address.parse().unwrap())
-        });
+        let mut log = BufReader::new(process.stderr.take().unwrap());
+        let address = served::address(&mut log);
         // Reads the rest of the log, so that the process never blocks on a full pipe.
-        std::thread::spawn(move || lines.for_each(drop));
-        let address = address.expect("the server logs its address");
+        std::thread::spawn(move || log.lines().for_each(drop));
         let server = Self { process, address };
-        while get(server.address, "/health/ready").status != 200 {
-            std::thread::sleep(std::time::Duration::from_millis(20));
-        }
+        wait_until_ready(address);
         server
     }
 }
