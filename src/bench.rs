@@ -413,6 +413,7 @@ mod tests {
             encode: 1_000_000_000_000,
             modulation: 7,
             step: 2_000_000_000_000,
+            denoise: 20_000_000_000_000,
             decode: 500_000_000_000,
         };
         assert_eq!(

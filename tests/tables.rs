@@ -61,6 +61,7 @@ fn a_benchmark() {
         encode: 1_000_000_000_000,
         modulation: 7,
         step: 2_000_000_000_000,
+        denoise: 20_000_000_000_000,
         decode: 500_000_000_000,
     };
     let run = |seconds: f64| Run {

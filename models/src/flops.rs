@@ -19,8 +19,11 @@ pub struct FlopCount {
     pub encode: u64,
     /// The modulation table of all steps, which later jobs with the same schedule reuse.
     pub modulation: u64,
-    /// One step: the transformer on all images, once more with the negative prompt if guidance runs.
+    /// One full step: the transformer on all images, once more with the negative prompt if guidance runs.
     pub step: u64,
+    /// All steps together, without those parts that a step cache or a guidance gate is known to leave
+    /// out before the first step.
+    pub denoise: u64,
     /// The VAE on all images.
     pub decode: u64,
 }
@@ -80,6 +83,7 @@ fn count(
         encode: encode(text_encoder, &prompts),
         modulation: job.sampling.steps as u64 * modulation(transformer),
         step: images * step(transformer, &segments),
+        denoise: job.sampling.steps as u64 * images * step(transformer, &segments),
         decode: images * decode_tiled(vae, latents, settings.of(job.decoding)),
     }
 }

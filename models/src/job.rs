@@ -9,6 +9,7 @@ use serde::Serialize;
 
 use crate::finite::NotFinite;
 use crate::noise::NoiseGenerator;
+use crate::step_cache::{CachePolicy, StepCounts};
 
 /// Identifies a job within one pipeline. The caller chooses it and does not reuse the id of a job
 /// that has not ended.
@@ -131,6 +132,12 @@ pub struct Job {
     /// At least 1. The images of a job share one draw of noise, as in diffusers with one generator.
     pub num_images: usize,
     pub decoding: Decoding,
+    /// Which steps run the transformer's blocks.
+    pub cache: CachePolicy,
+    /// Part of the steps, from 0 to 1, after which guidance reuses the difference of the two halves of
+    /// the last step before: SGLang's `cfg_gate_step`. The first step is never gated. `None` and 1
+    /// gate no step.
+    pub cfg_gate_step: Option<f64>,
     /// Keep every stage of the run in [`Output::trace`], for comparing runs.
     pub record: bool,
 }
@@ -181,6 +188,7 @@ pub struct Output {
     pub images: Vec<RgbImage>,
     /// Whether the images were decoded in tiles, which changes them slightly.
     pub tiled: bool,
+    pub steps: StepCounts,
     /// Empty unless [`Job::record`] was set.
     pub trace: Vec<TraceTensor>,
     /// The first stage whose values were not finite: the images are not usable. Only a job with

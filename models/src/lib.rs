@@ -27,6 +27,7 @@ pub mod sampling;
 pub mod session;
 pub mod source;
 mod state;
+pub mod step_cache;
 pub mod testing;
 pub mod text_encoder;
 pub mod transformer;

@@ -10,6 +10,7 @@ use crate::flops::CostModel;
 use crate::job::{Decoding, Job, JobId, Output, RgbImage, Size};
 use crate::memory::MemoryModel;
 use crate::source::FileFault;
+use crate::step_cache::StepCounts;
 
 /// Largest height or width of a preview, in pixels.
 pub const MAX_PREVIEW_SIDE: usize = 256;
@@ -121,10 +122,15 @@ pub enum PipelineError {
 }
 
 /// What one step did for one job.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq)]
 pub struct StepOutcome {
     pub id: JobId,
     pub steps_left: usize,
+    /// All steps of the job so far.
+    pub counts: StepCounts,
+    /// The transformer's work in this step as a part of a full step's: 1 if all blocks ran on both
+    /// halves, 0 if none ran.
+    pub work: f64,
 }
 
 /// Generates images, job by job and step by step.

@@ -25,6 +25,7 @@ use crate::pipeline::{
 use crate::sampling::Schedule;
 use crate::source::WeightFiles;
 use crate::state::{Advance, Half, JobState};
+use crate::step_cache::StepCounts;
 use crate::transformer::{ModulationTable, Transformer};
 use crate::vae::VaeSettings;
 use crate::weights::Precision;
@@ -194,6 +195,7 @@ impl<B: FusedOps> ImagePipeline<B> {
             schedule,
             modulation,
             steps_done: 0,
+            counts: StepCounts::default(),
             latents,
             velocity: None,
             halves: embeddings.into_iter().map(half).collect(),
@@ -316,6 +318,8 @@ where
                 self.state(id).map(|state| StepOutcome {
                     id,
                     steps_left: state.steps_left(),
+                    counts: state.counts,
+                    work: 1.0,
                 })
             })
             .collect()
@@ -335,6 +339,7 @@ where
         let JobState {
             job,
             latents,
+            counts,
             mut trace,
             not_finite,
             ..
@@ -366,6 +371,7 @@ where
         Ok(Output {
             images,
             tiled,
+            steps: counts,
             trace,
             not_finite: not_finite.or(found),
         })

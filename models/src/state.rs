@@ -10,6 +10,7 @@ use crate::guidance::true_cfg;
 use crate::job::{Job, JobId, TraceTensor};
 use crate::pipeline::PipelineError;
 use crate::sampling::{Schedule, euler_step};
+use crate::step_cache::StepCounts;
 use crate::transformer::{ModulationTable, Segment};
 
 /// A job between start and finish.
@@ -19,6 +20,7 @@ pub(crate) struct JobState<B: FusedOps> {
     pub(crate) schedule: Schedule,
     pub(crate) modulation: Arc<ModulationTable<B>>,
     pub(crate) steps_done: usize,
+    pub(crate) counts: StepCounts,
     /// `[images · tokens, channels]`, f32.
     pub(crate) latents: Tensor<B, 2>,
     /// What the last step predicted, in the shape of `latents`; `None` before the first step.
@@ -93,6 +95,7 @@ impl<B: FusedOps> JobState<B> {
         self.latents = advance.latents;
         self.velocity = Some(advance.velocity);
         self.steps_done += 1;
+        self.counts.computed += 1;
         self.trace.extend(advance.trace);
         self.not_finite = self.not_finite.or(advance.not_finite);
     }

@@ -13,6 +13,7 @@ use crate::noise::NoiseGenerator;
 use crate::pipeline::{
     CacheUses, ImageSizes, MemoryRoom, MemoryUse, ModelInfo, Pipeline, PipelineError, StepOutcome,
 };
+use crate::step_cache::{CachePolicy, StepCounts};
 
 /// A job of one square image without guidance: one prompt token, seed 0, torch's CPU noise.
 pub fn job(side: usize, steps: usize) -> Job {
@@ -27,6 +28,8 @@ pub fn job(side: usize, steps: usize) -> Job {
         },
         num_images: 1,
         decoding: Decoding::default(),
+        cache: CachePolicy::Off,
+        cfg_gate_step: None,
         record: false,
     }
 }
@@ -88,6 +91,7 @@ impl FakePipeline {
             encode: 1,
             modulation: 0,
             step: 1,
+            denoise: 50,
             decode: 1,
         };
         Self {
@@ -192,7 +196,7 @@ impl Pipeline for FakePipeline {
         }
         let mut outcomes = Vec::with_capacity(ids.len());
         for &id in ids {
-            let (_, left) = self
+            let (job, left) = self
                 .jobs
                 .get_mut(&id)
                 .ok_or(PipelineError::UnknownJob(id))?;
@@ -200,6 +204,11 @@ impl Pipeline for FakePipeline {
             outcomes.push(StepOutcome {
                 id,
                 steps_left: *left,
+                counts: StepCounts {
+                    computed: job.sampling.steps - *left,
+                    ..StepCounts::default()
+                },
+                work: 1.0,
             });
         }
         Ok(outcomes)
@@ -227,6 +236,10 @@ impl Pipeline for FakePipeline {
         Ok(Output {
             images: vec![(self.image)(&job, 0); job.num_images],
             tiled: job.decoding == Decoding::Tiled,
+            steps: StepCounts {
+                computed: job.sampling.steps,
+                ..StepCounts::default()
+            },
             trace: job.record.then_some(stage).into_iter().collect(),
             not_finite: None,
         })

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use kiln_models::job::{Output, RgbImage, Size};
 use kiln_models::pipeline::PipelineError;
+use kiln_models::step_cache::StepCounts;
 use tracing::Span;
 
 /// Settings of one submission; they do not change the image.
@@ -49,6 +50,8 @@ pub enum Event {
     Step {
         done: usize,
         total: usize,
+        /// What the steps so far have run.
+        counts: StepCounts,
         /// Device time that the rest of the job will probably take: its steps and its decoding,
         /// without previews and without the turns of other jobs. Until a decoding has been
         /// measured, decoding is assumed to run at the speed of the steps. `None` before a step

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use kiln_models::job::{Decoding, Job, JobId, Output, RgbImage};
-use kiln_models::pipeline::{CacheUses, MemoryRoom, MemoryUse, Pipeline};
+use kiln_models::pipeline::{CacheUses, MemoryRoom, MemoryUse, Pipeline, StepOutcome};
 
 use super::JobError;
 
@@ -49,8 +49,8 @@ impl Plan {
 #[derive(Debug)]
 pub(super) enum Outcome {
     Started(JobId, Result<(), JobError>),
-    /// The number of steps that are left, for each job of the plan.
-    Stepped(Vec<(JobId, Result<usize, JobError>)>),
+    /// For each job of the plan.
+    Stepped(Vec<(JobId, Result<StepOutcome, JobError>)>),
     /// `None` if the preview failed.
     Previewed(JobId, Option<RgbImage>),
     Finished(JobId, Result<Output, JobError>),

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use kiln_models::flops::CostModel;
 use kiln_models::job::{Job, JobId, Output, RgbImage};
+use kiln_models::pipeline::StepOutcome;
 
 use super::cost::{Speed, Stage, Work, shares};
 use super::entry::Entry;
@@ -274,7 +275,7 @@ impl Scheduler {
     /// Books one step of several jobs: each has the part of the time that its work is of theirs.
     fn book_step(
         &mut self,
-        jobs: Vec<(JobId, Result<usize, JobError>)>,
+        jobs: Vec<(JobId, Result<StepOutcome, JobError>)>,
         took: Duration,
         now: Instant,
     ) {
@@ -284,34 +285,35 @@ impl Scheduler {
         };
         let works: Vec<f64> = jobs.iter().map(work_of).collect();
         // The time of a failed call says nothing about the speed.
-        if jobs.iter().all(|(_, steps_left)| steps_left.is_ok()) {
+        if jobs.iter().all(|(_, step)| step.is_ok()) {
             self.speed.add(Stage::Step, works.iter().sum(), took);
         }
-        for ((id, steps_left), share) in jobs.into_iter().zip(shares(took, &works)) {
-            match steps_left {
-                Ok(steps_left) => self.book_step_of(id, steps_left, share),
+        for ((id, step), share) in jobs.into_iter().zip(shares(took, &works)) {
+            match step {
+                Ok(step) => self.book_step_of(id, step, share),
                 Err(error) => self.fail(id, error, now),
             }
         }
     }
 
-    fn book_step_of(&mut self, id: JobId, steps_left: usize, took: Duration) {
+    fn book_step_of(&mut self, id: JobId, step: StepOutcome, took: Duration) {
         let Some(index) = self.position_of(id) else {
             return;
         };
         let entry = &mut self.entries[index];
         entry.book_turn(Stage::Step, took, self.device_time);
-        entry.steps_left = steps_left;
+        entry.steps_left = step.steps_left;
         entry.is_preview_due = entry.wants_preview();
         if !entry.is_warm_up {
             self.stats.add_turn(Stage::Step, took, &entry.timings);
         }
-        let step = Event::Step {
+        let event = Event::Step {
             done: entry.steps_done(),
             total: entry.total_steps,
-            estimated_rest: self.speed.rest_after_step(&entry.work, steps_left),
+            counts: step.counts,
+            estimated_rest: self.speed.rest_after_step(&entry.work, step.steps_left),
         };
-        self.events.push((id, step));
+        self.events.push((id, event));
     }
 
     fn book_preview(&mut self, id: JobId, image: Option<RgbImage>, took: Duration) {

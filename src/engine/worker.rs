@@ -19,8 +19,8 @@ pub(super) struct Worker {
     shared: Arc<Shared>,
 }
 
-/// What a step gave for each job: the number of steps that are left.
-type Steps = Vec<(JobId, Result<usize, JobError>)>;
+/// What a step gave for each job.
+type Steps = Vec<(JobId, Result<StepOutcome, JobError>)>;
 
 impl Worker {
     pub(super) fn new(pipeline: Box<dyn Pipeline>, shared: Arc<Shared>) -> Self {
@@ -95,11 +95,11 @@ impl Worker {
     /// Steps the jobs together. If that fails, no job has advanced, and each is stepped alone, so
     /// that only the jobs fail that fail alone.
     fn step(&mut self, ids: &[JobId], spans: &HashMap<JobId, Span>) -> (Steps, Duration) {
-        let (together, mut took) = self.call(|pipeline| steps_left(ids, &pipeline.step(ids)?));
+        let (together, mut took) = self.call(|pipeline| in_order(ids, &pipeline.step(ids)?));
         let steps = match (together, ids) {
-            (Ok(steps_left), _) => {
-                let steps = ids.iter().zip(steps_left);
-                steps.map(|(&id, left)| (id, Ok(left))).collect()
+            (Ok(outcomes), _) => {
+                let steps = ids.iter().zip(outcomes);
+                steps.map(|(&id, outcome)| (id, Ok(outcome))).collect()
             }
             (Err(error), &[id]) => vec![(id, self.discard_failed(id, Err(error)))],
             (Err(error), _) => {
@@ -183,14 +183,13 @@ fn span_of(id: JobId, spans: &HashMap<JobId, Span>) -> Span {
     spans.get(&id).cloned().unwrap_or_else(Span::none)
 }
 
-/// The steps that are left of each job, in the order of `ids`.
-fn steps_left(ids: &[JobId], outcomes: &[StepOutcome]) -> Result<Vec<usize>, PipelineError> {
-    let steps_left = |id: &JobId| {
+/// The outcomes of the jobs, in the order of `ids`.
+fn in_order(ids: &[JobId], outcomes: &[StepOutcome]) -> Result<Vec<StepOutcome>, PipelineError> {
+    let outcome_of = |id: &JobId| {
         let outcome = outcomes.iter().find(|outcome| outcome.id == *id);
-        let outcome = outcome.ok_or(PipelineError::UnknownJob(*id))?;
-        Ok(outcome.steps_left)
+        outcome.copied().ok_or(PipelineError::UnknownJob(*id))
     };
-    ids.iter().map(steps_left).collect()
+    ids.iter().map(outcome_of).collect()
 }
 
 /// Runs a call of a pipeline. A panic is an error.

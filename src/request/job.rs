@@ -1,6 +1,7 @@
 //! Tokenizes a request and converts it to a job.
 
 use kiln_models::job::{Decoding, Guidance, Job};
+use kiln_models::step_cache::CachePolicy;
 
 use crate::tokenizer::{PromptTokenizer, TokenizerError};
 
@@ -50,6 +51,8 @@ impl GenerationRequest {
             noise: self.noise,
             num_images: self.num_images,
             decoding: Decoding::default(),
+            cache: CachePolicy::Off,
+            cfg_gate_step: None,
             record,
         }
     }

@@ -117,10 +117,12 @@ pub(super) fn flops(job: &Job) -> FlopCount {
     };
     let images = job.num_images as f64;
     let units = |value: f64| (value * 1000.0).round() as u64;
+    let step = units(images * job.branches().map(forward).sum::<f64>());
     FlopCount {
         encode: units(job.branches().map(|text| text.tokens.len() as f64).sum()),
         modulation: 0,
-        step: units(images * job.branches().map(forward).sum::<f64>()),
+        step,
+        denoise: step * job.sampling.steps as u64,
         decode: units(images * tokens * 0.085),
     }
 }

@@ -7,7 +7,8 @@ use std::time::{Duration, Instant};
 use kiln_models::flops::CostModel;
 use kiln_models::job::{Decoding, Job, JobId, Output, RgbImage, Size};
 use kiln_models::memory::{MemoryModel, MemoryPlan};
-use kiln_models::pipeline::{MemoryRoom, Pipeline, PipelineError};
+use kiln_models::pipeline::{MemoryRoom, Pipeline, PipelineError, StepOutcome};
+use kiln_models::step_cache::StepCounts;
 use kiln_models::testing::{FakePipeline, model_info};
 
 use super::bench::{cost, flops, job, ms, settings, whole_cost};
@@ -19,6 +20,19 @@ use crate::engine::{EngineSettings, Event, JobError, State, SubmitError, SubmitO
 
 /// Device time of a preview.
 const PREVIEW: Duration = ms(5);
+
+/// The outcome of a full step.
+fn stepped(id: JobId, job: &Job, steps_left: usize) -> StepOutcome {
+    StepOutcome {
+        id,
+        steps_left,
+        counts: StepCounts {
+            computed: job.sampling.steps - steps_left,
+            ..StepCounts::default()
+        },
+        work: 1.0,
+    }
+}
 
 struct Driver {
     scheduler: Scheduler,
@@ -112,7 +126,7 @@ impl Driver {
                     let (job, steps_left) = self.started.get_mut(&id).unwrap();
                     *steps_left -= 1;
                     took += cost(job, Stage::Step);
-                    steps.push((id, Ok(*steps_left)));
+                    steps.push((id, Ok(stepped(id, job, *steps_left))));
                 }
                 self.book(Outcome::Stepped(steps), took);
                 format!("step {ids:?}")
@@ -128,6 +142,7 @@ impl Driver {
                     not_finite: None,
                     images: vec![image()],
                     tiled: false,
+                    steps: StepCounts::default(),
                     trace: Vec::new(),
                 };
                 let took = cost(&job, Stage::Decode);
@@ -449,7 +464,7 @@ fn previews_of_a_step_of_several_jobs_follow_one_after_the_other() {
 fn a_job_that_fails_in_a_step_of_several_ends_alone() {
     let (mut driver, jobs) = two_started(&SubmitOptions::default());
     let took = cost(&jobs[0], Stage::Step) + cost(&jobs[1], Stage::Step);
-    let steps = vec![(0, Ok(9)), (1, Err(device_error()))];
+    let steps = vec![(0, Ok(stepped(0, &jobs[0], 9))), (1, Err(device_error()))];
     driver.book(Outcome::Stepped(steps), took);
     driver.started.remove(&1);
     driver.started.get_mut(&0).unwrap().1 = 9;

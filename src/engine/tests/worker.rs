@@ -34,7 +34,11 @@ fn start_two(bench: &mut Bench, behaviour: u32) {
 
 fn steps(booked: Booked) -> Vec<(JobId, Result<usize, JobError>)> {
     match booked.outcome {
-        Outcome::Stepped(steps) => steps,
+        Outcome::Stepped(steps) => {
+            let left = steps.into_iter();
+            left.map(|(id, step)| (id, step.map(|step| step.steps_left)))
+                .collect()
+        }
         other => panic!("{other:?}"),
     }
 }
