@@ -108,7 +108,7 @@ fn modulation(config: &TransformerConfig) -> u64 {
 }
 
 /// Multiply-adds of the transformer on these segments.
-fn step(config: &TransformerConfig, segments: &[Segment]) -> u64 {
+pub(crate) fn step(config: &TransformerConfig, segments: &[Segment]) -> u64 {
     let dim = config.dim();
     let of_segment = |segment: &Segment| {
         let (image, text) = (segment.image_tokens(), segment.text_tokens);
