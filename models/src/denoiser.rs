@@ -1,6 +1,9 @@
 //! The denoiser: branches in, velocities out, in one packed forward of the transformer.
 
+use std::thread;
+
 use burn::tensor::{DType, Tensor};
+use cubecl_common::stream_id::StreamId;
 use kiln_ops::FusedOps;
 
 use crate::cache::Cache;
@@ -25,6 +28,27 @@ pub(crate) struct Branch<'a, B: FusedOps> {
     pub(crate) row: usize,
 }
 
+/// The transformer on one device, and the stream of work there.
+#[derive(Debug)]
+pub(crate) struct Lane<B: FusedOps> {
+    pub(crate) transformer: Transformer<B>,
+    #[expect(dead_code, reason = "a step runs on the first device only")]
+    pub(crate) device: B::Device,
+    /// The device as messages show it: `cuda:0 (NVIDIA H200)`.
+    #[expect(dead_code, reason = "a step runs on the first device only")]
+    pub(crate) label: String,
+    /// The stream that the weights were uploaded on, and that must run the forward passes: GPU
+    /// backends have memory for each stream.
+    #[expect(dead_code, reason = "a step runs on the first device only")]
+    pub(crate) stream: StreamId,
+}
+
+/// A stream that no thread uses.
+pub(crate) fn new_stream() -> StreamId {
+    let stream = thread::spawn(StreamId::current).join();
+    stream.unwrap_or_else(|_| StreamId::current())
+}
+
 /// The transformer on one device.
 #[derive(Debug)]
 pub(crate) struct Denoiser<B: FusedOps> {
@@ -35,9 +59,17 @@ pub(crate) struct Denoiser<B: FusedOps> {
 }
 
 impl<B: FusedOps> Denoiser<B> {
-    pub(crate) fn new(transformer: Transformer<B>, activations: DType) -> Self {
+    /// # Panics
+    ///
+    /// If there is no lane.
+    pub(crate) fn new(
+        mut lanes: Vec<Lane<B>>,
+        activations: DType,
+        split_guidance: Option<bool>,
+    ) -> Self {
+        let _ = split_guidance;
         Self {
-            transformer,
+            transformer: lanes.remove(0).transformer,
             activations,
             packings: Cache::new(KEPT_PACKING_BYTES),
         }

@@ -11,7 +11,7 @@ use burn::tensor::{DType, Tensor};
 use kiln_ops::{FaultWatch, FusedOps};
 
 use crate::cache::Cache;
-use crate::denoiser::{Branch, Denoiser};
+use crate::denoiser::{Branch, Denoiser, Lane};
 use crate::device::{DeviceMemory, caught, idle, reliably};
 use crate::families::qwen_image::QwenImage;
 use crate::finite::{Stage, check, read, traced};
@@ -19,14 +19,14 @@ use crate::flops::CostModel;
 use crate::job::{Decoding, Job, JobId, Output, RgbImage};
 use crate::memory::MemoryModel;
 use crate::pipeline::{
-    CacheUses, MAX_PREVIEW_SIDE, MemoryRoom, MemoryUse, ModelInfo, Pipeline, PipelineError,
-    StepOutcome,
+    CacheUses, MAX_PREVIEW_SIDE, MemoryRoom, MemoryUse, ModelDevice, ModelInfo, Pipeline,
+    PipelineError, StepOutcome,
 };
 use crate::sampling::Schedule;
 use crate::source::WeightFiles;
 use crate::state::{Advance, Half, JobState};
 use crate::step_cache::StepCounts;
-use crate::transformer::{ModulationTable, Transformer};
+use crate::transformer::ModulationTable;
 use crate::vae::VaeSettings;
 use crate::weights::Precision;
 
@@ -41,19 +41,28 @@ const KEPT_EMBEDDING_BYTES: usize = 256 << 20;
 /// What is chosen when a model is loaded.
 #[derive(Debug, Clone)]
 pub struct SessionSettings<B: FusedOps> {
+    /// The device of the text encoder and the VAE: the first of `devices`.
     pub device: B::Device,
     /// Name of the backend.
     pub backend: &'static str,
-    /// Number of the device among the backend's devices.
-    pub device_index: usize,
-    pub device_name: String,
-    /// Memory of the device in bytes, if it is known.
+    /// The devices of the transformer, at least one.
+    pub devices: Vec<SessionDevice<B>>,
+    /// Whether the two halves of a guided job run on two devices; `None` as is faster.
+    pub split_guidance: Option<bool>,
+    /// Memory of `device` in bytes, if it is known.
     pub device_memory: Option<u64>,
     pub precision: Precision,
     pub vae: VaeSettings,
 }
 
-/// A pipeline on one device.
+/// A device of a [`SessionSettings`].
+#[derive(Debug, Clone)]
+pub struct SessionDevice<B: FusedOps> {
+    pub device: B::Device,
+    pub info: ModelDevice,
+}
+
+/// A pipeline whose text encoder and VAE are on one device.
 #[derive(Debug)]
 pub(crate) struct ImagePipeline<B: FusedOps> {
     family: QwenImage<B>,
@@ -75,7 +84,7 @@ pub(crate) struct ImagePipeline<B: FusedOps> {
 impl<B: FusedOps> ImagePipeline<B> {
     pub(crate) fn new(
         family: QwenImage<B>,
-        transformer: Transformer<B>,
+        lanes: Vec<Lane<B>>,
         settings: SessionSettings<B>,
         files: WeightFiles,
     ) -> Self {
@@ -83,8 +92,7 @@ impl<B: FusedOps> ImagePipeline<B> {
             sizes: family.sizes,
             vocab_size: family.vocab_size,
             backend: settings.backend,
-            device_index: settings.device_index,
-            device_name: settings.device_name.clone(),
+            devices: settings.devices.iter().map(|it| it.info.clone()).collect(),
             dtype: match settings.precision.model {
                 DType::BF16 => "bf16",
                 DType::F16 => "f16",
@@ -94,7 +102,11 @@ impl<B: FusedOps> ImagePipeline<B> {
         let memory = DeviceMemory::new(&settings.device);
         Self {
             family,
-            denoiser: Denoiser::new(transformer, settings.precision.activations),
+            denoiser: Denoiser::new(
+                lanes,
+                settings.precision.activations,
+                settings.split_guidance,
+            ),
             settings,
             info,
             files,

@@ -116,7 +116,7 @@ impl CheckpointConfigs {
     }
 }
 
-/// Loads the networks of a checkpoint onto a device.
+/// Loads the networks of a checkpoint: the transformer onto every device, the others onto the first.
 ///
 /// # Errors
 ///
@@ -131,7 +131,7 @@ where
 {
     match parts.configs.family()? {
         Family::QwenImage => {
-            let (family, transformer) = QwenImage::<B>::load(parts, &settings)?;
+            let (family, lanes) = QwenImage::<B>::load(parts, &settings)?;
             let CheckpointParts {
                 text_encoder,
                 transformer: deferred,
@@ -142,12 +142,7 @@ where
             sources.iter().try_for_each(|source| source.check_files())?;
             let in_place = if B::IS_IN_PLACE { &sources[..] } else { &[] };
             let files = WeightFiles::new(deferred, in_place);
-            Ok(Box::new(ImagePipeline::new(
-                family,
-                transformer,
-                settings,
-                files,
-            )))
+            Ok(Box::new(ImagePipeline::new(family, lanes, settings, files)))
         }
     }
 }

@@ -4,16 +4,19 @@
 use std::sync::Arc;
 
 use burn::tensor::{DType, Tensor, TensorData};
+use cubecl_common::stream_id::StreamId;
 use kiln_ops::FusedOps;
 
 use crate::config::ConfigError;
+use crate::denoiser::{Lane, new_stream};
+use crate::device::summary;
 use crate::flops::CostModel;
 use crate::job::{Conditioning, Job, Size};
 use crate::memory::MemoryModel;
 use crate::noise::randn;
 use crate::pipeline::{ImageSizes, PipelineError};
 use crate::sampling::{Schedule, SchedulerConfig, round_to};
-use crate::session::SessionSettings;
+use crate::session::{SessionDevice, SessionSettings};
 use crate::text_encoder::{TextEncoder, TextEncoderConfig};
 use crate::transformer::{Segment, Transformer, TransformerConfig};
 use crate::vae::{VaeConfig, VaeDecoder, VaeSettings};
@@ -84,7 +87,8 @@ pub struct QwenImage<B: FusedOps> {
 }
 
 impl<B: FusedOps> QwenImage<B> {
-    /// Loads the three networks.
+    /// Loads the three networks: the text encoder and the VAE onto the first device, the transformer
+    /// onto every one.
     ///
     /// # Errors
     ///
@@ -92,7 +96,7 @@ impl<B: FusedOps> QwenImage<B> {
     pub(crate) fn load(
         parts: &CheckpointParts,
         settings: &SessionSettings<B>,
-    ) -> Result<(Self, Transformer<B>), LoadError> {
+    ) -> Result<(Self, Vec<Lane<B>>), LoadError> {
         let configs = &parts.configs;
         let scheduler = SchedulerConfig::from_json(&configs.scheduler)?;
         let text_config = TextEncoderConfig::from_json(&configs.text_encoder)?;
@@ -115,7 +119,8 @@ impl<B: FusedOps> QwenImage<B> {
             transformer_config.kernel_shapes(),
             vae_config.kernel_shapes(),
         ];
-        B::check_kernels(device, precision.activations, &shapes.concat());
+        let shapes = shapes.concat();
+        B::check_kernels(device, precision.activations, &shapes);
 
         let text_encoder = TextEncoder::load(
             &text_config,
@@ -123,12 +128,41 @@ impl<B: FusedOps> QwenImage<B> {
             device,
             precision,
         )?;
-        let transformer = Transformer::load(
-            &transformer_config,
-            Arc::clone(&parts.transformer),
-            device,
-            precision,
-        )?;
+        let load = |device: &B::Device| {
+            let source = Arc::clone(&parts.transformer);
+            Transformer::load(&transformer_config, source, device, precision)
+        };
+        let mut lanes: Vec<Lane<B>> = Vec::new();
+        for SessionDevice { device, info } in &settings.devices {
+            let label = info.label(settings.backend);
+            let loaded = lanes.iter().find(|lane| lane.device == *device);
+            let (transformer, stream) = match loaded {
+                Some(lane) => (lane.transformer.clone(), new_stream()),
+                None if lanes.is_empty() => (load(device)?, StreamId::current()),
+                None => {
+                    let stream = new_stream();
+                    let load = || {
+                        B::check_kernels(device, precision.activations, &shapes);
+                        let transformer = load(device)?;
+                        // Uploads are queued.
+                        match B::checkpoint(device) {
+                            Ok(_) => Ok(transformer),
+                            Err(report) => Err(LoadError::Device {
+                                device: label.clone(),
+                                report: summary(&report),
+                            }),
+                        }
+                    };
+                    (stream.executes(load)?, stream)
+                }
+            };
+            lanes.push(Lane {
+                transformer,
+                device: device.clone(),
+                label,
+                stream,
+            });
+        }
         let vae = VaeDecoder::load(&vae_config, Arc::clone(&parts.vae), device, precision)?;
         let family = Self {
             text_encoder,
@@ -152,7 +186,7 @@ impl<B: FusedOps> QwenImage<B> {
                 settings.vae,
             ),
         };
-        Ok((family, transformer))
+        Ok((family, lanes))
     }
 
     /// Refuses a job that this model cannot run.
