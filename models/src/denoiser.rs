@@ -32,7 +32,6 @@ pub(crate) struct Branch<'a, B: FusedOps> {
 #[derive(Debug)]
 pub(crate) struct Lane<B: FusedOps> {
     pub(crate) transformer: Transformer<B>,
-    #[expect(dead_code, reason = "a step runs on the first device only")]
     pub(crate) device: B::Device,
     /// The device as messages show it: `cuda:0 (NVIDIA H200)`.
     #[expect(dead_code, reason = "a step runs on the first device only")]

@@ -8,7 +8,7 @@ use burn_flex::{Flex, FlexDevice};
 use bytes::Bytes;
 use kiln_models::families::{self, CheckpointParts};
 use kiln_models::job::{Job, JobId, Output};
-use kiln_models::pipeline::{Pipeline, PipelineError};
+use kiln_models::pipeline::{ModelDevice, Pipeline, PipelineError};
 use kiln_models::session::{SessionDevice, SessionSettings};
 use kiln_models::testing;
 use kiln_models::vae::VaeSettings;
