@@ -11,7 +11,8 @@ use crate::job::{
 use crate::memory::MemoryModel;
 use crate::noise::NoiseGenerator;
 use crate::pipeline::{
-    CacheUses, ImageSizes, MemoryRoom, MemoryUse, ModelInfo, Pipeline, PipelineError, StepOutcome,
+    CacheUses, ImageSizes, MemoryRoom, MemoryUse, ModelDevice, ModelInfo, Pipeline, PipelineError,
+    StepOutcome,
 };
 use crate::step_cache::{CachePolicy, StepCounts};
 
@@ -49,8 +50,10 @@ pub fn model_info() -> ModelInfo {
         },
         vocab_size: 200_000,
         backend: "test",
-        device_index: 0,
-        device_name: "fake".to_owned(),
+        devices: vec![ModelDevice {
+            index: 0,
+            name: "fake".to_owned(),
+        }],
         dtype: "f32",
     }
 }
