@@ -399,11 +399,18 @@ where
     }
 
     fn memory_room(&self) -> Option<MemoryRoom> {
-        B::memory_room(&self.settings.device).or_else(|| {
+        let first = B::memory_room(&self.settings.device).or_else(|| {
             let total = self.settings.device_memory?;
             let free = total.saturating_sub(self.memory().in_use?);
             Some(MemoryRoom { free, total: free })
-        })
+        });
+        // Whichever device a job runs on, it finds what is planned for it.
+        let rooms = [first].into_iter().chain(self.denoiser.rooms_of_others());
+        let least = |a: MemoryRoom, b: MemoryRoom| MemoryRoom {
+            free: a.free.min(b.free),
+            total: a.total.min(b.total),
+        };
+        rooms.flatten().reduce(least)
     }
 
     fn drop_caches(&mut self) {

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use burn::tensor::{DType, Tensor, TensorData};
-use kiln_ops::{Cores, FusedOps};
+use kiln_ops::{Cores, FusedOps, MemoryRoom};
 
 use super::carried::Carried;
 use super::decision::Decides;
@@ -299,6 +299,10 @@ impl<B: FusedOps> Lane<B> {
     /// Waits for the device, so that it does not use what is dropped.
     pub(super) fn idle(&self) {
         idle::<B>(&self.device).ok();
+    }
+
+    pub(super) fn memory_room(&self) -> Option<MemoryRoom> {
+        B::memory_room(&self.device)
     }
 
     /// Use of the device, without its name.

@@ -19,7 +19,7 @@ use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use burn::tensor::{Tensor, TensorData};
-use kiln_ops::FusedOps;
+use kiln_ops::{FusedOps, MemoryRoom};
 
 use self::carried::Carried;
 use self::decision::{Decides, Decision};
@@ -448,6 +448,16 @@ impl<B: FusedOps> Denoiser<B> {
         for answer in pending {
             answer.wait().ok();
         }
+    }
+
+    /// Memory that can still be allocated on every device but the first; `None` where it is not known.
+    pub(crate) fn rooms_of_others(&self) -> Vec<Option<MemoryRoom>> {
+        let others = self.others.iter();
+        let pending: Vec<_> = others
+            .map(|lane| lane.call(|lane| lane.memory_room()))
+            .collect();
+        let rooms = pending.into_iter();
+        rooms.map(|room| room.wait().ok().flatten()).collect()
     }
 
     /// Use of every device.
