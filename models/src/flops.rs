@@ -109,7 +109,7 @@ fn modulation(config: &TransformerConfig) -> u64 {
 }
 
 /// Multiply-adds of the transformer on these segments.
-fn step(config: &TransformerConfig, segments: &[Segment]) -> u64 {
+pub(crate) fn step(config: &TransformerConfig, segments: &[Segment]) -> u64 {
     let blocks = config.num_layers;
     segments.iter().map(|it| forward(config, it, blocks)).sum()
 }

@@ -224,6 +224,9 @@ pub fn open<B: FusedOps>(
         device_memory: *memory,
         precision,
         vae: options.vae,
+        others: Vec::new(),
+        split_guidance: true,
+        before_forward: None,
     };
     let stream = StreamId::current();
     let watch = FaultWatch::start();

@@ -119,6 +119,9 @@ pub enum PipelineError {
     File(#[from] FileFault),
     #[error("the device failed: {0}")]
     Device(String),
+    /// Seen by callers only if the reason of the failure is lost.
+    #[error("the half of the job on another device failed")]
+    OtherHalf,
 }
 
 /// What one step did for one job.

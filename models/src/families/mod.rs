@@ -9,10 +9,12 @@ use std::sync::Arc;
 use kiln_ops::FusedOps;
 
 use crate::config::{ConfigError, ConfigReader, ConfigText};
+use crate::denoiser::{Denoiser, Lane};
 use crate::flops::CostModel;
-use crate::pipeline::{ImageSizes, Pipeline};
-use crate::session::{ImagePipeline, SessionSettings};
+use crate::pipeline::{ImageSizes, Pipeline, device_label};
+use crate::session::{ImagePipeline, OtherDevice, SessionSettings};
 use crate::source::{TensorSource, WeightFiles};
+use crate::transformer::{Transformer, TransformerConfig};
 use crate::vae::VaeSettings;
 use crate::weights::LoadError;
 
@@ -142,12 +144,58 @@ where
             sources.iter().try_for_each(|source| source.check_files())?;
             let in_place = if B::IS_IN_PLACE { &sources[..] } else { &[] };
             let files = WeightFiles::new(deferred, in_place);
+            let denoiser = denoiser(transformer, parts, &settings)?;
             Ok(Box::new(ImagePipeline::new(
-                family,
-                transformer,
-                settings,
-                files,
+                family, denoiser, settings, files,
             )))
         }
     }
+}
+
+/// A denoiser on all devices of a session. A device that appears twice shares one set of weights.
+fn denoiser<B: FusedOps>(
+    transformer: Transformer<B>,
+    parts: &CheckpointParts,
+    settings: &SessionSettings<B>,
+) -> Result<Denoiser<B>, LoadError> {
+    let precision = settings.precision;
+    let before_forward = settings.before_forward.clone();
+    let label = device_label(
+        settings.backend,
+        settings.device_index,
+        &settings.device_name,
+    );
+    let first = Lane::new(
+        0,
+        transformer,
+        settings.device.clone(),
+        label,
+        precision,
+        before_forward.clone(),
+    );
+    let mut denoiser = Denoiser::new(first);
+    denoiser.set_split_guidance(settings.split_guidance);
+    for (index, other) in settings.others.iter().enumerate() {
+        let OtherDevice { device, label } = other.clone();
+        let shared = denoiser.transformer_on(&device);
+        let config = TransformerConfig::from_json(&parts.configs.transformer)?;
+        let source = Arc::clone(&parts.transformer);
+        let before_forward = before_forward.clone();
+        denoiser.add(label.clone(), move || {
+            let transformer = match shared {
+                Some(transformer) => transformer,
+                None => Transformer::load(&config, source, &device, precision)?,
+            };
+            let lane = Lane::new(
+                index + 1,
+                transformer,
+                device,
+                label,
+                precision,
+                before_forward,
+            );
+            Ok::<_, LoadError>(lane)
+        })?;
+    }
+    Ok(denoiser)
 }

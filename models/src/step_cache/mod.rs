@@ -19,7 +19,7 @@ pub use dbcache::{DbCache, MaskPolicy};
 pub use error::CacheError;
 pub use magcache::{MagCache, QWEN_IMAGE_RATIOS};
 pub use scm::{ScmPreset, scm_mask, scm_mask_of_bins};
-pub(crate) use state::{Next, StepCache};
+pub(crate) use state::{Decide, Next, StepCache};
 
 /// Smallest number of steps of a job that may have a step cache.
 pub const MIN_CACHED_STEPS: usize = 8;

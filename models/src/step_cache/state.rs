@@ -122,6 +122,11 @@ impl StepCache {
         self.done += 1;
     }
 
+    /// Whether the change of the residuals from step to step is measured.
+    pub(crate) fn measures(&self) -> bool {
+        matches!(self.policy, Policy::Calibrate)
+    }
+
     /// Order of the extrapolation of a reused residual, 0 or 1.
     pub(crate) fn order(&self) -> usize {
         match &self.policy {

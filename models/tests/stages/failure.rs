@@ -73,7 +73,12 @@ fn pipeline() -> (Box<dyn Pipeline>, [Arc<AtomicBool>; 2]) {
 
 /// A pipeline in f32.
 pub(crate) fn open(parts: &CheckpointParts) -> Box<dyn Pipeline> {
-    let settings = SessionSettings::<Flex> {
+    families::open(parts, settings()).unwrap()
+}
+
+/// Settings of a session on one device, in f32.
+pub(crate) fn settings() -> SessionSettings<Flex> {
+    SessionSettings {
         device: FlexDevice,
         backend: "test",
         device_index: 0,
@@ -81,8 +86,10 @@ pub(crate) fn open(parts: &CheckpointParts) -> Box<dyn Pipeline> {
         device_memory: None,
         precision: F32,
         vae: VaeSettings::default(),
-    };
-    families::open(parts, settings).unwrap()
+        others: Vec::new(),
+        split_guidance: true,
+        before_forward: None,
+    }
 }
 
 pub(crate) fn job(steps: usize) -> Job {
