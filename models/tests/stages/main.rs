@@ -7,6 +7,7 @@
     reason = "--nocapture shows how close each stage is"
 )]
 
+mod devices;
 mod failure;
 mod finite;
 mod fixtures;
