@@ -2,6 +2,7 @@
 
 mod choice;
 
+use std::path::PathBuf;
 use std::str::FromStr;
 
 use kiln_models::config::ConfigError;
@@ -344,7 +345,7 @@ pub fn load(
         dtype: settings.dtype.model_dtype(),
         vae: settings.vae(),
         split_guidance: *split_guidance,
-        kernel_cache: kernels(devices).as_deref().map(kernel_cache::folder_for),
+        kernel_cache: kernel_folder(devices),
     };
     let parts = checkpoint.parts();
     if backend.kind != BackendKind::Auto {
@@ -379,15 +380,19 @@ pub fn load(
     Err(BackendError::NoneAnswers { reasons })
 }
 
-/// What the compiled kernels of all devices depend on. Devices that differ have kernels of their own.
-fn kernels(devices: &[DeviceInfo]) -> Option<String> {
-    let mut kernels: Vec<&str> = devices
+/// The cache folder of the devices' compiled kernels. Devices that differ share none, as kernels are
+/// found there by name.
+fn kernel_folder(devices: &[DeviceInfo]) -> Option<PathBuf> {
+    let kernels = |device: &DeviceInfo| device.kernels.clone();
+    let first = kernels(devices.first()?)?;
+    if devices
         .iter()
-        .filter_map(|it| it.kernels.as_deref())
-        .collect();
-    kernels.sort_unstable();
-    kernels.dedup();
-    (!kernels.is_empty()).then(|| kernels.join(" + "))
+        .all(|it| kernels(it).as_ref() == Some(&first))
+    {
+        return Some(kernel_cache::folder_for(&first));
+    }
+    tracing::warn!("kernels are not cached, so each start takes longer: the devices differ");
+    Some(kernel_cache::impossible_path())
 }
 
 #[cfg(test)]
@@ -521,13 +526,13 @@ mod tests {
     }
 
     #[test]
-    fn devices_that_differ_have_a_folder_of_kernels_of_their_own() {
+    fn devices_that_differ_share_no_folder_of_kernels() {
         let with = |kernels: &str| DeviceInfo {
             kernels: Some(kernels.to_owned()),
             ..device(0, "A", false)
         };
-        assert_eq!(kernels(&[device(0, "A", false)]), None);
-        assert_eq!(kernels(&[with("x"), with("x")]).unwrap(), "x");
-        assert_eq!(kernels(&[with("y"), with("x")]).unwrap(), "x + y");
+        assert_eq!(kernel_folder(&[device(0, "A", false)]), None);
+        let differ = kernel_folder(&[with("x"), with("y")]).unwrap();
+        assert_eq!(differ, kernel_cache::impossible_path());
     }
 }
