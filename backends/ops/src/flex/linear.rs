@@ -10,7 +10,7 @@ use rayon::prelude::*;
 
 #[cfg(target_arch = "x86_64")]
 use super::bf16::{Bf16Instructions, Panel, add_product, pairs_of_rows};
-use super::matrix::{Matrix, Output, product};
+use super::matrix::{Matrix, Output, least_rows, parts, product};
 use super::shared::SharedMut;
 use super::tile::{self, COLUMNS, Lane, ROWS, Tile};
 use super::{Float, contiguous, from_values, simd};
@@ -123,7 +123,17 @@ impl WithSimd for Rows<'_> {
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) -> Tile {
         let mut tile = self.bias.map(|bias| Lane([bias; COLUMNS]));
-        tile::add(simd, &mut tile, self.left, self.lanes);
+        // As gemm computes more tokens.
+        for terms in parts(self.lanes.len()) {
+            let left = self.left.map(|row| &row[terms.clone()]);
+            let mut sums = Tile::default();
+            tile::add(simd, &mut sums, left, &self.lanes[terms]);
+            for (row, sums) in tile.iter_mut().zip(&sums) {
+                for (value, sum) in row.iter_mut().zip(sums.iter()) {
+                    *value += sum;
+                }
+            }
+        }
         tile
     }
 }
@@ -200,13 +210,22 @@ fn widening<T: Sync>(
             widen(weights, used);
             unused.fill(0.0);
             let x = &x[tokens.start * d_in..tokens.end * d_in];
-            product(
-                sums.as_flattened_mut(),
-                Matrix::rows(x, tokens.len(), d_in, d_in),
-                Matrix::rows(wide, PANEL, d_in, d_in).transposed(),
-                Output::Add,
-                Parallelism::None,
-            );
+            let weights = Matrix::rows(wide, PANEL, d_in, d_in).transposed();
+            let add = |sums: &mut [f32], x: &[f32]| {
+                let x = Matrix::rows(x, x.len() / d_in, d_in, d_in);
+                product(sums, x, weights, Output::Add, Parallelism::None);
+            };
+            let least = least_rows(PANEL);
+            if tokens.len() >= least {
+                return add(sums.as_flattened_mut(), x);
+            }
+            // With rows of zeros, a token is the same beside any others.
+            let mut padded = x.to_vec();
+            padded.resize(least * d_in, 0.0);
+            let mut padded_sums = sums.to_vec();
+            padded_sums.resize(least, [0.0; PANEL]);
+            add(padded_sums.as_flattened_mut(), &padded);
+            sums.copy_from_slice(&padded_sums[..tokens.len()]);
         },
     );
 }
@@ -259,7 +278,63 @@ fn by_panels<T: Sync, S>(
 
 #[cfg(test)]
 mod tests {
+    use burn_flex::{Flex, FlexDevice};
+    use burn_tensor::{Tensor, TensorData};
+
     use super::*;
+
+    /// The numbers of tokens are around those at which another loop is used.
+    #[test]
+    fn a_token_does_not_depend_on_the_number_of_tokens() {
+        let value = |i: usize| ((i * 7919 % 1009) as f32 - 504.0) * 0.003;
+        let tensor = |rows: usize, columns: usize| {
+            let values: Vec<f32> = (0..rows * columns).map(value).collect();
+            let data = TensorData::new(values, [rows, columns]);
+            Tensor::<Flex, 2>::from_data(data, (&FlexDevice, DType::F32))
+        };
+        let all = 200;
+        for (d_in, d_out) in [(8, 3), (67, 130), (600, 64), (1153, 96)] {
+            let (x, bias) = (tensor(all, d_in), tensor(1, d_out).reshape([d_out]));
+            for dtype in [DType::F32, DType::BF16, DType::F16] {
+                let weight = tensor(d_out, d_in).cast(dtype);
+                for bias in [None, Some(bias.clone())] {
+                    let values = |tokens: usize| -> Vec<f32> {
+                        let x = x.clone().narrow(0, 0, tokens);
+                        let y = crate::FusedOps::fused_linear(x, weight.clone(), bias.clone());
+                        let y: Tensor<Flex, 2> = y;
+                        y.into_data().into_vec().unwrap()
+                    };
+                    let expected = values(all);
+                    for tokens in [1, 2, 4, 5, 31, 48, 49, 95, 96, 97, 100, 199] {
+                        assert!(
+                            values(tokens) == expected[..tokens * d_out],
+                            "{tokens} of {all} tokens, {d_in} to {d_out}, {dtype:?}"
+                        );
+                    }
+                }
+            }
+        }
+    }
+
+    /// The same for weights in bf16 without bf16 instructions.
+    #[test]
+    fn a_token_does_not_depend_on_the_number_of_tokens_without_bf16_instructions() {
+        let value = |i: usize| ((i * 7919 % 1009) as f32 - 504.0) * 0.003;
+        let (all, d_in, d_out) = (200, 601, 130);
+        let x: Vec<f32> = (0..all * d_in).map(value).collect();
+        let weight: Vec<bf16> = (0..d_out * d_in)
+            .map(|i| bf16::from_f32(value(i)))
+            .collect();
+        let values = |tokens: usize| {
+            let mut output = vec![0.0; tokens * d_out];
+            bf16_linear_in_f32(&mut output, (&x[..tokens * d_in], d_in), &weight, None);
+            output
+        };
+        let expected = values(all);
+        for tokens in [1, 2, 3, 4, 5, 48, 49, 52, 97, 100, 145] {
+            assert!(values(tokens) == expected[..tokens * d_out], "{tokens}");
+        }
+    }
 
     /// Machines with bf16 instructions never take the f32 path elsewhere.
     #[test]
