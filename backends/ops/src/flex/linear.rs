@@ -1,5 +1,6 @@
 //! Linear layers with weights in f32, bf16 or f16.
 
+use std::borrow::Cow;
 use std::ops::Range;
 
 use burn_flex::FlexTensor;
@@ -10,7 +11,7 @@ use rayon::prelude::*;
 
 #[cfg(target_arch = "x86_64")]
 use super::bf16::{Bf16Instructions, Panel, add_product, pairs_of_rows};
-use super::matrix::{Matrix, Output, product};
+use super::matrix::{Matrix, product};
 use super::shared::SharedMut;
 use super::tile::{self, COLUMNS, Lane, ROWS, Tile};
 use super::{Float, contiguous, from_values, simd};
@@ -22,6 +23,11 @@ const PANEL: usize = 64;
 const FEW_TOKENS: usize = 96;
 /// Values per task of an elementwise loop.
 const CHUNK: usize = 1 << 14;
+/// Products that are added up before they are added to the output. The sums of one token are made in
+/// the same order with any number of tokens and threads; gemm itself adds up at least this many.
+const DEPTH: usize = 512;
+/// Fewest tokens that gemm is given: with fewer, it adds up in another order.
+const GEMM_TOKENS: usize = 8;
 /// Smallest number of tokens per task: with fewer, reading the panel's weights costs more than the
 /// product.
 const MIN_TOKENS: usize = 48;
@@ -50,24 +56,21 @@ pub(super) fn fused_linear(x: Float<2>, weight: Float<2>, bias: Option<Float<1>>
         }
         _ if tokens <= FEW_TOKENS => few_tokens(&mut output, (x, d_in), weight.storage(), bias),
         _ => {
-            let weight = Matrix::rows(weight.storage::<f32>(), d_out, d_in, d_in);
             if let Some(bias) = bias {
                 output
                     .par_chunks_mut(d_out)
                     .for_each(|row| row.copy_from_slice(bias));
             }
-            let mode = if bias.is_some() {
-                Output::Add
-            } else {
-                Output::Overwrite
-            };
-            product(
-                &mut output,
-                Matrix::rows(x, tokens, d_in, d_in),
-                weight.transposed(),
-                mode,
-                Parallelism::Rayon(0),
-            );
+            let weight = weight.storage::<f32>();
+            for first in (0..d_in).step_by(DEPTH) {
+                let depth = DEPTH.min(d_in - first);
+                product(
+                    &mut output,
+                    Matrix::rows(&x[first..], tokens, depth, d_in),
+                    Matrix::rows(&weight[first..], d_out, depth, d_in).transposed(),
+                    Parallelism::Rayon(0),
+                );
+            }
         }
     }
     from_values(output, [tokens, d_out])
@@ -123,7 +126,14 @@ impl WithSimd for Rows<'_> {
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) -> Tile {
         let mut tile = self.bias.map(|bias| Lane([bias; COLUMNS]));
-        tile::add(simd, &mut tile, self.left, self.lanes);
+        for (part, lanes) in self.lanes.chunks(DEPTH).enumerate() {
+            let left = self.left.map(|row| &row[part * DEPTH..][..lanes.len()]);
+            let mut sums = Tile::default();
+            tile::add(simd, &mut sums, left, lanes);
+            for (row, sums) in tile.iter_mut().zip(&sums) {
+                row.iter_mut().zip(sums.0).for_each(|(x, sum)| *x += sum);
+            }
+        }
         tile
     }
 }
@@ -199,12 +209,16 @@ fn widening<T: Sync>(
             let (used, unused) = wide.split_at_mut(weights.len());
             widen(weights, used);
             unused.fill(0.0);
-            let x = &x[tokens.start * d_in..tokens.end * d_in];
+            let mut x = Cow::from(&x[tokens.start * d_in..tokens.end * d_in]);
+            let rows = tokens.len().max(GEMM_TOKENS);
+            if rows > tokens.len() {
+                x.to_mut().resize(rows * d_in, 0.0);
+                sums.resize(rows, [0.0; PANEL]);
+            }
             product(
                 sums.as_flattened_mut(),
-                Matrix::rows(x, tokens.len(), d_in, d_in),
+                Matrix::rows(&x, rows, d_in, d_in),
                 Matrix::rows(wide, PANEL, d_in, d_in).transposed(),
-                Output::Add,
                 Parallelism::None,
             );
         },
@@ -215,13 +229,13 @@ fn widening<T: Sync>(
 /// one range of tokens.
 ///
 /// `add` adds the panel's products to the sums. Its arguments are the thread's scratch, the sums
-/// (`[tokens, PANEL]`, initialised with the bias), the range of tokens, and the panel's weights.
+/// (`[tokens, PANEL]`, initialised with the bias, to which it may add rows), the range of tokens, and the panel's weights.
 fn by_panels<T: Sync, S>(
     output: &mut [f32],
     (weight, d_in): (&[T], usize),
     bias: Option<&[f32]>,
     scratch: impl Fn() -> S + Sync + Send,
-    add: impl Fn(&mut S, &mut [[f32; PANEL]], Range<usize>, &[T]) + Sync,
+    add: impl Fn(&mut S, &mut Vec<[f32; PANEL]>, Range<usize>, &[T]) + Sync,
 ) {
     let d_out = weight.len() / d_in;
     let tokens = output.len() / d_out;
@@ -246,7 +260,7 @@ fn by_panels<T: Sync, S>(
                 sums.resize(tokens.len(), row);
                 let weights = &weight[first * d_in..][..features * d_in];
                 add(scratch, sums, tokens.clone(), weights);
-                for (token, sums) in tokens.zip(sums) {
+                for (token, sums) in tokens.zip(sums.iter()) {
                     #[expect(unsafe_code, reason = "tasks write disjoint parts of the output")]
                     // SAFETY: tasks have disjoint tokens or features.
                     unsafe {
@@ -259,7 +273,73 @@ fn by_panels<T: Sync, S>(
 
 #[cfg(test)]
 mod tests {
+    use burn_flex::FlexDevice;
+    use burn_tensor::{Tensor, TensorData};
+    use rayon::ThreadPoolBuilder;
+
     use super::*;
+
+    fn tensor(rows: usize, columns: usize) -> Float<2> {
+        let value = |i: usize| ((i * 37 % 101) as f32 - 50.0) * 0.0301;
+        let values: Vec<f32> = (0..rows * columns).map(value).collect();
+        let data = TensorData::new(values, [rows, columns]);
+        Tensor::from_data(data, (&FlexDevice, DType::F32))
+    }
+
+    fn values(x: Float<2>) -> Vec<f32> {
+        x.into_data().into_vec().unwrap()
+    }
+
+    /// Tokens of several images, or of both halves of guidance, may share one call or not.
+    #[test]
+    fn a_token_does_not_depend_on_its_company_or_on_threads() {
+        const MOST: usize = 231;
+        let pools = [1, 2, 3].map(|threads| {
+            let pool = ThreadPoolBuilder::new().num_threads(threads).build();
+            pool.unwrap()
+        });
+        for (d_in, d_out) in [(64, 16), (67, 130), (1100, 72)] {
+            let bias = tensor(1, d_out).reshape([d_out]);
+            let x = tensor(MOST, d_in);
+            for dtype in [DType::F32, DType::F16, DType::BF16] {
+                for bias in [None, Some(bias.clone())] {
+                    let weight = tensor(d_out, d_in).cast(dtype);
+                    let linear = |first: usize, tokens: usize| {
+                        let x = x.clone().narrow(0, first, tokens);
+                        values(fused_linear(x, weight.clone(), bias.clone()))
+                    };
+                    let all = linear(0, MOST);
+                    for (first, tokens) in [(0, 1), (3, 5), (7, 96), (1, 97), (100, 49), (0, 200)] {
+                        let expected = &all[first * d_out..(first + tokens) * d_out];
+                        for pool in &pools {
+                            let found = pool.install(|| linear(first, tokens));
+                            let threads = pool.current_num_threads();
+                            assert!(
+                                found == expected,
+                                "{tokens} tokens, {d_in} to {d_out}, {dtype:?}, {threads} threads"
+                            );
+                        }
+                    }
+                }
+            }
+            // Machines with bf16 instructions never take this path elsewhere.
+            let x = values(x);
+            let weight: Vec<bf16> = values(tensor(d_out, d_in))
+                .into_iter()
+                .map(bf16::from_f32)
+                .collect();
+            let in_f32 = |x: &[f32]| {
+                let mut output = vec![0.0; x.len() / d_in * d_out];
+                bf16_linear_in_f32(&mut output, (x, d_in), &weight, None);
+                output
+            };
+            let all = in_f32(&x);
+            for tokens in [1, 2, 4, 5, 49, 97, 101] {
+                let found = in_f32(&x[..tokens * d_in]);
+                assert!(found == all[..tokens * d_out], "{tokens} tokens in f32");
+            }
+        }
+    }
 
     /// Machines with bf16 instructions never take the f32 path elsewhere.
     #[test]

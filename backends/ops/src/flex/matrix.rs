@@ -48,20 +48,11 @@ impl<'a> Matrix<'a> {
     }
 }
 
-/// Whether a product overwrites its output or is added to it.
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub(super) enum Output {
-    Overwrite,
-    Add,
-}
-
-/// Computes `output = left · right`, or `output += left · right`. `output` is row-major and
-/// contiguous.
+/// Computes `output += left · right`. `output` is row-major and contiguous.
 pub(super) fn product(
     output: &mut [f32],
     left: Matrix<'_>,
     right: Matrix<'_>,
-    mode: Output,
     threads: Parallelism,
 ) {
     let (m, n, k) = (left.rows, right.columns, left.columns);
@@ -78,7 +69,7 @@ pub(super) fn product(
             output.as_mut_ptr(),
             1,
             n as isize,
-            mode == Output::Add,
+            true,
             left.values.as_ptr(),
             left.column_stride as isize,
             left.row_stride as isize,
