@@ -278,61 +278,71 @@ fn by_panels<T: Sync, S>(
 
 #[cfg(test)]
 mod tests {
-    use burn_flex::{Flex, FlexDevice};
+    use burn_flex::FlexDevice;
     use burn_tensor::{Tensor, TensorData};
+    use rayon::ThreadPoolBuilder;
 
     use super::*;
 
-    /// The numbers of tokens are around those at which another loop is used.
+    fn tensor(rows: usize, columns: usize) -> Float<2> {
+        let value = |i: usize| ((i * 37 % 101) as f32 - 50.0) * 0.0301;
+        let values: Vec<f32> = (0..rows * columns).map(value).collect();
+        let data = TensorData::new(values, [rows, columns]);
+        Tensor::from_data(data, (&FlexDevice, DType::F32))
+    }
+
+    fn values(x: Float<2>) -> Vec<f32> {
+        x.into_data().into_vec().unwrap()
+    }
+
+    /// Tokens of several images, or of both halves of guidance, may share one call or not.
     #[test]
-    fn a_token_does_not_depend_on_the_number_of_tokens() {
-        let value = |i: usize| ((i * 7919 % 1009) as f32 - 504.0) * 0.003;
-        let tensor = |rows: usize, columns: usize| {
-            let values: Vec<f32> = (0..rows * columns).map(value).collect();
-            let data = TensorData::new(values, [rows, columns]);
-            Tensor::<Flex, 2>::from_data(data, (&FlexDevice, DType::F32))
-        };
-        let all = 200;
-        for (d_in, d_out) in [(8, 3), (67, 130), (600, 64), (1153, 96)] {
-            let (x, bias) = (tensor(all, d_in), tensor(1, d_out).reshape([d_out]));
-            for dtype in [DType::F32, DType::BF16, DType::F16] {
-                let weight = tensor(d_out, d_in).cast(dtype);
+    fn a_token_does_not_depend_on_its_company_or_on_threads() {
+        const MOST: usize = 231;
+        let pools = [1, 2, 3].map(|threads| {
+            let pool = ThreadPoolBuilder::new().num_threads(threads).build();
+            pool.unwrap()
+        });
+        for (d_in, d_out) in [(64, 16), (67, 130), (1100, 72)] {
+            let bias = tensor(1, d_out).reshape([d_out]);
+            let x = tensor(MOST, d_in);
+            for dtype in [DType::F32, DType::F16, DType::BF16] {
                 for bias in [None, Some(bias.clone())] {
-                    let values = |tokens: usize| -> Vec<f32> {
-                        let x = x.clone().narrow(0, 0, tokens);
-                        let y = crate::FusedOps::fused_linear(x, weight.clone(), bias.clone());
-                        let y: Tensor<Flex, 2> = y;
-                        y.into_data().into_vec().unwrap()
+                    let weight = tensor(d_out, d_in).cast(dtype);
+                    let linear = |first: usize, tokens: usize| {
+                        let x = x.clone().narrow(0, first, tokens);
+                        values(fused_linear(x, weight.clone(), bias.clone()))
                     };
-                    let expected = values(all);
-                    for tokens in [1, 2, 4, 5, 31, 48, 49, 95, 96, 97, 100, 199] {
-                        assert!(
-                            values(tokens) == expected[..tokens * d_out],
-                            "{tokens} of {all} tokens, {d_in} to {d_out}, {dtype:?}"
-                        );
+                    let all = linear(0, MOST);
+                    for (first, tokens) in [(0, 1), (3, 5), (7, 96), (1, 97), (100, 49), (0, 200)] {
+                        let expected = &all[first * d_out..(first + tokens) * d_out];
+                        for pool in &pools {
+                            let found = pool.install(|| linear(first, tokens));
+                            let threads = pool.current_num_threads();
+                            assert!(
+                                found == expected,
+                                "{tokens} tokens, {d_in} to {d_out}, {dtype:?}, {threads} threads"
+                            );
+                        }
                     }
                 }
             }
-        }
-    }
-
-    /// The same for weights in bf16 without bf16 instructions.
-    #[test]
-    fn a_token_does_not_depend_on_the_number_of_tokens_without_bf16_instructions() {
-        let value = |i: usize| ((i * 7919 % 1009) as f32 - 504.0) * 0.003;
-        let (all, d_in, d_out) = (200, 601, 130);
-        let x: Vec<f32> = (0..all * d_in).map(value).collect();
-        let weight: Vec<bf16> = (0..d_out * d_in)
-            .map(|i| bf16::from_f32(value(i)))
-            .collect();
-        let values = |tokens: usize| {
-            let mut output = vec![0.0; tokens * d_out];
-            bf16_linear_in_f32(&mut output, (&x[..tokens * d_in], d_in), &weight, None);
-            output
-        };
-        let expected = values(all);
-        for tokens in [1, 2, 3, 4, 5, 48, 49, 52, 97, 100, 145] {
-            assert!(values(tokens) == expected[..tokens * d_out], "{tokens}");
+            // Machines with bf16 instructions never take this path elsewhere.
+            let x = values(x);
+            let weight: Vec<bf16> = values(tensor(d_out, d_in))
+                .into_iter()
+                .map(bf16::from_f32)
+                .collect();
+            let in_f32 = |x: &[f32]| {
+                let mut output = vec![0.0; x.len() / d_in * d_out];
+                bf16_linear_in_f32(&mut output, (x, d_in), &weight, None);
+                output
+            };
+            let all = in_f32(&x);
+            for tokens in [1, 2, 4, 5, 49, 97, 101] {
+                let found = in_f32(&x[..tokens * d_in]);
+                assert!(found == all[..tokens * d_out], "{tokens} tokens in f32");
+            }
         }
     }
 
