@@ -107,20 +107,31 @@ fn modes(steps: usize, measured: &[f64]) -> Vec<Mode> {
     modes
 }
 
-/// Sums over the prompts of one mode.
+/// What one mode took, and how far its images are from the exact ones.
 #[derive(Default)]
-struct Sums {
+struct Results {
     computed: usize,
     gated: usize,
-    denoise: f64,
-    total: f64,
+    /// Seconds of each prompt's steps.
+    denoise: Vec<f64>,
+    /// Seconds of each prompt's whole run.
+    total: Vec<f64>,
     differences: Vec<ImageDifference>,
 }
 
-impl Sums {
-    /// Columns of the table.
+impl Results {
+    /// Columns of the table. Times and their ratios are medians over the prompts.
     fn row(&self, mode: &Mode, exact: &Self) -> String {
         let count = self.differences.len() as f64;
+        let speed = |exact: &[f64], own: &[f64]| {
+            median(
+                exact
+                    .iter()
+                    .zip(own)
+                    .map(|(exact, own)| exact / own)
+                    .collect(),
+            )
+        };
         let mean = |sum: usize| sum as f64 / count;
         let ssim = self.differences.iter().filter_map(|it| it.ssim);
         let psnr = self.differences.iter().filter_map(|it| it.psnr_db);
@@ -130,14 +141,19 @@ impl Sums {
             mean(self.computed),
             mode.steps,
             mean(self.gated),
-            self.denoise / count,
-            exact.denoise / self.denoise,
-            self.total / count,
-            exact.total / self.total,
+            median(self.denoise.clone()),
+            speed(&exact.denoise, &self.denoise),
+            median(self.total.clone()),
+            speed(&exact.total, &self.total),
             mean_and_least(ssim.collect(), 4),
             mean_and_least(psnr.collect(), 1),
         )
     }
+}
+
+fn median(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
 }
 
 /// `mean, least`. Images that are equal have no PSNR and are left out.
@@ -251,10 +267,10 @@ fn main() -> Result<(), Box<dyn Error>> {
         .collect::<Result<_, _>>()?;
     let ratios = CacheRatios::measure(&mut *pipeline, calibration, |_, _| {})?;
     let modes = modes(steps, &ratios.mag_ratios);
-    let mut sums: Vec<Sums> = modes.iter().map(|_| Sums::default()).collect();
+    let mut results: Vec<Results> = modes.iter().map(|_| Results::default()).collect();
     for index in 0..prompts {
         let mut exact: Option<RgbImage> = None;
-        for (mode, sums) in modes.iter().zip(&mut sums) {
+        for (mode, results) in modes.iter().zip(&mut results) {
             let job = Job {
                 sampling: Sampling::new(mode.steps),
                 cache: mode.cache.clone(),
@@ -264,11 +280,11 @@ fn main() -> Result<(), Box<dyn Error>> {
             let (output, denoise, total) = generate(&mut *pipeline, job)?;
             let image = output.images.first().ok_or("a job without images")?;
             let reference = exact.get_or_insert_with(|| image.clone());
-            sums.differences.push(difference(reference, image)?);
-            sums.computed += output.steps.computed;
-            sums.gated += output.steps.gated;
-            sums.denoise += denoise;
-            sums.total += total;
+            results.differences.push(difference(reference, image)?);
+            results.computed += output.steps.computed;
+            results.gated += output.steps.gated;
+            results.denoise.push(denoise);
+            results.total.push(total);
         }
     }
 
@@ -281,8 +297,8 @@ fn main() -> Result<(), Box<dyn Error>> {
         "| mode | computed steps | gated steps | steps s | speed | image s | speed | SSIM mean, least | \
          PSNR dB mean, least |\n|---|---|---|---|---|---|---|---|---|"
     );
-    for (mode, sums_of_mode) in modes.iter().zip(&sums) {
-        println!("{}", sums_of_mode.row(mode, &sums[0]));
+    for (mode, of_mode) in modes.iter().zip(&results) {
+        println!("{}", of_mode.row(mode, &results[0]));
     }
     Ok(())
 }
