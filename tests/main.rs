@@ -9,6 +9,9 @@ mod bench;
 mod boundaries;
 /// `kiln generate` with invalid checkpoints, run as a process.
 mod broken_models;
+/// `kiln bench --calibrate-cache`, run as a process.
+#[cfg(feature = "flex")]
+mod calibrate;
 /// The command line, run as a process.
 mod cli;
 /// `kiln compare`, run as a process.

@@ -75,9 +75,11 @@ type OnCall = Box<dyn FnMut(Call<'_>) -> Result<(), PipelineError> + Send>;
 type Room = Box<dyn Fn() -> MemoryRoom + Send>;
 /// Makes the image of a job; the number is that of the steps that are left.
 type MakeImage = Box<dyn Fn(&Job, usize) -> RgbImage + Send>;
+type MakeTrace = Box<dyn Fn(&Job) -> Vec<TraceTensor> + Send>;
 
 /// A pipeline that computes nothing. By default every value of its images is the lowest byte of the
-/// seed, and previews have 16x16 pixels. Recorded jobs get a trace of one stage, `image_float`.
+/// seed, and previews have 16x16 pixels. Recorded jobs get a trace that ends with `image_float`, and
+/// has no other stage by default.
 pub struct FakePipeline {
     info: ModelInfo,
     cost_model: CostModel,
@@ -87,6 +89,7 @@ pub struct FakePipeline {
     jobs: HashMap<JobId, (Job, usize)>,
     on_call: OnCall,
     image: MakeImage,
+    trace: MakeTrace,
 }
 
 impl FakePipeline {
@@ -118,6 +121,7 @@ impl FakePipeline {
                     pixels: vec![job.noise.seed as u8; size.pixels() * 3],
                 }
             }),
+            trace: Box::new(|_| Vec::new()),
         }
     }
 
@@ -128,6 +132,13 @@ impl FakePipeline {
         on_call: impl FnMut(Call<'_>) -> Result<(), PipelineError> + Send + 'static,
     ) -> Self {
         self.on_call = Box::new(on_call);
+        self
+    }
+
+    /// Makes the stages of recorded jobs before the image with this function.
+    #[must_use]
+    pub fn with_trace(mut self, trace: impl Fn(&Job) -> Vec<TraceTensor> + Send + 'static) -> Self {
+        self.trace = Box::new(trace);
         self
     }
 
@@ -239,11 +250,12 @@ impl Pipeline for FakePipeline {
         let job = job.clone();
         self.jobs.remove(&id);
         (self.on_call)(Call::Finish(&job))?;
-        let stage = TraceTensor {
+        let mut trace = (self.trace)(&job);
+        trace.push(TraceTensor {
             name: "image_float".to_owned(),
             shape: vec![1, 1, 1, 3],
             values: vec![0.5; 3],
-        };
+        });
         Ok(Output {
             images: vec![(self.image)(&job, 0); job.num_images],
             tiled: job.decoding == Decoding::Tiled,
@@ -251,7 +263,7 @@ impl Pipeline for FakePipeline {
                 computed: job.sampling.steps,
                 ..StepCounts::default()
             },
-            trace: job.record.then_some(stage).into_iter().collect(),
+            trace: if job.record { trace } else { Vec::new() },
             not_finite: None,
         })
     }
