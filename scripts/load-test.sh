@@ -26,6 +26,8 @@ fi
 # shellcheck source=scripts/python.sh
 . scripts/python.sh
 
+results="${RESULTS:-$target/load-test.md}"
+printf '# kiln serve under load\n\n    scripts/load-test.sh%s\n\n' "${*:+ $*}" > "$results"
 parts=(generators packing)
 case "${1:-}" in
     generators | packing)
@@ -33,7 +35,6 @@ case "${1:-}" in
         shift
         ;;
 esac
-results="${RESULTS:-$target/load-test.md}"
 common=(--kiln "$(realpath "$KILN")" --output "$results")
 
 generators() {
@@ -80,7 +81,6 @@ packing() {
     python3 benches/load/packing.py "${common[@]}" "$@"
 }
 
-rm -f "$results"
 for part in "${parts[@]}"; do
     "$part" "$@"
 done

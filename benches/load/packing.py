@@ -17,6 +17,7 @@ import sys
 import threading
 import time
 import urllib.parse
+import urllib.request
 
 from server import arguments, machine, report, serving, table
 
@@ -76,6 +77,15 @@ def spread(values: list[float], digits: int = 2) -> str:
     return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
 
 
+def shared(url: str) -> list[str]:
+    """The image tokens that a step may have, and the part of the steps that requests shared."""
+    lines = urllib.request.urlopen(f"{url}/metrics").read().decode().splitlines()
+    numbers = dict(line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
+    tokens = numbers.get("kiln_max_step_tokens", "–")
+    part = float(numbers.get("kiln_shared_steps_total", "nan")) / float(numbers["kiln_steps_total"])
+    return [tokens, f"{part:.0%}"]
+
+
 def main() -> None:
     parser = arguments(__doc__.split(":")[0])
     parser.add_argument("--clients", type=int, default=8)
@@ -116,6 +126,7 @@ def main() -> None:
                 rounds[budget].append(Round(settings, urls[budget], number))
                 print(f"round {number}: {budget}: {rounds[budget][-1].rate:.2f} requests/s", file=sys.stderr)
             order.reverse()
+        sharing = {budget: shared(url) for budget, url in urls.items()}
 
     first = [measured.rate for measured in rounds[settings.budgets[0]]]
     rows = []
@@ -124,12 +135,16 @@ def main() -> None:
         p95 = [statistics.quantiles(one.latencies, n=20)[-1] for one in measured]
         rows.append([
             f"`{FLAG} {budget}`" if budget != "default" else "default",
+            *sharing[budget],
             spread([one.rate for one in measured]),
             spread([statistics.mean(one.latencies) for one in measured]),
             spread(p95),
             spread(ratios, 3),
         ])
-    head = ["", "requests/s", "latency, mean", "latency, p95", f"requests/s to {settings.budgets[0]}'s"]
+    head = [
+        "", "tokens of a step", "shared steps", "requests/s", "latency, mean", "latency, p95",
+        f"requests/s to {settings.budgets[0]}'s",
+    ]
     report(settings, table(head, rows) + "\n")
 
 
