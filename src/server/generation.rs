@@ -17,7 +17,7 @@ use crate::request::{GenerationRequest, PromptTokens};
 use super::LoadedApp;
 use super::error::ApiError;
 use super::parsed::ParsedRequest;
-use super::stage_metrics::{Measured, Metrics};
+use super::stage_metrics::{Measured, Metrics, StageSeconds};
 
 /// How often a preview is made while an image is generated.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -140,23 +140,6 @@ impl ImageFacts {
                 .then(|| Metrics::new(info, *timings, *measured)),
         }
     }
-}
-
-/// Seconds spent in each stage.
-#[derive(Debug, Clone, Copy, Serialize, ToSchema)]
-pub(super) struct StageSeconds {
-    /// Time in the queue.
-    queue: f64,
-    /// Encoding the prompts, making the noise and the schedule.
-    encode: f64,
-    /// All denoising steps.
-    denoise: f64,
-    /// Making previews.
-    previews: f64,
-    /// Decoding latents to pixels.
-    decode: f64,
-    /// Time after the start in which the device worked on other requests.
-    paused: f64,
 }
 
 impl Previews {
@@ -347,7 +330,7 @@ impl RunningRequest {
     ) -> Result<T, ApiError> {
         let Finished { output, timings } = finished;
         let tiled = output.tiled;
-        let measured = Measured::new(timings, self.app.engine.stats().memory);
+        let measured = Measured::new(timings, &self.app.engine.stats());
         let (app, info) = (Arc::clone(&self.app), Arc::clone(&self.info));
         let response = spawn_blocking(move || {
             let files = encode_all(&app, &info, &output)?;
@@ -408,19 +391,6 @@ fn prompt_tokens(app: &LoadedApp, tokens: &PromptTokens) -> usize {
 fn image_tokens(request: &GenerationRequest, size_multiple: usize) -> usize {
     let patches = (request.size.height / size_multiple) * (request.size.width / size_multiple);
     patches * request.num_images
-}
-
-impl From<Timings> for StageSeconds {
-    fn from(timings: Timings) -> Self {
-        Self {
-            queue: timings.queue.as_secs_f64(),
-            encode: timings.encode.as_secs_f64(),
-            denoise: timings.denoise.as_secs_f64(),
-            previews: timings.previews.as_secs_f64(),
-            decode: timings.decode.as_secs_f64(),
-            paused: timings.paused.as_secs_f64(),
-        }
-    }
 }
 
 #[cfg(test)]

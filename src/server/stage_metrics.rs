@@ -1,4 +1,5 @@
-//! Times and memory of a request as the load generators of vLLM-Omni and SGLang read them.
+//! Times and memory of a request: kiln's own fields, and those that the load generators of vLLM-Omni and
+//! `SGLang` read.
 
 use std::collections::BTreeMap;
 
@@ -6,24 +7,44 @@ use kiln_models::pipeline::MemoryUse;
 use serde::Serialize;
 use utoipa::ToSchema;
 
-use crate::engine::Timings;
+use crate::engine::{EngineStats, Timings};
 
 use super::generation::RequestInfo;
+
+/// Seconds spent in each stage.
+#[derive(Debug, Clone, Copy, Serialize, ToSchema)]
+pub(super) struct StageSeconds {
+    /// Time in the queue.
+    queue: f64,
+    /// Encoding the prompts, making the noise and the schedule.
+    encode: f64,
+    /// All denoising steps.
+    denoise: f64,
+    /// Making previews.
+    previews: f64,
+    /// Decoding latents to pixels.
+    decode: f64,
+    /// Time after the start in which the device worked on other requests.
+    paused: f64,
+}
 
 /// What every answer says about the time and the memory of its request.
 #[derive(Debug, Clone, Copy, Serialize, ToSchema)]
 pub(super) struct Measured {
     stage_durations: StageDurations,
-    /// Most memory in MiB that the device has held for this server since its start; on a CPU the
-    /// memory of the whole process. Absent if the backend does not count it.
+    /// Most memory in MiB that the device has held for this server since its start, of several devices
+    /// the one that has held most; on a CPU the memory of the whole process. Absent if the backend does
+    /// not count it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) peak_memory_mb: Option<f64>,
 }
 
 impl Measured {
-    pub(super) fn new(timings: Timings, memory: MemoryUse) -> Self {
-        // What a GPU's allocator has reserved never shrinks, so that it is the peak.
-        let peak = memory.peak.or(memory.reserved);
+    pub(super) fn new(timings: Timings, stats: &EngineStats) -> Self {
+        let devices = stats.devices.iter().map(|device| device.memory);
+        // What a GPU's allocator has reserved is not given back, so that it is the peak.
+        let peak = |memory: MemoryUse| memory.peak.or(memory.reserved);
+        let peak = devices.chain([stats.memory]).filter_map(peak).max();
         Self {
             stage_durations: timings.into(),
             peak_memory_mb: peak.map(|bytes| bytes as f64 / f64::from(1 << 20)),
@@ -51,6 +72,19 @@ struct StageDurations {
     paused: f64,
 }
 
+impl From<Timings> for StageSeconds {
+    fn from(timings: Timings) -> Self {
+        Self {
+            queue: timings.queue.as_secs_f64(),
+            encode: timings.encode.as_secs_f64(),
+            denoise: timings.denoise.as_secs_f64(),
+            previews: timings.previews.as_secs_f64(),
+            decode: timings.decode.as_secs_f64(),
+            paused: timings.paused.as_secs_f64(),
+        }
+    }
+}
+
 impl From<Timings> for StageDurations {
     fn from(timings: Timings) -> Self {
         Self {
@@ -73,7 +107,8 @@ pub(super) struct Metrics {
     stage_id: usize,
     final_output_type: &'static str,
     /// The stage by its number.
-    stage_metrics: BTreeMap<&'static str, StageMetrics>,
+    #[serde(rename = "stage_metrics")]
+    stages: BTreeMap<&'static str, StageMetrics>,
 }
 
 /// The stage of the pipeline.
@@ -106,14 +141,14 @@ impl Metrics {
             output_unit_type: "image",
             output_unit_count: request.num_images,
             image_pixels: pixels * request.num_images,
-            stage_gen_time_ms: milliseconds(timings.total() - timings.queue),
+            stage_gen_time_ms: milliseconds(timings.total().saturating_sub(timings.queue)),
             denoise_step_latency_ms: milliseconds(timings.denoise) / request.sampling.steps as f64,
         };
         Self {
             measured,
             stage_id: 0,
             final_output_type: "image",
-            stage_metrics: BTreeMap::from([("0", stage)]),
+            stages: BTreeMap::from([("0", stage)]),
         }
     }
 }
@@ -122,15 +157,26 @@ impl Metrics {
 mod tests {
     use std::time::Duration;
 
+    use kiln_models::pipeline::DeviceUse;
     use serde_json::{json, to_value};
 
     use super::*;
 
-    fn memory(peak: Option<u64>, reserved: Option<u64>) -> MemoryUse {
-        MemoryUse {
+    /// Memory of two devices.
+    fn stats(peak: [Option<u64>; 2], reserved: [Option<u64>; 2]) -> EngineStats {
+        let memory = |device| MemoryUse {
             in_use: Some(1 << 20),
-            reserved,
-            peak,
+            reserved: reserved[device],
+            peak: peak[device],
+        };
+        let devices = [0, 1].map(|device| DeviceUse {
+            memory: memory(device),
+            ..DeviceUse::default()
+        });
+        EngineStats {
+            memory: memory(0),
+            devices: devices.into(),
+            ..EngineStats::default()
         }
     }
 
@@ -145,7 +191,7 @@ mod tests {
             paused: Duration::from_secs(1),
         };
         assert_eq!(
-            to_value(Measured::new(timings, MemoryUse::default())).unwrap(),
+            to_value(Measured::new(timings, &EngineStats::default())).unwrap(),
             json!({"stage_durations": {
                 "queue": 0.25,
                 "QwenImagePipeline.text_encoder.forward": 0.5,
@@ -160,9 +206,14 @@ mod tests {
     /// Memory that is in use after the last call is no peak.
     #[test]
     fn the_peak_is_in_mebibytes_and_absent_if_it_is_not_known() {
-        let peak = |memory| Measured::new(Timings::default(), memory).peak_memory_mb;
-        assert_eq!(peak(memory(Some(3 << 19), Some(5 << 20))), Some(1.5));
-        assert_eq!(peak(memory(None, Some(5 << 20))), Some(5.0));
-        assert_eq!(peak(memory(None, None)), None);
+        let peak = |peak, reserved| {
+            let stats = stats(peak, reserved);
+            Measured::new(Timings::default(), &stats).peak_memory_mb
+        };
+        let (some, none) = (Some(5 << 20), None);
+        assert_eq!(peak([Some(3 << 19), none], [some, none]), Some(1.5));
+        assert_eq!(peak([none, none], [some, none]), Some(5.0));
+        assert_eq!(peak([none, none], [some, Some(7 << 20)]), Some(7.0));
+        assert_eq!(peak([none, none], [none, none]), None);
     }
 }
