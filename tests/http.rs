@@ -16,6 +16,7 @@ mod random_bodies;
 mod real_model;
 mod sdapi;
 mod server;
+mod stage_metrics;
 mod start;
 mod streams;
 

@@ -66,6 +66,9 @@ pub(super) struct GenerationFields {
     /// Default: the one that the server was started with.
     #[serde(default, deserialize_with = "choice")]
     generator_device: Option<GeneratorDevice>,
+    /// Add `metrics` to the response: the times and the size of the request as vLLM-Omni's load
+    /// generator reads them. `stage_durations` and `peak_memory_mb` are in every response.
+    return_stage_metrics: Option<bool>,
 }
 
 /// Format of an image file; `jpg` is an alias of `jpeg`.
@@ -142,6 +145,7 @@ impl GenerationFields {
                 GeneratorDevice::Cpu => NoiseGenerator::Cpu,
                 GeneratorDevice::Cuda => NoiseGenerator::Cuda,
             }),
+            stage_metrics: self.return_stage_metrics == Some(true),
         })
     }
 }
@@ -211,7 +215,7 @@ mod tests {
         let read = parse(&json!({
             "height": 512, "width": 256, "num_inference_steps": 8, "shift": 3, "cfg_scale": 3, "seed": u64::MAX,
             "negative_prompt": "", "n": 2, "output_format": "jpg", "output_compression": 80,
-            "generator_device": "cuda",
+            "generator_device": "cuda", "return_stage_metrics": true,
         }))
         .unwrap();
         let expected = GenerationParams {
@@ -229,6 +233,7 @@ mod tests {
         assert_eq!(read.encoding.format, ImageFormat::Jpeg);
         assert_eq!(read.encoding.quality, 80);
         assert_eq!(read.noise_generator, Some(NoiseGenerator::Cuda));
+        assert!(read.stage_metrics);
     }
 
     #[test]

@@ -17,6 +17,7 @@ use crate::request::{GenerationRequest, PromptTokens};
 use super::LoadedApp;
 use super::error::ApiError;
 use super::parsed::ParsedRequest;
+use super::stage_metrics::{Measured, Metrics, StageSeconds};
 
 /// How often a preview is made while an image is generated.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -77,6 +78,8 @@ pub(super) struct RequestInfo {
     pub(super) prompt_tokens: usize,
     /// Tokens of all images: one for each patch of the transformer.
     pub(super) image_tokens: usize,
+    /// Whether the response has `metrics`.
+    pub(super) stage_metrics: bool,
 }
 
 /// The finished images of a request.
@@ -87,7 +90,8 @@ pub(super) struct EncodedImages {
     pub(super) files: Vec<Vec<u8>>,
     /// Whether they were decoded in tiles.
     pub(super) tiled: bool,
-    pub(super) timings: StageSeconds,
+    pub(super) timings: Timings,
+    pub(super) measured: Measured,
 }
 
 /// Fields of a response beyond `OpenAI`'s API: what is needed to reproduce the images, and how long
@@ -107,6 +111,11 @@ pub(super) struct ImageFacts {
     #[serde(skip_serializing_if = "Option::is_none")]
     vae_use_tiling: Option<bool>,
     timings: StageSeconds,
+    #[serde(flatten)]
+    measured: Measured,
+    /// Only with `return_stage_metrics`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    metrics: Option<Metrics>,
 }
 
 impl ImageFacts {
@@ -115,6 +124,7 @@ impl ImageFacts {
             info,
             tiled,
             timings,
+            measured,
             ..
         } = encoded;
         Self {
@@ -123,26 +133,13 @@ impl ImageFacts {
             num_inference_steps: info.request.sampling.steps,
             shift: info.request.sampling.shift,
             vae_use_tiling: tiled.then_some(true),
-            timings: *timings,
+            timings: (*timings).into(),
+            measured: *measured,
+            metrics: info
+                .stage_metrics
+                .then(|| Metrics::new(info, *timings, *measured)),
         }
     }
-}
-
-/// Seconds spent in each stage.
-#[derive(Debug, Clone, Copy, Serialize, ToSchema)]
-pub(super) struct StageSeconds {
-    /// Time in the queue.
-    queue: f64,
-    /// Encoding the prompts, making the noise and the schedule.
-    encode: f64,
-    /// All denoising steps.
-    denoise: f64,
-    /// Making previews.
-    previews: f64,
-    /// Decoding latents to pixels.
-    decode: f64,
-    /// Time after the start in which the device worked on other requests.
-    paused: f64,
 }
 
 impl Previews {
@@ -207,7 +204,7 @@ impl ParsedRequest {
             .unwrap_or_default()
             .as_secs();
         let model = app.model_name(model).to_owned();
-        let names = self.names;
+        let (names, stage_metrics) = (self.names, self.stage_metrics);
         let size_param = match (self.params.height, self.params.width) {
             (None, None) => "size",
             (None, Some(_)) => names.of("width"),
@@ -234,6 +231,7 @@ impl ParsedRequest {
             encoding,
             prompt_tokens: prompt_tokens(&app, &tokens),
             image_tokens: image_tokens(&request, app.limits.sizes.multiple),
+            stage_metrics,
             request,
         };
         let job = info.request.clone().into_job(tokens, false);
@@ -332,6 +330,7 @@ impl RunningRequest {
     ) -> Result<T, ApiError> {
         let Finished { output, timings } = finished;
         let tiled = output.tiled;
+        let measured = Measured::new(timings, &self.app.engine.stats());
         let (app, info) = (Arc::clone(&self.app), Arc::clone(&self.info));
         let response = spawn_blocking(move || {
             let files = encode_all(&app, &info, &output)?;
@@ -339,7 +338,8 @@ impl RunningRequest {
                 info,
                 files,
                 tiled,
-                timings: timings.into(),
+                timings,
+                measured,
             })
         })
         .await??;
@@ -391,19 +391,6 @@ fn prompt_tokens(app: &LoadedApp, tokens: &PromptTokens) -> usize {
 fn image_tokens(request: &GenerationRequest, size_multiple: usize) -> usize {
     let patches = (request.size.height / size_multiple) * (request.size.width / size_multiple);
     patches * request.num_images
-}
-
-impl From<Timings> for StageSeconds {
-    fn from(timings: Timings) -> Self {
-        Self {
-            queue: timings.queue.as_secs_f64(),
-            encode: timings.encode.as_secs_f64(),
-            denoise: timings.denoise.as_secs_f64(),
-            previews: timings.previews.as_secs_f64(),
-            decode: timings.decode.as_secs_f64(),
-            paused: timings.paused.as_secs_f64(),
-        }
-    }
 }
 
 #[cfg(test)]
