@@ -13,6 +13,7 @@ use crate::measure::CostMeter;
 use crate::request::{GenerationParams, GenerationRequest, Integer, Limits, WrittenSize};
 use crate::runtime::{Model, ModelSettings};
 
+use super::cache_args::StepCacheArgs;
 use super::error::CliError;
 use super::output;
 use super::shared_args::{BackendArgs, LoadArgs};
@@ -63,6 +64,9 @@ pub(super) struct BenchArgs {
     )]
     batch: Integer,
 
+    #[command(flatten)]
+    cache: StepCacheArgs,
+
     /// Tokens of the prompt
     #[arg(
         long,
@@ -107,6 +111,8 @@ impl BenchArgs {
             num_inference_steps: Some(self.steps.0),
             num_images: Some(self.batch.0),
             seed: Some(0),
+            cache: self.cache.given(),
+            cfg_gate_step: self.cache.cfg_gate_step,
             ..GenerationParams::default()
         }
     }

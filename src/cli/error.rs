@@ -4,11 +4,13 @@ use std::env;
 use std::io;
 use std::path::PathBuf;
 
+use kiln_models::step_cache::CacheError;
+
 use crate::backend::{BackendChoice, BackendError, InvalidChoice};
 use crate::compare::{CompareError, ReportError};
 use crate::engine::{JobError, StartError, SubmitError};
 use crate::image::{EncodeError, ImageFormat, SideTooLong};
-use crate::request::{InvalidPrompt, InvalidRequest, MAX_PROMPT_BYTES};
+use crate::request::{InvalidCache, InvalidPrompt, InvalidRequest, MAX_PROMPT_BYTES};
 use crate::runtime::RuntimeError;
 use crate::server::InvalidApiKey;
 use crate::tokenizer::TokenizerError;
@@ -39,6 +41,18 @@ pub(super) enum CliError {
          in one pass; leave it at 1"
     )]
     CfgParallel { size: usize },
+    #[error(
+        "--cache-backend {backend} is not available: for Qwen-Image there are cache_dit, mag_cache, \
+         balanced and fast, or none"
+    )]
+    CacheBackend { backend: String },
+    #[error("--cache-config for --cache-backend {backend}: {error}")]
+    CacheConfig {
+        backend: String,
+        error: InvalidCache,
+    },
+    #[error("--cache-config cannot be used")]
+    CacheBlocks(#[source] CacheError),
     #[error("--default-negative-prompt cannot be used")]
     DefaultNegativePrompt(#[source] TokenizerError),
     #[error(transparent)]
@@ -141,6 +155,9 @@ impl CliError {
             | Self::Prompt(_)
             | Self::Tiles { .. }
             | Self::CfgParallel { .. }
+            | Self::CacheBackend { .. }
+            | Self::CacheConfig { .. }
+            | Self::CacheBlocks(_)
             | Self::DefaultNegativePrompt(_)
             | Self::ApiKey(_)
             | Self::EmptyApiKey

@@ -109,6 +109,26 @@ impl Page {
             "Denoising steps, including those of unfinished requests.",
             stats.steps,
         );
+        for (name, help, steps) in [
+            (
+                "kiln_steps_computed_total",
+                "Denoising steps that ran the whole transformer.",
+                stats.computed_steps,
+            ),
+            (
+                "kiln_steps_skipped_total",
+                "Denoising steps that reused an earlier one, because of a step cache.",
+                stats.skipped_steps,
+            ),
+            (
+                "kiln_steps_gated_total",
+                "Denoising steps that left the half of the negative prompt out, because of \
+                 cfg_gate_step.",
+                stats.gated_steps,
+            ),
+        ] {
+            self.counter(name, help, steps);
+        }
         self.counter("kiln_images_total", "Generated images.", stats.images);
         self.counter(
             "kiln_pixels_total",
