@@ -369,7 +369,9 @@ fn the_gate_is_a_part_of_at_least_eight_steps() {
 
 fn choice() -> impl Strategy<Value = CacheChoice> {
     let cap = || proptest::option::of(0usize..100);
-    let threshold = || 0.0f64..1000.0;
+    // Few digits: serde_json does not read all digits of a number exactly.
+    let number = |range: std::ops::Range<u32>| range.prop_map(|it| f64::from(it) / 1000.0);
+    let threshold = || number(0..1_000_000);
     let bins = || proptest::collection::vec(0usize..100, 1..10);
     let mask = prop_oneof![
         Just(None),
@@ -401,8 +403,8 @@ fn choice() -> impl Strategy<Value = CacheChoice> {
         };
         CacheChoice::DbCache(DbCacheChoice { settings, mask })
     });
-    let ratios = proptest::option::of(proptest::collection::vec(0.001f64..1000.0, 1..60));
-    let mag_cache = (threshold(), 0usize..100, 0.0f64..=1.0, ratios).prop_map(
+    let ratios = proptest::option::of(proptest::collection::vec(number(1..1_000_000), 1..60));
+    let mag_cache = (threshold(), 0usize..100, number(0..1001), ratios).prop_map(
         |(threshold, max_skips, retention, ratios)| {
             CacheChoice::MagCache(MagCache {
                 threshold,
