@@ -13,6 +13,9 @@ mod broken_models;
 mod cli;
 /// `kiln compare`, run as a process.
 mod compare;
+/// One model on several devices, in this process.
+#[cfg(feature = "flex")]
+mod devices;
 /// The example program that embeds kiln.
 #[cfg(feature = "flex")]
 mod embed;

@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use crate::families::qwen_image::{PATCH, TEMPLATE};
 use crate::job::Job;
+use crate::step_cache::{cheapest_steps, first_gated_step};
 use crate::text_encoder::TextEncoderConfig;
 use crate::transformer::{Segment, TIME_CHANNELS, TransformerConfig};
 use crate::vae::{VaeConfig, VaeSettings};
@@ -21,8 +22,8 @@ pub struct FlopCount {
     pub modulation: u64,
     /// One full step: the transformer on all images, once more with the negative prompt if guidance runs.
     pub step: u64,
-    /// All steps together, without those parts that a step cache or a guidance gate is known to leave
-    /// out before the first step.
+    /// All steps together, without those parts that a guidance gate or a step cache leaves out. Of a
+    /// cache that compares it is the least: as if every comparison allowed the reuse.
     pub denoise: u64,
     /// The VAE on all images.
     pub decode: u64,
@@ -83,7 +84,7 @@ fn count(
         encode: encode(text_encoder, &prompts),
         modulation: job.sampling.steps as u64 * modulation(transformer),
         step: images * step(transformer, &segments),
-        denoise: job.sampling.steps as u64 * images * step(transformer, &segments),
+        denoise: images * denoise(transformer, &segments, job),
         decode: images * decode_tiled(vae, latents, settings.of(job.decoding)),
     }
 }
@@ -108,19 +109,39 @@ fn modulation(config: &TransformerConfig) -> u64 {
 }
 
 /// Multiply-adds of the transformer on these segments.
-fn step(config: &TransformerConfig, segments: &[Segment]) -> u64 {
+pub(crate) fn step(config: &TransformerConfig, segments: &[Segment]) -> u64 {
+    let blocks = config.num_layers;
+    segments.iter().map(|it| forward(config, it, blocks)).sum()
+}
+
+/// Multiply-adds of the transformer on one segment with this many of its blocks. Without blocks the
+/// text is not read.
+fn forward(config: &TransformerConfig, segment: &Segment, blocks: usize) -> u64 {
     let dim = config.dim();
-    let of_segment = |segment: &Segment| {
-        let (image, text) = (segment.image_tokens(), segment.text_tokens);
-        let joint = image + text;
-        let ends = image * (config.in_channels * dim + dim * config.patch_channels())
-            + text * config.joint_attention_dim * dim;
-        // Query, key, value, output, and an MLP four times as wide.
-        let linear = joint * (4 + 2 * 4) * dim * dim;
-        let attention = 2 * joint * joint * dim;
-        (ends + config.num_layers * (linear + attention)) as u64
-    };
-    segments.iter().map(of_segment).sum()
+    let (image, text) = (segment.image_tokens(), segment.text_tokens);
+    let ends = image * (config.in_channels * dim + dim * config.patch_channels());
+    if blocks == 0 {
+        return ends as u64;
+    }
+    let joint = image + text;
+    // Query, key, value, output, and an MLP four times as wide.
+    let linear = joint * (4 + 2 * 4) * dim * dim;
+    let attention = 2 * joint * joint * dim;
+    (ends + text * config.joint_attention_dim * dim + blocks * (linear + attention)) as u64
+}
+
+/// Multiply-adds of all steps of one image. The first segment is the conditional one.
+fn denoise(config: &TransformerConfig, segments: &[Segment], job: &Job) -> u64 {
+    let steps = job.sampling.steps;
+    let gated = first_gated_step(steps, job.cfg_gate_step);
+    let nexts = cheapest_steps(&job.cache, steps).enumerate();
+    let of_step = nexts.map(|(index, next)| {
+        let halves = if index < gated { segments.len() } else { 1 };
+        let halves = segments.iter().take(halves);
+        let blocks = next.blocks(config.num_layers);
+        halves.map(|it| forward(config, it, blocks)).sum::<u64>()
+    });
+    of_step.sum()
 }
 
 /// Multiply-adds of decoding one image's latents, whole or in tiles.
@@ -182,6 +203,8 @@ fn decode(config: &VaeConfig, [height, width]: [usize; 2]) -> u64 {
 mod tests {
     use super::*;
     use crate::job::Decoding;
+    use crate::step_cache::{CachePolicy, DbCache, MagCache, QWEN_IMAGE_RATIOS};
+    use crate::testing;
 
     /// Qwen-Image's configuration.
     fn transformer() -> TransformerConfig {
@@ -290,5 +313,98 @@ mod tests {
             modulation(&config),
             256 * 4 + 4 * 4 + 2 * (4 * 24 + 4 * 24) + 4 * 8
         );
+    }
+
+    /// Work of all steps as a part of that of all steps computed.
+    fn part(job: &Job) -> f64 {
+        let config = transformer();
+        let halves = [segment(64, 64, 40), segment(64, 64, 6)];
+        let halves = &halves[..job.branches().count()];
+        let all = job.sampling.steps as u64 * step(&config, halves);
+        denoise(&config, halves, job) as f64 / all as f64
+    }
+
+    fn guided(steps: usize) -> Job {
+        Job {
+            guidance: testing::guidance(vec![0; 40], 4.0),
+            ..testing::job(1024, steps)
+        }
+    }
+
+    #[track_caller]
+    fn close(value: f64, expected: f64) {
+        assert!((value - expected).abs() < 5e-3, "{value} is not {expected}");
+    }
+
+    #[test]
+    fn a_mask_leaves_out_the_blocks_of_reused_steps() {
+        let mask = MagCache::balanced(Some(QWEN_IMAGE_RATIOS.into())).mask(50);
+        let cached = Job {
+            cache: CachePolicy::Mask(mask),
+            ..guided(50)
+        };
+        close(part(&cached), 30.0 / 50.0);
+        // A reused step has its image tokens' way in and out.
+        let config = transformer();
+        let one = segment(64, 64, 40);
+        let two = Job {
+            cache: CachePolicy::Mask([true, false].into()),
+            ..testing::job(1024, 2)
+        };
+        let ends = 4096 * (64 * 3072 + 3072 * 64);
+        assert_eq!(denoise(&config, &[one], &two), step(&config, &[one]) + ends);
+        let exact = Job {
+            cache: CachePolicy::Mask([true; 50].into()),
+            ..guided(50)
+        };
+        assert_eq!(part(&exact).to_bits(), 1.0_f64.to_bits());
+    }
+
+    #[test]
+    fn a_gate_leaves_out_the_unconditional_half() {
+        for (gate, expected) in [(0.5, 0.75), (0.7, 0.85), (0.0, 0.51), (1.0, 1.0)] {
+            let gated = Job {
+                cfg_gate_step: Some(gate),
+                ..guided(50)
+            };
+            close(part(&gated), expected);
+            let alone = Job {
+                guidance: None,
+                ..gated
+            };
+            assert_eq!(part(&alone).to_bits(), 1.0_f64.to_bits());
+        }
+    }
+
+    /// 15 of 50 steps, and the first of 60 blocks in the others.
+    #[test]
+    fn dbcache_counts_its_first_and_last_blocks_and_the_steps_that_the_caps_allow() {
+        let cached = |settings| Job {
+            cache: CachePolicy::DbCache(settings),
+            ..guided(50)
+        };
+        close(
+            part(&cached(DbCache::default())),
+            (15.0 + 35.0 / 60.0) / 50.0,
+        );
+        let more_blocks = DbCache {
+            fn_compute_blocks: 8,
+            bn_compute_blocks: 4,
+            ..DbCache::default()
+        };
+        close(
+            part(&cached(more_blocks.clone())),
+            (15.0 + 35.0 * 12.0 / 60.0) / 50.0,
+        );
+        let gated = Job {
+            cfg_gate_step: Some(0.5),
+            ..cached(more_blocks)
+        };
+        assert!(part(&gated) < 0.4);
+        let few = DbCache {
+            max_cached_steps: Some(10),
+            ..DbCache::default()
+        };
+        close(part(&cached(few)), (40.0 + 10.0 / 60.0) / 50.0);
     }
 }

@@ -13,6 +13,7 @@ use std::sync::Arc;
 
 use crate::families::qwen_image::{PATCH, TEMPLATE};
 use crate::job::Job;
+use crate::step_cache::{KeptResiduals, first_gated_step};
 use crate::text_encoder::TextEncoderConfig;
 use crate::transformer::TransformerConfig;
 use crate::vae::{Tiling, VaeConfig, VaeSettings};
@@ -139,10 +140,24 @@ impl Networks {
         let encode = prompts.iter().map(|&tokens| self.encode(tokens)).max();
         let modulation = 6 * dim * dim * self.weight;
         let branches = prompts.len() as u64;
-        let step = self.step(branches * image_tokens, text_tokens) + (3 * branches + 2) * noise;
+        let kept = KeptResiduals::of(&job.cache, job.sampling.steps);
+        let image_residual = self.element * dim * branches * image_tokens;
+        let text_residual = self.element * dim * text_tokens;
+        let residuals = kept.image as u64 * image_residual + kept.text as u64 * text_residual;
+        // The tokens before the blocks, which a residual is counted from.
+        let before = if kept.image > 0 {
+            image_residual + if kept.text > 0 { text_residual } else { 0 }
+        } else {
+            0
+        };
+        let step =
+            self.step(branches * image_tokens, text_tokens) + (3 * branches + 2) * noise + before;
+        // The difference of the halves that gated steps reuse.
+        let gated = first_gated_step(job.sampling.steps, job.cfg_gate_step) < job.sampling.steps;
+        let difference = if gated { noise } else { 0 };
         MemoryPlan {
             // The latents, and the velocity of the last step.
-            held: table + embeddings + trace + 2 * noise,
+            held: table + embeddings + trace + 2 * noise + residuals + difference,
             start: with_kept(encode.unwrap_or(0).max(modulation).max(4 * noise)),
             step: with_kept(step),
             decode: with_kept(self.decode_images(latents, images, self.settings.of(job.decoding))),
@@ -302,6 +317,7 @@ mod tests {
 
     use super::*;
     use crate::job::{Decoding, Size};
+    use crate::step_cache::{CachePolicy, DbCache};
     use crate::testing;
 
     /// Small networks whose decoder has two levels.
@@ -413,5 +429,40 @@ mod tests {
         ] {
             assert!((larger / one - times).abs() < 0.2, "{larger} {one} {times}");
         }
+    }
+
+    #[test]
+    fn a_job_holds_the_residuals_of_its_step_cache() {
+        let held = |cache: &CachePolicy, guided: bool, gate| {
+            let guidance = testing::guidance(vec![0; 40], 2.0).filter(|_| guided);
+            let job = Job {
+                conditioning: vec![0; 40].into(),
+                guidance,
+                cache: cache.clone(),
+                cfg_gate_step: gate,
+                ..testing::job(64, 8)
+            };
+            networks().plan(&job).held
+        };
+        let exact = held(&CachePolicy::Off, true, None);
+        let more = |cache: &CachePolicy| held(cache, true, None) - exact;
+        // Both halves have 16 x 16 image tokens of width 8, and 6 text tokens.
+        let residual = 2 * F32 * 16 * 16 * 8;
+        let text = 2 * F32 * 6 * 8;
+        let mut reused = [true; 8];
+        assert_eq!(more(&CachePolicy::Mask(reused.into())), 0);
+        reused[5] = false;
+        let mask = CachePolicy::Mask(reused.into());
+        assert_eq!(more(&mask), residual);
+        let one = held(&mask, false, None) - held(&CachePolicy::Off, false, None);
+        assert_eq!(one, residual / 2);
+        let mut settings = DbCache::default();
+        assert_eq!(more(&CachePolicy::DbCache(settings.clone())), 2 * residual);
+        settings.bn_compute_blocks = 1;
+        settings.taylorseer_order = 1;
+        let all = 3 * residual + 2 * text;
+        assert_eq!(more(&CachePolicy::DbCache(settings)), all);
+        let latents = F32 * 16 * 16 * 8;
+        assert_eq!(held(&CachePolicy::Off, true, Some(0.5)) - exact, latents);
     }
 }

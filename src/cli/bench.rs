@@ -126,11 +126,11 @@ fn parse_peak(text: &str) -> Result<f64, String> {
 
 /// Checks everything that can be checked before it loads the weights.
 pub(super) fn run(args: &BenchArgs) -> Result<(), CliError> {
-    let settings = args.loading.settings(args.backend.choice()?)?;
+    let settings = args.loading.settings(&args.backend)?;
     let request =
         |limits: &Limits| GenerationRequest::new(args.params(), limits, NoiseGenerator::Cpu);
     request(&Limits::for_any_model())?;
-    backend::check(settings.backend)?;
+    backend::check(&settings.backend, settings.split_guidance)?;
     let model = Model::find(&args.model_settings())?;
     let workload = Workload {
         request: request(model.limits())?,

@@ -10,6 +10,7 @@ use crate::request::{
 use super::error::CliError;
 
 /// Work that the steps of a request may leave out.
+#[expect(clippy::doc_markdown, reason = "clap prints the comment as it is")]
 #[derive(Debug, Clone, Args)]
 pub(super) struct StepCacheArgs {
     /// Step cache: off, balanced, fast, dbcache, magcache, or JSON [default: off]

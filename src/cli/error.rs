@@ -37,11 +37,6 @@ pub(super) enum CliError {
     )]
     NothingToCompare { reference: String },
     #[error(
-        "--cfg-parallel-size {size} is not available: both halves of guidance run on one device, \
-         in one pass; leave it at 1"
-    )]
-    CfgParallel { size: usize },
-    #[error(
         "--cache-backend {backend} is not available: for Qwen-Image there are cache_dit, mag_cache, \
          balanced and fast, or none"
     )]
@@ -154,10 +149,11 @@ impl CliError {
             Self::Request(_)
             | Self::Prompt(_)
             | Self::Tiles { .. }
-            | Self::CfgParallel { .. }
             | Self::CacheBackend { .. }
             | Self::CacheConfig { .. }
             | Self::CacheBlocks(_)
+            | Self::Backend(BackendError::TooFewDevices { .. })
+            | Self::Runtime(RuntimeError::Backend(BackendError::TooFewDevices { .. }))
             | Self::DefaultNegativePrompt(_)
             | Self::ApiKey(_)
             | Self::EmptyApiKey

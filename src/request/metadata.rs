@@ -49,19 +49,16 @@ impl GenerationRequest {
 impl GenerationRequest {
     /// The step cache with the steps that were computed of all, and the guidance gate.
     fn skipped_work(&self, steps: StepCounts) -> String {
-        let mut text = String::new();
-        if let Some(name) = self.cache.name() {
-            let (computed, all) = (steps.computed, self.sampling.steps);
-            text = format!("Cache: {name} {computed}/{all}, ");
-            if let Some(settings) = self.cache.choice.settings() {
-                let settings = quoted(&Value::from(settings).to_string());
-                text += &format!("Cache settings: {settings}, ");
-            }
-        }
-        if let Some(gate) = self.cfg_gate_step.filter(|_| self.guidance().is_some()) {
-            text += &format!("CFG gate: {gate}, ");
-        }
-        text
+        let name = self.cache.name();
+        let (computed, all) = (steps.computed, self.sampling.steps);
+        let cache = name.map(|name| format!("Cache: {name} {computed}/{all}, "));
+        let settings = self.cache.choice.settings().map(|settings| {
+            let settings = quoted(&Value::from(settings).to_string());
+            format!("Cache settings: {settings}, ")
+        });
+        let gate = self.cfg_gate_step.filter(|_| self.guidance().is_some());
+        let gate = gate.map(|gate| format!("CFG gate: {gate}, "));
+        [cache, settings, gate].into_iter().flatten().collect()
     }
 }
 

@@ -53,6 +53,7 @@ fn invalid(field: &str, error: InvalidCache) -> InvalidBody {
 
 /// What the steps of a request ran.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, ToSchema)]
+#[expect(clippy::struct_field_names, reason = "the names are the API's")]
 pub(super) struct StepFacts {
     /// Steps that ran the whole transformer.
     computed_steps: usize,

@@ -157,10 +157,28 @@ fn every_api_takes_every_cache() {
     assert_eq!(post_to(server.address, IMAGES, &body).status, 200);
 }
 
-#[test]
-fn what_cannot_be_done_is_refused_with_its_name() {
+/// Checks that every endpoint refuses these keys, and names the parameter and says this.
+fn assert_refused(cases: &[(Value, &str, &str)]) {
     let server = start(CacheChoice::Off);
-    let cases = [
+    for path in [CHAT, IMAGES, "/v1/images/estimate"] {
+        for (keys, param, message) in cases {
+            for nested in [false, true] {
+                let reply = generate(&server, path, keys, nested);
+                assert_eq!(reply.status, 400, "accepted {keys}");
+                let error = &reply.body["error"];
+                let named = error["param"].as_str().unwrap();
+                let named = named.strip_prefix("extra_body.").unwrap_or(named);
+                assert_eq!(named, *param, "{keys}");
+                let text = error["message"].as_str().unwrap();
+                assert!(text.contains(message), "{text}");
+            }
+        }
+    }
+}
+
+#[test]
+fn what_is_no_cache_is_refused_with_its_name() {
+    assert_refused(&[
         (json!({"cache": "slow"}), "cache", "balanced, fast, auto"),
         (json!({"cache": true}), "cache", "got true"),
         (json!({"cache": ["fast"]}), "cache", "got a list"),
@@ -210,6 +228,12 @@ fn what_cannot_be_done_is_refused_with_its_name() {
             "cache_dit_params",
             "at most 60",
         ),
+    ]);
+}
+
+#[test]
+fn contradictions_and_few_steps_are_refused() {
+    assert_refused(&[
         (
             json!({"cache": "fast", "enable_cache_dit": true}),
             "cache",
@@ -257,25 +281,12 @@ fn what_cannot_be_done_is_refused_with_its_name() {
             "cfg_gate_step",
             "cfg_gate_step needs at least 8 steps, got 4",
         ),
-    ];
-    for path in [CHAT, IMAGES, "/v1/images/estimate"] {
-        for (keys, param, message) in &cases {
-            for nested in [false, true] {
-                let reply = generate(&server, path, keys, nested);
-                assert_eq!(reply.status, 400, "accepted {keys}");
-                let error = &reply.body["error"];
-                let named = error["param"].as_str().unwrap();
-                let named = named.strip_prefix("extra_body.").unwrap_or(named);
-                assert_eq!(named, *param, "{keys}");
-                let text = error["message"].as_str().unwrap();
-                assert!(text.contains(message), "{text}");
-            }
-        }
-        let twice = json!({"cache": "fast", "extra_body": {"cache": "balanced"}});
-        assert_eq!(
-            generate(&server, path, &twice, false).body["error"]["param"],
-            "cache"
-        );
+    ]);
+    let server = start(CacheChoice::Off);
+    let twice = json!({"cache": "fast", "extra_body": {"cache": "balanced"}});
+    for path in [CHAT, IMAGES] {
+        let reply = generate(&server, path, &twice, false);
+        assert_eq!(reply.body["error"]["param"], "cache");
     }
     // What asks for nothing is accepted with few steps.
     for keys in [

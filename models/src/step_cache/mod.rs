@@ -62,6 +62,46 @@ impl CachePolicy {
     }
 }
 
+/// Tensors that the cache of a job keeps between its steps, for each half that runs.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct KeptResiduals {
+    /// Residuals of the image tokens, each `[image tokens, dim]`.
+    pub(crate) image: usize,
+    /// Residuals of the text tokens, each `[text tokens, dim]`.
+    pub(crate) text: usize,
+}
+
+impl KeptResiduals {
+    /// Those of the step that keeps the most.
+    pub(crate) fn of(policy: &CachePolicy, steps: usize) -> Self {
+        let order = StepCache::new(policy, steps).order();
+        let kept = |next| match next {
+            Next::Compute { keep: true } => Self {
+                image: 1 + order,
+                text: 0,
+            },
+            // The residual of the first blocks, and those of the blocks between them and the last.
+            Next::Probe { tail, .. } => Self {
+                image: 2 + order,
+                text: if tail > 0 { 1 + order } else { 0 },
+            },
+            Next::Compute { keep: false } | Next::Reuse => Self::default(),
+        };
+        let most = cheapest_steps(policy, steps).map(kept);
+        most.max_by_key(|kept| kept.image).unwrap_or_default()
+    }
+}
+
+/// What every step of a job runs if every comparison allows its reuse.
+pub(crate) fn cheapest_steps(policy: &CachePolicy, steps: usize) -> impl Iterator<Item = Next> {
+    let mut cache = StepCache::new(policy, steps);
+    (0..steps).map(move |_| {
+        let next = cache.next();
+        cache.book(next.may_reuse());
+        next
+    })
+}
+
 /// The first step that guidance does not compute its unconditional half in: SGLang's `cfg_gate_step`
 /// as a part of all steps, rounded down, and at least 1. `steps` if no step is gated.
 pub fn first_gated_step(steps: usize, cfg_gate_step: Option<f64>) -> usize {
@@ -141,6 +181,32 @@ mod tests {
             error.to_string(),
             "cfg_gate_step must be from 0 to 1, got 1.5"
         );
+    }
+
+    #[test]
+    fn a_cache_keeps_residuals_only_if_a_step_reuses_them() {
+        let kept = |policy: &CachePolicy| {
+            let kept = KeptResiduals::of(policy, 8);
+            (kept.image, kept.text)
+        };
+        let dbcache = |order, tail, most| {
+            CachePolicy::DbCache(DbCache {
+                taylorseer_order: order,
+                bn_compute_blocks: tail,
+                max_cached_steps: most,
+                ..DbCache::default()
+            })
+        };
+        assert_eq!(kept(&CachePolicy::Off), (0, 0));
+        assert_eq!(kept(&CachePolicy::Calibrate), (1, 0));
+        assert_eq!(kept(&CachePolicy::Mask([true; 8].into())), (0, 0));
+        let mask = [true, true, true, true, false, true, true, true];
+        assert_eq!(kept(&CachePolicy::Mask(mask.into())), (1, 0));
+        assert_eq!(kept(&dbcache(0, 0, None)), (2, 0));
+        assert_eq!(kept(&dbcache(1, 0, None)), (3, 0));
+        assert_eq!(kept(&dbcache(0, 2, None)), (2, 1));
+        assert_eq!(kept(&dbcache(1, 2, None)), (3, 2));
+        assert_eq!(kept(&dbcache(1, 2, Some(0))), (0, 0));
     }
 
     #[test]

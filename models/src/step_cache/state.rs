@@ -20,6 +20,26 @@ pub(crate) enum Next {
     },
 }
 
+impl Next {
+    /// Whether the step is reused if every comparison allows it.
+    pub(crate) fn may_reuse(self) -> bool {
+        match self {
+            Self::Compute { .. } => false,
+            Self::Reuse => true,
+            Self::Probe { decide, .. } => decide != Decide::Compute,
+        }
+    }
+
+    /// Number of blocks that the step runs then, of a transformer with this many.
+    pub(crate) fn blocks(self, layers: usize) -> usize {
+        match self {
+            _ if !self.may_reuse() => layers,
+            Self::Probe { head, tail, .. } => head.saturating_add(tail).min(layers),
+            Self::Compute { .. } | Self::Reuse => 0,
+        }
+    }
+}
+
 /// Whether a step is computed or reused after its first blocks.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(crate) enum Decide {
@@ -100,6 +120,11 @@ impl StepCache {
             counters.book(settings, self.done, reused);
         }
         self.done += 1;
+    }
+
+    /// Whether the change of the residuals from step to step is measured.
+    pub(crate) fn measures(&self) -> bool {
+        matches!(self.policy, Policy::Calibrate)
     }
 
     /// Order of the extrapolation of a reused residual, 0 or 1.
@@ -385,14 +410,7 @@ mod tests {
             let mut cache = StepCache::new(policy, steps);
             let next = |_| {
                 let next = cache.next();
-                cache.book(matches!(
-                    next,
-                    Next::Reuse
-                        | Next::Probe {
-                            decide: Decide::Reuse | Decide::Compare(_),
-                            ..
-                        }
-                ));
+                cache.book(next.may_reuse());
                 next
             };
             (0..steps).map(next).collect::<Vec<_>>()

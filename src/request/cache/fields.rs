@@ -81,12 +81,16 @@ impl<'a> Fields<'a> {
         value.map(|value| count(key, value, min)).transpose()
     }
 
-    /// A count of at most so many steps; -1 stands for any number, which is `Some(None)`.
-    pub(super) fn cap(&self, key: &'static str) -> Result<Option<Option<usize>>, InvalidCache> {
+    /// The largest number of steps; -1 stands for any number, which is `None`.
+    pub(super) fn cap(
+        &self,
+        key: &'static str,
+        default: Option<usize>,
+    ) -> Result<Option<usize>, InvalidCache> {
         match self.get(key) {
-            None => Ok(None),
-            Some(value) if Integer::deserialize(value).ok() == Some(Integer(-1)) => Ok(Some(None)),
-            Some(value) => count(key, value, 0).map(|count| Some(Some(count))),
+            None => Ok(default),
+            Some(value) if Integer::deserialize(value).ok() == Some(Integer(-1)) => Ok(None),
+            Some(value) => count(key, value, 0).map(Some),
         }
     }
 

@@ -58,6 +58,8 @@ const POLICIES: [(&str, MaskPolicy); 2] = [
     ("static", MaskPolicy::Static),
 ];
 
+type Read = fn(&Fields<'_>) -> Result<CacheChoice, InvalidCache>;
+
 impl CacheChoice {
     /// Reads a request's `cache`: the name of a cache, or an object with its `mode` and settings.
     /// `null` and blank texts count as absent.
@@ -106,7 +108,6 @@ impl CacheChoice {
             let message = "is required in an object: dbcache or magcache";
             return Err(wrong(MODE, message));
         };
-        type Read = fn(&Fields<'_>) -> Result<CacheChoice, InvalidCache>;
         let modes: [(&str, (&[&str], Read)); 2] = [
             ("dbcache", (DBCACHE_KEYS, db_cache)),
             ("magcache", (MAGCACHE_KEYS, mag_cache)),
@@ -213,12 +214,11 @@ fn db_cache(fields: &Fields<'_>) -> Result<CacheChoice, InvalidCache> {
         fn_compute_blocks: count("Fn_compute_blocks", 1, default.fn_compute_blocks)?,
         bn_compute_blocks: count("Bn_compute_blocks", 0, default.bn_compute_blocks)?,
         max_warmup_steps: count("max_warmup_steps", 0, default.max_warmup_steps)?,
-        max_cached_steps: fields
-            .cap("max_cached_steps")?
-            .unwrap_or(default.max_cached_steps),
-        max_continuous_cached_steps: fields
-            .cap("max_continuous_cached_steps")?
-            .unwrap_or(default.max_continuous_cached_steps),
+        max_cached_steps: fields.cap("max_cached_steps", default.max_cached_steps)?,
+        max_continuous_cached_steps: fields.cap(
+            "max_continuous_cached_steps",
+            default.max_continuous_cached_steps,
+        )?,
         residual_diff_threshold: fields
             .threshold("residual_diff_threshold")?
             .unwrap_or(default.residual_diff_threshold),

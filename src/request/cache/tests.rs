@@ -30,10 +30,6 @@ fn computed(policy: &CachePolicy) -> usize {
     }
 }
 
-fn given(choice: CacheChoice) -> Option<GivenCache> {
-    Some(choice.into())
-}
-
 #[test]
 fn names_are_read_in_any_case_and_nothing_is_absent() {
     for (text, choice) in [
@@ -160,6 +156,16 @@ fn what_is_wrong_is_named_with_what_is_known() {
             json!({"mode": "dbcache", "enable_taylorseer": 1}),
             "enable_taylorseer must be true or false, got 1",
         ),
+    ] {
+        assert_eq!(refused(&value), message, "{value}");
+    }
+    let long = refused(&json!("x".repeat(10_000)));
+    assert!(long.len() < 300, "{}", long.len());
+}
+
+#[test]
+fn wrong_masks_and_wrong_settings_of_magcache_are_named() {
+    for (value, message) in [
         (
             json!({"mode": "dbcache", "scm_preset": "quick"}),
             "scm_preset must be one of none, slow, medium, fast, ultra, got \"quick\"",
@@ -216,8 +222,6 @@ fn what_is_wrong_is_named_with_what_is_known() {
     ] {
         assert_eq!(refused(&value), message, "{value}");
     }
-    let long = refused(&json!("x".repeat(10_000)));
-    assert!(long.len() < 300, "{}", long.len());
 }
 
 #[test]
@@ -306,7 +310,7 @@ fn a_cache_fits_the_steps_and_the_model() {
     };
     assert_eq!(settings.steps_mask.unwrap().len(), 50);
     let refused = |value: Value, steps| {
-        let cache = caches.resolve(given(read(&value)), steps);
+        let cache = caches.resolve(Some(read(&value).into()), steps);
         cache.unwrap_err().to_string()
     };
     assert_eq!(
@@ -332,12 +336,12 @@ fn a_default_is_for_requests_that_say_nothing_and_have_the_steps() {
     assert_eq!(computed(&resolve(None, 50).policy), 30);
     assert_eq!(resolve(None, 7), RequestCache::default());
     assert_eq!(
-        resolve(given(CacheChoice::Off), 50),
+        resolve(Some(CacheChoice::Off.into()), 50),
         RequestCache::default()
     );
-    let fast = resolve(given(CacheChoice::Fast), 50);
+    let fast = resolve(Some(CacheChoice::Fast.into()), 50);
     assert_eq!((fast.name(), computed(&fast.policy)), (Some("fast"), 24));
-    let auto = resolve(given(CacheChoice::Auto), 4);
+    let auto = resolve(Some(CacheChoice::Auto.into()), 4);
     assert_eq!((auto.name(), auto.policy), (Some("auto"), CachePolicy::Off));
     // A mask of another number of steps.
     let mask = json!({"mode": "dbcache", "steps_computation_mask": [1, 1, 0, 1, 1, 0, 1, 1]});
