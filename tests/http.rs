@@ -3,6 +3,7 @@
 
 mod access;
 mod bad_requests;
+mod caches;
 mod client;
 mod images;
 mod information;

@@ -14,7 +14,7 @@ use crate::pipeline::{
     CacheUses, DeviceUse, ImageSizes, MemoryRoom, MemoryUse, ModelDevice, ModelInfo, Pipeline,
     PipelineError, StepOutcome,
 };
-use crate::step_cache::{CachePolicy, StepCounts};
+use crate::step_cache::{CachePolicy, StepCounts, first_gated_step};
 
 /// A job of one square image without guidance: one prompt token, seed 0, torch's CPU noise.
 pub fn job(side: usize, steps: usize) -> Job {
@@ -55,6 +55,21 @@ pub fn model_info() -> ModelInfo {
             name: "fake".to_owned(),
         }],
         dtype: "f32",
+    }
+}
+
+/// What `done` steps of a job run, if no step is reused but those of a [`CachePolicy::Mask`].
+fn counts(job: &Job, done: usize) -> StepCounts {
+    let steps = 0..done;
+    let skipped = match &job.cache {
+        CachePolicy::Mask(mask) => steps.filter(|&step| mask.get(step) == Some(&false)).count(),
+        _ => 0,
+    };
+    let gate = job.cfg_gate_step.filter(|_| job.guidance.is_some());
+    StepCounts {
+        computed: done - skipped,
+        skipped,
+        gated: done.saturating_sub(first_gated_step(job.sampling.steps, gate)),
     }
 }
 
@@ -226,10 +241,7 @@ impl Pipeline for FakePipeline {
             outcomes.push(StepOutcome {
                 id,
                 steps_left: *left,
-                counts: StepCounts {
-                    computed: job.sampling.steps - *left,
-                    ..StepCounts::default()
-                },
+                counts: counts(job, job.sampling.steps - *left),
                 work: 1.0,
             });
         }
@@ -259,10 +271,7 @@ impl Pipeline for FakePipeline {
         Ok(Output {
             images: vec![(self.image)(&job, 0); job.num_images],
             tiled: job.decoding == Decoding::Tiled,
-            steps: StepCounts {
-                computed: job.sampling.steps,
-                ..StepCounts::default()
-            },
+            steps: counts(&job, job.sampling.steps),
             trace: if job.record { trace } else { Vec::new() },
             not_finite: None,
         })

@@ -11,6 +11,7 @@ use std::time::Instant;
 
 use kiln_models::job::{RgbImage, Size};
 use kiln_models::pipeline::PipelineError;
+use kiln_models::step_cache::StepCounts;
 
 use crate::backend;
 use crate::engine::{
@@ -74,6 +75,7 @@ pub(super) fn run(args: &GenerateArgs) -> Result<(), CliError> {
     let finished = generate(handle, progress, request.sampling.steps, decode_steps)?;
 
     log_timings(&finished.timings);
+    log_steps(request.sampling.steps, finished.output.steps);
     let write_dump = || match &args.dump {
         Some(path) => dump::write(path, &tokens, &finished.output.trace),
         None => Ok(()),
@@ -90,6 +92,7 @@ pub(super) fn run(args: &GenerateArgs) -> Result<(), CliError> {
         encoding: Encoding::new(format),
         metadata: !args.no_metadata,
         tiled: finished.output.tiled,
+        steps: finished.output.steps,
     };
     let images = &finished.output.images;
     // All files are written, whatever fails, before anything is reported.
@@ -110,8 +113,14 @@ pub(super) fn run(args: &GenerateArgs) -> Result<(), CliError> {
         let timings = &finished.timings;
         let seconds = Seconds::new(runtime.load_time, timings, writing, started.elapsed());
         let dump = args.dump.as_deref();
-        let images = (written, finished.output.tiled);
-        let report = Report::new(model.name(), engine.info(), &request, images, dump, seconds);
+        let report = Report::new(
+            model.name(),
+            engine.info(),
+            &request,
+            (written, &finished.output),
+            dump,
+            seconds,
+        );
         let text = serde_json::to_string_pretty(&report).map_err(CliError::Json)?;
         output::print(format!("{text}\n").as_bytes())?;
     }
@@ -166,6 +175,17 @@ fn log_timings(timings: &Timings) {
     );
 }
 
+/// Says which steps were not computed whole.
+fn log_steps(steps: usize, counts: StepCounts) {
+    if counts.skipped > 0 || counts.gated > 0 {
+        tracing::info!(
+            "of {steps} steps, {} reused an earlier one, and {} ran without the negative prompt",
+            counts.skipped,
+            counts.gated,
+        );
+    }
+}
+
 /// Prints the path, the size and the seed of an image; on stderr, if stdout has the image itself.
 fn report_line(image: &Image) -> Result<(), CliError> {
     if output::is_stdout(&image.path) {
@@ -185,6 +205,8 @@ struct Writer<'a> {
     metadata: bool,
     /// Whether the images were decoded in tiles.
     tiled: bool,
+    /// What the steps ran.
+    steps: StepCounts,
 }
 
 impl Writer<'_> {
@@ -208,7 +230,10 @@ impl Writer<'_> {
     }
 
     fn write(&self, image: &RgbImage, path: &Path, index: usize) -> Result<Image, CliError> {
-        let metadata = || self.request.metadata_text(self.model, index, self.tiled);
+        let metadata = || {
+            self.request
+                .metadata_text(self.model, index, self.tiled, self.steps)
+        };
         let metadata = self.metadata.then(metadata);
         let file = encode(image, self.encoding, metadata.as_deref())?;
         if output::is_stdout(path) {

@@ -14,6 +14,7 @@ use crate::checkpoint::WeightAccess;
 use crate::request::{GenerationParams, Integer, WrittenSize};
 use crate::runtime::{LoadFormat, ModelSettings};
 
+use super::cache_args::StepCacheArgs;
 use super::error::CliError;
 
 /// The parameters of a request, apart from the prompt.
@@ -81,6 +82,9 @@ pub(super) struct RequestArgs {
     seed: Option<Integer>,
 
     #[command(flatten)]
+    cache: StepCacheArgs,
+
+    #[command(flatten)]
     pub(super) noise: NoiseArgs,
 }
 
@@ -99,6 +103,8 @@ impl RequestArgs {
             shift: self.shift,
             num_images: None,
             seed: value(self.seed),
+            cache: self.cache.given(),
+            cfg_gate_step: self.cache.cfg_gate_step,
         }
     }
 }

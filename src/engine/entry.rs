@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use kiln_models::job::{Job, JobId};
 use kiln_models::memory::MemoryPlan;
+use kiln_models::step_cache::StepCounts;
 
 use super::cost::{Speed, Stage, Work};
 use super::memory::Plans;
@@ -24,6 +25,8 @@ pub(super) struct Entry {
     pub(super) submitted: Instant,
     pub(super) total_steps: usize,
     pub(super) steps_left: usize,
+    /// What the steps so far have run.
+    pub(super) counts: StepCounts,
     pub(super) timings: Timings,
     pub(super) is_warm_up: bool,
     /// Whether the job's handle has been dropped.
@@ -56,6 +59,7 @@ impl Entry {
             submitted: now,
             total_steps: job.sampling.steps,
             steps_left: job.sampling.steps,
+            counts: StepCounts::default(),
             waiting: Some(job),
             timings: Timings::default(),
             is_warm_up: false,

@@ -304,8 +304,10 @@ impl Scheduler {
         entry.book_turn(Stage::Step, took, self.device_time);
         entry.steps_left = step.steps_left;
         entry.is_preview_due = entry.wants_preview();
+        let counts = std::mem::replace(&mut entry.counts, step.counts);
         if !entry.is_warm_up {
             self.stats.add_turn(Stage::Step, took, &entry.timings);
+            self.stats.add_counts(counts, step.counts);
         }
         let event = Event::Step {
             done: entry.steps_done(),

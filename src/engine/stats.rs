@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use kiln_models::job::Output;
 use kiln_models::pipeline::{CacheUse, DeviceUse, MemoryUse};
+use kiln_models::step_cache::StepCounts;
 
 use super::cost::Stage;
 use super::plan::Holdings;
@@ -78,6 +79,13 @@ pub struct EngineStats {
     pub outcomes: Outcomes,
     /// Number of denoising steps, those of unfinished jobs included.
     pub steps: u64,
+    /// Those of the steps that ran the whole transformer.
+    pub computed_steps: u64,
+    /// Those of the steps that reused an earlier one, because of a step cache.
+    pub skipped_steps: u64,
+    /// Those of the steps that ran no unconditional half, because of
+    /// [`Job::cfg_gate_step`](kiln_models::job::Job::cfg_gate_step).
+    pub gated_steps: u64,
     /// Number of images of finished jobs.
     pub images: u64,
     /// Number of pixels of those images.
@@ -131,6 +139,14 @@ impl EngineStats {
             }
             Stage::Decode => self.decode_time.add(took),
         }
+    }
+
+    /// Adds the steps of one job between two counts of it.
+    pub(super) fn add_counts(&mut self, before: StepCounts, now: StepCounts) {
+        let since = |now: usize, before: usize| now.saturating_sub(before) as u64;
+        self.computed_steps += since(now.computed, before.computed);
+        self.skipped_steps += since(now.skipped, before.skipped);
+        self.gated_steps += since(now.gated, before.gated);
     }
 
     pub(super) fn add_finished(&mut self, output: &Output, timings: &Timings) {

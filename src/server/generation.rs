@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use kiln_models::job::{Job, Output, RgbImage};
+use kiln_models::step_cache::StepCounts;
 use serde::Serialize;
 use tokio::task::spawn_blocking;
 use tracing::Span;
@@ -15,6 +16,7 @@ use crate::image::{Encoding, ImageFormat, encode};
 use crate::request::{GenerationRequest, PromptTokens};
 
 use super::LoadedApp;
+use super::cache::{ComputedSteps, StepFacts};
 use super::error::ApiError;
 use super::parsed::ParsedRequest;
 use super::stage_metrics::{Measured, Metrics, StageSeconds};
@@ -39,6 +41,7 @@ pub(super) enum RequestProgress {
     Step {
         done: usize,
         total: usize,
+        counts: StepCounts,
     },
     /// A small preview of the first image.
     Preview {
@@ -62,6 +65,7 @@ pub(super) struct RunningRequest {
     received: Instant,
     /// Number of previews so far.
     previews: usize,
+    computed: ComputedSteps,
 }
 
 /// What is known about a request before its images exist.
@@ -90,6 +94,8 @@ pub(super) struct EncodedImages {
     pub(super) files: Vec<Vec<u8>>,
     /// Whether they were decoded in tiles.
     pub(super) tiled: bool,
+    /// What the steps ran.
+    pub(super) steps: StepCounts,
     pub(super) timings: Timings,
     pub(super) measured: Measured,
 }
@@ -106,6 +112,14 @@ pub(super) struct ImageFacts {
     /// The time shift of the request; absent if the model's own schedule was used.
     #[serde(skip_serializing_if = "Option::is_none")]
     shift: Option<f64>,
+    /// The step cache, if there was one: `balanced`, `fast`, `auto`, `dbcache` or `magcache`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    cache: Option<&'static str>,
+    /// The `cfg_gate_step` of the request, if it was below 1.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    cfg_gate_step: Option<f64>,
+    #[serde(flatten)]
+    steps: StepFacts,
     /// True if the images were decoded in tiles, which changes them slightly: by `--vae-use-tiling`,
     /// or because the memory is too small for whole images. Absent otherwise.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -123,6 +137,7 @@ impl ImageFacts {
         let EncodedImages {
             info,
             tiled,
+            steps,
             timings,
             measured,
             ..
@@ -132,6 +147,9 @@ impl ImageFacts {
             size: info.size(),
             num_inference_steps: info.request.sampling.steps,
             shift: info.request.sampling.shift,
+            cache: info.request.cache.name(),
+            cfg_gate_step: info.request.cfg_gate_step,
+            steps: StepFacts::from(*steps),
             vae_use_tiling: tiled.then_some(true),
             timings: (*timings).into(),
             measured: *measured,
@@ -189,6 +207,7 @@ impl ParsedRequest {
             handle,
             received,
             previews: 0,
+            computed: ComputedSteps::default(),
         })
     }
 
@@ -275,10 +294,8 @@ impl RunningRequest {
             match self.handle.next_event().await {
                 Event::Finished(finished) => return self.respond(finished, respond).await,
                 Event::Failed(error) => return Err(error.into()),
-                Event::Queued { .. }
-                | Event::Started
-                | Event::Step { .. }
-                | Event::Preview { .. } => {}
+                Event::Step { counts, .. } => self.computed.add(counts),
+                Event::Queued { .. } | Event::Started | Event::Preview { .. } => {}
             }
         }
     }
@@ -297,8 +314,18 @@ impl RunningRequest {
                     });
                 }
                 Event::Started => {}
-                Event::Step { done, total, .. } => {
-                    return Ok(RequestProgress::Step { done, total });
+                Event::Step {
+                    done,
+                    total,
+                    counts,
+                    ..
+                } => {
+                    self.computed.add(counts);
+                    return Ok(RequestProgress::Step {
+                        done,
+                        total,
+                        counts,
+                    });
                 }
                 Event::Preview { step, image } => {
                     let number = self.previews;
@@ -329,7 +356,7 @@ impl RunningRequest {
         respond: impl FnOnce(EncodedImages) -> Result<T, ApiError> + Send + 'static,
     ) -> Result<T, ApiError> {
         let Finished { output, timings } = finished;
-        let tiled = output.tiled;
+        let (tiled, steps) = (output.tiled, output.steps);
         let measured = Measured::new(timings, &self.app.engine.stats());
         let (app, info) = (Arc::clone(&self.app), Arc::clone(&self.info));
         let response = spawn_blocking(move || {
@@ -338,16 +365,17 @@ impl RunningRequest {
                 info,
                 files,
                 tiled,
+                steps,
                 timings,
                 measured,
             })
         })
         .await??;
-        self.log_finished(timings, tiled);
+        self.log_finished(timings, tiled, steps);
         Ok(response)
     }
 
-    fn log_finished(&self, timings: Timings, tiled: bool) {
+    fn log_finished(&self, timings: Timings, tiled: bool, counts: StepCounts) {
         let RequestInfo { id, request, .. } = self.info.as_ref();
         tracing::info!(
             id,
@@ -356,6 +384,9 @@ impl RunningRequest {
             images = request.num_images,
             seed = request.noise.seed,
             vae_use_tiling = tiled.then_some(true),
+            cache = request.cache.name(),
+            skipped_steps = (counts.skipped > 0).then_some(counts.skipped),
+            gated_steps = (counts.gated > 0).then_some(counts.gated),
             "finished in {:.3} s: queue {:.3}, encode {:.3}, denoise {:.3}, decode {:.3}",
             self.received.elapsed().as_secs_f64(),
             timings.queue.as_secs_f64(),
@@ -363,6 +394,21 @@ impl RunningRequest {
             timings.denoise.as_secs_f64(),
             timings.decode.as_secs_f64(),
         );
+        if let Some(cache) = request
+            .cache
+            .name()
+            .filter(|_| self.app.settings.cache_summary)
+        {
+            tracing::info!(
+                id,
+                cache,
+                computed_steps = counts.computed,
+                skipped_steps = counts.skipped,
+                gated_steps = counts.gated,
+                "step cache: {} (1 for a computed step, 0 for a reused one)",
+                self.computed.text(),
+            );
+        }
     }
 }
 
@@ -373,10 +419,10 @@ fn encode_all(
 ) -> Result<Vec<Vec<u8>>, ApiError> {
     let mut files = Vec::with_capacity(output.images.len());
     for (index, image) in output.images.iter().enumerate() {
-        let metadata = app
-            .settings
-            .metadata
-            .then(|| info.request.metadata_text(&info.model, index, output.tiled));
+        let metadata = app.settings.metadata.then(|| {
+            let (tiled, steps) = (output.tiled, output.steps);
+            info.request.metadata_text(&info.model, index, tiled, steps)
+        });
         files.push(encode(image, info.encoding, metadata.as_deref())?);
     }
     Ok(files)

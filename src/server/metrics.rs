@@ -105,11 +105,7 @@ impl Page {
                 ("rejected", outcomes.rejected),
             ],
         );
-        self.counter(
-            "kiln_steps_total",
-            "Denoising steps, including those of unfinished requests.",
-            stats.steps,
-        );
+        self.steps(stats);
         self.counter("kiln_images_total", "Generated images.", stats.images);
         self.counter(
             "kiln_pixels_total",
@@ -161,6 +157,34 @@ impl Page {
         ]);
         self.memory(stats);
         self.devices(&stats.devices);
+    }
+
+    fn steps(&mut self, stats: &EngineStats) {
+        self.counter(
+            "kiln_steps_total",
+            "Denoising steps, including those of unfinished requests.",
+            stats.steps,
+        );
+        for (name, help, steps) in [
+            (
+                "kiln_steps_computed_total",
+                "Denoising steps that ran the whole transformer.",
+                stats.computed_steps,
+            ),
+            (
+                "kiln_steps_skipped_total",
+                "Denoising steps that reused an earlier one, because of a step cache.",
+                stats.skipped_steps,
+            ),
+            (
+                "kiln_steps_gated_total",
+                "Denoising steps that left the half of the negative prompt out, because of \
+                 cfg_gate_step.",
+                stats.gated_steps,
+            ),
+        ] {
+            self.counter(name, help, steps);
+        }
     }
 
     fn line(&mut self, line: impl Display) {
