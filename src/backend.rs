@@ -10,7 +10,7 @@ use kiln_models::flops::FlopCount;
 use kiln_models::job::Job;
 use kiln_models::loading::{DeviceInfo, LoadOptions, ModelDType, OpenError};
 use kiln_models::pipeline::{ImageSizes, Pipeline};
-use kiln_models::vae::{Tiling, VaeSettings};
+use kiln_models::vae::VaeSettings;
 
 use crate::checkpoint::Checkpoint;
 use crate::kernel_cache;
@@ -46,15 +46,11 @@ pub enum DTypeChoice {
 pub struct LoadSettings {
     pub backend: BackendChoice,
     pub dtype: DTypeChoice,
-    pub vae_use_slicing: bool,
-    pub vae_use_tiling: bool,
-    /// Height and width of a tile, in pixels.
-    pub vae_tile_size: usize,
-    /// Distance from one tile to the next, in pixels.
-    pub vae_tile_stride: usize,
+    /// How images are decoded.
+    pub vae: VaeSettings,
 }
 
-/// flex, the checkpoint's type, and whole images decoded together; tiles as in diffusers.
+/// flex, the checkpoint's type, and whole images decoded together.
 impl Default for LoadSettings {
     fn default() -> Self {
         Self {
@@ -63,25 +59,7 @@ impl Default for LoadSettings {
                 device: None,
             },
             dtype: DTypeChoice::Auto,
-            vae_use_slicing: false,
-            vae_use_tiling: false,
-            vae_tile_size: 256,
-            vae_tile_stride: 192,
-        }
-    }
-}
-
-impl LoadSettings {
-    /// How images are decoded.
-    pub fn vae(&self) -> VaeSettings {
-        let tiling = Tiling {
-            size: self.vae_tile_size,
-            stride: self.vae_tile_stride,
-        };
-        VaeSettings {
-            use_slicing: self.vae_use_slicing,
-            tiling: self.vae_use_tiling.then_some(tiling),
-            automatic_tiling: tiling,
+            vae: VaeSettings::default(),
         }
     }
 }
@@ -382,7 +360,7 @@ pub fn operations(
     settings: &LoadSettings,
 ) -> Result<FlopCount, BackendError> {
     let configs = &checkpoint.parts().configs;
-    Ok(configs.cost_model(settings.vae())?.cost(job))
+    Ok(configs.cost_model(settings.vae)?.cost(job))
 }
 
 /// Loads a checkpoint's networks onto a device.
@@ -396,7 +374,7 @@ pub fn load(
 ) -> Result<Box<dyn Pipeline>, BackendError> {
     let options = |device: &DeviceInfo| LoadOptions {
         dtype: settings.dtype.model_dtype(),
-        vae: settings.vae(),
+        vae: settings.vae,
         kernel_cache: device.kernels.as_deref().map(kernel_cache::folder_for),
     };
     let parts = checkpoint.parts();

@@ -12,7 +12,7 @@ use kiln_models::testing;
 use serde_json::{Value, json};
 
 /// Names the job that [`child`] measures: `MODEL WIDTHxHEIGHT IMAGES STAGES`. The stages are all, with
-/// images that are decoded `whole` or `tiled`, or the `steps` alone.
+/// images that are decoded `whole` or in tiles of so many pixels, or the `steps` alone.
 const JOB: &str = "KILN_TEST_MEMORY_JOB";
 
 /// Measured bytes over planned bytes.
@@ -59,8 +59,7 @@ fn child() {
     let (width, height) = parts[1].split_once('x').unwrap();
     let decoding = match parts[3] {
         "whole" | "steps" => Decoding::AsSet,
-        "tiled" => Decoding::Tiled,
-        other => panic!("{other}"),
+        tile => Decoding::Tiled(tile.parse().unwrap()),
     };
     let job = Job {
         conditioning: (0..60).collect::<Vec<u32>>().into(),
@@ -158,9 +157,9 @@ fn the_planned_peak_is_the_measured_one() {
         "demo 384x832 1 whole".to_owned(),
         "demo 448x320 3 whole".to_owned(),
         "demo 1024x1024 1 whole".to_owned(),
-        "demo 1024x1024 1 tiled".to_owned(),
+        "demo 1024x1024 1 256".to_owned(),
         format!("{} 256x192 1 whole", wide[0]),
-        format!("{} 320x320 1 tiled", wide[0]),
+        format!("{} 320x320 1 96", wide[0]),
         format!("{} 768x768 1 steps", wide[1]),
     ] {
         // The C library keeps more or less of what was freed, by the order in which threads ran: a

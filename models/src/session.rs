@@ -27,7 +27,7 @@ use crate::source::WeightFiles;
 use crate::state::{Advance, Half, JobState};
 use crate::step_cache::StepCounts;
 use crate::transformer::{ModulationTable, Transformer};
-use crate::vae::VaeSettings;
+use crate::vae::{Tiling, VaeSettings};
 use crate::weights::Precision;
 
 /// Bytes of modulation tables that are kept for schedules that may come again. The table of 50
@@ -348,7 +348,7 @@ where
         let latent_size = self.family.latent_size(job.size);
         let tiled = vae
             .tiling_of(latent_size, self.family.scale_factor)
-            .is_some();
+            .map(Tiling::mode);
         let decoded = self.reliably(|pipeline, _| {
             let latents = pipeline.family.unpack(job.size, latents.clone());
             let pixels = pipeline.family.decode(latents, vae);

@@ -14,6 +14,7 @@ use crate::pipeline::{
     CacheUses, ImageSizes, MemoryRoom, MemoryUse, ModelInfo, Pipeline, PipelineError, StepOutcome,
 };
 use crate::step_cache::{CachePolicy, StepCounts};
+use crate::vae::TilingMode;
 
 /// A job of one square image without guidance: one prompt token, seed 0, torch's CPU noise.
 pub fn job(side: usize, steps: usize) -> Job {
@@ -235,7 +236,7 @@ impl Pipeline for FakePipeline {
         };
         Ok(Output {
             images: vec![(self.image)(&job, 0); job.num_images],
-            tiled: job.decoding == Decoding::Tiled,
+            tiled: matches!(job.decoding, Decoding::Tiled(_)).then_some(TilingMode::Exact),
             steps: StepCounts {
                 computed: job.sampling.steps,
                 ..StepCounts::default()

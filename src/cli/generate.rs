@@ -11,6 +11,7 @@ use std::time::Instant;
 
 use kiln_models::job::{RgbImage, Size};
 use kiln_models::pipeline::PipelineError;
+use kiln_models::vae::TilingMode;
 
 use crate::backend;
 use crate::engine::{
@@ -110,7 +111,7 @@ pub(super) fn run(args: &GenerateArgs) -> Result<(), CliError> {
         let timings = &finished.timings;
         let seconds = Seconds::new(runtime.load_time, timings, writing, started.elapsed());
         let dump = args.dump.as_deref();
-        let images = (written, finished.output.tiled);
+        let images = (written, finished.output.tiled.is_some());
         let report = Report::new(model.name(), engine.info(), &request, images, dump, seconds);
         let text = serde_json::to_string_pretty(&report).map_err(CliError::Json)?;
         output::print(format!("{text}\n").as_bytes())?;
@@ -183,8 +184,8 @@ struct Writer<'a> {
     encoding: Encoding,
     /// Whether a PNG file contains the parameters.
     metadata: bool,
-    /// Whether the images were decoded in tiles.
-    tiled: bool,
+    /// How the images were decoded in tiles, if they were.
+    tiled: Option<TilingMode>,
 }
 
 impl Writer<'_> {

@@ -220,6 +220,7 @@ pub fn random_u64() -> u64 {
 #[cfg(test)]
 mod tests {
     use kiln_models::pipeline::ImageSizes;
+    use kiln_models::vae::TilingMode;
 
     use super::super::PromptTokens;
     use super::super::limits::DEFAULT_MAX_IMAGE_PIXELS;
@@ -339,7 +340,7 @@ mod tests {
         })
         .unwrap();
         assert_eq!(
-            request.metadata_text("Qwen/Qwen-Image", 1, false),
+            request.metadata_text("Qwen/Qwen-Image", 1, Some(TilingMode::Exact)),
             concat!(
                 "a fox, 雪\nNegative prompt: blurry\nSteps: 50, Sampler: Euler, CFG scale: 4, ",
                 "Seed: 7, Size: 128x64, Model: Qwen/Qwen-Image, RNG: CPU, Batch size: 2, ",
@@ -353,7 +354,7 @@ mod tests {
             num_images: 1,
             ..request
         };
-        let text = plain.metadata_text("a, b", 0, true);
+        let text = plain.metadata_text("a, b", 0, Some(TilingMode::Blended));
         assert!(
             text.starts_with("a fox, 雪\nSteps: 50, Sampler: Euler, CFG scale: 1, "),
             "{text}"

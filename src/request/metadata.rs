@@ -1,14 +1,15 @@
 //! The text in a PNG file that lists the parameters of its image.
 
 use kiln_models::noise::NoiseGenerator;
+use kiln_models::vae::TilingMode;
 
 use super::GenerationRequest;
 
 impl GenerationRequest {
     /// Formats the parameters of image `index` of the request as AUTOMATIC1111's web UI does, which
-    /// image tools read. `model` is the name of the model; `tiled` says whether the image was decoded
-    /// in tiles.
-    pub fn metadata_text(&self, model: &str, index: usize, tiled: bool) -> String {
+    /// image tools read. `model` is the name of the model. `tiled` is how the image was decoded in
+    /// tiles; blended tiles are named, because they change the image.
+    pub fn metadata_text(&self, model: &str, index: usize, tiled: Option<TilingMode>) -> String {
         let guidance = self.guidance();
         let scale = guidance.map_or(1.0, |guidance| guidance.scale);
         let negative = guidance.map(|it| format!("Negative prompt: {}\n", it.negative));
@@ -31,7 +32,11 @@ impl GenerationRequest {
             quoted(model),
             shift.unwrap_or_default(),
             batch.unwrap_or_default(),
-            if tiled { "VAE tiling: True, " } else { "" },
+            if tiled == Some(TilingMode::Blended) {
+                "VAE tiling: True, "
+            } else {
+                ""
+            },
             crate::version::PROGRAM,
         )
     }

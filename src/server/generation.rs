@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use kiln_models::job::{Job, Output, RgbImage};
+use kiln_models::vae::TilingMode;
 use serde::Serialize;
 use tokio::task::spawn_blocking;
 use tracing::Span;
@@ -85,8 +86,8 @@ pub(super) struct EncodedImages {
     pub(super) info: Arc<RequestInfo>,
     /// One file for each image.
     pub(super) files: Vec<Vec<u8>>,
-    /// Whether they were decoded in tiles.
-    pub(super) tiled: bool,
+    /// How they were decoded in tiles, if they were.
+    pub(super) tiled: Option<TilingMode>,
     pub(super) timings: StageSeconds,
 }
 
@@ -102,8 +103,8 @@ pub(super) struct ImageFacts {
     /// The time shift of the request; absent if the model's own schedule was used.
     #[serde(skip_serializing_if = "Option::is_none")]
     shift: Option<f64>,
-    /// True if the images were decoded in tiles, which changes them slightly: by `--vae-use-tiling`,
-    /// or because the memory is too small for whole images. Absent otherwise.
+    /// True if the images were decoded in tiles: by `--vae-use-tiling`, or because the memory is too
+    /// small for whole images. Absent otherwise. Only `--vae-tiling blended` changes the images.
     #[serde(skip_serializing_if = "Option::is_none")]
     vae_use_tiling: Option<bool>,
     timings: StageSeconds,
@@ -122,7 +123,7 @@ impl ImageFacts {
             size: info.size(),
             num_inference_steps: info.request.sampling.steps,
             shift: info.request.sampling.shift,
-            vae_use_tiling: tiled.then_some(true),
+            vae_use_tiling: tiled.map(|_| true),
             timings: *timings,
         }
     }
@@ -347,7 +348,7 @@ impl RunningRequest {
         Ok(response)
     }
 
-    fn log_finished(&self, timings: Timings, tiled: bool) {
+    fn log_finished(&self, timings: Timings, tiled: Option<TilingMode>) {
         let RequestInfo { id, request, .. } = self.info.as_ref();
         tracing::info!(
             id,
@@ -355,7 +356,7 @@ impl RunningRequest {
             steps = request.sampling.steps,
             images = request.num_images,
             seed = request.noise.seed,
-            vae_use_tiling = tiled.then_some(true),
+            vae_use_tiling = tiled.map(|_| true),
             "finished in {:.3} s: queue {:.3}, encode {:.3}, denoise {:.3}, decode {:.3}",
             self.received.elapsed().as_secs_f64(),
             timings.queue.as_secs_f64(),

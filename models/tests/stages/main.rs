@@ -13,3 +13,4 @@ mod fixtures;
 mod modules;
 mod packing;
 mod parity;
+mod tiles;
