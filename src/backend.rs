@@ -11,7 +11,7 @@ use kiln_models::flops::FlopCount;
 use kiln_models::job::Job;
 use kiln_models::loading::{DeviceInfo, LoadOptions, ModelDType, OpenError};
 use kiln_models::pipeline::{ImageSizes, Pipeline};
-use kiln_models::vae::{Tiling, VaeSettings};
+use kiln_models::vae::VaeSettings;
 
 use crate::checkpoint::Checkpoint;
 use crate::kernel_cache;
@@ -34,15 +34,11 @@ pub struct LoadSettings {
     /// unless `backend` names some; `None` lets the devices' work decide.
     pub split_guidance: Option<bool>,
     pub dtype: DTypeChoice,
-    pub vae_use_slicing: bool,
-    pub vae_use_tiling: bool,
-    /// Height and width of a tile, in pixels.
-    pub vae_tile_size: usize,
-    /// Distance from one tile to the next, in pixels.
-    pub vae_tile_stride: usize,
+    /// How images are decoded.
+    pub vae: VaeSettings,
 }
 
-/// flex, the checkpoint's type, and whole images decoded together; tiles as in diffusers.
+/// flex, the checkpoint's type, and whole images decoded together.
 impl Default for LoadSettings {
     fn default() -> Self {
         Self {
@@ -52,10 +48,7 @@ impl Default for LoadSettings {
             },
             split_guidance: None,
             dtype: DTypeChoice::Auto,
-            vae_use_slicing: false,
-            vae_use_tiling: false,
-            vae_tile_size: 256,
-            vae_tile_stride: 192,
+            vae: VaeSettings::default(),
         }
     }
 }
@@ -69,19 +62,6 @@ impl LoadSettings {
         match numbers.len() {
             0 if self.split_guidance == Some(true) => 2,
             count => count.max(1),
-        }
-    }
-
-    /// How images are decoded.
-    pub fn vae(&self) -> VaeSettings {
-        let tiling = Tiling {
-            size: self.vae_tile_size,
-            stride: self.vae_tile_stride,
-        };
-        VaeSettings {
-            use_slicing: self.vae_use_slicing,
-            tiling: self.vae_use_tiling.then_some(tiling),
-            automatic_tiling: tiling,
         }
     }
 }
@@ -324,7 +304,7 @@ pub fn operations(
     settings: &LoadSettings,
 ) -> Result<FlopCount, BackendError> {
     let configs = &checkpoint.parts().configs;
-    Ok(configs.cost_model(settings.vae())?.cost(job))
+    Ok(configs.cost_model(settings.vae)?.cost(job))
 }
 
 /// Loads a checkpoint's networks onto one or several devices.
@@ -343,7 +323,7 @@ pub fn load(
     } = settings;
     let options = |devices: &[DeviceInfo]| LoadOptions {
         dtype: settings.dtype.model_dtype(),
-        vae: settings.vae(),
+        vae: settings.vae,
         split_guidance: *split_guidance,
         kernel_cache: kernel_folder(devices),
     };

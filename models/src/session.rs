@@ -26,7 +26,7 @@ use crate::pipeline::{
 use crate::source::WeightFiles;
 use crate::state::{Advance, JobState};
 use crate::step_cache::{StepCache, StepCounts, first_gated_step};
-use crate::vae::VaeSettings;
+use crate::vae::{Tiling, VaeSettings};
 use crate::weights::Precision;
 
 /// Bytes of embeddings that are kept for prompts that may come again. A prompt of 100 tokens takes
@@ -333,7 +333,7 @@ where
         let latent_size = self.family.latent_size(job.size);
         let tiled = vae
             .tiling_of(latent_size, self.family.scale_factor)
-            .is_some();
+            .map(Tiling::mode);
         let decoded = self.reliably(|pipeline, _| {
             let latents = pipeline.family.unpack(job.size, latents.clone());
             let pixels = pipeline.family.decode(latents, vae);

@@ -15,6 +15,7 @@ use crate::pipeline::{
     PipelineError, StepOutcome,
 };
 use crate::step_cache::{CachePolicy, StepCounts, first_gated_step};
+use crate::vae::TilingMode;
 
 /// A job of one square image without guidance: one prompt token, seed 0, torch's CPU noise.
 pub fn job(side: usize, steps: usize) -> Job {
@@ -270,7 +271,7 @@ impl Pipeline for FakePipeline {
         });
         Ok(Output {
             images: vec![(self.image)(&job, 0); job.num_images],
-            tiled: job.decoding == Decoding::Tiled,
+            tiled: matches!(job.decoding, Decoding::Tiled(_)).then_some(TilingMode::Exact),
             steps: counts(&job, job.sampling.steps),
             trace: if job.record { trace } else { Vec::new() },
             not_finite: None,

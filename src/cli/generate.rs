@@ -12,6 +12,7 @@ use std::time::Instant;
 use kiln_models::job::{RgbImage, Size};
 use kiln_models::pipeline::PipelineError;
 use kiln_models::step_cache::StepCounts;
+use kiln_models::vae::TilingMode;
 
 use crate::backend;
 use crate::engine::{
@@ -203,8 +204,8 @@ struct Writer<'a> {
     encoding: Encoding,
     /// Whether a PNG file contains the parameters.
     metadata: bool,
-    /// Whether the images were decoded in tiles.
-    tiled: bool,
+    /// How the images were decoded in tiles, if they were.
+    tiled: Option<TilingMode>,
     /// What the steps ran.
     steps: StepCounts,
 }

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use kiln_models::job::{Job, Output, RgbImage};
 use kiln_models::step_cache::StepCounts;
+use kiln_models::vae::TilingMode;
 use serde::Serialize;
 use tokio::task::spawn_blocking;
 use tracing::Span;
@@ -92,8 +93,8 @@ pub(super) struct EncodedImages {
     pub(super) info: Arc<RequestInfo>,
     /// One file for each image.
     pub(super) files: Vec<Vec<u8>>,
-    /// Whether they were decoded in tiles.
-    pub(super) tiled: bool,
+    /// How they were decoded in tiles, if they were.
+    pub(super) tiled: Option<TilingMode>,
     /// What the steps ran.
     pub(super) steps: StepCounts,
     pub(super) timings: Timings,
@@ -120,8 +121,8 @@ pub(super) struct ImageFacts {
     cfg_gate_step: Option<f64>,
     #[serde(flatten)]
     steps: StepFacts,
-    /// True if the images were decoded in tiles, which changes them slightly: by `--vae-use-tiling`,
-    /// or because the memory is too small for whole images. Absent otherwise.
+    /// True if the images were decoded in tiles: by `--vae-use-tiling`, or because the memory is too
+    /// small for whole images. Absent otherwise. Only `--vae-tiling blended` changes the images.
     #[serde(skip_serializing_if = "Option::is_none")]
     vae_use_tiling: Option<bool>,
     timings: StageSeconds,
@@ -150,7 +151,7 @@ impl ImageFacts {
             cache: info.request.cache.name(),
             cfg_gate_step: info.request.cfg_gate_step,
             steps: StepFacts::from(*steps),
-            vae_use_tiling: tiled.then_some(true),
+            vae_use_tiling: tiled.map(|_| true),
             timings: (*timings).into(),
             measured: *measured,
             metrics: info
@@ -375,7 +376,7 @@ impl RunningRequest {
         Ok(response)
     }
 
-    fn log_finished(&self, timings: Timings, tiled: bool, counts: StepCounts) {
+    fn log_finished(&self, timings: Timings, tiled: Option<TilingMode>, counts: StepCounts) {
         let RequestInfo { id, request, .. } = self.info.as_ref();
         tracing::info!(
             id,
@@ -383,7 +384,7 @@ impl RunningRequest {
             steps = request.sampling.steps,
             images = request.num_images,
             seed = request.noise.seed,
-            vae_use_tiling = tiled.then_some(true),
+            vae_use_tiling = tiled.map(|_| true),
             cache = request.cache.name(),
             skipped_steps = (counts.skipped > 0).then_some(counts.skipped),
             gated_steps = (counts.gated > 0).then_some(counts.gated),
