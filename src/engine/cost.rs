@@ -21,8 +21,10 @@ pub(super) enum Stage {
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(super) struct Work {
     encode: f64,
-    /// Work of one step.
+    /// Work of one full step.
     step: f64,
+    /// Work of all steps, without what a step cache is known to leave out.
+    denoise: f64,
     decode: f64,
     steps: usize,
 }
@@ -32,6 +34,7 @@ impl Work {
         Self {
             encode: count.encode as f64,
             step: count.step as f64,
+            denoise: count.denoise as f64,
             decode: count.decode as f64,
             steps,
         }
@@ -39,7 +42,12 @@ impl Work {
 
     /// The work of all stages.
     pub(super) fn total(&self) -> f64 {
-        self.encode + self.step * self.steps as f64 + self.decode
+        self.encode + self.denoise + self.decode
+    }
+
+    /// Work of the last steps, if all steps took the same.
+    fn denoise_left(&self, steps_left: usize) -> f64 {
+        self.denoise * steps_left as f64 / self.steps.max(1) as f64
     }
 
     pub(super) fn of_stage(&self, stage: Stage) -> f64 {
@@ -111,7 +119,23 @@ impl Speed {
             self.encode.median()? * work.encode
         };
         let decode = self.decode.median()? * work.decode;
-        let steps = self.step.median()? * work.step * steps_left as f64;
+        let steps = self.step.median()? * work.denoise_left(steps_left);
+        Duration::try_from_secs_f64(encode + steps + decode).ok()
+    }
+
+    /// How long the rest of a job takes at least: at the best speed that was measured of each stage.
+    /// The first run of a stage may compile kernels, so a stage that was measured once counts as
+    /// nothing. `None` before two steps have been measured.
+    pub(super) fn least_rest(
+        &self,
+        work: &Work,
+        is_started: bool,
+        steps_left: usize,
+    ) -> Option<Duration> {
+        let encode = self.encode.best().unwrap_or_default() * work.encode;
+        let decode = self.decode.best().unwrap_or_default() * work.decode;
+        let steps = self.step.best()? * work.denoise_left(steps_left);
+        let encode = if is_started { 0.0 } else { encode };
         Duration::try_from_secs_f64(encode + steps + decode).ok()
     }
 
@@ -120,7 +144,7 @@ impl Speed {
     pub(super) fn rest_after_step(&self, work: &Work, steps_left: usize) -> Option<Duration> {
         let step = self.step.median()?;
         let decode = self.decode.median().unwrap_or(step) * work.decode;
-        let steps = step * work.step * steps_left as f64;
+        let steps = step * work.denoise_left(steps_left);
         Duration::try_from_secs_f64(steps + decode).ok()
     }
 }
@@ -135,6 +159,12 @@ impl Measurements {
             self.0.pop_front();
         }
         self.0.push_back(seconds_per_unit);
+    }
+
+    /// The least of at least two measurements.
+    fn best(&self) -> Option<f64> {
+        let least = self.0.iter().copied().min_by(f64::total_cmp);
+        least.filter(|_| self.0.len() > 1)
     }
 
     /// The median, because the first run of a shape can take many times as long as later ones

@@ -9,7 +9,7 @@ use kiln_models::memory::MemoryPlan;
 use super::cost::{Speed, Stage, Work};
 use super::memory::Plans;
 use super::policy::Candidate;
-use super::{SubmitOptions, Timings};
+use super::{Cheaper, SubmitOptions, Timings};
 
 #[derive(Debug)]
 pub(super) struct Entry {
@@ -19,7 +19,12 @@ pub(super) struct Entry {
     pub(super) work: Work,
     /// The job is decoded in the first way. Empty if nothing is known about its memory.
     pub(super) plans: Plans,
+    /// Ways to make the job cheaper when it is started, the dearest first, and the work of each.
+    pub(super) cheaper: Vec<(Cheaper, Work)>,
+    /// How it was made cheaper.
+    pub(super) made: Option<Cheaper>,
     pub(super) deadline: Option<Instant>,
+    pub(super) due: Option<Instant>,
     preview_every: Option<NonZeroUsize>,
     pub(super) submitted: Instant,
     pub(super) total_steps: usize,
@@ -51,7 +56,10 @@ impl Entry {
             id,
             work,
             plans,
+            cheaper: Vec::new(),
+            made: None,
             deadline: options.deadline,
+            due: options.due,
             preview_every: options.preview_every,
             submitted: now,
             total_steps: job.sampling.steps,
@@ -92,12 +100,20 @@ impl Entry {
                 .step(&self.work)
                 .unwrap_or_default()
                 .max(self.last_turn),
+            rest: None,
+            due_in: None,
         }
     }
 
     /// How long the device will probably work on the rest of the job.
     pub(super) fn expected_rest(&self, speed: &Speed) -> Option<Duration> {
         speed.rest(&self.work, self.is_started(), self.steps_left)
+    }
+
+    /// The work of the job as it is and, before its start, of each way to make it cheaper.
+    pub(super) fn works(&self) -> impl DoubleEndedIterator<Item = &Work> {
+        let cheaper = self.cheaper.iter().map(|(_, work)| work);
+        std::iter::once(&self.work).chain(cheaper)
     }
 
     /// Books a turn that ended at `device_time`.

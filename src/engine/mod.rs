@@ -6,7 +6,9 @@
 //! will wait; small jobs do not wait for large ones, and large ones do not starve: see [`Engine`].
 //! A panic or an error of the pipeline ends the job that the call was for and nothing else.
 
+mod auto;
 mod cost;
+mod deadline;
 mod entry;
 mod events;
 mod memory;
@@ -26,8 +28,8 @@ use kiln_models::pipeline::{ModelInfo, Pipeline};
 use tokio::sync::mpsc::UnboundedReceiver;
 
 pub use self::events::{
-    Event, Finished, Forecast, JobError, StartError, State, SubmitError, SubmitOptions, Timings,
-    TooLarge,
+    Cheaper, Event, Finished, Forecast, JobError, StartError, State, SubmitError, SubmitOptions,
+    Timings, TooLarge,
 };
 pub use self::stats::{BUCKET_BOUNDS, EngineStats, Histogram, Outcomes};
 
@@ -104,6 +106,18 @@ pub struct EngineSettings {
 /// submission. The oldest job has at least a quarter of the device's time, whatever overtakes it. A
 /// job's size is its number of multiply-adds.
 ///
+/// # Deadlines
+///
+/// A job may be [due](SubmitOptions::due). By the measured speed, a job that cannot be finished by then
+/// is refused, and so is one that would make a job late that was accepted before. An accepted job that
+/// would be late because of others goes before them, the one with the least time to spare first; the
+/// oldest job keeps its quarter. A job that can no longer be in time ends with [`JobError::TooLate`].
+/// Nothing is refused before the speed has been measured.
+///
+/// A job with [`SubmitOptions::cheaper`] is made cheaper when it is started, if it, or another job,
+/// would be late otherwise; or, if it is not due, if its wait and the work of the jobs in the queue are
+/// together more than twice its own work.
+///
 /// # Memory
 ///
 /// A job takes its memory from what the device has free, the model not counted. A job that fits only
@@ -150,8 +164,8 @@ impl Engine {
     ///
     /// # Errors
     ///
-    /// If the queue is full, the job takes more memory than there is, or the engine is draining or
-    /// has stopped.
+    /// If the queue is full, the job takes more memory than there is or cannot be finished before it
+    /// is due, or the engine is draining or has stopped.
     pub fn submit(&self, job: Job, options: SubmitOptions) -> Result<JobHandle, SubmitError> {
         self.thread.shared.submit(job, options)
     }
@@ -166,9 +180,9 @@ impl Engine {
         self.thread.shared.fit(job)
     }
 
-    /// What would happen to a job if it were submitted now.
-    pub fn forecast(&self, job: &Job) -> Forecast {
-        self.thread.shared.forecast(job)
+    /// What would happen to a job if it were submitted now with these options.
+    pub fn forecast(&self, job: &Job, options: &SubmitOptions) -> Forecast {
+        self.thread.shared.forecast(job, options)
     }
 
     /// What the engine has done so far, and what the device and the caches hold now.

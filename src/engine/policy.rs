@@ -1,6 +1,7 @@
 //! Which job the device works on next: pure decisions, without a clock and without a device.
 //!
-//! Two rules, applied before every step:
+//! Two rules, applied before every step, and a third between them: a job that would be late otherwise
+//! goes first, see [`deadline`].
 //!
 //! 1. **Small jobs overtake.** The device works on the smallest started job until that job is
 //!    finished; a waiting job is started before that only if it is at most half as large. So a
@@ -19,8 +20,10 @@
 
 use std::time::Duration;
 
+use super::deadline;
+
 /// The oldest job is idle for at most this many times the duration of its turn.
-const MAX_IDLE: u32 = 3;
+pub(super) const MAX_IDLE: u32 = 3;
 
 /// A job as the policy sees it.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -37,6 +40,10 @@ pub(super) struct Candidate {
     /// How long a turn of the job takes: as long as its last turn, or as a step if a step is
     /// expected to take longer.
     pub(super) turn: Duration,
+    /// How long the device will probably work on the rest of the job, if that is known.
+    pub(super) rest: Option<Duration>,
+    /// How long it is until the job is due; `None` for a job that is not due at any time.
+    pub(super) due_in: Option<Duration>,
 }
 
 /// Index of the job that has the next turn. `jobs` are in the order of their submission.
@@ -46,7 +53,11 @@ pub(super) fn next_turn(jobs: &[Candidate], max_started: usize) -> Option<usize>
     if others_had_a_turn && oldest.idle >= oldest.turn.saturating_mul(MAX_IDLE) {
         return Some(0);
     }
-    favourite(jobs, max_started)
+    let usual = favourite(jobs, max_started)?;
+    let urgent = deadline::urgent(jobs, &jobs[usual], |index| {
+        jobs[index].started || may_start(jobs, index, max_started)
+    });
+    Some(urgent.unwrap_or(usual))
 }
 
 /// As [`next_turn`], of the started jobs alone: there is no memory for the one that it would be.
@@ -80,14 +91,28 @@ fn favourite(jobs: &[Candidate], max_started: usize) -> Option<usize> {
     let mut best = started()
         .min_by(|(_, a), (_, b)| a.size.total_cmp(&b.size))
         .map(|(index, _)| index);
-    let kept_for_oldest = usize::from(jobs.first().is_some_and(|oldest| !oldest.started));
-    let has_room = started().count() + kept_for_oldest < max_started;
+    let has_room = has_room(jobs, max_started);
     for (index, job) in jobs.iter().enumerate().filter(|(_, job)| !job.started) {
-        let has_memory = !job.alone || started().next().is_none();
-        let may_start = has_memory && (has_room || index == 0);
+        let may_start = has_memory(jobs, index) && (has_room || index == 0);
         if may_start && best.is_none_or(|best| 2.0 * job.size <= jobs[best].size) {
             best = Some(index);
         }
     }
     best
+}
+
+/// Whether a waiting job may be started.
+pub(super) fn may_start(jobs: &[Candidate], index: usize, max_started: usize) -> bool {
+    has_memory(jobs, index) && (index == 0 || has_room(jobs, max_started))
+}
+
+/// Whether there is a place for a waiting job that is not the oldest.
+fn has_room(jobs: &[Candidate], max_started: usize) -> bool {
+    let kept_for_oldest = usize::from(jobs.first().is_some_and(|oldest| !oldest.started));
+    let started = jobs.iter().filter(|job| job.started).count();
+    started + kept_for_oldest < max_started
+}
+
+fn has_memory(jobs: &[Candidate], index: usize) -> bool {
+    !jobs[index].alone || !jobs.iter().any(|job| job.started)
 }

@@ -4,6 +4,7 @@
 //! owner asks for a [`Plan`], carries it out, and books the outcome before it asks for the next
 //! plan. Every method that changes something returns the events that the owner must send.
 
+mod deadlines;
 mod turns;
 
 use std::time::{Duration, Instant};
@@ -50,6 +51,8 @@ pub(super) struct Scheduler {
     /// How long the device has worked so far.
     device_time: Duration,
     speed: Speed,
+    /// When the last plan was booked.
+    worked: Option<Instant>,
     stats: EngineStats,
     /// Events that the current method will return.
     events: Events,
@@ -73,6 +76,7 @@ impl Scheduler {
             stop_at: None,
             device_time: Duration::ZERO,
             speed: Speed::default(),
+            worked: None,
             stats: EngineStats::default(),
             events: Events::new(),
         };
@@ -122,16 +126,19 @@ impl Scheduler {
     ///
     /// # Errors
     ///
-    /// If the queue is full, the job does not fit the memory, or the engine is about to stop.
+    /// If the queue is full, the job does not fit the memory or cannot be finished before it is due,
+    /// or the engine is about to stop.
     pub(super) fn submit(
         &mut self,
         job: Job,
         options: &SubmitOptions,
         now: Instant,
     ) -> Result<(JobId, Events), SubmitError> {
-        let admitted = self.admit().and_then(|()| Ok(self.fit(job)?));
+        let admitted = self.admit().and_then(|()| self.fit_due(job, options, now));
         self.stats.outcomes.rejected += u64::from(admitted.is_err());
-        let id = self.push(admitted?, options, now);
+        let (job, plans, cheaper) = admitted?;
+        let id = self.push((job, plans), options, now);
+        self.entries.last_mut().expect("the new entry").cheaper = cheaper;
         self.report_positions();
         Ok((id, self.take_events()))
     }
@@ -149,7 +156,7 @@ impl Scheduler {
         Ok((Job { decoding, ..job }, plans))
     }
 
-    pub(super) fn forecast(&self, job: &Job) -> Forecast {
+    pub(super) fn forecast(&self, job: &Job, options: &SubmitOptions, now: Instant) -> Forecast {
         let work = self.work(job);
         let mut candidates = self.candidates();
         candidates.push(Candidate {
@@ -162,6 +169,8 @@ impl Scheduler {
                 .is_some_and(|(_, plan)| self.memory.is_alone(plan, &self.entries)),
             idle: Duration::ZERO,
             turn: Duration::ZERO,
+            rest: None,
+            due_in: None,
         });
         let order = expected_order(&candidates, self.max_started);
         // The job itself is the one candidate without an entry.
@@ -170,7 +179,7 @@ impl Scheduler {
             .map_while(|&index| self.entries.get(index))
             .collect();
         Forecast {
-            is_accepted: self.admit().is_ok(),
+            is_accepted: self.admit().is_ok() && self.fit_due(job.clone(), options, now).is_ok(),
             position: before.len(),
             estimated_wait: before
                 .iter()
@@ -233,6 +242,7 @@ impl Scheduler {
         let took = booked.took;
         self.stats.set_holdings(booked.holdings);
         self.device_time += took;
+        self.worked = Some(now);
         if let Some(error) = booked.lost {
             self.lose(error, now);
         }
@@ -279,14 +289,16 @@ impl Scheduler {
         took: Duration,
         now: Instant,
     ) {
-        let work_of = |(id, _): &(JobId, _)| {
+        let work_of = |(id, step): &(JobId, Result<StepOutcome, JobError>)| {
             let index = self.position_of(*id);
-            index.map_or(0.0, |index| self.entries[index].work.of_stage(Stage::Step))
+            let full = index.map_or(0.0, |index| self.entries[index].work.of_stage(Stage::Step));
+            full * step.as_ref().map_or(1.0, |step| step.work)
         };
         let works: Vec<f64> = jobs.iter().map(work_of).collect();
-        // The time of a failed call says nothing about the speed.
-        if jobs.iter().all(|(_, step)| step.is_ok()) {
-            self.speed.add(Stage::Step, works.iter().sum(), took);
+        let work: f64 = works.iter().sum();
+        // The time of a failed call says nothing about the speed, nor that of a step without work.
+        if work >= 1.0 && jobs.iter().all(|(_, step)| step.is_ok()) {
+            self.speed.add(Stage::Step, work, took);
         }
         for ((id, step), share) in jobs.into_iter().zip(shares(took, &works)) {
             match step {
@@ -380,7 +392,11 @@ impl Scheduler {
                 let since = now.saturating_duration_since(entry.submitted);
                 timings.paused = since.saturating_sub(timings.total());
                 self.stats.add_finished(&output, &timings);
-                Some(Event::Finished(Finished { output, timings }))
+                Some(Event::Finished(Finished {
+                    output,
+                    timings,
+                    made: entry.made.clone(),
+                }))
             }
             End::Cancelled => {
                 self.stats.outcomes.cancelled += 1;

@@ -123,8 +123,9 @@ impl Shared {
         Ok(job)
     }
 
-    pub(super) fn forecast(&self, job: &Job) -> Forecast {
-        self.lock().scheduler.forecast(job)
+    pub(super) fn forecast(&self, job: &Job, options: &SubmitOptions) -> Forecast {
+        let now = self.clock.now();
+        self.lock().scheduler.forecast(job, options, now)
     }
 
     /// The handle of a job has been dropped.

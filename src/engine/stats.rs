@@ -47,12 +47,14 @@ pub struct Outcomes {
     pub cancelled: u64,
     /// The deadline passed.
     pub deadline_passed: u64,
+    /// The job could not be finished any more before it was due.
+    pub too_late: u64,
     /// A pipeline call returned an error or panicked.
     pub failed: u64,
     /// The engine was stopped, or the time to drain was over.
     pub stopped: u64,
-    /// Not accepted: the queue was full, the job was too large for the memory, or the engine was
-    /// draining or had stopped.
+    /// Not accepted: the queue was full, the job was too large for the memory or could not be
+    /// finished before it was due, or the engine was draining or had stopped.
     pub rejected: u64,
 }
 
@@ -63,6 +65,7 @@ impl Outcomes {
                 self.failed += 1;
             }
             JobError::DeadlinePassed => self.deadline_passed += 1,
+            JobError::TooLate { .. } => self.too_late += 1,
             JobError::Stopped => self.stopped += 1,
         }
     }
@@ -76,6 +79,8 @@ pub struct EngineStats {
     /// Jobs that have been started and not ended.
     pub running: usize,
     pub outcomes: Outcomes,
+    /// Started jobs that were made cheaper: see [`SubmitOptions::cheaper`](super::SubmitOptions).
+    pub made_cheaper: u64,
     /// Number of denoising steps, those of unfinished jobs included.
     pub steps: u64,
     /// Number of images of finished jobs.

@@ -7,6 +7,7 @@
 //!
 //! [`Job`]: kiln_models::job::Job
 
+mod auto;
 mod checked;
 mod job;
 mod limits;

@@ -10,7 +10,7 @@ use tokio::task::spawn_blocking;
 use tracing::Span;
 use utoipa::ToSchema;
 
-use crate::engine::{Event, Finished, JobHandle, SubmitOptions, Timings};
+use crate::engine::{Cheaper, Event, Finished, JobHandle, SubmitOptions, Timings};
 use crate::image::{Encoding, ImageFormat, encode};
 use crate::request::{GenerationRequest, PromptTokens};
 
@@ -87,6 +87,8 @@ pub(super) struct EncodedImages {
     pub(super) files: Vec<Vec<u8>>,
     /// Whether they were decoded in tiles.
     pub(super) tiled: bool,
+    /// How the request was made cheaper because of the load.
+    pub(super) made: Option<Cheaper>,
     pub(super) timings: StageSeconds,
 }
 
@@ -106,6 +108,13 @@ pub(super) struct ImageFacts {
     /// or because the memory is too small for whole images. Absent otherwise.
     #[serde(skip_serializing_if = "Option::is_none")]
     vae_use_tiling: Option<bool>,
+    /// The step cache with which a request of `"cache": "auto"` was made: `off`, or `balanced` or `fast`
+    /// because of the load.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    cache: Option<&'static str>,
+    /// The guidance gate with which a request of `"cache": "auto"` was made because of the load.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    cfg_gate_step: Option<f64>,
     timings: StageSeconds,
 }
 
@@ -114,6 +123,7 @@ impl ImageFacts {
         let EncodedImages {
             info,
             tiled,
+            made,
             timings,
             ..
         } = encoded;
@@ -123,6 +133,8 @@ impl ImageFacts {
             num_inference_steps: info.request.sampling.steps,
             shift: info.request.sampling.shift,
             vae_use_tiling: tiled.then_some(true),
+            cache: made.as_ref().map(|made| made.name),
+            cfg_gate_step: made.as_ref().and_then(|made| made.cfg_gate_step),
             timings: *timings,
         }
     }
@@ -174,15 +186,12 @@ impl ParsedRequest {
         previews: Previews,
     ) -> Result<RunningRequest, ApiError> {
         let received = Instant::now();
-        let (info, job) = self.prepare(app, id, model).await?;
+        let (info, job, options) = self.prepare(app, id, model, received).await?;
         let steps = info.request.sampling.steps;
         let options = SubmitOptions {
-            deadline: app
-                .settings
-                .request_timeout
-                .and_then(|timeout| received.checked_add(timeout)),
             preview_every: previews.interval(steps),
             span: Span::current(),
+            ..options
         };
         let handle = app.engine.submit(job, options)?;
         tracing::debug!(id = info.id, "accepted");
@@ -195,13 +204,15 @@ impl ParsedRequest {
         })
     }
 
-    /// Checks the request and tokenizes its prompts, without submitting it.
+    /// Checks the request and tokenizes its prompts, without submitting it. The options have the
+    /// times at which the request, which was `received` then, must end.
     pub(super) async fn prepare(
         self,
         app: &Arc<LoadedApp>,
         id: String,
         model: Option<&str>,
-    ) -> Result<(RequestInfo, Job), ApiError> {
+        received: Instant,
+    ) -> Result<(RequestInfo, Job, SubmitOptions), ApiError> {
         let created = SystemTime::now()
             .duration_since(UNIX_EPOCH)
             .unwrap_or_default()
@@ -213,7 +224,15 @@ impl ParsedRequest {
             (None, Some(_)) => names.of("width"),
             (Some(_), _) => names.of("height"),
         };
+        let after = |time: Option<Duration>| received.checked_add(time?);
+        let (deadline, due) = (after(app.settings.request_timeout), after(self.deadline));
         let (request, encoding) = self.check(app)?;
+        let options = SubmitOptions {
+            deadline,
+            due,
+            cheaper: cheaper(&request),
+            ..SubmitOptions::default()
+        };
 
         let (app, tokens, request) = {
             let app = Arc::clone(app);
@@ -241,7 +260,7 @@ impl ParsedRequest {
             error,
             param: size_param,
         })?;
-        Ok((info, job))
+        Ok((info, job, options))
     }
 
     fn check(self, app: &LoadedApp) -> Result<(GenerationRequest, Encoding), ApiError> {
@@ -330,7 +349,11 @@ impl RunningRequest {
         finished: Finished,
         respond: impl FnOnce(EncodedImages) -> Result<T, ApiError> + Send + 'static,
     ) -> Result<T, ApiError> {
-        let Finished { output, timings } = finished;
+        let Finished {
+            output,
+            timings,
+            made,
+        } = finished;
         let tiled = output.tiled;
         let (app, info) = (Arc::clone(&self.app), Arc::clone(&self.info));
         let response = spawn_blocking(move || {
@@ -339,6 +362,7 @@ impl RunningRequest {
                 info,
                 files,
                 tiled,
+                made,
                 timings: timings.into(),
             })
         })
@@ -380,6 +404,16 @@ fn encode_all(
         files.push(encode(image, info.encoding, metadata.as_deref())?);
     }
     Ok(files)
+}
+
+/// The ways in which the engine may make the request cheaper.
+fn cheaper(request: &GenerationRequest) -> Vec<Cheaper> {
+    let way = |(name, cache, cfg_gate_step)| Cheaper {
+        name,
+        cache,
+        cfg_gate_step,
+    };
+    request.cheaper().into_iter().map(way).collect()
 }
 
 fn prompt_tokens(app: &LoadedApp, tokens: &PromptTokens) -> usize {

@@ -99,10 +99,16 @@ impl Page {
                 ("finished", outcomes.finished),
                 ("cancelled", outcomes.cancelled),
                 ("deadline_passed", outcomes.deadline_passed),
+                ("too_late", outcomes.too_late),
                 ("failed", outcomes.failed),
                 ("stopped", outcomes.stopped),
                 ("rejected", outcomes.rejected),
             ],
+        );
+        self.counter(
+            "kiln_requests_made_cheaper_total",
+            "Requests whose images were made with a step cache or a guidance gate because of the load.",
+            stats.made_cheaper,
         );
         self.counter(
             "kiln_steps_total",

@@ -31,6 +31,9 @@ impl Scheduler {
             ControlFlow::Continue(next) => next,
             ControlFlow::Break(plan) => return plan,
         };
+        if let Some(index) = next {
+            self.make_cheaper(index, now);
+        }
         let Some(entry) = next.and_then(|index| self.entries.get_mut(index)) else {
             return match self.state {
                 State::Starting | State::Ready => Plan::Sleep,
@@ -76,6 +79,8 @@ impl Scheduler {
                 Some(End::Failed(JobError::Stopped))
             } else if entry.deadline.is_some_and(|at| at <= now) {
                 Some(End::Failed(JobError::DeadlinePassed))
+            } else if let Some(late) = self.too_late(entry, now) {
+                Some(End::Failed(JobError::TooLate { late }))
             } else {
                 None
             }
@@ -89,7 +94,7 @@ impl Scheduler {
         let mut next = match self.state {
             // The warm-up comes before every other job.
             State::Starting => Some(0),
-            _ => next_turn(&self.candidates(), self.max_started),
+            _ => next_turn(&self.due_candidates(now), self.max_started),
         };
         while let Some(index) = next.filter(|index| *index < self.entries.len()) {
             let id = self.entries[index].id;
@@ -99,7 +104,7 @@ impl Scheduler {
                 Turn::Measure { drop_caches } => {
                     return ControlFlow::Break(Plan::Measure { drop_caches });
                 }
-                Turn::Wait => next = next_started(&self.candidates()),
+                Turn::Wait => next = next_started(&self.due_candidates(now)),
                 Turn::Decode(decoding) => {
                     self.entries[index].plans.retain(|(it, _)| *it >= decoding);
                     if is_started {
