@@ -34,6 +34,47 @@ pub fn job(side: usize, steps: usize) -> Job {
     }
 }
 
+/// The work of a step of a [`FakePipeline`], from 0, as a part of a full step's: that of a mask and of
+/// a guidance gate.
+pub fn step_work(job: &Job, step: usize) -> f64 {
+    let is_skipped = match &job.cache {
+        CachePolicy::Mask(mask) => mask.get(step) == Some(&false),
+        _ => false,
+    };
+    if is_skipped {
+        0.0
+    } else if is_gated(job, step) {
+        0.5
+    } else {
+        1.0
+    }
+}
+
+/// What the first steps have run.
+fn counts(job: &Job, done: usize) -> StepCounts {
+    let of = |is_counted: &dyn Fn(usize) -> bool| (0..done).filter(|&it| is_counted(it)).count();
+    let skipped = of(&|step| step_work(job, step) <= 0.0);
+    StepCounts {
+        computed: done - skipped,
+        skipped,
+        gated: of(&|step| is_gated(job, step)),
+    }
+}
+
+fn is_gated(job: &Job, step: usize) -> bool {
+    let first = job.cfg_gate_step.map_or(f64::INFINITY, |part| {
+        (part * job.sampling.steps as f64).floor()
+    });
+    job.guidance.is_some() && step as f64 >= first.max(1.0)
+}
+
+/// The work of all steps, in full steps.
+pub fn denoise_work(job: &Job) -> f64 {
+    (0..job.sampling.steps)
+        .map(|step| step_work(job, step))
+        .sum()
+}
+
 /// Guidance of a job, from the tokens of a negative prompt.
 pub fn guidance(negative: Vec<u32>, scale: f64) -> Option<Guidance> {
     Guidance::new(Some(negative.into()), scale)
@@ -87,16 +128,16 @@ pub struct FakePipeline {
 
 impl FakePipeline {
     pub fn new(info: ModelInfo) -> Self {
-        let work = FlopCount {
-            encode: 1,
+        let work = |job: &Job| FlopCount {
+            encode: 1000,
             modulation: 0,
-            step: 1,
-            denoise: 50,
-            decode: 1,
+            step: 1000,
+            denoise: (1000.0 * denoise_work(job)).round() as u64,
+            decode: 1000,
         };
         Self {
             info,
-            cost_model: CostModel::new(move |_| work),
+            cost_model: CostModel::new(work),
             caches: CacheUses::default(),
             memory: None,
             jobs: HashMap::new(),
@@ -200,15 +241,13 @@ impl Pipeline for FakePipeline {
                 .jobs
                 .get_mut(&id)
                 .ok_or(PipelineError::UnknownJob(id))?;
+            let step = job.sampling.steps - *left;
             *left = left.saturating_sub(1);
             outcomes.push(StepOutcome {
                 id,
                 steps_left: *left,
-                counts: StepCounts {
-                    computed: job.sampling.steps - *left,
-                    ..StepCounts::default()
-                },
-                work: 1.0,
+                counts: counts(job, job.sampling.steps - *left),
+                work: step_work(job, step),
             });
         }
         Ok(outcomes)
@@ -236,10 +275,7 @@ impl Pipeline for FakePipeline {
         Ok(Output {
             images: vec![(self.image)(&job, 0); job.num_images],
             tiled: job.decoding == Decoding::Tiled,
-            steps: StepCounts {
-                computed: job.sampling.steps,
-                ..StepCounts::default()
-            },
+            steps: counts(&job, job.sampling.steps),
             trace: job.record.then_some(stage).into_iter().collect(),
             not_finite: None,
         })

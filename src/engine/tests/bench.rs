@@ -122,7 +122,7 @@ pub(super) fn flops(job: &Job) -> FlopCount {
         encode: units(job.branches().map(|text| text.tokens.len() as f64).sum()),
         modulation: 0,
         step,
-        denoise: step * job.sampling.steps as u64,
+        denoise: (step as f64 * testing::denoise_work(job)).round() as u64,
         decode: units(images * tokens * 0.085),
     }
 }
@@ -161,6 +161,7 @@ pub(super) fn fake(clock: Arc<SimulatedClock>, log: Arc<Mutex<Vec<Logged>>>) -> 
         ..CacheUses::default()
     };
     let mut is_lost = false;
+    let mut steps_done: HashMap<u64, usize> = HashMap::new();
     let on_call = move |call: testing::Call<'_>| -> Result<(), PipelineError> {
         let (job, logged, takes) = match call {
             testing::Call::Start(job) => (
@@ -168,7 +169,12 @@ pub(super) fn fake(clock: Arc<SimulatedClock>, log: Arc<Mutex<Vec<Logged>>>) -> 
                 Call::Start as fn(u64) -> Call,
                 cost(job, Stage::Encode),
             ),
-            testing::Call::Step(job) => (job, Call::Step as _, cost(job, Stage::Step)),
+            testing::Call::Step(job) => {
+                let done = steps_done.entry(job.noise.seed).or_default();
+                *done += 1;
+                let part = testing::step_work(job, *done - 1);
+                (job, Call::Step as _, cost(job, Stage::Step).mul_f64(part))
+            }
             testing::Call::Preview(job) => (job, Call::Preview as _, ms(5)),
             testing::Call::Finish(job) => (job, Call::Finish as _, cost(job, Stage::Decode)),
             testing::Call::Discard(job) => (job, Call::Discard as _, Duration::ZERO),
@@ -295,6 +301,19 @@ impl Bench {
 
     pub(super) fn try_submit(&self, job: Job) -> Result<JobHandle, SubmitError> {
         self.shared.submit(job, SubmitOptions::default())
+    }
+
+    /// Submits a job that is due at a time.
+    pub(super) fn submit_due(&self, job: Job, due: Duration) -> Result<JobHandle, SubmitError> {
+        self.shared.submit(job, self.due(due))
+    }
+
+    /// Options of a job that is due at a time.
+    pub(super) fn due(&self, due: Duration) -> SubmitOptions {
+        SubmitOptions {
+            due: Some(self.clock.at(due)),
+            ..SubmitOptions::default()
+        }
     }
 
     pub(super) fn submit_with_deadline(&self, job: Job, deadline: Duration) -> JobHandle {

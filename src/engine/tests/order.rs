@@ -132,10 +132,10 @@ fn with_one_place_nothing_overtakes() {
 }
 
 /// A random number generator with a fixed seed, so that a failure can be repeated.
-struct Numbers(u64);
+pub(super) struct Numbers(pub(super) u64);
 
 impl Numbers {
-    fn next(&mut self, below: u64) -> u64 {
+    pub(super) fn next(&mut self, below: u64) -> u64 {
         self.0 = self
             .0
             .wrapping_mul(6_364_136_223_846_793_005)

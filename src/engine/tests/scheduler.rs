@@ -16,7 +16,9 @@ use crate::engine::cost::{Stage, shares};
 use crate::engine::memory::Memory;
 use crate::engine::plan::{Booked, Holdings, Outcome, Plan};
 use crate::engine::scheduler::{Events, Scheduler};
-use crate::engine::{EngineSettings, Event, JobError, State, SubmitError, SubmitOptions, Timings};
+use crate::engine::{
+    EngineSettings, Event, Forecast, JobError, State, SubmitError, SubmitOptions, Timings,
+};
 
 /// Device time of a preview.
 const PREVIEW: Duration = ms(5);
@@ -74,6 +76,11 @@ impl Driver {
         let (id, events) = self.scheduler.submit(job, options, self.now).unwrap();
         self.events.extend(events);
         id
+    }
+
+    fn forecast(&self, job: &Job) -> Forecast {
+        let options = SubmitOptions::default();
+        self.scheduler.forecast(job, &options, self.now)
     }
 
     fn forget(&mut self, id: JobId) {
@@ -448,7 +455,7 @@ fn a_step_of_several_jobs_is_booked_for_each_by_its_work() {
     assert_close(timings[1].paused, first * 5);
     assert_close(timings[0].total(), driver.now - driver.start);
     // Both parts have the same speed, so that the estimates are those of single steps.
-    let forecast = driver.scheduler.forecast(&jobs[0]);
+    let forecast = driver.forecast(&jobs[0]);
     assert_close(forecast.estimated_work.unwrap(), whole_cost(&jobs[0]));
 }
 
@@ -760,7 +767,7 @@ fn a_job_that_must_wait_for_memory_is_told_so() {
         }
         // By its work it would overtake. Beside the first job it takes 705 MiB.
         let small = job(2, 11, 1);
-        assert_eq!(driver.scheduler.forecast(&small).position, position);
+        assert_eq!(driver.forecast(&small).position, position);
         let id = driver.submit(small);
         let first = driver.of(id).next();
         let told = matches!(first, Some(Event::Queued { position: it, .. }) if *it == position);
