@@ -57,6 +57,11 @@ impl ModelInfo {
     pub fn device(&self) -> String {
         device_label(self.backend, self.device_index, &self.device_name)
     }
+
+    /// Number of devices that the steps are spread over, at least 1.
+    pub fn device_count(&self) -> usize {
+        1
+    }
 }
 
 /// A device as messages show it: `cuda:0 (NVIDIA H200)`.
