@@ -253,6 +253,7 @@ pub(super) fn settings(max_queue: usize, max_started: usize) -> EngineSettings {
         max_queue,
         max_started,
         max_memory: None,
+        max_step_tokens: Some(0),
         warm_up: None,
     }
 }
