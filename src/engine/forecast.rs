@@ -97,8 +97,8 @@ impl Run<'_> {
             .map(|job| Rider {
                 work: job.work,
                 started: job.candidate.started,
-                ready: job.progress.steps_left > 0
-                    && (job.candidate.started || !job.candidate.alone),
+                alone: job.candidate.alone,
+                has_steps: job.progress.steps_left > 0,
             })
             .collect();
         let mut pack: Vec<usize> = riders(&waiting, place, room)

@@ -107,8 +107,10 @@ impl Room {
 pub(super) struct Rider<'a> {
     pub(super) work: &'a Work,
     pub(super) started: bool,
-    /// Whether the job can make a step: it has steps left, and is started or may be.
-    pub(super) ready: bool,
+    /// Whether the job waits and does not fit the memory beside the started ones. No younger job is
+    /// started to ride then: it would take the memory.
+    pub(super) alone: bool,
+    pub(super) has_steps: bool,
 }
 
 /// The jobs that share the step of the first one, oldest first. `jobs` are in the order of their
@@ -125,7 +127,10 @@ pub(super) fn riders(jobs: &[Rider<'_>], first: usize, room: Room) -> Vec<usize>
     let most_work = MAX_STRETCH * alone * (1.0 + 1e-9);
     let mut riders = Vec::new();
     for (index, job) in jobs.iter().enumerate() {
-        if index == first || !job.ready || (!job.started && places == 0) {
+        if !job.started && job.alone {
+            places = 0;
+        }
+        if index == first || !job.has_steps || (!job.started && places == 0) {
             continue;
         }
         let more_units = [units.as_slice(), &job.work.units()].concat();

@@ -156,6 +156,16 @@ impl Scheduler {
         }
     }
 
+    #[cfg(test)]
+    pub(super) fn set_cost_model(&mut self, cost_model: CostModel) {
+        self.cost_model = cost_model;
+    }
+
+    #[cfg(test)]
+    pub(super) fn set_devices(&mut self, devices: usize) {
+        self.speed = Speed::new(devices);
+    }
+
     /// Steps that are left of a job that has not ended.
     pub(super) fn steps_left(&self, id: JobId) -> Option<usize> {
         self.position_of(id)

@@ -128,7 +128,8 @@ impl Scheduler {
             .map(|(entry, candidate)| Rider {
                 work: &entry.work,
                 started: candidate.started,
-                ready: entry.steps_left > 0 && (candidate.started || !candidate.alone),
+                alone: candidate.alone,
+                has_steps: entry.steps_left > 0,
             })
             .collect();
         riders(&jobs, index, self.room())
@@ -195,7 +196,10 @@ impl Scheduler {
             };
             let entry = &self.entries[index];
             let step = step.as_ref();
-            step.map_or_else(|_| entry.work.units(), |it| entry.work.units_of(it, entry.counts))
+            step.map_or_else(
+                |_| entry.work.units(),
+                |it| entry.work.units_of(it, entry.counts),
+            )
         };
         jobs.iter().map(units_of).collect()
     }
@@ -282,7 +286,8 @@ impl Scheduler {
             self.speed.add_step(&units(copies), took);
         }
         let steps = knee.steps.iter();
-        let times = steps.map(|(copies, took)| format!("{copies}: {:.1} ms", took.as_secs_f64() * 1e3));
+        let times =
+            steps.map(|(copies, took)| format!("{copies}: {:.1} ms", took.as_secs_f64() * 1e3));
         tracing::info!(
             size = %calibration.job().size,
             steps = ?times.collect::<Vec<_>>(),

@@ -6,6 +6,7 @@ mod bench;
 mod ends;
 mod numbers;
 mod order;
+mod packing;
 mod previews;
 mod scheduler;
 mod states;
