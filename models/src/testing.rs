@@ -100,6 +100,10 @@ pub fn model_info() -> ModelInfo {
 #[derive(Debug, Clone, Copy)]
 pub enum Call<'a> {
     Start(&'a Job),
+    /// Prompts that are encoded together.
+    Encode(&'a [&'a Conditioning]),
+    /// Comes before the steps of the jobs of one `step` call.
+    Steps(&'a [&'a Job]),
     /// The step of one job; `step` calls with several ids make several of these.
     Step(&'a Job),
     Preview(&'a Job),
@@ -223,6 +227,10 @@ impl Pipeline for FakePipeline {
         }
     }
 
+    fn encode(&mut self, prompts: &[&Conditioning]) -> Result<(), PipelineError> {
+        (self.on_call)(Call::Encode(prompts))
+    }
+
     fn start(&mut self, id: JobId, job: Job) -> Result<(), PipelineError> {
         (self.on_call)(Call::Start(&job))?;
         let steps = job.sampling.steps;
@@ -231,8 +239,13 @@ impl Pipeline for FakePipeline {
     }
 
     fn step(&mut self, ids: &[JobId]) -> Result<Vec<StepOutcome>, PipelineError> {
-        for &id in ids {
+        let jobs = ids.iter().map(|&id| {
             let (job, _) = self.jobs.get(&id).ok_or(PipelineError::UnknownJob(id))?;
+            Ok(job)
+        });
+        let jobs: Vec<&Job> = jobs.collect::<Result<_, PipelineError>>()?;
+        (self.on_call)(Call::Steps(&jobs))?;
+        for job in jobs {
             (self.on_call)(Call::Step(job))?;
         }
         let mut outcomes = Vec::with_capacity(ids.len());

@@ -16,7 +16,7 @@ const PATIENCE: u32 = 2;
 pub(super) fn choose_in_time(jobs: &[Candidate], index: usize, rests: &[Duration]) -> usize {
     let late_with = |rest: &Duration| {
         let mut jobs = jobs.to_vec();
-        jobs[index].rest = Some(*rest);
+        jobs[index].due.rest = Some(*rest);
         late(&jobs)
     };
     let unavoidable = rests.last().map(late_with).unwrap_or_default();

@@ -5,8 +5,10 @@ use std::time::{Duration, Instant};
 
 use kiln_models::job::{Job, JobId};
 use kiln_models::memory::MemoryPlan;
+use kiln_models::step_cache::StepCounts;
 
-use super::cost::{Speed, Stage, Work};
+use super::cost::{Progress, Speed, Stage, Work};
+use super::deadline::Due;
 use super::memory::Plans;
 use super::policy::Candidate;
 use super::{Cheaper, SubmitOptions, Timings};
@@ -29,6 +31,13 @@ pub(super) struct Entry {
     pub(super) submitted: Instant,
     pub(super) total_steps: usize,
     pub(super) steps_left: usize,
+    /// What the steps so far have run, and their work.
+    pub(super) counts: StepCounts,
+    pub(super) done: f64,
+    /// Whether the job has had a turn of its own, and not only ridden with others.
+    pub(super) led: bool,
+    /// Whether its prompts were given to the pipeline together with those of other jobs.
+    pub(super) is_encoded: bool,
     pub(super) timings: Timings,
     pub(super) is_warm_up: bool,
     /// Whether the job's handle has been dropped.
@@ -39,7 +48,8 @@ pub(super) struct Entry {
     pub(super) reported_position: Option<usize>,
     /// How long the job's last turn took; zero before the first.
     last_turn: Duration,
-    /// The scheduler's device time at the end of the job's last turn, or at its submission.
+    /// The scheduler's device time at the end of the job's last turn, or at its submission. A turn that
+    /// jobs share counts as if each job had its part of the time at the beginning.
     last_turn_end: Duration,
 }
 
@@ -65,6 +75,10 @@ impl Entry {
             total_steps: job.sampling.steps,
             steps_left: job.sampling.steps,
             waiting: Some(job),
+            counts: StepCounts::default(),
+            done: 0.0,
+            led: false,
+            is_encoded: false,
             timings: Timings::default(),
             is_warm_up: false,
             is_abandoned: false,
@@ -90,24 +104,29 @@ impl Entry {
         self.total_steps.saturating_sub(self.steps_left)
     }
 
+    pub(super) fn progress(&self) -> Progress {
+        Progress {
+            is_started: self.is_started(),
+            steps_left: self.steps_left,
+            done: self.done,
+        }
+    }
+
     pub(super) fn candidate(&self, device_time: Duration, speed: &Speed) -> Candidate {
-        Candidate {
+        let candidate = Candidate {
             size: self.work.total(),
             started: self.is_started(),
+            led: self.led,
+            stepped: false,
             alone: false,
             idle: device_time.saturating_sub(self.last_turn_end),
             turn: speed
                 .step(&self.work)
                 .unwrap_or_default()
                 .max(self.last_turn),
-            rest: None,
-            due_in: None,
-        }
-    }
-
-    /// How long the device will probably work on the rest of the job.
-    pub(super) fn expected_rest(&self, speed: &Speed) -> Option<Duration> {
-        speed.rest(&self.work, self.is_started(), self.steps_left)
+            due: Due::default(),
+        };
+        candidate.after_steps(&self.work, self.steps_left)
     }
 
     /// The work of the job as it is and, before its start, of each way to make it cheaper.

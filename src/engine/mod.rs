@@ -7,13 +7,16 @@
 //! A panic or an error of the pipeline ends the job that the call was for and nothing else.
 
 mod auto;
+mod calibration;
 mod cost;
 mod deadline;
 mod entry;
 mod events;
+mod forecast;
 mod memory;
 mod plan;
 mod policy;
+mod riders;
 mod scheduler;
 mod shared;
 mod stats;
@@ -41,7 +44,7 @@ pub(crate) use self::worker::caught;
 /// Default of [`EngineSettings::max_queue`].
 pub const DEFAULT_MAX_QUEUE: usize = 32;
 /// Default of [`EngineSettings::max_started`].
-pub const DEFAULT_MAX_STARTED: usize = 8;
+pub const DEFAULT_MAX_STARTED: usize = 16;
 
 /// Limits of an engine, and its warm-up.
 #[derive(Debug, Clone)]
@@ -51,12 +54,17 @@ pub struct EngineSettings {
     pub max_queue: usize,
     /// Largest number of jobs that are started and not finished, and so in the device's memory, at
     /// a time; at least 1. Each holds its latents, embeddings and modulation table; the scratch
-    /// memory of a step is needed once, because steps are made one after the other. With 1, no job
-    /// overtakes another.
+    /// memory of a step is needed once, because steps are made one after the other. At most half of
+    /// them are started before their turn, to share the steps of others. With 1, no job overtakes
+    /// another or shares its steps.
     pub max_started: usize,
     /// Largest number of bytes that all started jobs take together, the model not counted; `None`
     /// for what the device has.
     pub max_memory: Option<u64>,
+    /// Image tokens (of both halves and all images) up to which several jobs share one step. 0 makes
+    /// every step of one job only, whose images are then the same to the bit alone and in company.
+    /// `None` measures it after the warm-up, and takes 4,096 without a warm-up.
+    pub max_step_tokens: Option<usize>,
     /// A job that is generated before all others, in a smaller size if there is no memory for its own;
     /// the engine is [`State::Starting`] until it has ended. Its output is dropped.
     pub warm_up: Option<Job>,
@@ -83,6 +91,7 @@ pub struct EngineSettings {
 ///     max_queue: 4,
 ///     max_started: 2,
 ///     max_memory: None,
+///     max_step_tokens: None,
 ///     warm_up: None,
 /// };
 /// let engine = Engine::start(runtime.pipeline, settings);
@@ -105,6 +114,10 @@ pub struct EngineSettings {
 /// of a large one and not for the whole of it; otherwise jobs are finished in the order of their
 /// submission. The oldest job has at least a quarter of the device's time, whatever overtakes it. A
 /// job's size is its number of multiply-adds.
+///
+/// Other jobs share the step, the oldest first, as long as it has no more image tokens than
+/// [`EngineSettings::max_step_tokens`] and takes at most twice as long as without them. A step of
+/// several jobs that fails is made again job by job, so that only the jobs fail that fail alone.
 ///
 /// # Deadlines
 ///

@@ -1,7 +1,7 @@
 //! Which job the device works on next: pure decisions, without a clock and without a device.
 //!
-//! Two rules, applied before every step, and a third between them: a job that would be late otherwise
-//! goes first, see [`deadline`].
+//! Two rules, applied before every step, and between them that of [`super::deadline`]: a job that would
+//! be late otherwise goes first.
 //!
 //! 1. **Small jobs overtake.** The device works on the smallest started job until that job is
 //!    finished; a waiting job is started before that only if it is at most half as large. So a
@@ -14,13 +14,17 @@
 //!    the jobs submitted before it.
 //!
 //! Started jobs take memory, so a job that does not fit beside them waits until they have ended, there
-//! are at most `max_started` of them, and one of these places is reserved for the oldest job. With eight places, the seventh job in a row of halves is smaller
-//! than one step of a job of 64 steps: a small job waits no longer than that even when all places
-//! are taken.
+//! are at most `max_started` of them, and one of these places is reserved for the oldest job. With
+//! eight places, the seventh job in a row of halves is smaller than one step of a job of 64 steps: a
+//! small job waits no longer than that even when all places are taken.
+//!
+//! A job that was started only to share the steps of another (a rider, see [`super::riders`]) keeps its
+//! place in the order: until its own turn comes it is treated like a waiting job that has memory.
 
 use std::time::Duration;
 
-use super::deadline;
+use super::cost::{Stage, Work};
+use super::deadline::{Due, urgent};
 
 /// The oldest job is idle for at most this many times the duration of its turn.
 pub(super) const MAX_IDLE: u32 = 3;
@@ -28,10 +32,14 @@ pub(super) const MAX_IDLE: u32 = 3;
 /// A job as the policy sees it.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(super) struct Candidate {
-    /// The whole work of the job, done or not, in any unit.
+    /// The whole work of the job, done or not, in any unit; see [`Candidate::after_steps`].
     pub(super) size: f64,
     /// Whether the job has been started and so takes memory on the device.
     pub(super) started: bool,
+    /// Whether the job has had a turn of its own. A started job that has had none is a rider.
+    pub(super) led: bool,
+    /// Whether the job has no steps left.
+    pub(super) stepped: bool,
     /// Whether the job waits and does not fit the memory beside the started ones.
     pub(super) alone: bool,
     /// How long the device has worked on other jobs since this job's last turn, or since its
@@ -40,10 +48,26 @@ pub(super) struct Candidate {
     /// How long a turn of the job takes: as long as its last turn, or as a step if a step is
     /// expected to take longer.
     pub(super) turn: Duration,
-    /// How long the device will probably work on the rest of the job, if that is known.
-    pub(super) rest: Option<Duration>,
-    /// How long it is until the job is due; `None` for a job that is not due at any time.
-    pub(super) due_in: Option<Duration>,
+    /// What is known of the time by which the job is due.
+    pub(super) due: Due,
+}
+
+impl Candidate {
+    /// The job when this many steps are left. A rider without steps left overtakes by the work that is
+    /// left of it, so that its images do not wait for the job that it rode with.
+    pub(super) fn after_steps(self, work: &Work, steps_left: usize) -> Self {
+        let stepped = steps_left == 0;
+        let is_rider = self.started && !self.led;
+        Self {
+            stepped,
+            size: if stepped && is_rider {
+                work.of_stage(Stage::Decode)
+            } else {
+                work.total()
+            },
+            ..self
+        }
+    }
 }
 
 /// Index of the job that has the next turn. `jobs` are in the order of their submission.
@@ -54,9 +78,7 @@ pub(super) fn next_turn(jobs: &[Candidate], max_started: usize) -> Option<usize>
         return Some(0);
     }
     let usual = favourite(jobs, max_started)?;
-    let urgent = deadline::urgent(jobs, &jobs[usual], |index| {
-        jobs[index].started || may_start(jobs, index, max_started)
-    });
+    let urgent = urgent(jobs, &jobs[usual], max_started);
     Some(urgent.unwrap_or(usual))
 }
 
@@ -74,45 +96,38 @@ pub(super) fn next_started(jobs: &[Candidate]) -> Option<usize> {
     next_turn(&started, usize::MAX).map(|index| indices[index])
 }
 
-/// The order in which the jobs will be finished if no other is submitted, by the first rule alone.
-pub(super) fn expected_order(jobs: &[Candidate], max_started: usize) -> Vec<usize> {
-    let mut left: Vec<usize> = (0..jobs.len()).collect();
-    let mut order = Vec::with_capacity(jobs.len());
-    let mut candidates = jobs.to_vec();
-    while let Some(next) = favourite(&candidates, max_started) {
-        candidates.remove(next);
-        order.push(left.remove(next));
-    }
-    order
-}
-
-fn favourite(jobs: &[Candidate], max_started: usize) -> Option<usize> {
-    let started = || jobs.iter().enumerate().filter(|(_, job)| job.started);
-    let mut best = started()
+/// The job that has the next turn by the first rule alone.
+pub(super) fn favourite(jobs: &[Candidate], max_started: usize) -> Option<usize> {
+    let led = || {
+        let jobs = jobs.iter().enumerate();
+        jobs.filter(|(_, job)| job.started && job.led)
+    };
+    let mut best = led()
         .min_by(|(_, a), (_, b)| a.size.total_cmp(&b.size))
         .map(|(index, _)| index);
-    let has_room = has_room(jobs, max_started);
-    for (index, job) in jobs.iter().enumerate().filter(|(_, job)| !job.started) {
-        let may_start = has_memory(jobs, index) && (has_room || index == 0);
-        if may_start && best.is_none_or(|best| 2.0 * job.size <= jobs[best].size) {
+    for (index, job) in jobs.iter().enumerate() {
+        if job.started && job.led {
+            continue;
+        }
+        let overtakes = |best: usize| {
+            // A rider without steps left waits for older jobs that have none left either.
+            let is_in_turn = !(job.started && job.stepped && jobs[best].stepped);
+            is_in_turn && 2.0 * job.size <= jobs[best].size
+        };
+        if best.is_none_or(overtakes) && may_run(jobs, index, max_started) {
             best = Some(index);
         }
     }
     best
 }
 
-/// Whether a waiting job may be started.
-pub(super) fn may_start(jobs: &[Candidate], index: usize, max_started: usize) -> bool {
-    has_memory(jobs, index) && (index == 0 || has_room(jobs, max_started))
-}
-
-/// Whether there is a place for a waiting job that is not the oldest.
-fn has_room(jobs: &[Candidate], max_started: usize) -> bool {
-    let kept_for_oldest = usize::from(jobs.first().is_some_and(|oldest| !oldest.started));
+/// Whether a job has been started or may be.
+pub(super) fn may_run(jobs: &[Candidate], index: usize, max_started: usize) -> bool {
+    if jobs[index].started {
+        return true;
+    }
     let started = jobs.iter().filter(|job| job.started).count();
-    started + kept_for_oldest < max_started
-}
-
-fn has_memory(jobs: &[Candidate], index: usize) -> bool {
-    !jobs[index].alone || !jobs.iter().any(|job| job.started)
+    let kept_for_oldest = usize::from(!jobs[0].started);
+    let has_memory = !jobs[index].alone || started == 0;
+    has_memory && (index == 0 || started + kept_for_oldest < max_started)
 }

@@ -83,6 +83,10 @@ pub struct EngineStats {
     pub made_cheaper: u64,
     /// Number of denoising steps, those of unfinished jobs included.
     pub steps: u64,
+    /// Number of those steps that a job shared with others.
+    pub shared_steps: u64,
+    /// Image tokens up to which several jobs share a step now; 0 if they never do.
+    pub max_step_tokens: usize,
     /// Number of images of finished jobs.
     pub images: u64,
     /// Number of pixels of those images.

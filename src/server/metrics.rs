@@ -115,6 +115,16 @@ impl Page {
             "Denoising steps, including those of unfinished requests.",
             stats.steps,
         );
+        self.counter(
+            "kiln_shared_steps_total",
+            "Denoising steps that a request shared with others, part of kiln_steps_total.",
+            stats.shared_steps,
+        );
+        self.gauge(
+            "kiln_max_step_tokens",
+            "Image tokens up to which several requests share a denoising step; 0 if they never do.",
+            stats.max_step_tokens,
+        );
         self.counter("kiln_images_total", "Generated images.", stats.images);
         self.counter(
             "kiln_pixels_total",

@@ -6,11 +6,11 @@ use kiln_models::job::Job;
 
 use super::Scheduler;
 use crate::engine::auto::{choose_by_wait, choose_in_time};
-use crate::engine::cost::Work;
-use crate::engine::deadline::lateness;
+use crate::engine::cost::{Progress, Work};
+use crate::engine::deadline::{Due, late, lateness, urgent};
 use crate::engine::entry::Entry;
 use crate::engine::memory::Plans;
-use crate::engine::policy::Candidate;
+use crate::engine::policy::{Candidate, favourite};
 use crate::engine::{Cheaper, SubmitError, SubmitOptions};
 
 /// For how long after the last work the measured speed refuses and gives up jobs. Without this limit, a
@@ -68,7 +68,7 @@ impl Scheduler {
         let Some(due) = options.due else {
             return Ok(());
         };
-        let own = self.least_rest(&work, false, job.sampling.steps, now);
+        let own = self.least_rest(&work, Progress::none(job.sampling.steps), now);
         let Some(own) = own else {
             return Ok(());
         };
@@ -76,16 +76,21 @@ impl Scheduler {
         if own > left {
             return Err(SubmitError::DeadlineTooShort { work: own });
         }
-        let mut candidates = self.due_candidates(now);
+        let mut candidates = self.candidates_made(true, now);
         let plan = plans.first().map(|(_, plan)| *plan);
         candidates.push(Candidate {
             size: work.total(),
             started: false,
+            led: false,
+            stepped: false,
             alone: plan.is_some_and(|plan| self.memory.is_alone(&plan, &self.entries)),
             idle: Duration::ZERO,
             turn: self.speed.step(&work).unwrap_or_default(),
-            rest: Some(own),
-            due_in: Some(left),
+            due: Due {
+                due_in: Some(left),
+                rest: Some(own),
+                share: self.speed.share(&work),
+            },
         });
         match lateness(&candidates, self.max_started) {
             None => Ok(()),
@@ -97,42 +102,60 @@ impl Scheduler {
         }
     }
 
-    /// The candidates, with what is known of the times by which they are due. A waiting job counts
-    /// with the first way of making it for which there is time, or else with the cheapest.
+    /// The candidates, with what is known of the times by which they are due. Waiting jobs count as
+    /// they were asked for, or as the cheapest way of each if they would be late otherwise.
     pub(super) fn due_candidates(&self, now: Instant) -> Vec<Candidate> {
+        let candidates = self.candidates_made(false, now);
+        if late(&candidates).is_empty() {
+            candidates
+        } else {
+            self.candidates_made(true, now)
+        }
+    }
+
+    /// The candidates, all as they were asked for or all as the cheapest way of each.
+    fn candidates_made(&self, cheapest: bool, now: Instant) -> Vec<Candidate> {
         let mut candidates = self.candidates();
         for (candidate, entry) in candidates.iter_mut().zip(&self.entries) {
-            let due_in = entry.due.map(|due| due.saturating_duration_since(now));
-            let rest = |work: &Work| self.speed.rest(work, entry.is_started(), entry.steps_left);
-            let mut rests = entry.works().filter_map(rest);
-            let in_time = rests.find(|rest| due_in.is_none_or(|due_in| *rest <= due_in));
-            candidate.rest = in_time.or_else(|| entry.works().filter_map(rest).next_back());
-            candidate.due_in = due_in;
+            let work = entry.works().next_back().filter(|_| cheapest);
+            let work = work.unwrap_or(&entry.work);
+            candidate.due = Due {
+                due_in: entry.due.map(|due| due.saturating_duration_since(now)),
+                rest: self.speed.rest(work, entry.progress()),
+                share: self.speed.share(work),
+            };
         }
         candidates
+    }
+
+    /// Whether a job goes first because it would be late otherwise.
+    pub(super) fn is_in_danger(&self, now: Instant) -> bool {
+        let is_due = |entry: &Entry| entry.due.is_some();
+        let candidates = if self.entries.iter().any(is_due) {
+            self.due_candidates(now)
+        } else {
+            return false;
+        };
+        let usual = favourite(&candidates, self.max_started);
+        usual.is_some_and(|usual| {
+            urgent(&candidates, &candidates[usual], self.max_started).is_some()
+        })
     }
 
     /// By how much a job will be too late at least; `None` if it may be in time.
     pub(super) fn too_late(&self, entry: &Entry, now: Instant) -> Option<Duration> {
         let due = entry.due?;
         let cheapest = entry.works().next_back()?;
-        let (is_started, steps_left) = (entry.is_started(), entry.steps_left);
-        let rest = self.least_rest(cheapest, is_started, steps_left, now);
+        let rest = self.least_rest(cheapest, entry.progress(), now);
         let end = now.checked_add(rest.unwrap_or_default())?;
         Some(end.saturating_duration_since(due)).filter(|late| !late.is_zero())
     }
 
     /// How long the rest of a job takes at least. `None` if the speed was measured long ago, or not
     /// often enough.
-    fn least_rest(
-        &self,
-        work: &Work,
-        is_started: bool,
-        steps_left: usize,
-        now: Instant,
-    ) -> Option<Duration> {
+    fn least_rest(&self, work: &Work, progress: Progress, now: Instant) -> Option<Duration> {
         let age = now.saturating_duration_since(self.worked?);
-        let least = self.speed.least_rest(work, is_started, steps_left);
+        let least = self.speed.least_rest(work, progress);
         least.filter(|_| age <= BELIEVED)
     }
 
@@ -142,17 +165,17 @@ impl Scheduler {
         if entry.is_started() || entry.cheaper.is_empty() {
             return;
         }
-        let rest = |work: &Work| self.speed.rest(work, false, entry.steps_left);
+        let rest = |work: &Work| self.speed.rest(work, entry.progress());
         let rests: Option<Vec<Duration>> = entry.works().map(rest).collect();
         let Some(rests) = rests else {
             return;
         };
-        let candidates = self.due_candidates(now);
         let way = if entry.due.is_some() {
-            choose_in_time(&candidates, index, &rests)
+            choose_in_time(&self.candidates_made(true, now), index, &rests)
         } else {
+            let candidates = self.candidates_made(false, now);
             let others = candidates.iter().enumerate().filter(|(it, _)| *it != index);
-            let others: Duration = others.filter_map(|(_, job)| job.rest).sum();
+            let others: Duration = others.filter_map(|(_, job)| job.due.rest).sum();
             let waited = now.saturating_duration_since(entry.submitted);
             choose_by_wait(waited + others, &rests)
         };
@@ -161,7 +184,7 @@ impl Scheduler {
         let way = way.checked_sub(1).and_then(|way| ways.into_iter().nth(way));
         if let Some((way, work)) = way {
             entry.waiting = entry.waiting.take().map(|job| with(job, &way));
-            entry.work = work;
+            entry.work = entry.work.made(work);
             entry.made = Some(way);
             self.stats.made_cheaper += 1;
         }

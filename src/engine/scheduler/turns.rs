@@ -8,7 +8,7 @@ use crate::engine::entry::Entry;
 use crate::engine::memory::Turn;
 use crate::engine::plan::Plan;
 use crate::engine::policy::{next_started, next_turn};
-use crate::engine::{Event, JobError, State};
+use crate::engine::{JobError, State};
 
 impl Scheduler {
     pub(super) fn choose(&mut self, now: Instant) -> Plan {
@@ -27,14 +27,15 @@ impl Scheduler {
             entry.is_preview_due = false;
             return Plan::Preview(entry.id);
         }
+        if let Some(plan) = self.calibrate() {
+            return plan;
+        }
         let next = match self.next(now) {
             ControlFlow::Continue(next) => next,
             ControlFlow::Break(plan) => return plan,
         };
-        if let Some(index) = next {
-            self.make_cheaper(index, now);
-        }
-        let Some(entry) = next.and_then(|index| self.entries.get_mut(index)) else {
+        let next = next.filter(|index| *index < self.entries.len());
+        let Some(index) = next else {
             return match self.state {
                 State::Starting | State::Ready => Plan::Sleep,
                 State::Draining => {
@@ -44,20 +45,14 @@ impl Scheduler {
                 State::Stopped | State::Failed(_) => Plan::End,
             };
         };
-        let id = entry.id;
-        if let Some(mut job) = entry.waiting.take() {
-            if let Some((decoding, _)) = entry.plans.first() {
-                job.decoding = *decoding;
-            }
-            entry.timings.queue = now.saturating_duration_since(entry.submitted);
-            self.events.push((id, Event::Started));
-            self.report_positions();
-            return Plan::Start(id, job);
-        }
-        if entry.steps_left > 0 {
-            Plan::Step(vec![id])
+        let entry = &mut self.entries[index];
+        entry.led = true;
+        if !entry.is_started() {
+            self.start(index, now)
+        } else if entry.steps_left > 0 {
+            self.step(index, now)
         } else {
-            Plan::Finish(id)
+            Plan::Finish(entry.id)
         }
     }
 
@@ -104,7 +99,11 @@ impl Scheduler {
                 Turn::Measure { drop_caches } => {
                     return ControlFlow::Break(Plan::Measure { drop_caches });
                 }
-                Turn::Wait => next = next_started(&self.due_candidates(now)),
+                Turn::Wait => {
+                    // Riders would take the memory for which the job waits.
+                    self.may_start_riders = false;
+                    next = next_started(&self.due_candidates(now));
+                }
                 Turn::Decode(decoding) => {
                     self.entries[index].plans.retain(|(it, _)| *it >= decoding);
                     if is_started {

@@ -8,6 +8,7 @@ mod deadlines;
 mod ends;
 mod numbers;
 mod order;
+mod packing;
 mod previews;
 mod scheduler;
 mod states;
