@@ -52,6 +52,12 @@ pub fn step_work(job: &Job, step: usize) -> f64 {
 
 /// What the first steps have run.
 fn counts(job: &Job, done: usize) -> StepCounts {
+    if job.cache == CachePolicy::Off && job.cfg_gate_step.is_none() {
+        return StepCounts {
+            computed: done,
+            ..StepCounts::default()
+        };
+    }
     let of = |is_counted: &dyn Fn(usize) -> bool| (0..done).filter(|&it| is_counted(it)).count();
     let skipped = of(&|step| step_work(job, step) <= 0.0);
     StepCounts {
@@ -70,6 +76,9 @@ fn is_gated(job: &Job, step: usize) -> bool {
 
 /// The work of all steps, in full steps.
 pub fn denoise_work(job: &Job) -> f64 {
+    if job.cache == CachePolicy::Off && job.cfg_gate_step.is_none() {
+        return job.sampling.steps as f64;
+    }
     (0..job.sampling.steps)
         .map(|step| step_work(job, step))
         .sum()

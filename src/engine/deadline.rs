@@ -10,12 +10,12 @@
 //! 2. of jobs that are in danger only together, the one that is due first goes first.
 //!
 //! If not all can be in time, the longest ones are left out until the others can (Moore and Hodgson's
-//! rule, by which the fewest are late). A job that was left out goes first only if no other job is in
-//! danger. It is dropped when it can no longer be in time.
+//! rule, by which the fewest are late). A job that was left out goes first only if no other job can be
+//! in time; the estimate may be wrong. It is dropped when it can no longer be in time.
 
 use std::time::Duration;
 
-use super::policy::{Candidate, MAX_IDLE, may_run};
+use super::policy::{Candidate, MAX_IDLE, has_room, may_run};
 use super::riders::MAX_STRETCH;
 
 /// Part of the work in danger by which estimates may be wrong.
@@ -71,7 +71,8 @@ pub(super) fn urgent(jobs: &[Candidate], usual: &Candidate, max_started: usize) 
     }
     // Others may share the turn.
     let turn = usual.turn.as_secs_f64() * MAX_STRETCH;
-    let may_run = |index| may_run(jobs, index, max_started);
+    let has_room = has_room(jobs, max_started);
+    let may_run = |index| may_run(jobs, index, has_room);
     let (demands, late) = demands(jobs);
     let slack = |demand: &Demand| demand.due_in - demand.alone;
     let runnable = |demand: &&Demand| may_run(demand.index);
@@ -88,7 +89,7 @@ pub(super) fn urgent(jobs: &[Candidate], usual: &Candidate, max_started: usize) 
     };
     let first = in_danger.or_else(together).map(|demand| demand.index);
     let least_late = || {
-        let late = late.into_iter().filter(|&index| may_run(index));
+        let late = late.into_iter().filter(|&index| may_run(index) && demands.is_empty());
         late.max_by(|&a, &b| slack_alone(&jobs[a]).total_cmp(&slack_alone(&jobs[b])))
     };
     first.or_else(least_late)
@@ -124,7 +125,7 @@ pub(super) fn lateness(jobs: &[Candidate], max_started: usize) -> Option<Latenes
 
 /// Seconds until the newcomer can be started, where that takes the end of jobs that are due later.
 fn blocked(jobs: &[Candidate], newcomer: &Candidate, max_started: usize) -> f64 {
-    if may_run(jobs, jobs.len() - 1, max_started) {
+    if may_run(jobs, jobs.len() - 1, has_room(jobs, max_started)) {
         return 0.0;
     }
     let due_in = newcomer.due.due_in;

@@ -105,6 +105,7 @@ pub(super) fn favourite(jobs: &[Candidate], max_started: usize) -> Option<usize>
     let mut best = led()
         .min_by(|(_, a), (_, b)| a.size.total_cmp(&b.size))
         .map(|(index, _)| index);
+    let has_room = has_room(jobs, max_started);
     for (index, job) in jobs.iter().enumerate() {
         if job.started && job.led {
             continue;
@@ -114,20 +115,23 @@ pub(super) fn favourite(jobs: &[Candidate], max_started: usize) -> Option<usize>
             let is_in_turn = !(job.started && job.stepped && jobs[best].stepped);
             is_in_turn && 2.0 * job.size <= jobs[best].size
         };
-        if best.is_none_or(overtakes) && may_run(jobs, index, max_started) {
+        if best.is_none_or(overtakes) && may_run(jobs, index, has_room) {
             best = Some(index);
         }
     }
     best
 }
 
-/// Whether a job has been started or may be.
-pub(super) fn may_run(jobs: &[Candidate], index: usize, max_started: usize) -> bool {
-    if jobs[index].started {
-        return true;
-    }
+/// Whether a job has been started or may be. `has_room` is that of [`has_room`].
+pub(super) fn may_run(jobs: &[Candidate], index: usize, has_room: bool) -> bool {
+    let job = &jobs[index];
+    let has_memory = !job.alone || !jobs.iter().any(|job| job.started);
+    job.started || has_memory && (has_room || index == 0)
+}
+
+/// Whether there is a place for a waiting job that is not the oldest.
+pub(super) fn has_room(jobs: &[Candidate], max_started: usize) -> bool {
     let started = jobs.iter().filter(|job| job.started).count();
-    let kept_for_oldest = usize::from(!jobs[0].started);
-    let has_memory = !jobs[index].alone || started == 0;
-    has_memory && (index == 0 || started + kept_for_oldest < max_started)
+    let kept_for_oldest = usize::from(jobs.first().is_some_and(|oldest| !oldest.started));
+    started + kept_for_oldest < max_started
 }
