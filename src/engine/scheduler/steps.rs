@@ -7,7 +7,7 @@ use kiln_models::pipeline::StepOutcome;
 
 use super::Scheduler;
 use crate::engine::cost::{Stage, shares};
-use crate::engine::entry::Entry;
+use crate::engine::entry::{Encoding, Entry};
 use crate::engine::memory::Turn;
 use crate::engine::plan::Plan;
 use crate::engine::riders::{Budget, Rider, Room, riders};
@@ -42,10 +42,10 @@ impl Scheduler {
 
     fn encode_together(&mut self, index: usize) -> Option<Plan> {
         let first = &self.entries[index];
-        if !self.budget.packs() || first.is_warm_up || first.is_encoded {
+        if !self.budget.packs() || first.is_warm_up || first.encoding == Encoding::Tried {
             return None;
         }
-        let is_left = |entry: &Entry| !entry.is_started() && !entry.is_encoded;
+        let is_left = |entry: &Entry| !entry.is_started() && entry.encoding == Encoding::Due;
         let others = (0..self.entries.len()).filter(|&it| it != index);
         let others = others.filter(|&it| is_left(&self.entries[it]));
         let mut together = 0_u64;
@@ -64,7 +64,7 @@ impl Scheduler {
         let mut prompts = Vec::new();
         for it in chosen {
             let entry = &mut self.entries[it];
-            entry.is_encoded = true;
+            entry.encoding = Encoding::Tried;
             ids.push(entry.id);
             let job = entry.waiting.as_ref();
             prompts.extend(job.into_iter().flat_map(|job| job.branches().cloned()));

@@ -46,7 +46,7 @@ impl Scheduler {
             };
         };
         let entry = &mut self.entries[index];
-        entry.led = true;
+        entry.own_turns += 1;
         if !entry.is_started() {
             self.start(index, now)
         } else if entry.steps_left > 0 {
