@@ -91,16 +91,16 @@ pub struct FakePipeline {
 
 impl FakePipeline {
     pub fn new(info: ModelInfo) -> Self {
-        let work = FlopCount {
+        let work = |job: &Job| FlopCount {
             encode: 1,
             modulation: 0,
             step: 1,
-            denoise: 50,
+            denoise: job.sampling.steps as u64,
             decode: 1,
         };
         Self {
             info,
-            cost_model: CostModel::new(move |_| work),
+            cost_model: CostModel::new(work),
             caches: CacheUses::default(),
             memory: None,
             jobs: HashMap::new(),

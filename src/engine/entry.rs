@@ -130,7 +130,7 @@ impl Entry {
         self.last_turn = took;
         self.last_turn_end = device_time;
         match stage {
-            Stage::Encode => self.timings.encode = took,
+            Stage::Encode => self.timings.encode += took,
             Stage::Step => self.timings.denoise += took,
             Stage::Decode => self.timings.decode = took,
         }

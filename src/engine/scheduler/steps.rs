@@ -34,7 +34,8 @@ impl Scheduler {
         if let Some((decoding, _)) = entry.plans.first() {
             job.decoding = *decoding;
         }
-        entry.timings.queue = now.saturating_duration_since(entry.submitted);
+        let waited = now.saturating_duration_since(entry.submitted);
+        entry.timings.queue = waited.saturating_sub(entry.timings.encode);
         self.events.push((id, Event::Started));
         self.report_positions();
         Plan::Start(id, job)
@@ -76,10 +77,16 @@ impl Scheduler {
         if !is_done {
             return;
         }
-        let mut work = 0.0;
-        for entry in self.entries.iter_mut().filter(|it| ids.contains(&it.id)) {
-            work += std::mem::take(&mut entry.work.encode);
+        let encoded = self.entries.iter_mut().filter(|it| ids.contains(&it.id));
+        let mut encoded: Vec<&mut Entry> = encoded.collect();
+        let works: Vec<f64> = encoded
+            .iter_mut()
+            .map(|entry| std::mem::take(&mut entry.work.encode))
+            .collect();
+        for (entry, share) in encoded.into_iter().zip(shares(took, &works)) {
+            entry.timings.encode = share;
         }
+        let work: f64 = works.iter().sum();
         if work > 0.0 {
             self.speed.add(Stage::Encode, work, took);
         }

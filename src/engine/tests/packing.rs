@@ -255,9 +255,11 @@ fn early_riders_leave_half_of_the_places_to_small_jobs() {
     for seed in 1..10 {
         handles.push(bench.submit(job(seed, 10, 700)));
     }
-    bench.turn_until(Call::Step(0));
-    let running = bench.shared.stats().running;
-    assert_eq!(running, 4);
+    while bench.packs().is_empty() {
+        bench.turn();
+    }
+    assert_eq!(bench.packs(), [[0, 1, 2, 3]]);
+    assert_eq!(bench.shared.stats().running, 4);
     let came = bench.clock.elapsed();
     handles.push(bench.submit(job(20, 4, 1)));
     bench.run();
@@ -445,7 +447,14 @@ fn prompts_of_waiting_jobs_are_encoded_together() {
     let mut bench = bench();
     let handles: Vec<_> = (0..6).map(|seed| bench.submit(job(seed, 8, 2))).collect();
     bench.run();
-    finished(handles);
+    for handle in handles {
+        // Each has its part of the time.
+        let timings = outcome(handle).unwrap().timings;
+        assert_eq!(timings.encode, ms(1));
+    }
+    let stats = bench.shared.stats();
+    assert_eq!(stats.encode_time.count(), 6);
+    assert!((stats.encode_time.sum - 0.006).abs() < 1e-9);
     let starts: Vec<_> = (0..6).map(|seed| bench.find(Call::Start(seed))).collect();
     // Four at first, then the other two.
     assert!(starts.iter().all(|start| start.began == start.ended));
