@@ -164,9 +164,7 @@ pub trait Pipeline: Send {
     /// # Errors
     ///
     /// If the device or a file of weights fails. Jobs with these prompts can be started all the same.
-    fn encode(&mut self, _prompts: &[&Conditioning]) -> Result<(), PipelineError> {
-        Ok(())
-    }
+    fn encode(&mut self, prompts: &[&Conditioning]) -> Result<(), PipelineError>;
 
     /// Encodes the prompts, generates the noise and makes the schedule.
     ///

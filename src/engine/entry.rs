@@ -13,6 +13,13 @@ use super::memory::Plans;
 use super::policy::Candidate;
 use super::{Cheaper, SubmitOptions, Timings};
 
+/// Whether a job's prompts were given to the pipeline together with those of other jobs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Encoding {
+    Due,
+    Tried,
+}
+
 #[derive(Debug)]
 pub(super) struct Entry {
     pub(super) id: JobId,
@@ -34,10 +41,9 @@ pub(super) struct Entry {
     /// What the steps so far have run, and their work.
     pub(super) counts: StepCounts,
     pub(super) done: f64,
-    /// Whether the job has had a turn of its own, and not only ridden with others.
-    pub(super) led: bool,
-    /// Whether its prompts were given to the pipeline together with those of other jobs.
-    pub(super) is_encoded: bool,
+    /// Number of turns of its own, in which it did not ride with another job.
+    pub(super) own_turns: usize,
+    pub(super) encoding: Encoding,
     pub(super) timings: Timings,
     pub(super) is_warm_up: bool,
     /// Whether the job's handle has been dropped.
@@ -77,8 +83,8 @@ impl Entry {
             waiting: Some(job),
             counts: StepCounts::default(),
             done: 0.0,
-            led: false,
-            is_encoded: false,
+            own_turns: 0,
+            encoding: Encoding::Due,
             timings: Timings::default(),
             is_warm_up: false,
             is_abandoned: false,
@@ -116,8 +122,8 @@ impl Entry {
         let candidate = Candidate {
             size: self.work.total(),
             started: self.is_started(),
-            led: self.led,
-            stepped: false,
+            led: self.own_turns > 0,
+            steps_left: self.steps_left,
             alone: false,
             idle: device_time.saturating_sub(self.last_turn_end),
             turn: speed
@@ -140,7 +146,7 @@ impl Entry {
         self.last_turn = took;
         self.last_turn_end = device_time;
         match stage {
-            Stage::Encode => self.timings.encode = took,
+            Stage::Encode => self.timings.encode += took,
             Stage::Step => self.timings.denoise += took,
             Stage::Decode => self.timings.decode = took,
         }

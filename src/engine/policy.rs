@@ -38,8 +38,7 @@ pub(super) struct Candidate {
     pub(super) started: bool,
     /// Whether the job has had a turn of its own. A started job that has had none is a rider.
     pub(super) led: bool,
-    /// Whether the job has no steps left.
-    pub(super) stepped: bool,
+    pub(super) steps_left: usize,
     /// Whether the job waits and does not fit the memory beside the started ones.
     pub(super) alone: bool,
     /// How long the device has worked on other jobs since this job's last turn, or since its
@@ -56,11 +55,10 @@ impl Candidate {
     /// The job when this many steps are left. A rider without steps left overtakes by the work that is
     /// left of it, so that its images do not wait for the job that it rode with.
     pub(super) fn after_steps(self, work: &Work, steps_left: usize) -> Self {
-        let stepped = steps_left == 0;
         let is_rider = self.started && !self.led;
         Self {
-            stepped,
-            size: if stepped && is_rider {
+            steps_left,
+            size: if steps_left == 0 && is_rider {
                 work.of_stage(Stage::Decode)
             } else {
                 work.total()
@@ -112,7 +110,7 @@ pub(super) fn favourite(jobs: &[Candidate], max_started: usize) -> Option<usize>
         }
         let overtakes = |best: usize| {
             // A rider without steps left waits for older jobs that have none left either.
-            let is_in_turn = !(job.started && job.stepped && jobs[best].stepped);
+            let is_in_turn = !job.started || job.steps_left > 0 || jobs[best].steps_left > 0;
             is_in_turn && 2.0 * job.size <= jobs[best].size
         };
         if best.is_none_or(overtakes) && may_run(jobs, index, has_room) {

@@ -129,7 +129,7 @@ impl EngineStats {
         match stage {
             Stage::Encode => {
                 self.waiting_time.add(timings.queue);
-                self.encode_time.add(took);
+                self.encode_time.add(timings.encode);
             }
             Stage::Step => {
                 self.steps += 1;

@@ -82,7 +82,6 @@ impl Scheduler {
             size: work.total(),
             started: false,
             led: false,
-            stepped: false,
             alone: plan.is_some_and(|plan| self.memory.is_alone(&plan, &self.entries)),
             idle: Duration::ZERO,
             turn: self.speed.step(&work).unwrap_or_default(),

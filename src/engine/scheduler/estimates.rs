@@ -28,7 +28,7 @@ impl Scheduler {
             size: work.total(),
             started: false,
             led: false,
-            stepped: false,
+            steps_left: progress.steps_left,
             alone: self
                 .memory
                 .all_plans(job)

@@ -7,7 +7,7 @@ use kiln_models::pipeline::StepOutcome;
 
 use super::Scheduler;
 use crate::engine::cost::{Stage, shares};
-use crate::engine::entry::Entry;
+use crate::engine::entry::{Encoding, Entry};
 use crate::engine::memory::Turn;
 use crate::engine::plan::Plan;
 use crate::engine::riders::{Budget, Rider, Room, riders};
@@ -35,7 +35,8 @@ impl Scheduler {
         if let Some((decoding, _)) = entry.plans.first() {
             job.decoding = *decoding;
         }
-        entry.timings.queue = now.saturating_duration_since(entry.submitted);
+        let waited = now.saturating_duration_since(entry.submitted);
+        entry.timings.queue = waited.saturating_sub(entry.timings.encode);
         self.events.push((id, Event::Started));
         self.report_positions();
         Plan::Start(id, job)
@@ -43,10 +44,10 @@ impl Scheduler {
 
     fn encode_together(&mut self, index: usize) -> Option<Plan> {
         let first = &self.entries[index];
-        if !self.budget.packs() || first.is_warm_up || first.is_encoded {
+        if !self.budget.packs() || first.is_warm_up || first.encoding == Encoding::Tried {
             return None;
         }
-        let is_left = |entry: &Entry| !entry.is_started() && !entry.is_encoded;
+        let is_left = |entry: &Entry| !entry.is_started() && entry.encoding == Encoding::Due;
         let others = (0..self.entries.len()).filter(|&it| it != index);
         let others = others.filter(|&it| is_left(&self.entries[it]));
         let mut together = 0_u64;
@@ -65,7 +66,7 @@ impl Scheduler {
         let mut prompts = Vec::new();
         for it in chosen {
             let entry = &mut self.entries[it];
-            entry.is_encoded = true;
+            entry.encoding = Encoding::Tried;
             ids.push(entry.id);
             let job = entry.waiting.as_ref();
             prompts.extend(job.into_iter().flat_map(|job| job.branches().cloned()));
@@ -77,10 +78,16 @@ impl Scheduler {
         if !is_done {
             return;
         }
-        let mut work = 0.0;
-        for entry in self.entries.iter_mut().filter(|it| ids.contains(&it.id)) {
-            work += std::mem::take(&mut entry.work.encode);
+        let encoded = self.entries.iter_mut().filter(|it| ids.contains(&it.id));
+        let mut encoded: Vec<&mut Entry> = encoded.collect();
+        let works: Vec<f64> = encoded
+            .iter_mut()
+            .map(|entry| std::mem::take(&mut entry.work.encode))
+            .collect();
+        for (entry, share) in encoded.into_iter().zip(shares(took, &works)) {
+            entry.timings.encode = share;
         }
+        let work: f64 = works.iter().sum();
         if work > 0.0 {
             self.speed.add(Stage::Encode, work, took);
         }

@@ -46,10 +46,13 @@ impl Scheduler {
             };
         };
         let entry = &mut self.entries[index];
-        entry.led = true;
         if !entry.is_started() {
-            self.start(index, now)
-        } else if entry.steps_left > 0 {
+            let plan = self.start(index, now);
+            self.entries[index].own_turns += usize::from(matches!(plan, Plan::Start(..)));
+            return plan;
+        }
+        entry.own_turns += 1;
+        if entry.steps_left > 0 {
             self.step(index, now)
         } else {
             Plan::Finish(entry.id)

@@ -194,21 +194,13 @@ pub(super) fn fake_on(
                 let tokens = prompts.iter().map(|prompt| prompt.tokens.len() as u64);
                 clock.advance(ms(tokens.sum()));
                 let fails = |prompt: &&Conditioning| prompt.tokens[0] == PANIC_IN_ENCODE;
-                assert!(!prompts.iter().any(|it| fails(it)), "encoding went wrong");
+                assert!(!prompts.iter().any(fails), "encoding went wrong");
                 encoded += prompts.len();
                 return Ok(());
             }
             testing::Call::Steps(jobs) => {
                 packs.lock().unwrap().push(seeds(jobs));
-                let until = (1..=jobs.len()).map(|count| step_cost(&jobs[..count], devices));
-                let mut before = Duration::ZERO;
-                parts = until
-                    .map(|until| {
-                        let part = until.saturating_sub(before);
-                        before = until.max(before);
-                        part
-                    })
-                    .collect();
+                parts = step_parts(jobs, devices);
                 let behaves = |job: &&Job| job.conditioning.tokens[0] == FAIL_IN_COMPANY;
                 if jobs.len() > 1 && jobs.iter().any(behaves) {
                     clock.advance(ms(7));
@@ -251,23 +243,7 @@ pub(super) fn fake_on(
             began,
             ended,
         });
-        let behaviour = job.conditioning.tokens[0];
-        match call {
-            testing::Call::Start(_) => assert!(behaviour != PANIC_IN_START, "start went wrong"),
-            testing::Call::Preview(_) => {
-                assert!(behaviour != PANIC_IN_PREVIEW, "preview went wrong");
-            }
-            testing::Call::Finish(_) => assert!(behaviour != PANIC_IN_FINISH, "finish went wrong"),
-            testing::Call::Step(_) => {
-                assert!(behaviour != PANIC_IN_STEP, "step went wrong");
-                is_lost |= behaviour == LOSE_DEVICE_IN_STEP;
-                if behaviour == FAIL_IN_STEP || is_lost {
-                    return Err(PipelineError::Device("out of memory".into()));
-                }
-            }
-            _ => {}
-        }
-        Ok(())
+        behave(&call, job, &mut is_lost)
     };
     FakePipeline::new(info)
         .with_cost_model(CostModel::new(flops))
@@ -283,6 +259,39 @@ pub(super) fn fake_on(
             )
         })
         .on_call(on_call)
+}
+
+/// By how much each job makes a step of these jobs longer.
+fn step_parts(jobs: &[&Job], devices: usize) -> VecDeque<Duration> {
+    let mut before = Duration::ZERO;
+    let until = (1..=jobs.len()).map(|count| step_cost(&jobs[..count], devices));
+    let part = |until: Duration| {
+        let part = until.saturating_sub(before);
+        before = until.max(before);
+        part
+    };
+    until.map(part).collect()
+}
+
+/// Fails as the behaviour of a job says. `is_lost` says whether the device has been lost.
+fn behave(call: &testing::Call<'_>, job: &Job, is_lost: &mut bool) -> Result<(), PipelineError> {
+    let behaviour = job.conditioning.tokens[0];
+    match call {
+        testing::Call::Start(_) => assert!(behaviour != PANIC_IN_START, "start went wrong"),
+        testing::Call::Preview(_) => {
+            assert!(behaviour != PANIC_IN_PREVIEW, "preview went wrong");
+        }
+        testing::Call::Finish(_) => assert!(behaviour != PANIC_IN_FINISH, "finish went wrong"),
+        testing::Call::Step(_) => {
+            assert!(behaviour != PANIC_IN_STEP, "step went wrong");
+            *is_lost |= behaviour == LOSE_DEVICE_IN_STEP;
+            if behaviour == FAIL_IN_STEP || *is_lost {
+                return Err(PipelineError::Device("out of memory".into()));
+            }
+        }
+        _ => {}
+    }
+    Ok(())
 }
 
 fn seeds(jobs: &[&Job]) -> Vec<u64> {
