@@ -4,6 +4,7 @@
 mod access;
 mod bad_requests;
 mod client;
+mod deadlines;
 mod images;
 mod information;
 #[cfg(target_os = "linux")]

@@ -89,7 +89,9 @@ pub(super) fn urgent(jobs: &[Candidate], usual: &Candidate, max_started: usize) 
     };
     let first = in_danger.or_else(together).map(|demand| demand.index);
     let least_late = || {
-        let late = late.into_iter().filter(|&index| may_run(index) && demands.is_empty());
+        let late = late
+            .into_iter()
+            .filter(|&index| may_run(index) && demands.is_empty());
         late.max_by(|&a, &b| slack_alone(&jobs[a]).total_cmp(&slack_alone(&jobs[b])))
     };
     first.or_else(least_late)
@@ -264,4 +266,147 @@ fn rest(job: &Candidate) -> f64 {
 
 fn duration(seconds: f64) -> Duration {
     Duration::try_from_secs_f64(seconds.max(0.0)).unwrap_or(Duration::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const ROOM: usize = 8;
+
+    const fn seconds(seconds: u64) -> Duration {
+        Duration::from_secs(seconds)
+    }
+
+    /// A started job with steps of a second.
+    fn job(rest: u64, due_in: Option<u64>) -> Candidate {
+        Candidate {
+            size: rest as f64,
+            started: true,
+            led: true,
+            steps_left: 1,
+            alone: false,
+            idle: Duration::ZERO,
+            turn: seconds(1),
+            due: Due {
+                due_in: due_in.map(seconds),
+                rest: Some(seconds(rest)),
+                share: 1.0,
+            },
+        }
+    }
+
+    fn first(jobs: &[Candidate]) -> Option<usize> {
+        urgent(jobs, &jobs[0], ROOM)
+    }
+
+    #[test]
+    fn nobody_goes_first_while_all_have_time() {
+        assert_eq!(first(&[job(100, None), job(50, None)]), None);
+        // The oldest job takes a third of 50 seconds meanwhile.
+        assert_eq!(first(&[job(100, None), job(50, Some(80))]), None);
+        assert_eq!(first(&[job(100, None), job(50, Some(70))]), Some(1));
+    }
+
+    #[test]
+    fn the_least_slack_goes_first_of_those_in_danger() {
+        let jobs = [
+            job(100, None),
+            job(3, Some(6)),
+            job(20, Some(31)),
+            job(1, Some(90)),
+        ];
+        // Slacks of 2, 4.3 and 88.7 seconds, with the turns of the oldest job.
+        assert_eq!(first(&jobs), Some(1));
+        assert_eq!(
+            first(&[job(100, None), job(20, Some(29)), job(1, Some(90))]),
+            Some(1)
+        );
+    }
+
+    #[test]
+    fn jobs_that_are_in_danger_together_go_by_the_times_at_which_they_are_due() {
+        let alone = [job(90, None), job(10, Some(100)), job(10, Some(95))];
+        assert_eq!(first(&alone), None);
+        let many = [
+            job(90, None),
+            job(20, Some(100)),
+            job(20, Some(95)),
+            job(20, Some(90)),
+            job(10, Some(97)),
+        ];
+        assert_eq!(first(&many), Some(3));
+    }
+
+    #[test]
+    fn the_longest_job_is_left_out_if_not_all_can_be_in_time() {
+        let jobs = [job(10, Some(12)), job(30, Some(32)), job(10, Some(34))];
+        assert_eq!(late(&jobs), [1]);
+        assert_eq!(first(&jobs), Some(0));
+        // A job that is late alone goes first if no other is due.
+        assert_eq!(first(&[job(90, None), job(10, Some(9))]), Some(1));
+        assert_eq!(
+            first(&[job(90, None), job(10, Some(9)), job(5, Some(60))]),
+            None
+        );
+    }
+
+    #[test]
+    fn the_oldest_job_takes_no_time_from_itself() {
+        assert_eq!(first(&[job(50, Some(60)), job(90, None)]), None);
+        assert!(late(&[job(50, Some(50))]).is_empty());
+        assert_eq!(late(&[job(90, None), job(50, Some(60))]), [1]);
+    }
+
+    #[test]
+    fn a_newcomer_is_late_by_what_must_be_done_before_it() {
+        let before = [job(10, Some(25)), job(10, Some(25))];
+        let with = |newcomer: Candidate| {
+            let jobs = [before.as_slice(), &[newcomer]].concat();
+            lateness(&jobs, ROOM)
+        };
+        assert_eq!(with(job(5, Some(25))), None);
+        let expected = Lateness {
+            wait: seconds(20),
+            late: seconds(5),
+        };
+        assert_eq!(with(job(10, Some(25))), Some(expected));
+        // It would be in time itself, and make the others late.
+        let late = with(job(6, Some(12))).unwrap().late;
+        assert_eq!(late, seconds(1));
+    }
+
+    #[test]
+    fn a_newcomer_waits_for_a_place() {
+        let waiting = Candidate {
+            started: false,
+            ..job(10, Some(20))
+        };
+        let jobs = [job(50, None), job(15, None), waiting];
+        assert_eq!(lateness(&jobs, ROOM), None);
+        // A place is free after 15 seconds.
+        assert_eq!(lateness(&jobs, 2).unwrap().wait.as_secs(), 18);
+        // Jobs run in the order of their submission.
+        assert_eq!(lateness(&jobs, 1).unwrap().wait.as_secs(), 68);
+        let alone = Candidate {
+            alone: true,
+            ..waiting
+        };
+        let jobs = [job(50, None), job(15, None), alone];
+        assert_eq!(lateness(&jobs, ROOM).unwrap().wait.as_secs(), 68);
+    }
+
+    #[test]
+    fn two_devices_do_two_jobs_at_a_time() {
+        let half = |rest, due_in| {
+            let mut job = job(rest, due_in);
+            job.due.share = 0.5;
+            job
+        };
+        assert!(late(&[half(10, Some(10)), half(10, Some(10))]).is_empty());
+        assert_eq!(
+            late(&[half(10, Some(10)), half(10, Some(10)), half(10, Some(12))]).len(),
+            1
+        );
+    }
 }
