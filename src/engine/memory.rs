@@ -212,14 +212,36 @@ impl Memory {
         self.most.is_some_and(|most| needed > most)
     }
 
-    /// Bytes that the started jobs take at most.
-    pub(super) fn planned(entries: &[Entry]) -> u64 {
+    /// Whether there is memory, by plan, for a call that takes `together` bytes besides what the started
+    /// jobs hold.
+    pub(super) fn fits_together(&self, together: u64, entries: &[Entry]) -> bool {
         let started = Started::of(entries);
-        started.held.saturating_add(started.stage)
+        let needed = started.held.saturating_add(together);
+        together <= started.stage || self.most.is_none_or(|most| needed <= most)
+    }
+
+    /// Whether there is memory, by plan, for a step of this many copies of a job and nothing else.
+    pub(super) fn fits_copies(&self, job: &Job, copies: usize) -> bool {
+        let one = self.all_plans(job).last().map_or(0, |(_, plan)| {
+            plan.held.saturating_add(plan.start.max(plan.step))
+        });
+        let needed = one.saturating_mul(copies as u64);
+        self.most.is_none_or(|most| needed <= most)
+    }
+
+    /// Bytes that the started jobs take at most. `together` is what their last step took, which may be
+    /// one of several jobs.
+    pub(super) fn planned(entries: &[Entry], together: u64) -> u64 {
+        let started = Started::of(entries);
+        if started.jobs == 0 {
+            return 0;
+        }
+        started.held.saturating_add(started.stage.max(together))
     }
 }
 
-/// The plans of the started jobs together. Only one of them is stepped or decoded at a time.
+/// The plans of the started jobs together. Only one of them is started or decoded at a time, and jobs
+/// are stepped together only if there is memory for it.
 struct Started {
     jobs: usize,
     /// What they hold.

@@ -12,7 +12,7 @@ use tokio::task::spawn_blocking;
 use tracing::Span;
 use utoipa::ToSchema;
 
-use crate::engine::{Event, Finished, JobHandle, SubmitOptions, Timings};
+use crate::engine::{Cheaper, Event, Finished, JobHandle, SubmitOptions, Timings};
 use crate::image::{Encoding, ImageFormat, encode};
 use crate::request::{GenerationRequest, PromptTokens};
 
@@ -70,7 +70,7 @@ pub(super) struct RunningRequest {
 }
 
 /// What is known about a request before its images exist.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(super) struct RequestInfo {
     pub(super) id: String,
     /// Name of the model in the response.
@@ -113,10 +113,11 @@ pub(super) struct ImageFacts {
     /// The time shift of the request; absent if the model's own schedule was used.
     #[serde(skip_serializing_if = "Option::is_none")]
     shift: Option<f64>,
-    /// The step cache, if there was one: `balanced`, `fast`, `auto`, `dbcache` or `magcache`.
+    /// The step cache, if there was one: `balanced`, `fast`, `dbcache` or `magcache`. A request of
+    /// `auto` has the one that was chosen because of the load, or else `auto`.
     #[serde(skip_serializing_if = "Option::is_none")]
     cache: Option<&'static str>,
-    /// The `cfg_gate_step` of the request, if it was below 1.
+    /// The `cfg_gate_step` of the request, or the one that was chosen for `auto`, if it was below 1.
     #[serde(skip_serializing_if = "Option::is_none")]
     cfg_gate_step: Option<f64>,
     #[serde(flatten)]
@@ -190,15 +191,12 @@ impl ParsedRequest {
         previews: Previews,
     ) -> Result<RunningRequest, ApiError> {
         let received = Instant::now();
-        let (info, job) = self.prepare(app, id, model).await?;
+        let (info, job, options) = self.prepare(app, id, model, received).await?;
         let steps = info.request.sampling.steps;
         let options = SubmitOptions {
-            deadline: app
-                .settings
-                .request_timeout
-                .and_then(|timeout| received.checked_add(timeout)),
             preview_every: previews.interval(steps),
             span: Span::current(),
+            ..options
         };
         let handle = app.engine.submit(job, options)?;
         tracing::debug!(id = info.id, "accepted");
@@ -212,13 +210,15 @@ impl ParsedRequest {
         })
     }
 
-    /// Checks the request and tokenizes its prompts, without submitting it.
+    /// Checks the request and tokenizes its prompts, without submitting it. The options have the
+    /// times at which the request, which was `received` then, must end.
     pub(super) async fn prepare(
         self,
         app: &Arc<LoadedApp>,
         id: String,
         model: Option<&str>,
-    ) -> Result<(RequestInfo, Job), ApiError> {
+        received: Instant,
+    ) -> Result<(RequestInfo, Job, SubmitOptions), ApiError> {
         let created = SystemTime::now()
             .duration_since(UNIX_EPOCH)
             .unwrap_or_default()
@@ -230,7 +230,15 @@ impl ParsedRequest {
             (None, Some(_)) => names.of("width"),
             (Some(_), _) => names.of("height"),
         };
+        let after = |time: Option<Duration>| received.checked_add(time?);
+        let (deadline, due) = (after(app.settings.request_timeout), after(self.deadline));
         let (request, encoding) = self.check(app)?;
+        let options = SubmitOptions {
+            deadline,
+            due,
+            cheaper: cheaper(&request),
+            ..SubmitOptions::default()
+        };
 
         let (app, tokens, request) = {
             let app = Arc::clone(app);
@@ -259,7 +267,7 @@ impl ParsedRequest {
             error,
             param: size_param,
         })?;
-        Ok((info, job))
+        Ok((info, job, options))
     }
 
     fn check(self, app: &LoadedApp) -> Result<(GenerationRequest, Encoding), ApiError> {
@@ -356,10 +364,19 @@ impl RunningRequest {
         finished: Finished,
         respond: impl FnOnce(EncodedImages) -> Result<T, ApiError> + Send + 'static,
     ) -> Result<T, ApiError> {
-        let Finished { output, timings } = finished;
+        let Finished {
+            output,
+            timings,
+            made,
+        } = finished;
         let (tiled, steps) = (output.tiled, output.steps);
         let measured = Measured::new(timings, &self.app.engine.stats());
-        let (app, info) = (Arc::clone(&self.app), Arc::clone(&self.info));
+        let (app, mut info) = (Arc::clone(&self.app), Arc::clone(&self.info));
+        if let Some(made) = made {
+            let info = Arc::make_mut(&mut info);
+            info.request = info.request.clone().made(made.name, made.cfg_gate_step);
+        }
+        let finished = Arc::clone(&info);
         let response = spawn_blocking(move || {
             let files = encode_all(&app, &info, &output)?;
             respond(EncodedImages {
@@ -372,12 +389,17 @@ impl RunningRequest {
             })
         })
         .await??;
-        self.log_finished(timings, tiled, steps);
+        self.log_finished(&finished, timings, tiled, steps);
         Ok(response)
     }
 
-    fn log_finished(&self, timings: Timings, tiled: Option<TilingMode>, counts: StepCounts) {
-        let RequestInfo { id, request, .. } = self.info.as_ref();
+    fn log_finished(
+        &self,
+        RequestInfo { id, request, .. }: &RequestInfo,
+        timings: Timings,
+        tiled: Option<TilingMode>,
+        counts: StepCounts,
+    ) {
         tracing::info!(
             id,
             size = self.info.size(),
@@ -427,6 +449,16 @@ fn encode_all(
         files.push(encode(image, info.encoding, metadata.as_deref())?);
     }
     Ok(files)
+}
+
+/// The ways in which the engine may make the request cheaper.
+fn cheaper(request: &GenerationRequest) -> Vec<Cheaper> {
+    let way = |(name, cache, cfg_gate_step)| Cheaper {
+        name,
+        cache,
+        cfg_gate_step,
+    };
+    request.cheaper().into_iter().map(way).collect()
 }
 
 fn prompt_tokens(app: &LoadedApp, tokens: &PromptTokens) -> usize {

@@ -1,5 +1,6 @@
 //! The step cache of a request: what was asked for, and the policy that it is for a job.
 
+mod auto;
 mod fields;
 mod read;
 mod write;
@@ -74,6 +75,8 @@ pub struct RequestCache {
     pub choice: CacheChoice,
     /// The choice for the number of steps of the request.
     pub policy: CachePolicy,
+    /// What [`CacheChoice::Auto`] leaves to the engine, the one that computes most first.
+    pub auto: Vec<(CacheChoice, CachePolicy)>,
 }
 
 /// What a server and its model know of step caches.
@@ -181,7 +184,15 @@ impl StepCaches {
                 Err(_) => return Ok(RequestCache::default()),
             },
         };
-        Ok(RequestCache { choice, policy })
+        let auto = match choice {
+            CacheChoice::Auto => self.auto(steps),
+            _ => Vec::new(),
+        };
+        Ok(RequestCache {
+            choice,
+            policy,
+            auto,
+        })
     }
 }
 

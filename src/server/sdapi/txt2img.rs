@@ -287,6 +287,7 @@ fn parse(mut object: Map<String, Value>) -> Result<Parsed, InvalidBody> {
         },
         encoding: Encoding::new(ImageFormat::Png),
         noise_generator: None,
+        deadline: None,
     };
     Ok(Parsed {
         request,
