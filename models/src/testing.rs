@@ -14,7 +14,7 @@ use crate::pipeline::{
     CacheUses, DeviceUse, ImageSizes, MemoryRoom, MemoryUse, ModelDevice, ModelInfo, Pipeline,
     PipelineError, StepOutcome,
 };
-use crate::step_cache::{CachePolicy, StepCounts, first_gated_step};
+use crate::step_cache::{CachePolicy, StepCounts};
 use crate::vae::TilingMode;
 
 /// A job of one square image without guidance: one prompt token, seed 0, torch's CPU noise.

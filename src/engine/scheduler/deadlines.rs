@@ -80,6 +80,7 @@ impl Scheduler {
         let plan = plans.first().map(|(_, plan)| *plan);
         candidates.push(Candidate {
             size: work.total(),
+            steps_left: job.sampling.steps,
             started: false,
             led: false,
             alone: plan.is_some_and(|plan| self.memory.is_alone(&plan, &self.entries)),
