@@ -605,6 +605,9 @@ fn a_slow_backend_takes_the_default_budget() {
     assert_eq!(knee(&[Some(600), Some(501)], None), DEFAULT_BUDGET);
     assert_eq!(knee(&[Some(11_000)], Some(400)), DEFAULT_BUDGET);
     assert_eq!(knee(&[None], None), DEFAULT_BUDGET);
+    // A disturbed measurement is corrected by the one after it.
+    let calls = [10, 28, 28, 28, 10, 86, 86, 86, 10, 41, 41, 41];
+    assert_eq!(knee(&calls.map(Some), None), 512);
     // Two numbers of jobs are enough.
     let four = [Some(9), Some(9), Some(9), Some(9)];
     assert_eq!(knee(&[four.as_slice(), &four, &[None]].concat(), None), 256);
