@@ -54,7 +54,7 @@ pub(crate) fn generate(prompt: &str, path: &Path) -> Result<(), Box<dyn Error>> 
         }
     };
 
-    let metadata = request.metadata_text("demo", 0, output.tiled);
+    let metadata = request.metadata_text("demo", 0, output.tiled, output.steps);
     let png = encode(
         &output.images[0],
         Encoding::new(ImageFormat::Png),

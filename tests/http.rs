@@ -3,6 +3,7 @@
 
 mod access;
 mod bad_requests;
+mod caches;
 mod client;
 mod images;
 mod information;
@@ -16,6 +17,7 @@ mod random_bodies;
 mod real_model;
 mod sdapi;
 mod server;
+mod stage_metrics;
 mod start;
 mod streams;
 

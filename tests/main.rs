@@ -9,10 +9,16 @@ mod bench;
 mod boundaries;
 /// `kiln generate` with invalid checkpoints, run as a process.
 mod broken_models;
+/// `kiln bench --calibrate-cache`, run as a process.
+#[cfg(feature = "flex")]
+mod calibrate;
 /// The command line, run as a process.
 mod cli;
 /// `kiln compare`, run as a process.
 mod compare;
+/// One model on several devices, in this process.
+#[cfg(feature = "flex")]
+mod devices;
 /// The example program that embeds kiln.
 #[cfg(feature = "flex")]
 mod embed;

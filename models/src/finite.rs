@@ -6,7 +6,7 @@
 
 use std::fmt;
 
-use burn::tensor::{DType, Tensor};
+use burn::tensor::{DType, Tensor, TensorData};
 use kiln_ops::FusedOps;
 
 use crate::device::summary;
@@ -91,6 +91,17 @@ pub(crate) fn read<B: FusedOps, const D: usize>(
         .map_err(|error| PipelineError::Device(summary(&error.to_string())))?;
     data.into_vec::<f32>()
         .map_err(|error| PipelineError::Device(summary(&format!("{error:?}"))))
+}
+
+/// Reads a tensor in its own type.
+///
+/// # Errors
+/// If the device fails.
+pub(crate) fn read_data<B: FusedOps, const D: usize>(
+    tensor: Tensor<B, D>,
+) -> Result<TensorData, PipelineError> {
+    let data = tensor.try_into_data();
+    data.map_err(|error| PipelineError::Device(summary(&error.to_string())))
 }
 
 /// A stage of a recorded run.

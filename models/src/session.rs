@@ -5,13 +5,14 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::time::Instant;
 
 use burn::tensor::module::adaptive_avg_pool2d;
 use burn::tensor::{DType, Tensor};
 use kiln_ops::{FaultWatch, FusedOps};
 
 use crate::cache::Cache;
-use crate::denoiser::{Branch, Denoiser};
+use crate::denoiser::{Denoiser, Half, JobStep};
 use crate::device::{DeviceMemory, caught, idle, reliably};
 use crate::families::qwen_image::QwenImage;
 use crate::finite::{Stage, check, read, traced};
@@ -19,24 +20,20 @@ use crate::flops::CostModel;
 use crate::job::{Conditioning, Decoding, Job, JobId, Output, RgbImage};
 use crate::memory::MemoryModel;
 use crate::pipeline::{
-    CacheUses, MAX_PREVIEW_SIDE, MemoryRoom, MemoryUse, ModelInfo, Pipeline, PipelineError,
-    StepOutcome,
+    CacheUses, DeviceUse, MAX_PREVIEW_SIDE, MemoryRoom, MemoryUse, ModelDevice, ModelInfo,
+    Pipeline, PipelineError, StepOutcome,
 };
-use crate::sampling::Schedule;
 use crate::source::WeightFiles;
-use crate::state::{Advance, Half, JobState};
-use crate::step_cache::StepCounts;
-use crate::transformer::{ModulationTable, Transformer};
-use crate::vae::VaeSettings;
+use crate::state::{Advance, JobState};
+use crate::step_cache::{StepCache, StepCounts, first_gated_step};
+use crate::vae::{Tiling, VaeSettings};
 use crate::weights::Precision;
-
-/// Bytes of modulation tables that are kept for schedules that may come again. The table of 50
-/// steps takes 0.44 GB for Qwen-Image.
-const KEPT_TABLE_BYTES: usize = 1 << 30;
 
 /// Bytes of embeddings that are kept for prompts that may come again. A prompt of 100 tokens takes
 /// 1.4 MB for Qwen-Image in f32.
 const KEPT_EMBEDDING_BYTES: usize = 256 << 20;
+
+pub use crate::denoiser::BeforeForward;
 
 /// What is chosen when a model is loaded.
 #[derive(Debug, Clone)]
@@ -44,16 +41,27 @@ pub struct SessionSettings<B: FusedOps> {
     pub device: B::Device,
     /// Name of the backend.
     pub backend: &'static str,
-    /// Number of the device among the backend's devices.
-    pub device_index: usize,
-    pub device_name: String,
-    /// Memory of the device in bytes, if it is known.
+    /// The devices of the transformer; the first is `device`.
+    pub devices: Vec<SessionDevice<B>>,
+    /// Whether the two halves of a guided job may run on two devices at the same time; `None` where
+    /// that is faster.
+    pub split_guidance: Option<bool>,
+    /// Memory of `device` in bytes, if it is known.
     pub device_memory: Option<u64>,
     pub precision: Precision,
     pub vae: VaeSettings,
+    /// `None` but in tests.
+    pub before_forward: Option<BeforeForward>,
 }
 
-/// A pipeline on one device.
+/// A device of a [`SessionSettings`]. One that is in the list twice has one copy of the weights.
+#[derive(Debug, Clone)]
+pub struct SessionDevice<B: FusedOps> {
+    pub device: B::Device,
+    pub info: ModelDevice,
+}
+
+/// A pipeline: text encoder and VAE on the first device, the transformer on all.
 #[derive(Debug)]
 pub(crate) struct ImagePipeline<B: FusedOps> {
     family: QwenImage<B>,
@@ -64,8 +72,6 @@ pub(crate) struct ImagePipeline<B: FusedOps> {
     jobs: HashMap<JobId, JobState<B>>,
     /// Embeddings by token ids.
     embeddings: Cache<Vec<u32>, Tensor<B, 2>>,
-    /// Modulation tables by the bits of a schedule's timesteps.
-    tables: Cache<Vec<u32>, Arc<ModulationTable<B>>>,
     /// Whether the device may have failed at what the caches hold.
     needs_reset: bool,
     /// Dropped last, as fields are dropped in their order.
@@ -75,7 +81,7 @@ pub(crate) struct ImagePipeline<B: FusedOps> {
 impl<B: FusedOps> ImagePipeline<B> {
     pub(crate) fn new(
         family: QwenImage<B>,
-        transformer: Transformer<B>,
+        denoiser: Denoiser<B>,
         settings: SessionSettings<B>,
         files: WeightFiles,
     ) -> Self {
@@ -83,8 +89,7 @@ impl<B: FusedOps> ImagePipeline<B> {
             sizes: family.sizes,
             vocab_size: family.vocab_size,
             backend: settings.backend,
-            device_index: settings.device_index,
-            device_name: settings.device_name.clone(),
+            devices: settings.devices.iter().map(|it| it.info.clone()).collect(),
             dtype: match settings.precision.model {
                 DType::BF16 => "bf16",
                 DType::F16 => "f16",
@@ -94,13 +99,12 @@ impl<B: FusedOps> ImagePipeline<B> {
         let memory = DeviceMemory::new(&settings.device);
         Self {
             family,
-            denoiser: Denoiser::new(transformer, settings.precision.activations),
+            denoiser,
             settings,
             info,
             files,
             jobs: HashMap::new(),
             embeddings: Cache::new(KEPT_EMBEDDING_BYTES),
-            tables: Cache::new(KEPT_TABLE_BYTES),
             needs_reset: false,
             _memory: memory,
         }
@@ -138,15 +142,6 @@ impl<B: FusedOps> ImagePipeline<B> {
         }
     }
 
-    fn modulation(&mut self, schedule: &Schedule) -> Arc<ModulationTable<B>> {
-        let model = self.settings.precision.model;
-        let timesteps = schedule.model_timesteps(model);
-        let key = timesteps.iter().map(|t| t.to_bits()).collect();
-        let denoiser = &self.denoiser;
-        let make = || Arc::new(denoiser.modulation(schedule, model));
-        self.tables.get_or_make(&key, make, |table| table.bytes())
-    }
-
     /// Runs `work` and waits for the device: see [`reliably`]. If it fails, the caches may hold
     /// wrong values.
     fn reliably<T>(
@@ -159,7 +154,7 @@ impl<B: FusedOps> ImagePipeline<B> {
             PipelineError::Device(report) => {
                 self.needs_reset = true;
                 self.denoiser.drop_caches();
-                PipelineError::Device(format!("{}: {report}", self.info.device()))
+                PipelineError::Device(self.denoiser.labelled(report))
             }
             PipelineError::NotFinite(found) => {
                 self.needs_reset = true;
@@ -172,15 +167,14 @@ impl<B: FusedOps> ImagePipeline<B> {
     /// Frees what can be computed again.
     fn drop_caches(&mut self) {
         self.embeddings.clear();
-        self.tables.clear();
         self.denoiser.drop_caches();
         B::memory_cleanup(&self.settings.device);
     }
 
     /// Does everything that comes before the first step.
     fn prepare(&mut self, job: &Job) -> Result<JobState<B>, PipelineError> {
-        let schedule = self.family.schedule(job);
-        let modulation = self.modulation(&schedule);
+        let schedule = Arc::new(self.family.schedule(job));
+        let tables = self.denoiser.tables(&schedule)?;
         let embeddings = self.encode(job);
         let (latents, noise) = self.family.noise(job, &self.settings);
 
@@ -204,19 +198,23 @@ impl<B: FusedOps> ImagePipeline<B> {
             ));
         }
 
-        let half = |embeds: Tensor<B, 2>| Half {
-            segments: vec![self.family.segment(job, &embeds); job.num_images],
-            text: Tensor::cat(vec![embeds; job.num_images], 0),
+        let half = |embeds: Tensor<B, 2>| {
+            let segments = vec![self.family.segment(job, &embeds); job.num_images];
+            Half::new(Tensor::cat(vec![embeds; job.num_images], 0), segments)
         };
+        let steps = schedule.steps();
         Ok(JobState {
             job: job.clone(),
             schedule,
-            modulation,
+            tables,
             steps_done: 0,
             counts: StepCounts::default(),
             latents,
             velocity: None,
             halves: embeddings.into_iter().map(half).collect(),
+            cache: StepCache::new(&job.cache, steps),
+            gate: first_gated_step(steps, job.cfg_gate_step),
+            difference: None,
             trace,
             not_finite,
         })
@@ -234,28 +232,11 @@ impl<B: FusedOps> ImagePipeline<B> {
         if jobs.is_empty() {
             return Ok(Vec::new());
         }
-        let modulation = jobs
-            .iter()
-            .map(|(_, state)| state.modulation.step(state.steps_done));
-        let branches: Vec<Branch<B>> = jobs
-            .iter()
-            .enumerate()
-            .flat_map(|(row, (_, state))| {
-                state.halves.iter().map(move |half| Branch {
-                    latents: state.latents.clone(),
-                    text: half.text.clone(),
-                    segments: &half.segments,
-                    row,
-                })
-            })
-            .collect();
-        let velocities = self.denoiser.predict(modulation.collect(), &branches);
-        let mut velocities = velocities.into_iter();
+        let steps: Vec<JobStep<B>> = jobs.iter().map(|(_, state)| state.step()).collect();
+        let predictions = self.denoiser.predict(&steps)?;
         jobs.iter()
-            .map(|(id, state)| {
-                let halves = velocities.by_ref().take(state.halves.len());
-                state.advance(*id, halves.collect(), self.info.dtype)
-            })
+            .zip(predictions)
+            .map(|((id, state), prediction)| state.advance(*id, prediction, self.info.dtype))
             .collect()
     }
 
@@ -339,10 +320,14 @@ where
     }
 
     fn step(&mut self, ids: &[JobId]) -> Result<Vec<StepOutcome>, PipelineError> {
+        let started = Instant::now();
         let advances = self.reliably(|pipeline, _| pipeline.predict(ids));
+        self.denoiser.count(started.elapsed());
         self.files.check_in_place()?;
+        let mut works = HashMap::new();
         for advance in advances? {
             if let Some(state) = self.jobs.get_mut(&advance.id) {
+                works.insert(advance.id, advance.work);
                 state.commit(advance);
             }
         }
@@ -352,7 +337,7 @@ where
                     id,
                     steps_left: state.steps_left(),
                     counts: state.counts,
-                    work: 1.0,
+                    work: works.get(&id).copied().unwrap_or_default(),
                 })
             })
             .collect()
@@ -381,7 +366,7 @@ where
         let latent_size = self.family.latent_size(job.size);
         let tiled = vae
             .tiling_of(latent_size, self.family.scale_factor)
-            .is_some();
+            .map(Tiling::mode);
         let decoded = self.reliably(|pipeline, _| {
             let latents = pipeline.family.unpack(job.size, latents.clone());
             let pixels = pipeline.family.decode(latents, vae);
@@ -420,14 +405,13 @@ where
         if self.jobs.remove(&id).is_some() {
             // burn may panic when it drops tensors of a job that failed.
             idle::<B>(&self.settings.device).ok();
+            self.denoiser.idle_others();
         }
     }
 
     fn probe(&mut self) -> Result<(), PipelineError> {
-        self.reliably(|pipeline, _| {
-            let ones = Tensor::<B, 1>::ones([2], (&pipeline.settings.device, DType::F32));
-            read(ones.clone() + ones).map(|_| ())
-        })
+        self.reliably(|pipeline, _| pipeline.denoiser.probe_first())?;
+        self.denoiser.probe_others()
     }
 
     fn memory(&self) -> MemoryUse {
@@ -437,12 +421,29 @@ where
         memory.unwrap_or_default()
     }
 
+    fn device_use(&self) -> Vec<DeviceUse> {
+        let watch = FaultWatch::start();
+        let uses = caught(&watch, || Ok(self.denoiser.device_use()));
+        let labels = self.info.devices.iter();
+        let labels = labels.map(|device| format!("{}:{}", self.info.backend, device.index));
+        let uses = labels.zip(uses.unwrap_or_default());
+        uses.map(|(device, used)| DeviceUse { device, ..used })
+            .collect()
+    }
+
     fn memory_room(&self) -> Option<MemoryRoom> {
-        B::memory_room(&self.settings.device).or_else(|| {
+        let first = B::memory_room(&self.settings.device).or_else(|| {
             let total = self.settings.device_memory?;
             let free = total.saturating_sub(self.memory().in_use?);
             Some(MemoryRoom { free, total: free })
-        })
+        });
+        // Whichever device a job runs on, it finds what is planned for it.
+        let rooms = [first].into_iter().chain(self.denoiser.rooms_of_others());
+        let least = |a: MemoryRoom, b: MemoryRoom| MemoryRoom {
+            free: a.free.min(b.free),
+            total: a.total.min(b.total),
+        };
+        rooms.flatten().reduce(least)
     }
 
     fn drop_caches(&mut self) {
@@ -450,10 +451,11 @@ where
     }
 
     fn caches(&self) -> CacheUses {
+        let [modulation, positions] = self.denoiser.caches();
         CacheUses {
             embeddings: self.embeddings.counts(),
-            modulation: self.tables.counts(),
-            positions: self.denoiser.position_cache(),
+            modulation,
+            positions,
         }
     }
 }

@@ -11,9 +11,11 @@ use crate::job::{
 use crate::memory::MemoryModel;
 use crate::noise::NoiseGenerator;
 use crate::pipeline::{
-    CacheUses, ImageSizes, MemoryRoom, MemoryUse, ModelInfo, Pipeline, PipelineError, StepOutcome,
+    CacheUses, DeviceUse, ImageSizes, MemoryRoom, MemoryUse, ModelDevice, ModelInfo, Pipeline,
+    PipelineError, StepOutcome,
 };
-use crate::step_cache::{CachePolicy, StepCounts};
+use crate::step_cache::{CachePolicy, StepCounts, first_gated_step};
+use crate::vae::TilingMode;
 
 /// A job of one square image without guidance: one prompt token, seed 0, torch's CPU noise.
 pub fn job(side: usize, steps: usize) -> Job {
@@ -49,9 +51,26 @@ pub fn model_info() -> ModelInfo {
         },
         vocab_size: 200_000,
         backend: "test",
-        device_index: 0,
-        device_name: "fake".to_owned(),
+        devices: vec![ModelDevice {
+            index: 0,
+            name: "fake".to_owned(),
+        }],
         dtype: "f32",
+    }
+}
+
+/// What `done` steps of a job run, if no step is reused but those of a [`CachePolicy::Mask`].
+fn counts(job: &Job, done: usize) -> StepCounts {
+    let steps = 0..done;
+    let skipped = match &job.cache {
+        CachePolicy::Mask(mask) => steps.filter(|&step| mask.get(step) == Some(&false)).count(),
+        _ => 0,
+    };
+    let gate = job.cfg_gate_step.filter(|_| job.guidance.is_some());
+    StepCounts {
+        computed: done - skipped,
+        skipped,
+        gated: done.saturating_sub(first_gated_step(job.sampling.steps, gate)),
     }
 }
 
@@ -76,17 +95,21 @@ type OnCall = Box<dyn FnMut(Call<'_>) -> Result<(), PipelineError> + Send>;
 type Room = Box<dyn Fn() -> MemoryRoom + Send>;
 /// Makes the image of a job; the number is that of the steps that are left.
 type MakeImage = Box<dyn Fn(&Job, usize) -> RgbImage + Send>;
+type MakeTrace = Box<dyn Fn(&Job) -> Vec<TraceTensor> + Send>;
 
 /// A pipeline that computes nothing. By default every value of its images is the lowest byte of the
-/// seed, and previews have 16x16 pixels. Recorded jobs get a trace of one stage, `image_float`.
+/// seed, and previews have 16x16 pixels. Recorded jobs get a trace that ends with `image_float`, and
+/// has no other stage by default.
 pub struct FakePipeline {
     info: ModelInfo,
     cost_model: CostModel,
     caches: CacheUses,
+    devices: Vec<DeviceUse>,
     memory: Option<(MemoryModel, Room)>,
     jobs: HashMap<JobId, (Job, usize)>,
     on_call: OnCall,
     image: MakeImage,
+    trace: MakeTrace,
 }
 
 impl FakePipeline {
@@ -102,6 +125,7 @@ impl FakePipeline {
             info,
             cost_model: CostModel::new(work),
             caches: CacheUses::default(),
+            devices: Vec::new(),
             memory: None,
             jobs: HashMap::new(),
             on_call: Box::new(|_| Ok(())),
@@ -117,6 +141,7 @@ impl FakePipeline {
                     pixels: vec![job.noise.seed as u8; size.pixels() * 3],
                 }
             }),
+            trace: Box::new(|_| Vec::new()),
         }
     }
 
@@ -127,6 +152,13 @@ impl FakePipeline {
         on_call: impl FnMut(Call<'_>) -> Result<(), PipelineError> + Send + 'static,
     ) -> Self {
         self.on_call = Box::new(on_call);
+        self
+    }
+
+    /// Makes the stages of recorded jobs before the image with this function.
+    #[must_use]
+    pub fn with_trace(mut self, trace: impl Fn(&Job) -> Vec<TraceTensor> + Send + 'static) -> Self {
+        self.trace = Box::new(trace);
         self
     }
 
@@ -146,6 +178,12 @@ impl FakePipeline {
     #[must_use]
     pub fn with_caches(mut self, caches: CacheUses) -> Self {
         self.caches = caches;
+        self
+    }
+
+    #[must_use]
+    pub fn with_device_use(mut self, devices: Vec<DeviceUse>) -> Self {
+        self.devices = devices;
         self
     }
 }
@@ -217,10 +255,7 @@ impl Pipeline for FakePipeline {
             outcomes.push(StepOutcome {
                 id,
                 steps_left: *left,
-                counts: StepCounts {
-                    computed: job.sampling.steps - *left,
-                    ..StepCounts::default()
-                },
+                counts: counts(job, job.sampling.steps - *left),
                 work: 1.0,
             });
         }
@@ -241,19 +276,17 @@ impl Pipeline for FakePipeline {
         let job = job.clone();
         self.jobs.remove(&id);
         (self.on_call)(Call::Finish(&job))?;
-        let stage = TraceTensor {
+        let mut trace = (self.trace)(&job);
+        trace.push(TraceTensor {
             name: "image_float".to_owned(),
             shape: vec![1, 1, 1, 3],
             values: vec![0.5; 3],
-        };
+        });
         Ok(Output {
             images: vec![(self.image)(&job, 0); job.num_images],
-            tiled: job.decoding == Decoding::Tiled,
-            steps: StepCounts {
-                computed: job.sampling.steps,
-                ..StepCounts::default()
-            },
-            trace: job.record.then_some(stage).into_iter().collect(),
+            tiled: matches!(job.decoding, Decoding::Tiled(_)).then_some(TilingMode::Exact),
+            steps: counts(&job, job.sampling.steps),
+            trace: if job.record { trace } else { Vec::new() },
             not_finite: None,
         })
     }
@@ -274,6 +307,10 @@ impl Pipeline for FakePipeline {
             in_use: Some(self.jobs.len() as u64),
             ..MemoryUse::default()
         }
+    }
+
+    fn device_use(&self) -> Vec<DeviceUse> {
+        self.devices.clone()
     }
 
     fn caches(&self) -> CacheUses {

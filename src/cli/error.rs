@@ -4,11 +4,14 @@ use std::env;
 use std::io;
 use std::path::PathBuf;
 
+use kiln_models::step_cache::CacheError;
+
 use crate::backend::{BackendChoice, BackendError, InvalidChoice};
+use crate::bench::CalibrationError;
 use crate::compare::{CompareError, ReportError};
 use crate::engine::{JobError, StartError, SubmitError};
 use crate::image::{EncodeError, ImageFormat, SideTooLong};
-use crate::request::{InvalidPrompt, InvalidRequest, MAX_PROMPT_BYTES};
+use crate::request::{InvalidCache, InvalidPrompt, InvalidRequest, MAX_PROMPT_BYTES};
 use crate::runtime::RuntimeError;
 use crate::server::InvalidApiKey;
 use crate::tokenizer::TokenizerError;
@@ -35,10 +38,17 @@ pub(super) enum CliError {
     )]
     NothingToCompare { reference: String },
     #[error(
-        "--cfg-parallel-size {size} is not available: both halves of guidance run on one device, \
-         in one pass; leave it at 1"
+        "--cache-backend {backend} is not available: for Qwen-Image there are cache_dit, mag_cache, \
+         balanced and fast, or none"
     )]
-    CfgParallel { size: usize },
+    CacheBackend { backend: String },
+    #[error("--cache-config for --cache-backend {backend}: {error}")]
+    CacheConfig {
+        backend: String,
+        error: InvalidCache,
+    },
+    #[error("--cache-config cannot be used")]
+    CacheBlocks(#[source] CacheError),
     #[error("--default-negative-prompt cannot be used")]
     DefaultNegativePrompt(#[source] TokenizerError),
     #[error(transparent)]
@@ -96,6 +106,10 @@ pub(super) enum CliError {
     #[error(transparent)]
     Report(#[from] ReportError),
     #[error(transparent)]
+    StepCache(#[from] CacheError),
+    #[error("the ratios of the step cache cannot be measured")]
+    Calibration(#[from] CalibrationError),
+    #[error(transparent)]
     Dump(#[from] DumpError),
     #[error("an image cannot be encoded")]
     Encode(#[from] EncodeError),
@@ -140,7 +154,11 @@ impl CliError {
             Self::Request(_)
             | Self::Prompt(_)
             | Self::Tiles { .. }
-            | Self::CfgParallel { .. }
+            | Self::CacheBackend { .. }
+            | Self::CacheConfig { .. }
+            | Self::CacheBlocks(_)
+            | Self::Backend(BackendError::TooFewDevices { .. })
+            | Self::Runtime(RuntimeError::Backend(BackendError::TooFewDevices { .. }))
             | Self::DefaultNegativePrompt(_)
             | Self::ApiKey(_)
             | Self::EmptyApiKey
@@ -153,6 +171,7 @@ impl CliError {
             | Self::FileToStdout
             | Self::SameFile { .. }
             | Self::Side(_)
+            | Self::StepCache(_)
             | Self::Choice(_)
             | Self::Extension { .. }
             | Self::ReportExtension { .. }

@@ -93,7 +93,8 @@ impl Memory {
         }
     }
 
-    /// The job's ways to be decoded, whether they fit or not.
+    /// The job's ways to be decoded, whether they fit or not: the first that is allowed, and those
+    /// that take less memory than the ones before them.
     pub(super) fn all_plans(&self, job: &Job) -> Plans {
         let plan = |decoding| {
             let job = Job {
@@ -102,8 +103,9 @@ impl Memory {
             };
             Some((decoding, self.model.as_ref()?.plan(&job)))
         };
-        let allowed = Decoding::ALL.into_iter().filter(|it| *it >= job.decoding);
-        allowed.filter_map(plan).collect()
+        let mut plans: Plans = job.decoding.and_smaller().filter_map(plan).collect();
+        plans.dedup_by(|(_, smaller), (_, larger)| smaller.decode >= larger.decode);
+        plans
     }
 
     /// The largest size of the job's shape that fits.
@@ -124,11 +126,10 @@ impl Memory {
         let fits = |steps: usize| {
             let job = Job {
                 size: sized(steps),
-                decoding: Decoding::Tiled,
                 ..job.clone()
             };
-            let plan = self.model.as_ref().map(|model| model.plan(&job));
-            plan.is_none_or(|plan| plan.peak() <= most)
+            let plans = self.all_plans(&job);
+            plans.last().is_none_or(|(_, plan)| plan.peak() <= most)
         };
         let (mut fitting, mut failing) = (0, longest / multiple);
         while failing > fitting + 1 {

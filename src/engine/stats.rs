@@ -3,7 +3,8 @@
 use std::time::Duration;
 
 use kiln_models::job::Output;
-use kiln_models::pipeline::{CacheUse, MemoryUse};
+use kiln_models::pipeline::{CacheUse, DeviceUse, MemoryUse};
+use kiln_models::step_cache::StepCounts;
 
 use super::cost::Stage;
 use super::plan::Holdings;
@@ -82,6 +83,13 @@ pub struct EngineStats {
     pub shared_steps: u64,
     /// Image tokens up to which several jobs share a step now; 0 if they never do.
     pub max_step_tokens: usize,
+    /// Those of the steps that ran the whole transformer.
+    pub computed_steps: u64,
+    /// Those of the steps that reused an earlier one, because of a step cache.
+    pub skipped_steps: u64,
+    /// Those of the steps that ran no unconditional half, because of
+    /// [`Job::cfg_gate_step`](kiln_models::job::Job::cfg_gate_step).
+    pub gated_steps: u64,
     /// Number of images of finished jobs.
     pub images: u64,
     /// Number of pixels of those images.
@@ -106,6 +114,8 @@ pub struct EngineStats {
     pub modulation_cache: CacheUse,
     /// Device memory after the pipeline's last call.
     pub memory: MemoryUse,
+    /// Use of each device after the pipeline's last call; empty if it is not known.
+    pub devices: Vec<DeviceUse>,
     /// Bytes that the started jobs take at most, by plan.
     pub planned_memory: u64,
     /// Bytes that could be allocated when that was last measured; `None` if it is not known.
@@ -115,6 +125,7 @@ pub struct EngineStats {
 impl EngineStats {
     pub(super) fn set_holdings(&mut self, holdings: Holdings) {
         self.memory = holdings.memory;
+        self.devices = holdings.devices;
         self.embedding_cache = holdings.caches.embeddings;
         self.modulation_cache = holdings.caches.modulation;
     }
@@ -132,6 +143,14 @@ impl EngineStats {
             }
             Stage::Decode => self.decode_time.add(took),
         }
+    }
+
+    /// Adds the steps of one job between two counts of it.
+    pub(super) fn add_counts(&mut self, before: StepCounts, now: StepCounts) {
+        let since = |now: usize, before: usize| now.saturating_sub(before) as u64;
+        self.computed_steps += since(now.computed, before.computed);
+        self.skipped_steps += since(now.skipped, before.skipped);
+        self.gated_steps += since(now.gated, before.gated);
     }
 
     pub(super) fn add_finished(&mut self, output: &Output, timings: &Timings) {

@@ -203,10 +203,15 @@ fn log_decoding(id: JobId, decoding: Decoding) {
     let how = match decoding {
         Decoding::AsSet => return,
         Decoding::Sliced => "one at a time",
-        Decoding::Tiled => "in tiles",
+        Decoding::Tiled(_) => "one at a time and in tiles",
+    };
+    let tile_size = match decoding {
+        Decoding::Tiled(size) => Some(size),
+        _ => None,
     };
     tracing::info!(
         job = id,
+        tile_size,
         "there is no memory to decode the images whole and together: they are decoded {how}"
     );
 }

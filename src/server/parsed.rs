@@ -13,6 +13,8 @@ pub(super) struct ParsedRequest {
     pub(super) encoding: Encoding,
     /// `None` selects the server's noise generator.
     pub(super) noise_generator: Option<NoiseGenerator>,
+    /// Whether the response has `metrics`.
+    pub(super) stage_metrics: bool,
 }
 
 /// The keys under which a client sent its values, for error messages.

@@ -5,12 +5,14 @@ use std::sync::Arc;
 use axum::Extension;
 use axum::response::Response;
 use serde::Serialize;
+use serde_json::Value;
 use utoipa::ToSchema;
 
 use crate::checkpoint::PromptGuide;
 use crate::request::{DEFAULT_NUM_INFERENCE_STEPS, DEFAULT_TRUE_CFG_SCALE};
 
 use super::LoadedApp;
+use super::cache::CacheField;
 use super::error::{ApiError, ErrorEnvelope};
 use super::health;
 use super::json::json;
@@ -67,6 +69,9 @@ struct Defaults {
     num_inference_steps: u32,
     true_cfg_scale: f64,
     negative_prompt: Option<String>,
+    /// The step cache of requests with at least 8 steps, as in a request.
+    #[schema(value_type = CacheField)]
+    cache: Value,
 }
 
 /// Hints for prompts.
@@ -135,6 +140,7 @@ pub(super) async fn status(
             num_inference_steps: DEFAULT_NUM_INFERENCE_STEPS,
             true_cfg_scale: DEFAULT_TRUE_CFG_SCALE,
             negative_prompt: app.settings.default_negative_prompt.clone(),
+            cache: limits.caches.default.to_json(),
         },
         prompt_guide: app.prompt_guide.map(Guide::new),
     })

@@ -152,7 +152,7 @@ fn the_status_has_the_bounds_and_defaults_of_requests() {
             },
             "defaults": {
                 "width": 64, "height": 64, "num_inference_steps": 50, "true_cfg_scale": 4.0,
-                "negative_prompt": "blurry",
+                "negative_prompt": "blurry", "cache": "off",
             },
             "prompt_guide": null,
         })

@@ -8,7 +8,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use kiln::engine::{DEFAULT_MAX_STARTED, Engine, EngineSettings};
-use kiln::request::Limits;
+use kiln::request::{Limits, StepCaches};
 use kiln::runtime::Start;
 use kiln::server::{App, LoadedModel, Settings};
 use kiln::tokenizer::PromptTokenizer;
@@ -91,11 +91,25 @@ impl TestServer {
         &self.app.start
     }
 
+    /// A server with this default of step caches, and a model with these ratios.
+    pub(super) fn with_caches(settings: Settings, caches: StepCaches) -> Self {
+        let server = Self::without_model(settings);
+        server.set_model_with(caches);
+        server
+    }
+
     pub(super) fn set_model(&self) {
+        self.set_model_with(StepCaches::default());
+    }
+
+    fn set_model_with(&self, caches: StepCaches) {
         self.app.set_model(LoadedModel {
             engine: self.engine.clone(),
             tokenizer: load_tokenizer().into(),
-            limits: Limits::for_sizes(self.engine.info().sizes),
+            limits: Limits {
+                caches,
+                ..Limits::for_sizes(self.engine.info().sizes)
+            },
             prompt_guide: None,
         });
     }

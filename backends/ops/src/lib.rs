@@ -4,6 +4,7 @@
 //! overrides the body only with a kernel that is tested against it and measured faster, or where
 //! burn's own ops compute wrong results on that backend.
 
+mod cores;
 #[cfg(feature = "cubecl")]
 mod cubecl;
 #[cfg(feature = "cuda")]
@@ -19,9 +20,12 @@ mod memory;
 mod shapes;
 mod upload;
 
+use std::ops::Range;
+
 use burn_tensor::backend::Backend;
 use burn_tensor::{DType, Tensor};
 
+pub use cores::Cores;
 #[cfg(feature = "cubecl")]
 pub use cubecl::{Gate, Kernel, KernelChoice, KernelRuntime, read_settings};
 pub use faults::{DeviceCheck, FaultWatch};
@@ -55,6 +59,14 @@ pub trait FusedOps: MemoryReport + DeviceCheck + Upload {
     /// process, and a warning with the reason is logged.
     fn check_kernels(device: &Self::Device, dtype: DType, shapes: &[KernelShape]) {
         let _ = (device, dtype, shapes);
+    }
+
+    /// The threads that compute the ops of device number `part` among `parts` devices that compute
+    /// side by side: on CPU backends a share of the cores, with [`Cores::run`]. Ops compute the same
+    /// values on any number of threads.
+    fn cores(part: usize, parts: usize) -> Cores {
+        let _ = (part, parts);
+        Cores::default()
     }
 
     /// Computes `x · weightᵀ + bias` in the dtype of `x`.
@@ -184,7 +196,17 @@ pub trait FusedOps: MemoryReport + DeviceCheck + Upload {
     fn upsample_nearest(x: Tensor<Self, 4>) -> Tensor<Self, 4> {
         defaults::upsample_nearest(x)
     }
+
+    /// Copies these rows and columns of every channel: `[n, c, h, w]` to
+    /// `[n, c, rows, columns]`. Not empty.
+    fn crop(x: Tensor<Self, 4>, rows: Range<usize>, columns: Range<usize>) -> Tensor<Self, 4> {
+        defaults::crop(x, rows, columns)
+    }
 }
 
 #[cfg(feature = "ndarray")]
-impl FusedOps for burn_ndarray::NdArray {}
+impl FusedOps for burn_ndarray::NdArray {
+    fn cores(part: usize, parts: usize) -> Cores {
+        Cores::share(part, parts)
+    }
+}

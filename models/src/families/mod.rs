@@ -9,12 +9,15 @@ use std::sync::Arc;
 use kiln_ops::FusedOps;
 
 use crate::config::{ConfigError, ConfigReader, ConfigText};
+use crate::denoiser::{Denoiser, Lane};
+use crate::device::summary;
 use crate::flops::CostModel;
 use crate::pipeline::{ImageSizes, Pipeline};
 use crate::session::{ImagePipeline, SessionSettings};
 use crate::source::{TensorSource, WeightFiles};
+use crate::transformer::{Transformer, TransformerConfig};
 use crate::vae::VaeSettings;
-use crate::weights::LoadError;
+use crate::weights::{LoadError, Precision};
 
 use self::qwen_image::QwenImage;
 
@@ -104,6 +107,28 @@ impl CheckpointConfigs {
         }
     }
 
+    /// Number of the transformer's blocks.
+    ///
+    /// # Errors
+    ///
+    /// If a configuration cannot be read.
+    pub fn blocks(&self) -> Result<usize, ConfigError> {
+        match self.family()? {
+            Family::QwenImage => qwen_image::blocks(self),
+        }
+    }
+
+    /// MagCache's ratios of a transformer of this shape; `None` if they have not been measured.
+    ///
+    /// # Errors
+    ///
+    /// If a configuration cannot be read.
+    pub fn mag_ratios(&self) -> Result<Option<Arc<[f64]>>, ConfigError> {
+        match self.family()? {
+            Family::QwenImage => qwen_image::mag_ratios(self),
+        }
+    }
+
     /// Counts the work of jobs whose images are decoded with these settings.
     ///
     /// # Errors
@@ -142,12 +167,71 @@ where
             sources.iter().try_for_each(|source| source.check_files())?;
             let in_place = if B::IS_IN_PLACE { &sources[..] } else { &[] };
             let files = WeightFiles::new(deferred, in_place);
+            let denoiser = denoiser(transformer, parts, &settings)?;
             Ok(Box::new(ImagePipeline::new(
-                family,
-                transformer,
-                settings,
-                files,
+                family, denoiser, settings, files,
             )))
         }
+    }
+}
+
+/// A denoiser on all devices of a session. A device that appears twice shares one set of weights.
+fn denoiser<B: FusedOps>(
+    transformer: Transformer<B>,
+    parts: &CheckpointParts,
+    settings: &SessionSettings<B>,
+) -> Result<Denoiser<B>, LoadError> {
+    let precision = settings.precision;
+    let before_forward = settings.before_forward.clone();
+    let mut labels = settings
+        .devices
+        .iter()
+        .map(|it| it.info.label(settings.backend));
+    let first = Lane::new(
+        (0, settings.devices.len()),
+        transformer,
+        settings.device.clone(),
+        labels.next().unwrap_or_default(),
+        precision,
+        before_forward.clone(),
+    );
+    let mut denoiser = Denoiser::new(first);
+    denoiser.set_split_guidance(settings.split_guidance != Some(false));
+    let place = |index| (index, settings.devices.len());
+    for (index, (other, label)) in settings.devices.iter().skip(1).zip(labels).enumerate() {
+        let (device, place) = (other.device.clone(), place(index + 1));
+        let shared = denoiser.transformer_on(&device);
+        let config = TransformerConfig::from_json(&parts.configs.transformer)?;
+        let source = Arc::clone(&parts.transformer);
+        let before_forward = before_forward.clone();
+        denoiser.add(label.clone(), move || {
+            let transformer = match shared {
+                Some(transformer) => transformer,
+                None => load_transformer(&config, source, &device, precision, &label)?,
+            };
+            let lane = Lane::new(place, transformer, device, label, precision, before_forward);
+            Ok::<_, LoadError>(lane)
+        })?;
+    }
+    Ok(denoiser)
+}
+
+/// Loads a transformer onto a device besides the first, and waits until the device has it.
+fn load_transformer<B: FusedOps>(
+    config: &TransformerConfig,
+    source: Arc<dyn TensorSource>,
+    device: &B::Device,
+    precision: Precision,
+    label: &str,
+) -> Result<Transformer<B>, LoadError> {
+    B::check_kernels(device, precision.activations, &config.kernel_shapes());
+    let transformer = Transformer::load(config, source, device, precision)?;
+    // Uploads are queued.
+    match B::checkpoint(device) {
+        Ok(_) => Ok(transformer),
+        Err(report) => Err(LoadError::Device {
+            device: label.to_owned(),
+            report: summary(&report),
+        }),
     }
 }

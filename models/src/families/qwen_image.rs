@@ -14,6 +14,7 @@ use crate::noise::randn;
 use crate::pipeline::{ImageSizes, PipelineError};
 use crate::sampling::{Schedule, SchedulerConfig, round_to};
 use crate::session::SessionSettings;
+use crate::step_cache::QWEN_IMAGE_RATIOS;
 use crate::text_encoder::{TextEncoder, TextEncoderConfig};
 use crate::transformer::{Segment, Transformer, TransformerConfig};
 use crate::vae::{VaeConfig, VaeDecoder, VaeSettings};
@@ -53,6 +54,22 @@ fn sizes(transformer: &TransformerConfig, vae: &VaeConfig) -> ImageSizes {
         max_side: ROPE_POSITIONS * multiple,
         default_side: transformer.sample_size * vae.scale_factor(),
     }
+}
+
+/// Number of the transformer's blocks.
+pub(super) fn blocks(configs: &CheckpointConfigs) -> Result<usize, ConfigError> {
+    Ok(TransformerConfig::from_json(&configs.transformer)?.num_layers)
+}
+
+/// The published ratios of Qwen-Image, for a transformer of its shape: 60 blocks of 24 heads of 128.
+pub(super) fn mag_ratios(configs: &CheckpointConfigs) -> Result<Option<Arc<[f64]>>, ConfigError> {
+    let transformer = TransformerConfig::from_json(&configs.transformer)?;
+    let shape = (
+        transformer.num_layers,
+        transformer.num_attention_heads,
+        transformer.attention_head_dim,
+    );
+    Ok((shape == (60, 24, 128)).then(|| QWEN_IMAGE_RATIOS.into()))
 }
 
 /// Counts the work of jobs for a checkpoint with these configurations.

@@ -9,6 +9,7 @@ mod config;
 mod modulation;
 mod rope;
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use burn::module::Module;
@@ -176,11 +177,68 @@ impl<B: FusedOps> Transformer<B> {
         modulation: &StepModulation<B>,
         packing: &Packing<B>,
     ) -> Tensor<B, 2> {
-        let mut image = self.img_in.forward(image);
-        let mut text = self.txt_in.forward(self.txt_norm.forward(text));
-        for (block, modulation) in self.blocks.iter().zip(&modulation.blocks) {
+        let (image, text) = (self.embed_image(image), self.embed_text(text));
+        let blocks = 0..self.num_blocks();
+        let (image, _) = self.run_blocks(blocks, image, text, modulation, packing);
+        self.project(image, modulation, packing)
+    }
+
+    pub(crate) fn num_blocks(&self) -> usize {
+        self.blocks.len()
+    }
+
+    pub(crate) fn config(&self) -> &TransformerConfig {
+        &self.config
+    }
+
+    /// Embeds image tokens, before the first block.
+    ///
+    /// # Shapes
+    /// - image: `[image tokens, in_channels]`
+    /// - output: `[image tokens, dim]`
+    pub(crate) fn embed_image(&self, image: Tensor<B, 2>) -> Tensor<B, 2> {
+        self.img_in.forward(image)
+    }
+
+    /// Embeds text tokens, before the first block.
+    ///
+    /// # Shapes
+    /// - text: `[text tokens, joint_attention_dim]`
+    /// - output: `[text tokens, dim]`
+    pub(crate) fn embed_text(&self, text: Tensor<B, 2>) -> Tensor<B, 2> {
+        self.txt_in.forward(self.txt_norm.forward(text))
+    }
+
+    /// Runs some of the blocks.
+    ///
+    /// # Shapes
+    /// - image and text, in and out: `[tokens of all segments, dim]`
+    pub(crate) fn run_blocks(
+        &self,
+        blocks: Range<usize>,
+        mut image: Tensor<B, 2>,
+        mut text: Tensor<B, 2>,
+        modulation: &StepModulation<B>,
+        packing: &Packing<B>,
+    ) -> (Tensor<B, 2>, Tensor<B, 2>) {
+        let modulations = &modulation.blocks[blocks.clone()];
+        for (block, modulation) in self.blocks[blocks].iter().zip(modulations) {
             (image, text) = block.forward(image, text, modulation, packing);
         }
+        (image, text)
+    }
+
+    /// Predicts the velocity from the image tokens after the last block.
+    ///
+    /// # Shapes
+    /// - image: `[image tokens of all segments, dim]`
+    /// - output: `[image tokens of all segments, patch_size² · out_channels]`
+    pub(crate) fn project(
+        &self,
+        image: Tensor<B, 2>,
+        modulation: &StepModulation<B>,
+        packing: &Packing<B>,
+    ) -> Tensor<B, 2> {
         let (scale, shift) = modulation.norm_out();
         let image = B::layer_norm_modulate(image, shift, scale, &packing.image_runs, EPS);
         self.proj_out.forward(image)

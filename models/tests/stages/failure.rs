@@ -8,8 +8,8 @@ use burn_flex::{Flex, FlexDevice};
 use bytes::Bytes;
 use kiln_models::families::{self, CheckpointParts};
 use kiln_models::job::{Job, JobId, Output};
-use kiln_models::pipeline::{Pipeline, PipelineError};
-use kiln_models::session::SessionSettings;
+use kiln_models::pipeline::{ModelDevice, Pipeline, PipelineError};
+use kiln_models::session::{SessionDevice, SessionSettings};
 use kiln_models::testing;
 use kiln_models::vae::VaeSettings;
 use kiln_models::{FileFault, FileProblem, TensorInfo, TensorSource};
@@ -73,16 +73,27 @@ fn pipeline() -> (Box<dyn Pipeline>, [Arc<AtomicBool>; 2]) {
 
 /// A pipeline in f32.
 pub(crate) fn open(parts: &CheckpointParts) -> Box<dyn Pipeline> {
-    let settings = SessionSettings::<Flex> {
+    families::open(parts, settings()).unwrap()
+}
+
+/// Settings of a session on one device, in f32.
+pub(crate) fn settings() -> SessionSettings<Flex> {
+    SessionSettings {
         device: FlexDevice,
         backend: "test",
-        device_index: 0,
-        device_name: "fake".to_owned(),
+        devices: vec![SessionDevice {
+            device: FlexDevice,
+            info: ModelDevice {
+                index: 0,
+                name: "fake".to_owned(),
+            },
+        }],
+        split_guidance: None,
         device_memory: None,
         precision: F32,
         vae: VaeSettings::default(),
-    };
-    families::open(parts, settings).unwrap()
+        before_forward: None,
+    }
 }
 
 pub(crate) fn job(steps: usize) -> Job {

@@ -7,9 +7,12 @@
     reason = "--nocapture shows how close each stage is"
 )]
 
+mod devices;
 mod failure;
 mod finite;
 mod fixtures;
+mod halves;
 mod modules;
 mod packing;
 mod parity;
+mod tiles;

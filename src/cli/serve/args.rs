@@ -9,10 +9,13 @@ use std::time::Duration;
 use clap::{Arg, ArgAction, Args, Parser, ValueEnum};
 use kiln_models::pipeline::ImageSizes;
 
+use crate::cli::cache_args::CacheDefaultArgs;
 use crate::cli::error::CliError;
 use crate::cli::shared_args::{BackendArgs, LoadArgs, NoiseArgs, parse_host};
 use crate::engine::DEFAULT_MAX_QUEUE;
-use crate::request::{DEFAULT_MAX_IMAGE_PIXELS, DEFAULT_MAX_NUM_IMAGES, DEFAULT_MAX_STEPS, Limits};
+use crate::request::{
+    DEFAULT_MAX_IMAGE_PIXELS, DEFAULT_MAX_NUM_IMAGES, DEFAULT_MAX_STEPS, Limits, StepCaches,
+};
 use crate::runtime::ModelSettings;
 use crate::server::{AllowedHost, ApiKeys, CorsOrigin, DEFAULT_MAX_BODY_BYTES, Settings};
 
@@ -95,12 +98,11 @@ pub(in crate::cli) struct ServeArgs {
     #[arg(long, value_enum, default_value_t = LogFormat::Text, value_name = "FORMAT")]
     pub(in crate::cli) log_format: LogFormat,
 
-    /// Devices that share the two halves of guidance; only 1 is supported
-    #[arg(long, value_name = "DEVICES", default_value_t = 1)]
-    pub(super) cfg_parallel_size: usize,
-
     #[command(flatten)]
     pub(super) noise: NoiseArgs,
+
+    #[command(flatten)]
+    pub(super) caches: CacheDefaultArgs,
 
     #[command(flatten)]
     access: AccessArgs,
@@ -146,6 +148,7 @@ impl ServeArgs {
                 .request_timeout
                 .map(|seconds| Duration::from_secs(seconds.get())),
             default_negative_prompt: self.default_negative_prompt.clone(),
+            cache_summary: self.caches.enable_cache_dit_summary,
             metadata: !self.no_metadata,
             noise_generator: self.noise.generator(),
             sdapi: self.enable_sdapi,
@@ -279,10 +282,11 @@ fn at_least_1(count: usize) -> NonZeroUsize {
 }
 
 impl LimitArgs {
-    /// The limits of requests to a model with these sizes.
-    pub(super) fn limits(&self, sizes: ImageSizes) -> Limits {
+    /// The limits of requests to a model with these sizes and step caches.
+    pub(super) fn limits(&self, sizes: ImageSizes, caches: StepCaches) -> Limits {
         Limits {
             sizes,
+            caches,
             max_image_pixels: self.max_image_pixels,
             max_steps: self.max_steps.get(),
             max_num_images: self.max_num_images.get(),

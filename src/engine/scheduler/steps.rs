@@ -246,7 +246,7 @@ impl Scheduler {
         let entry = &mut self.entries[index];
         let units = entry.work.units_of(&step, entry.counts);
         entry.done += units.iter().sum::<f64>();
-        entry.counts = step.counts;
+        let counts = std::mem::replace(&mut entry.counts, step.counts);
         // The parts of the others count as time in which this job was idle.
         let end = self.device_time.saturating_sub(whole.saturating_sub(took));
         entry.book_turn(Stage::Step, took, end);
@@ -254,6 +254,7 @@ impl Scheduler {
         entry.is_preview_due = entry.wants_preview();
         if !entry.is_warm_up {
             self.stats.add_turn(Stage::Step, took, &entry.timings);
+            self.stats.add_counts(counts, step.counts);
             self.stats.shared_steps += u64::from(is_shared);
         }
         let event = Event::Step {

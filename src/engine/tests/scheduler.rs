@@ -167,7 +167,7 @@ impl Driver {
                 let output = Output {
                     not_finite: None,
                     images: vec![image()],
-                    tiled: false,
+                    tiled: None,
                     steps: StepCounts::default(),
                     trace: Vec::new(),
                 };
@@ -729,7 +729,7 @@ fn memory_plan(job: &Job) -> MemoryPlan {
         decode: match job.decoding {
             Decoding::AsSet => 4 * pixels * images,
             Decoding::Sliced => 4 * pixels,
-            Decoding::Tiled => pixels,
+            Decoding::Tiled(_) => pixels,
         },
         ..MemoryPlan::default()
     }
@@ -768,8 +768,8 @@ fn a_job_is_decoded_whole_if_that_fits_and_else_one_at_a_time_or_in_tiles() {
         (15 * px, Decoding::AsSet),
         (15 * px - 1, Decoding::Sliced),
         (7 * px, Decoding::Sliced),
-        (7 * px - 1, Decoding::Tiled),
-        (4 * px, Decoding::Tiled),
+        (7 * px - 1, Decoding::Tiled(2048)),
+        (4 * px, Decoding::Tiled(2048)),
     ] {
         let mut driver = with_memory(mebibytes);
         let id = driver.submit(three.clone());
