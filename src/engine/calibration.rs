@@ -116,10 +116,13 @@ impl Calibration {
     /// The budget: the smallest number of tokens with almost the best throughput, or the default if
     /// fewer than two numbers of jobs were timed.
     pub(super) fn knee(&self, work: &Work) -> Knee {
-        let steps: Vec<(usize, Duration)> = COPIES
-            .into_iter()
-            .zip(self.best.iter().copied().filter(|step| !step.is_zero()))
-            .collect();
+        // A step of fewer jobs that took longer was disturbed.
+        let mut best = self.best.clone();
+        for index in (1..best.len()).rev() {
+            best[index - 1] = best[index - 1].min(best[index]);
+        }
+        let timed = best.into_iter().filter(|step| !step.is_zero());
+        let steps: Vec<(usize, Duration)> = COPIES.into_iter().zip(timed).collect();
         let throughput = |(copies, step): &(usize, Duration)| *copies as f64 / step.as_secs_f64();
         let best = steps.iter().map(throughput).fold(0.0, f64::max);
         let enough = steps

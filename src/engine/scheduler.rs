@@ -165,11 +165,6 @@ impl Scheduler {
         self.cost_model = cost_model;
     }
 
-    #[cfg(test)]
-    pub(super) fn set_devices(&mut self, devices: usize) {
-        self.speed = Speed::new(devices);
-    }
-
     /// Steps that are left of a job that has not ended.
     pub(super) fn steps_left(&self, id: JobId) -> Option<usize> {
         self.position_of(id)

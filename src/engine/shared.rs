@@ -197,12 +197,6 @@ impl Shared {
         self.lock().plan(self.clock.now())
     }
 
-    /// Makes the scheduler spread steps over this many devices.
-    #[cfg(test)]
-    pub(super) fn set_devices(&self, devices: usize) {
-        self.lock().scheduler.set_devices(devices);
-    }
-
     #[cfg(test)]
     pub(super) fn book(&self, booked: Booked) {
         self.lock().book(booked, self.clock.now());

@@ -6,7 +6,9 @@ use std::time::{Duration, Instant};
 
 use kiln_models::flops::{CostModel, FlopCount};
 use kiln_models::job::{Conditioning, Job, Noise, RgbImage};
-use kiln_models::pipeline::{CacheUse, CacheUses, DeviceUse, ImageSizes, ModelInfo, PipelineError};
+use kiln_models::pipeline::{
+    CacheUse, CacheUses, DeviceUse, ImageSizes, ModelDevice, ModelInfo, PipelineError,
+};
 use kiln_models::testing::{self, FakePipeline};
 
 use crate::engine::cost::{Stage, Work, makespan};
@@ -174,6 +176,12 @@ pub(super) fn fake_on(
             default_side: 8,
         },
         vocab_size: 8,
+        devices: (0..devices)
+            .map(|index| ModelDevice {
+                index,
+                name: "fake".to_owned(),
+            })
+            .collect(),
         ..testing::model_info()
     };
     let caches = CacheUses {
@@ -388,9 +396,10 @@ impl Bench {
             Arc::clone(&log),
             Arc::clone(&packs),
         );
-        let bench = Self::with_pipeline(settings, pipeline, clock, log);
-        bench.shared.set_devices(devices);
-        Self { packs, ..bench }
+        Self {
+            packs,
+            ..Self::with_pipeline(settings, pipeline, clock, log)
+        }
     }
 
     pub(super) fn with_pipeline(

@@ -3,6 +3,8 @@
 use std::time::Duration;
 
 use kiln_models::job::Job;
+use kiln_models::pipeline::StepOutcome;
+use kiln_models::step_cache::StepCounts;
 
 use super::bench::{
     Bench, Call, FAIL_IN_COMPANY, FAIL_IN_STEP, PANIC_IN_ENCODE, PANIC_IN_STEP, behaving, cost,
@@ -424,6 +426,65 @@ fn waiting_times_take_the_riders_into_account() {
 }
 
 #[test]
+fn a_forecast_agrees_with_the_queue() {
+    for devices in [1, 2] {
+        let mut bench = Bench::on(devices, packing(20, 16, 300));
+        let first = bench.submit(guided(100, 5, 3));
+        bench.run();
+        finished([first]);
+        let others = [1, 2, 3].map(|seed| bench.submit(guided(seed, 8, 30)));
+        for _ in 0..9 {
+            bench.turn();
+        }
+        for asked in [job(4, 8, 10), guided(5, 8, 30), job(6, 20, 50)] {
+            let forecast = bench.shared.forecast(&asked);
+            let mut handle = bench.submit(asked.clone());
+            let wait = forecast.estimated_wait.unwrap();
+            assert_eq!(queued(&mut handle), [(forecast.position, wait)]);
+            // Two devices make a step of a guided job in half of the time.
+            let halves = asked.branches().count();
+            let step = cost(&asked, Stage::Step) * asked.sampling.steps as u32;
+            let rest = whole_cost(&asked).saturating_sub(step);
+            let alone = step / halves.min(devices) as u32 + rest;
+            let estimated = forecast.estimated_work.unwrap();
+            assert!(
+                estimated.abs_diff(alone) < ms(3),
+                "{estimated:?} for {alone:?}"
+            );
+        }
+        finished_later(&mut bench, others);
+    }
+}
+
+fn finished_later(bench: &mut Bench, handles: impl IntoIterator<Item = JobHandle>) {
+    bench.run();
+    finished(handles);
+}
+
+#[test]
+fn a_gated_step_is_one_half_and_a_reused_one_is_none() {
+    let work = work(&guided(0, 8, 9));
+    let step = work.of_stage(Stage::Step);
+    let outcome = |part: f64, gated: usize| StepOutcome {
+        id: 0,
+        steps_left: 3,
+        counts: StepCounts {
+            computed: 6,
+            gated,
+            ..StepCounts::default()
+        },
+        work: part,
+    };
+    let before = StepCounts {
+        gated: 1,
+        ..StepCounts::default()
+    };
+    assert_eq!(work.units_of(&outcome(1.0, 1), before), [step / 2.0; 2]);
+    assert_eq!(work.units_of(&outcome(0.5, 2), before), [step / 2.0]);
+    assert_eq!(work.units_of(&outcome(0.0, 1), before), [0.0; 2]);
+}
+
+#[test]
 fn a_full_queue_says_when_a_job_that_shares_its_steps_will_be_done() {
     let mut bench = Bench::new(packing(1, 8, 1000));
     let first = bench.submit(job(100, 5, 3));
@@ -548,6 +609,9 @@ fn a_slow_backend_takes_the_default_budget() {
     assert_eq!(knee(&[Some(600), Some(501)], None), DEFAULT_BUDGET);
     assert_eq!(knee(&[Some(11_000)], Some(400)), DEFAULT_BUDGET);
     assert_eq!(knee(&[None], None), DEFAULT_BUDGET);
+    // A disturbed measurement is corrected by the one after it.
+    let calls = [10, 28, 28, 28, 10, 86, 86, 86, 10, 41, 41, 41];
+    assert_eq!(knee(&calls.map(Some), None), 512);
     // Two numbers of jobs are enough.
     let four = [Some(9), Some(9), Some(9), Some(9)];
     assert_eq!(knee(&[four.as_slice(), &four, &[None]].concat(), None), 256);
