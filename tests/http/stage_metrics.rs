@@ -1,4 +1,4 @@
-//! What the load generators of vLLM-Omni, SGLang and `vllm bench serve --omni` read in a response, and
+//! What the load generators of vLLM-Omni, `SGLang` and `vllm bench serve --omni` read in a response, and
 //! `return_stage_metrics`, which the last one sends.
 
 use std::path::Path;
