@@ -179,7 +179,7 @@ fn the_planned_peak_is_the_measured_one() {
         "demo 1024x1024 1 whole".to_owned(),
         "demo 1024x1024 1 256".to_owned(),
         format!("{} 256x192 1 whole", wide[0]),
-        format!("{} 320x320 1 96", wide[0]),
+        format!("{} 512x256 1 256", wide[0]),
         format!("{} 768x768 1 steps", wide[1]),
     ] {
         // The C library keeps more or less of what was freed, by the order in which threads ran: a

@@ -15,9 +15,9 @@ use kiln_ops::FusedOps;
 
 use crate::fixtures::{Component, F32, config};
 
-/// Largest difference of values from -1 to 1 on a backend whose kernels add up in another order for
-/// another size.
-const TOLERANCE: f32 = 1e-6;
+/// Largest difference of values from -1 to 1 on ndarray, whose matrix products add up in another order
+/// for another size: the rounding of the network.
+const ROUNDING: f32 = 4e-6;
 
 /// Random weights that keep the variance of the values, of the shapes that a network asks for.
 #[derive(Debug, Default)]
@@ -157,15 +157,14 @@ fn compare<B: FusedOps>(
 fn tiles_of_the_demo_equal_the_whole_image_to_the_bit_at_every_size() {
     let vae = demo::<Flex>(&FlexDevice);
     for side in (2..=64).step_by(2) {
-        // Tiles of 1 to 5 latents where they are few; and such that a remainder is left.
-        let small = if side <= 12 {
-            &[8, 16, 24, 32, 40][..]
-        } else {
-            &[]
-        };
+        // Tiles of 1 to 5 latents where they are few, and else such that a remainder is left.
         let half = 8 * (side / 2 + 1);
-        let sizes = [small, &[half, 72][..]].concat();
-        compare(&vae, [1, side, side], &sizes, 0.0, &FlexDevice);
+        let sizes = match side {
+            ..=12 => &[8, 16, 24, 32, 40][..],
+            _ if side % 4 == 0 => &[half],
+            _ => &[72],
+        };
+        compare(&vae, [1, side, side], sizes, 0.0, &FlexDevice);
     }
 }
 
@@ -191,7 +190,7 @@ fn tiles_on_ndarray_equal_the_whole_image() {
     let device = NdArrayDevice::Cpu;
     let vae = demo::<NdArray>(&device);
     for shape in [[1, 6, 6], [2, 9, 13], [1, 24, 16]] {
-        compare(&vae, shape, &[8, 24, 56, 64], TOLERANCE, &device);
+        compare(&vae, shape, &[8, 24, 56, 64], ROUNDING, &device);
     }
 }
 
@@ -199,9 +198,9 @@ fn tiles_on_ndarray_equal_the_whole_image() {
 fn decoders_of_other_depths_have_exact_tiles_too() {
     for fields in [
         r#""base_dim": 4, "dim_mult": [1, 2], "num_res_blocks": 3, "temperal_downsample": [true]"#,
-        r#""base_dim": 8, "dim_mult": [2, 1, 1], "num_res_blocks": 0,
+        r#""base_dim": 8, "dim_mult": [2, 1, 1], "num_res_blocks": 1,
            "temperal_downsample": [true, false]"#,
-        r#""base_dim": 4, "dim_mult": [1, 1, 2, 2, 4], "num_res_blocks": 1,
+        r#""base_dim": 4, "dim_mult": [1, 1, 2, 2, 4], "num_res_blocks": 2,
            "temperal_downsample": [true, false, false, false]"#,
     ] {
         let vae = with_random_weights::<Flex>(fields, &FlexDevice);
