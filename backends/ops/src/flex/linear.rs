@@ -23,8 +23,8 @@ const PANEL: usize = 64;
 const FEW_TOKENS: usize = 96;
 /// Values per task of an elementwise loop.
 const CHUNK: usize = 1 << 14;
-/// Products that are added up before they are added to the output. The sums of one token are made in
-/// the same order with any number of tokens and threads; gemm itself adds up at least this many.
+/// Products that are added up before they are added to the output, so that the sums of one token are
+/// made in the same order with any number of tokens and threads. gemm never divides so few.
 const DEPTH: usize = 512;
 /// Fewest tokens that gemm is given: with fewer, it adds up in another order.
 const GEMM_TOKENS: usize = 8;
@@ -62,18 +62,22 @@ pub(super) fn fused_linear(x: Float<2>, weight: Float<2>, bias: Option<Float<1>>
                     .for_each(|row| row.copy_from_slice(bias));
             }
             let weight = weight.storage::<f32>();
-            for first in (0..d_in).step_by(DEPTH) {
-                let depth = DEPTH.min(d_in - first);
-                product(
-                    &mut output,
-                    Matrix::rows(&x[first..], tokens, depth, d_in),
-                    Matrix::rows(&weight[first..], d_out, depth, d_in).transposed(),
-                    Parallelism::Rayon(0),
-                );
-            }
+            add_products(&mut output, x, weight, d_in, Parallelism::Rayon(0));
         }
     }
     from_values(output, [tokens, d_out])
+}
+
+/// Computes `output += x · weightᵀ` by gemm, which gets [`DEPTH`] products of each sum at a time: how it
+/// divides more depends on the number of tokens.
+fn add_products(output: &mut [f32], x: &[f32], weight: &[f32], d_in: usize, threads: Parallelism) {
+    let (tokens, d_out) = (x.len() / d_in, weight.len() / d_in);
+    for first in (0..d_in).step_by(DEPTH) {
+        let depth = DEPTH.min(d_in - first);
+        let x = Matrix::rows(&x[first..], tokens, depth, d_in);
+        let weight = Matrix::rows(&weight[first..], d_out, depth, d_in);
+        product(output, x, weight.transposed(), threads);
+    }
 }
 
 /// Computes a linear layer without repacking the weights: with few tokens, repacking takes longer
@@ -215,12 +219,8 @@ fn widening<T: Sync>(
                 x.to_mut().resize(rows * d_in, 0.0);
                 sums.resize(rows, [0.0; PANEL]);
             }
-            product(
-                sums.as_flattened_mut(),
-                Matrix::rows(&x, rows, d_in, d_in),
-                Matrix::rows(wide, PANEL, d_in, d_in).transposed(),
-                Parallelism::None,
-            );
+            let sums = sums.as_flattened_mut();
+            add_products(sums, &x, wide, d_in, Parallelism::None);
         },
     );
 }
