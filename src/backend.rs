@@ -1,7 +1,8 @@
 //! The backends in this binary, their devices, and loading a checkpoint onto one of them.
 
-use std::fmt;
-use std::slice;
+mod choice;
+
+use std::path::PathBuf;
 use std::str::FromStr;
 
 use kiln_models::config::ConfigError;
@@ -15,23 +16,7 @@ use kiln_models::vae::{Tiling, VaeSettings};
 use crate::checkpoint::Checkpoint;
 use crate::kernel_cache;
 
-/// A backend of burn.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum BackendKind {
-    Cuda,
-    Wgpu,
-    Flex,
-    Ndarray,
-    /// The first of the above, in that order, that was compiled in and has a device here.
-    Auto,
-}
-
-/// A backend and one of its devices: `flex`, `cuda:1`, `auto`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct BackendChoice {
-    kind: BackendKind,
-    device: Option<usize>,
-}
+pub use self::choice::{BackendChoice, BackendKind, DeviceNumbers, InvalidChoice, UnknownName};
 
 /// The type of a model's weights and activations.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -41,10 +26,13 @@ pub enum DTypeChoice {
     This(ModelDType),
 }
 
-/// The device and the types that a checkpoint is loaded with, and how its images are decoded.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// The devices and the types that a checkpoint is loaded with, and how its images are decoded.
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LoadSettings {
     pub backend: BackendChoice,
+    /// Whether the two halves of a guided job run on two devices, which are the backend's first two
+    /// unless `backend` names some; `None` lets the devices' work decide.
+    pub split_guidance: Option<bool>,
     pub dtype: DTypeChoice,
     pub vae_use_slicing: bool,
     pub vae_use_tiling: bool,
@@ -60,8 +48,9 @@ impl Default for LoadSettings {
         Self {
             backend: BackendChoice {
                 kind: BackendKind::Flex,
-                device: None,
+                devices: Vec::new(),
             },
+            split_guidance: None,
             dtype: DTypeChoice::Auto,
             vae_use_slicing: false,
             vae_use_tiling: false,
@@ -72,6 +61,17 @@ impl Default for LoadSettings {
 }
 
 impl LoadSettings {
+    /// How often the transformer is loaded: once for each device.
+    pub(crate) fn copies(&self) -> usize {
+        let mut numbers = self.backend.devices.clone();
+        numbers.sort_unstable();
+        numbers.dedup();
+        match numbers.len() {
+            0 if self.split_guidance == Some(true) => 2,
+            count => count.max(1),
+        }
+    }
+
     /// How images are decoded.
     pub fn vae(&self) -> VaeSettings {
         let tiling = Tiling {
@@ -104,40 +104,26 @@ pub enum BackendError {
         index: usize,
         devices: Vec<DeviceInfo>,
     },
+    #[error(
+        "--cfg-parallel-size 2 needs two devices; the {kind} backend has {}: give --device {}",
+        listed(*kind, devices),
+        match devices.as_slice() {
+            [first, second, ..] => format!("{},{}", first.index, second.index),
+            [one] => format!("{0},{0} to use one twice", one.index),
+            [] => "two of them".to_owned(),
+        }
+    )]
+    TooFewDevices {
+        kind: BackendKind,
+        /// The backend's devices.
+        devices: Vec<DeviceInfo>,
+    },
     #[error("no backend of this kiln can be used here: {}", reasons.join("; "))]
     NoneAnswers { reasons: Vec<String> },
     #[error(transparent)]
     Config(#[from] ConfigError),
     #[error(transparent)]
     Open(#[from] OpenError),
-}
-
-/// A word that is not one of the known names.
-#[derive(Debug, thiserror::Error)]
-#[error("{word:?} is not one of {known}")]
-pub struct UnknownName {
-    word: String,
-    known: String,
-}
-
-impl UnknownName {
-    pub(crate) fn new(word: &str, known: &[&str]) -> Self {
-        Self {
-            word: word.to_owned(),
-            known: known.join(", "),
-        }
-    }
-}
-
-/// Why a text does not name a backend or a device as `cuda:1` does.
-#[derive(Debug, thiserror::Error)]
-pub enum InvalidChoice {
-    #[error(transparent)]
-    Backend(#[from] UnknownName),
-    #[error("{index:?} is not the number of a device; `kiln backends` lists them")]
-    Device { index: String },
-    #[error("auto chooses the device itself: name the backend that device {index} is one of")]
-    DeviceOfAuto { index: usize },
 }
 
 /// One backend's devices on this machine.
@@ -163,28 +149,9 @@ struct Entry {
 }
 
 type Opener =
-    fn(&DeviceInfo, &CheckpointParts, LoadOptions) -> Result<Box<dyn Pipeline>, OpenError>;
+    fn(&[DeviceInfo], &CheckpointParts, LoadOptions) -> Result<Box<dyn Pipeline>, OpenError>;
 
 impl BackendKind {
-    /// Every backend, from the fastest to the slowest.
-    pub const ALL: [Self; 4] = [Self::Cuda, Self::Wgpu, Self::Flex, Self::Ndarray];
-
-    /// What [`FromStr`] accepts: the names of [`Self::ALL`], and `auto`.
-    pub fn names() -> Vec<&'static str> {
-        let kinds = Self::ALL.into_iter().chain([Self::Auto]);
-        kinds.map(Self::name).collect()
-    }
-
-    fn name(self) -> &'static str {
-        match self {
-            Self::Cuda => "cuda",
-            Self::Wgpu => "wgpu",
-            Self::Flex => "flex",
-            Self::Ndarray => "ndarray",
-            Self::Auto => "auto",
-        }
-    }
-
     /// The backend's crate, if it was compiled in.
     fn entry(self) -> Option<Entry> {
         let (devices, open): (fn() -> _, Opener) = match self {
@@ -208,67 +175,6 @@ impl BackendKind {
     fn compiled_in(self) -> Result<Entry, BackendError> {
         self.entry()
             .ok_or(BackendError::NotCompiledIn { kind: self })
-    }
-}
-
-impl fmt::Display for BackendKind {
-    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        formatter.write_str(self.name())
-    }
-}
-
-impl FromStr for BackendKind {
-    type Err = UnknownName;
-
-    fn from_str(word: &str) -> Result<Self, UnknownName> {
-        let mut kinds = Self::ALL.into_iter().chain([Self::Auto]);
-        kinds
-            .find(|kind| kind.name() == word)
-            .ok_or_else(|| UnknownName::new(word, &Self::names()))
-    }
-}
-
-impl BackendChoice {
-    /// `device` is the device's number in `kiln backends`; `None` is the first one.
-    pub fn new(kind: BackendKind, device: Option<usize>) -> Result<Self, InvalidChoice> {
-        match (kind, device) {
-            (BackendKind::Auto, Some(index)) => Err(InvalidChoice::DeviceOfAuto { index }),
-            _ => Ok(Self { kind, device }),
-        }
-    }
-
-    pub fn kind(self) -> BackendKind {
-        self.kind
-    }
-
-    pub fn device(self) -> Option<usize> {
-        self.device
-    }
-}
-
-impl fmt::Display for BackendChoice {
-    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self.device {
-            None => self.kind.fmt(formatter),
-            Some(index) => write!(formatter, "{}:{index}", self.kind),
-        }
-    }
-}
-
-impl FromStr for BackendChoice {
-    type Err = InvalidChoice;
-
-    fn from_str(text: &str) -> Result<Self, InvalidChoice> {
-        let (kind, device) = match text.split_once(':') {
-            None => (text, None),
-            Some((kind, index)) => {
-                let device = index.parse().map_err(|_| InvalidChoice::Device {
-                    index: index.to_owned(),
-                })?;
-                (kind, Some(device))
-            }
-        };
-        Self::new(kind.parse()?, device)
     }
 }
 
@@ -331,43 +237,79 @@ pub fn survey() -> Vec<BackendReport> {
     BackendKind::ALL.map(report).into()
 }
 
-/// Checks that the backend was compiled in and has the device. `auto` is checked by [`load`].
-pub fn check(choice: BackendChoice) -> Result<(), BackendError> {
+/// Checks that the backend was compiled in and has the devices. `auto` is checked by [`load`].
+///
+/// # Errors
+///
+/// [`BackendError::NotCompiledIn`], [`BackendError::NoSuchDevice`], [`BackendError::TooFewDevices`], or
+/// the backend has no device here.
+pub fn check(choice: &BackendChoice, split_guidance: Option<bool>) -> Result<(), BackendError> {
     if choice.kind != BackendKind::Auto {
-        chosen(choice)?;
+        chosen(choice, split_guidance)?;
     }
     Ok(())
 }
 
-/// The device of a choice other than `auto`.
-fn chosen(choice: BackendChoice) -> Result<(Entry, DeviceInfo), BackendError> {
+/// The devices of a choice other than `auto`.
+fn chosen(
+    choice: &BackendChoice,
+    split_guidance: Option<bool>,
+) -> Result<(Entry, Vec<DeviceInfo>), BackendError> {
     let entry = choice.kind.compiled_in()?;
-    let mut devices = (entry.devices)()?;
-    let index = choice.device.unwrap_or(0);
-    match devices.iter().position(|device| device.index == index) {
-        Some(position) => Ok((entry, devices.swap_remove(position))),
-        None => Err(BackendError::NoSuchDevice {
-            kind: choice.kind,
-            index,
-            devices,
-        }),
-    }
+    let devices = select(choice, (entry.devices)()?, split_guidance)?;
+    Ok((entry, devices))
 }
 
-/// The first device that is not emulated in software; `auto` uses no other.
-fn first_real(
+/// The chosen ones of a backend's devices, or else the first, or the first two if guidance is split.
+/// Only devices that are named mix GPUs with adapters that compute on the CPU.
+fn select(
+    choice: &BackendChoice,
+    devices: Vec<DeviceInfo>,
+    split_guidance: Option<bool>,
+) -> Result<Vec<DeviceInfo>, BackendError> {
+    let (kind, numbers) = (choice.kind, &choice.devices);
+    let is_split = split_guidance == Some(true);
+    let find = |index: usize| devices.iter().find(|device| device.index == index);
+    let selected: Vec<DeviceInfo> = match numbers.iter().find(|index| find(**index).is_none()) {
+        Some(&index) => {
+            return Err(BackendError::NoSuchDevice {
+                kind,
+                index,
+                devices,
+            });
+        }
+        None if numbers.is_empty() => {
+            let alike = devices
+                .iter()
+                .filter(|it| it.software == devices[0].software);
+            alike.take(1 + usize::from(is_split)).cloned().collect()
+        }
+        None => numbers
+            .iter()
+            .filter_map(|&index| find(index))
+            .cloned()
+            .collect(),
+    };
+    if is_split && selected.len() < 2 {
+        return Err(BackendError::TooFewDevices { kind, devices });
+    }
+    Ok(selected)
+}
+
+/// The devices that are not emulated in software; `auto` uses no others.
+fn real(
     kind: BackendKind,
     devices: Result<Vec<DeviceInfo>, OpenError>,
-) -> Result<DeviceInfo, OpenError> {
-    let devices = devices?;
-    let software = listed(kind, &devices);
-    devices
-        .into_iter()
-        .find(|device| !device.software)
-        .ok_or_else(|| OpenError::NoDevice {
+) -> Result<Vec<DeviceInfo>, OpenError> {
+    let (software, real): (Vec<_>, Vec<_>) = devices?.into_iter().partition(|it| it.software);
+    if real.is_empty() {
+        let software = listed(kind, &software);
+        return Err(OpenError::NoDevice {
             backend: kind.name(),
             reason: format!("{software} computes on the CPU; only --backend {kind} uses it"),
-        })
+        });
+    }
+    Ok(real)
 }
 
 /// The image sizes that a checkpoint generates, from its configurations.
@@ -385,7 +327,7 @@ pub fn operations(
     Ok(configs.cost_model(settings.vae())?.cost(job))
 }
 
-/// Loads a checkpoint's networks onto a device.
+/// Loads a checkpoint's networks onto one or several devices.
 ///
 /// # Errors
 ///
@@ -394,26 +336,39 @@ pub fn load(
     checkpoint: &Checkpoint,
     settings: &LoadSettings,
 ) -> Result<Box<dyn Pipeline>, BackendError> {
-    let options = |device: &DeviceInfo| LoadOptions {
+    let LoadSettings {
+        backend,
+        split_guidance,
+        ..
+    } = settings;
+    let options = |devices: &[DeviceInfo]| LoadOptions {
         dtype: settings.dtype.model_dtype(),
         vae: settings.vae(),
-        kernel_cache: device.kernels.as_deref().map(kernel_cache::folder_for),
+        split_guidance: *split_guidance,
+        kernel_cache: kernel_folder(devices),
     };
     let parts = checkpoint.parts();
-    if settings.backend.kind != BackendKind::Auto {
-        let (entry, device) = chosen(settings.backend)?;
-        if device.software {
-            tracing::warn!(
-                "{} computes on the CPU",
-                listed(entry.kind, slice::from_ref(&device))
-            );
+    if backend.kind != BackendKind::Auto {
+        let (entry, devices) = chosen(backend, *split_guidance)?;
+        for device in devices.iter().filter(|device| device.software) {
+            let device = listed(entry.kind, std::slice::from_ref(device));
+            tracing::warn!("{device} computes on the CPU");
         }
-        return Ok((entry.open)(&device, parts, options(&device))?);
+        return Ok((entry.open)(&devices, parts, options(&devices))?);
     }
     let mut reasons = Vec::new();
     for entry in BackendKind::ALL.into_iter().filter_map(BackendKind::entry) {
-        let opened = first_real(entry.kind, (entry.devices)())
-            .and_then(|device| (entry.open)(&device, parts, options(&device)));
+        let opened = match real(entry.kind, (entry.devices)()) {
+            Ok(devices) => {
+                let choice = BackendChoice {
+                    kind: entry.kind,
+                    devices: Vec::new(),
+                };
+                let devices = select(&choice, devices, *split_guidance)?;
+                (entry.open)(&devices, parts, options(&devices))
+            }
+            Err(error) => Err(error),
+        };
         match opened {
             Err(reason @ OpenError::NoDevice { .. }) => {
                 tracing::info!("{reason}");
@@ -423,6 +378,21 @@ pub fn load(
         }
     }
     Err(BackendError::NoneAnswers { reasons })
+}
+
+/// The cache folder of the devices' compiled kernels. Devices that differ share none, as kernels are
+/// found there by name.
+fn kernel_folder(devices: &[DeviceInfo]) -> Option<PathBuf> {
+    let kernels = |device: &DeviceInfo| device.kernels.clone();
+    let first = kernels(devices.first()?)?;
+    if devices
+        .iter()
+        .all(|it| kernels(it).as_ref() == Some(&first))
+    {
+        return Some(kernel_cache::folder_for(&first));
+    }
+    tracing::warn!("kernels are not cached, so each start takes longer: the devices differ");
+    Some(kernel_cache::impossible_path())
 }
 
 #[cfg(test)]
@@ -444,9 +414,9 @@ mod tests {
     #[test]
     fn auto_takes_no_software_adapter() {
         let [gpu, llvmpipe] = [device(1, "GPU", false), device(0, "llvmpipe", true)];
-        let taken = first_real(BackendKind::Wgpu, Ok(vec![llvmpipe.clone(), gpu.clone()]));
-        assert_eq!(taken.unwrap(), gpu);
-        let refused = first_real(BackendKind::Wgpu, Ok(vec![llvmpipe])).unwrap_err();
+        let taken = real(BackendKind::Wgpu, Ok(vec![llvmpipe.clone(), gpu.clone()]));
+        assert_eq!(taken.unwrap(), [gpu]);
+        let refused = real(BackendKind::Wgpu, Ok(vec![llvmpipe])).unwrap_err();
         assert_eq!(
             refused.to_string(),
             "the wgpu backend has no device here: wgpu:0 (llvmpipe) computes on the CPU; only \
@@ -467,34 +437,102 @@ mod tests {
         );
     }
 
+    fn select_on(
+        text: &str,
+        devices: &[DeviceInfo],
+        split: Option<bool>,
+    ) -> Result<Vec<usize>, String> {
+        let selected = select(&text.parse().unwrap(), devices.to_vec(), split);
+        let numbers = selected.map(|devices| devices.iter().map(|device| device.index).collect());
+        numbers.map_err(|error| error.to_string())
+    }
+
     #[test]
-    fn a_choice_parses_back_from_its_text() {
-        for text in ["flex", "cuda:1", "wgpu:0", "auto"] {
-            assert_eq!(text.parse::<BackendChoice>().unwrap().to_string(), text);
+    fn devices_are_selected_by_number_or_are_the_first() {
+        let gpus = [
+            device(0, "A", false),
+            device(1, "B", false),
+            device(2, "S", true),
+        ];
+        for (text, split, expected) in [
+            ("cuda", None, vec![0]),
+            ("cuda", Some(false), vec![0]),
+            ("cuda", Some(true), vec![0, 1]),
+            ("cuda:1", None, vec![1]),
+            ("cuda:1+0", Some(true), vec![1, 0]),
+            ("cuda:2+0", None, vec![2, 0]),
+            ("cuda:1+1", Some(true), vec![1, 1]),
+            ("cuda:0+1+2+0", Some(false), vec![0, 1, 2, 0]),
+        ] {
+            assert_eq!(
+                select_on(text, &gpus, split),
+                Ok(expected),
+                "{text} {split:?}"
+            );
         }
-        let choice: BackendChoice = "cuda:12".parse().unwrap();
         assert_eq!(
-            (choice.kind(), choice.device()),
-            (BackendKind::Cuda, Some(12))
+            select_on("cuda:0+3", &gpus[..2], None).unwrap_err(),
+            "the cuda backend has no device 3; it has cuda:0 (A), cuda:1 (B)"
         );
     }
 
     #[test]
-    fn an_invalid_choice_is_quoted() {
-        for (text, expected) in [
+    fn guidance_is_split_between_two_devices() {
+        let [a, b, software] = [
+            device(0, "A", false),
+            device(1, "B", false),
+            device(2, "S", true),
+        ];
+        let needs = "--cfg-parallel-size 2 needs two devices; the cuda backend has cuda:0 (A)";
+        for (text, devices, rest) in [
             (
-                "tpu",
-                "\"tpu\" is not one of cuda, wgpu, flex, ndarray, auto",
+                "cuda",
+                vec![a.clone()],
+                ": give --device 0,0 to use one twice",
             ),
-            ("tpu:0", "\"tpu\" is not one of"),
-            ("", "\"\" is not one of"),
-            ("cuda:", "\"\" is not the number of a device"),
-            ("cuda:-1", "\"-1\" is not the number of a device"),
-            ("cuda:0:1", "\"0:1\" is not the number of a device"),
-            ("auto:2", "name the backend that device 2 is one of"),
+            (
+                "cuda:0",
+                vec![a.clone()],
+                ": give --device 0,0 to use one twice",
+            ),
+            (
+                "cuda:1",
+                vec![a.clone(), b],
+                ", cuda:1 (B): give --device 0,1",
+            ),
+            // A GPU does not wait for an adapter that computes on the CPU, unless both are named.
+            ("cuda", vec![a, software], ", cuda:2 (S): give --device 0,2"),
         ] {
-            let error = text.parse::<BackendChoice>().unwrap_err().to_string();
-            assert!(error.contains(expected), "{text}: {error}");
+            let error = select_on(text, &devices, Some(true)).unwrap_err();
+            assert_eq!(error, format!("{needs}{rest}"));
         }
+    }
+
+    #[test]
+    fn the_transformer_is_loaded_once_for_each_device() {
+        for (text, split, expected) in [
+            ("flex", None, 1),
+            ("flex:0+0", Some(true), 1),
+            ("cuda", Some(true), 2),
+            ("cuda:1+0+1", None, 2),
+        ] {
+            let settings = LoadSettings {
+                backend: text.parse().unwrap(),
+                split_guidance: split,
+                ..LoadSettings::default()
+            };
+            assert_eq!(settings.copies(), expected, "{text}");
+        }
+    }
+
+    #[test]
+    fn devices_that_differ_share_no_folder_of_kernels() {
+        let with = |kernels: &str| DeviceInfo {
+            kernels: Some(kernels.to_owned()),
+            ..device(0, "A", false)
+        };
+        assert_eq!(kernel_folder(&[device(0, "A", false)]), None);
+        let differ = kernel_folder(&[with("x"), with("y")]).unwrap();
+        assert_eq!(differ, kernel_cache::impossible_path());
     }
 }

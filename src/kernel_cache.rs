@@ -169,7 +169,7 @@ pub(crate) fn folder_for(device: &str) -> PathBuf {
 }
 
 /// A path that cannot exist, as it is below a file.
-fn impossible_path() -> PathBuf {
+pub(crate) fn impossible_path() -> PathBuf {
     env::current_exe().unwrap_or_default().join("kernels")
 }
 

@@ -54,7 +54,7 @@ pub struct ModelSettings {
     pub hub: HubSettings,
 }
 
-/// Which model to load, and onto which device.
+/// Which model to load, and onto which devices.
 #[derive(Debug, Clone)]
 pub struct RuntimeSettings {
     pub model: ModelSettings,
@@ -278,7 +278,7 @@ impl Model {
         Ok(operations.decode as f64 / operations.step as f64)
     }
 
-    /// Loads the weights onto a device. A model can be loaded several times, onto several devices.
+    /// Loads the weights onto one or several devices. A model can be loaded several times, onto several devices.
     ///
     /// # Errors
     ///
@@ -303,7 +303,8 @@ impl Model {
         let parts = self.checkpoint.parts();
         let sources = [&parts.text_encoder, &parts.transformer, &parts.vae];
         let sizes = sources.map(|source| counted::total_bytes(source.as_ref()));
-        start.load(sizes.iter().sum());
+        let [text_encoder, transformer, vae] = sizes;
+        start.load(text_encoder + transformer * settings.copies() as u64 + vae);
         let counted = |source| -> Arc<dyn TensorSource> { Arc::new(Counted::new(source, start)) };
         let pipeline = backend::load(&self.checkpoint.map_sources(counted), settings)?;
         let load_time = started.elapsed();
@@ -342,7 +343,7 @@ impl Runtime {
     ///
     /// Those of [`backend::check`], [`Model::find`] and [`Model::load`], in this order.
     pub fn open(settings: &RuntimeSettings) -> Result<Self, RuntimeError> {
-        backend::check(settings.load.backend)?;
+        backend::check(&settings.load.backend, settings.load.split_guidance)?;
         Model::find(&settings.model)?.load(&settings.load)
     }
 }

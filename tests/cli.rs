@@ -137,6 +137,13 @@ fn arguments_that_clap_refuses_are_usage_errors() {
         ],
         &["generate", "a cat", "--model", "m", "--backend", "tpu"],
         &["generate", "a cat", "--model", "m", "--device", "first"],
+        &["generate", "a cat", "--model", "m", "--device", ""],
+        &["generate", "a cat", "--model", "m", "--device", "0,"],
+        &["bench", "--device", "0,,1"],
+        &["serve", "--device", "0,-1"],
+        &["serve", "--cfg-parallel-size", "0"],
+        &["serve", "--cfg-parallel-size", "3"],
+        &["generate", "cat", "--cfg-parallel-size", "two"],
         &["generate", "a cat", "--model", "m", "--dtype", "int8"],
         &["generate", "a cat", "--model", "m", "--rng", "dice"],
         &["generate", "a cat", "--model", "m", "--vae-tile-size", "-1"],
@@ -252,6 +259,10 @@ fn values_out_of_bounds_are_usage_errors() {
             "name the backend that device 1 is one of",
         ),
         (
+            &["--backend", "auto", "--device", "0,1"],
+            "name the backend that devices 0, 1 are of",
+        ),
+        (
             &["--output", "out.gif"],
             "out.gif does not end in .png, .jpg or .webp",
         ),
@@ -363,9 +374,12 @@ fn what_serve_cannot_do_is_refused_before_the_model_is_looked_for() {
     for (args, expected) in [
         (
             ["--cfg-parallel-size", "2"],
-            "--cfg-parallel-size 2 is not available",
+            "--cfg-parallel-size 2 needs two devices; the flex backend has flex:0 (",
         ),
-        (["--cfg-parallel-size", "0"], "--cfg-parallel-size 0"),
+        (
+            ["--cfg-parallel-size", "2"],
+            "): give --device 0,0 to use one twice",
+        ),
         (["--api-key", "two words"], "an API key is made of visible"),
     ] {
         let (code, line) = failure(&[&["serve", "./none", "--port", "0"], &args[..]].concat());
@@ -472,6 +486,10 @@ fn a_backend_that_is_not_there_is_found_before_the_model_is_looked_for() {
         ["--backend", "flex", "--device", "3"],
         "the flex backend has no device 3; it has flex:0 (",
     )];
+    cases.push((
+        ["--backend", "flex", "--device", "0,1"],
+        "the flex backend has no device 1; it has flex:0 (",
+    ));
     if !cfg!(feature = "cuda") {
         cases.push((
             ["--backend", "cuda", "--device", "0"],

@@ -16,6 +16,9 @@ mod calibrate;
 mod cli;
 /// `kiln compare`, run as a process.
 mod compare;
+/// One model on several devices, in this process.
+#[cfg(feature = "flex")]
+mod devices;
 /// The example program that embeds kiln.
 #[cfg(feature = "flex")]
 mod embed;

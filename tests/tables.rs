@@ -12,7 +12,7 @@ use kiln_models::flops::FlopCount;
 use kiln_models::job::{RgbImage, TraceTensor};
 use kiln_models::loading::ModelDType;
 use kiln_models::noise::NoiseGenerator;
-use kiln_models::pipeline::{ImageSizes, ModelInfo};
+use kiln_models::pipeline::{ImageSizes, ModelDevice, ModelInfo};
 
 use crate::snapshot::assert_snapshot;
 
@@ -48,8 +48,10 @@ fn a_benchmark() {
         },
         vocab_size: 100,
         backend: "cuda",
-        device_index: 0,
-        device_name: "GPU".to_owned(),
+        devices: vec![ModelDevice {
+            index: 0,
+            name: "GPU".to_owned(),
+        }],
         dtype: "bf16",
     };
     let workload = Workload {

@@ -12,8 +12,10 @@ use crate::families::{self, CheckpointParts};
 use crate::flops::CostModel;
 use crate::job::{Decoding, Job, JobId, Output, RgbImage};
 use crate::memory::MemoryModel;
-use crate::pipeline::{CacheUses, ModelInfo, Pipeline, PipelineError, StepOutcome, device_label};
-use crate::session::SessionSettings;
+use crate::pipeline::{
+    CacheUses, DeviceUse, ModelDevice, ModelInfo, Pipeline, PipelineError, StepOutcome,
+};
+use crate::session::{SessionDevice, SessionSettings};
 use crate::source::StoredDType;
 use crate::vae::VaeSettings;
 use crate::weights::{LoadError, Precision};
@@ -76,6 +78,8 @@ pub struct LoadOptions {
     /// `None` keeps the checkpoint's own type where the backend can.
     pub dtype: Option<ModelDType>,
     pub vae: VaeSettings,
+    /// Whether the two halves of a guided job run on two devices; `None` as is faster.
+    pub split_guidance: Option<bool>,
     /// Folder of compiled GPU kernels and of the choices among them. A path that is not a folder
     /// turns the cache off; `None` leaves the choice to the backend.
     pub kernel_cache: Option<PathBuf>,
@@ -144,12 +148,13 @@ pub enum OpenError {
     Load(#[from] LoadError),
 }
 
-/// The device to load a checkpoint onto.
+/// The devices to load a checkpoint onto.
 #[derive(Debug, Clone)]
 pub struct Target<'a, D> {
     pub backend: &'static str,
-    pub device: D,
-    pub info: &'a DeviceInfo,
+    /// At least one. The first gets all networks, the others the transformer. A device that is in the
+    /// list twice computes two streams of work with one copy of the weights.
+    pub devices: Vec<(D, &'a DeviceInfo)>,
     /// Type of the activations; `None` for the model's.
     pub activations: Option<DType>,
 }
@@ -171,61 +176,53 @@ pub fn try_device<B: FusedOps>(device: &B::Device) -> Result<(), String> {
     }
 }
 
-/// Loads a checkpoint onto a device.
+/// Loads a checkpoint onto one or several devices, one after the other.
 ///
-/// Without [`LoadOptions::dtype`] the model keeps the checkpoint's type, or runs in f32 if the device
+/// Without [`LoadOptions::dtype`] the model keeps the checkpoint's type, or runs in f32 if a device
 /// does not compute in that type.
 ///
 /// # Errors
 ///
-/// If the device does not compute in the chosen type or fails, or the checkpoint cannot be loaded.
+/// If there is no device, or if one does not compute in the chosen type or fails, or the checkpoint cannot be loaded.
 pub fn open<B: FusedOps>(
     target: Target<'_, B::Device>,
     parts: &CheckpointParts,
     options: LoadOptions,
 ) -> Result<Box<dyn Pipeline>, OpenError> {
-    let DeviceInfo {
-        index,
-        name,
-        memory,
-        dtypes,
-        ..
-    } = target.info;
-    let label = device_label(target.backend, *index, name);
-    let model = match options.dtype {
-        Some(dtype) if !dtypes.contains(&dtype) => {
-            return Err(OpenError::DType {
-                device: label,
-                dtype: dtype.name(),
-                supported: dtypes.iter().map(|dtype| dtype.name()).collect(),
-            });
-        }
-        Some(dtype) => dtype,
-        None => {
-            let stored = ModelDType::of_checkpoint(parts);
-            if dtypes.contains(&stored) {
-                stored
-            } else {
-                ModelDType::F32
-            }
-        }
+    let Some((device, first)) = target.devices.first().cloned() else {
+        return Err(OpenError::NoDevice {
+            backend: target.backend,
+            reason: "none was chosen".to_owned(),
+        });
     };
-    let model = model.dtype();
+    let infos = target.devices.iter().map(|(_, info)| *info);
+    let model = model_dtype(target.backend, infos, parts, options.dtype)?.dtype();
     let precision = Precision {
         model,
         activations: target.activations.unwrap_or(model),
     };
-    let device = target.device;
+    let devices: Vec<SessionDevice<B>> = target
+        .devices
+        .into_iter()
+        .map(|(device, info)| SessionDevice {
+            device,
+            info: ModelDevice {
+                index: info.index,
+                name: info.name.clone(),
+            },
+        })
+        .collect();
+    let labels = devices.iter().map(|it| it.info.label(target.backend));
+    let mut labels: Vec<String> = labels.collect();
+    labels.dedup();
     let settings = SessionSettings::<B> {
         device: device.clone(),
         backend: target.backend,
-        device_index: *index,
-        device_name: name.clone(),
-        device_memory: *memory,
+        devices,
+        split_guidance: options.split_guidance,
+        device_memory: first.memory,
         precision,
         vae: options.vae,
-        others: Vec::new(),
-        split_guidance: true,
         before_forward: None,
     };
     let stream = StreamId::current();
@@ -240,13 +237,38 @@ pub fn open<B: FusedOps>(
     let pipeline = match loaded {
         Err(error) => {
             return Err(OpenError::Device {
-                device: label,
+                device: labels.join(", "),
                 reason: report(error),
             });
         }
         Ok(pipeline) => pipeline?,
     };
     Ok(Box::new(OneStream { pipeline, stream }))
+}
+
+/// The chosen type, or else the checkpoint's where every device computes in it.
+fn model_dtype<'a>(
+    backend: &str,
+    devices: impl Iterator<Item = &'a DeviceInfo> + Clone,
+    parts: &CheckpointParts,
+    chosen: Option<ModelDType>,
+) -> Result<ModelDType, OpenError> {
+    let without = |dtype| devices.clone().find(|it| !it.dtypes.contains(&dtype));
+    match chosen {
+        Some(dtype) => match without(dtype) {
+            None => Ok(dtype),
+            Some(device) => Err(OpenError::DType {
+                device: format!("{backend}:{} ({})", device.index, device.name),
+                dtype: dtype.name(),
+                supported: device.dtypes.iter().map(|dtype| dtype.name()).collect(),
+            }),
+        },
+        None => {
+            let stored = ModelDType::of_checkpoint(parts);
+            let fallback = without(stored).map(|_| ModelDType::F32);
+            Ok(fallback.unwrap_or(stored))
+        }
+    }
 }
 
 fn report(error: PipelineError) -> String {
@@ -306,6 +328,10 @@ impl Pipeline for OneStream {
 
     fn memory(&self) -> MemoryUse {
         self.stream.executes(|| self.pipeline.memory())
+    }
+
+    fn device_use(&self) -> Vec<DeviceUse> {
+        self.stream.executes(|| self.pipeline.device_use())
     }
 
     fn memory_room(&self) -> Option<MemoryRoom> {

@@ -44,24 +44,53 @@ pub struct ModelInfo {
     pub vocab_size: usize,
     /// Name of the backend: `cuda`, `wgpu`, `flex` or `ndarray`.
     pub backend: &'static str,
-    /// Number of the device among the backend's devices.
-    pub device_index: usize,
-    /// Name of the device as its driver or operating system gives it.
-    pub device_name: String,
+    /// The devices that the steps are spread over, at least one. The first also has the text encoder
+    /// and the VAE. A device that computes two streams of work is in the list twice.
+    pub devices: Vec<ModelDevice>,
     /// Type of the weights and of the timesteps' rounding: `f32`, `bf16` or `f16`.
     pub dtype: &'static str,
 }
 
-impl ModelInfo {
-    /// Backend, number and name of the device, as messages show it: `cuda:0 (NVIDIA H200)`.
-    pub fn device(&self) -> String {
-        device_label(self.backend, self.device_index, &self.device_name)
+/// A device that a model is loaded onto.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ModelDevice {
+    /// Number of the device among the backend's devices.
+    pub index: usize,
+    /// Name of the device as its driver or operating system gives it.
+    pub name: String,
+}
+
+impl ModelDevice {
+    /// The device as messages show it: `cuda:0 (NVIDIA H200)`.
+    pub fn label(&self, backend: &str) -> String {
+        format!("{backend}:{} ({})", self.index, self.name)
     }
 }
 
-/// A device as messages show it: `cuda:0 (NVIDIA H200)`.
-pub fn device_label(backend: &str, index: usize, name: &str) -> String {
-    format!("{backend}:{index} ({name})")
+impl ModelInfo {
+    /// Backend, number and name of every device, as messages show them: `cuda:0 (NVIDIA H200)`, or
+    /// `cuda:0 (NVIDIA H200), cuda:1 (NVIDIA H200)`.
+    pub fn device(&self) -> String {
+        let labels = self.devices.iter().map(|it| it.label(self.backend));
+        labels.collect::<Vec<_>>().join(", ")
+    }
+
+    /// Number of devices that the steps are spread over, at least 1.
+    pub fn device_count(&self) -> usize {
+        self.devices.len().max(1)
+    }
+}
+
+/// Use of a device since the model was loaded.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct DeviceUse {
+    /// Backend and number of the device: `cuda:0`. A device that is used twice may have two entries.
+    pub device: String,
+    pub memory: MemoryUse,
+    /// Time in which the device computed steps, in seconds.
+    pub busy_seconds: f64,
+    /// Number of forward passes of the transformer.
+    pub forwards: u64,
 }
 
 /// Use of a cache that is bounded by the bytes of its entries.
@@ -205,6 +234,11 @@ pub trait Pipeline: Send {
 
     /// Memory of the device that this program uses.
     fn memory(&self) -> MemoryUse;
+
+    /// Use of each device, in the order of [`ModelInfo::devices`]; empty if it is not known.
+    fn device_use(&self) -> Vec<DeviceUse> {
+        Vec::new()
+    }
 
     /// Memory that this program can still allocate; `None` if it is not known.
     fn memory_room(&self) -> Option<MemoryRoom> {

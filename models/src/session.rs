@@ -5,6 +5,7 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::time::Instant;
 
 use burn::tensor::module::adaptive_avg_pool2d;
 use burn::tensor::{DType, Tensor};
@@ -19,8 +20,8 @@ use crate::flops::CostModel;
 use crate::job::{Decoding, Job, JobId, Output, RgbImage};
 use crate::memory::MemoryModel;
 use crate::pipeline::{
-    CacheUses, MAX_PREVIEW_SIDE, MemoryRoom, MemoryUse, ModelInfo, Pipeline, PipelineError,
-    StepOutcome,
+    CacheUses, DeviceUse, MAX_PREVIEW_SIDE, MemoryRoom, MemoryUse, ModelDevice, ModelInfo,
+    Pipeline, PipelineError, StepOutcome,
 };
 use crate::source::WeightFiles;
 use crate::state::{Advance, JobState};
@@ -40,27 +41,24 @@ pub struct SessionSettings<B: FusedOps> {
     pub device: B::Device,
     /// Name of the backend.
     pub backend: &'static str,
-    /// Number of the device among the backend's devices.
-    pub device_index: usize,
-    pub device_name: String,
-    /// Memory of the device in bytes, if it is known.
+    /// The devices of the transformer; the first is `device`.
+    pub devices: Vec<SessionDevice<B>>,
+    /// Whether the two halves of a guided job may run on two devices at the same time; `None` where
+    /// that is faster.
+    pub split_guidance: Option<bool>,
+    /// Memory of `device` in bytes, if it is known.
     pub device_memory: Option<u64>,
     pub precision: Precision,
     pub vae: VaeSettings,
-    /// Devices besides the first, each with a transformer of its own.
-    pub others: Vec<OtherDevice<B>>,
-    /// Whether the halves of one job may run on two devices at the same time.
-    pub split_guidance: bool,
     /// `None` but in tests.
     pub before_forward: Option<BeforeForward>,
 }
 
-/// A device besides the first. If it is one of those before it, the two share their weights.
+/// A device of a [`SessionSettings`]. One that is in the list twice has one copy of the weights.
 #[derive(Debug, Clone)]
-pub struct OtherDevice<B: FusedOps> {
+pub struct SessionDevice<B: FusedOps> {
     pub device: B::Device,
-    /// The device as messages show it.
-    pub label: String,
+    pub info: ModelDevice,
 }
 
 /// A pipeline: text encoder and VAE on the first device, the transformer on all.
@@ -91,8 +89,7 @@ impl<B: FusedOps> ImagePipeline<B> {
             sizes: family.sizes,
             vocab_size: family.vocab_size,
             backend: settings.backend,
-            device_index: settings.device_index,
-            device_name: settings.device_name.clone(),
+            devices: settings.devices.iter().map(|it| it.info.clone()).collect(),
             dtype: match settings.precision.model {
                 DType::BF16 => "bf16",
                 DType::F16 => "f16",
@@ -290,7 +287,9 @@ where
     }
 
     fn step(&mut self, ids: &[JobId]) -> Result<Vec<StepOutcome>, PipelineError> {
+        let started = Instant::now();
         let advances = self.reliably(|pipeline, _| pipeline.predict(ids));
+        self.denoiser.count(started.elapsed());
         self.files.check_in_place()?;
         let mut works = HashMap::new();
         for advance in advances? {
@@ -389,12 +388,29 @@ where
         memory.unwrap_or_default()
     }
 
+    fn device_use(&self) -> Vec<DeviceUse> {
+        let watch = FaultWatch::start();
+        let uses = caught(&watch, || Ok(self.denoiser.device_use()));
+        let labels = self.info.devices.iter();
+        let labels = labels.map(|device| format!("{}:{}", self.info.backend, device.index));
+        let uses = labels.zip(uses.unwrap_or_default());
+        uses.map(|(device, used)| DeviceUse { device, ..used })
+            .collect()
+    }
+
     fn memory_room(&self) -> Option<MemoryRoom> {
-        B::memory_room(&self.settings.device).or_else(|| {
+        let first = B::memory_room(&self.settings.device).or_else(|| {
             let total = self.settings.device_memory?;
             let free = total.saturating_sub(self.memory().in_use?);
             Some(MemoryRoom { free, total: free })
-        })
+        });
+        // Whichever device a job runs on, it finds what is planned for it.
+        let rooms = [first].into_iter().chain(self.denoiser.rooms_of_others());
+        let least = |a: MemoryRoom, b: MemoryRoom| MemoryRoom {
+            free: a.free.min(b.free),
+            total: a.total.min(b.total),
+        };
+        rooms.flatten().reduce(least)
     }
 
     fn drop_caches(&mut self) {

@@ -11,7 +11,8 @@ use crate::job::{
 use crate::memory::MemoryModel;
 use crate::noise::NoiseGenerator;
 use crate::pipeline::{
-    CacheUses, ImageSizes, MemoryRoom, MemoryUse, ModelInfo, Pipeline, PipelineError, StepOutcome,
+    CacheUses, DeviceUse, ImageSizes, MemoryRoom, MemoryUse, ModelDevice, ModelInfo, Pipeline,
+    PipelineError, StepOutcome,
 };
 use crate::step_cache::{CachePolicy, StepCounts};
 
@@ -49,8 +50,10 @@ pub fn model_info() -> ModelInfo {
         },
         vocab_size: 200_000,
         backend: "test",
-        device_index: 0,
-        device_name: "fake".to_owned(),
+        devices: vec![ModelDevice {
+            index: 0,
+            name: "fake".to_owned(),
+        }],
         dtype: "f32",
     }
 }
@@ -81,6 +84,7 @@ pub struct FakePipeline {
     info: ModelInfo,
     cost_model: CostModel,
     caches: CacheUses,
+    devices: Vec<DeviceUse>,
     memory: Option<(MemoryModel, Room)>,
     jobs: HashMap<JobId, (Job, usize)>,
     on_call: OnCall,
@@ -101,6 +105,7 @@ impl FakePipeline {
             info,
             cost_model: CostModel::new(move |_| work),
             caches: CacheUses::default(),
+            devices: Vec::new(),
             memory: None,
             jobs: HashMap::new(),
             on_call: Box::new(|_| Ok(())),
@@ -153,6 +158,12 @@ impl FakePipeline {
     #[must_use]
     pub fn with_caches(mut self, caches: CacheUses) -> Self {
         self.caches = caches;
+        self
+    }
+
+    #[must_use]
+    pub fn with_device_use(mut self, devices: Vec<DeviceUse>) -> Self {
+        self.devices = devices;
         self
     }
 }
@@ -273,6 +284,10 @@ impl Pipeline for FakePipeline {
             in_use: Some(self.jobs.len() as u64),
             ..MemoryUse::default()
         }
+    }
+
+    fn device_use(&self) -> Vec<DeviceUse> {
+        self.devices.clone()
     }
 
     fn caches(&self) -> CacheUses {

@@ -44,6 +44,9 @@ pub enum LoadError {
         name: String,
         dtype: String,
     },
+    /// A device failed while weights were uploaded.
+    #[error("{device} failed while the model was loaded: {report}")]
+    Device { device: String, report: String },
     /// A file changed or failed while it was loaded.
     #[error(transparent)]
     File(#[from] FileFault),

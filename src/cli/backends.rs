@@ -11,8 +11,8 @@ use super::output;
 
 /// List the backends and their devices.
 ///
-/// The first word of each line selects a device: cuda:1 is --backend cuda --device 1. Backends
-/// without a device on this machine are listed with the reason.
+/// The first word of each line selects a device: cuda:1 is --backend cuda --device 1, and --device
+/// 0,1 selects two. Backends without a device on this machine are listed with the reason.
 #[derive(Debug, Parser)]
 pub(super) struct BackendsArgs {
     /// Print JSON

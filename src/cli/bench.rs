@@ -90,8 +90,8 @@ pub(super) struct BenchArgs {
     /// Measure what step caches need to know of the model instead of times, and write it to a file
     ///
     /// Generates one image of each prompt with all steps computed, and writes the mean ratios of the
-    /// residuals' magnitudes from step to step as JSON, {"mag_ratios": [...]}, which --cache-config of
-    /// `kiln serve` takes. Writes to stdout if no file is named. Also logs which steps the caches
+    /// residuals' magnitudes from step to step as JSON, `{"mag_ratios": [...]}`, which --cache-config
+    /// of `kiln serve` takes. Writes to stdout if no file is named. Also logs which steps the caches
     /// `balanced` and `fast` compute with these ratios.
     #[arg(
         long,
@@ -147,7 +147,7 @@ fn parse_peak(text: &str) -> Result<f64, String> {
 
 /// Checks everything that can be checked before it loads the weights.
 pub(super) fn run(args: &BenchArgs) -> Result<(), CliError> {
-    let settings = args.loading.settings(args.backend.choice()?)?;
+    let settings = args.loading.settings(&args.backend)?;
     let request =
         |limits: &Limits| GenerationRequest::new(args.params(), limits, NoiseGenerator::Cpu);
     let for_any_model = request(&Limits::for_any_model())?;
@@ -160,7 +160,7 @@ pub(super) fn run(args: &BenchArgs) -> Result<(), CliError> {
             output::check_writable(file)?;
         }
     }
-    backend::check(settings.backend)?;
+    backend::check(&settings.backend, settings.split_guidance)?;
     let model = Model::find(&args.model_settings())?;
     let request = request(model.limits())?;
     match &args.calibrate_cache {

@@ -35,7 +35,7 @@ pub(super) fn run(args: &CompareArgs) -> Result<(), CliError> {
     first
         .into_iter()
         .chain(&backends)
-        .try_for_each(|&backend| backend::check(backend))?;
+        .try_for_each(|backend| backend::check(backend, None))?;
     let tolerance = Tolerance {
         max_relative: args
             .tolerance
@@ -54,14 +54,14 @@ pub(super) fn run(args: &CompareArgs) -> Result<(), CliError> {
     let mut runs = Vec::new();
     let reference = match &args.reference {
         Reference::Backend(backend) => {
-            let (recording, run) = runner.run(*backend)?;
+            let (recording, run) = runner.run(backend)?;
             runs.push(run);
             recording
         }
         Reference::Dump(path) => dump::read(path, &runner.tokens)?,
     };
     let mut comparisons = Vec::new();
-    for backend in backends {
+    for backend in &backends {
         let (recording, run) = runner.run(backend)?;
         runs.push(run);
         comparisons.push(Comparison::new(&reference, &recording, tolerance)?);
@@ -86,10 +86,10 @@ pub(super) fn run(args: &CompareArgs) -> Result<(), CliError> {
 /// The backends to compare with the reference: each named one once, without the reference itself.
 fn other_backends(args: &CompareArgs) -> Result<Vec<BackendChoice>, CliError> {
     let mut backends: Vec<BackendChoice> = Vec::new();
-    for &backend in &args.backends {
-        let is_reference = args.reference == Reference::Backend(backend);
-        if !is_reference && !backends.contains(&backend) {
-            backends.push(backend);
+    for backend in &args.backends {
+        let is_reference = args.reference.backend() == Some(backend);
+        if !is_reference && !backends.contains(backend) {
+            backends.push(backend.clone());
         }
     }
     if backends.is_empty() {
@@ -109,9 +109,9 @@ struct Runner<'a> {
 
 impl Runner<'_> {
     /// Loads the model onto a backend, generates, and drops the pipeline: one is loaded at a time.
-    fn run(&self, backend: BackendChoice) -> Result<(Recording, RunReport), CliError> {
+    fn run(&self, backend: &BackendChoice) -> Result<(Recording, RunReport), CliError> {
         let dtype = DTypeChoice::This(self.args.dtype);
-        let settings = self.args.vae.settings(backend, dtype)?;
+        let settings = self.args.vae.settings(backend.clone(), dtype)?;
         tracing::info!("{backend}:");
         let mut progress = Progress::new(false);
         let meter = CostMeter::start();
@@ -126,7 +126,10 @@ impl Runner<'_> {
             progress.step(done, total);
         });
         drop(progress);
-        let (recording, costs) = outcome.map_err(|source| CliError::Run { backend, source })?;
+        let (recording, costs) = outcome.map_err(|source| CliError::Run {
+            backend: backend.clone(),
+            source,
+        })?;
         let run = RunReport {
             name: recording.name.clone(),
             device,

@@ -37,11 +37,6 @@ pub(super) enum CliError {
         "--backends names nothing but the reference {reference}: name a backend to compare with it"
     )]
     NothingToCompare { reference: String },
-    #[error(
-        "--cfg-parallel-size {size} is not available: both halves of guidance run on one device, \
-         in one pass; leave it at 1"
-    )]
-    CfgParallel { size: usize },
     #[error("--default-negative-prompt cannot be used")]
     DefaultNegativePrompt(#[source] TokenizerError),
     #[error(transparent)]
@@ -147,7 +142,8 @@ impl CliError {
             Self::Request(_)
             | Self::Prompt(_)
             | Self::Tiles { .. }
-            | Self::CfgParallel { .. }
+            | Self::Backend(BackendError::TooFewDevices { .. })
+            | Self::Runtime(RuntimeError::Backend(BackendError::TooFewDevices { .. }))
             | Self::DefaultNegativePrompt(_)
             | Self::ApiKey(_)
             | Self::EmptyApiKey

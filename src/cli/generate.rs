@@ -31,7 +31,7 @@ use self::report::{Image, Report, Seconds};
 /// Checks everything that can be checked before it loads the weights.
 pub(super) fn run(args: &GenerateArgs) -> Result<(), CliError> {
     let started = Instant::now();
-    let settings = args.loading.settings(args.backend.choice()?)?;
+    let settings = args.loading.settings(&args.backend)?;
     let noise = args.request.noise.generator();
     let params = args.params()?;
     // What no model can generate is refused before a model is downloaded.
@@ -48,7 +48,7 @@ pub(super) fn run(args: &GenerateArgs) -> Result<(), CliError> {
         check_differs(dump, &paths)?;
     }
 
-    backend::check(settings.backend)?;
+    backend::check(&settings.backend, settings.split_guidance)?;
 
     let model = Model::find(&args.model_settings())?;
     let request = GenerationRequest::new(params, model.limits(), noise)?;

@@ -31,13 +31,8 @@ const LAST_ANSWERS: Duration = Duration::from_secs(1);
 
 /// `kiln serve`.
 pub(super) fn run(args: ServeArgs) -> Result<(), CliError> {
-    if args.cfg_parallel_size != 1 {
-        return Err(CliError::CfgParallel {
-            size: args.cfg_parallel_size,
-        });
-    }
     server::raise_open_file_limit();
-    let loading = args.loading.settings(args.backend.choice()?)?;
+    let loading = args.loading.settings(&args.backend)?;
     let model = args.model_settings();
     let app = App::new(args.settings(&model.public_name())?);
     // Before anything that takes time: the port may be in use.
@@ -102,7 +97,7 @@ fn open(
     loading: &LoadSettings,
     start: &Start,
 ) -> Result<LoadedModel, CliError> {
-    backend::check(loading.backend)?;
+    backend::check(&loading.backend, loading.split_guidance)?;
     let model = Model::find_reporting(model, start)?;
     if let Some(prompt) = &args.default_negative_prompt {
         let tokens = model.tokenizer().encode_prompt(prompt);

@@ -7,7 +7,9 @@ use clap::{Args, ValueEnum};
 use kiln_models::loading::ModelDType;
 use kiln_models::noise::NoiseGenerator;
 
-use crate::backend::{BackendChoice, BackendKind, DTypeChoice, InvalidChoice, LoadSettings};
+use crate::backend::{
+    BackendChoice, BackendKind, DTypeChoice, DeviceNumbers, InvalidChoice, LoadSettings,
+};
 use crate::checkpoint::WeightAccess;
 use crate::request::{GenerationParams, Integer, WrittenSize};
 use crate::runtime::{LoadFormat, ModelSettings};
@@ -146,7 +148,7 @@ impl NoiseArgs {
     }
 }
 
-/// The backend and its device.
+/// The backend and its devices.
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Device")]
 pub(super) struct BackendArgs {
@@ -162,14 +164,30 @@ pub(super) struct BackendArgs {
     )]
     backend: BackendKind,
 
-    /// Number of the backend's device in `kiln backends` [default: the first]
-    #[arg(long, value_name = "NUMBER")]
-    device: Option<usize>,
+    /// Number of the backend's device in `kiln backends`, or several: 0,1 [default: the first]
+    ///
+    /// Several devices share the denoising steps: requests that run at the same time, and the two
+    /// halves of guidance. Each has the transformer in its memory, and the first also the text
+    /// encoder and the VAE. A number may be there twice.
+    #[arg(long, value_name = "NUMBERS")]
+    device: Option<DeviceNumbers>,
+
+    /// Devices that share the two halves of guidance: 1 or 2 [default: as is faster]
+    ///
+    /// 2 needs two devices: the first two of --device, or else of the backend. An image without
+    /// guidance is generated on one.
+    #[arg(
+        long,
+        value_name = "DEVICES",
+        value_parser = PossibleValuesParser::new(["1", "2"]).map(|size| size == "2")
+    )]
+    cfg_parallel_size: Option<bool>,
 }
 
 impl BackendArgs {
     pub(super) fn choice(&self) -> Result<BackendChoice, InvalidChoice> {
-        BackendChoice::new(self.backend, self.device)
+        let devices = self.device.clone().map(|DeviceNumbers(numbers)| numbers);
+        BackendChoice::new(self.backend, devices.unwrap_or_default())
     }
 }
 
@@ -235,8 +253,11 @@ impl LoadArgs {
         }
     }
 
-    pub(super) fn settings(&self, backend: BackendChoice) -> Result<LoadSettings, CliError> {
-        self.vae.settings(backend, self.dtype)
+    pub(super) fn settings(&self, backend: &BackendArgs) -> Result<LoadSettings, CliError> {
+        Ok(LoadSettings {
+            split_guidance: backend.cfg_parallel_size,
+            ..self.vae.settings(backend.choice()?, self.dtype)?
+        })
     }
 }
 
@@ -283,6 +304,7 @@ impl VaeArgs {
         Ok(LoadSettings {
             backend,
             dtype,
+            split_guidance: None,
             vae_use_slicing: self.vae_use_slicing,
             vae_use_tiling: self.vae_use_tiling,
             vae_tile_size: size,

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use kiln_models::job::{Decoding, Job, JobId, Output, RgbImage};
-use kiln_models::pipeline::{CacheUses, MemoryRoom, MemoryUse, Pipeline, StepOutcome};
+use kiln_models::pipeline::{CacheUses, DeviceUse, MemoryRoom, MemoryUse, Pipeline, StepOutcome};
 
 use super::JobError;
 
@@ -89,10 +89,11 @@ pub(super) struct Booked {
     pub(super) holdings: Holdings,
 }
 
-/// Use of device memory and of the caches after a call.
-#[derive(Debug, Clone, Copy, Default)]
+/// Use of the devices, of their memory and of the caches after a call.
+#[derive(Debug, Clone, Default)]
 pub(super) struct Holdings {
     pub(super) memory: MemoryUse,
+    pub(super) devices: Vec<DeviceUse>,
     pub(super) caches: CacheUses,
 }
 
@@ -100,6 +101,7 @@ impl Holdings {
     pub(super) fn of(pipeline: &dyn Pipeline) -> Self {
         Self {
             memory: pipeline.memory(),
+            devices: pipeline.device_use(),
             caches: pipeline.caches(),
         }
     }

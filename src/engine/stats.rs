@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use kiln_models::job::Output;
-use kiln_models::pipeline::{CacheUse, MemoryUse};
+use kiln_models::pipeline::{CacheUse, DeviceUse, MemoryUse};
 
 use super::cost::Stage;
 use super::plan::Holdings;
@@ -102,6 +102,8 @@ pub struct EngineStats {
     pub modulation_cache: CacheUse,
     /// Device memory after the pipeline's last call.
     pub memory: MemoryUse,
+    /// Use of each device after the pipeline's last call; empty if it is not known.
+    pub devices: Vec<DeviceUse>,
     /// Bytes that the started jobs take at most, by plan.
     pub planned_memory: u64,
     /// Bytes that could be allocated when that was last measured; `None` if it is not known.
@@ -111,6 +113,7 @@ pub struct EngineStats {
 impl EngineStats {
     pub(super) fn set_holdings(&mut self, holdings: Holdings) {
         self.memory = holdings.memory;
+        self.devices = holdings.devices;
         self.embedding_cache = holdings.caches.embeddings;
         self.modulation_cache = holdings.caches.modulation;
     }

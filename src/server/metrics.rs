@@ -1,12 +1,13 @@
 //! `GET /metrics`: counters of the engine, and times of the start, in Prometheus' text format.
 
+use std::collections::BTreeMap;
 use std::fmt::{Display, Write};
 use std::sync::Arc;
 
 use axum::extract::State;
 use axum::http::header::CONTENT_TYPE;
 use axum::response::{IntoResponse, Response};
-use kiln_models::pipeline::CacheUse;
+use kiln_models::pipeline::{CacheUse, DeviceUse};
 
 use crate::engine::{BUCKET_BOUNDS, EngineStats, Histogram, State as EngineState};
 
@@ -159,6 +160,7 @@ impl Page {
             ("modulation", stats.modulation_cache),
         ]);
         self.memory(stats);
+        self.devices(&stats.devices);
     }
 
     fn line(&mut self, line: impl Display) {
@@ -198,6 +200,66 @@ impl Page {
             // Not every device reports its memory.
             if let Some(bytes) = bytes {
                 self.gauge(name, help, bytes);
+            }
+        }
+    }
+
+    /// Writes the use of each device. The work of a device that is used twice is added up; its memory
+    /// is the larger number, as both numbers may be those of the process.
+    fn devices(&mut self, uses: &[DeviceUse]) {
+        let mut devices: BTreeMap<&str, DeviceUse> = BTreeMap::new();
+        for DeviceUse {
+            device,
+            memory,
+            busy_seconds,
+            forwards,
+        } in uses
+        {
+            let sum = devices.entry(device).or_default();
+            sum.memory.in_use = sum.memory.in_use.max(memory.in_use);
+            sum.memory.reserved = sum.memory.reserved.max(memory.reserved);
+            sum.busy_seconds += busy_seconds;
+            sum.forwards += forwards;
+        }
+        type Field = fn(&DeviceUse) -> Option<f64>;
+        let families: [(&str, &str, &str, Field); 4] = [
+            (
+                "kiln_device_busy_seconds_total",
+                "counter",
+                "Time in which the device computed steps.",
+                |device| Some(device.busy_seconds),
+            ),
+            (
+                "kiln_device_forwards_total",
+                "counter",
+                "Forward passes of the transformer on the device.",
+                |device| Some(device.forwards as f64),
+            ),
+            (
+                "kiln_device_memory_in_use_bytes",
+                "gauge",
+                "Memory in use on the device.",
+                |device| device.memory.in_use.map(|bytes| bytes as f64),
+            ),
+            (
+                "kiln_device_memory_reserved_bytes",
+                "gauge",
+                "Memory reserved on the device.",
+                |device| device.memory.reserved.map(|bytes| bytes as f64),
+            ),
+        ];
+        for (name, kind, help, field) in families {
+            let values = devices
+                .iter()
+                .filter_map(|(device, it)| Some((device, field(it)?)));
+            let values: Vec<_> = values.collect();
+            if values.is_empty() {
+                // Not every device reports its memory.
+                continue;
+            }
+            self.head(name, kind, help);
+            for (device, value) in values {
+                self.line(format_args!("{name}{{device=\"{device}\"}} {value}"));
             }
         }
     }
@@ -283,7 +345,7 @@ impl Page {
 
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeMap;
+    use kiln_models::pipeline::MemoryUse;
 
     use super::super::Settings;
     use super::*;
@@ -327,9 +389,57 @@ mod tests {
         }
     }
 
+    fn device(device: &str, in_use: Option<u64>, busy_seconds: f64, forwards: u64) -> DeviceUse {
+        DeviceUse {
+            device: device.to_owned(),
+            memory: MemoryUse {
+                in_use,
+                ..MemoryUse::default()
+            },
+            busy_seconds,
+            forwards,
+        }
+    }
+
+    #[test]
+    fn devices_are_told_apart_by_a_label() {
+        let stats = EngineStats {
+            memory: MemoryUse {
+                in_use: Some(5),
+                ..MemoryUse::default()
+            },
+            devices: vec![
+                device("cuda:0", Some(5), 1.5, 3),
+                device("cuda:1", Some(7), 0.5, 2),
+                device("cuda:0", Some(6), 2.0, 4),
+            ],
+            ..EngineStats::default()
+        };
+        let text = text(&stats);
+        let samples = samples(&text);
+        for (name, value) in [
+            ("kiln_memory_in_use_bytes", 5.0),
+            ("kiln_device_memory_in_use_bytes{device=\"cuda:0\"}", 6.0),
+            ("kiln_device_memory_in_use_bytes{device=\"cuda:1\"}", 7.0),
+            ("kiln_device_busy_seconds_total{device=\"cuda:0\"}", 3.5),
+            ("kiln_device_busy_seconds_total{device=\"cuda:1\"}", 0.5),
+            ("kiln_device_forwards_total{device=\"cuda:0\"}", 7.0),
+            ("kiln_device_forwards_total{device=\"cuda:1\"}", 2.0),
+        ] {
+            assert_eq!(samples.get(name), Some(&value), "{name}");
+        }
+        assert!(
+            !text.contains("kiln_device_memory_reserved_bytes"),
+            "{text}"
+        );
+    }
+
     #[test]
     fn every_family_is_typed_once() {
-        let text = text(&EngineStats::default());
+        let text = text(&EngineStats {
+            devices: vec![device("a", Some(1), 1.0, 1), device("b", None, 1.0, 1)],
+            ..EngineStats::default()
+        });
         let types: Vec<&str> = text
             .lines()
             .filter_map(|line| line.strip_prefix("# TYPE "))

@@ -32,13 +32,21 @@ fn failure(variables: &[(&str, &str)], args: &[&str]) -> (i32, String) {
 
 #[test]
 fn a_variable_stands_for_an_option_and_the_option_takes_precedence() {
-    let variables = [("KILN_CFG_PARALLEL_SIZE", "3")];
-    let (code, text) = failure(&variables, &[]);
+    let variables = [("KILN_CFG_PARALLEL_SIZE", "2"), ("KILN_PORT", "0")];
+    let (code, text) = failure(&variables, &["./none"]);
     assert_eq!(code, 2, "{text}");
-    assert!(text.contains("--cfg-parallel-size 3 is not"), "{text}");
-    let (code, text) = failure(&variables, &["--cfg-parallel-size", "2"]);
-    assert_eq!(code, 2, "{text}");
-    assert!(text.contains("--cfg-parallel-size 2 is not"), "{text}");
+    assert!(text.contains("--cfg-parallel-size 2 needs"), "{text}");
+    let (code, text) = failure(&variables, &["./none", "--cfg-parallel-size", "1"]);
+    assert_eq!(code, 1, "{text}");
+    assert!(text.contains("no folder ./none"), "{text}");
+
+    let variables = [("KILN_DEVICE", "0,1"), ("KILN_PORT", "0")];
+    let (code, text) = failure(&variables, &["./none"]);
+    assert_eq!(code, 1, "{text}");
+    assert!(text.contains("flex backend has no device 1"), "{text}");
+    let (code, text) = failure(&variables, &["./none", "--device", "0,0"]);
+    assert_eq!(code, 1, "{text}");
+    assert!(text.contains("no folder ./none"), "{text}");
 
     let variables = [("KILN_MODEL", "./variable"), ("KILN_PORT", "0")];
     for (args, expected) in [
@@ -60,6 +68,8 @@ fn a_bad_value_is_a_usage_error_that_names_the_option() {
         ("KILN_MAX_STEPS", "0", "--max-steps"),
         ("KILN_NO_WARM_UP", "maybe", "--no-warm-up"),
         ("KILN_BACKEND", "tpu", "--backend"),
+        ("KILN_DEVICE", "0,first", "--device"),
+        ("KILN_CFG_PARALLEL_SIZE", "3", "--cfg-parallel-size"),
         ("KILN_DTYPE", "int8", "--dtype"),
         ("KILN_CORS_ORIGIN", "https://a.org,b.org", "--cors-origin"),
         ("KILN_CORS_ORIGIN", "https://*.a.org", "--cors-origin"),
@@ -180,7 +190,7 @@ fn a_server_starts_from_its_environment() {
 #[test]
 fn kubernetes_service_links_are_ignored() {
     let variables = [("KILN_PORT", "tcp://10.0.0.1:8091")];
-    let (code, text) = failure(&variables, &["./none", "--cfg-parallel-size", "2"]);
+    let (code, text) = failure(&variables, &["./none", "--vae-tile-stride", "0"]);
     assert_eq!(code, 2, "{text}");
-    assert!(text.contains("--cfg-parallel-size 2 is not"), "{text}");
+    assert!(text.contains("--vae-tile-stride must be"), "{text}");
 }

@@ -7,7 +7,7 @@ use kiln::server::Settings;
 use serde_json::{Value, json};
 
 use super::client::{connect, get, post, receive, send, with_headers};
-use super::pipeline::{PANIC_IN_STEP, Pace};
+use super::pipeline::{LOSE_DEVICE, PANIC_IN_STEP, Pace};
 use super::server::TestServer;
 use super::user;
 
@@ -118,6 +118,24 @@ fn an_engine_that_has_stopped_is_neither_alive_nor_ready() {
     for path in ["/health", "/health/live", "/health/ready"] {
         assert_eq!(get(server.address, path).status, 503, "{path}");
     }
+}
+
+#[test]
+fn a_server_that_lost_a_device_is_not_ready_and_names_the_device() {
+    let server = TestServer::start(Pace::Fast, 4);
+    assert_eq!(get(server.address, "/health/ready").status, 200);
+    let lost = json!({"messages": user(&json!("a cat")), "seed": LOSE_DEVICE});
+    assert_eq!(post(server.address, &lost).status, 500);
+    let ready = get(server.address, "/health/ready");
+    assert_eq!(ready.status, 503);
+    assert_eq!(ready.body["status"], "failed");
+    let reason = ready.body["reason"].as_str().unwrap();
+    assert_eq!(
+        reason,
+        "the device failed: test:1 (fake): the driver answered nothing"
+    );
+    assert_eq!(get(server.address, "/health").status, 503);
+    assert_eq!(post(server.address, &cat(1)).status, 503);
 }
 
 #[test]

@@ -12,6 +12,8 @@ use kiln_models::testing::{Call, FakePipeline, model_info};
 pub(super) const PANIC_IN_STEP: u64 = 1 << 40;
 /// Seed of a job that fails when it is started.
 pub(super) const FAIL_IN_START: u64 = 1 << 41;
+/// Seed of a job in whose first step one of two devices is lost.
+pub(super) const LOSE_DEVICE: u64 = 1 << 42;
 
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Pace {
@@ -30,7 +32,15 @@ pub(super) struct Record {
 
 /// A pipeline that fills its images with the lowest byte of the seed.
 pub(super) fn fake(pace: Pace, record: Arc<Record>) -> FakePipeline {
+    let mut is_lost = false;
     FakePipeline::new(model_info()).on_call(move |call| {
+        if let Call::Step(job) = call {
+            is_lost |= job.noise.seed == LOSE_DEVICE;
+        }
+        if is_lost && matches!(call, Call::Step(_) | Call::Probe) {
+            let report = "test:1 (fake): the driver answered nothing";
+            return Err(PipelineError::Device(report.to_owned()));
+        }
         match call {
             Call::Start(job) if job.noise.seed == FAIL_IN_START => {
                 return Err(PipelineError::Device("secret detail".to_owned()));

@@ -35,13 +35,13 @@ pub fn devices() -> Result<Vec<DeviceInfo>, OpenError> {
     Ok(devices)
 }
 
-/// Loads a checkpoint onto a device that [`devices`] listed.
+/// Loads a checkpoint onto devices that [`devices`] listed, at least one.
 ///
 /// # Errors
-/// Returns an error if the settings files or `KILN_KERNELS` are invalid, the GPU is too old or does
+/// Returns an error if the settings files or `KILN_KERNELS` are invalid, a GPU is too old or does
 /// not open, or the checkpoint cannot be loaded onto it.
 pub fn open(
-    info: &DeviceInfo,
+    infos: &[DeviceInfo],
     parts: &CheckpointParts,
     options: LoadOptions,
 ) -> Result<Box<dyn Pipeline>, OpenError> {
@@ -51,6 +51,16 @@ pub fn open(
             reason,
         }
     })?;
+    let opened = infos.iter().map(|info| Ok((open_device(info)?, info)));
+    let target = Target {
+        backend: NAME,
+        devices: opened.collect::<Result<_, OpenError>>()?,
+        activations: None,
+    };
+    loading::open::<Cuda<f32, i32>>(target, parts, options)
+}
+
+fn open_device(info: &DeviceInfo) -> Result<CudaDevice, OpenError> {
     if info.dtypes.is_empty() {
         return Err(no_device(&format!(
             "{} is too old: kiln's kernels need compute capability 7.0 or above",
@@ -60,13 +70,7 @@ pub fn open(
     let device = CudaDevice::new(info.index);
     loading::try_device::<Cuda<f32, i32>>(&device)
         .map_err(|report| no_device(&format!("{} does not open: {report}", info.name)))?;
-    let target = Target {
-        backend: NAME,
-        device,
-        info,
-        activations: None,
-    };
-    loading::open::<Cuda<f32, i32>>(target, parts, options)
+    Ok(device)
 }
 
 fn no_device(reason: &str) -> OpenError {

@@ -60,7 +60,7 @@ fn demo() {
 fn open(parts: &CheckpointParts, options: LoadOptions) -> Box<dyn Pipeline> {
     let device = kiln_cuda::devices().unwrap().remove(0);
     println!("on {}", device.name);
-    kiln_cuda::open(&device, parts, options).unwrap()
+    kiln_cuda::open(&[device], parts, options).unwrap()
 }
 
 test_every_op!(suites::<Cuda<f32, i32>>(&CudaDevice::default(), extent()));

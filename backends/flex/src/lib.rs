@@ -11,7 +11,8 @@ pub fn devices() -> Result<Vec<DeviceInfo>, OpenError> {
     Ok(vec![DeviceInfo::cpu(&ModelDType::ALL)])
 }
 
-/// Loads a checkpoint onto the CPU.
+/// Loads a checkpoint onto the CPU. Several devices are the CPU several times: they share the weights,
+/// and each computes with its part of the cores.
 ///
 /// Weights have the model's dtype, without a copy if the checkpoint has the same. Activations are
 /// always f32; linear layers with bf16 weights round their input to bf16, because matrix products are
@@ -20,14 +21,13 @@ pub fn devices() -> Result<Vec<DeviceInfo>, OpenError> {
 /// # Errors
 /// Returns an error if the checkpoint is invalid or does not fit the memory.
 pub fn open(
-    info: &DeviceInfo,
+    infos: &[DeviceInfo],
     parts: &CheckpointParts,
     options: LoadOptions,
 ) -> Result<Box<dyn Pipeline>, OpenError> {
     let target = Target {
         backend: "flex",
-        device: FlexDevice,
-        info,
+        devices: infos.iter().map(|info| (FlexDevice, info)).collect(),
         activations: Some(DType::F32),
     };
     loading::open::<Flex>(target, parts, options)

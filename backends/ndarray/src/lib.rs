@@ -11,19 +11,22 @@ pub fn devices() -> Result<Vec<DeviceInfo>, OpenError> {
     Ok(vec![DeviceInfo::cpu(&[ModelDType::F32])])
 }
 
-/// Loads a checkpoint onto the CPU.
+/// Loads a checkpoint onto the CPU. Several devices are the CPU several times: they share the weights,
+/// and each computes with its part of the cores.
 ///
 /// # Errors
 /// Returns an error if the checkpoint is invalid or does not fit the memory.
 pub fn open(
-    info: &DeviceInfo,
+    infos: &[DeviceInfo],
     parts: &CheckpointParts,
     options: LoadOptions,
 ) -> Result<Box<dyn Pipeline>, OpenError> {
     let target = Target {
         backend: "ndarray",
-        device: NdArrayDevice::Cpu,
-        info,
+        devices: infos
+            .iter()
+            .map(|info| (NdArrayDevice::Cpu, info))
+            .collect(),
         activations: None,
     };
     loading::open::<NdArray>(target, parts, options)

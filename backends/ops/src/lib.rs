@@ -4,6 +4,7 @@
 //! overrides the body only with a kernel that is tested against it and measured faster, or where
 //! burn's own ops compute wrong results on that backend.
 
+mod cores;
 #[cfg(feature = "cubecl")]
 mod cubecl;
 #[cfg(feature = "cuda")]
@@ -22,6 +23,7 @@ mod upload;
 use burn_tensor::backend::Backend;
 use burn_tensor::{DType, Tensor};
 
+pub use cores::Cores;
 #[cfg(feature = "cubecl")]
 pub use cubecl::{Gate, Kernel, KernelChoice, KernelRuntime, read_settings};
 pub use faults::{DeviceCheck, FaultWatch};
@@ -55,6 +57,14 @@ pub trait FusedOps: MemoryReport + DeviceCheck + Upload {
     /// process, and a warning with the reason is logged.
     fn check_kernels(device: &Self::Device, dtype: DType, shapes: &[KernelShape]) {
         let _ = (device, dtype, shapes);
+    }
+
+    /// The threads that compute the ops of device number `part` among `parts` devices that compute
+    /// side by side: on CPU backends a share of the cores, with [`Cores::run`]. Ops compute the same
+    /// values on any number of threads.
+    fn cores(part: usize, parts: usize) -> Cores {
+        let _ = (part, parts);
+        Cores::default()
     }
 
     /// Computes `x · weightᵀ + bias` in the dtype of `x`.
@@ -187,4 +197,8 @@ pub trait FusedOps: MemoryReport + DeviceCheck + Upload {
 }
 
 #[cfg(feature = "ndarray")]
-impl FusedOps for burn_ndarray::NdArray {}
+impl FusedOps for burn_ndarray::NdArray {
+    fn cores(part: usize, parts: usize) -> Cores {
+        Cores::share(part, parts)
+    }
+}

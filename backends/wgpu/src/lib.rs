@@ -27,13 +27,13 @@ pub fn devices() -> Result<Vec<DeviceInfo>, OpenError> {
     Ok(devices)
 }
 
-/// Loads a checkpoint onto a device that [`devices`] listed.
+/// Loads a checkpoint onto devices that [`devices`] listed, at least one.
 ///
 /// # Errors
-/// Returns an error if the settings files or `KILN_KERNELS` are invalid, the device does not open,
+/// Returns an error if the settings files or `KILN_KERNELS` are invalid, a device does not open,
 /// or the checkpoint cannot be loaded onto it.
 pub fn open(
-    info: &DeviceInfo,
+    infos: &[DeviceInfo],
     parts: &CheckpointParts,
     options: LoadOptions,
 ) -> Result<Box<dyn Pipeline>, OpenError> {
@@ -43,20 +43,29 @@ pub fn open(
             reason,
         }
     })?;
-    let device = adapters()?
-        .into_iter()
-        .find(|(_, found)| found == info)
-        .ok_or_else(|| no_device(&format!("{} is no longer available", info.name)))?
-        .0;
-    loading::try_device::<Wgpu<f32, i32>>(&device)
-        .map_err(|report| no_device(&format!("{} does not open: {report}", info.name)))?;
+    let adapters = adapters()?;
+    let opened = infos
+        .iter()
+        .map(|info| Ok((open_device(&adapters, info)?, info)));
     let target = Target {
         backend: NAME,
-        device,
-        info,
+        devices: opened.collect::<Result<_, OpenError>>()?,
         activations: None,
     };
     loading::open::<Wgpu<f32, i32>>(target, parts, options)
+}
+
+fn open_device(
+    adapters: &[(WgpuDevice, DeviceInfo)],
+    info: &DeviceInfo,
+) -> Result<WgpuDevice, OpenError> {
+    let (device, _) = adapters
+        .iter()
+        .find(|(_, found)| found == info)
+        .ok_or_else(|| no_device(&format!("{} is no longer available", info.name)))?;
+    loading::try_device::<Wgpu<f32, i32>>(device)
+        .map_err(|report| no_device(&format!("{} does not open: {report}", info.name)))?;
+    Ok(device.clone())
 }
 
 fn no_device(reason: &str) -> OpenError {

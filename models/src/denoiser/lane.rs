@@ -1,10 +1,11 @@
 //! The transformer on one device.
 
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use burn::tensor::{DType, Tensor, TensorData};
-use kiln_ops::FusedOps;
+use kiln_ops::{Cores, FusedOps, MemoryRoom};
 
 use super::carried::Carried;
 use super::decision::Decides;
@@ -13,7 +14,7 @@ use super::passes::{Computed, Pass, Tokens, forward};
 use crate::cache::Cache;
 use crate::device::{DeviceMemory, idle, reliably};
 use crate::finite::read;
-use crate::pipeline::{CacheUse, MemoryUse, PipelineError};
+use crate::pipeline::{CacheUse, DeviceUse, PipelineError};
 use crate::sampling::Schedule;
 use crate::transformer::{ModulationTable, Packing, Segment, StepModulation, Transformer};
 use crate::weights::Precision;
@@ -72,6 +73,7 @@ pub(super) struct LaneAnswer<B: FusedOps> {
 #[derive(Debug)]
 pub(crate) struct Lane<B: FusedOps> {
     index: usize,
+    is_one_of_several: bool,
     transformer: Transformer<B>,
     device: B::Device,
     /// The device as messages show it.
@@ -81,19 +83,21 @@ pub(crate) struct Lane<B: FusedOps> {
     /// Modulation tables by the bits of a schedule's timesteps.
     tables: Cache<Vec<u32>, Arc<ModulationTable<B>>>,
     before_forward: Option<BeforeForward>,
+    /// The lane's share of a CPU.
+    cores: Cores,
     /// Time in forward passes.
-    pub(super) busy: Duration,
+    busy: Duration,
     /// Number of forward passes.
-    pub(super) forwards: u64,
+    forwards: u64,
     /// Dropped last, as fields are dropped in their order.
     _memory: DeviceMemory<B>,
 }
 
 impl<B: FusedOps> Lane<B> {
-    /// The lane of the device with this number among the pipeline's. Memory is returned to the stream
+    /// The lane of the device with this number among this many of the pipeline. Memory is returned to the stream
     /// of the thread that calls.
     pub(crate) fn new(
-        index: usize,
+        (index, devices): (usize, usize),
         transformer: Transformer<B>,
         device: B::Device,
         label: String,
@@ -102,12 +106,14 @@ impl<B: FusedOps> Lane<B> {
     ) -> Self {
         Self {
             index,
+            is_one_of_several: devices > 1,
             transformer,
             label,
             precision,
             packings: Cache::new(KEPT_PACKING_BYTES),
             tables: Cache::new(KEPT_TABLE_BYTES),
             before_forward,
+            cores: B::cores(index, devices),
             busy: Duration::ZERO,
             forwards: 0,
             _memory: DeviceMemory::new(&device),
@@ -135,6 +141,21 @@ impl<B: FusedOps> Lane<B> {
         let transformer = &self.transformer;
         let make = || Arc::new(transformer.modulation_table(&timesteps));
         self.tables.get_or_make(&key, make, |table| table.bytes())
+    }
+
+    /// As [`Lane::predict`], while other lanes run as well: on a CPU, with a share of its cores.
+    ///
+    /// # Errors
+    /// As [`Lane::predict`].
+    pub(super) fn predict_beside(
+        &mut self,
+        jobs: &[LaneJob<B>],
+    ) -> Result<Vec<LaneAnswer<B>>, PipelineError> {
+        let cores = std::mem::take(&mut self.cores);
+        let lane = &mut *self;
+        let answers = catch_unwind(AssertUnwindSafe(|| cores.run(|| lane.predict(jobs))));
+        self.cores = cores;
+        answers.unwrap_or_else(|panic| resume_unwind(panic))
     }
 
     /// Runs one packed forward of all these halves.
@@ -187,8 +208,12 @@ impl<B: FusedOps> Lane<B> {
             packings.get_or_make(&segments.to_vec(), make, Packing::bytes)
         };
         let computed = forward(transformer, &tokens, &modulation, &mut pack)?;
-        self.busy += started.elapsed();
         self.forwards += 1;
+        if self.is_one_of_several {
+            // Until then the device works; a failure is reported by the caller's own wait.
+            B::sync(&self.device).ok();
+            self.busy += started.elapsed();
+        }
 
         let mut computed = computed.into_iter();
         let answers = jobs.iter().zip(tables).map(|(job, table)| LaneAnswer {
@@ -199,13 +224,14 @@ impl<B: FusedOps> Lane<B> {
     }
 
     /// As [`Lane::predict`], on the thread of a device besides the first: waits for the device, and
-    /// reads the velocities.
+    /// reads the velocities. `is_alone` says that no other lane runs.
     ///
     /// # Errors
     /// As [`Lane::predict`].
     pub(super) fn answer(
         &mut self,
         mut jobs: Vec<LaneJob<B>>,
+        is_alone: bool,
     ) -> Result<Vec<LaneAnswer<B>>, PipelineError> {
         let _decides = Decides::of(&jobs);
         let device = self.device.clone();
@@ -215,7 +241,11 @@ impl<B: FusedOps> Lane<B> {
             }
         }
         self.reliably(|lane| {
-            let mut answers = lane.predict(&jobs)?;
+            let mut answers = if is_alone {
+                lane.predict(&jobs)?
+            } else {
+                lane.predict_beside(&jobs)?
+            };
             for half in answers.iter_mut().flat_map(|answer| &mut answer.halves) {
                 half.velocity.read()?;
             }
@@ -247,6 +277,13 @@ impl<B: FusedOps> Lane<B> {
         })
     }
 
+    /// Counts the time of a step of a lane that is the only one: its caller waits for the device.
+    pub(super) fn count(&mut self, took: Duration) {
+        if !self.is_one_of_several {
+            self.busy += took;
+        }
+    }
+
     /// Runs a small sum on the device.
     ///
     /// # Errors
@@ -264,8 +301,18 @@ impl<B: FusedOps> Lane<B> {
         idle::<B>(&self.device).ok();
     }
 
-    pub(super) fn memory(&self) -> MemoryUse {
-        B::memory_use(&self.device)
+    pub(super) fn memory_room(&self) -> Option<MemoryRoom> {
+        B::memory_room(&self.device)
+    }
+
+    /// Use of the device, without its name.
+    pub(super) fn device_use(&self) -> DeviceUse {
+        DeviceUse {
+            memory: B::memory_use(&self.device),
+            busy_seconds: self.busy.as_secs_f64(),
+            forwards: self.forwards,
+            ..DeviceUse::default()
+        }
     }
 
     /// Use of the caches of modulation tables and of position tables.

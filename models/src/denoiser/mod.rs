@@ -19,7 +19,7 @@ use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use burn::tensor::{Tensor, TensorData};
-use kiln_ops::FusedOps;
+use kiln_ops::{FusedOps, MemoryRoom};
 
 use self::carried::Carried;
 use self::decision::{Decides, Decision};
@@ -30,7 +30,7 @@ use self::spread::{Load, spread};
 use self::thread::LaneThread;
 use crate::finite::read_data;
 use crate::flops;
-use crate::pipeline::{CacheUse, MemoryUse, PipelineError};
+use crate::pipeline::{CacheUse, DeviceUse, PipelineError};
 use crate::sampling::Schedule;
 use crate::step_cache::Next;
 use crate::transformer::{ModulationTable, Segment, Transformer};
@@ -233,6 +233,7 @@ impl<B: FusedOps> Denoiser<B> {
         for (lane, share) in shares.iter().enumerate() {
             work.push(self.work_of(lane, share, steps, &decisions)?);
         }
+        let is_alone = work.iter().filter(|jobs| !jobs.is_empty()).count() < 2;
         let mut work = work.into_iter();
         let own = work.next().unwrap_or_default();
         let pending: Vec<_> = self
@@ -240,7 +241,7 @@ impl<B: FusedOps> Denoiser<B> {
             .iter()
             .zip(work)
             .map(|(lane, jobs)| {
-                (!jobs.is_empty()).then(|| lane.call(move |lane| lane.answer(jobs)))
+                (!jobs.is_empty()).then(|| lane.call(move |lane| lane.answer(jobs, is_alone)))
             })
             .collect();
         let first = &mut self.first;
@@ -249,7 +250,10 @@ impl<B: FusedOps> Denoiser<B> {
             if own.is_empty() {
                 return Ok(Vec::new());
             }
-            first.predict(&own)
+            if is_alone {
+                return first.predict(&own);
+            }
+            first.predict_beside(&own)
         }));
         let others = pending
             .into_iter()
@@ -396,6 +400,11 @@ impl<B: FusedOps> Denoiser<B> {
         .collect()
     }
 
+    /// Counts the time of a step that has ended.
+    pub(crate) fn count(&mut self, took: Duration) {
+        self.first.count(took);
+    }
+
     /// Runs a small sum on the first device.
     ///
     /// # Errors
@@ -441,12 +450,19 @@ impl<B: FusedOps> Denoiser<B> {
         }
     }
 
+    /// Memory that can still be allocated on every device but the first; `None` where it is not known.
+    pub(crate) fn rooms_of_others(&self) -> Vec<Option<MemoryRoom>> {
+        let others = self.others.iter();
+        let pending: Vec<_> = others
+            .map(|lane| lane.call(|lane| lane.memory_room()))
+            .collect();
+        let rooms = pending.into_iter();
+        rooms.map(|room| room.wait().ok().flatten()).collect()
+    }
+
     /// Use of every device.
-    pub(crate) fn device_use(&self) -> Vec<(String, MemoryUse, Duration, u64)> {
-        self.each(|lane| {
-            let label = lane.label().to_owned();
-            (label, lane.memory(), lane.busy, lane.forwards)
-        })
+    pub(crate) fn device_use(&self) -> Vec<DeviceUse> {
+        self.each(Lane::device_use)
     }
 
     /// Use of the caches of modulation tables and of position tables, on all lanes together.

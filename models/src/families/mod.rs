@@ -10,13 +10,14 @@ use kiln_ops::FusedOps;
 
 use crate::config::{ConfigError, ConfigReader, ConfigText};
 use crate::denoiser::{Denoiser, Lane};
+use crate::device::summary;
 use crate::flops::CostModel;
-use crate::pipeline::{ImageSizes, Pipeline, device_label};
-use crate::session::{ImagePipeline, OtherDevice, SessionSettings};
+use crate::pipeline::{ImageSizes, Pipeline};
+use crate::session::{ImagePipeline, SessionSettings};
 use crate::source::{TensorSource, WeightFiles};
 use crate::transformer::{Transformer, TransformerConfig};
 use crate::vae::VaeSettings;
-use crate::weights::LoadError;
+use crate::weights::{LoadError, Precision};
 
 use self::qwen_image::QwenImage;
 
@@ -160,23 +161,23 @@ fn denoiser<B: FusedOps>(
 ) -> Result<Denoiser<B>, LoadError> {
     let precision = settings.precision;
     let before_forward = settings.before_forward.clone();
-    let label = device_label(
-        settings.backend,
-        settings.device_index,
-        &settings.device_name,
-    );
+    let mut labels = settings
+        .devices
+        .iter()
+        .map(|it| it.info.label(settings.backend));
     let first = Lane::new(
-        0,
+        (0, settings.devices.len()),
         transformer,
         settings.device.clone(),
-        label,
+        labels.next().unwrap_or_default(),
         precision,
         before_forward.clone(),
     );
     let mut denoiser = Denoiser::new(first);
-    denoiser.set_split_guidance(settings.split_guidance);
-    for (index, other) in settings.others.iter().enumerate() {
-        let OtherDevice { device, label } = other.clone();
+    denoiser.set_split_guidance(settings.split_guidance != Some(false));
+    let place = |index| (index, settings.devices.len());
+    for (index, (other, label)) in settings.devices.iter().skip(1).zip(labels).enumerate() {
+        let (device, place) = (other.device.clone(), place(index + 1));
         let shared = denoiser.transformer_on(&device);
         let config = TransformerConfig::from_json(&parts.configs.transformer)?;
         let source = Arc::clone(&parts.transformer);
@@ -184,18 +185,31 @@ fn denoiser<B: FusedOps>(
         denoiser.add(label.clone(), move || {
             let transformer = match shared {
                 Some(transformer) => transformer,
-                None => Transformer::load(&config, source, &device, precision)?,
+                None => load_transformer(&config, source, &device, precision, &label)?,
             };
-            let lane = Lane::new(
-                index + 1,
-                transformer,
-                device,
-                label,
-                precision,
-                before_forward,
-            );
+            let lane = Lane::new(place, transformer, device, label, precision, before_forward);
             Ok::<_, LoadError>(lane)
         })?;
     }
     Ok(denoiser)
+}
+
+/// Loads a transformer onto a device besides the first, and waits until the device has it.
+fn load_transformer<B: FusedOps>(
+    config: &TransformerConfig,
+    source: Arc<dyn TensorSource>,
+    device: &B::Device,
+    precision: Precision,
+    label: &str,
+) -> Result<Transformer<B>, LoadError> {
+    B::check_kernels(device, precision.activations, &config.kernel_shapes());
+    let transformer = Transformer::load(config, source, device, precision)?;
+    // Uploads are queued.
+    match B::checkpoint(device) {
+        Ok(_) => Ok(transformer),
+        Err(report) => Err(LoadError::Device {
+            device: label.to_owned(),
+            report: summary(&report),
+        }),
+    }
 }

@@ -40,6 +40,7 @@ pub(crate) fn generates_what_diffusers_generates(
             tiling,
             ..VaeSettings::default()
         },
+        split_guidance: None,
         kernel_cache: None,
     };
     let parts = parts(case["checkpoint"].as_str().unwrap());

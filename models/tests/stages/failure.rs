@@ -8,8 +8,8 @@ use burn_flex::{Flex, FlexDevice};
 use bytes::Bytes;
 use kiln_models::families::{self, CheckpointParts};
 use kiln_models::job::{Job, JobId, Output};
-use kiln_models::pipeline::{Pipeline, PipelineError};
-use kiln_models::session::SessionSettings;
+use kiln_models::pipeline::{ModelDevice, Pipeline, PipelineError};
+use kiln_models::session::{SessionDevice, SessionSettings};
 use kiln_models::testing;
 use kiln_models::vae::VaeSettings;
 use kiln_models::{FileFault, FileProblem, TensorInfo, TensorSource};
@@ -81,13 +81,17 @@ pub(crate) fn settings() -> SessionSettings<Flex> {
     SessionSettings {
         device: FlexDevice,
         backend: "test",
-        device_index: 0,
-        device_name: "fake".to_owned(),
+        devices: vec![SessionDevice {
+            device: FlexDevice,
+            info: ModelDevice {
+                index: 0,
+                name: "fake".to_owned(),
+            },
+        }],
+        split_guidance: None,
         device_memory: None,
         precision: F32,
         vae: VaeSettings::default(),
-        others: Vec::new(),
-        split_guidance: true,
         before_forward: None,
     }
 }

@@ -11,6 +11,7 @@ mod devices;
 mod failure;
 mod finite;
 mod fixtures;
+mod halves;
 mod modules;
 mod packing;
 mod parity;

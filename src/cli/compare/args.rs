@@ -20,7 +20,7 @@ use crate::cli::shared_args::{RequestArgs, VaeArgs, dtypes};
 /// models are loaded one after the other.
 #[derive(Debug, Parser)]
 pub(in crate::cli) struct CompareArgs {
-    /// Backends to compare, separated by commas, with a device if needed: flex,cuda:1
+    /// Backends to compare, separated by commas, with devices if needed: flex,cuda:1,cuda:0+1
     #[arg(
         long,
         required = true,

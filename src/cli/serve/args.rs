@@ -95,10 +95,6 @@ pub(in crate::cli) struct ServeArgs {
     #[arg(long, value_enum, default_value_t = LogFormat::Text, value_name = "FORMAT")]
     pub(in crate::cli) log_format: LogFormat,
 
-    /// Devices that share the two halves of guidance; only 1 is supported
-    #[arg(long, value_name = "DEVICES", default_value_t = 1)]
-    pub(super) cfg_parallel_size: usize,
-
     #[command(flatten)]
     pub(super) noise: NoiseArgs,
 

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use kiln_models::flops::{CostModel, FlopCount};
 use kiln_models::job::{Conditioning, Job, Noise, RgbImage};
-use kiln_models::pipeline::{CacheUse, CacheUses, ImageSizes, ModelInfo, PipelineError};
+use kiln_models::pipeline::{CacheUse, CacheUses, DeviceUse, ImageSizes, ModelInfo, PipelineError};
 use kiln_models::testing::{self, FakePipeline};
 
 use crate::engine::cost::{Stage, Work};
@@ -207,6 +207,11 @@ pub(super) fn fake(clock: Arc<SimulatedClock>, log: Arc<Mutex<Vec<Logged>>>) -> 
     FakePipeline::new(info)
         .with_cost_model(CostModel::new(flops))
         .with_caches(caches)
+        .with_device_use(vec![DeviceUse {
+            device: "test:0".to_owned(),
+            forwards: 7,
+            ..DeviceUse::default()
+        }])
         .images(|job, steps_left| {
             image(
                 job,

@@ -213,6 +213,8 @@ fn what_was_done_is_counted() {
     // The pipeline's images are 1x1.
     assert_eq!(stats.pixels, 3);
     assert_eq!(stats.embedding_cache.max_bytes, 77);
+    assert_eq!(stats.devices.len(), 1);
+    assert_eq!(stats.devices[0].forwards, 7);
 
     let close = |a: f64, b: f64| assert!((a - b).abs() < 1e-6, "{a} for {b}");
     close(

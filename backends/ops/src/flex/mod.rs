@@ -21,11 +21,15 @@ mod winograd;
 use burn_flex::{Flex, FlexTensor};
 use burn_tensor::{DType, Tensor, TensorData, TensorPrimitive};
 
-use crate::{FusedOps, Rope, TokenRun, defaults};
+use crate::{Cores, FusedOps, Rope, TokenRun, defaults};
 
 type Float<const D: usize> = Tensor<Flex, D>;
 
 impl FusedOps for Flex {
+    fn cores(part: usize, parts: usize) -> Cores {
+        Cores::share(part, parts)
+    }
+
     fn fused_linear(x: Float<2>, weight: Float<2>, bias: Option<Float<1>>) -> Float<2> {
         if !is_f32(&x) {
             return defaults::fused_linear(x, weight, bias);

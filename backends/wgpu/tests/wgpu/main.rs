@@ -53,7 +53,7 @@ fn demo() {
 fn open(parts: &CheckpointParts, options: LoadOptions) -> Box<dyn Pipeline> {
     let device = kiln_wgpu::devices().unwrap().remove(0);
     println!("on {}", device.name);
-    kiln_wgpu::open(&device, parts, options).unwrap()
+    kiln_wgpu::open(&[device], parts, options).unwrap()
 }
 
 test_every_op!(suites::<Wgpu<f32, i32>>(&WgpuDevice::default(), EXTENT));
