@@ -112,6 +112,8 @@ fn modes(steps: usize, measured: &[f64]) -> Vec<Mode> {
 struct Results {
     computed: usize,
     gated: usize,
+    /// The transformer's work in units of a full step's.
+    work: f64,
     /// Seconds of each prompt's steps.
     denoise: Vec<f64>,
     /// Seconds of each prompt's whole run.
@@ -120,61 +122,68 @@ struct Results {
 }
 
 impl Results {
-    /// Columns of the table. Times and their ratios are medians over the prompts.
+    /// Columns of the table. Times are the least over the prompts, which all take the same work: other
+    /// programs disturb them the least.
     fn row(&self, mode: &Mode, exact: &Self) -> String {
         let count = self.differences.len() as f64;
-        let speed = |exact: &[f64], own: &[f64]| {
-            median(
-                exact
-                    .iter()
-                    .zip(own)
-                    .map(|(exact, own)| exact / own)
-                    .collect(),
-            )
-        };
         let mean = |sum: usize| sum as f64 / count;
         let ssim = self.differences.iter().filter_map(|it| it.ssim);
         let psnr = self.differences.iter().filter_map(|it| it.psnr_db);
         format!(
-            "| {} | {:.1} of {} | {:.1} | {:.4} | {:.2} | {:.4} | {:.2} | {} | {} |",
+            "| {} | {:.1} of {} | {:.1} | {:.2} | {:.4} | {:.2} | {:.4} | {:.2} | {} | {} |",
             mode.name,
             mean(self.computed),
             mode.steps,
             mean(self.gated),
-            median(self.denoise.clone()),
-            speed(&exact.denoise, &self.denoise),
-            median(self.total.clone()),
-            speed(&exact.total, &self.total),
-            mean_and_least(ssim.collect(), 4),
-            mean_and_least(psnr.collect(), 1),
+            exact.work / self.work,
+            least(&self.denoise),
+            least(&exact.denoise) / least(&self.denoise),
+            least(&self.total),
+            least(&exact.total) / least(&self.total),
+            mean_and_least(&ssim.collect::<Vec<_>>(), 4),
+            mean_and_least(&psnr.collect::<Vec<_>>(), 1),
         )
     }
 }
 
-fn median(mut values: Vec<f64>) -> f64 {
-    values.sort_by(f64::total_cmp);
-    values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
+fn least(values: &[f64]) -> f64 {
+    values.iter().copied().fold(f64::INFINITY, f64::min)
 }
 
 /// `mean, least`. Images that are equal have no PSNR and are left out.
-fn mean_and_least(values: Vec<f64>, digits: usize) -> String {
+fn mean_and_least(values: &[f64], digits: usize) -> String {
     if values.is_empty() {
         return "equal".to_owned();
     }
     let mean = values.iter().sum::<f64>() / values.len() as f64;
-    let least = values.into_iter().fold(f64::INFINITY, f64::min);
-    format!("{mean:.digits$}, {least:.digits$}")
+    format!("{mean:.digits$}, {:.digits$}", least(values))
 }
 
-/// Generates one image. Returns it with the seconds of its steps and of the whole run.
-fn generate(pipeline: &mut dyn Pipeline, job: Job) -> Result<(Output, f64, f64), Box<dyn Error>> {
+/// One generated image, and what it took.
+struct Generated {
+    output: Output,
+    work: f64,
+    denoise: f64,
+    total: f64,
+}
+
+fn generate(pipeline: &mut dyn Pipeline, job: Job) -> Result<Generated, Box<dyn Error>> {
+    let steps = job.sampling.steps;
     let started = Instant::now();
     pipeline.start(0, job)?;
     let first_step = Instant::now();
-    while pipeline.step(&[0])?[0].steps_left > 0 {}
+    let mut work = 0.0;
+    for _ in 0..steps {
+        work += pipeline.step(&[0])?[0].work;
+    }
     let denoise = first_step.elapsed().as_secs_f64();
     let output = pipeline.finish(0)?;
-    Ok((output, denoise, started.elapsed().as_secs_f64()))
+    Ok(Generated {
+        output,
+        work,
+        denoise,
+        total: started.elapsed().as_secs_f64(),
+    })
 }
 
 fn difference(reference: &RgbImage, image: &RgbImage) -> Result<ImageDifference, Box<dyn Error>> {
@@ -277,14 +286,16 @@ fn main() -> Result<(), Box<dyn Error>> {
                 cfg_gate_step: mode.gate,
                 ..job(index)?
             };
-            let (output, denoise, total) = generate(&mut *pipeline, job)?;
+            let generated = generate(&mut *pipeline, job)?;
+            let output = &generated.output;
             let image = output.images.first().ok_or("a job without images")?;
             let reference = exact.get_or_insert_with(|| image.clone());
             results.differences.push(difference(reference, image)?);
             results.computed += output.steps.computed;
             results.gated += output.steps.gated;
-            results.denoise.push(denoise);
-            results.total.push(total);
+            results.work += generated.work;
+            results.denoise.push(generated.denoise);
+            results.total.push(generated.total);
         }
     }
 
@@ -294,8 +305,8 @@ fn main() -> Result<(), Box<dyn Error>> {
     );
     println!("Its own ratios: {}\n", serde_json::to_string(&ratios)?);
     println!(
-        "| mode | computed steps | gated steps | steps s | speed | image s | speed | SSIM mean, least | \
-         PSNR dB mean, least |\n|---|---|---|---|---|---|---|---|---|"
+        "| mode | computed steps | gated steps | exact's work / its work | steps s | speed | image s | speed | \
+         SSIM mean, least | PSNR dB mean, least |\n|---|---|---|---|---|---|---|---|---|---|"
     );
     for (mode, of_mode) in modes.iter().zip(&results) {
         println!("{}", of_mode.row(mode, &results[0]));

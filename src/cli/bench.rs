@@ -94,8 +94,8 @@ pub(super) struct BenchArgs {
     /// Measure what step caches need to know of the model instead of times, and write it to a file
     ///
     /// Generates one image of each prompt with all steps computed, and writes the mean ratios of the
-    /// residuals' magnitudes from step to step as JSON, {"mag_ratios": [...]}, which --cache-config of
-    /// `kiln serve` takes. Writes to stdout if no file is named. Also logs which steps the caches
+    /// residuals' magnitudes from step to step as JSON, `{"mag_ratios": [...]}`, which --cache-config
+    /// of `kiln serve` takes. Writes to stdout if no file is named. Also logs which steps the caches
     /// `balanced` and `fast` compute with these ratios.
     #[arg(
         long,

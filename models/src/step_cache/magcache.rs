@@ -145,8 +145,8 @@ mod tests {
     use super::super::text;
     use super::*;
 
-    fn qwen() -> Option<Arc<[f64]>> {
-        Some(QWEN_IMAGE_RATIOS.into())
+    fn qwen() -> Arc<[f64]> {
+        QWEN_IMAGE_RATIOS.into()
     }
 
     fn of(threshold: f64, max_skips: usize, retention: f64) -> MagCache {
@@ -154,7 +154,7 @@ mod tests {
             threshold,
             max_skips,
             retention,
-            ratios: qwen(),
+            ratios: Some(qwen()),
         }
     }
 
@@ -168,7 +168,7 @@ mod tests {
                 "11111111111111110111010101010101001001010111111111",
             ),
             (
-                MagCache::balanced(qwen()),
+                MagCache::balanced(Some(qwen())),
                 30,
                 "11111111110101010101010101001001001001001010111111",
             ),
@@ -178,7 +178,7 @@ mod tests {
                 "11111111110101010010101001000100100010010010110111",
             ),
             (
-                MagCache::fast(qwen()),
+                MagCache::fast(Some(qwen())),
                 24,
                 "11111111110100100100100100010001000100010001010111",
             ),
@@ -192,7 +192,7 @@ mod tests {
     #[test]
     fn the_first_and_the_last_step_are_always_computed() {
         for steps in 1..60 {
-            for ratios in [qwen(), None, Some([1.0; 5].into())] {
+            for ratios in [Some(qwen()), None, Some([1.0; 5].into())] {
                 let settings = MagCache {
                     threshold: 1e9,
                     max_skips: 100,
@@ -210,7 +210,7 @@ mod tests {
 
     #[test]
     fn nothing_is_reused_with_a_threshold_or_a_number_of_skips_of_0() {
-        for ratios in [qwen(), None] {
+        for ratios in [Some(qwen()), None] {
             for (threshold, max_skips) in [(0.0, 2), (0.5, 0)] {
                 let settings = MagCache {
                     threshold,
@@ -244,7 +244,7 @@ mod tests {
 
     #[test]
     fn settings_out_of_their_bounds_are_refused_by_name() {
-        assert_eq!(MagCache::balanced(qwen()).check(), Ok(()));
+        assert_eq!(MagCache::balanced(Some(qwen())).check(), Ok(()));
         assert_eq!(MagCache::fast(None).check(), Ok(()));
         let error = |settings: MagCache| settings.check().unwrap_err().to_string();
         assert_eq!(

@@ -141,9 +141,8 @@ impl StepCache {
             return Decide::Compute;
         }
         match &self.policy {
-            Policy::Off | Policy::Calibrate => Decide::Compute,
             Policy::Mask(mask) if mask.get(self.done) == Some(&false) => Decide::Reuse,
-            Policy::Mask(_) => Decide::Compute,
+            Policy::Off | Policy::Calibrate | Policy::Mask(_) => Decide::Compute,
             Policy::DbCache(settings, counters) => counters.decide(settings, self.done),
         }
     }
