@@ -170,6 +170,8 @@ fn the_report_and_the_image_say_which_cache_there_was() {
     );
     let count = |name: &str| report[name].as_u64().unwrap();
     assert_eq!(count("computed_steps") + count("skipped_steps"), 10);
+    assert!(count("skipped_steps") >= 3, "{report}");
+    assert_eq!(count("gated_steps"), 5);
     let file = std::fs::read(folder.path().join("out.png")).unwrap();
     let text = String::from_utf8_lossy(&file).into_owned();
     let expected = format!(
