@@ -74,6 +74,9 @@ pub struct RequestCache {
     pub choice: CacheChoice,
     /// The choice for the number of steps of the request.
     pub policy: CachePolicy,
+    /// With [`CacheChoice::Auto`] the caches that the engine may choose, by name, the one that computes
+    /// the most steps first. Empty with fewer than [`MIN_CACHED_STEPS`] steps.
+    pub cheaper: Vec<(&'static str, CachePolicy)>,
 }
 
 /// What a server and its model know of step caches.
@@ -181,7 +184,18 @@ impl StepCaches {
                 Err(_) => return Ok(RequestCache::default()),
             },
         };
-        Ok(RequestCache { choice, policy })
+        let levels = match choice {
+            CacheChoice::Auto => [CacheChoice::Balanced, CacheChoice::Fast].as_slice(),
+            _ => &[],
+        };
+        let cheaper = levels
+            .iter()
+            .filter_map(|level| Some((level.name(), self.policy(level, steps).ok()?)));
+        Ok(RequestCache {
+            cheaper: cheaper.collect(),
+            choice,
+            policy,
+        })
     }
 }
 
