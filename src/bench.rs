@@ -1,5 +1,7 @@
 //! Times repeated runs of the same workload, and relates the times to operation counts.
 
+mod calibrate;
+
 use std::fmt;
 
 use kiln_models::families::PromptTemplate;
@@ -13,6 +15,8 @@ use serde_json::Value;
 use crate::engine::JobError;
 use crate::measure::{Cost, Table, measure_call, median};
 use crate::request::{GenerationRequest, PromptTokens};
+
+pub use self::calibrate::{CALIBRATION_PROMPTS, CacheRatios, CalibrationError};
 
 /// Tokens of a blank negative prompt: one, plus the five of the template's suffix.
 pub const NEGATIVE_PROMPT_TOKENS: usize = 6;

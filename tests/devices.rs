@@ -74,7 +74,7 @@ fn jobs() -> Vec<Job> {
         residual(0.24),
         residual(10.0),
     ] {
-        for cfg_gate_step in [None, Some(0.1), Some(0.7)] {
+        for cfg_gate_step in [None, Some(0.25), Some(0.6)] {
             jobs.push(Job {
                 cache: cache.clone(),
                 cfg_gate_step,

@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use kiln_models::step_cache::CacheError;
 
 use crate::backend::{BackendChoice, BackendError, InvalidChoice};
+use crate::bench::CalibrationError;
 use crate::compare::{CompareError, ReportError};
 use crate::engine::{JobError, StartError, SubmitError};
 use crate::image::{EncodeError, ImageFormat, SideTooLong};
@@ -105,6 +106,10 @@ pub(super) enum CliError {
     #[error(transparent)]
     Report(#[from] ReportError),
     #[error(transparent)]
+    StepCache(#[from] CacheError),
+    #[error("the ratios of the step cache cannot be measured")]
+    Calibration(#[from] CalibrationError),
+    #[error(transparent)]
     Dump(#[from] DumpError),
     #[error("an image cannot be encoded")]
     Encode(#[from] EncodeError),
@@ -166,6 +171,7 @@ impl CliError {
             | Self::FileToStdout
             | Self::SameFile { .. }
             | Self::Side(_)
+            | Self::StepCache(_)
             | Self::Choice(_)
             | Self::Extension { .. }
             | Self::ReportExtension { .. }

@@ -12,6 +12,7 @@ use std::time::Instant;
 use kiln_models::job::{RgbImage, Size};
 use kiln_models::pipeline::PipelineError;
 use kiln_models::step_cache::StepCounts;
+use kiln_models::vae::TilingMode;
 
 use crate::backend;
 use crate::engine::{
@@ -66,6 +67,7 @@ pub(super) fn run(args: &GenerateArgs) -> Result<(), CliError> {
         max_queue: 0,
         max_started: 1,
         max_memory: None,
+        max_step_tokens: Some(0),
         warm_up: None,
     };
     let progress = Progress::new(args.quiet);
@@ -203,8 +205,8 @@ struct Writer<'a> {
     encoding: Encoding,
     /// Whether a PNG file contains the parameters.
     metadata: bool,
-    /// Whether the images were decoded in tiles.
-    tiled: bool,
+    /// How the images were decoded in tiles, if they were.
+    tiled: Option<TilingMode>,
     /// What the steps ran.
     steps: StepCounts,
 }

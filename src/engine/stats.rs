@@ -48,12 +48,14 @@ pub struct Outcomes {
     pub cancelled: u64,
     /// The deadline passed.
     pub deadline_passed: u64,
+    /// The job could not be finished any more before it was due.
+    pub too_late: u64,
     /// A pipeline call returned an error or panicked.
     pub failed: u64,
     /// The engine was stopped, or the time to drain was over.
     pub stopped: u64,
-    /// Not accepted: the queue was full, the job was too large for the memory, or the engine was
-    /// draining or had stopped.
+    /// Not accepted: the queue was full, the job was too large for the memory or could not be
+    /// finished before it was due, or the engine was draining or had stopped.
     pub rejected: u64,
 }
 
@@ -64,6 +66,7 @@ impl Outcomes {
                 self.failed += 1;
             }
             JobError::DeadlinePassed => self.deadline_passed += 1,
+            JobError::TooLate { .. } => self.too_late += 1,
             JobError::Stopped => self.stopped += 1,
         }
     }
@@ -77,6 +80,8 @@ pub struct EngineStats {
     /// Jobs that have been started and not ended.
     pub running: usize,
     pub outcomes: Outcomes,
+    /// Started jobs that were made cheaper: see [`SubmitOptions::cheaper`](super::SubmitOptions).
+    pub made_cheaper: u64,
     /// Number of denoising steps, those of unfinished jobs included.
     pub steps: u64,
     /// Those of the steps that ran the whole transformer.
@@ -86,6 +91,10 @@ pub struct EngineStats {
     /// Those of the steps that ran no unconditional half, because of
     /// [`Job::cfg_gate_step`](kiln_models::job::Job::cfg_gate_step).
     pub gated_steps: u64,
+    /// Number of those steps that a job shared with others.
+    pub shared_steps: u64,
+    /// Image tokens up to which several jobs share a step now; 0 if they never do.
+    pub max_step_tokens: usize,
     /// Number of images of finished jobs.
     pub images: u64,
     /// Number of pixels of those images.
@@ -131,7 +140,7 @@ impl EngineStats {
         match stage {
             Stage::Encode => {
                 self.waiting_time.add(timings.queue);
-                self.encode_time.add(took);
+                self.encode_time.add(timings.encode);
             }
             Stage::Step => {
                 self.steps += 1;

@@ -2,19 +2,20 @@
 
 use kiln_models::noise::NoiseGenerator;
 use kiln_models::step_cache::StepCounts;
+use kiln_models::vae::TilingMode;
 use serde_json::Value;
 
 use super::GenerationRequest;
 
 impl GenerationRequest {
     /// Formats the parameters of image `index` of the request as AUTOMATIC1111's web UI does, which
-    /// image tools read. `model` is the name of the model; `tiled` says whether the image was decoded
-    /// in tiles, and `steps` what its steps ran.
+    /// image tools read. `model` is the name of the model, `steps` what the image's steps ran. `tiled` is
+    /// how the image was decoded in tiles; blended tiles are named, because they change the image.
     pub fn metadata_text(
         &self,
         model: &str,
         index: usize,
-        tiled: bool,
+        tiled: Option<TilingMode>,
         steps: StepCounts,
     ) -> String {
         let guidance = self.guidance();
@@ -39,7 +40,11 @@ impl GenerationRequest {
             quoted(model),
             shift.unwrap_or_default(),
             batch.unwrap_or_default(),
-            if tiled { "VAE tiling: True, " } else { "" },
+            if tiled == Some(TilingMode::Blended) {
+                "VAE tiling: True, "
+            } else {
+                ""
+            },
             self.skipped_work(steps),
             crate::version::PROGRAM,
         )

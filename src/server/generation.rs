@@ -6,12 +6,13 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use kiln_models::job::{Job, Output, RgbImage};
 use kiln_models::step_cache::StepCounts;
+use kiln_models::vae::TilingMode;
 use serde::Serialize;
 use tokio::task::spawn_blocking;
 use tracing::Span;
 use utoipa::ToSchema;
 
-use crate::engine::{Event, Finished, JobHandle, SubmitOptions, Timings};
+use crate::engine::{Cheaper, Event, Finished, JobHandle, SubmitOptions, Timings};
 use crate::image::{Encoding, ImageFormat, encode};
 use crate::request::{GenerationRequest, PromptTokens};
 
@@ -19,6 +20,7 @@ use super::LoadedApp;
 use super::cache::{ComputedSteps, StepFacts};
 use super::error::ApiError;
 use super::parsed::ParsedRequest;
+use super::stage_metrics::{Measured, Metrics, StageSeconds};
 
 /// How often a preview is made while an image is generated.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -68,7 +70,7 @@ pub(super) struct RunningRequest {
 }
 
 /// What is known about a request before its images exist.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(super) struct RequestInfo {
     pub(super) id: String,
     /// Name of the model in the response.
@@ -81,6 +83,8 @@ pub(super) struct RequestInfo {
     pub(super) prompt_tokens: usize,
     /// Tokens of all images: one for each patch of the transformer.
     pub(super) image_tokens: usize,
+    /// Whether the response has `metrics`.
+    pub(super) stage_metrics: bool,
 }
 
 /// The finished images of a request.
@@ -89,11 +93,12 @@ pub(super) struct EncodedImages {
     pub(super) info: Arc<RequestInfo>,
     /// One file for each image.
     pub(super) files: Vec<Vec<u8>>,
-    /// Whether they were decoded in tiles.
-    pub(super) tiled: bool,
+    /// How they were decoded in tiles, if they were.
+    pub(super) tiled: Option<TilingMode>,
     /// What the steps ran.
     pub(super) steps: StepCounts,
-    pub(super) timings: StageSeconds,
+    pub(super) timings: Timings,
+    pub(super) measured: Measured,
 }
 
 /// Fields of a response beyond `OpenAI`'s API: what is needed to reproduce the images, and how long
@@ -108,19 +113,25 @@ pub(super) struct ImageFacts {
     /// The time shift of the request; absent if the model's own schedule was used.
     #[serde(skip_serializing_if = "Option::is_none")]
     shift: Option<f64>,
-    /// The step cache, if there was one: `balanced`, `fast`, `auto`, `dbcache` or `magcache`.
+    /// The step cache, if there was one: `balanced`, `fast`, `dbcache` or `magcache`. A request of
+    /// `auto` has the one that was chosen because of the load, or else `auto`.
     #[serde(skip_serializing_if = "Option::is_none")]
     cache: Option<&'static str>,
-    /// The `cfg_gate_step` of the request, if it was below 1.
+    /// The `cfg_gate_step` of the request, or the one that was chosen for `auto`, if it was below 1.
     #[serde(skip_serializing_if = "Option::is_none")]
     cfg_gate_step: Option<f64>,
     #[serde(flatten)]
     steps: StepFacts,
-    /// True if the images were decoded in tiles, which changes them slightly: by `--vae-use-tiling`,
-    /// or because the memory is too small for whole images. Absent otherwise.
+    /// True if the images were decoded in tiles: by `--vae-use-tiling`, or because the memory is too
+    /// small for whole images. Absent otherwise. Only `--vae-tiling blended` changes the images.
     #[serde(skip_serializing_if = "Option::is_none")]
     vae_use_tiling: Option<bool>,
     timings: StageSeconds,
+    #[serde(flatten)]
+    measured: Measured,
+    /// Only with `return_stage_metrics`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    metrics: Option<Metrics>,
 }
 
 impl ImageFacts {
@@ -130,6 +141,7 @@ impl ImageFacts {
             tiled,
             steps,
             timings,
+            measured,
             ..
         } = encoded;
         Self {
@@ -140,27 +152,14 @@ impl ImageFacts {
             cache: info.request.cache.name(),
             cfg_gate_step: info.request.cfg_gate_step,
             steps: StepFacts::from(*steps),
-            vae_use_tiling: tiled.then_some(true),
-            timings: *timings,
+            vae_use_tiling: tiled.map(|_| true),
+            timings: (*timings).into(),
+            measured: *measured,
+            metrics: info
+                .stage_metrics
+                .then(|| Metrics::new(info, *timings, *measured)),
         }
     }
-}
-
-/// Seconds spent in each stage.
-#[derive(Debug, Clone, Copy, Serialize, ToSchema)]
-pub(super) struct StageSeconds {
-    /// Time in the queue.
-    queue: f64,
-    /// Encoding the prompts, making the noise and the schedule.
-    encode: f64,
-    /// All denoising steps.
-    denoise: f64,
-    /// Making previews.
-    previews: f64,
-    /// Decoding latents to pixels.
-    decode: f64,
-    /// Time after the start in which the device worked on other requests.
-    paused: f64,
 }
 
 impl Previews {
@@ -192,15 +191,12 @@ impl ParsedRequest {
         previews: Previews,
     ) -> Result<RunningRequest, ApiError> {
         let received = Instant::now();
-        let (info, job) = self.prepare(app, id, model).await?;
+        let (info, job, options) = self.prepare(app, id, model, received).await?;
         let steps = info.request.sampling.steps;
         let options = SubmitOptions {
-            deadline: app
-                .settings
-                .request_timeout
-                .and_then(|timeout| received.checked_add(timeout)),
             preview_every: previews.interval(steps),
             span: Span::current(),
+            ..options
         };
         let handle = app.engine.submit(job, options)?;
         tracing::debug!(id = info.id, "accepted");
@@ -214,25 +210,35 @@ impl ParsedRequest {
         })
     }
 
-    /// Checks the request and tokenizes its prompts, without submitting it.
+    /// Checks the request and tokenizes its prompts, without submitting it. The options have the
+    /// times at which the request, which was `received` then, must end.
     pub(super) async fn prepare(
         self,
         app: &Arc<LoadedApp>,
         id: String,
         model: Option<&str>,
-    ) -> Result<(RequestInfo, Job), ApiError> {
+        received: Instant,
+    ) -> Result<(RequestInfo, Job, SubmitOptions), ApiError> {
         let created = SystemTime::now()
             .duration_since(UNIX_EPOCH)
             .unwrap_or_default()
             .as_secs();
         let model = app.model_name(model).to_owned();
-        let names = self.names;
+        let (names, stage_metrics) = (self.names, self.stage_metrics);
         let size_param = match (self.params.height, self.params.width) {
             (None, None) => "size",
             (None, Some(_)) => names.of("width"),
             (Some(_), _) => names.of("height"),
         };
+        let after = |time: Option<Duration>| received.checked_add(time?);
+        let (deadline, due) = (after(app.settings.request_timeout), after(self.deadline));
         let (request, encoding) = self.check(app)?;
+        let options = SubmitOptions {
+            deadline,
+            due,
+            cheaper: cheaper(&request),
+            ..SubmitOptions::default()
+        };
 
         let (app, tokens, request) = {
             let app = Arc::clone(app);
@@ -253,6 +259,7 @@ impl ParsedRequest {
             encoding,
             prompt_tokens: prompt_tokens(&app, &tokens),
             image_tokens: image_tokens(&request, app.limits.sizes.multiple),
+            stage_metrics,
             request,
         };
         let job = info.request.clone().into_job(tokens, false);
@@ -260,7 +267,7 @@ impl ParsedRequest {
             error,
             param: size_param,
         })?;
-        Ok((info, job))
+        Ok((info, job, options))
     }
 
     fn check(self, app: &LoadedApp) -> Result<(GenerationRequest, Encoding), ApiError> {
@@ -357,9 +364,19 @@ impl RunningRequest {
         finished: Finished,
         respond: impl FnOnce(EncodedImages) -> Result<T, ApiError> + Send + 'static,
     ) -> Result<T, ApiError> {
-        let Finished { output, timings } = finished;
+        let Finished {
+            output,
+            timings,
+            made,
+        } = finished;
         let (tiled, steps) = (output.tiled, output.steps);
-        let (app, info) = (Arc::clone(&self.app), Arc::clone(&self.info));
+        let measured = Measured::new(timings, &self.app.engine.stats());
+        let (app, mut info) = (Arc::clone(&self.app), Arc::clone(&self.info));
+        if let Some(made) = made {
+            let info = Arc::make_mut(&mut info);
+            info.request = info.request.clone().made(made.name, made.cfg_gate_step);
+        }
+        let finished = Arc::clone(&info);
         let response = spawn_blocking(move || {
             let files = encode_all(&app, &info, &output)?;
             respond(EncodedImages {
@@ -367,23 +384,29 @@ impl RunningRequest {
                 files,
                 tiled,
                 steps,
-                timings: timings.into(),
+                timings,
+                measured,
             })
         })
         .await??;
-        self.log_finished(timings, tiled, steps);
+        self.log_finished(&finished, timings, tiled, steps);
         Ok(response)
     }
 
-    fn log_finished(&self, timings: Timings, tiled: bool, counts: StepCounts) {
-        let RequestInfo { id, request, .. } = self.info.as_ref();
+    fn log_finished(
+        &self,
+        RequestInfo { id, request, .. }: &RequestInfo,
+        timings: Timings,
+        tiled: Option<TilingMode>,
+        counts: StepCounts,
+    ) {
         tracing::info!(
             id,
             size = self.info.size(),
             steps = request.sampling.steps,
             images = request.num_images,
             seed = request.noise.seed,
-            vae_use_tiling = tiled.then_some(true),
+            vae_use_tiling = tiled.map(|_| true),
             cache = request.cache.name(),
             skipped_steps = (counts.skipped > 0).then_some(counts.skipped),
             gated_steps = (counts.gated > 0).then_some(counts.gated),
@@ -428,6 +451,16 @@ fn encode_all(
     Ok(files)
 }
 
+/// The ways in which the engine may make the request cheaper.
+fn cheaper(request: &GenerationRequest) -> Vec<Cheaper> {
+    let way = |(name, cache, cfg_gate_step)| Cheaper {
+        name,
+        cache,
+        cfg_gate_step,
+    };
+    request.cheaper().into_iter().map(way).collect()
+}
+
 fn prompt_tokens(app: &LoadedApp, tokens: &PromptTokens) -> usize {
     let prompts = std::iter::once(&tokens.prompt).chain(&tokens.negative_prompt);
     prompts.map(|ids| app.tokenizer.prompt_tokens(ids)).sum()
@@ -437,19 +470,6 @@ fn prompt_tokens(app: &LoadedApp, tokens: &PromptTokens) -> usize {
 fn image_tokens(request: &GenerationRequest, size_multiple: usize) -> usize {
     let patches = (request.size.height / size_multiple) * (request.size.width / size_multiple);
     patches * request.num_images
-}
-
-impl From<Timings> for StageSeconds {
-    fn from(timings: Timings) -> Self {
-        Self {
-            queue: timings.queue.as_secs_f64(),
-            encode: timings.encode.as_secs_f64(),
-            denoise: timings.denoise.as_secs_f64(),
-            previews: timings.previews.as_secs_f64(),
-            decode: timings.decode.as_secs_f64(),
-            paused: timings.paused.as_secs_f64(),
-        }
-    }
 }
 
 #[cfg(test)]

@@ -100,12 +100,28 @@ impl Page {
                 ("finished", outcomes.finished),
                 ("cancelled", outcomes.cancelled),
                 ("deadline_passed", outcomes.deadline_passed),
+                ("too_late", outcomes.too_late),
                 ("failed", outcomes.failed),
                 ("stopped", outcomes.stopped),
                 ("rejected", outcomes.rejected),
             ],
         );
+        self.counter(
+            "kiln_requests_made_cheaper_total",
+            "Requests whose images were made with a step cache or a guidance gate because of the load.",
+            stats.made_cheaper,
+        );
         self.steps(stats);
+        self.counter(
+            "kiln_shared_steps_total",
+            "Denoising steps that a request shared with others, part of kiln_steps_total.",
+            stats.shared_steps,
+        );
+        self.gauge(
+            "kiln_max_step_tokens",
+            "Image tokens up to which several requests share a denoising step; 0 if they never do.",
+            stats.max_step_tokens,
+        );
         self.counter("kiln_images_total", "Generated images.", stats.images);
         self.counter(
             "kiln_pixels_total",

@@ -27,6 +27,7 @@ mod parsed;
 mod routes;
 mod sdapi;
 mod signals;
+mod stage_metrics;
 mod status;
 mod stream;
 mod web_pages;

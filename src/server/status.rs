@@ -30,6 +30,8 @@ pub(super) struct Status {
     /// Data type of the weights.
     dtype: &'static str,
     requests: Requests,
+    /// Image tokens up to which several requests share a denoising step; 0 if they never do.
+    max_step_tokens: usize,
     limits: RequestLimits,
     defaults: Defaults,
     /// Hints for prompts, for a model that knows only some words; null for others.
@@ -124,6 +126,7 @@ pub(super) async fn status(
             running: stats.running,
             waiting: stats.waiting,
         },
+        max_step_tokens: stats.max_step_tokens,
         limits: RequestLimits {
             side_multiple: limits.sizes.multiple,
             max_side: limits.sizes.max_side,

@@ -51,6 +51,7 @@ impl TestServer {
             max_queue,
             max_started: DEFAULT_MAX_STARTED,
             max_memory: None,
+            max_step_tokens: Some(0),
             warm_up: None,
         };
         let engine = Engine::start(Box::new(pipeline), engine_settings);

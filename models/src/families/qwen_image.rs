@@ -188,7 +188,7 @@ impl<B: FusedOps> QwenImage<B> {
             .try_for_each(|branch| self.check_prompt(branch))
     }
 
-    fn check_prompt(&self, prompt: &Conditioning) -> Result<(), PipelineError> {
+    pub(crate) fn check_prompt(&self, prompt: &Conditioning) -> Result<(), PipelineError> {
         let tokens = &prompt.tokens;
         if tokens.len() <= TEMPLATE.dropped_tokens {
             return Err(PipelineError::PromptTooShort {
@@ -203,12 +203,16 @@ impl<B: FusedOps> QwenImage<B> {
         }
     }
 
-    /// Embeddings of a prompt, without the template's prefix: `[tokens, dim]`.
-    pub(crate) fn encode(&self, prompt: &Conditioning) -> Tensor<B, 2> {
-        let tokens = &prompt.tokens;
-        let hidden = self.text_encoder.forward(&[tokens]).remove(0);
-        let kept = (tokens.len() - TEMPLATE.dropped_tokens).min(TEMPLATE.max_prompt_tokens);
-        hidden.narrow(0, TEMPLATE.dropped_tokens, kept)
+    /// Embeddings of prompts, without the template's prefix: `[tokens, dim]` each. The prompts share
+    /// one forward pass.
+    pub(crate) fn encode(&self, prompts: &[&Conditioning]) -> Vec<Tensor<B, 2>> {
+        let tokens: Vec<&[u32]> = prompts.iter().map(|it| it.tokens.as_slice()).collect();
+        let hidden = self.text_encoder.forward(&tokens).into_iter();
+        let kept = |(hidden, tokens): (Tensor<B, 2>, &[u32])| {
+            let kept = (tokens.len() - TEMPLATE.dropped_tokens).min(TEMPLATE.max_prompt_tokens);
+            hidden.narrow(0, TEMPLATE.dropped_tokens, kept)
+        };
+        hidden.zip(tokens).map(kept).collect()
     }
 
     /// The noise levels of a job's steps.

@@ -106,7 +106,7 @@ impl<'a> Report<'a> {
             cfg_gate_step: request.cfg_gate_step.unwrap_or(1.0),
             steps: output.steps,
             rng: request.noise.generator.name(),
-            vae_use_tiling: output.tiled,
+            vae_use_tiling: output.tiled.is_some(),
             images,
             dump: dump.map(|path| path.display().to_string()),
             seconds,

@@ -238,6 +238,14 @@ pub(super) struct LimitArgs {
     #[arg(long, value_name = "REQUESTS", default_value_t = DEFAULT_MAX_QUEUE)]
     pub(super) max_queue: usize,
 
+    /// Image tokens up to which several requests share a denoising step; 0 for never [default: measured
+    /// at the warm-up]
+    ///
+    /// An image of 512x512 has 1024 tokens, with guidance 2048. With 0 every image is the same to the
+    /// bit alone and beside others, else within rounding. Without a warm-up the default is 4096.
+    #[arg(long, value_name = "TOKENS")]
+    pub(super) max_step_tokens: Option<usize>,
+
     /// Pixels of all images of a request together: height x width x images
     #[arg(long, value_name = "PIXELS", default_value_t = DEFAULT_MAX_IMAGE_PIXELS)]
     max_image_pixels: usize,

@@ -1,5 +1,6 @@
 //! The step cache of a request: what was asked for, and the policy that it is for a job.
 
+mod auto;
 mod fields;
 mod read;
 mod write;
@@ -74,9 +75,8 @@ pub struct RequestCache {
     pub choice: CacheChoice,
     /// The choice for the number of steps of the request.
     pub policy: CachePolicy,
-    /// With [`CacheChoice::Auto`] the caches that the engine may choose, by name, the one that computes
-    /// the most steps first. Empty with fewer than [`MIN_CACHED_STEPS`] steps.
-    pub cheaper: Vec<(&'static str, CachePolicy)>,
+    /// What [`CacheChoice::Auto`] leaves to the engine, the one that computes most first.
+    pub auto: Vec<(CacheChoice, CachePolicy)>,
 }
 
 /// What a server and its model know of step caches.
@@ -184,17 +184,14 @@ impl StepCaches {
                 Err(_) => return Ok(RequestCache::default()),
             },
         };
-        let levels = match choice {
-            CacheChoice::Auto => [CacheChoice::Balanced, CacheChoice::Fast].as_slice(),
-            _ => &[],
+        let auto = match choice {
+            CacheChoice::Auto => self.auto(steps),
+            _ => Vec::new(),
         };
-        let cheaper = levels
-            .iter()
-            .filter_map(|level| Some((level.name(), self.policy(level, steps).ok()?)));
         Ok(RequestCache {
-            cheaper: cheaper.collect(),
             choice,
             policy,
+            auto,
         })
     }
 }

@@ -2,6 +2,7 @@
 
 use kiln_models::pipeline::ImageSizes;
 use kiln_models::step_cache::StepCounts;
+use kiln_models::vae::TilingMode;
 
 use super::super::limits::DEFAULT_MAX_IMAGE_PIXELS;
 use super::super::{CacheChoice, PromptTokens, StepCaches};
@@ -126,7 +127,12 @@ fn metadata_has_the_format_of_the_web_ui() {
     })
     .unwrap();
     assert_eq!(
-        request.metadata_text("Qwen/Qwen-Image", 1, false, StepCounts::default()),
+        request.metadata_text(
+            "Qwen/Qwen-Image",
+            1,
+            Some(TilingMode::Exact),
+            StepCounts::default()
+        ),
         concat!(
             "a fox, 雪\nNegative prompt: blurry\nSteps: 50, Sampler: Euler, CFG scale: 4, ",
             "Seed: 7, Size: 128x64, Model: Qwen/Qwen-Image, RNG: CPU, Batch size: 2, ",
@@ -140,7 +146,7 @@ fn metadata_has_the_format_of_the_web_ui() {
         num_images: 1,
         ..request
     };
-    let text = plain.metadata_text("a, b", 0, true, StepCounts::default());
+    let text = plain.metadata_text("a, b", 0, Some(TilingMode::Blended), StepCounts::default());
     assert!(
         text.starts_with("a fox, 雪\nSteps: 50, Sampler: Euler, CFG scale: 1, "),
         "{text}"

@@ -277,6 +277,7 @@ fn parse(mut object: Map<String, Value>) -> Result<Parsed, InvalidBody> {
             seed: value(fields.seed),
             ..GenerationParams::default()
         },
+        stage_metrics: false,
         names: WireNames {
             prompt: "prompt",
             size_given: false,
@@ -286,6 +287,7 @@ fn parse(mut object: Map<String, Value>) -> Result<Parsed, InvalidBody> {
         },
         encoding: Encoding::new(ImageFormat::Png),
         noise_generator: None,
+        deadline: None,
     };
     Ok(Parsed {
         request,
