@@ -124,7 +124,6 @@ pub(super) enum CacheName {
 /// Cache-DiT's `DBCache`: a step is reused if its first blocks change the image little since the last
 /// computed step.
 #[derive(ToSchema)]
-#[serde(deny_unknown_fields)]
 #[expect(dead_code, reason = "only for the document: caches are read by hand")]
 pub(super) struct DbCacheField {
     mode: DbCacheMode,
@@ -148,7 +147,6 @@ enum MagCacheMode {
 
 /// Settings of Cache-DiT's `DBCache`. The defaults are those of vLLM-Omni and SGLang.
 #[derive(ToSchema)]
-#[serde(deny_unknown_fields)]
 #[expect(
     dead_code,
     non_snake_case,
@@ -229,7 +227,6 @@ enum ScmPolicyName {
 /// MagCache: which steps are reused follows from how much the model's residual changes from step to
 /// step. The names and the defaults are those of vLLM-Omni.
 #[derive(ToSchema)]
-#[serde(deny_unknown_fields)]
 #[expect(dead_code, reason = "only for the document: caches are read by hand")]
 pub(super) struct MagCacheField {
     mode: MagCacheMode,

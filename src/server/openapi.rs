@@ -30,6 +30,8 @@ const CHOICES: &[&str] = &[
     "OutputFormat",
     "Quality",
     "ResponseFormat",
+    "ScmPolicyName",
+    "ScmPresetName",
     "Style",
 ];
 

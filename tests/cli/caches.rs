@@ -4,6 +4,9 @@ use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpStream;
 use std::process::{Child, Command, Stdio};
 
+use kiln::request::CacheChoice;
+use kiln::runtime::{LoadFormat, Model, ModelSettings};
+use kiln_models::step_cache::QWEN_IMAGE_RATIOS;
 use serde_json::{Value, json};
 
 use super::{failure, generate, kiln, stderr};
@@ -170,6 +173,8 @@ fn the_report_and_the_image_say_which_cache_there_was() {
     );
     let count = |name: &str| report[name].as_u64().unwrap();
     assert_eq!(count("computed_steps") + count("skipped_steps"), 10);
+    assert!(count("skipped_steps") >= 3, "{report}");
+    assert_eq!(count("gated_steps"), 5);
     let file = std::fs::read(folder.path().join("out.png")).unwrap();
     let text = String::from_utf8_lossy(&file).into_owned();
     let expected = format!(
@@ -239,4 +244,50 @@ fn a_server_applies_its_default_and_logs_a_summary() {
     let steps = steps.split(' ').next().unwrap();
     assert_eq!(steps.len(), 10, "{line}");
     assert!(steps.starts_with('1'), "{line}");
+}
+
+#[test]
+fn a_model_knows_its_ratios_and_its_blocks() {
+    let caches = |name: &str, load_format| {
+        let settings = ModelSettings {
+            load_format,
+            ..ModelSettings::new(name)
+        };
+        Model::find(&settings).unwrap().limits().caches.clone()
+    };
+    let demo = caches("demo", LoadFormat::Auto);
+    assert_eq!((demo.default, demo.mag_ratios), (CacheChoice::Off, None));
+    assert!(demo.blocks.unwrap() < 16);
+    let qwen_image = caches("Qwen/Qwen-Image", LoadFormat::Dummy);
+    assert_eq!(qwen_image.blocks, Some(60));
+    assert_eq!(qwen_image.mag_ratios, Some(QWEN_IMAGE_RATIOS.into()));
+}
+
+#[test]
+fn the_report_of_bench_has_the_cache() {
+    let folder = tempfile::tempdir().unwrap();
+    let cache = [
+        "--size",
+        "32x32",
+        "--cache",
+        "fast",
+        "--cfg-gate-step",
+        "0.5",
+    ];
+    let args = ["bench", "--json", "--runs", "1", "--steps", "10"];
+    let output = kiln(folder.path(), &[&args[..], &cache].concat());
+    assert!(output.status.success(), "{}", stderr(&output));
+    let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(
+        (&report["cache"], &report["cfg_gate_step"]),
+        (&json!("fast"), &json!(0.5))
+    );
+    let run = &report["runs"][0];
+    assert_eq!(run["gated_steps"], 5);
+    let count = |name: &str| run[name].as_u64().unwrap();
+    assert_eq!(count("computed_steps") + count("skipped_steps"), 10);
+    assert!(count("skipped_steps") >= 3, "{report}");
+    // Less work than ten whole steps.
+    let tflop = |stage: &str| report["tflop"][stage].as_f64().unwrap();
+    assert!(tflop("total") < 8.0 * tflop("step"), "{report}");
 }
