@@ -893,7 +893,7 @@ fn memory_that_is_gone_before_the_images_are_decoded_makes_tiles() {
     let expected = [
         "measure false",
         "measure true",
-        "decode 0 Tiled",
+        "decode 0 Tiled(2048)",
         "measure false",
         "finish 0",
         "sleep",
