@@ -82,6 +82,7 @@ impl Scheduler {
             size: work.total(),
             started: false,
             led: false,
+            steps_left: job.sampling.steps,
             alone: plan.is_some_and(|plan| self.memory.is_alone(&plan, &self.entries)),
             idle: Duration::ZERO,
             turn: self.speed.step(&work).unwrap_or_default(),
