@@ -88,7 +88,7 @@ pub(super) struct EncodedImages {
     /// Whether they were decoded in tiles.
     pub(super) tiled: bool,
     /// How the request was made cheaper because of the load.
-    pub(super) made: Option<Cheaper>,
+    pub(super) made: Option<Box<Cheaper>>,
     pub(super) timings: StageSeconds,
 }
 
