@@ -25,7 +25,7 @@ const MARGIN: f64 = 0.05;
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub(super) struct Due {
     /// How long it is until then; `None` for a job that is not due at any time.
-    pub(super) due_in: Option<Duration>,
+    pub(super) left: Option<Duration>,
     /// How long the devices will probably work on the rest of the job alone; `None` if that is not
     /// known.
     pub(super) rest: Option<Duration>,
@@ -66,7 +66,7 @@ pub(super) struct Lateness {
 /// Index of the job that goes first because a job is in danger of being late; `None` if none is, so
 /// that the `usual` job has its turn.
 pub(super) fn urgent(jobs: &[Candidate], usual: &Candidate, max_started: usize) -> Option<usize> {
-    if jobs.iter().all(|job| job.due.due_in.is_none()) {
+    if jobs.iter().all(|job| job.due.left.is_none()) {
         return None;
     }
     // Others may share the turn.
@@ -130,8 +130,8 @@ fn blocked(jobs: &[Candidate], newcomer: &Candidate, max_started: usize) -> f64 
     if may_run(jobs, jobs.len() - 1, has_room(jobs, max_started)) {
         return 0.0;
     }
-    let due_in = newcomer.due.due_in;
-    let later = |job: &&Candidate| job.due.due_in.is_none_or(|it| Some(it) > due_in);
+    let due_in = newcomer.due.left;
+    let later = |job: &&Candidate| job.due.left.is_none_or(|it| Some(it) > due_in);
     let later = jobs.iter().filter(later);
     if max_started <= 1 {
         // Jobs are finished in the order of their submission.
@@ -177,9 +177,9 @@ fn demands(jobs: &[Candidate]) -> (Vec<Demand>, Vec<usize>) {
 /// The jobs that are due and whose rest is known, in the order in which they are due. Of jobs that are
 /// due together, the older one comes first.
 fn in_order(jobs: &[Candidate]) -> impl Iterator<Item = usize> {
-    let is_known = |job: &Candidate| job.due.due_in.is_some() && job.due.rest.is_some();
+    let is_known = |job: &Candidate| job.due.left.is_some() && job.due.rest.is_some();
     let mut due: Vec<usize> = (0..jobs.len()).filter(|&it| is_known(&jobs[it])).collect();
-    due.sort_by_key(|&index| jobs[index].due.due_in);
+    due.sort_by_key(|&index| jobs[index].due.left);
     due.into_iter()
 }
 
@@ -228,11 +228,7 @@ impl<'a> Sum<'a> {
         let oldest = self.jobs.first().map_or(0.0, |job| job.turn.as_secs_f64());
         Demand {
             index,
-            due_in: self.jobs[index]
-                .due
-                .due_in
-                .unwrap_or_default()
-                .as_secs_f64(),
+            due_in: self.jobs[index].due.left.unwrap_or_default().as_secs_f64(),
             alone: self.with_oldest(own * share, own, index),
             together: self.with_oldest(self.work, self.longest, self.youngest),
             of_oldest: if self.has_oldest { 0.0 } else { oldest },
@@ -254,7 +250,7 @@ impl<'a> Sum<'a> {
 /// Seconds until the job is due, less those that the rest of it takes. Infinite for a job that is not
 /// due or whose rest is not known.
 fn slack_alone(job: &Candidate) -> f64 {
-    let slack = job.due.due_in.zip(job.due.rest);
+    let slack = job.due.left.zip(job.due.rest);
     slack.map_or(f64::INFINITY, |(due_in, rest)| {
         due_in.as_secs_f64() - rest.as_secs_f64()
     })
@@ -289,7 +285,7 @@ mod tests {
             idle: Duration::ZERO,
             turn: seconds(1),
             due: Due {
-                due_in: due_in.map(seconds),
+                left: due_in.map(seconds),
                 rest: Some(seconds(rest)),
                 share: 1.0,
             },

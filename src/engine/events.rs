@@ -101,7 +101,7 @@ pub struct Finished {
     pub output: Output,
     pub timings: Timings,
     /// Which of [`SubmitOptions::cheaper`] the engine took; `None` if it changed nothing.
-    pub made: Option<Cheaper>,
+    pub made: Option<Box<Cheaper>>,
 }
 
 /// Wall-clock time that a job spent in each stage. A step that several jobs shared counts for each

@@ -373,7 +373,7 @@ impl Scheduler {
                 Some(Event::Finished(Finished {
                     output,
                     timings,
-                    made: entry.made.clone(),
+                    made: entry.made.clone().map(Box::new),
                 }))
             }
             End::Cancelled => {

@@ -41,16 +41,14 @@ impl Scheduler {
         let (own, cheaper) = (self.work(&job), cheaper);
         // Every cache keeps the same values, so the last way takes the memory of any.
         let cached = options.cheaper.last().map(|way| with(job.clone(), way));
-        let (job, plans, cheaper) = match cached.map(|cached| self.fit(cached)) {
-            Some(Ok((cached, plans))) => {
-                let decoding = cached.decoding;
-                (Job { decoding, ..job }, plans, cheaper)
-            }
-            // There is no memory for a cache.
-            Some(Err(_)) | None => {
-                let (job, plans) = self.fit(job)?;
-                (job, plans, Vec::new())
-            }
+        let cached = cached.and_then(|cached| self.fit(cached).ok());
+        let (job, plans, cheaper) = if let Some((cached, plans)) = cached {
+            let decoding = cached.decoding;
+            (Job { decoding, ..job }, plans, cheaper)
+        } else {
+            // There is nothing to choose, or no memory for a cache.
+            let (job, plans) = self.fit(job)?;
+            (job, plans, Vec::new())
         };
         let cheapest = cheaper.last().map_or(own, |(_, work)| *work);
         self.admit_due(&job, (cheapest, &plans), options, now)?;
@@ -83,11 +81,12 @@ impl Scheduler {
             steps_left: job.sampling.steps,
             started: false,
             led: false,
+            steps_left: job.sampling.steps,
             alone: plan.is_some_and(|plan| self.memory.is_alone(&plan, &self.entries)),
             idle: Duration::ZERO,
             turn: self.speed.step(&work).unwrap_or_default(),
             due: Due {
-                due_in: Some(left),
+                left: Some(left),
                 rest: Some(own),
                 share: self.speed.share(&work),
             },
@@ -105,6 +104,9 @@ impl Scheduler {
     /// The candidates, with what is known of the times by which they are due. Waiting jobs count as
     /// they were asked for, or as the cheapest way of each if they would be late otherwise.
     pub(super) fn due_candidates(&self, now: Instant) -> Vec<Candidate> {
+        if self.entries.iter().all(|entry| entry.due.is_none()) {
+            return self.candidates();
+        }
         let candidates = self.candidates_made(false, now);
         if late(&candidates).is_empty() {
             candidates
@@ -120,7 +122,7 @@ impl Scheduler {
             let work = entry.works().next_back().filter(|_| cheapest);
             let work = work.unwrap_or(&entry.work);
             candidate.due = Due {
-                due_in: entry.due.map(|due| due.saturating_duration_since(now)),
+                left: entry.due.map(|due| due.saturating_duration_since(now)),
                 rest: self.speed.rest(work, entry.progress()),
                 share: self.speed.share(work),
             };

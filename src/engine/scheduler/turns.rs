@@ -77,10 +77,9 @@ impl Scheduler {
                 Some(End::Failed(JobError::Stopped))
             } else if entry.deadline.is_some_and(|at| at <= now) {
                 Some(End::Failed(JobError::DeadlinePassed))
-            } else if let Some(late) = self.too_late(entry, now) {
-                Some(End::Failed(JobError::TooLate { late }))
             } else {
-                None
+                let late = self.too_late(entry, now);
+                late.map(|late| End::Failed(JobError::TooLate { late }))
             }
         };
         let mut entries = self.entries.iter().enumerate();
