@@ -82,7 +82,6 @@ fn every_api_takes_every_cache() {
         (json!({"cache": "off"}), CachePolicy::Off),
         (json!({"cache": null}), CachePolicy::Off),
         (json!({"cache": ""}), CachePolicy::Off),
-        (json!({"cache": "auto"}), CachePolicy::Off),
         (json!({"enable_cache_dit": false}), CachePolicy::Off),
         (json!({"cache": "dbcache"}), db_cache(|_| ())),
         (json!({"cache": {"mode": "dbcache"}}), db_cache(|_| ())),
