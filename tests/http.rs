@@ -3,7 +3,9 @@
 
 mod access;
 mod bad_requests;
+mod caches;
 mod client;
+mod deadlines;
 mod images;
 mod information;
 #[cfg(target_os = "linux")]
@@ -16,6 +18,7 @@ mod random_bodies;
 mod real_model;
 mod sdapi;
 mod server;
+mod stage_metrics;
 mod start;
 mod streams;
 

@@ -15,6 +15,7 @@ use crate::pipeline::{
     PipelineError, StepOutcome,
 };
 use crate::step_cache::{CachePolicy, StepCounts};
+use crate::vae::TilingMode;
 
 /// A job of one square image without guidance: one prompt token, seed 0, torch's CPU noise.
 pub fn job(side: usize, steps: usize) -> Job {
@@ -33,6 +34,56 @@ pub fn job(side: usize, steps: usize) -> Job {
         cfg_gate_step: None,
         record: false,
     }
+}
+
+/// The work of a step of a [`FakePipeline`], from 0, as a part of a full step's: that of a mask and of
+/// a guidance gate.
+pub fn step_work(job: &Job, step: usize) -> f64 {
+    let is_skipped = match &job.cache {
+        CachePolicy::Mask(mask) => mask.get(step) == Some(&false),
+        _ => false,
+    };
+    if is_skipped {
+        0.0
+    } else if is_gated(job, step) {
+        0.5
+    } else {
+        1.0
+    }
+}
+
+/// What the first steps have run.
+fn counts(job: &Job, done: usize) -> StepCounts {
+    if job.cache == CachePolicy::Off && job.cfg_gate_step.is_none() {
+        return StepCounts {
+            computed: done,
+            ..StepCounts::default()
+        };
+    }
+    let of = |is_counted: &dyn Fn(usize) -> bool| (0..done).filter(|&it| is_counted(it)).count();
+    let skipped = of(&|step| step_work(job, step) <= 0.0);
+    StepCounts {
+        computed: done - skipped,
+        skipped,
+        gated: of(&|step| is_gated(job, step)),
+    }
+}
+
+fn is_gated(job: &Job, step: usize) -> bool {
+    let first = job.cfg_gate_step.map_or(f64::INFINITY, |part| {
+        (part * job.sampling.steps as f64).floor()
+    });
+    job.guidance.is_some() && step as f64 >= first.max(1.0)
+}
+
+/// The work of all steps, in full steps.
+pub fn denoise_work(job: &Job) -> f64 {
+    if job.cache == CachePolicy::Off && job.cfg_gate_step.is_none() {
+        return job.sampling.steps as f64;
+    }
+    (0..job.sampling.steps)
+        .map(|step| step_work(job, step))
+        .sum()
 }
 
 /// Guidance of a job, from the tokens of a negative prompt.
@@ -62,6 +113,10 @@ pub fn model_info() -> ModelInfo {
 #[derive(Debug, Clone, Copy)]
 pub enum Call<'a> {
     Start(&'a Job),
+    /// Prompts that are encoded together.
+    Encode(&'a [&'a Conditioning]),
+    /// Comes before the steps of the jobs of one `step` call.
+    Steps(&'a [&'a Job]),
     /// The step of one job; `step` calls with several ids make several of these.
     Step(&'a Job),
     Preview(&'a Job),
@@ -94,16 +149,16 @@ pub struct FakePipeline {
 
 impl FakePipeline {
     pub fn new(info: ModelInfo) -> Self {
-        let work = FlopCount {
-            encode: 1,
+        let work = |job: &Job| FlopCount {
+            encode: 1000,
             modulation: 0,
-            step: 1,
-            denoise: 50,
-            decode: 1,
+            step: 1000,
+            denoise: (1000.0 * denoise_work(job)).round() as u64,
+            decode: 1000,
         };
         Self {
             info,
-            cost_model: CostModel::new(move |_| work),
+            cost_model: CostModel::new(work),
             caches: CacheUses::default(),
             devices: Vec::new(),
             memory: None,
@@ -204,6 +259,10 @@ impl Pipeline for FakePipeline {
         }
     }
 
+    fn encode(&mut self, prompts: &[&Conditioning]) -> Result<(), PipelineError> {
+        (self.on_call)(Call::Encode(prompts))
+    }
+
     fn start(&mut self, id: JobId, job: Job) -> Result<(), PipelineError> {
         (self.on_call)(Call::Start(&job))?;
         let steps = job.sampling.steps;
@@ -212,8 +271,13 @@ impl Pipeline for FakePipeline {
     }
 
     fn step(&mut self, ids: &[JobId]) -> Result<Vec<StepOutcome>, PipelineError> {
-        for &id in ids {
+        let jobs = ids.iter().map(|&id| {
             let (job, _) = self.jobs.get(&id).ok_or(PipelineError::UnknownJob(id))?;
+            Ok(job)
+        });
+        let jobs: Vec<&Job> = jobs.collect::<Result<_, PipelineError>>()?;
+        (self.on_call)(Call::Steps(&jobs))?;
+        for job in jobs {
             (self.on_call)(Call::Step(job))?;
         }
         let mut outcomes = Vec::with_capacity(ids.len());
@@ -222,15 +286,13 @@ impl Pipeline for FakePipeline {
                 .jobs
                 .get_mut(&id)
                 .ok_or(PipelineError::UnknownJob(id))?;
+            let step = job.sampling.steps - *left;
             *left = left.saturating_sub(1);
             outcomes.push(StepOutcome {
                 id,
                 steps_left: *left,
-                counts: StepCounts {
-                    computed: job.sampling.steps - *left,
-                    ..StepCounts::default()
-                },
-                work: 1.0,
+                counts: counts(job, job.sampling.steps - *left),
+                work: step_work(job, step),
             });
         }
         Ok(outcomes)
@@ -258,11 +320,8 @@ impl Pipeline for FakePipeline {
         });
         Ok(Output {
             images: vec![(self.image)(&job, 0); job.num_images],
-            tiled: job.decoding == Decoding::Tiled,
-            steps: StepCounts {
-                computed: job.sampling.steps,
-                ..StepCounts::default()
-            },
+            tiled: matches!(job.decoding, Decoding::Tiled(_)).then_some(TilingMode::Exact),
+            steps: counts(&job, job.sampling.steps),
             trace: if job.record { trace } else { Vec::new() },
             not_finite: None,
         })

@@ -19,6 +19,7 @@ use crate::request::{
 };
 use crate::runtime::{Model, ModelSettings};
 
+use super::cache_args::StepCacheArgs;
 use super::error::CliError;
 use super::output;
 use super::shared_args::{BackendArgs, LoadArgs};
@@ -69,6 +70,9 @@ pub(super) struct BenchArgs {
         default_value = "1"
     )]
     batch: Integer,
+
+    #[command(flatten)]
+    cache: StepCacheArgs,
 
     /// Tokens of the prompt
     #[arg(
@@ -134,6 +138,8 @@ impl BenchArgs {
             num_inference_steps: Some(self.steps.0),
             num_images: Some(self.batch.0),
             seed: Some(0),
+            cache: self.cache.given(),
+            cfg_gate_step: self.cache.cfg_gate_step,
             ..GenerationParams::default()
         }
     }

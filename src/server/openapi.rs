@@ -24,11 +24,14 @@ const DOCS_POLICY: &str =
 /// Enums of requests, whose values may also be an empty text.
 const CHOICES: &[&str] = &[
     "Background",
+    "CacheName",
     "GeneratorDevice",
     "Moderation",
     "OutputFormat",
     "Quality",
     "ResponseFormat",
+    "ScmPolicyName",
+    "ScmPresetName",
     "Style",
 ];
 

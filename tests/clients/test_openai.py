@@ -22,7 +22,9 @@ def chat(client: openai.OpenAI) -> None:
         extra_body={
             "height": 64,
             "width": 96,
-            "num_inference_steps": 4,
+            "num_inference_steps": 8,
+            "cache": {"mode": "dbcache", "max_warmup_steps": 2},
+            "cfg_gate_step": 0.5,
             "true_cfg_scale": 4.0,
             "negative_prompt": " ",
             "seed": 42,
@@ -39,6 +41,9 @@ def chat(client: openai.OpenAI) -> None:
     assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
     assert answer.model_extra["seed"] == 42
     assert answer.model_extra["size"] == "96x64"
+    assert answer.model_extra["cache"] == "dbcache"
+    assert answer.model_extra["computed_steps"] + answer.model_extra["skipped_steps"] == 8
+    assert answer.model_extra["gated_steps"] == 4
 
 
 def chat_stream(client: openai.OpenAI) -> None:

@@ -11,7 +11,7 @@ use super::server::TestServer;
 use super::{decode, decode_png, from_base64, user};
 
 /// Name and data of each event.
-fn events(reply: &Reply) -> Vec<(Option<String>, String)> {
+pub(super) fn events(reply: &Reply) -> Vec<(Option<String>, String)> {
     assert_eq!(reply.status, 200, "{}", reply.body);
     assert_eq!(reply.header("content-type"), Some("text/event-stream"));
     let text = std::str::from_utf8(&reply.bytes).unwrap();
@@ -26,7 +26,7 @@ fn events(reply: &Reply) -> Vec<(Option<String>, String)> {
 }
 
 /// The chunks of a chat, without `[DONE]`.
-fn chunks(reply: &Reply) -> Vec<Value> {
+pub(super) fn chunks(reply: &Reply) -> Vec<Value> {
     let mut data: Vec<String> = events(reply).into_iter().map(|(_, data)| data).collect();
     assert_eq!(data.pop().as_deref(), Some("[DONE]"));
     data.iter()

@@ -7,6 +7,7 @@ use crate::image::ImageFormat;
 
 use super::super::data_url::data_url;
 use super::super::generation::{EncodedImages, ImageFacts, RequestInfo};
+use super::super::stage_metrics::Measured;
 
 /// The response to a chat request.
 #[derive(Serialize, ToSchema)]
@@ -85,6 +86,9 @@ enum AnswerContent<'a> {
 pub(super) struct ImagePart {
     r#type: &'static str,
     image_url: ImageUrl,
+    /// The same for all images of a request.
+    #[serde(flatten)]
+    measured: Measured,
 }
 
 /// An image in the field `images` of a message.
@@ -131,6 +135,7 @@ impl ImagePart {
             .map(|file| Self {
                 r#type: "image_url",
                 image_url: ImageUrl::new(format, file),
+                measured: encoded.measured,
             })
             .collect()
     }

@@ -58,7 +58,7 @@ impl EventFormat for ImagesEvents {
                         quality: self.quality.name(),
                         background: "opaque",
                         output_format: info.encoding.format.name(),
-                        usage: ImagesUsage::new(info),
+                        usage: ImagesUsage::new(&encoded),
                         facts: ImageFacts::new(&encoded),
                     };
                     Ok(event(&image_event)?.event(image_event.r#type))

@@ -21,8 +21,7 @@ use super::super::parsed::ParsedRequest;
 
 /// What an images request may have besides the keys that kiln reads.
 const INEFFECTIVE: Ineffective = Ineffective {
-    // vLLM-Omni's clients ask for times, which every response has.
-    ignored: &["return_stage_metrics"],
+    ignored: &[],
     features: FEATURES,
     accepts_empty: false,
     others: "",

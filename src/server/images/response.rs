@@ -14,7 +14,7 @@ use zip::write::SimpleFileOptions;
 
 use super::super::data_url::data_url;
 use super::super::error::ApiError;
-use super::super::generation::{EncodedImages, ImageFacts, RequestInfo};
+use super::super::generation::{EncodedImages, ImageFacts};
 
 /// Header with the seed of the images in a response of the format `file`.
 pub(in super::super) const SEED_HEADER: HeaderName = HeaderName::from_static("x-kiln-seed");
@@ -49,7 +49,7 @@ impl ImagesResponse {
             data: images.collect(),
             background: "opaque",
             output_format: info.encoding.format.name(),
-            usage: ImagesUsage::new(info),
+            usage: ImagesUsage::new(encoded),
             model: info.model.clone(),
             facts: ImageFacts::new(encoded),
         }
@@ -73,6 +73,9 @@ pub(super) struct ImagesUsage {
     /// Tokens of the images: one for each patch of the transformer.
     output_tokens: usize,
     total_tokens: usize,
+    /// As beside `usage`; vLLM-Omni's load generator reads it here.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    peak_memory_mb: Option<f64>,
 }
 
 #[derive(Serialize, ToSchema)]
@@ -82,7 +85,8 @@ struct InputTokens {
 }
 
 impl ImagesUsage {
-    pub(super) fn new(info: &RequestInfo) -> Self {
+    pub(super) fn new(encoded: &EncodedImages) -> Self {
+        let info = &encoded.info;
         Self {
             input_tokens: info.prompt_tokens,
             input_tokens_details: InputTokens {
@@ -91,6 +95,7 @@ impl ImagesUsage {
             },
             output_tokens: info.image_tokens,
             total_tokens: info.prompt_tokens + info.image_tokens,
+            peak_memory_mb: encoded.measured.peak_memory_mb,
         }
     }
 }
