@@ -12,10 +12,11 @@ mod kept;
 mod lane;
 mod passes;
 mod spread;
+mod step;
 mod thread;
 
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 use std::time::Duration;
 
 use burn::tensor::{Tensor, TensorData};
@@ -28,100 +29,18 @@ use self::lane::{LaneAnswer, LaneHalf, LaneJob};
 use self::passes::Pass;
 use self::spread::{Load, spread};
 use self::thread::LaneThread;
-use crate::finite::read_data;
 use crate::flops;
 use crate::pipeline::{CacheUse, DeviceUse, PipelineError};
 use crate::sampling::Schedule;
 use crate::step_cache::Next;
-use crate::transformer::{ModulationTable, Segment, Transformer};
+use crate::transformer::Transformer;
 
 pub use self::lane::BeforeForward;
 pub(crate) use self::lane::Lane;
+pub(crate) use self::step::{Half, HalfPrediction, JobStep, Placed, Prediction, Tables};
 
 /// Work of a half that runs no block, as a part of its whole work.
 const REUSE_COST: f64 = 0.01;
-
-/// One half of a job: the conditional or the unconditional one, for every image of the job.
-#[derive(Debug)]
-pub(crate) struct Half<B: FusedOps> {
-    /// `[images · text tokens, dim]`, on the first device.
-    text: Tensor<B, 2>,
-    /// The values of `text`, once another device needs them.
-    text_values: OnceLock<TensorData>,
-    /// One sequence for each image, with row 0.
-    segments: Vec<Segment>,
-    /// What the last computed step left.
-    pub(crate) kept: Option<Placed<B>>,
-}
-
-/// What a half has kept on a lane.
-#[derive(Debug)]
-pub(crate) struct Placed<B: FusedOps> {
-    lane: usize,
-    kept: Kept<Tensor<B, 2>>,
-}
-
-impl<B: FusedOps> Half<B> {
-    pub(crate) fn new(text: Tensor<B, 2>, segments: Vec<Segment>) -> Self {
-        Self {
-            text,
-            text_values: OnceLock::new(),
-            segments,
-            kept: None,
-        }
-    }
-
-    fn text_values(&self) -> Result<TensorData, PipelineError> {
-        if let Some(values) = self.text_values.get() {
-            return Ok(values.clone());
-        }
-        let values = read_data(self.text.clone())?;
-        Ok(self.text_values.get_or_init(|| values).clone())
-    }
-}
-
-/// Modulation tables of one schedule by lane.
-pub(crate) type Tables<B> = Vec<Option<Arc<ModulationTable<B>>>>;
-
-/// One step of one job.
-#[derive(Debug)]
-pub(crate) struct JobStep<'a, B: FusedOps> {
-    pub(crate) schedule: &'a Arc<Schedule>,
-    /// Index of the step in the schedule.
-    pub(crate) step: usize,
-    pub(crate) tables: &'a Tables<B>,
-    /// `[images · tokens, channels]`, f32, on the first device.
-    pub(crate) latents: &'a Tensor<B, 2>,
-    /// The halves that run. The first one decides for both.
-    pub(crate) halves: &'a [Half<B>],
-    pub(crate) next: Next,
-    /// Order of the Taylor series that residuals are continued by, 0 or 1.
-    pub(crate) order: usize,
-    /// Whether the change of the residuals since the last step is measured.
-    pub(crate) measure: bool,
-}
-
-/// What a step predicts for one job.
-#[derive(Debug)]
-pub(crate) struct Prediction<B: FusedOps> {
-    /// The schedule's tables on the lanes that the step ran on.
-    pub(crate) tables: Vec<(usize, Arc<ModulationTable<B>>)>,
-    /// In the order of the job's halves.
-    pub(crate) halves: Vec<HalfPrediction<B>>,
-}
-
-#[derive(Debug)]
-pub(crate) struct HalfPrediction<B: FusedOps> {
-    /// `[images · tokens, channels]`, f32, on the first device.
-    pub(crate) velocity: Tensor<B, 2>,
-    /// What the half has to reuse now.
-    pub(crate) kept: Option<Placed<B>>,
-    pub(crate) reused: bool,
-    /// The blocks that ran, as a part of all.
-    pub(crate) work: f64,
-    /// The ratio of the residual's length to that in the step before, if it was to be measured.
-    pub(crate) ratio: Option<f32>,
-}
 
 /// The halves of a step that one lane runs: the jobs' indices, and for each the indices of its halves.
 type Share = Vec<(usize, Vec<usize>)>;

@@ -437,7 +437,7 @@ fn a_forecast_agrees_with_the_queue() {
             bench.turn();
         }
         for asked in [job(4, 8, 10), guided(5, 8, 30), job(6, 20, 50)] {
-            let forecast = bench.shared.forecast(&asked);
+            let forecast = bench.shared.forecast(&asked, &SubmitOptions::default());
             let mut handle = bench.submit(asked.clone());
             let wait = forecast.estimated_wait.unwrap();
             assert_eq!(queued(&mut handle), [(forecast.position, wait)]);

@@ -1,0 +1,115 @@
+//! The format of the page.
+
+use kiln_models::pipeline::MemoryUse;
+
+use super::super::Settings;
+use super::*;
+
+fn text(stats: &EngineStats) -> String {
+    let mut page = Page::default();
+    page.start(&App::new(Settings::new("m")), true);
+    page.engine(stats);
+    page.text
+}
+
+/// Every sample by its name and labels.
+fn samples(text: &str) -> BTreeMap<&str, f64> {
+    let lines = text.lines().filter(|line| !line.starts_with('#'));
+    lines
+        .map(|line| {
+            let (name, value) = line.rsplit_once(' ').unwrap();
+            (name, value.parse().unwrap())
+        })
+        .collect()
+}
+
+#[test]
+fn buckets_are_cumulative() {
+    let mut stats = EngineStats::default();
+    stats.step_time.counts[0] = 2;
+    stats.step_time.counts[1] = 3;
+    stats.step_time.counts[BUCKET_BOUNDS.len()] = 1;
+    stats.step_time.sum = 2000.5;
+    let text = text(&stats);
+    let samples = samples(&text);
+    for (name, value) in [
+        ("kiln_step_seconds_bucket{le=\"0.001\"}", 2.0),
+        ("kiln_step_seconds_bucket{le=\"0.0025\"}", 5.0),
+        ("kiln_step_seconds_bucket{le=\"1000\"}", 5.0),
+        ("kiln_step_seconds_bucket{le=\"+Inf\"}", 6.0),
+        ("kiln_step_seconds_count", 6.0),
+        ("kiln_step_seconds_sum", 2000.5),
+    ] {
+        assert_eq!(samples.get(name), Some(&value), "{name}");
+    }
+}
+
+fn device(device: &str, in_use: Option<u64>, busy_seconds: f64, forwards: u64) -> DeviceUse {
+    DeviceUse {
+        device: device.to_owned(),
+        memory: MemoryUse {
+            in_use,
+            ..MemoryUse::default()
+        },
+        busy_seconds,
+        forwards,
+    }
+}
+
+#[test]
+fn devices_are_told_apart_by_a_label() {
+    let stats = EngineStats {
+        memory: MemoryUse {
+            in_use: Some(5),
+            ..MemoryUse::default()
+        },
+        devices: vec![
+            device("cuda:0", Some(5), 1.5, 3),
+            device("cuda:1", Some(7), 0.5, 2),
+            device("cuda:0", Some(6), 2.0, 4),
+        ],
+        ..EngineStats::default()
+    };
+    let text = text(&stats);
+    let samples = samples(&text);
+    for (name, value) in [
+        ("kiln_memory_in_use_bytes", 5.0),
+        ("kiln_device_memory_in_use_bytes{device=\"cuda:0\"}", 6.0),
+        ("kiln_device_memory_in_use_bytes{device=\"cuda:1\"}", 7.0),
+        ("kiln_device_busy_seconds_total{device=\"cuda:0\"}", 3.5),
+        ("kiln_device_busy_seconds_total{device=\"cuda:1\"}", 0.5),
+        ("kiln_device_forwards_total{device=\"cuda:0\"}", 7.0),
+        ("kiln_device_forwards_total{device=\"cuda:1\"}", 2.0),
+    ] {
+        assert_eq!(samples.get(name), Some(&value), "{name}");
+    }
+    assert!(
+        !text.contains("kiln_device_memory_reserved_bytes"),
+        "{text}"
+    );
+}
+
+#[test]
+fn every_family_is_typed_once() {
+    let text = text(&EngineStats {
+        devices: vec![device("a", Some(1), 1.0, 1), device("b", None, 1.0, 1)],
+        ..EngineStats::default()
+    });
+    let types: Vec<&str> = text
+        .lines()
+        .filter_map(|line| line.strip_prefix("# TYPE "))
+        .filter_map(|line| line.split(' ').next())
+        .collect();
+    let mut unique = types.clone();
+    unique.sort_unstable();
+    unique.dedup();
+    assert_eq!(types.len(), unique.len());
+    for name in samples(&text).keys() {
+        let family = name.split('{').next().unwrap();
+        let family = ["_bucket", "_sum", "_count"]
+            .iter()
+            .find_map(|suffix| family.strip_suffix(suffix))
+            .unwrap_or(family);
+        assert!(types.contains(&family), "{name}");
+    }
+}
