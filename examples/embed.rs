@@ -40,6 +40,7 @@ pub(crate) fn generate(prompt: &str, path: &Path) -> Result<(), Box<dyn Error>> 
         max_queue: 0,
         max_started: 1,
         max_memory: None,
+        max_step_tokens: None,
         warm_up: None,
     };
     let engine = Engine::start(runtime.pipeline, settings);
@@ -53,7 +54,7 @@ pub(crate) fn generate(prompt: &str, path: &Path) -> Result<(), Box<dyn Error>> 
         }
     };
 
-    let metadata = request.metadata_text("demo", 0, output.tiled);
+    let metadata = request.metadata_text("demo", 0, output.tiled, output.steps);
     let png = encode(
         &output.images[0],
         Encoding::new(ImageFormat::Png),

@@ -1,16 +1,22 @@
 //! Times repeated runs of the same workload, and relates the times to operation counts.
 
+mod calibrate;
+
 use std::fmt;
 
 use kiln_models::families::PromptTemplate;
 use kiln_models::flops::FlopCount;
 use kiln_models::job::{Job, JobId};
 use kiln_models::pipeline::{ModelInfo, Pipeline};
+use kiln_models::step_cache::StepCounts;
 use serde::Serialize;
+use serde_json::Value;
 
 use crate::engine::JobError;
 use crate::measure::{Cost, Table, measure_call, median};
 use crate::request::{GenerationRequest, PromptTokens};
+
+pub use self::calibrate::{CALIBRATION_PROMPTS, CacheRatios, CalibrationError};
 
 /// Tokens of a blank negative prompt: one, plus the five of the template's suffix.
 pub const NEGATIVE_PROMPT_TOKENS: usize = 6;
@@ -61,6 +67,9 @@ pub struct Run {
     /// Text encoder, noise and schedule.
     pub encode: f64,
     pub steps: Vec<f64>,
+    /// What the steps ran.
+    #[serde(flatten)]
+    pub counts: StepCounts,
     pub decode: f64,
     pub total: f64,
     /// Peak memory in bytes, `None` if the backend does not count it.
@@ -74,8 +83,11 @@ impl Run {
         let total_steps = job.sampling.steps;
         let ((), encode) = measure_call(pipeline, |pipeline| pipeline.start(ID, job))?;
         let mut steps = Vec::with_capacity(total_steps);
+        let mut counts = StepCounts::default();
         for _ in 0..total_steps {
-            steps.push(measure_call(pipeline, |pipeline| pipeline.step(&[ID]))?.1);
+            let (outcomes, cost) = measure_call(pipeline, |pipeline| pipeline.step(&[ID]))?;
+            counts = outcomes.first().map_or(counts, |outcome| outcome.counts);
+            steps.push(cost);
         }
         let (_, decode) = measure_call(pipeline, |pipeline| pipeline.finish(ID))?;
 
@@ -86,6 +98,7 @@ impl Run {
             encode: encode.seconds,
             decode: decode.seconds,
             steps: steps.iter().map(|cost| cost.seconds).collect(),
+            counts,
         })
     }
 }
@@ -122,7 +135,7 @@ impl Stages {
 
     /// Floating-point operations in units of 10¹², two for each multiply-add. Excludes the
     /// modulation table of the schedule, which only the warm-up computes.
-    fn tflop(counts: FlopCount, steps: usize) -> Self {
+    fn tflop(counts: FlopCount) -> Self {
         let tera = |multiply_adds: u64| 2e-12 * multiply_adds as f64;
         let (encode, step) = (tera(counts.encode), tera(counts.step));
         let decode = tera(counts.decode);
@@ -130,7 +143,7 @@ impl Stages {
             encode,
             step,
             decode,
-            total: encode + steps as f64 * step + decode,
+            total: encode + tera(counts.denoise) + decode,
         }
     }
 
@@ -208,6 +221,10 @@ pub struct BenchReport {
     pub height: usize,
     pub images: usize,
     pub num_inference_steps: usize,
+    /// The step cache, as in a request.
+    pub cache: Value,
+    /// Part of the steps after which guidance was gated, 1 for none.
+    pub cfg_gate_step: f64,
     /// Whether each step also runs the transformer on a negative prompt.
     pub guidance: bool,
     pub prompt_tokens: usize,
@@ -242,7 +259,7 @@ impl BenchReport {
         } = measurement;
         let request = &workload.request;
         let median_seconds = Stages::medians(&runs);
-        let tflop = Stages::tflop(counts, request.sampling.steps);
+        let tflop = Stages::tflop(counts);
         let ratio = |a, b| a / b;
         let tflop_per_second = tflop.zip_with(median_seconds, ratio);
         let peaks = runs
@@ -258,6 +275,8 @@ impl BenchReport {
             height: request.size.height,
             images: request.num_images,
             num_inference_steps: request.sampling.steps,
+            cache: request.cache.choice.to_json(),
+            cfg_gate_step: request.cfg_gate_step.unwrap_or(1.0),
             guidance: request.guidance().is_some(),
             prompt_tokens: workload.prompt_tokens,
             load_seconds: load.seconds,
@@ -313,6 +332,14 @@ impl fmt::Display for BenchReport {
             if self.guidance { " with guidance" } else { "" },
             self.prompt_tokens,
         )?;
+        let counts = self.warm_up.counts;
+        if counts.skipped > 0 || counts.gated > 0 {
+            writeln!(
+                formatter,
+                "Steps that reused an earlier one: {}, without the negative prompt: {}\n",
+                counts.skipped, counts.gated
+            )?;
+        }
         writeln!(formatter, "{}\n", self.table())?;
         let warm_up = self.warm_up.total;
         write!(
@@ -334,6 +361,7 @@ mod tests {
     use kiln_models::noise::NoiseGenerator;
 
     use super::*;
+    use crate::request::RequestCache;
 
     fn workload(true_cfg_scale: f64) -> Workload {
         Workload {
@@ -351,6 +379,8 @@ mod tests {
                     seed: 0,
                     generator: NoiseGenerator::Cpu,
                 },
+                cache: RequestCache::default(),
+                cfg_gate_step: None,
             },
             prompt_tokens: 10,
             template: &TEMPLATE,
@@ -383,6 +413,7 @@ mod tests {
         Run {
             encode,
             steps: steps.to_vec(),
+            counts: StepCounts::default(),
             decode,
             total: encode + steps.iter().sum::<f64>() + decode,
             peak_memory_bytes: None,
@@ -417,7 +448,7 @@ mod tests {
             decode: 500_000_000_000,
         };
         assert_eq!(
-            Stages::tflop(counts, 10),
+            Stages::tflop(counts),
             Stages {
                 encode: 2.0,
                 step: 4.0,

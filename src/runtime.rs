@@ -216,9 +216,13 @@ impl Model {
             }
         };
         let tokenizer = checkpoint.tokenizer().map_err(RuntimeError::Tokenizer)?;
+        let configs = &checkpoint.parts().configs;
+        let mut limits = Limits::for_sizes(backend::image_sizes(&checkpoint)?);
+        limits.caches.blocks = Some(configs.blocks().map_err(BackendError::from)?);
+        limits.caches.mag_ratios = configs.mag_ratios().map_err(BackendError::from)?;
         Ok(Self {
             name: settings.public_name(),
-            limits: Limits::for_sizes(backend::image_sizes(&checkpoint)?),
+            limits,
             tokenizer: Arc::new(tokenizer),
             checkpoint,
         })

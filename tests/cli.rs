@@ -1,5 +1,6 @@
 //! The program as a user runs it. Nothing here needs a model.
 
+mod caches;
 mod environment;
 #[cfg(all(target_os = "linux", feature = "flex"))]
 mod files;

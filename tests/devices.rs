@@ -74,8 +74,7 @@ fn jobs() -> Vec<Job> {
         residual(0.24),
         residual(10.0),
     ] {
-        // The first and the fifth of eight steps are the first gated ones.
-        for cfg_gate_step in [None, Some(0.125), Some(0.625)] {
+        for cfg_gate_step in [None, Some(0.25), Some(0.6)] {
             jobs.push(Job {
                 cache: cache.clone(),
                 cfg_gate_step,

@@ -3,7 +3,9 @@
 
 mod access;
 mod bad_requests;
+mod caches;
 mod client;
+mod deadlines;
 mod images;
 mod information;
 #[cfg(target_os = "linux")]

@@ -9,6 +9,9 @@ mod bench;
 mod boundaries;
 /// `kiln generate` with invalid checkpoints, run as a process.
 mod broken_models;
+/// `kiln bench --calibrate-cache`, run as a process.
+#[cfg(feature = "flex")]
+mod calibrate;
 /// The command line, run as a process.
 mod cli;
 /// `kiln compare`, run as a process.
@@ -24,6 +27,9 @@ mod http;
 /// The memory of jobs on flex, planned and measured.
 #[cfg(all(feature = "flex", target_os = "linux"))]
 mod memory;
+/// Jobs of the demo model in company, compared with each alone.
+#[cfg(feature = "flex")]
+mod packed;
 /// `kiln generate` compared with diffusers.
 mod parity;
 /// The demo model's pipeline, in this process, with one and several jobs.

@@ -3,6 +3,7 @@
 use std::fs;
 use std::path::Path;
 use std::process::{Command, Stdio};
+use std::time::Instant;
 
 use kiln::backend::LoadSettings;
 use kiln::runtime::{LoadFormat, ModelSettings, Runtime, RuntimeSettings};
@@ -12,7 +13,7 @@ use kiln_models::testing;
 use serde_json::{Value, json};
 
 /// Names the job that [`child`] measures: `MODEL WIDTHxHEIGHT IMAGES STAGES`. The stages are all, with
-/// images that are decoded `whole` or `tiled`, or the `steps` alone.
+/// images that are decoded `whole` or in tiles of so many pixels, or the `steps` alone.
 const JOB: &str = "KILN_TEST_MEMORY_JOB";
 
 /// Measured bytes over planned bytes.
@@ -21,6 +22,12 @@ const RATIOS: std::ops::RangeInclusive<f64> = 0.7..=1.1;
 /// Runs a job in a process of its own, because an allocator that has freed memory hides what a later
 /// job needs. Returns the planned and the measured bytes.
 fn measure(job: &str) -> (f64, f64) {
+    let [planned, measured] = figures(job, "bytes: ");
+    (planned, measured)
+}
+
+/// Runs a job in a process of its own and returns the numbers of the line that begins so.
+fn figures<const N: usize>(job: &str, line: &str) -> [f64; N] {
     let output = Command::new(std::env::current_exe().unwrap())
         .args(["--exact", "memory::child", "--ignored", "--nocapture"])
         .env(JOB, job)
@@ -28,10 +35,10 @@ fn measure(job: &str) -> (f64, f64) {
         .output()
         .unwrap();
     let stdout = String::from_utf8(output.stdout).unwrap();
-    let line = stdout.lines().find_map(|line| line.split_once("bytes: "));
-    let (_, bytes) = line.unwrap_or_else(|| panic!("{job}: {stdout}"));
-    let bytes: Vec<f64> = bytes.split(' ').map(|it| it.parse().unwrap()).collect();
-    (bytes[0], bytes[1])
+    let line = stdout.lines().find_map(|text| text.split_once(line));
+    let (_, numbers) = line.unwrap_or_else(|| panic!("{job}: {stdout}"));
+    let numbers: Vec<f64> = numbers.split(' ').map(|it| it.parse().unwrap()).collect();
+    numbers.try_into().unwrap()
 }
 
 fn status(name: &str) -> u64 {
@@ -41,14 +48,18 @@ fn status(name: &str) -> u64 {
     kib.parse::<u64>().unwrap() * 1024
 }
 
-fn run(pipeline: &mut dyn Pipeline, job: Job, only_steps: bool) {
+/// Seconds of all threads of this process.
+fn processor_seconds() -> f64 {
+    let text = fs::read_to_string("/proc/self/stat").unwrap();
+    let (_, fields) = text.rsplit_once(')').unwrap();
+    let ticks = fields.split_whitespace().skip(11).take(2);
+    // 100 ticks a second on every Linux.
+    ticks.map(|it| it.parse::<f64>().unwrap()).sum::<f64>() / 100.0
+}
+
+fn steps(pipeline: &mut dyn Pipeline, job: Job) {
     pipeline.start(0, job).unwrap();
     while pipeline.step(&[0]).unwrap()[0].steps_left > 0 {}
-    if only_steps {
-        pipeline.discard(0);
-    } else {
-        pipeline.finish(0).unwrap();
-    }
 }
 
 #[test]
@@ -59,8 +70,7 @@ fn child() {
     let (width, height) = parts[1].split_once('x').unwrap();
     let decoding = match parts[3] {
         "whole" | "steps" => Decoding::AsSet,
-        "tiled" => Decoding::Tiled,
-        other => panic!("{other}"),
+        tile => Decoding::Tiled(tile.parse().unwrap()),
     };
     let job = Job {
         conditioning: (0..60).collect::<Vec<u32>>().into(),
@@ -98,7 +108,8 @@ fn child() {
         num_images: 1,
         ..job.clone()
     };
-    run(&mut *pipeline, first, false);
+    steps(&mut *pipeline, first);
+    pipeline.finish(0).unwrap();
     let only_steps = parts[3] == "steps";
     let plan = pipeline.memory_model().unwrap().plan(&job);
     let planned = if only_steps {
@@ -108,7 +119,15 @@ fn child() {
     };
     fs::write("/proc/self/clear_refs", "5").unwrap();
     let before = status("VmRSS");
-    run(&mut *pipeline, job, only_steps);
+    steps(&mut *pipeline, job);
+    if only_steps {
+        pipeline.discard(0);
+    } else {
+        let (start, spent) = (Instant::now(), processor_seconds());
+        pipeline.finish(0).unwrap();
+        let (seconds, spent) = (start.elapsed().as_secs_f64(), processor_seconds() - spent);
+        println!("decode: {seconds} {spent} {}", status("VmHWM"));
+    }
     let measured = status("VmHWM") - before;
     println!("bytes: {planned} {measured}");
 }
@@ -158,9 +177,9 @@ fn the_planned_peak_is_the_measured_one() {
         "demo 384x832 1 whole".to_owned(),
         "demo 448x320 3 whole".to_owned(),
         "demo 1024x1024 1 whole".to_owned(),
-        "demo 1024x1024 1 tiled".to_owned(),
+        "demo 1024x1024 1 256".to_owned(),
         format!("{} 256x192 1 whole", wide[0]),
-        format!("{} 320x320 1 tiled", wide[0]),
+        format!("{} 320x320 1 96", wide[0]),
         format!("{} 768x768 1 steps", wide[1]),
     ] {
         // The C library keeps more or less of what was freed, by the order in which threads ran: a
@@ -182,6 +201,34 @@ fn the_planned_peak_is_the_measured_one() {
         }
     }
     assert!(wrong.is_empty(), "{wrong:?}");
+}
+
+/// Time and peak memory of decoding with Qwen-Image's decoder, in which the transformer is the demo's.
+/// The time is that of all threads, which other programs on the machine change least.
+#[test]
+#[ignore = "takes minutes, and 8 GiB of memory"]
+fn exact_tiles_take_little_memory_and_little_more_time() {
+    let folder = tempfile::tempdir().unwrap();
+    wide_model(folder.path(), "vae");
+    let decode = |size: &str, how: &str| {
+        let job = format!("{} {size} 1 {how}", folder.path().display());
+        let [seconds, processor, peak] = figures(&job, "decode: ");
+        let mib = peak / f64::from(1 << 20);
+        println!("{size} {how}: {seconds:.2} s, {processor:.2} s of threads, {mib:.0} MiB");
+        (processor, peak)
+    };
+    let (whole, _) = decode("1024x1024", "whole");
+    let (tiled, _) = decode("1024x1024", "512");
+    decode("1024x1024", "256");
+    let (_, peak) = decode("2048x2048", "512");
+    decode("2048x2048", "256");
+    decode("2048x2048", "whole");
+    println!(
+        "1024x1024: {:.3} times the whole image's time",
+        tiled / whole
+    );
+    assert!(tiled <= 1.25 * whole, "{tiled} {whole}");
+    assert!(peak <= 1.2 * f64::from(1 << 30), "{peak}");
 }
 
 #[test]

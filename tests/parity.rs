@@ -113,7 +113,7 @@ fn run(backend: &str, dtype: &str, case: &Value, folder: &Path) -> PathBuf {
         command.arg(option).arg(case[key].to_string());
     }
     if let Some(tile) = case["vae_tile"].as_array() {
-        command.arg("--vae-use-tiling");
+        command.args(["--vae-use-tiling", "--vae-tiling", "blended"]);
         command.arg("--vae-tile-size").arg(tile[0].to_string());
         command.arg("--vae-tile-stride").arg(tile[1].to_string());
     }

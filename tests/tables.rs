@@ -13,6 +13,7 @@ use kiln_models::job::{RgbImage, TraceTensor};
 use kiln_models::loading::ModelDType;
 use kiln_models::noise::NoiseGenerator;
 use kiln_models::pipeline::{ImageSizes, ModelDevice, ModelInfo};
+use kiln_models::step_cache::StepCounts;
 
 use crate::snapshot::assert_snapshot;
 
@@ -63,12 +64,16 @@ fn a_benchmark() {
         encode: 1_000_000_000_000,
         modulation: 7,
         step: 2_000_000_000_000,
-        denoise: 20_000_000_000_000,
+        denoise: 4_000_000_000_000,
         decode: 500_000_000_000,
     };
     let run = |seconds: f64| Run {
         encode: seconds,
         steps: vec![2.0 * seconds, 3.0 * seconds],
+        counts: StepCounts {
+            computed: 2,
+            ..StepCounts::default()
+        },
         decode: 0.5,
         total: 6.0 * seconds + 0.5,
         peak_memory_bytes: Some(7 << 30),

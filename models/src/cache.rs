@@ -65,6 +65,11 @@ impl<K: Hash + Eq + Clone, V: Clone> Cache<K, V> {
         value
     }
 
+    /// Whether the cache holds the value of a key. Counts as no use.
+    pub(crate) fn holds(&self, key: &K) -> bool {
+        self.kept.contains_key(key)
+    }
+
     /// Evicts the least recently used values until `bytes` more fit.
     fn make_room(&mut self, bytes: usize) {
         while self.counts.bytes + bytes > self.counts.max_bytes {

@@ -11,7 +11,7 @@ use crate::job::Job;
 use crate::step_cache::{cheapest_steps, first_gated_step};
 use crate::text_encoder::TextEncoderConfig;
 use crate::transformer::{Segment, TIME_CHANNELS, TransformerConfig};
-use crate::vae::{VaeConfig, VaeSettings};
+use crate::vae::{Levels, Span, Tiling, VaeConfig, VaeSettings};
 
 /// Multiply-adds of a job's stages. One multiply-add is two floating-point operations.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -147,10 +147,12 @@ fn denoise(config: &TransformerConfig, segments: &[Segment], job: &Job) -> u64 {
 /// Multiply-adds of decoding one image's latents, whole or in tiles.
 fn decode_tiled(config: &VaeConfig, latents: [usize; 2], settings: VaeSettings) -> u64 {
     let scale = config.scale_factor();
-    let Some(tiling) = settings.tiling_of(latents, scale) else {
-        return decode(config, latents);
+    let tiles = match settings.tiling_of(latents, scale) {
+        None => return decode(config, latents, usize::MAX),
+        Some(Tiling::Exact { size }) => return decode(config, latents, size / scale),
+        Some(Tiling::Blended(tiles)) => tiles,
     };
-    let (size, stride) = (tiling.size / scale, tiling.stride / scale);
+    let (size, stride) = (tiles.size / scale, tiles.stride / scale);
     let sides = latents.map(|side| {
         let starts = (0..side).step_by(stride);
         starts
@@ -160,13 +162,14 @@ fn decode_tiled(config: &VaeConfig, latents: [usize; 2], settings: VaeSettings) 
     let tiles = sides[0].iter().flat_map(|&height| {
         sides[1]
             .iter()
-            .map(move |&width| decode(config, [height, width]))
+            .map(move |&width| decode(config, [height, width], usize::MAX))
     });
     tiles.sum()
 }
 
-/// Multiply-adds of the decoder network on latents of this height and width.
-fn decode(config: &VaeConfig, [height, width]: [usize; 2]) -> u64 {
+/// Multiply-adds of the decoder network on latents of this height and width, in exact tiles of at most
+/// `size` latents.
+fn decode(config: &VaeConfig, latents: [usize; 2], size: usize) -> u64 {
     let conv =
         |pixels: usize, from: usize, to: usize, kernel: usize| pixels * from * to * kernel * kernel;
     let residual = |pixels, from, to| {
@@ -180,23 +183,33 @@ fn decode(config: &VaeConfig, [height, width]: [usize; 2]) -> u64 {
     let mut widths = config.widths();
     widths.reverse();
     let (lowest, z) = (widths[0], config.z_dim);
-    let mut pixels = height * width;
+    let pixels = latents[0] * latents[1];
     let mut sum = conv(pixels, z, z, 1) + conv(pixels, z, lowest, 3);
     // The middle: attention over all pixels, with a residual block before and after it.
     sum += 2 * residual(pixels, lowest, lowest);
     sum += conv(pixels, lowest, 4 * lowest, 1) + 2 * pixels * pixels * lowest;
+    let levels = Levels::of(config);
+    let [rows, columns] = latents.map(|side| levels.tiles(side, size));
+    // Pixels of all tiles together.
+    let area = |length: &dyn Fn(&[Span]) -> usize| {
+        let along = |tiles: &[Vec<Span>]| tiles.iter().map(|it| length(it)).sum::<usize>();
+        along(&rows) * along(&columns)
+    };
     let mut channels = lowest;
     for (level, &width) in widths.iter().enumerate() {
+        let pixels = area(&|tile| tile[level].input.len());
         sum += residual(pixels, channels, width);
         sum += config.num_res_blocks * residual(pixels, width, width);
         channels = width;
         if level + 1 < widths.len() {
-            pixels *= 4;
-            sum += conv(pixels, width, width / 2, 3);
+            let upsampled = area(&|tile| 2 * tile[level].output.len());
+            sum += conv(upsampled, width, width / 2, 3);
             channels = width / 2;
+        } else {
+            sum += conv(pixels, channels, 3, 3);
         }
     }
-    (sum + conv(pixels, channels, 3, 3)) as u64
+    sum as u64
 }
 
 #[cfg(test)]
@@ -205,6 +218,7 @@ mod tests {
     use crate::job::Decoding;
     use crate::step_cache::{CachePolicy, DbCache, MagCache, QWEN_IMAGE_RATIOS};
     use crate::testing;
+    use crate::vae::Blending;
 
     /// Qwen-Image's configuration.
     fn transformer() -> TransformerConfig {
@@ -218,6 +232,17 @@ mod tests {
             joint_attention_dim: 3584,
             axes_dims_rope: [16, 56, 56],
             sample_size: 128,
+        }
+    }
+
+    fn vae() -> VaeConfig {
+        VaeConfig {
+            base_dim: 96,
+            z_dim: 16,
+            dim_mult: vec![1, 2, 4, 4],
+            num_res_blocks: 2,
+            latents_mean: vec![0.0; 16],
+            latents_std: vec![1.0; 16],
         }
     }
 
@@ -272,24 +297,45 @@ mod tests {
     /// convolution over three frames.
     #[test]
     fn the_vae_counts_as_torch_counts() {
-        let config = VaeConfig {
-            base_dim: 96,
-            z_dim: 16,
-            dim_mult: vec![1, 2, 4, 4],
-            num_res_blocks: 2,
-            latents_mean: vec![0.0; 16],
-            latents_std: vec![1.0; 16],
-        };
-        assert_eq!(2 * decode(&config, [32, 32]), 270_231_142_400);
-        assert_eq!(2 * decode(&config, [128, 128]), 4_710_245_335_040);
+        let config = vae();
+        let whole = |latents| decode(&config, latents, usize::MAX);
+        assert_eq!(2 * whole([32, 32]), 270_231_142_400);
+        assert_eq!(2 * whole([128, 128]), 4_710_245_335_040);
 
         // 40 latents in tiles of 32 every 24: 32 and 16 of them, both ways.
-        let tiled_settings = VaeSettings::default().of(Decoding::Tiled);
-        let tiles = [[32, 32], [32, 16], [16, 32], [16, 16]].map(|tile| decode(&config, tile));
-        let tiled = decode_tiled(&config, [40, 40], tiled_settings);
+        let blended = VaeSettings {
+            tiling: Some(Tiling::Blended(Blending::default())),
+            ..VaeSettings::default()
+        };
+        let tiles = [[32, 32], [32, 16], [16, 32], [16, 16]].map(whole);
+        let tiled = decode_tiled(&config, [40, 40], blended);
         assert_eq!(tiled, tiles.into_iter().sum::<u64>());
-        let small = decode_tiled(&config, [32, 32], tiled_settings);
-        assert_eq!(small, decode(&config, [32, 32]));
+        assert_eq!(decode_tiled(&config, [32, 32], blended), whole([32, 32]));
+    }
+
+    /// The reference: halos that are as wide as each resolution needs cost 1.18 times the upper part,
+    /// in an image without edges.
+    #[test]
+    fn exact_tiles_of_512_pixels_cost_at_most_1_18_times_the_whole_image() {
+        let config = vae();
+        let tiled = |side: usize, size| {
+            let settings = VaeSettings::default().of(Decoding::Tiled(size));
+            decode_tiled(&config, [side, side], settings) as f64
+        };
+        let whole = |side: usize| decode(&config, [side, side], usize::MAX) as f64;
+        for (side, size, factor) in [
+            (64, 512, 1.0..=1.0),
+            (128, 512, 1.05..=1.12),
+            (256, 512, 1.07..=1.18),
+            (256, 1024, 1.02..=1.09),
+            (256, 256, 1.2..=1.4),
+        ] {
+            let ratio = tiled(side, size) / whole(side);
+            assert!(
+                factor.contains(&ratio),
+                "{side} latents in tiles of {size}: {ratio}"
+            );
+        }
     }
 
     /// Counted by hand: 2 layers of width 4 on 2·3 image tokens and 5 text tokens.

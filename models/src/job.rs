@@ -3,6 +3,7 @@
 //! A request, a job, a report and an image's metadata share the parts defined here ([`Size`],
 //! [`Sampling`], [`Guidance`], [`Noise`]), so that a parameter has one type on its whole way.
 
+use std::cmp::{Ordering, Reverse};
 use std::fmt;
 
 use serde::Serialize;
@@ -10,6 +11,7 @@ use serde::Serialize;
 use crate::finite::NotFinite;
 use crate::noise::NoiseGenerator;
 use crate::step_cache::{CachePolicy, StepCounts};
+use crate::vae::TilingMode;
 
 /// Identifies a job within one pipeline. The caller chooses it and does not reuse the id of a job
 /// that has not ended.
@@ -102,21 +104,62 @@ impl From<Vec<u32>> for Conditioning {
     }
 }
 
-/// How the images of a job are decoded. The later values take less memory.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord)]
+/// How the images of a job are decoded. A greater value takes less memory.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum Decoding {
     /// As the model was loaded to decode: see [`VaeSettings`](crate::vae::VaeSettings).
     #[default]
     AsSet,
     /// One image at a time, which does not change the images.
     Sliced,
-    /// One image at a time, in tiles if it is larger than one.
-    Tiled,
+    /// One image at a time, in tiles if it is larger than one. Exact tiles, which do not change the
+    /// images either, have at most this height and width in pixels.
+    Tiled(usize),
 }
 
 impl Decoding {
     /// Every way, the one that takes the most memory first.
-    pub const ALL: [Self; 3] = [Self::AsSet, Self::Sliced, Self::Tiled];
+    pub const ALL: [Self; 12] = [
+        Self::AsSet,
+        Self::Sliced,
+        Self::Tiled(2048),
+        Self::Tiled(1536),
+        Self::Tiled(1024),
+        Self::Tiled(768),
+        Self::Tiled(512),
+        Self::Tiled(384),
+        Self::Tiled(256),
+        Self::Tiled(192),
+        Self::Tiled(128),
+        Self::Tiled(64),
+    ];
+
+    /// This way, and those of [`Decoding::ALL`] that take less memory.
+    pub fn and_smaller(self) -> impl Iterator<Item = Self> {
+        let smaller = move |other: &Self| *other > self;
+        std::iter::once(self).chain(Self::ALL.into_iter().filter(smaller))
+    }
+
+    /// Rises as the memory that a way takes falls.
+    fn rank(self) -> (u8, Reverse<usize>) {
+        match self {
+            Self::AsSet => (0, Reverse(0)),
+            Self::Sliced => (1, Reverse(0)),
+            Self::Tiled(size) => (2, Reverse(size)),
+        }
+    }
+}
+
+impl PartialOrd for Decoding {
+    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
+        Some(self.cmp(other))
+    }
+}
+
+impl Ord for Decoding {
+    fn cmp(&self, other: &Self) -> Ordering {
+        self.rank().cmp(&other.rank())
+    }
 }
 
 /// One request, fully resolved: no value is a default any more.
@@ -186,8 +229,8 @@ impl RgbImage {
 #[derive(Debug, Clone, PartialEq)]
 pub struct Output {
     pub images: Vec<RgbImage>,
-    /// Whether the images were decoded in tiles, which changes them slightly.
-    pub tiled: bool,
+    /// How the images were decoded in tiles, if they were.
+    pub tiled: Option<TilingMode>,
     pub steps: StepCounts,
     /// Empty unless [`Job::record`] was set.
     pub trace: Vec<TraceTensor>,

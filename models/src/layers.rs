@@ -284,6 +284,22 @@ impl<B: FusedOps> Conv2d<B> {
     pub(crate) fn forward(&self, x: Tensor<B, 4>) -> Tensor<B, 4> {
         B::conv2d_same(x, self.weight.val(), self.bias.val())
     }
+
+    /// Computes `count` output channels from `first` on.
+    ///
+    /// # Shapes
+    /// - x: `[images, in, height, width]`
+    /// - output: `[images, count, height, width]`
+    pub(crate) fn forward_channels(
+        &self,
+        x: Tensor<B, 4>,
+        first: usize,
+        count: usize,
+    ) -> Tensor<B, 4> {
+        let weight = self.weight.val().narrow(0, first, count);
+        let bias = self.bias.val().narrow(0, first, count);
+        B::conv2d_same(x, weight, bias)
+    }
 }
 
 /// Loads `bias` `[len]` in the dtype of the activations.

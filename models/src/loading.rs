@@ -10,7 +10,7 @@ use kiln_ops::{FaultWatch, FusedOps, MemoryRoom, MemoryUse, host};
 use crate::device::{caught, checkpoint, fault, panic_message};
 use crate::families::{self, CheckpointParts};
 use crate::flops::CostModel;
-use crate::job::{Decoding, Job, JobId, Output, RgbImage};
+use crate::job::{Conditioning, Decoding, Job, JobId, Output, RgbImage};
 use crate::memory::MemoryModel;
 use crate::pipeline::{
     CacheUses, DeviceUse, ModelDevice, ModelInfo, Pipeline, PipelineError, StepOutcome,
@@ -296,6 +296,10 @@ impl Pipeline for OneStream {
 
     fn memory_model(&self) -> Option<MemoryModel> {
         self.pipeline.memory_model()
+    }
+
+    fn encode(&mut self, prompts: &[&Conditioning]) -> Result<(), PipelineError> {
+        self.stream.executes(|| self.pipeline.encode(prompts))
     }
 
     fn start(&mut self, id: JobId, job: Job) -> Result<(), PipelineError> {

@@ -16,7 +16,7 @@ use crate::job::Job;
 use crate::step_cache::{KeptResiduals, first_gated_step};
 use crate::text_encoder::TextEncoderConfig;
 use crate::transformer::TransformerConfig;
-use crate::vae::{Tiling, VaeConfig, VaeSettings};
+use crate::vae::{Blending, Levels, Span, Tiling, VaeConfig, VaeSettings};
 use crate::weights::Precision;
 
 /// Bytes of a value that is f32 whatever the model's type.
@@ -199,54 +199,95 @@ impl Networks {
         // An image's values in f32.
         let image = 3 * F32 * area(latents.map(|side| side * scale));
         let batch = match settings.tiling_of(latents, scale) {
-            Some(tiling) => self.decode_tiles(latents, tiling, together),
-            None => self.decode(latents, together),
+            Some(Tiling::Exact { size }) => self.decode(latents, size / scale, together),
+            Some(Tiling::Blended(tiles)) => self.decode_blended(latents, tiles, together),
+            None => self.decode(latents, usize::MAX, together),
         };
         // The slices that are ready, or the whole batch once more while it is converted and read.
         (batch + (images - together) * image).max(2 * images * image)
     }
 
-    /// Decoding in tiles: one tile's decoding, beside the tiles that are ready.
-    fn decode_tiles(&self, latents: [usize; 2], tiling: Tiling, images: u64) -> u64 {
+    /// Decoding in blended tiles: one tile's decoding, beside the tiles that are ready.
+    fn decode_blended(&self, latents: [usize; 2], tiles: Blending, images: u64) -> u64 {
         let scale = self.vae.scale_factor();
-        let tile = latents.map(|side| side.min(tiling.size / scale));
+        let tile = latents.map(|side| side.min(tiles.size / scale));
         let values = images * 3 * F32;
         let image = values * area(latents.map(|side| side * scale));
-        let columns = latents[1].div_ceil((tiling.stride / scale).max(1));
+        let columns = latents[1].div_ceil((tiles.stride / scale).max(1));
         let row = values * area(tile.map(|side| side * scale)) * columns as u64;
         // Whole tiles are kept of the row that is being decoded and of the row above it.
         let kept = 2 * row;
-        (self.decode(tile, images) + image + kept).max(2 * image + kept)
+        (self.decode(tile, usize::MAX, images) + image + kept).max(2 * image + kept)
     }
 
-    /// The decoder network on a batch of this height and width in latents.
-    fn decode(&self, [height, width]: [usize; 2], images: u64) -> u64 {
+    /// The decoder network on a batch of this height and width in latents, in exact tiles of at most
+    /// `size` latents.
+    fn decode(&self, latents: [usize; 2], size: usize, images: u64) -> u64 {
         let mut widths: Vec<u64> = self.vae.widths().iter().map(|&it| it as u64).collect();
         widths.reverse();
         let (lowest, z) = (widths[0], self.vae.z_dim as u64);
-        let mut peak = Peak::default();
-        let mut level = Level { height, width };
-        peak.see(level.convolution(z, lowest));
-        // Input, queries, keys and values together and apart, packed keys and values, output.
-        peak.see(10 * lowest * level.pixels());
+        let mut whole = Peak::default();
+        let level = Level::from(latents);
+        whole.see(level.convolution(z, lowest));
+        level.residual(lowest, lowest, &mut whole);
+        // Input, its norm and a copy of it, queries, keys and values; packed values and output take
+        // the place of some.
+        whole.see(6 * lowest * level.pixels());
+
+        let levels = Levels::of(&self.vae);
+        let axes = latents.map(|side| levels.tiles(side, size));
+        let is_tiled = axes.iter().any(|tiles| tiles.len() > 1);
+        let [rows, columns] = axes.map(|tiles| longest(&tiles));
+        let mut tile = Peak::default();
         let mut channels = lowest;
+        // The values before the crop to a level's input; the middle block's output is counted below.
+        let mut before = 0;
         for (index, &width) in widths.iter().enumerate() {
-            level.residual(channels, width, &mut peak);
-            level.residual(width, width, &mut peak);
+            let [input, output] =
+                [0, 1].map(|end| Level::from([rows[index][end], columns[index][end]]));
+            if is_tiled {
+                tile.see(before + channels * input.pixels());
+            }
+            input.residual(channels, width, &mut tile);
+            input.residual(width, width, &mut tile);
             channels = width;
             if index + 1 < widths.len() {
-                let before = width * level.pixels();
-                level = level.doubled();
-                peak.see(before + width * level.pixels());
-                peak.see(level.convolution(width, width / 2));
+                let cropped = width * output.pixels();
+                if is_tiled {
+                    tile.see(width * input.pixels() + cropped);
+                }
+                let doubled = output.doubled();
+                tile.see(cropped + width * doubled.pixels());
+                tile.see(doubled.convolution(width, width / 2));
                 channels = width / 2;
+                before = channels * doubled.pixels();
+            } else {
+                tile.see(input.convolution(channels, 3));
             }
         }
-        peak.see(level.convolution(channels, 3));
+        let bytes = |values: u64| self.element * images * values;
+        let mut upper = bytes(tile.0);
+        if is_tiled {
+            // The middle block's output and the tiles that are ready stay.
+            let pixels = area(latents.map(|side| side * self.vae.scale_factor()));
+            upper += bytes(lowest * level.pixels()) + 3 * F32 * images * pixels;
+        }
         let widest = widths.iter().max().copied().unwrap_or(0);
         // The transformed weights of one convolution.
-        self.element * images * peak.0 + F32 * 16 * widest * widest
+        bytes(whole.0).max(upper) + F32 * 16 * widest * widest
     }
+}
+
+/// The lengths of the longest input and output of any tile, for each resolution.
+fn longest(tiles: &[Vec<Span>]) -> Vec<[usize; 2]> {
+    let count = tiles.first().map_or(0, Vec::len);
+    let longest = |level: usize| {
+        let spans = || tiles.iter().map(|spans| &spans[level]);
+        let input = spans().map(|span| span.input.len()).max();
+        let output = spans().map(|span| span.output.len()).max();
+        [input.unwrap_or(0), output.unwrap_or(0)]
+    };
+    (0..count).map(longest).collect()
 }
 
 /// The largest number of values that exist at once.
@@ -264,6 +305,12 @@ impl Peak {
 struct Level {
     height: usize,
     width: usize,
+}
+
+impl From<[usize; 2]> for Level {
+    fn from([height, width]: [usize; 2]) -> Self {
+        Self { height, width }
+    }
 }
 
 impl Level {
@@ -353,13 +400,7 @@ mod tests {
                 latents_mean: vec![0.0; 2],
                 latents_std: vec![1.0; 2],
             },
-            settings: VaeSettings {
-                automatic_tiling: Tiling {
-                    size: 64,
-                    stride: 48,
-                },
-                ..VaeSettings::default()
-            },
+            settings: VaeSettings::default(),
             element: DType::F32.size() as u64,
             weight: DType::F32.size() as u64,
         }
@@ -372,8 +413,23 @@ mod tests {
         let copy = 8 * 4 * ((height / 2 + 1) * (width / 2 + 1) + 32);
         let values = (8 + 4) * height * width + copy;
         let weights = 16 * 8 * 8;
-        assert_eq!(networks().decode([16, 24], 1), 4 * (values + weights));
-        assert_eq!(networks().decode([16, 24], 3), 4 * (3 * values + weights));
+        let decode = |images| networks().decode([16, 24], usize::MAX, images);
+        assert_eq!(decode(1), 4 * (values + weights));
+        assert_eq!(decode(3), 4 * (3 * values + weights));
+    }
+
+    /// Counted by hand: of 40 latents in tiles of at most 20, a tile needs 9 pixels of the image around
+    /// it, so 5 latents of the upsampler's input, whose convolution has the most values.
+    #[test]
+    fn a_tile_takes_its_own_pixels_and_those_around_it() {
+        let (height, width) = (32, 2 * (20 + 5));
+        let copy = 8 * 4 * ((height / 2 + 1) * (width / 2 + 1) + 32);
+        let values = (8 + 4) * height * width + copy;
+        let middle = 8 * 16 * 40;
+        let image = 3 * 32 * 80;
+        let weights = 16 * 8 * 8;
+        let decode = networks().decode([16, 40], 20, 1);
+        assert_eq!(decode, 4 * (values + middle + image + weights));
     }
 
     #[test]
@@ -386,7 +442,8 @@ mod tests {
                 ..testing::job(256, 2)
             })
         };
-        let plans = Decoding::ALL.map(plan);
+        let sliced_and_tiled = [Decoding::AsSet, Decoding::Sliced, Decoding::Tiled(128)];
+        let plans = sliced_and_tiled.map(plan);
         let falls = plans.is_sorted_by(|more, less| more.decode > less.decode);
         assert!(falls, "{plans:?}");
         assert!(plans.iter().all(|plan| plan.step == plans[0].step));

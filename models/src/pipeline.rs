@@ -7,7 +7,7 @@ pub use kiln_ops::{MemoryRoom, MemoryUse};
 
 use crate::finite::NotFinite;
 use crate::flops::CostModel;
-use crate::job::{Decoding, Job, JobId, Output, RgbImage, Size};
+use crate::job::{Conditioning, Decoding, Job, JobId, Output, RgbImage, Size};
 use crate::memory::MemoryModel;
 use crate::source::FileFault;
 use crate::step_cache::StepCounts;
@@ -64,6 +64,11 @@ impl ModelDevice {
     /// The device as messages show it: `cuda:0 (NVIDIA H200)`.
     pub fn label(&self, backend: &str) -> String {
         format!("{backend}:{} ({})", self.index, self.name)
+    }
+
+    /// Number of devices that the steps are spread over, at least 1.
+    pub fn device_count(&self) -> usize {
+        1
     }
 }
 
@@ -182,6 +187,16 @@ pub trait Pipeline: Send {
     fn memory_model(&self) -> Option<MemoryModel> {
         None
     }
+
+    /// Encodes prompts in one forward pass of the text encoder and keeps the embeddings for jobs that
+    /// are started later. Prompts whose embeddings are kept already, and prompts that are invalid, are
+    /// left out. A prompt that is encoded with others gets the embeddings that it would get alone,
+    /// within rounding.
+    ///
+    /// # Errors
+    ///
+    /// If the device or a file of weights fails. Jobs with these prompts can be started all the same.
+    fn encode(&mut self, prompts: &[&Conditioning]) -> Result<(), PipelineError>;
 
     /// Encodes the prompts, generates the noise and makes the schedule.
     ///

@@ -17,7 +17,7 @@ use crate::device::{DeviceMemory, caught, idle, reliably};
 use crate::families::qwen_image::QwenImage;
 use crate::finite::{Stage, check, read, traced};
 use crate::flops::CostModel;
-use crate::job::{Decoding, Job, JobId, Output, RgbImage};
+use crate::job::{Conditioning, Decoding, Job, JobId, Output, RgbImage};
 use crate::memory::MemoryModel;
 use crate::pipeline::{
     CacheUses, DeviceUse, MAX_PREVIEW_SIDE, MemoryRoom, MemoryUse, ModelDevice, ModelInfo,
@@ -26,7 +26,7 @@ use crate::pipeline::{
 use crate::source::WeightFiles;
 use crate::state::{Advance, JobState};
 use crate::step_cache::{StepCache, StepCounts, first_gated_step};
-use crate::vae::VaeSettings;
+use crate::vae::{Tiling, VaeSettings};
 use crate::weights::Precision;
 
 /// Bytes of embeddings that are kept for prompts that may come again. A prompt of 100 tokens takes
@@ -110,18 +110,36 @@ impl<B: FusedOps> ImagePipeline<B> {
         }
     }
 
-    /// Embeddings of each branch's prompt. Each prompt is encoded by itself, so that its embeddings
-    /// do not depend on which of them are in the cache.
+    /// Embeddings of each branch's prompt. A prompt that is not in the cache is encoded by itself, so
+    /// that its embeddings do not depend on which of them are.
     fn encode(&mut self, job: &Job) -> Vec<Tensor<B, 2>> {
-        let (family, cache) = (&self.family, &mut self.embeddings);
+        let family = &self.family;
+        let cache = &mut self.embeddings;
         let embeddings = job.branches().map(|prompt| {
-            let bytes = |hidden: &Tensor<B, 2>| {
-                // The embeddings may be a view that keeps the template's rows alive.
-                prompt.tokens.len() * hidden.dims()[1] * hidden.dtype().size()
-            };
-            cache.get_or_make(&prompt.tokens, || family.encode(prompt), bytes)
+            let make = || family.encode(&[prompt]).remove(0);
+            cache.get_or_make(&prompt.tokens, make, |hidden| kept_bytes(prompt, hidden))
         });
         embeddings.collect()
+    }
+
+    /// Encodes prompts that are not in the cache in one forward pass.
+    fn encode_together(&mut self, prompts: &[&Conditioning]) {
+        let mut missing: Vec<&Conditioning> = Vec::new();
+        for &prompt in prompts {
+            let is_new = !self.embeddings.holds(&prompt.tokens) && !missing.contains(&prompt);
+            if is_new && self.family.check_prompt(prompt).is_ok() {
+                missing.push(prompt);
+            }
+        }
+        // A single prompt is encoded when its job is started.
+        if missing.len() > 1 {
+            let encoded = self.family.encode(&missing);
+            for (prompt, hidden) in missing.into_iter().zip(encoded) {
+                let bytes = kept_bytes(prompt, &hidden);
+                let cache = &mut self.embeddings;
+                cache.get_or_make(&prompt.tokens, || hidden, |_| bytes);
+            }
+        }
     }
 
     /// Runs `work` and waits for the device: see [`reliably`]. If it fails, the caches may hold
@@ -267,6 +285,21 @@ where
         Some(self.family.memory_model.clone())
     }
 
+    fn encode(&mut self, prompts: &[&Conditioning]) -> Result<(), PipelineError> {
+        self.files.check()?;
+        // Set until the prompts are encoded, because encoding may end in a panic.
+        let needed_reset = std::mem::replace(&mut self.needs_reset, true);
+        self.reliably(|pipeline, run| {
+            if needed_reset || run > 0 {
+                pipeline.drop_caches();
+            }
+            pipeline.encode_together(prompts);
+            Ok(pipeline.files.check()?)
+        })?;
+        self.needs_reset = false;
+        Ok(())
+    }
+
     fn start(&mut self, id: JobId, job: Job) -> Result<(), PipelineError> {
         self.family.check(&job)?;
         self.files.check()?;
@@ -333,7 +366,7 @@ where
         let latent_size = self.family.latent_size(job.size);
         let tiled = vae
             .tiling_of(latent_size, self.family.scale_factor)
-            .is_some();
+            .map(Tiling::mode);
         let decoded = self.reliably(|pipeline, _| {
             let latents = pipeline.family.unpack(job.size, latents.clone());
             let pixels = pipeline.family.decode(latents, vae);
@@ -425,6 +458,12 @@ where
             positions,
         }
     }
+}
+
+/// Bytes that the cache keeps for a prompt's embeddings, which may be a view that keeps the template's
+/// rows alive.
+fn kept_bytes<B: FusedOps>(prompt: &Conditioning, hidden: &Tensor<B, 2>) -> usize {
+    prompt.tokens.len() * hidden.dims()[1] * hidden.dtype().size()
 }
 
 /// Height and width of a preview in latents: the image's own, shrunk so that neither exceeds `max`.

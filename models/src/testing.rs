@@ -15,6 +15,7 @@ use crate::pipeline::{
     PipelineError, StepOutcome,
 };
 use crate::step_cache::{CachePolicy, StepCounts};
+use crate::vae::TilingMode;
 
 /// A job of one square image without guidance: one prompt token, seed 0, torch's CPU noise.
 pub fn job(side: usize, steps: usize) -> Job {
@@ -33,6 +34,56 @@ pub fn job(side: usize, steps: usize) -> Job {
         cfg_gate_step: None,
         record: false,
     }
+}
+
+/// The work of a step of a [`FakePipeline`], from 0, as a part of a full step's: that of a mask and of
+/// a guidance gate.
+pub fn step_work(job: &Job, step: usize) -> f64 {
+    let is_skipped = match &job.cache {
+        CachePolicy::Mask(mask) => mask.get(step) == Some(&false),
+        _ => false,
+    };
+    if is_skipped {
+        0.0
+    } else if is_gated(job, step) {
+        0.5
+    } else {
+        1.0
+    }
+}
+
+/// What the first steps have run.
+fn counts(job: &Job, done: usize) -> StepCounts {
+    if job.cache == CachePolicy::Off && job.cfg_gate_step.is_none() {
+        return StepCounts {
+            computed: done,
+            ..StepCounts::default()
+        };
+    }
+    let of = |is_counted: &dyn Fn(usize) -> bool| (0..done).filter(|&it| is_counted(it)).count();
+    let skipped = of(&|step| step_work(job, step) <= 0.0);
+    StepCounts {
+        computed: done - skipped,
+        skipped,
+        gated: of(&|step| is_gated(job, step)),
+    }
+}
+
+fn is_gated(job: &Job, step: usize) -> bool {
+    let first = job.cfg_gate_step.map_or(f64::INFINITY, |part| {
+        (part * job.sampling.steps as f64).floor()
+    });
+    job.guidance.is_some() && step as f64 >= first.max(1.0)
+}
+
+/// The work of all steps, in full steps.
+pub fn denoise_work(job: &Job) -> f64 {
+    if job.cache == CachePolicy::Off && job.cfg_gate_step.is_none() {
+        return job.sampling.steps as f64;
+    }
+    (0..job.sampling.steps)
+        .map(|step| step_work(job, step))
+        .sum()
 }
 
 /// Guidance of a job, from the tokens of a negative prompt.
@@ -62,6 +113,10 @@ pub fn model_info() -> ModelInfo {
 #[derive(Debug, Clone, Copy)]
 pub enum Call<'a> {
     Start(&'a Job),
+    /// Prompts that are encoded together.
+    Encode(&'a [&'a Conditioning]),
+    /// Comes before the steps of the jobs of one `step` call.
+    Steps(&'a [&'a Job]),
     /// The step of one job; `step` calls with several ids make several of these.
     Step(&'a Job),
     Preview(&'a Job),
@@ -75,9 +130,11 @@ type OnCall = Box<dyn FnMut(Call<'_>) -> Result<(), PipelineError> + Send>;
 type Room = Box<dyn Fn() -> MemoryRoom + Send>;
 /// Makes the image of a job; the number is that of the steps that are left.
 type MakeImage = Box<dyn Fn(&Job, usize) -> RgbImage + Send>;
+type MakeTrace = Box<dyn Fn(&Job) -> Vec<TraceTensor> + Send>;
 
 /// A pipeline that computes nothing. By default every value of its images is the lowest byte of the
-/// seed, and previews have 16x16 pixels. Recorded jobs get a trace of one stage, `image_float`.
+/// seed, and previews have 16x16 pixels. Recorded jobs get a trace that ends with `image_float`, and
+/// has no other stage by default.
 pub struct FakePipeline {
     info: ModelInfo,
     cost_model: CostModel,
@@ -87,20 +144,21 @@ pub struct FakePipeline {
     jobs: HashMap<JobId, (Job, usize)>,
     on_call: OnCall,
     image: MakeImage,
+    trace: MakeTrace,
 }
 
 impl FakePipeline {
     pub fn new(info: ModelInfo) -> Self {
-        let work = FlopCount {
-            encode: 1,
+        let work = |job: &Job| FlopCount {
+            encode: 1000,
             modulation: 0,
-            step: 1,
-            denoise: 50,
-            decode: 1,
+            step: 1000,
+            denoise: (1000.0 * denoise_work(job)).round() as u64,
+            decode: 1000,
         };
         Self {
             info,
-            cost_model: CostModel::new(move |_| work),
+            cost_model: CostModel::new(work),
             caches: CacheUses::default(),
             devices: Vec::new(),
             memory: None,
@@ -118,6 +176,7 @@ impl FakePipeline {
                     pixels: vec![job.noise.seed as u8; size.pixels() * 3],
                 }
             }),
+            trace: Box::new(|_| Vec::new()),
         }
     }
 
@@ -128,6 +187,13 @@ impl FakePipeline {
         on_call: impl FnMut(Call<'_>) -> Result<(), PipelineError> + Send + 'static,
     ) -> Self {
         self.on_call = Box::new(on_call);
+        self
+    }
+
+    /// Makes the stages of recorded jobs before the image with this function.
+    #[must_use]
+    pub fn with_trace(mut self, trace: impl Fn(&Job) -> Vec<TraceTensor> + Send + 'static) -> Self {
+        self.trace = Box::new(trace);
         self
     }
 
@@ -193,6 +259,10 @@ impl Pipeline for FakePipeline {
         }
     }
 
+    fn encode(&mut self, prompts: &[&Conditioning]) -> Result<(), PipelineError> {
+        (self.on_call)(Call::Encode(prompts))
+    }
+
     fn start(&mut self, id: JobId, job: Job) -> Result<(), PipelineError> {
         (self.on_call)(Call::Start(&job))?;
         let steps = job.sampling.steps;
@@ -201,8 +271,13 @@ impl Pipeline for FakePipeline {
     }
 
     fn step(&mut self, ids: &[JobId]) -> Result<Vec<StepOutcome>, PipelineError> {
-        for &id in ids {
+        let jobs = ids.iter().map(|&id| {
             let (job, _) = self.jobs.get(&id).ok_or(PipelineError::UnknownJob(id))?;
+            Ok(job)
+        });
+        let jobs: Vec<&Job> = jobs.collect::<Result<_, PipelineError>>()?;
+        (self.on_call)(Call::Steps(&jobs))?;
+        for job in jobs {
             (self.on_call)(Call::Step(job))?;
         }
         let mut outcomes = Vec::with_capacity(ids.len());
@@ -211,15 +286,13 @@ impl Pipeline for FakePipeline {
                 .jobs
                 .get_mut(&id)
                 .ok_or(PipelineError::UnknownJob(id))?;
+            let step = job.sampling.steps - *left;
             *left = left.saturating_sub(1);
             outcomes.push(StepOutcome {
                 id,
                 steps_left: *left,
-                counts: StepCounts {
-                    computed: job.sampling.steps - *left,
-                    ..StepCounts::default()
-                },
-                work: 1.0,
+                counts: counts(job, job.sampling.steps - *left),
+                work: step_work(job, step),
             });
         }
         Ok(outcomes)
@@ -239,19 +312,17 @@ impl Pipeline for FakePipeline {
         let job = job.clone();
         self.jobs.remove(&id);
         (self.on_call)(Call::Finish(&job))?;
-        let stage = TraceTensor {
+        let mut trace = (self.trace)(&job);
+        trace.push(TraceTensor {
             name: "image_float".to_owned(),
             shape: vec![1, 1, 1, 3],
             values: vec![0.5; 3],
-        };
+        });
         Ok(Output {
             images: vec![(self.image)(&job, 0); job.num_images],
-            tiled: job.decoding == Decoding::Tiled,
-            steps: StepCounts {
-                computed: job.sampling.steps,
-                ..StepCounts::default()
-            },
-            trace: job.record.then_some(stage).into_iter().collect(),
+            tiled: matches!(job.decoding, Decoding::Tiled(_)).then_some(TilingMode::Exact),
+            steps: counts(&job, job.sampling.steps),
+            trace: if job.record { trace } else { Vec::new() },
             not_finite: None,
         })
     }

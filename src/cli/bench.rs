@@ -1,18 +1,25 @@
 //! `kiln bench`.
 
 use std::ffi::OsString;
+use std::path::{Path, PathBuf};
 
 use clap::Parser;
+use clap::builder::ArgPredicate;
 use kiln_models::families::qwen_image::TEMPLATE;
+use kiln_models::job::Job;
 use kiln_models::noise::NoiseGenerator;
+use kiln_models::step_cache::{CacheError, MIN_CACHED_STEPS};
 
-use crate::backend;
-use crate::bench::{BenchReport, Measurement, Run, Workload};
+use crate::backend::{self, LoadSettings};
+use crate::bench::{BenchReport, CALIBRATION_PROMPTS, CacheRatios, Measurement, Run, Workload};
 use crate::compare::ReportError;
 use crate::measure::CostMeter;
-use crate::request::{GenerationParams, GenerationRequest, Integer, Limits, WrittenSize};
+use crate::request::{
+    GenerationParams, GenerationRequest, Integer, InvalidPrompt, Limits, WrittenSize,
+};
 use crate::runtime::{Model, ModelSettings};
 
+use super::cache_args::StepCacheArgs;
 use super::error::CliError;
 use super::output;
 use super::shared_args::{BackendArgs, LoadArgs};
@@ -34,12 +41,13 @@ pub(super) struct BenchArgs {
     #[arg(long, value_name = "WIDTHxHEIGHT", allow_hyphen_values = true)]
     size: Option<WrittenSize>,
 
-    /// Denoising steps, from 1 to 1000
+    /// Denoising steps, from 1 to 1000; 50 by default with --calibrate-cache
     #[arg(
         long,
         value_name = "STEPS",
         allow_negative_numbers = true,
-        default_value = "20"
+        default_value = "20",
+        default_value_if("calibrate_cache", ArgPredicate::IsPresent, "50")
     )]
     steps: Integer,
 
@@ -63,6 +71,9 @@ pub(super) struct BenchArgs {
     )]
     batch: Integer,
 
+    #[command(flatten)]
+    cache: StepCacheArgs,
+
     /// Tokens of the prompt
     #[arg(
         long,
@@ -80,6 +91,25 @@ pub(super) struct BenchArgs {
     #[arg(long, value_name = "TFLOPS", value_parser = parse_peak)]
     peak_tflops: Option<f64>,
 
+    /// Measure what step caches need to know of the model instead of times, and write it to a file
+    ///
+    /// Generates one image of each prompt with all steps computed, and writes the mean ratios of the
+    /// residuals' magnitudes from step to step as JSON, {"mag_ratios": [...]}, which --cache-config of
+    /// `kiln serve` takes. Writes to stdout if no file is named. Also logs which steps the caches
+    /// `balanced` and `fast` compute with these ratios.
+    #[arg(
+        long,
+        value_name = "FILE",
+        num_args = 0..=1,
+        default_missing_value = "-",
+        conflicts_with_all = ["json", "peak_tflops", "batch", "prompt_tokens", "runs"]
+    )]
+    calibrate_cache: Option<PathBuf>,
+
+    /// A prompt to calibrate with instead of four built-in ones; may be repeated
+    #[arg(long, value_name = "TEXT", requires = "calibrate_cache")]
+    calibration_prompt: Vec<String>,
+
     /// Print JSON, with the times of every run
     #[arg(long)]
     pub(super) json: bool,
@@ -96,7 +126,8 @@ impl BenchArgs {
         self.loading.model_settings(self.model.as_deref())
     }
 
-    /// Parameters with empty prompts, which only take part in the checks.
+    /// Parameters with an empty negative prompt, and with an empty prompt, which only takes part in
+    /// the checks.
     fn params(&self) -> GenerationParams {
         let (width, height) = self.size.map(WrittenSize::sides).unwrap_or_default();
         GenerationParams {
@@ -107,6 +138,8 @@ impl BenchArgs {
             num_inference_steps: Some(self.steps.0),
             num_images: Some(self.batch.0),
             seed: Some(0),
+            cache: self.cache.given(),
+            cfg_gate_step: self.cache.cfg_gate_step,
             ..GenerationParams::default()
         }
     }
@@ -123,20 +156,42 @@ pub(super) fn run(args: &BenchArgs) -> Result<(), CliError> {
     let settings = args.loading.settings(&args.backend)?;
     let request =
         |limits: &Limits| GenerationRequest::new(args.params(), limits, NoiseGenerator::Cpu);
-    request(&Limits::for_any_model())?;
+    let for_any_model = request(&Limits::for_any_model())?;
+    if let Some(file) = &args.calibrate_cache {
+        let steps = for_any_model.sampling.steps;
+        if steps < MIN_CACHED_STEPS {
+            return Err(CacheError::TooFewSteps(steps).into());
+        }
+        if !output::is_stdout(file) {
+            output::check_writable(file)?;
+        }
+    }
     backend::check(&settings.backend, settings.split_guidance)?;
     let model = Model::find(&args.model_settings())?;
+    let request = request(model.limits())?;
+    match &args.calibrate_cache {
+        Some(file) => calibrate(args, &model, &settings, &request, file),
+        None => measure(args, &model, &settings, request),
+    }
+}
+
+fn measure(
+    args: &BenchArgs,
+    model: &Model,
+    settings: &LoadSettings,
+    request: GenerationRequest,
+) -> Result<(), CliError> {
     let workload = Workload {
-        request: request(model.limits())?,
+        request,
         prompt_tokens: args.prompt_tokens.into(),
         template: model.tokenizer().template(),
     };
 
     let meter = CostMeter::start();
-    let mut pipeline = model.load(&settings)?.pipeline;
+    let mut pipeline = model.load(settings)?.pipeline;
     let load = meter.stop(pipeline.memory());
     let info = pipeline.info().clone();
-    let operations = model.operations(&workload.job(0, info.vocab_size), &settings)?;
+    let operations = model.operations(&workload.job(0, info.vocab_size), settings)?;
     let runs = args.runs.into();
     let measurement = Measurement::take(&mut *pipeline, load, &workload, runs, |number, run| {
         log_run(number, runs, run);
@@ -156,6 +211,52 @@ pub(super) fn run(args: &BenchArgs) -> Result<(), CliError> {
         report.to_string()
     };
     output::print(text.as_bytes())
+}
+
+/// Measures the ratios of step caches and writes them to a file, `-` for stdout.
+fn calibrate(
+    args: &BenchArgs,
+    model: &Model,
+    settings: &LoadSettings,
+    request: &GenerationRequest,
+    file: &Path,
+) -> Result<(), CliError> {
+    let built_in = || CALIBRATION_PROMPTS.map(str::to_owned).to_vec();
+    let prompts = match &args.calibration_prompt[..] {
+        [] => built_in(),
+        prompts => prompts.to_vec(),
+    };
+    let count = prompts.len();
+    let jobs: Vec<Job> = prompts
+        .into_iter()
+        .map(|prompt| {
+            let request = GenerationRequest {
+                prompt,
+                ..request.clone()
+            };
+            let tokens = request.tokenize(model.tokenizer())?;
+            Ok(request.into_job(tokens, true))
+        })
+        .collect::<Result<_, InvalidPrompt>>()?;
+    let steps = request.sampling.steps;
+    let mut pipeline = model.load(settings)?.pipeline;
+    let ratios = CacheRatios::measure(&mut *pipeline, jobs, |number, step| {
+        if step == steps {
+            tracing::info!("prompt {} of {count}: {steps} steps", number + 1);
+        }
+    })?;
+    for (name, mask) in ratios.masks() {
+        let computed = mask.iter().filter(|&&computed| computed).count();
+        let mask = mask.iter().map(|&it| if it { '1' } else { '0' });
+        let mask: String = mask.collect();
+        tracing::info!("{name} computes {computed} of {steps} steps: {mask}");
+    }
+    let json = serde_json::to_string(&ratios).map_err(CliError::Json)? + "\n";
+    if output::is_stdout(file) {
+        output::print(json.as_bytes())
+    } else {
+        output::write(file, json.as_bytes())
+    }
 }
 
 fn log_run(number: usize, runs: usize, run: &Run) {

@@ -11,6 +11,8 @@ use std::time::Instant;
 
 use kiln_models::job::{RgbImage, Size};
 use kiln_models::pipeline::PipelineError;
+use kiln_models::step_cache::StepCounts;
+use kiln_models::vae::TilingMode;
 
 use crate::backend;
 use crate::engine::{
@@ -65,6 +67,7 @@ pub(super) fn run(args: &GenerateArgs) -> Result<(), CliError> {
         max_queue: 0,
         max_started: 1,
         max_memory: None,
+        max_step_tokens: Some(0),
         warm_up: None,
     };
     let progress = Progress::new(args.quiet);
@@ -74,6 +77,7 @@ pub(super) fn run(args: &GenerateArgs) -> Result<(), CliError> {
     let finished = generate(handle, progress, request.sampling.steps, decode_steps)?;
 
     log_timings(&finished.timings);
+    log_steps(request.sampling.steps, finished.output.steps);
     let write_dump = || match &args.dump {
         Some(path) => dump::write(path, &tokens, &finished.output.trace),
         None => Ok(()),
@@ -90,6 +94,7 @@ pub(super) fn run(args: &GenerateArgs) -> Result<(), CliError> {
         encoding: Encoding::new(format),
         metadata: !args.no_metadata,
         tiled: finished.output.tiled,
+        steps: finished.output.steps,
     };
     let images = &finished.output.images;
     // All files are written, whatever fails, before anything is reported.
@@ -110,8 +115,14 @@ pub(super) fn run(args: &GenerateArgs) -> Result<(), CliError> {
         let timings = &finished.timings;
         let seconds = Seconds::new(runtime.load_time, timings, writing, started.elapsed());
         let dump = args.dump.as_deref();
-        let images = (written, finished.output.tiled);
-        let report = Report::new(model.name(), engine.info(), &request, images, dump, seconds);
+        let report = Report::new(
+            model.name(),
+            engine.info(),
+            &request,
+            (written, &finished.output),
+            dump,
+            seconds,
+        );
         let text = serde_json::to_string_pretty(&report).map_err(CliError::Json)?;
         output::print(format!("{text}\n").as_bytes())?;
     }
@@ -166,6 +177,17 @@ fn log_timings(timings: &Timings) {
     );
 }
 
+/// Says which steps were not computed whole.
+fn log_steps(steps: usize, counts: StepCounts) {
+    if counts.skipped > 0 || counts.gated > 0 {
+        tracing::info!(
+            "of {steps} steps, {} reused an earlier one, and {} ran without the negative prompt",
+            counts.skipped,
+            counts.gated,
+        );
+    }
+}
+
 /// Prints the path, the size and the seed of an image; on stderr, if stdout has the image itself.
 fn report_line(image: &Image) -> Result<(), CliError> {
     if output::is_stdout(&image.path) {
@@ -183,8 +205,10 @@ struct Writer<'a> {
     encoding: Encoding,
     /// Whether a PNG file contains the parameters.
     metadata: bool,
-    /// Whether the images were decoded in tiles.
-    tiled: bool,
+    /// How the images were decoded in tiles, if they were.
+    tiled: Option<TilingMode>,
+    /// What the steps ran.
+    steps: StepCounts,
 }
 
 impl Writer<'_> {
@@ -208,7 +232,10 @@ impl Writer<'_> {
     }
 
     fn write(&self, image: &RgbImage, path: &Path, index: usize) -> Result<Image, CliError> {
-        let metadata = || self.request.metadata_text(self.model, index, self.tiled);
+        let metadata = || {
+            self.request
+                .metadata_text(self.model, index, self.tiled, self.steps)
+        };
         let metadata = self.metadata.then(metadata);
         let file = encode(image, self.encoding, metadata.as_deref())?;
         if output::is_stdout(path) {

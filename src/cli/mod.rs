@@ -6,6 +6,7 @@ mod args;
 mod backends;
 mod bench;
 mod cache;
+mod cache_args;
 mod compare;
 mod completions;
 mod dump;

@@ -13,6 +13,7 @@ use std::time::Duration;
 
 use kiln_models::job::Job;
 use kiln_models::noise::NoiseGenerator;
+use kiln_models::step_cache::CacheError;
 use tokio::runtime::Handle;
 use tokio::sync::oneshot;
 use tokio::task::spawn_blocking;
@@ -20,7 +21,9 @@ use tokio::time::timeout;
 
 use crate::backend::{self, LoadSettings};
 use crate::engine::{DEFAULT_MAX_STARTED, Engine, EngineSettings, State};
-use crate::request::{GenerationParams, GenerationRequest};
+use crate::request::{
+    DEFAULT_NUM_INFERENCE_STEPS, GenerationParams, GenerationRequest, StepCaches,
+};
 use crate::runtime::{Model, ModelSettings, Runtime, Stage, Start};
 use crate::server::{self, App, LoadedModel, Signals};
 
@@ -31,6 +34,7 @@ const LAST_ANSWERS: Duration = Duration::from_secs(1);
 
 /// `kiln serve`.
 pub(super) fn run(args: ServeArgs) -> Result<(), CliError> {
+    args.caches.caches()?;
     server::raise_open_file_limit();
     let loading = args.loading.settings(&args.backend)?;
     let model = args.model_settings();
@@ -103,6 +107,7 @@ fn open(
         let tokens = model.tokenizer().encode_prompt(prompt);
         tokens.map_err(CliError::DefaultNegativePrompt)?;
     }
+    let caches = step_caches(args, &model.limits().caches)?;
     let runtime = model.load_reporting(loading, start)?;
     let warm_up = if args.no_warm_up {
         None
@@ -114,6 +119,7 @@ fn open(
         max_queue: args.limits.max_queue,
         max_started: DEFAULT_MAX_STARTED,
         max_memory: args.limits.max_memory,
+        max_step_tokens: args.limits.max_step_tokens,
         warm_up,
     };
     let engine = Engine::start(runtime.pipeline, engine_settings);
@@ -122,9 +128,25 @@ fn open(
     Ok(LoadedModel {
         engine,
         tokenizer: Arc::clone(&runtime.tokenizer),
-        limits: args.limits.limits(runtime.limits.sizes),
+        limits: args.limits.limits(runtime.limits.sizes, caches),
         prompt_guide: runtime.prompt_guide,
     })
+}
+
+/// The default of the command line with what is known of the model.
+fn step_caches(args: &ServeArgs, model: &StepCaches) -> Result<StepCaches, CliError> {
+    let given = args.caches.caches()?;
+    let caches = StepCaches {
+        mag_ratios: given.mag_ratios.or_else(|| model.mag_ratios.clone()),
+        blocks: model.blocks,
+        ..given
+    };
+    let steps = DEFAULT_NUM_INFERENCE_STEPS as usize;
+    match caches.policy(&caches.default, steps) {
+        // Other errors concern this number of steps only.
+        Err(error @ CacheError::TooManyBlocks { .. }) => Err(CliError::CacheBlocks(error)),
+        _ => Ok(caches),
+    }
 }
 
 /// A job that compiles, tunes and pages in what a first request would: one step with guidance, at

@@ -6,6 +6,7 @@ use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
 use clap::{Args, ValueEnum};
 use kiln_models::loading::ModelDType;
 use kiln_models::noise::NoiseGenerator;
+use kiln_models::vae::{Blending, Tiling, TilingMode, VaeSettings};
 
 use crate::backend::{
     BackendChoice, BackendKind, DTypeChoice, DeviceNumbers, InvalidChoice, LoadSettings,
@@ -14,6 +15,7 @@ use crate::checkpoint::WeightAccess;
 use crate::request::{GenerationParams, Integer, WrittenSize};
 use crate::runtime::{LoadFormat, ModelSettings};
 
+use super::cache_args::StepCacheArgs;
 use super::error::CliError;
 
 /// The parameters of a request, apart from the prompt.
@@ -81,6 +83,9 @@ pub(super) struct RequestArgs {
     seed: Option<Integer>,
 
     #[command(flatten)]
+    cache: StepCacheArgs,
+
+    #[command(flatten)]
     pub(super) noise: NoiseArgs,
 }
 
@@ -99,6 +104,8 @@ impl RequestArgs {
             shift: self.shift,
             num_images: None,
             seed: value(self.seed),
+            cache: self.cache.given(),
+            cfg_gate_step: self.cache.cfg_gate_step,
         }
     }
 }
@@ -274,21 +281,43 @@ pub(super) struct VaeArgs {
     #[arg(long)]
     vae_use_slicing: bool,
 
-    /// Decode an image in overlapping tiles
+    /// Decode an image in tiles
     ///
-    /// Takes much less memory for large images, and more time; the pixels differ slightly.
+    /// Takes much less memory for large images, and slightly more time. Without this option, tiles are
+    /// used where memory is too small for whole images.
     #[arg(long)]
     vae_use_tiling: bool,
 
-    /// Height and width of a tile in pixels
-    #[arg(long, value_name = "PIXELS", default_value_t = LoadSettings::default().vae_tile_size)]
-    vae_tile_size: usize,
+    /// How tiles are decoded
+    ///
+    /// exact gives the same image as without tiles. blended decodes each tile by itself and blends
+    /// tiles where they overlap, as diffusers does: the pixels differ slightly.
+    #[arg(
+        long,
+        default_value = TilingMode::default().name(),
+        value_parser = PossibleValuesParser::new(TilingMode::ALL.map(TilingMode::name))
+            .map(|name| tiling_mode(&name))
+    )]
+    vae_tiling: TilingMode,
 
-    /// Distance from one tile to the next in pixels
+    /// Largest height and width of a tile in pixels [default: 512; 256 if blended]
+    ///
+    /// Exact tiles are smaller than this where memory is too small. Without --vae-use-tiling, exact
+    /// tiles are by default as large as memory allows.
+    #[arg(long, value_name = "PIXELS")]
+    vae_tile_size: Option<usize>,
+
+    /// Distance from one blended tile to the next in pixels; not used by exact tiles
     ///
     /// Neighbouring tiles overlap by the tile size minus this distance, and are blended there.
-    #[arg(long, value_name = "PIXELS", default_value_t = LoadSettings::default().vae_tile_stride)]
+    #[arg(long, value_name = "PIXELS", default_value_t = Blending::default().stride)]
     vae_tile_stride: usize,
+}
+
+/// The mode of this name, which is one of [`TilingMode::ALL`].
+fn tiling_mode(name: &str) -> TilingMode {
+    let mut modes = TilingMode::ALL.into_iter();
+    modes.find(|mode| mode.name() == name).unwrap_or_default()
 }
 
 impl VaeArgs {
@@ -297,18 +326,36 @@ impl VaeArgs {
         backend: BackendChoice,
         dtype: DTypeChoice,
     ) -> Result<LoadSettings, CliError> {
-        let (size, stride) = (self.vae_tile_size, self.vae_tile_stride);
-        if stride == 0 || stride > size {
-            return Err(CliError::Tiles { size, stride });
-        }
         Ok(LoadSettings {
             backend,
             dtype,
             split_guidance: None,
-            vae_use_slicing: self.vae_use_slicing,
-            vae_use_tiling: self.vae_use_tiling,
-            vae_tile_size: size,
-            vae_tile_stride: stride,
+            vae: self.vae()?,
+        })
+    }
+
+    fn vae(&self) -> Result<VaeSettings, CliError> {
+        let given = self.vae_tile_size.map(|size| Tiling::Exact { size });
+        let defaults = VaeSettings::default();
+        let (tiling, automatic_tiling) = match self.vae_tiling {
+            TilingMode::Exact => (
+                given.unwrap_or(Tiling::DEFAULT),
+                given.unwrap_or(defaults.automatic_tiling),
+            ),
+            TilingMode::Blended => {
+                let size = self.vae_tile_size.unwrap_or(Blending::default().size);
+                let stride = self.vae_tile_stride;
+                if stride == 0 || stride > size {
+                    return Err(CliError::Tiles { size, stride });
+                }
+                let tiling = Tiling::Blended(Blending { size, stride });
+                (tiling, tiling)
+            }
+        };
+        Ok(VaeSettings {
+            use_slicing: self.vae_use_slicing,
+            tiling: self.vae_use_tiling.then_some(tiling),
+            automatic_tiling,
         })
     }
 }

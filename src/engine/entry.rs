@@ -5,11 +5,20 @@ use std::time::{Duration, Instant};
 
 use kiln_models::job::{Job, JobId};
 use kiln_models::memory::MemoryPlan;
+use kiln_models::step_cache::StepCounts;
 
-use super::cost::{Speed, Stage, Work};
+use super::cost::{Progress, Speed, Stage, Work};
+use super::deadline::Due;
 use super::memory::Plans;
 use super::policy::Candidate;
-use super::{SubmitOptions, Timings};
+use super::{Cheaper, SubmitOptions, Timings};
+
+/// Whether a job's prompts were given to the pipeline together with those of other jobs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Encoding {
+    Due,
+    Tried,
+}
 
 #[derive(Debug)]
 pub(super) struct Entry {
@@ -19,11 +28,22 @@ pub(super) struct Entry {
     pub(super) work: Work,
     /// The job is decoded in the first way. Empty if nothing is known about its memory.
     pub(super) plans: Plans,
+    /// Ways to make the job cheaper when it is started, the dearest first, and the work of each.
+    pub(super) cheaper: Vec<(Cheaper, Work)>,
+    /// How it was made cheaper.
+    pub(super) made: Option<Cheaper>,
     pub(super) deadline: Option<Instant>,
+    pub(super) due: Option<Instant>,
     preview_every: Option<NonZeroUsize>,
     pub(super) submitted: Instant,
     pub(super) total_steps: usize,
     pub(super) steps_left: usize,
+    /// What the steps so far have run, and their work.
+    pub(super) counts: StepCounts,
+    pub(super) done: f64,
+    /// Number of turns of its own, in which it did not ride with another job.
+    pub(super) own_turns: usize,
+    pub(super) encoding: Encoding,
     pub(super) timings: Timings,
     pub(super) is_warm_up: bool,
     /// Whether the job's handle has been dropped.
@@ -34,7 +54,8 @@ pub(super) struct Entry {
     pub(super) reported_position: Option<usize>,
     /// How long the job's last turn took; zero before the first.
     last_turn: Duration,
-    /// The scheduler's device time at the end of the job's last turn, or at its submission.
+    /// The scheduler's device time at the end of the job's last turn, or at its submission. A turn that
+    /// jobs share counts as if each job had its part of the time at the beginning.
     last_turn_end: Duration,
 }
 
@@ -51,12 +72,19 @@ impl Entry {
             id,
             work,
             plans,
+            cheaper: Vec::new(),
+            made: None,
             deadline: options.deadline,
+            due: options.due,
             preview_every: options.preview_every,
             submitted: now,
             total_steps: job.sampling.steps,
             steps_left: job.sampling.steps,
             waiting: Some(job),
+            counts: StepCounts::default(),
+            done: 0.0,
+            own_turns: 0,
+            encoding: Encoding::Due,
             timings: Timings::default(),
             is_warm_up: false,
             is_abandoned: false,
@@ -82,22 +110,35 @@ impl Entry {
         self.total_steps.saturating_sub(self.steps_left)
     }
 
+    pub(super) fn progress(&self) -> Progress {
+        Progress {
+            is_started: self.is_started(),
+            steps_left: self.steps_left,
+            done: self.done,
+        }
+    }
+
     pub(super) fn candidate(&self, device_time: Duration, speed: &Speed) -> Candidate {
-        Candidate {
+        let candidate = Candidate {
             size: self.work.total(),
             started: self.is_started(),
+            led: self.own_turns > 0,
+            steps_left: self.steps_left,
             alone: false,
             idle: device_time.saturating_sub(self.last_turn_end),
             turn: speed
                 .step(&self.work)
                 .unwrap_or_default()
                 .max(self.last_turn),
-        }
+            due: Due::default(),
+        };
+        candidate.after_steps(&self.work, self.steps_left)
     }
 
-    /// How long the device will probably work on the rest of the job.
-    pub(super) fn expected_rest(&self, speed: &Speed) -> Option<Duration> {
-        speed.rest(&self.work, self.is_started(), self.steps_left)
+    /// The work of the job as it is and, before its start, of each way to make it cheaper.
+    pub(super) fn works(&self) -> impl DoubleEndedIterator<Item = &Work> {
+        let cheaper = self.cheaper.iter().map(|(_, work)| work);
+        std::iter::once(&self.work).chain(cheaper)
     }
 
     /// Books a turn that ended at `device_time`.
@@ -105,7 +146,7 @@ impl Entry {
         self.last_turn = took;
         self.last_turn_end = device_time;
         match stage {
-            Stage::Encode => self.timings.encode = took,
+            Stage::Encode => self.timings.encode += took,
             Stage::Step => self.timings.denoise += took,
             Stage::Decode => self.timings.decode = took,
         }

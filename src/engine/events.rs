@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use kiln_models::job::{Output, RgbImage, Size};
 use kiln_models::pipeline::PipelineError;
-use kiln_models::step_cache::StepCounts;
+use kiln_models::step_cache::{CachePolicy, StepCounts};
 use tracing::Span;
 
 /// Settings of one submission; they do not change the image.
@@ -15,6 +15,13 @@ pub struct SubmitOptions {
     /// Ends the job with [`JobError::DeadlinePassed`] at this time, or at the end of the pipeline
     /// call that runs then.
     pub deadline: Option<Instant>,
+    /// Nobody wants the images after this time: the job is refused if it cannot be finished by then,
+    /// goes before others if it would be late otherwise, and ends with [`JobError::TooLate`] once it
+    /// cannot be in time any more.
+    pub due: Option<Instant>,
+    /// What the engine may change of the job when it is started: nothing, or one of these ways, the
+    /// dearest first. It takes the first that is enough: see [`Engine`](super::Engine).
+    pub cheaper: Vec<Cheaper>,
     /// Makes an [`Event::Preview`] after every this many steps, but not after the last step.
     pub preview_every: Option<NonZeroUsize>,
     /// Entered during every pipeline call for the job, so that the log lines of the call carry the
@@ -26,10 +33,23 @@ impl Default for SubmitOptions {
     fn default() -> Self {
         Self {
             deadline: None,
+            due: None,
+            cheaper: Vec::new(),
             preview_every: None,
             span: Span::none(),
         }
     }
+}
+
+/// A way to make a job cheaper.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Cheaper {
+    /// What answers call it.
+    pub name: &'static str,
+    /// Replaces [`Job::cache`](kiln_models::job::Job::cache).
+    pub cache: CachePolicy,
+    /// Replaces [`Job::cfg_gate_step`](kiln_models::job::Job::cfg_gate_step), if it is not `None`.
+    pub cfg_gate_step: Option<f64>,
 }
 
 /// What happened to a job, in this order. The last event is `Finished` or `Failed`.
@@ -80,6 +100,8 @@ impl Event {
 pub struct Finished {
     pub output: Output,
     pub timings: Timings,
+    /// Which of [`SubmitOptions::cheaper`] the engine took; `None` if it changed nothing.
+    pub made: Option<Cheaper>,
 }
 
 /// Wall-clock time that a job spent in each stage. A step that several jobs shared counts for each
@@ -117,6 +139,15 @@ pub enum JobError {
     Panicked(String),
     #[error("the deadline passed before the image was finished")]
     DeadlinePassed,
+    /// The job could not be finished any more before it was [due](SubmitOptions::due).
+    #[error(
+        "the image would have been finished {} ms too late for its deadline_ms, or later, so it was \
+         given up", milliseconds(*late)
+    )]
+    TooLate {
+        /// By how much the job would have been too late at least.
+        late: Duration,
+    },
     #[error("the engine was stopped before the image was finished")]
     Stopped,
     /// Other programs hold the memory that the job needs.
@@ -138,7 +169,9 @@ impl JobError {
         match self {
             Self::Pipeline(error) => matches!(**error, PipelineError::Device(_)),
             Self::Panicked(_) => true,
-            Self::DeadlinePassed | Self::Stopped | Self::NoMemory { .. } => false,
+            Self::DeadlinePassed | Self::TooLate { .. } | Self::Stopped | Self::NoMemory { .. } => {
+                false
+            }
         }
     }
 
@@ -167,6 +200,29 @@ pub enum SubmitError {
     },
     #[error(transparent)]
     TooLarge(#[from] TooLarge),
+    /// The job could not be finished before it is [due](SubmitOptions::due) even without other jobs.
+    #[error(
+        "deadline_ms is too short: the image takes about {} ms without any wait; allow more time, or \
+         ask for a smaller size or fewer steps", milliseconds(*work)
+    )]
+    DeadlineTooShort {
+        /// Device time of the job, at the best speed that was measured.
+        work: Duration,
+    },
+    /// Because of the jobs before it, the job could not be finished before it is
+    /// [due](SubmitOptions::due), or a job that was accepted before could not.
+    #[error(
+        "deadline_ms cannot be kept now: the image takes about {} ms after a wait of about {} ms",
+        milliseconds(*work), milliseconds(*wait)
+    )]
+    TooLate {
+        /// How long the device will work on other jobs before this one is finished.
+        wait: Duration,
+        /// Device time of the job, at the best speed that was measured.
+        work: Duration,
+        /// After which time the job would probably be accepted.
+        retry_after: Duration,
+    },
     #[error("no new requests are taken, the engine finishes those it has and stops")]
     Draining,
     #[error("the engine has stopped")]
@@ -199,6 +255,11 @@ fn remedy(largest: Option<Size>) -> String {
     )
 }
 
+/// A duration as messages show it, rounded up.
+fn milliseconds(duration: Duration) -> u128 {
+    duration.as_micros().div_ceil(1000)
+}
+
 /// Bytes as messages show them.
 fn mebibytes(bytes: u64) -> String {
     format!("{} MiB", bytes.div_ceil(1 << 20))
@@ -207,7 +268,8 @@ fn mebibytes(bytes: u64) -> String {
 /// What would happen to a job if it were submitted now.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Forecast {
-    /// Whether the job would be accepted: the queue has room and the engine is not about to stop.
+    /// Whether the job would be accepted: the queue has room, the job can be finished before it is
+    /// due, and the engine is not about to stop.
     pub is_accepted: bool,
     /// As in [`Event::Queued`].
     pub position: usize,

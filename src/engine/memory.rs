@@ -93,7 +93,8 @@ impl Memory {
         }
     }
 
-    /// The job's ways to be decoded, whether they fit or not.
+    /// The job's ways to be decoded, whether they fit or not: the first that is allowed, and those
+    /// that take less memory than the ones before them.
     pub(super) fn all_plans(&self, job: &Job) -> Plans {
         let plan = |decoding| {
             let job = Job {
@@ -102,8 +103,9 @@ impl Memory {
             };
             Some((decoding, self.model.as_ref()?.plan(&job)))
         };
-        let allowed = Decoding::ALL.into_iter().filter(|it| *it >= job.decoding);
-        allowed.filter_map(plan).collect()
+        let mut plans: Plans = job.decoding.and_smaller().filter_map(plan).collect();
+        plans.dedup_by(|(_, smaller), (_, larger)| smaller.decode >= larger.decode);
+        plans
     }
 
     /// The largest size of the job's shape that fits.
@@ -124,11 +126,10 @@ impl Memory {
         let fits = |steps: usize| {
             let job = Job {
                 size: sized(steps),
-                decoding: Decoding::Tiled,
                 ..job.clone()
             };
-            let plan = self.model.as_ref().map(|model| model.plan(&job));
-            plan.is_none_or(|plan| plan.peak() <= most)
+            let plans = self.all_plans(&job);
+            plans.last().is_none_or(|(_, plan)| plan.peak() <= most)
         };
         let (mut fitting, mut failing) = (0, longest / multiple);
         while failing > fitting + 1 {
@@ -211,14 +212,36 @@ impl Memory {
         self.most.is_some_and(|most| needed > most)
     }
 
-    /// Bytes that the started jobs take at most.
-    pub(super) fn planned(entries: &[Entry]) -> u64 {
+    /// Whether there is memory, by plan, for a call that takes `together` bytes besides what the started
+    /// jobs hold.
+    pub(super) fn fits_together(&self, together: u64, entries: &[Entry]) -> bool {
         let started = Started::of(entries);
-        started.held.saturating_add(started.stage)
+        let needed = started.held.saturating_add(together);
+        together <= started.stage || self.most.is_none_or(|most| needed <= most)
+    }
+
+    /// Whether there is memory, by plan, for a step of this many copies of a job and nothing else.
+    pub(super) fn fits_copies(&self, job: &Job, copies: usize) -> bool {
+        let one = self.all_plans(job).last().map_or(0, |(_, plan)| {
+            plan.held.saturating_add(plan.start.max(plan.step))
+        });
+        let needed = one.saturating_mul(copies as u64);
+        self.most.is_none_or(|most| needed <= most)
+    }
+
+    /// Bytes that the started jobs take at most. `together` is what their last step took, which may be
+    /// one of several jobs.
+    pub(super) fn planned(entries: &[Entry], together: u64) -> u64 {
+        let started = Started::of(entries);
+        if started.jobs == 0 {
+            return 0;
+        }
+        started.held.saturating_add(started.stage.max(together))
     }
 }
 
-/// The plans of the started jobs together. Only one of them is stepped or decoded at a time.
+/// The plans of the started jobs together. Only one of them is started or decoded at a time, and jobs
+/// are stepped together only if there is memory for it.
 struct Started {
     jobs: usize,
     /// What they hold.

@@ -6,12 +6,17 @@
 //! will wait; small jobs do not wait for large ones, and large ones do not starve: see [`Engine`].
 //! A panic or an error of the pipeline ends the job that the call was for and nothing else.
 
+mod auto;
+mod calibration;
 mod cost;
+mod deadline;
 mod entry;
 mod events;
+mod forecast;
 mod memory;
 mod plan;
 mod policy;
+mod riders;
 mod scheduler;
 mod shared;
 mod stats;
@@ -26,8 +31,8 @@ use kiln_models::pipeline::{ModelInfo, Pipeline};
 use tokio::sync::mpsc::UnboundedReceiver;
 
 pub use self::events::{
-    Event, Finished, Forecast, JobError, StartError, State, SubmitError, SubmitOptions, Timings,
-    TooLarge,
+    Cheaper, Event, Finished, Forecast, JobError, StartError, State, SubmitError, SubmitOptions,
+    Timings, TooLarge,
 };
 pub use self::stats::{BUCKET_BOUNDS, EngineStats, Histogram, Outcomes};
 
@@ -39,7 +44,7 @@ pub(crate) use self::worker::caught;
 /// Default of [`EngineSettings::max_queue`].
 pub const DEFAULT_MAX_QUEUE: usize = 32;
 /// Default of [`EngineSettings::max_started`].
-pub const DEFAULT_MAX_STARTED: usize = 8;
+pub const DEFAULT_MAX_STARTED: usize = 16;
 
 /// Limits of an engine, and its warm-up.
 #[derive(Debug, Clone)]
@@ -49,12 +54,17 @@ pub struct EngineSettings {
     pub max_queue: usize,
     /// Largest number of jobs that are started and not finished, and so in the device's memory, at
     /// a time; at least 1. Each holds its latents, embeddings and modulation table; the scratch
-    /// memory of a step is needed once, because steps are made one after the other. With 1, no job
-    /// overtakes another.
+    /// memory of a step is needed once, because steps are made one after the other. At most half of
+    /// them are started before their turn, to share the steps of others. With 1, no job overtakes
+    /// another or shares its steps.
     pub max_started: usize,
     /// Largest number of bytes that all started jobs take together, the model not counted; `None`
     /// for what the device has.
     pub max_memory: Option<u64>,
+    /// Image tokens (of both halves and all images) up to which several jobs share one step. 0 makes
+    /// every step of one job only, whose images are then the same to the bit alone and in company.
+    /// `None` measures it after the warm-up, and takes 4,096 without a warm-up.
+    pub max_step_tokens: Option<usize>,
     /// A job that is generated before all others, in a smaller size if there is no memory for its own;
     /// the engine is [`State::Starting`] until it has ended. Its output is dropped.
     pub warm_up: Option<Job>,
@@ -81,6 +91,7 @@ pub struct EngineSettings {
 ///     max_queue: 4,
 ///     max_started: 2,
 ///     max_memory: None,
+///     max_step_tokens: None,
 ///     warm_up: None,
 /// };
 /// let engine = Engine::start(runtime.pipeline, settings);
@@ -103,6 +114,22 @@ pub struct EngineSettings {
 /// of a large one and not for the whole of it; otherwise jobs are finished in the order of their
 /// submission. The oldest job has at least a quarter of the device's time, whatever overtakes it. A
 /// job's size is its number of multiply-adds.
+///
+/// Other jobs share the step, the oldest first, as long as it has no more image tokens than
+/// [`EngineSettings::max_step_tokens`] and takes at most twice as long as without them. A step of
+/// several jobs that fails is made again job by job, so that only the jobs fail that fail alone.
+///
+/// # Deadlines
+///
+/// A job may be [due](SubmitOptions::due). By the measured speed, a job that cannot be finished by then
+/// is refused, and so is one that would make a job late that was accepted before. An accepted job that
+/// would be late because of others goes before them, the one with the least time to spare first; the
+/// oldest job keeps its quarter. A job that can no longer be in time ends with [`JobError::TooLate`].
+/// Nothing is refused before the speed has been measured.
+///
+/// A job with [`SubmitOptions::cheaper`] is made cheaper when it is started, if it, or another job,
+/// would be late otherwise; or, if it is not due, if its wait and the work of the jobs in the queue are
+/// together more than twice its own work.
 ///
 /// # Memory
 ///
@@ -150,8 +177,8 @@ impl Engine {
     ///
     /// # Errors
     ///
-    /// If the queue is full, the job takes more memory than there is, or the engine is draining or
-    /// has stopped.
+    /// If the queue is full, the job takes more memory than there is or cannot be finished before it
+    /// is due, or the engine is draining or has stopped.
     pub fn submit(&self, job: Job, options: SubmitOptions) -> Result<JobHandle, SubmitError> {
         self.thread.shared.submit(job, options)
     }
@@ -166,9 +193,9 @@ impl Engine {
         self.thread.shared.fit(job)
     }
 
-    /// What would happen to a job if it were submitted now.
-    pub fn forecast(&self, job: &Job) -> Forecast {
-        self.thread.shared.forecast(job)
+    /// What would happen to a job if it were submitted now with these options.
+    pub fn forecast(&self, job: &Job, options: &SubmitOptions) -> Forecast {
+        self.thread.shared.forecast(job, options)
     }
 
     /// What the engine has done so far, and what the device and the caches hold now.

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use kiln_models::job::{Decoding, Job, JobId, Output, RgbImage};
+use kiln_models::job::{Conditioning, Decoding, Job, JobId, Output, RgbImage};
 use kiln_models::pipeline::{CacheUses, DeviceUse, MemoryRoom, MemoryUse, Pipeline, StepOutcome};
 
 use super::JobError;
@@ -10,6 +10,8 @@ use super::JobError;
 /// What to do next.
 #[derive(Debug)]
 pub(super) enum Plan {
+    /// Encodes the prompts of waiting jobs together, so that each finds them when it is started.
+    Encode(Vec<JobId>, Vec<Conditioning>),
     Start(JobId, Job),
     /// One denoising step of each of these jobs, in one call.
     Step(Vec<JobId>),
@@ -24,6 +26,8 @@ pub(super) enum Plan {
     Decode(JobId, Decoding),
     /// Removes a job that has ended from the pipeline.
     Discard(JobId),
+    /// Times one step of this many copies of a job. No job of the engine is touched.
+    Time(Job, usize),
     /// Nothing, until a job is submitted or the engine is drained or stopped.
     Sleep,
     /// Nothing, for ever.
@@ -34,13 +38,13 @@ impl Plan {
     /// The jobs that the plan is for.
     pub(super) fn jobs(&self) -> &[JobId] {
         match self {
-            Self::Step(ids) => ids,
+            Self::Step(ids) | Self::Encode(ids, _) => ids,
             Self::Start(id, _)
             | Self::Preview(id)
             | Self::Finish(id)
             | Self::Decode(id, _)
             | Self::Discard(id) => std::slice::from_ref(id),
-            Self::Measure { .. } | Self::Sleep | Self::End => &[],
+            Self::Measure { .. } | Self::Time(..) | Self::Sleep | Self::End => &[],
         }
     }
 }
@@ -48,9 +52,15 @@ impl Plan {
 /// The result of the pipeline calls that a plan asked for.
 #[derive(Debug)]
 pub(super) enum Outcome {
+    /// The jobs, and whether their prompts are encoded now. Otherwise each is encoded alone.
+    Encoded(Vec<JobId>, Result<(), JobError>),
     Started(JobId, Result<(), JobError>),
-    /// For each job of the plan.
+    /// For each job of the plan, in one call.
     Stepped(Vec<(JobId, Result<StepOutcome, JobError>)>),
+    /// The step of all jobs together failed; each was stepped alone, in this time.
+    SteppedAlone(Vec<(JobId, Result<StepOutcome, JobError>, Duration)>),
+    /// How long the step of this many copies took; `None` if it failed.
+    Timed(usize, Option<Duration>),
     /// `None` if the preview failed.
     Previewed(JobId, Option<RgbImage>),
     Finished(JobId, Result<Output, JobError>),
@@ -66,7 +76,13 @@ impl Outcome {
     /// The errors of the jobs that failed.
     pub(super) fn errors(&self) -> Vec<&JobError> {
         match self {
-            Self::Started(_, Err(error)) | Self::Finished(_, Err(error)) => vec![error],
+            Self::Encoded(_, Err(error))
+            | Self::Started(_, Err(error))
+            | Self::Finished(_, Err(error)) => vec![error],
+            Self::SteppedAlone(steps) => {
+                let errors = steps.iter().filter_map(|(_, step, _)| step.as_ref().err());
+                errors.collect()
+            }
             Self::Stepped(steps) => {
                 let errors = steps.iter().filter_map(|(_, step)| step.as_ref().err());
                 errors.collect()

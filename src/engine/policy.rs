@@ -1,6 +1,7 @@
 //! Which job the device works on next: pure decisions, without a clock and without a device.
 //!
-//! Two rules, applied before every step:
+//! Two rules, applied before every step, and between them that of [`super::deadline`]: a job that would
+//! be late otherwise goes first.
 //!
 //! 1. **Small jobs overtake.** The device works on the smallest started job until that job is
 //!    finished; a waiting job is started before that only if it is at most half as large. So a
@@ -13,22 +14,31 @@
 //!    the jobs submitted before it.
 //!
 //! Started jobs take memory, so a job that does not fit beside them waits until they have ended, there
-//! are at most `max_started` of them, and one of these places is reserved for the oldest job. With eight places, the seventh job in a row of halves is smaller
-//! than one step of a job of 64 steps: a small job waits no longer than that even when all places
-//! are taken.
+//! are at most `max_started` of them, and one of these places is reserved for the oldest job. With
+//! eight places, the seventh job in a row of halves is smaller than one step of a job of 64 steps: a
+//! small job waits no longer than that even when all places are taken.
+//!
+//! A job that was started only to share the steps of another (a rider, see [`super::riders`]) keeps its
+//! place in the order: until its own turn comes it is treated like a waiting job that has memory.
 
 use std::time::Duration;
 
+use super::cost::{Stage, Work};
+use super::deadline::{Due, urgent};
+
 /// The oldest job is idle for at most this many times the duration of its turn.
-const MAX_IDLE: u32 = 3;
+pub(super) const MAX_IDLE: u32 = 3;
 
 /// A job as the policy sees it.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(super) struct Candidate {
-    /// The whole work of the job, done or not, in any unit.
+    /// The whole work of the job, done or not, in any unit; see [`Candidate::after_steps`].
     pub(super) size: f64,
     /// Whether the job has been started and so takes memory on the device.
     pub(super) started: bool,
+    /// Whether the job has had a turn of its own. A started job that has had none is a rider.
+    pub(super) led: bool,
+    pub(super) steps_left: usize,
     /// Whether the job waits and does not fit the memory beside the started ones.
     pub(super) alone: bool,
     /// How long the device has worked on other jobs since this job's last turn, or since its
@@ -37,6 +47,25 @@ pub(super) struct Candidate {
     /// How long a turn of the job takes: as long as its last turn, or as a step if a step is
     /// expected to take longer.
     pub(super) turn: Duration,
+    /// What is known of the time by which the job is due.
+    pub(super) due: Due,
+}
+
+impl Candidate {
+    /// The job when this many steps are left. A rider without steps left overtakes by the work that is
+    /// left of it, so that its images do not wait for the job that it rode with.
+    pub(super) fn after_steps(self, work: &Work, steps_left: usize) -> Self {
+        let is_rider = self.started && !self.led;
+        Self {
+            steps_left,
+            size: if steps_left == 0 && is_rider {
+                work.of_stage(Stage::Decode)
+            } else {
+                work.total()
+            },
+            ..self
+        }
+    }
 }
 
 /// Index of the job that has the next turn. `jobs` are in the order of their submission.
@@ -46,7 +75,9 @@ pub(super) fn next_turn(jobs: &[Candidate], max_started: usize) -> Option<usize>
     if others_had_a_turn && oldest.idle >= oldest.turn.saturating_mul(MAX_IDLE) {
         return Some(0);
     }
-    favourite(jobs, max_started)
+    let usual = favourite(jobs, max_started)?;
+    let urgent = urgent(jobs, &jobs[usual], max_started);
+    Some(urgent.unwrap_or(usual))
 }
 
 /// As [`next_turn`], of the started jobs alone: there is no memory for the one that it would be.
@@ -63,31 +94,42 @@ pub(super) fn next_started(jobs: &[Candidate]) -> Option<usize> {
     next_turn(&started, usize::MAX).map(|index| indices[index])
 }
 
-/// The order in which the jobs will be finished if no other is submitted, by the first rule alone.
-pub(super) fn expected_order(jobs: &[Candidate], max_started: usize) -> Vec<usize> {
-    let mut left: Vec<usize> = (0..jobs.len()).collect();
-    let mut order = Vec::with_capacity(jobs.len());
-    let mut candidates = jobs.to_vec();
-    while let Some(next) = favourite(&candidates, max_started) {
-        candidates.remove(next);
-        order.push(left.remove(next));
-    }
-    order
-}
-
-fn favourite(jobs: &[Candidate], max_started: usize) -> Option<usize> {
-    let started = || jobs.iter().enumerate().filter(|(_, job)| job.started);
-    let mut best = started()
+/// The job that has the next turn by the first rule alone.
+pub(super) fn favourite(jobs: &[Candidate], max_started: usize) -> Option<usize> {
+    let led = || {
+        let jobs = jobs.iter().enumerate();
+        jobs.filter(|(_, job)| job.started && job.led)
+    };
+    let mut best = led()
         .min_by(|(_, a), (_, b)| a.size.total_cmp(&b.size))
         .map(|(index, _)| index);
-    let kept_for_oldest = usize::from(jobs.first().is_some_and(|oldest| !oldest.started));
-    let has_room = started().count() + kept_for_oldest < max_started;
-    for (index, job) in jobs.iter().enumerate().filter(|(_, job)| !job.started) {
-        let has_memory = !job.alone || started().next().is_none();
-        let may_start = has_memory && (has_room || index == 0);
-        if may_start && best.is_none_or(|best| 2.0 * job.size <= jobs[best].size) {
+    let has_room = has_room(jobs, max_started);
+    for (index, job) in jobs.iter().enumerate() {
+        if job.started && job.led {
+            continue;
+        }
+        let overtakes = |best: usize| {
+            // A rider without steps left waits for older jobs that have none left either.
+            let is_in_turn = !job.started || job.steps_left > 0 || jobs[best].steps_left > 0;
+            is_in_turn && 2.0 * job.size <= jobs[best].size
+        };
+        if best.is_none_or(overtakes) && may_run(jobs, index, has_room) {
             best = Some(index);
         }
     }
     best
+}
+
+/// Whether a job has been started or may be. `has_room` is that of [`has_room`].
+pub(super) fn may_run(jobs: &[Candidate], index: usize, has_room: bool) -> bool {
+    let job = &jobs[index];
+    let has_memory = !job.alone || !jobs.iter().any(|job| job.started);
+    job.started || has_memory && (has_room || index == 0)
+}
+
+/// Whether there is a place for a waiting job that is not the oldest.
+pub(super) fn has_room(jobs: &[Candidate], max_started: usize) -> bool {
+    let started = jobs.iter().filter(|job| job.started).count();
+    let kept_for_oldest = usize::from(jobs.first().is_some_and(|oldest| !oldest.started));
+    started + kept_for_oldest < max_started
 }

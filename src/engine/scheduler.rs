@@ -4,26 +4,28 @@
 //! owner asks for a [`Plan`], carries it out, and books the outcome before it asks for the next
 //! plan. Every method that changes something returns the events that the owner must send.
 
+mod deadlines;
+mod estimates;
+mod steps;
 mod turns;
 
 use std::time::{Duration, Instant};
 
 use kiln_models::flops::CostModel;
 use kiln_models::job::{Job, JobId, Output, RgbImage};
-use kiln_models::pipeline::StepOutcome;
+use kiln_models::pipeline::Pipeline;
 
-use super::cost::{Speed, Stage, Work, shares};
+use super::calibration::Calibration;
+use super::cost::{Speed, Stage, Work};
 use super::entry::Entry;
 use super::memory::{Memory, Plans};
 use super::plan::{Booked, Holdings, Outcome, Plan};
-use super::policy::{Candidate, expected_order};
+use super::policy::Candidate;
+use super::riders::{Budget, DEFAULT_BUDGET};
 use super::{
-    EngineSettings, EngineStats, Event, Finished, Forecast, JobError, State, SubmitError,
-    SubmitOptions, TooLarge,
+    EngineSettings, EngineStats, Event, Finished, JobError, State, SubmitError, SubmitOptions,
+    TooLarge,
 };
-
-/// When to try again before anything has been measured.
-const UNMEASURED_RETRY: Duration = Duration::from_secs(10);
 
 /// Events and the jobs that they belong to, in the order in which they must be sent.
 pub(super) type Events = Vec<(JobId, Event)>;
@@ -35,6 +37,30 @@ enum End {
     Failed(JobError),
 }
 
+/// What the scheduler knows of the loaded model and its devices.
+#[derive(Debug)]
+pub(super) struct Facts {
+    pub(super) cost_model: CostModel,
+    pub(super) memory: Memory,
+    /// An image token is a square of this many pixels a side.
+    pub(super) token_side: usize,
+    /// Number of devices that a step is spread over.
+    pub(super) devices: usize,
+}
+
+impl Facts {
+    /// The facts of a pipeline that has no job yet. `max_memory` is the most that all jobs may take.
+    pub(super) fn of(pipeline: &dyn Pipeline, max_memory: Option<u64>) -> Self {
+        let info = pipeline.info();
+        Self {
+            cost_model: pipeline.cost_model(),
+            memory: Memory::of(pipeline, max_memory),
+            token_side: info.sizes.multiple,
+            devices: info.device_count(),
+        }
+    }
+}
+
 #[derive(Debug)]
 pub(super) struct Scheduler {
     /// In the order of their submission.
@@ -43,12 +69,24 @@ pub(super) struct Scheduler {
     max_started: usize,
     cost_model: CostModel,
     memory: Memory,
+    token_side: usize,
+    /// Image tokens that the jobs of a step may have together.
+    budget: Budget,
+    /// How the budget is measured after the warm-up.
+    calibration: Option<Calibration>,
+    /// Whether waiting jobs may be started so that they can ride: not after one had to wait for memory,
+    /// until a job ends.
+    may_start_riders: bool,
+    /// Bytes that the last step took, by plan.
+    step_memory: u64,
     next_id: JobId,
     state: State,
     /// When the time to drain is over.
     stop_at: Option<Instant>,
     /// How long the device has worked so far.
     device_time: Duration,
+    /// When the last plan was booked.
+    worked: Option<Instant>,
     speed: Speed,
     stats: EngineStats,
     /// Events that the current method will return.
@@ -58,7 +96,7 @@ pub(super) struct Scheduler {
 impl Scheduler {
     pub(super) fn new(
         settings: EngineSettings,
-        (cost_model, memory): (CostModel, Memory),
+        facts: Facts,
         holdings: Holdings,
         now: Instant,
     ) -> Self {
@@ -66,13 +104,19 @@ impl Scheduler {
             entries: Vec::new(),
             max_unfinished: settings.max_queue + 1,
             max_started: settings.max_started.max(1),
-            cost_model,
-            memory,
+            cost_model: facts.cost_model,
+            memory: facts.memory,
+            token_side: facts.token_side,
+            budget: Budget::new(settings.max_step_tokens.unwrap_or(DEFAULT_BUDGET)),
+            calibration: None,
+            may_start_riders: true,
+            step_memory: 0,
             next_id: 0,
             state: State::Ready,
             stop_at: None,
             device_time: Duration::ZERO,
-            speed: Speed::default(),
+            worked: None,
+            speed: Speed::new(facts.devices),
             stats: EngineStats::default(),
             events: Events::new(),
         };
@@ -90,6 +134,9 @@ impl Scheduler {
                 let plans = scheduler.memory.all_plans(&job);
                 (job, plans)
             });
+            if settings.max_step_tokens.is_none() {
+                scheduler.calibration = Some(Calibration::of(&job, facts.token_side));
+            }
             scheduler.push((job, plans), &SubmitOptions::default(), now);
             scheduler.entries[0].is_warm_up = true;
             scheduler.state = State::Starting;
@@ -106,10 +153,16 @@ impl Scheduler {
         EngineStats {
             waiting: jobs().filter(|entry| !entry.is_started()).count(),
             running: jobs().filter(|entry| entry.is_started()).count(),
-            planned_memory: Memory::planned(&self.entries),
+            planned_memory: Memory::planned(&self.entries, self.step_memory),
             free_memory: self.memory.free(),
+            max_step_tokens: self.budget.tokens(),
             ..self.stats.clone()
         }
+    }
+
+    #[cfg(test)]
+    pub(super) fn set_cost_model(&mut self, cost_model: CostModel) {
+        self.cost_model = cost_model;
     }
 
     /// Steps that are left of a job that has not ended.
@@ -122,16 +175,19 @@ impl Scheduler {
     ///
     /// # Errors
     ///
-    /// If the queue is full, the job does not fit the memory, or the engine is about to stop.
+    /// If the queue is full, the job does not fit the memory or cannot be finished before it is due,
+    /// or the engine is about to stop.
     pub(super) fn submit(
         &mut self,
         job: Job,
         options: &SubmitOptions,
         now: Instant,
     ) -> Result<(JobId, Events), SubmitError> {
-        let admitted = self.admit().and_then(|()| Ok(self.fit(job)?));
+        let admitted = self.admit().and_then(|()| self.fit_due(job, options, now));
         self.stats.outcomes.rejected += u64::from(admitted.is_err());
-        let id = self.push(admitted?, options, now);
+        let (job, plans, cheaper) = admitted?;
+        let id = self.push((job, plans), options, now);
+        self.entries.last_mut().expect("the new entry").cheaper = cheaper;
         self.report_positions();
         Ok((id, self.take_events()))
     }
@@ -147,39 +203,6 @@ impl Scheduler {
             .first()
             .map_or(job.decoding, |(decoding, _)| *decoding);
         Ok((Job { decoding, ..job }, plans))
-    }
-
-    pub(super) fn forecast(&self, job: &Job) -> Forecast {
-        let work = self.work(job);
-        let mut candidates = self.candidates();
-        candidates.push(Candidate {
-            size: work.total(),
-            started: false,
-            alone: self
-                .memory
-                .all_plans(job)
-                .first()
-                .is_some_and(|(_, plan)| self.memory.is_alone(plan, &self.entries)),
-            idle: Duration::ZERO,
-            turn: Duration::ZERO,
-        });
-        let order = expected_order(&candidates, self.max_started);
-        // The job itself is the one candidate without an entry.
-        let before: Vec<&Entry> = order
-            .iter()
-            .map_while(|&index| self.entries.get(index))
-            .collect();
-        Forecast {
-            is_accepted: self.admit().is_ok(),
-            position: before.len(),
-            estimated_wait: before
-                .iter()
-                .map(|entry| entry.expected_rest(&self.speed))
-                .try_fold(Duration::ZERO, |wait, rest| {
-                    Some(wait.saturating_add(rest?))
-                }),
-            estimated_work: self.speed.rest(&work, false, job.sampling.steps),
-        }
     }
 
     /// Cancels a job whose handle has been dropped. A job that has been started is discarded by a
@@ -233,6 +256,7 @@ impl Scheduler {
         let took = booked.took;
         self.stats.set_holdings(booked.holdings);
         self.device_time += took;
+        self.worked = Some(now);
         if let Some(error) = booked.lost {
             self.lose(error, now);
         }
@@ -241,7 +265,10 @@ impl Scheduler {
             Outcome::Started(id, Ok(())) => {
                 self.book_turn(id, Stage::Encode, took);
             }
+            Outcome::Encoded(ids, encoded) => self.book_encoding(&ids, encoded.is_ok(), took),
             Outcome::Stepped(jobs) => self.book_step(jobs, took, now),
+            Outcome::SteppedAlone(jobs) => self.book_steps_alone(jobs, now),
+            Outcome::Timed(copies, step) => self.book_timing(copies, step, took),
             Outcome::Previewed(id, image) => self.book_preview(id, image, took),
             Outcome::Finished(id, Ok(output)) => {
                 if let Some(index) = self.book_turn(id, Stage::Decode, took) {
@@ -265,55 +292,15 @@ impl Scheduler {
         let index = self.position_of(id)?;
         let entry = &mut self.entries[index];
         entry.book_turn(stage, took, self.device_time);
-        self.speed.add(stage, entry.work.of_stage(stage), took);
+        let work = entry.work.of_stage(stage);
+        // Prompts that were encoded together with others take no time here.
+        if work > 0.0 {
+            self.speed.add(stage, work, took);
+        }
         if !entry.is_warm_up {
             self.stats.add_turn(stage, took, &entry.timings);
         }
         Some(index)
-    }
-
-    /// Books one step of several jobs: each has the part of the time that its work is of theirs.
-    fn book_step(
-        &mut self,
-        jobs: Vec<(JobId, Result<StepOutcome, JobError>)>,
-        took: Duration,
-        now: Instant,
-    ) {
-        let work_of = |(id, _): &(JobId, _)| {
-            let index = self.position_of(*id);
-            index.map_or(0.0, |index| self.entries[index].work.of_stage(Stage::Step))
-        };
-        let works: Vec<f64> = jobs.iter().map(work_of).collect();
-        // The time of a failed call says nothing about the speed.
-        if jobs.iter().all(|(_, step)| step.is_ok()) {
-            self.speed.add(Stage::Step, works.iter().sum(), took);
-        }
-        for ((id, step), share) in jobs.into_iter().zip(shares(took, &works)) {
-            match step {
-                Ok(step) => self.book_step_of(id, step, share),
-                Err(error) => self.fail(id, error, now),
-            }
-        }
-    }
-
-    fn book_step_of(&mut self, id: JobId, step: StepOutcome, took: Duration) {
-        let Some(index) = self.position_of(id) else {
-            return;
-        };
-        let entry = &mut self.entries[index];
-        entry.book_turn(Stage::Step, took, self.device_time);
-        entry.steps_left = step.steps_left;
-        entry.is_preview_due = entry.wants_preview();
-        if !entry.is_warm_up {
-            self.stats.add_turn(Stage::Step, took, &entry.timings);
-        }
-        let event = Event::Step {
-            done: entry.steps_done(),
-            total: entry.total_steps,
-            counts: step.counts,
-            estimated_rest: self.speed.rest_after_step(&entry.work, step.steps_left),
-        };
-        self.events.push((id, event));
     }
 
     fn book_preview(&mut self, id: JobId, image: Option<RgbImage>, took: Duration) {
@@ -359,11 +346,14 @@ impl Scheduler {
     /// Removes a job, counts its end, and reports it.
     fn end(&mut self, index: usize, end: End, now: Instant) {
         let entry = self.entries.remove(index);
+        self.may_start_riders = true;
         if !entry.is_warm_up {
             let event = self.counted(&entry, end, now);
             self.events.extend(event.map(|event| (entry.id, event)));
         } else if matches!(self.state, State::Starting) {
             self.state = match end {
+                // The engine is ready when the budget has been measured.
+                End::Finished(_) if self.calibration.is_some() => State::Starting,
                 End::Finished(_) => State::Ready,
                 End::Failed(error) => State::Failed(error),
                 End::Cancelled => State::Stopped,
@@ -380,7 +370,11 @@ impl Scheduler {
                 let since = now.saturating_duration_since(entry.submitted);
                 timings.paused = since.saturating_sub(timings.total());
                 self.stats.add_finished(&output, &timings);
-                Some(Event::Finished(Finished { output, timings }))
+                Some(Event::Finished(Finished {
+                    output,
+                    timings,
+                    made: entry.made.clone(),
+                }))
             }
             End::Cancelled => {
                 self.stats.outcomes.cancelled += 1;
@@ -405,21 +399,6 @@ impl Scheduler {
         }
     }
 
-    fn refuse_if_full(&self) -> Result<(), SubmitError> {
-        // The warm-up does not count.
-        let unfinished = self.entries.iter().filter(|e| !e.is_warm_up).count();
-        if unfinished < self.max_unfinished {
-            return Ok(());
-        }
-        let order = expected_order(&self.candidates(), self.max_started);
-        let next = order.first().map(|&index| &self.entries[index]);
-        let rest = next.and_then(|entry| entry.expected_rest(&self.speed));
-        Err(SubmitError::QueueFull {
-            waiting: unfinished - 1,
-            retry_after: rest.unwrap_or(UNMEASURED_RETRY),
-        })
-    }
-
     fn push(&mut self, (job, plans): (Job, Plans), options: &SubmitOptions, now: Instant) -> JobId {
         let id = self.next_id;
         self.next_id += 1;
@@ -430,7 +409,7 @@ impl Scheduler {
     }
 
     fn work(&self, job: &Job) -> Work {
-        Work::new(self.cost_model.cost(job), job.sampling.steps)
+        Work::new(self.cost_model.cost(job), job, self.token_side)
     }
 
     fn position_of(&self, id: JobId) -> Option<usize> {
@@ -447,26 +426,5 @@ impl Scheduler {
 
     fn take_events(&mut self) -> Events {
         std::mem::take(&mut self.events)
-    }
-
-    /// Reports the positions of waiting jobs that have changed.
-    fn report_positions(&mut self) {
-        let order = expected_order(&self.candidates(), self.max_started);
-        let mut estimated_wait = Some(Duration::ZERO);
-        for (position, index) in order.into_iter().enumerate() {
-            let entry = &mut self.entries[index];
-            if !entry.is_started() && entry.reported_position != Some(position) {
-                entry.reported_position = Some(position);
-                let queued = Event::Queued {
-                    position,
-                    estimated_wait,
-                };
-                self.events.push((entry.id, queued));
-            }
-            let rest = entry.expected_rest(&self.speed);
-            estimated_wait = estimated_wait
-                .zip(rest)
-                .map(|(wait, rest)| wait.saturating_add(rest));
-        }
     }
 }

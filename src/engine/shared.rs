@@ -14,9 +14,8 @@ use tokio::sync::mpsc::{UnboundedSender, unbounded_channel};
 use tokio::sync::watch;
 use tracing::Span;
 
-use super::memory::Memory;
 use super::plan::{Booked, Holdings, Plan};
-use super::scheduler::{Events, Scheduler};
+use super::scheduler::{Events, Facts, Scheduler};
 use super::{
     EngineSettings, EngineStats, Event, Forecast, JobHandle, State, SubmitError, SubmitOptions,
     TooLarge,
@@ -74,11 +73,8 @@ impl Shared {
         clock: Arc<dyn Clock>,
     ) -> Self {
         let holdings = Holdings::of(pipeline);
-        let models = (
-            pipeline.cost_model(),
-            Memory::of(pipeline, settings.max_memory),
-        );
-        let scheduler = Scheduler::new(settings, models, holdings, clock.now());
+        let facts = Facts::of(pipeline, settings.max_memory);
+        let scheduler = Scheduler::new(settings, facts, holdings, clock.now());
         Self {
             locked: Mutex::new(Locked {
                 state: watch::Sender::new(scheduler.state().clone()),
@@ -123,8 +119,9 @@ impl Shared {
         Ok(job)
     }
 
-    pub(super) fn forecast(&self, job: &Job) -> Forecast {
-        self.lock().scheduler.forecast(job)
+    pub(super) fn forecast(&self, job: &Job, options: &SubmitOptions) -> Forecast {
+        let now = self.clock.now();
+        self.lock().scheduler.forecast(job, options, now)
     }
 
     /// The handle of a job has been dropped.

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use kiln_models::job::Output;
 use kiln_models::pipeline::{CacheUse, DeviceUse, MemoryUse};
+use kiln_models::step_cache::StepCounts;
 
 use super::cost::Stage;
 use super::plan::Holdings;
@@ -47,12 +48,14 @@ pub struct Outcomes {
     pub cancelled: u64,
     /// The deadline passed.
     pub deadline_passed: u64,
+    /// The job could not be finished any more before it was due.
+    pub too_late: u64,
     /// A pipeline call returned an error or panicked.
     pub failed: u64,
     /// The engine was stopped, or the time to drain was over.
     pub stopped: u64,
-    /// Not accepted: the queue was full, the job was too large for the memory, or the engine was
-    /// draining or had stopped.
+    /// Not accepted: the queue was full, the job was too large for the memory or could not be
+    /// finished before it was due, or the engine was draining or had stopped.
     pub rejected: u64,
 }
 
@@ -63,6 +66,7 @@ impl Outcomes {
                 self.failed += 1;
             }
             JobError::DeadlinePassed => self.deadline_passed += 1,
+            JobError::TooLate { .. } => self.too_late += 1,
             JobError::Stopped => self.stopped += 1,
         }
     }
@@ -76,8 +80,21 @@ pub struct EngineStats {
     /// Jobs that have been started and not ended.
     pub running: usize,
     pub outcomes: Outcomes,
+    /// Started jobs that were made cheaper: see [`SubmitOptions::cheaper`](super::SubmitOptions).
+    pub made_cheaper: u64,
     /// Number of denoising steps, those of unfinished jobs included.
     pub steps: u64,
+    /// Those of the steps that ran the whole transformer.
+    pub computed_steps: u64,
+    /// Those of the steps that reused an earlier one, because of a step cache.
+    pub skipped_steps: u64,
+    /// Those of the steps that ran no unconditional half, because of
+    /// [`Job::cfg_gate_step`](kiln_models::job::Job::cfg_gate_step).
+    pub gated_steps: u64,
+    /// Number of those steps that a job shared with others.
+    pub shared_steps: u64,
+    /// Image tokens up to which several jobs share a step now; 0 if they never do.
+    pub max_step_tokens: usize,
     /// Number of images of finished jobs.
     pub images: u64,
     /// Number of pixels of those images.
@@ -123,7 +140,7 @@ impl EngineStats {
         match stage {
             Stage::Encode => {
                 self.waiting_time.add(timings.queue);
-                self.encode_time.add(took);
+                self.encode_time.add(timings.encode);
             }
             Stage::Step => {
                 self.steps += 1;
@@ -131,6 +148,14 @@ impl EngineStats {
             }
             Stage::Decode => self.decode_time.add(took),
         }
+    }
+
+    /// Adds the steps of one job between two counts of it.
+    pub(super) fn add_counts(&mut self, before: StepCounts, now: StepCounts) {
+        let since = |now: usize, before: usize| now.saturating_sub(before) as u64;
+        self.computed_steps += since(now.computed, before.computed);
+        self.skipped_steps += since(now.skipped, before.skipped);
+        self.gated_steps += since(now.gated, before.gated);
     }
 
     pub(super) fn add_finished(&mut self, output: &Output, timings: &Timings) {

@@ -5,7 +5,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::time::Duration;
 
-use kiln_models::job::{Decoding, JobId};
+use kiln_models::job::{Conditioning, Decoding, Job, JobId};
 use kiln_models::panic_message;
 use kiln_models::pipeline::{Pipeline, PipelineError, StepOutcome};
 use tracing::Span;
@@ -18,9 +18,6 @@ pub(super) struct Worker {
     pipeline: Box<dyn Pipeline>,
     shared: Arc<Shared>,
 }
-
-/// What a step gave for each job.
-type Steps = Vec<(JobId, Result<StepOutcome, JobError>)>;
 
 impl Worker {
     pub(super) fn new(pipeline: Box<dyn Pipeline>, shared: Arc<Shared>) -> Self {
@@ -44,15 +41,21 @@ impl Worker {
         };
         let entered = span.enter();
         let (outcome, took) = match plan {
+            Plan::Encode(ids, prompts) => {
+                let prompts: Vec<&Conditioning> = prompts.iter().collect();
+                let (encoded, took) = self.call(|pipeline| pipeline.encode(&prompts));
+                if let Err(error) = &encoded {
+                    tracing::warn!(?ids, %error, "encoding prompts together failed, each job's are encoded alone");
+                }
+                (Outcome::Encoded(ids, encoded), took)
+            }
             Plan::Start(id, job) => {
                 log_decoding(id, job.decoding);
                 let (started, took) = self.call(|pipeline| pipeline.start(id, job));
                 (Outcome::Started(id, self.discard_failed(id, started)), took)
             }
-            Plan::Step(ids) => {
-                let (steps, took) = self.step(&ids, &spans);
-                (Outcome::Stepped(steps), took)
-            }
+            Plan::Step(ids) => self.step(&ids, &spans),
+            Plan::Time(job, copies) => self.time(&job, copies),
             Plan::Preview(id) => {
                 let (preview, took) = self.call(|pipeline| pipeline.preview(id));
                 if let Err(error) = &preview {
@@ -94,27 +97,56 @@ impl Worker {
 
     /// Steps the jobs together. If that fails, no job has advanced, and each is stepped alone, so
     /// that only the jobs fail that fail alone.
-    fn step(&mut self, ids: &[JobId], spans: &HashMap<JobId, Span>) -> (Steps, Duration) {
+    fn step(&mut self, ids: &[JobId], spans: &HashMap<JobId, Span>) -> (Outcome, Duration) {
         let (together, mut took) = self.call(|pipeline| in_order(ids, &pipeline.step(ids)?));
-        let steps = match (together, ids) {
+        let outcome = match (together, ids) {
             (Ok(outcomes), _) => {
                 let steps = ids.iter().zip(outcomes);
-                steps.map(|(&id, outcome)| (id, Ok(outcome))).collect()
+                Outcome::Stepped(steps.map(|(&id, outcome)| (id, Ok(outcome))).collect())
             }
-            (Err(error), &[id]) => vec![(id, self.discard_failed(id, Err(error)))],
+            (Err(error), &[id]) => {
+                Outcome::Stepped(vec![(id, self.discard_failed(id, Err(error)))])
+            }
             (Err(error), _) => {
                 tracing::warn!(?ids, %error, "a step of several jobs failed, each is stepped alone");
-                let mut steps = Steps::with_capacity(ids.len());
-                for id in ids {
-                    let _entered = span_of(*id, spans).entered();
-                    let (step, alone) = self.step(&[*id], spans);
-                    steps.extend(step);
+                let mut steps = Vec::with_capacity(ids.len());
+                for &id in ids {
+                    let _entered = span_of(id, spans).entered();
+                    let (step, alone) = self.call(|pipeline| {
+                        let outcomes = in_order(&[id], &pipeline.step(&[id])?)?;
+                        Ok(outcomes[0])
+                    });
+                    steps.push((id, self.discard_failed(id, step), alone));
                     took += alone;
                 }
-                steps
+                Outcome::SteppedAlone(steps)
             }
         };
-        (steps, took)
+        (outcome, took)
+    }
+
+    /// Times one step of copies of a job. Starting and discarding them is part of the call's time.
+    fn time(&mut self, job: &Job, copies: usize) -> (Outcome, Duration) {
+        // The scheduler counts its ids from 0.
+        let ids: Vec<JobId> = (0..copies as JobId).map(|copy| JobId::MAX - copy).collect();
+        let began = self.shared.clock.now();
+        let start = |pipeline: &mut dyn Pipeline| {
+            let mut started = ids.iter();
+            started.try_for_each(|&id| pipeline.start(id, job.clone()))
+        };
+        let (started, _) = self.call(start);
+        let stepped = started.and_then(|()| {
+            let (stepped, took) = self.call(|pipeline| pipeline.step(&ids));
+            stepped.map(|_| took)
+        });
+        for &id in &ids {
+            self.discard(id);
+        }
+        if let Err(error) = &stepped {
+            tracing::warn!(%error, copies, "the step of several jobs could not be timed");
+        }
+        let took = self.shared.clock.now().saturating_duration_since(began);
+        (Outcome::Timed(copies, stepped.ok()), took)
     }
 
     fn discard_failed<T>(&mut self, id: JobId, result: Result<T, JobError>) -> Result<T, JobError> {
@@ -171,10 +203,15 @@ fn log_decoding(id: JobId, decoding: Decoding) {
     let how = match decoding {
         Decoding::AsSet => return,
         Decoding::Sliced => "one at a time",
-        Decoding::Tiled => "in tiles",
+        Decoding::Tiled(_) => "one at a time and in tiles",
+    };
+    let tile_size = match decoding {
+        Decoding::Tiled(size) => Some(size),
+        _ => None,
     };
     tracing::info!(
         job = id,
+        tile_size,
         "there is no memory to decode the images whole and together: they are decoded {how}"
     );
 }

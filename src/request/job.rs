@@ -1,7 +1,6 @@
 //! Tokenizes a request and converts it to a job.
 
 use kiln_models::job::{Decoding, Guidance, Job};
-use kiln_models::step_cache::CachePolicy;
 
 use crate::tokenizer::{PromptTokenizer, TokenizerError};
 
@@ -51,8 +50,8 @@ impl GenerationRequest {
             noise: self.noise,
             num_images: self.num_images,
             decoding: Decoding::default(),
-            cache: CachePolicy::Off,
-            cfg_gate_step: None,
+            cache: self.cache.policy,
+            cfg_gate_step: self.cfg_gate_step,
             record,
         }
     }

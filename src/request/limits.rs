@@ -2,6 +2,8 @@
 
 use kiln_models::pipeline::ImageSizes;
 
+use super::StepCaches;
+
 /// Number of denoising steps if a request gives none, as in diffusers.
 pub const DEFAULT_NUM_INFERENCE_STEPS: u32 = 50;
 /// Guidance scale if a request gives none, as in diffusers.
@@ -23,7 +25,7 @@ pub const DEFAULT_MAX_NUM_IMAGES: usize = 10;
 pub const MAX_PROMPT_BYTES: usize = 64 << 10;
 
 /// Limits of a request.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Limits {
     /// The sizes that the model can generate. Heights and widths are rounded down to its multiple.
     pub sizes: ImageSizes,
@@ -33,6 +35,8 @@ pub struct Limits {
     pub max_steps: usize,
     /// Largest number of images of one request.
     pub max_num_images: usize,
+    /// The step caches that fit the model, and the default.
+    pub caches: StepCaches,
 }
 
 impl Limits {
@@ -56,6 +60,7 @@ impl Limits {
             max_image_pixels: DEFAULT_MAX_IMAGE_PIXELS,
             max_steps: DEFAULT_MAX_STEPS,
             max_num_images: DEFAULT_MAX_NUM_IMAGES,
+            caches: StepCaches::default(),
         }
     }
 }

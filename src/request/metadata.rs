@@ -1,14 +1,23 @@
 //! The text in a PNG file that lists the parameters of its image.
 
 use kiln_models::noise::NoiseGenerator;
+use kiln_models::step_cache::StepCounts;
+use kiln_models::vae::TilingMode;
+use serde_json::Value;
 
 use super::GenerationRequest;
 
 impl GenerationRequest {
     /// Formats the parameters of image `index` of the request as AUTOMATIC1111's web UI does, which
-    /// image tools read. `model` is the name of the model; `tiled` says whether the image was decoded
-    /// in tiles.
-    pub fn metadata_text(&self, model: &str, index: usize, tiled: bool) -> String {
+    /// image tools read. `model` is the name of the model, `steps` what the image's steps ran. `tiled` is
+    /// how the image was decoded in tiles; blended tiles are named, because they change the image.
+    pub fn metadata_text(
+        &self,
+        model: &str,
+        index: usize,
+        tiled: Option<TilingMode>,
+        steps: StepCounts,
+    ) -> String {
         let guidance = self.guidance();
         let scale = guidance.map_or(1.0, |guidance| guidance.scale);
         let negative = guidance.map(|it| format!("Negative prompt: {}\n", it.negative));
@@ -22,7 +31,7 @@ impl GenerationRequest {
             .then(|| format!("Batch size: {}, Batch pos: {index}, ", self.num_images));
         format!(
             "{}\n{}Steps: {}, Sampler: Euler, CFG scale: {scale}, Seed: {}, Size: {}, \
-             Model: {}, RNG: {rng}, {}{}{}Version: {}",
+             Model: {}, RNG: {rng}, {}{}{}{}Version: {}",
             self.prompt,
             negative.unwrap_or_default(),
             self.sampling.steps,
@@ -31,9 +40,30 @@ impl GenerationRequest {
             quoted(model),
             shift.unwrap_or_default(),
             batch.unwrap_or_default(),
-            if tiled { "VAE tiling: True, " } else { "" },
+            if tiled == Some(TilingMode::Blended) {
+                "VAE tiling: True, "
+            } else {
+                ""
+            },
+            self.skipped_work(steps),
             crate::version::PROGRAM,
         )
+    }
+}
+
+impl GenerationRequest {
+    /// The step cache with the steps that were computed of all, and the guidance gate.
+    fn skipped_work(&self, steps: StepCounts) -> String {
+        let name = self.cache.name();
+        let (computed, all) = (steps.computed, self.sampling.steps);
+        let cache = name.map(|name| format!("Cache: {name} {computed}/{all}, "));
+        let settings = self.cache.choice.settings().map(|settings| {
+            let settings = quoted(&Value::from(settings).to_string());
+            format!("Cache settings: {settings}, ")
+        });
+        let gate = self.cfg_gate_step.filter(|_| self.guidance().is_some());
+        let gate = gate.map(|gate| format!("CFG gate: {gate}, "));
+        [cache, settings, gate].into_iter().flatten().collect()
     }
 }
 

@@ -7,6 +7,7 @@
 //!
 //! [`Job`]: kiln_models::job::Job
 
+mod cache;
 mod checked;
 mod job;
 mod limits;
@@ -14,6 +15,10 @@ mod metadata;
 mod params;
 mod written;
 
+pub use self::cache::{
+    CacheChoice, DBCACHE_KEYS, DbCacheChoice, GivenCache, InvalidCache, MAGCACHE_KEYS,
+    RequestCache, StepCaches, StepsMask, mag_ratios, only_mag_ratios,
+};
 pub use self::checked::{GenerationRequest, InvalidRequest, random_u64};
 pub use self::job::{InvalidPrompt, PromptTokens};
 pub use self::limits::{

@@ -1,5 +1,7 @@
 //! The parameters of a request as the client gave them.
 
+use super::GivenCache;
+
 /// Unchecked parameters of a request; `None` for a parameter that was not given.
 ///
 /// The integers are wide enough for any plausible number of JSON or a command line, so that all
@@ -17,4 +19,6 @@ pub struct GenerationParams {
     pub shift: Option<f64>,
     pub num_images: Option<i128>,
     pub seed: Option<i128>,
+    pub cache: Option<GivenCache>,
+    pub cfg_gate_step: Option<f64>,
 }

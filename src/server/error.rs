@@ -118,7 +118,9 @@ impl ApiError {
             Self::Interrupted => StatusCode::CONFLICT,
             Self::BodyTooLarge { .. } => StatusCode::PAYLOAD_TOO_LARGE,
             Self::ContentEncoding { .. } => StatusCode::UNSUPPORTED_MEDIA_TYPE,
-            Self::SlowBody | Self::Job(JobError::DeadlinePassed) => StatusCode::REQUEST_TIMEOUT,
+            Self::SlowBody | Self::Job(JobError::DeadlinePassed | JobError::TooLate { .. }) => {
+                StatusCode::REQUEST_TIMEOUT
+            }
             // vLLM-Omni also returns 400 for a wrong content type.
             Self::ContentType
             | Self::Body(_)
@@ -129,9 +131,11 @@ impl ApiError {
             | Self::Request { .. }
             | Self::Side { .. }
             | Self::TooLarge { .. }
-            | Self::Submit(SubmitError::TooLarge(_))
+            | Self::Submit(SubmitError::TooLarge(_) | SubmitError::DeadlineTooShort { .. })
             | Self::Prompt { .. } => StatusCode::BAD_REQUEST,
-            Self::Submit(SubmitError::QueueFull { .. }) => StatusCode::TOO_MANY_REQUESTS,
+            Self::Submit(SubmitError::QueueFull { .. } | SubmitError::TooLate { .. }) => {
+                StatusCode::TOO_MANY_REQUESTS
+            }
             Self::Submit(
                 SubmitError::Draining | SubmitError::Stopped | SubmitError::Failed { .. },
             )
@@ -166,6 +170,8 @@ impl ApiError {
             | Self::Prompt { param, .. } => Some(param),
             Self::UnknownModel { .. } => Some("model"),
             Self::Submit(SubmitError::TooLarge(_)) => Some("size"),
+            Self::Submit(SubmitError::DeadlineTooShort { .. } | SubmitError::TooLate { .. })
+            | Self::Job(JobError::TooLate { .. }) => Some("deadline_ms"),
             _ => None,
         }
     }
@@ -174,6 +180,10 @@ impl ApiError {
     fn retry_after_seconds(&self) -> Option<u64> {
         let wait = match self {
             Self::Submit(SubmitError::QueueFull { retry_after, .. }) => Some(*retry_after),
+            // Whole seconds, after which the wait is short enough.
+            Self::Submit(SubmitError::TooLate { retry_after, .. }) => {
+                Some(retry_after.saturating_add(Duration::from_millis(999)))
+            }
             Self::Starting(progress) => Some(progress.estimated_rest.unwrap_or(RETRY_AFTER_START)),
             // Another instance may have replaced this one by then, or memory may be free.
             Self::Submit(
@@ -183,6 +193,19 @@ impl ApiError {
             _ => None,
         };
         wait.map(|wait| wait.as_secs().clamp(1, 3600))
+    }
+
+    /// What a refused deadline was compared with.
+    fn estimate(&self) -> Option<DeadlineEstimate> {
+        let (wait, work) = match self {
+            Self::Submit(SubmitError::DeadlineTooShort { work }) => (Duration::ZERO, work),
+            Self::Submit(SubmitError::TooLate { wait, work, .. }) => (*wait, work),
+            _ => return None,
+        };
+        Some(DeadlineEstimate {
+            estimated_wait: wait.as_secs_f64(),
+            estimated_time: work.as_secs_f64(),
+        })
     }
 
     /// The body of the response. Details of internal errors go to the log, not to the client, unless
@@ -208,6 +231,7 @@ impl ApiError {
                 r#type: error_type(status),
                 param: self.param().map(str::to_owned),
                 code: status.as_u16(),
+                estimate: self.estimate(),
             },
         }
     }
@@ -240,6 +264,19 @@ struct ErrorBody {
     param: Option<String>,
     /// The HTTP status code.
     code: u16,
+    /// Only in errors about a `deadline_ms` that cannot be kept.
+    #[serde(flatten)]
+    estimate: Option<DeadlineEstimate>,
+}
+
+/// Why a `deadline_ms` cannot be kept, by the measured speed.
+#[derive(Debug, Serialize, ToSchema)]
+struct DeadlineEstimate {
+    /// Seconds that the device works on other requests before this one is finished; 0 if the deadline
+    /// cannot be kept even without other requests.
+    estimated_wait: f64,
+    /// Seconds that the device takes for the images.
+    estimated_time: f64,
 }
 
 impl ApiError {

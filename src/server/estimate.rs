@@ -1,7 +1,7 @@
 //! `POST /v1/images/estimate`: how long an images request would take, without generating it.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use axum::Extension;
 use axum::response::Response;
@@ -17,8 +17,8 @@ use super::json::json;
 /// The estimated course of a request that arrives now.
 #[derive(Debug, Serialize, ToSchema)]
 pub(super) struct Estimate {
-    /// Whether the request would be accepted. If not, the queue is full or the server is shutting
-    /// down.
+    /// Whether the request would be accepted. If not, the queue is full, the request could not keep
+    /// its `deadline_ms`, or the server is shutting down.
     accepted: bool,
     /// Number of requests that would come before it.
     position: usize,
@@ -51,8 +51,9 @@ pub(super) async fn estimate(
     JsonObject(object): JsonObject,
 ) -> Result<Response, ApiError> {
     let request = images::parse(object)?.request;
-    let (info, job) = request.prepare(&app, String::new(), None).await?;
-    let forecast = app.engine.forecast(&job);
+    let prepared = request.prepare(&app, String::new(), None, Instant::now());
+    let (info, job, options) = prepared.await?;
+    let forecast = app.engine.forecast(&job, &options);
     let seconds = |time: Option<Duration>| time.as_ref().map(Duration::as_secs_f64);
     json(&Estimate {
         accepted: forecast.is_accepted,

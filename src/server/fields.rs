@@ -1,12 +1,16 @@
 //! The generation parameters that the chat and the images endpoint have in common.
 
+use std::time::Duration;
+
 use kiln_models::noise::NoiseGenerator;
 use serde::Deserialize;
+use serde_json::Value;
 use utoipa::ToSchema;
 
 use crate::image::{Encoding, ImageFormat};
 use crate::request::{GenerationParams, Integer, WrittenSize};
 
+use super::cache::{CacheDitParams, CacheField, given_cache};
 use super::choice::choice;
 use super::invalid::InvalidBody;
 use super::parsed::{ParsedRequest, WireNames};
@@ -69,7 +73,31 @@ pub(super) struct GenerationFields {
     /// Add `metrics` to the response: the times and the size of the request as vLLM-Omni's load
     /// generator reads them. `stage_durations` and `peak_memory_mb` are in every response.
     return_stage_metrics: Option<bool>,
+    /// Step cache: reuses what earlier steps computed, which is faster and changes the image. Needs at
+    /// least 8 steps. Default: the one that the server was started with, which is `off` unless the
+    /// server says otherwise.
+    #[schema(value_type = Option<CacheField>)]
+    cache: Option<Value>,
+    /// Part of the steps, from 0 to 1, after which guidance reuses the difference that the negative
+    /// prompt made in the last step before, and so takes half the time. The first step is never gated.
+    /// 1, the default, gates no step; other values need at least 8 steps.
+    #[schema(minimum = 0, maximum = 1)]
+    cfg_gate_step: Option<f64>,
+    /// SGLang's name for `cache` with the mode `dbcache`; `false` stands for `off`. Give this or
+    /// `cache`.
+    enable_cache_dit: Option<bool>,
+    /// Settings of `enable_cache_dit`, which they turn on by themselves.
+    #[schema(value_type = Option<CacheDitParams>)]
+    cache_dit_params: Option<Value>,
+    /// Milliseconds from the arrival of the request until the images must be finished. The request is
+    /// refused if they cannot be, by the measured speed; goes before others if it would be late
+    /// otherwise; and ends with status 408 once it cannot be in time any more.
+    #[schema(value_type = Option<u32>, minimum = 1, maximum = 86_400_000)]
+    deadline_ms: Option<Integer>,
 }
+
+/// Largest deadline of a request in milliseconds: a day.
+const MAX_DEADLINE_MS: u32 = 86_400_000;
 
 /// Format of an image file; `jpg` is an alias of `jpeg`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, ToSchema)]
@@ -103,6 +131,11 @@ impl GenerationFields {
             ("num_outputs_per_prompt", self.num_outputs_per_prompt),
             ("n", self.n),
         )?;
+        let cache = given_cache(
+            self.cache.as_ref(),
+            self.enable_cache_dit,
+            self.cache_dit_params.as_ref(),
+        )?;
         let (mut width, mut height) = (self.width, self.height);
         let mut size_given = false;
         match self.size {
@@ -132,6 +165,8 @@ impl GenerationFields {
                 shift: self.shift,
                 num_images: images.1.map(|images| images.0),
                 seed: self.seed.map(|seed| seed.0),
+                cache,
+                cfg_gate_step: self.cfg_gate_step,
             },
             names: WireNames {
                 prompt: prompt_name,
@@ -146,6 +181,7 @@ impl GenerationFields {
                 GeneratorDevice::Cuda => NoiseGenerator::Cuda,
             }),
             stage_metrics: self.return_stage_metrics == Some(true),
+            deadline: self.deadline_ms.map(deadline).transpose()?,
         })
     }
 }
@@ -174,6 +210,21 @@ fn encoding(
     Ok(encoding)
 }
 
+/// Time that a request may take.
+fn deadline(Integer(got): Integer) -> Result<Duration, InvalidBody> {
+    let deadline = u32::try_from(got).ok();
+    let deadline = deadline.filter(|deadline| (1..=MAX_DEADLINE_MS).contains(deadline));
+    let refused = InvalidBody::Range {
+        param: "deadline_ms",
+        min: 1,
+        max: MAX_DEADLINE_MS.into(),
+        got,
+    };
+    deadline
+        .map(|deadline| Duration::from_millis(deadline.into()))
+        .ok_or(refused)
+}
+
 /// The value given under either of two names, and the name it was given under.
 fn either<T: PartialEq>(
     (name, value): (&'static str, Option<T>),
@@ -198,6 +249,8 @@ fn both(
 mod tests {
     use serde_json::{Value, json};
 
+    use crate::request::CacheChoice;
+
     use super::super::body;
     use super::*;
 
@@ -216,6 +269,7 @@ mod tests {
             "height": 512, "width": 256, "num_inference_steps": 8, "shift": 3, "cfg_scale": 3, "seed": u64::MAX,
             "negative_prompt": "", "n": 2, "output_format": "jpg", "output_compression": 80,
             "generator_device": "cuda", "return_stage_metrics": true,
+            "cache": "fast", "cfg_gate_step": 0.5, "deadline_ms": 2500,
         }))
         .unwrap();
         let expected = GenerationParams {
@@ -228,12 +282,39 @@ mod tests {
             shift: Some(3.0),
             num_images: Some(2),
             seed: Some(u64::MAX.into()),
+            cache: Some(CacheChoice::Fast.into()),
+            cfg_gate_step: Some(0.5),
         };
         assert_eq!(read.params, expected);
         assert_eq!(read.encoding.format, ImageFormat::Jpeg);
         assert_eq!(read.encoding.quality, 80);
         assert_eq!(read.noise_generator, Some(NoiseGenerator::Cuda));
         assert!(read.stage_metrics);
+        assert_eq!(read.deadline, Some(Duration::from_millis(2500)));
+    }
+
+    #[test]
+    fn a_deadline_is_a_number_of_milliseconds_up_to_a_day() {
+        let read = |value: Value| parse(&json!({"deadline_ms": value})).map(|read| read.deadline);
+        assert_eq!(read(json!(null)), Ok(None));
+        for (value, expected) in [(json!(1), 1), (json!(86_400_000.0), 86_400_000)] {
+            assert_eq!(read(value), Ok(Some(Duration::from_millis(expected))));
+        }
+        for value in [
+            json!(0),
+            json!(-1),
+            json!(86_400_001),
+            json!(u64::MAX),
+            json!(0.5),
+            json!("100"),
+            json!(true),
+        ] {
+            assert_eq!(
+                read(value.clone()).unwrap_err().param(),
+                "deadline_ms",
+                "{value}"
+            );
+        }
     }
 
     #[test]

@@ -5,16 +5,19 @@ use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use kiln_models::job::{Job, Output, RgbImage};
+use kiln_models::step_cache::StepCounts;
+use kiln_models::vae::TilingMode;
 use serde::Serialize;
 use tokio::task::spawn_blocking;
 use tracing::Span;
 use utoipa::ToSchema;
 
-use crate::engine::{Event, Finished, JobHandle, SubmitOptions, Timings};
+use crate::engine::{Cheaper, Event, Finished, JobHandle, SubmitOptions, Timings};
 use crate::image::{Encoding, ImageFormat, encode};
 use crate::request::{GenerationRequest, PromptTokens};
 
 use super::LoadedApp;
+use super::cache::{ComputedSteps, StepFacts};
 use super::error::ApiError;
 use super::parsed::ParsedRequest;
 use super::stage_metrics::{Measured, Metrics, StageSeconds};
@@ -39,6 +42,7 @@ pub(super) enum RequestProgress {
     Step {
         done: usize,
         total: usize,
+        counts: StepCounts,
     },
     /// A small preview of the first image.
     Preview {
@@ -62,10 +66,11 @@ pub(super) struct RunningRequest {
     received: Instant,
     /// Number of previews so far.
     previews: usize,
+    computed: ComputedSteps,
 }
 
 /// What is known about a request before its images exist.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(super) struct RequestInfo {
     pub(super) id: String,
     /// Name of the model in the response.
@@ -88,8 +93,10 @@ pub(super) struct EncodedImages {
     pub(super) info: Arc<RequestInfo>,
     /// One file for each image.
     pub(super) files: Vec<Vec<u8>>,
-    /// Whether they were decoded in tiles.
-    pub(super) tiled: bool,
+    /// How they were decoded in tiles, if they were.
+    pub(super) tiled: Option<TilingMode>,
+    /// What the steps ran.
+    pub(super) steps: StepCounts,
     pub(super) timings: Timings,
     pub(super) measured: Measured,
 }
@@ -106,8 +113,17 @@ pub(super) struct ImageFacts {
     /// The time shift of the request; absent if the model's own schedule was used.
     #[serde(skip_serializing_if = "Option::is_none")]
     shift: Option<f64>,
-    /// True if the images were decoded in tiles, which changes them slightly: by `--vae-use-tiling`,
-    /// or because the memory is too small for whole images. Absent otherwise.
+    /// The step cache, if there was one: `balanced`, `fast`, `dbcache` or `magcache`. A request of
+    /// `auto` has the one that was chosen because of the load, or else `auto`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    cache: Option<&'static str>,
+    /// The `cfg_gate_step` of the request, or the one that was chosen for `auto`, if it was below 1.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    cfg_gate_step: Option<f64>,
+    #[serde(flatten)]
+    steps: StepFacts,
+    /// True if the images were decoded in tiles: by `--vae-use-tiling`, or because the memory is too
+    /// small for whole images. Absent otherwise. Only `--vae-tiling blended` changes the images.
     #[serde(skip_serializing_if = "Option::is_none")]
     vae_use_tiling: Option<bool>,
     timings: StageSeconds,
@@ -123,6 +139,7 @@ impl ImageFacts {
         let EncodedImages {
             info,
             tiled,
+            steps,
             timings,
             measured,
             ..
@@ -132,7 +149,10 @@ impl ImageFacts {
             size: info.size(),
             num_inference_steps: info.request.sampling.steps,
             shift: info.request.sampling.shift,
-            vae_use_tiling: tiled.then_some(true),
+            cache: info.request.cache.name(),
+            cfg_gate_step: info.request.cfg_gate_step,
+            steps: StepFacts::from(*steps),
+            vae_use_tiling: tiled.map(|_| true),
             timings: (*timings).into(),
             measured: *measured,
             metrics: info
@@ -171,15 +191,12 @@ impl ParsedRequest {
         previews: Previews,
     ) -> Result<RunningRequest, ApiError> {
         let received = Instant::now();
-        let (info, job) = self.prepare(app, id, model).await?;
+        let (info, job, options) = self.prepare(app, id, model, received).await?;
         let steps = info.request.sampling.steps;
         let options = SubmitOptions {
-            deadline: app
-                .settings
-                .request_timeout
-                .and_then(|timeout| received.checked_add(timeout)),
             preview_every: previews.interval(steps),
             span: Span::current(),
+            ..options
         };
         let handle = app.engine.submit(job, options)?;
         tracing::debug!(id = info.id, "accepted");
@@ -189,16 +206,19 @@ impl ParsedRequest {
             handle,
             received,
             previews: 0,
+            computed: ComputedSteps::default(),
         })
     }
 
-    /// Checks the request and tokenizes its prompts, without submitting it.
+    /// Checks the request and tokenizes its prompts, without submitting it. The options have the
+    /// times at which the request, which was `received` then, must end.
     pub(super) async fn prepare(
         self,
         app: &Arc<LoadedApp>,
         id: String,
         model: Option<&str>,
-    ) -> Result<(RequestInfo, Job), ApiError> {
+        received: Instant,
+    ) -> Result<(RequestInfo, Job, SubmitOptions), ApiError> {
         let created = SystemTime::now()
             .duration_since(UNIX_EPOCH)
             .unwrap_or_default()
@@ -210,7 +230,15 @@ impl ParsedRequest {
             (None, Some(_)) => names.of("width"),
             (Some(_), _) => names.of("height"),
         };
+        let after = |time: Option<Duration>| received.checked_add(time?);
+        let (deadline, due) = (after(app.settings.request_timeout), after(self.deadline));
         let (request, encoding) = self.check(app)?;
+        let options = SubmitOptions {
+            deadline,
+            due,
+            cheaper: cheaper(&request),
+            ..SubmitOptions::default()
+        };
 
         let (app, tokens, request) = {
             let app = Arc::clone(app);
@@ -239,7 +267,7 @@ impl ParsedRequest {
             error,
             param: size_param,
         })?;
-        Ok((info, job))
+        Ok((info, job, options))
     }
 
     fn check(self, app: &LoadedApp) -> Result<(GenerationRequest, Encoding), ApiError> {
@@ -275,10 +303,8 @@ impl RunningRequest {
             match self.handle.next_event().await {
                 Event::Finished(finished) => return self.respond(finished, respond).await,
                 Event::Failed(error) => return Err(error.into()),
-                Event::Queued { .. }
-                | Event::Started
-                | Event::Step { .. }
-                | Event::Preview { .. } => {}
+                Event::Step { counts, .. } => self.computed.add(counts),
+                Event::Queued { .. } | Event::Started | Event::Preview { .. } => {}
             }
         }
     }
@@ -297,8 +323,18 @@ impl RunningRequest {
                     });
                 }
                 Event::Started => {}
-                Event::Step { done, total, .. } => {
-                    return Ok(RequestProgress::Step { done, total });
+                Event::Step {
+                    done,
+                    total,
+                    counts,
+                    ..
+                } => {
+                    self.computed.add(counts);
+                    return Ok(RequestProgress::Step {
+                        done,
+                        total,
+                        counts,
+                    });
                 }
                 Event::Preview { step, image } => {
                     let number = self.previews;
@@ -328,34 +364,52 @@ impl RunningRequest {
         finished: Finished,
         respond: impl FnOnce(EncodedImages) -> Result<T, ApiError> + Send + 'static,
     ) -> Result<T, ApiError> {
-        let Finished { output, timings } = finished;
-        let tiled = output.tiled;
+        let Finished {
+            output,
+            timings,
+            made,
+        } = finished;
+        let (tiled, steps) = (output.tiled, output.steps);
         let measured = Measured::new(timings, &self.app.engine.stats());
-        let (app, info) = (Arc::clone(&self.app), Arc::clone(&self.info));
+        let (app, mut info) = (Arc::clone(&self.app), Arc::clone(&self.info));
+        if let Some(made) = made {
+            let info = Arc::make_mut(&mut info);
+            info.request = info.request.clone().made(made.name, made.cfg_gate_step);
+        }
+        let finished = Arc::clone(&info);
         let response = spawn_blocking(move || {
             let files = encode_all(&app, &info, &output)?;
             respond(EncodedImages {
                 info,
                 files,
                 tiled,
+                steps,
                 timings,
                 measured,
             })
         })
         .await??;
-        self.log_finished(timings, tiled);
+        self.log_finished(&finished, timings, tiled, steps);
         Ok(response)
     }
 
-    fn log_finished(&self, timings: Timings, tiled: bool) {
-        let RequestInfo { id, request, .. } = self.info.as_ref();
+    fn log_finished(
+        &self,
+        RequestInfo { id, request, .. }: &RequestInfo,
+        timings: Timings,
+        tiled: Option<TilingMode>,
+        counts: StepCounts,
+    ) {
         tracing::info!(
             id,
             size = self.info.size(),
             steps = request.sampling.steps,
             images = request.num_images,
             seed = request.noise.seed,
-            vae_use_tiling = tiled.then_some(true),
+            vae_use_tiling = tiled.map(|_| true),
+            cache = request.cache.name(),
+            skipped_steps = (counts.skipped > 0).then_some(counts.skipped),
+            gated_steps = (counts.gated > 0).then_some(counts.gated),
             "finished in {:.3} s: queue {:.3}, encode {:.3}, denoise {:.3}, decode {:.3}",
             self.received.elapsed().as_secs_f64(),
             timings.queue.as_secs_f64(),
@@ -363,6 +417,21 @@ impl RunningRequest {
             timings.denoise.as_secs_f64(),
             timings.decode.as_secs_f64(),
         );
+        if let Some(cache) = request
+            .cache
+            .name()
+            .filter(|_| self.app.settings.cache_summary)
+        {
+            tracing::info!(
+                id,
+                cache,
+                computed_steps = counts.computed,
+                skipped_steps = counts.skipped,
+                gated_steps = counts.gated,
+                "step cache: {} (1 for a computed step, 0 for a reused one)",
+                self.computed.text(),
+            );
+        }
     }
 }
 
@@ -373,13 +442,23 @@ fn encode_all(
 ) -> Result<Vec<Vec<u8>>, ApiError> {
     let mut files = Vec::with_capacity(output.images.len());
     for (index, image) in output.images.iter().enumerate() {
-        let metadata = app
-            .settings
-            .metadata
-            .then(|| info.request.metadata_text(&info.model, index, output.tiled));
+        let metadata = app.settings.metadata.then(|| {
+            let (tiled, steps) = (output.tiled, output.steps);
+            info.request.metadata_text(&info.model, index, tiled, steps)
+        });
         files.push(encode(image, info.encoding, metadata.as_deref())?);
     }
     Ok(files)
+}
+
+/// The ways in which the engine may make the request cheaper.
+fn cheaper(request: &GenerationRequest) -> Vec<Cheaper> {
+    let way = |(name, cache, cfg_gate_step)| Cheaper {
+        name,
+        cache,
+        cfg_gate_step,
+    };
+    request.cheaper().into_iter().map(way).collect()
 }
 
 fn prompt_tokens(app: &LoadedApp, tokens: &PromptTokens) -> usize {

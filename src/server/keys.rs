@@ -18,6 +18,7 @@ use super::invalid::InvalidBody;
 pub(super) const FEATURES: &[Feature] = &[
     Feature::new("aspect_ratio", "use size"),
     Feature::new("bot_task", "the prompt is used as it is"),
+    Feature::new("enable_teacache", "use cache"),
     Feature::new("extra_args", "give its parameters in extra_body"),
     Feature::new("extra_params", "give its parameters in extra_body"),
     Feature::new("flow_shift", "use shift"),

@@ -100,15 +100,27 @@ impl Page {
                 ("finished", outcomes.finished),
                 ("cancelled", outcomes.cancelled),
                 ("deadline_passed", outcomes.deadline_passed),
+                ("too_late", outcomes.too_late),
                 ("failed", outcomes.failed),
                 ("stopped", outcomes.stopped),
                 ("rejected", outcomes.rejected),
             ],
         );
         self.counter(
-            "kiln_steps_total",
-            "Denoising steps, including those of unfinished requests.",
-            stats.steps,
+            "kiln_requests_made_cheaper_total",
+            "Requests whose images were made with a step cache or a guidance gate because of the load.",
+            stats.made_cheaper,
+        );
+        self.steps(stats);
+        self.counter(
+            "kiln_shared_steps_total",
+            "Denoising steps that a request shared with others, part of kiln_steps_total.",
+            stats.shared_steps,
+        );
+        self.gauge(
+            "kiln_max_step_tokens",
+            "Image tokens up to which several requests share a denoising step; 0 if they never do.",
+            stats.max_step_tokens,
         );
         self.counter("kiln_images_total", "Generated images.", stats.images);
         self.counter(
@@ -161,6 +173,34 @@ impl Page {
         ]);
         self.memory(stats);
         self.devices(&stats.devices);
+    }
+
+    fn steps(&mut self, stats: &EngineStats) {
+        self.counter(
+            "kiln_steps_total",
+            "Denoising steps, including those of unfinished requests.",
+            stats.steps,
+        );
+        for (name, help, steps) in [
+            (
+                "kiln_steps_computed_total",
+                "Denoising steps that ran the whole transformer.",
+                stats.computed_steps,
+            ),
+            (
+                "kiln_steps_skipped_total",
+                "Denoising steps that reused an earlier one, because of a step cache.",
+                stats.skipped_steps,
+            ),
+            (
+                "kiln_steps_gated_total",
+                "Denoising steps that left the half of the negative prompt out, because of \
+                 cfg_gate_step.",
+                stats.gated_steps,
+            ),
+        ] {
+            self.counter(name, help, steps);
+        }
     }
 
     fn line(&mut self, line: impl Display) {

@@ -4,6 +4,7 @@
 mod access;
 mod app;
 mod body;
+mod cache;
 mod chat;
 mod choice;
 mod connections;
@@ -75,6 +76,8 @@ pub struct Settings {
     pub request_timeout: Option<Duration>,
     /// Negative prompt of requests that have none.
     pub default_negative_prompt: Option<String>,
+    /// Whether to log which steps the step cache of each request computed.
+    pub cache_summary: bool,
     /// Whether PNG files contain the generation parameters.
     pub metadata: bool,
     /// Makes the noise of requests that do not select a generator.
@@ -94,6 +97,7 @@ impl Settings {
             max_body_bytes: DEFAULT_MAX_BODY_BYTES,
             request_timeout: None,
             default_negative_prompt: None,
+            cache_summary: false,
             metadata: true,
             noise_generator: NoiseGenerator::Cpu,
             sdapi: false,

@@ -24,6 +24,7 @@ const DOCS_POLICY: &str =
 /// Enums of requests, whose values may also be an empty text.
 const CHOICES: &[&str] = &[
     "Background",
+    "CacheName",
     "GeneratorDevice",
     "Moderation",
     "OutputFormat",

@@ -1,5 +1,7 @@
 //! A request as a client wrote it: the values, and the names under which they came.
 
+use std::time::Duration;
+
 use kiln_models::noise::NoiseGenerator;
 
 use crate::image::Encoding;
@@ -15,6 +17,8 @@ pub(super) struct ParsedRequest {
     pub(super) noise_generator: Option<NoiseGenerator>,
     /// Whether the response has `metrics`.
     pub(super) stage_metrics: bool,
+    /// Time from the arrival until the images must be finished.
+    pub(super) deadline: Option<Duration>,
 }
 
 /// The keys under which a client sent its values, for error messages.

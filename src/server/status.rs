@@ -5,12 +5,14 @@ use std::sync::Arc;
 use axum::Extension;
 use axum::response::Response;
 use serde::Serialize;
+use serde_json::Value;
 use utoipa::ToSchema;
 
 use crate::checkpoint::PromptGuide;
 use crate::request::{DEFAULT_NUM_INFERENCE_STEPS, DEFAULT_TRUE_CFG_SCALE};
 
 use super::LoadedApp;
+use super::cache::CacheField;
 use super::error::{ApiError, ErrorEnvelope};
 use super::health;
 use super::json::json;
@@ -28,6 +30,8 @@ pub(super) struct Status {
     /// Data type of the weights.
     dtype: &'static str,
     requests: Requests,
+    /// Image tokens up to which several requests share a denoising step; 0 if they never do.
+    max_step_tokens: usize,
     limits: RequestLimits,
     defaults: Defaults,
     /// Hints for prompts, for a model that knows only some words; null for others.
@@ -65,6 +69,9 @@ struct Defaults {
     num_inference_steps: u32,
     true_cfg_scale: f64,
     negative_prompt: Option<String>,
+    /// The step cache of requests with at least 8 steps, as in a request.
+    #[schema(value_type = CacheField)]
+    cache: Value,
 }
 
 /// Hints for prompts.
@@ -119,6 +126,7 @@ pub(super) async fn status(
             running: stats.running,
             waiting: stats.waiting,
         },
+        max_step_tokens: stats.max_step_tokens,
         limits: RequestLimits {
             side_multiple: limits.sizes.multiple,
             max_side: limits.sizes.max_side,
@@ -132,6 +140,7 @@ pub(super) async fn status(
             num_inference_steps: DEFAULT_NUM_INFERENCE_STEPS,
             true_cfg_scale: DEFAULT_TRUE_CFG_SCALE,
             negative_prompt: app.settings.default_negative_prompt.clone(),
+            cache: limits.caches.default.to_json(),
         },
         prompt_guide: app.prompt_guide.map(Guide::new),
     })

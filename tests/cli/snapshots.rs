@@ -43,7 +43,7 @@ fn errors() {
         "generate cat --cfg -1",
         "generate cat --num-images 11",
         "generate cat --seed -2",
-        "generate cat --vae-tile-stride 0",
+        "generate cat --vae-tiling blended --vae-tile-stride 0",
         "generate cat --backend tpu",
         "generate cat --backend auto --device 1",
         "generate cat --backend auto --device 0,1",

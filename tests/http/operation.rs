@@ -92,6 +92,8 @@ fn the_metrics_count_requests_steps_and_images() {
         "kiln_requests_total{outcome=\"finished\"} 2",
         "kiln_requests_total{outcome=\"failed\"} 1",
         "kiln_steps_total 5",
+        "kiln_shared_steps_total 0",
+        "kiln_max_step_tokens 0",
         "kiln_images_total 3",
         "kiln_pixels_total 12288",
         "kiln_step_seconds_count 5",

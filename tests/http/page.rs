@@ -145,13 +145,14 @@ fn the_status_has_the_bounds_and_defaults_of_requests() {
         json!({
             "state": "ready", "model": "test/model", "version": kiln::version::VERSION,
             "device": "test:0 (fake)", "dtype": "f32", "requests": {"running": 0, "waiting": 0},
+            "max_step_tokens": 0,
             "limits": {
                 "side_multiple": 16, "max_side": 4096, "max_image_pixels": 33_177_600,
                 "max_steps": 1000, "max_num_images": 10,
             },
             "defaults": {
                 "width": 64, "height": 64, "num_inference_steps": 50, "true_cfg_scale": 4.0,
-                "negative_prompt": "blurry",
+                "negative_prompt": "blurry", "cache": "off",
             },
             "prompt_guide": null,
         })

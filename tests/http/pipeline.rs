@@ -56,7 +56,8 @@ pub(super) fn fake(pace: Pace, record: Arc<Record>) -> FakePipeline {
             Call::Discard(_) => {
                 record.discards.fetch_add(1, Ordering::SeqCst);
             }
-            Call::Preview(_) | Call::Finish(_) | Call::Probe => {}
+            Call::Encode(_) | Call::Steps(_) | Call::Preview(_) | Call::Finish(_) | Call::Probe => {
+            }
         }
         Ok(())
     })

@@ -34,6 +34,19 @@ const KEYS: &[&str] = &[
     "stream_options",
     "user",
     "temperature",
+    "cache",
+    "cfg_gate_step",
+    "enable_cache_dit",
+    "cache_dit_params",
+    "mode",
+    "Fn_compute_blocks",
+    "max_cached_steps",
+    "scm_preset",
+    "scm_compute_bins",
+    "scm_cache_bins",
+    "steps_computation_mask",
+    "mag_ratios",
+    "mag_threshold",
 ];
 
 fn scalar() -> impl Strategy<Value = Value> {
@@ -54,6 +67,11 @@ fn scalar() -> impl Strategy<Value = Value> {
         "user",
         "text",
         "雪\u{0}\u{fffd}",
+        "balanced",
+        "dbcache",
+        "magcache",
+        "fast",
+        "1,2,3",
     ];
     prop_oneof![
         Just(Value::Null),

@@ -8,7 +8,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use kiln::engine::{DEFAULT_MAX_STARTED, Engine, EngineSettings};
-use kiln::request::Limits;
+use kiln::request::{Limits, StepCaches};
 use kiln::runtime::Start;
 use kiln::server::{App, LoadedModel, Settings};
 use kiln::tokenizer::PromptTokenizer;
@@ -51,6 +51,7 @@ impl TestServer {
             max_queue,
             max_started: DEFAULT_MAX_STARTED,
             max_memory: None,
+            max_step_tokens: Some(0),
             warm_up: None,
         };
         let engine = Engine::start(Box::new(pipeline), engine_settings);
@@ -90,11 +91,25 @@ impl TestServer {
         &self.app.start
     }
 
+    /// A server with this default of step caches, and a model with these ratios.
+    pub(super) fn with_caches(settings: Settings, caches: StepCaches) -> Self {
+        let server = Self::without_model(settings);
+        server.set_model_with(caches);
+        server
+    }
+
     pub(super) fn set_model(&self) {
+        self.set_model_with(StepCaches::default());
+    }
+
+    fn set_model_with(&self, caches: StepCaches) {
         self.app.set_model(LoadedModel {
             engine: self.engine.clone(),
             tokenizer: load_tokenizer().into(),
-            limits: Limits::for_sizes(self.engine.info().sizes),
+            limits: Limits {
+                caches,
+                ..Limits::for_sizes(self.engine.info().sizes)
+            },
             prompt_guide: None,
         });
     }

@@ -34,7 +34,7 @@ A_STEP = re.compile(r"Step \d+ of 1000")
 CIRCLE = "a large red circle on a blue background"
 SQUARE = "a small yellow square in the top left corner on a purple background"
 # Controls that cannot be touched: outside the window, too small, or covered.
-OUT_OF_REACH = """[...document.querySelectorAll('button, a:not(.skip), input, textarea, summary')]
+OUT_OF_REACH = """[...document.querySelectorAll('button, a:not(.skip), input, select, textarea, summary')]
     .filter((control) => control.checkVisibility())
     .filter((control) => {
         control.scrollIntoView({ block: 'center', behavior: 'instant' });
@@ -272,6 +272,23 @@ def test_error_messages_of_the_server_are_shown_at_their_field(browser: Browser,
         page.click("#draw")
         expect(page.locator("#prompt-error")).to_contain_text("Say what to draw")
         expect(page.locator("#prompt")).to_be_focused()
+
+
+def test_a_step_cache_is_a_setting(browser: Browser, server: Server) -> None:
+    with opened(browser, server, expected_messages=("status of 400",)) as page:
+        set_numbers(page, steps=7, seed=7)
+        expect(page.locator("#cache")).to_have_value("off")
+        page.select_option("#cache", "fast")
+        expect(page.locator("#more-text")).to_contain_text("step cache")
+        page.fill("#prompt", CIRCLE)
+        page.click("#draw")
+        expect(page.locator("#cache-error")).to_contain_text("cache needs at least 8 steps, got 7")
+        expect(page.locator("#cache")).to_be_focused()
+        set_numbers(page, steps=10)
+        draw(page, CIRCLE)
+        page.select_option("#cache", "off")
+        page.click("#reuse")
+        expect(page.locator("#cache")).to_have_value("fast")
 
 
 def test_settings_come_back_from_the_history(browser: Browser, server: Server) -> None:

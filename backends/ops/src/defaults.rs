@@ -1,5 +1,7 @@
 //! The default body of every op in plain burn ops, which defines what the op computes.
 
+use std::ops::Range;
+
 use burn_tensor::backend::Backend;
 use burn_tensor::module;
 use burn_tensor::ops::{AttentionModuleOptions, ConvOptions};
@@ -137,7 +139,8 @@ pub fn silu_mul<B: Backend>(gate: Tensor<B, 2>, up: Tensor<B, 2>) -> Tensor<B, 2
 }
 
 /// Computes [`FusedOps::packed_attention`](crate::FusedOps::packed_attention), with burn's
-/// `module::attention` for each sequence.
+/// `module::attention` for each sequence. burn's may hold the scores of all queries at once: where
+/// they are many, [`attention_by_ops`] computes them.
 pub fn packed_attention<B: Backend>(
     query: Tensor<B, 3>,
     key: Tensor<B, 3>,
@@ -147,6 +150,10 @@ pub fn packed_attention<B: Backend>(
 ) -> Tensor<B, 2> {
     let [_, heads, head_dim] = query.dims();
     let [_, kv_heads, _] = key.dims();
+    let longest = lengths.iter().max().copied().unwrap_or(0);
+    if heads * longest * longest > MAX_SCORES {
+        return attention_by_ops(query, key, value, lengths, causal);
+    }
     let options = AttentionModuleOptions {
         is_causal: causal,
         ..Default::default()
@@ -301,4 +308,14 @@ pub fn upsample_nearest<B: Backend>(x: Tensor<B, 4>) -> Tensor<B, 4> {
     x.reshape([images, channels, height, 1, width, 1])
         .expand([images, channels, height, 2, width, 2])
         .reshape([images, channels, 2 * height, 2 * width])
+}
+
+/// Computes [`FusedOps::crop`](crate::FusedOps::crop).
+pub fn crop<B: Backend>(
+    x: Tensor<B, 4>,
+    rows: Range<usize>,
+    columns: Range<usize>,
+) -> Tensor<B, 4> {
+    let [images, channels, _, _] = x.dims();
+    x.slice([0..images, 0..channels, rows, columns])
 }

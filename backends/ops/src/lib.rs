@@ -20,6 +20,8 @@ mod memory;
 mod shapes;
 mod upload;
 
+use std::ops::Range;
+
 use burn_tensor::backend::Backend;
 use burn_tensor::{DType, Tensor};
 
@@ -193,6 +195,12 @@ pub trait FusedOps: MemoryReport + DeviceCheck + Upload {
     /// `[n, c, 2h, 2w]`.
     fn upsample_nearest(x: Tensor<Self, 4>) -> Tensor<Self, 4> {
         defaults::upsample_nearest(x)
+    }
+
+    /// Copies these rows and columns of every channel: `[n, c, h, w]` to
+    /// `[n, c, rows, columns]`. Not empty.
+    fn crop(x: Tensor<Self, 4>, rows: Range<usize>, columns: Range<usize>) -> Tensor<Self, 4> {
+        defaults::crop(x, rows, columns)
     }
 }
 

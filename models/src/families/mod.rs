@@ -107,6 +107,28 @@ impl CheckpointConfigs {
         }
     }
 
+    /// Number of the transformer's blocks.
+    ///
+    /// # Errors
+    ///
+    /// If a configuration cannot be read.
+    pub fn blocks(&self) -> Result<usize, ConfigError> {
+        match self.family()? {
+            Family::QwenImage => qwen_image::blocks(self),
+        }
+    }
+
+    /// MagCache's ratios of a transformer of this shape; `None` if they have not been measured.
+    ///
+    /// # Errors
+    ///
+    /// If a configuration cannot be read.
+    pub fn mag_ratios(&self) -> Result<Option<Arc<[f64]>>, ConfigError> {
+        match self.family()? {
+            Family::QwenImage => qwen_image::mag_ratios(self),
+        }
+    }
+
     /// Counts the work of jobs whose images are decoded with these settings.
     ///
     /// # Errors

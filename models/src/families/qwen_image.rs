@@ -14,6 +14,7 @@ use crate::noise::randn;
 use crate::pipeline::{ImageSizes, PipelineError};
 use crate::sampling::{Schedule, SchedulerConfig, round_to};
 use crate::session::SessionSettings;
+use crate::step_cache::QWEN_IMAGE_RATIOS;
 use crate::text_encoder::{TextEncoder, TextEncoderConfig};
 use crate::transformer::{Segment, Transformer, TransformerConfig};
 use crate::vae::{VaeConfig, VaeDecoder, VaeSettings};
@@ -53,6 +54,22 @@ fn sizes(transformer: &TransformerConfig, vae: &VaeConfig) -> ImageSizes {
         max_side: ROPE_POSITIONS * multiple,
         default_side: transformer.sample_size * vae.scale_factor(),
     }
+}
+
+/// Number of the transformer's blocks.
+pub(super) fn blocks(configs: &CheckpointConfigs) -> Result<usize, ConfigError> {
+    Ok(TransformerConfig::from_json(&configs.transformer)?.num_layers)
+}
+
+/// The published ratios of Qwen-Image, for a transformer of its shape: 60 blocks of 24 heads of 128.
+pub(super) fn mag_ratios(configs: &CheckpointConfigs) -> Result<Option<Arc<[f64]>>, ConfigError> {
+    let transformer = TransformerConfig::from_json(&configs.transformer)?;
+    let shape = (
+        transformer.num_layers,
+        transformer.num_attention_heads,
+        transformer.attention_head_dim,
+    );
+    Ok((shape == (60, 24, 128)).then(|| QWEN_IMAGE_RATIOS.into()))
 }
 
 /// Counts the work of jobs for a checkpoint with these configurations.
@@ -171,7 +188,7 @@ impl<B: FusedOps> QwenImage<B> {
             .try_for_each(|branch| self.check_prompt(branch))
     }
 
-    fn check_prompt(&self, prompt: &Conditioning) -> Result<(), PipelineError> {
+    pub(crate) fn check_prompt(&self, prompt: &Conditioning) -> Result<(), PipelineError> {
         let tokens = &prompt.tokens;
         if tokens.len() <= TEMPLATE.dropped_tokens {
             return Err(PipelineError::PromptTooShort {
@@ -186,12 +203,16 @@ impl<B: FusedOps> QwenImage<B> {
         }
     }
 
-    /// Embeddings of a prompt, without the template's prefix: `[tokens, dim]`.
-    pub(crate) fn encode(&self, prompt: &Conditioning) -> Tensor<B, 2> {
-        let tokens = &prompt.tokens;
-        let hidden = self.text_encoder.forward(&[tokens]).remove(0);
-        let kept = (tokens.len() - TEMPLATE.dropped_tokens).min(TEMPLATE.max_prompt_tokens);
-        hidden.narrow(0, TEMPLATE.dropped_tokens, kept)
+    /// Embeddings of prompts, without the template's prefix: `[tokens, dim]` each. The prompts share
+    /// one forward pass.
+    pub(crate) fn encode(&self, prompts: &[&Conditioning]) -> Vec<Tensor<B, 2>> {
+        let tokens: Vec<&[u32]> = prompts.iter().map(|it| it.tokens.as_slice()).collect();
+        let hidden = self.text_encoder.forward(&tokens).into_iter();
+        let kept = |(hidden, tokens): (Tensor<B, 2>, &[u32])| {
+            let kept = (tokens.len() - TEMPLATE.dropped_tokens).min(TEMPLATE.max_prompt_tokens);
+            hidden.narrow(0, TEMPLATE.dropped_tokens, kept)
+        };
+        hidden.zip(tokens).map(kept).collect()
     }
 
     /// The noise levels of a job's steps.

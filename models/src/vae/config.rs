@@ -33,7 +33,7 @@ impl VaeConfig {
         let mut shapes = vec![
             convolution(self.z_dim, self.z_dim, 1),
             convolution(self.z_dim, lowest, 3),
-            convolution(lowest, 3 * lowest, 1),
+            convolution(lowest, lowest, 1),
             convolution(highest, 3, 3),
             KernelShape::Attention {
                 heads: 1,

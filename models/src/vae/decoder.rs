@@ -1,10 +1,12 @@
 //! The decoder network on single frames: `QwenImageDecoder3d` of diffusers.
 
+use std::ops::Range;
+
 use burn::module::Module;
 use burn::tensor::Tensor;
 use kiln_ops::FusedOps;
 
-use super::VaeConfig;
+use super::{Span, VaeConfig};
 use crate::layers::{ChannelNorm, Conv2d};
 use crate::weights::{LoadError, Scope};
 
@@ -42,15 +44,43 @@ impl<B: FusedOps> Decoder<B> {
         })
     }
 
+    /// The part up to and with the middle block, in which every pixel depends on every other.
+    ///
     /// # Shapes
     /// - x: `[images, z_dim, height, width]`
-    /// - output: `[images, 3, height · scale, width · scale]`
-    pub(super) fn forward(&self, x: Tensor<B, 4>) -> Tensor<B, 4> {
-        let mut x = self.mid_block.forward(self.conv_in.forward(x));
-        for up_block in &self.up_blocks {
-            x = up_block.forward(x);
+    /// - output: `[images, channels, height, width]`
+    pub(super) fn middle(&self, x: Tensor<B, 4>) -> Tensor<B, 4> {
+        self.mid_block.forward(self.conv_in.forward(x))
+    }
+
+    /// The rest, for one tile of the image, whose rows and columns have a span for each of the blocks.
+    ///
+    /// # Shapes
+    /// - x: `[images, channels, height, width]`, the whole output of [`Decoder::middle`]
+    /// - output: `[images, 3, rows, columns]`
+    pub(super) fn upper(
+        &self,
+        mut x: Tensor<B, 4>,
+        rows: &[Span],
+        columns: &[Span],
+    ) -> Tensor<B, 4> {
+        // The row and column of the image, at the resolution of `x`, where `x` starts.
+        let mut origin = [0, 0];
+        for (up_block, (rows, columns)) in self.up_blocks.iter().zip(rows.iter().zip(columns)) {
+            x = crop(x, origin, [&rows.input, &columns.input]);
+            x = up_block.forward_resnets(x);
+            origin = [rows.input.start, columns.input.start];
+            if let Some(upsampler) = &up_block.upsampler {
+                x = crop(x, origin, [&rows.output, &columns.output]);
+                x = upsampler.forward(B::upsample_nearest(x));
+                origin = [2 * rows.output.start, 2 * columns.output.start];
+            }
         }
-        self.conv_out.forward(self.norm_out.forward_silu(x))
+        x = self.conv_out.forward(self.norm_out.forward_silu(x));
+        match (rows.last(), columns.last()) {
+            (Some(rows), Some(columns)) => crop(x, origin, [&rows.output, &columns.output]),
+            _ => x,
+        }
     }
 }
 
@@ -117,17 +147,28 @@ impl<B: FusedOps> UpBlock<B> {
 
     /// # Shapes
     /// - x: `[images, channels_in, height, width]`
-    /// - output: `[images, channels, height, width]`, or `[images, channels / 2, 2 · height,
-    ///   2 · width]` with an upsampler
-    fn forward(&self, mut x: Tensor<B, 4>) -> Tensor<B, 4> {
+    /// - output: `[images, channels, height, width]`
+    fn forward_resnets(&self, mut x: Tensor<B, 4>) -> Tensor<B, 4> {
         for resnet in &self.resnets {
             x = resnet.forward(x);
         }
-        match &self.upsampler {
-            Some(conv) => conv.forward(B::upsample_nearest(x)),
-            None => x,
-        }
+        x
     }
+}
+
+/// Cuts these rows and columns of the image out of `x`, which starts at `origin`.
+fn crop<B: FusedOps>(
+    x: Tensor<B, 4>,
+    origin: [usize; 2],
+    [rows, columns]: [&Range<usize>; 2],
+) -> Tensor<B, 4> {
+    let within = |range: &Range<usize>, origin: usize| range.start - origin..range.end - origin;
+    let (rows, columns) = (within(rows, origin[0]), within(columns, origin[1]));
+    let [_, _, height, width] = x.dims();
+    if (&rows, &columns) == (&(0..height), &(0..width)) {
+        return x;
+    }
+    B::crop(x, rows, columns)
 }
 
 /// Two convolutions, each after a norm and `silu`, added to the block's input. The input goes through
@@ -195,17 +236,17 @@ impl<B: FusedOps> AttentionBlock<B> {
     fn forward(&self, x: Tensor<B, 4>) -> Tensor<B, 4> {
         let [images, channels, height, width] = x.dims();
         let pixels = height * width;
-        let qkv = self.to_qkv.forward(self.norm.forward(x.clone()));
-        // [images, 3 · channels, h, w] -> [images · h · w, 1, channels] each
-        let qkv = qkv.reshape([images, 3 * channels, pixels]).swap_dims(1, 2);
-        let part = |index: usize| {
-            qkv.clone().narrow(2, index * channels, channels).reshape([
-                images * pixels,
-                1,
-                channels,
-            ])
-        };
-        let attended = B::packed_attention(part(0), part(1), part(2), &vec![pixels; images], false);
+        let normed = self.norm.forward(x.clone());
+        // One after the other, because a view of all three would keep all three alive.
+        // [images, channels, h, w] -> [images · h · w, 1, channels]
+        let [query, key, value] = [0, 1, 2].map(|index| {
+            let x = normed.clone();
+            let part = self.to_qkv.forward_channels(x, index * channels, channels);
+            let part = part.reshape([images, channels, pixels]).swap_dims(1, 2);
+            part.reshape([images * pixels, 1, channels])
+        });
+        drop(normed);
+        let attended = B::packed_attention(query, key, value, &vec![pixels; images], false);
         let attended = attended
             .reshape([images, pixels, channels])
             .swap_dims(1, 2)

@@ -8,7 +8,7 @@ use kiln_models::job::{Decoding, Guidance, Job, Noise, Sampling, Size};
 use kiln_models::loading::{LoadOptions, ModelDType};
 use kiln_models::noise::NoiseGenerator;
 use kiln_models::pipeline::Pipeline;
-use kiln_models::vae::{Tiling, VaeSettings};
+use kiln_models::vae::{Blending, Tiling, VaeSettings};
 use serde_json::Value;
 
 use crate::fixtures::{Stages, assert_close, folder, parts};
@@ -30,14 +30,14 @@ pub(crate) fn generates_what_diffusers_generates(
     let case = cases.iter().find(|case| case["name"] == name).unwrap();
     let reference = Stages::open(name);
 
-    let tiling = case["vae_tile"].as_array().map(|tile| Tiling {
+    let tiling = case["vae_tile"].as_array().map(|tile| Blending {
         size: tile[0].as_u64().unwrap() as usize,
         stride: tile[1].as_u64().unwrap() as usize,
     });
     let options = LoadOptions {
         dtype: Some(ModelDType::F32),
         vae: VaeSettings {
-            tiling,
+            tiling: tiling.map(Tiling::Blended),
             ..VaeSettings::default()
         },
         split_guidance: None,

@@ -15,3 +15,4 @@ mod halves;
 mod modules;
 mod packing;
 mod parity;
+mod tiles;

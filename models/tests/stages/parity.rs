@@ -7,7 +7,7 @@ use kiln_models::families::qwen_image::TEMPLATE;
 use kiln_models::guidance::true_cfg;
 use kiln_models::text_encoder::{TextEncoder, TextEncoderConfig};
 use kiln_models::transformer::{Segment, Transformer, TransformerConfig};
-use kiln_models::vae::{Tiling, VaeConfig, VaeDecoder, VaeSettings};
+use kiln_models::vae::{Blending, Tiling, VaeConfig, VaeDecoder, VaeSettings};
 use kiln_ops::FusedOps;
 
 use crate::fixtures::{Component, F32, Stages, config};
@@ -201,7 +201,7 @@ fn tiled_decode<B: FusedOps>(checkpoints: &[&str], cases: &[&str], device: &B::D
             |checkpoint, stages| {
                 let latents = stages.tensor::<B, 4>("vae_in", device);
                 let settings = VaeSettings {
-                    tiling: Some(Tiling { size, stride }),
+                    tiling: Some(Tiling::Blended(Blending { size, stride })),
                     ..VaeSettings::default()
                 };
                 let decoded = vae::<B>(checkpoint, device).decode(latents, settings);

@@ -4,9 +4,11 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use kiln_models::job::{RgbImage, Sampling};
+use kiln_models::job::{Output, RgbImage, Sampling};
 use kiln_models::pipeline::ModelInfo;
+use kiln_models::step_cache::StepCounts;
 use serde::{Serialize, Serializer};
+use serde_json::Value;
 
 use crate::cli::output;
 use crate::engine::Timings;
@@ -32,6 +34,12 @@ pub(super) struct Report<'a> {
     guidance: bool,
     #[serde(flatten)]
     sampling: Sampling,
+    /// The step cache, as in a request.
+    cache: Value,
+    /// Part of the steps after which guidance was gated, 1 for none.
+    cfg_gate_step: f64,
+    #[serde(flatten)]
+    steps: StepCounts,
     rng: &'static str,
     /// Whether the images were decoded in tiles.
     vae_use_tiling: bool,
@@ -79,7 +87,7 @@ impl<'a> Report<'a> {
         model: &'a str,
         info: &ModelInfo,
         request: &'a GenerationRequest,
-        (images, vae_use_tiling): (Vec<Image>, bool),
+        (images, output): (Vec<Image>, &Output),
         dump: Option<&'a Path>,
         seconds: Seconds,
     ) -> Self {
@@ -94,8 +102,11 @@ impl<'a> Report<'a> {
             true_cfg_scale: request.true_cfg_scale,
             guidance: request.guidance().is_some(),
             sampling: request.sampling,
+            cache: request.cache.choice.to_json(),
+            cfg_gate_step: request.cfg_gate_step.unwrap_or(1.0),
+            steps: output.steps,
             rng: request.noise.generator.name(),
-            vae_use_tiling,
+            vae_use_tiling: output.tiled.is_some(),
             images,
             dump: dump.map(|path| path.display().to_string()),
             seconds,

@@ -7,6 +7,7 @@ mod tables;
 use kiln_models::job::{RgbImage, Sampling};
 use kiln_models::loading::ModelDType;
 use serde::Serialize;
+use serde_json::Value;
 
 use crate::image::EncodeError;
 use crate::request::GenerationRequest;
@@ -41,6 +42,10 @@ pub struct CompareSettings {
     pub width: usize,
     #[serde(flatten)]
     pub sampling: Sampling,
+    /// The step cache, as in a request.
+    pub cache: Value,
+    /// Part of the steps after which guidance was gated, 1 for none.
+    pub cfg_gate_step: f64,
     pub seed: u64,
     /// The torch generator whose noise the seed selects: `cpu` or `cuda`.
     pub rng: &'static str,
@@ -86,6 +91,8 @@ impl CompareSettings {
             height: request.size.height,
             width: request.size.width,
             sampling: request.sampling,
+            cache: request.cache.choice.to_json(),
+            cfg_gate_step: request.cfg_gate_step.unwrap_or(1.0),
             seed: request.noise.seed,
             rng: request.noise.generator.name(),
         }
@@ -154,6 +161,13 @@ impl CompareReport {
             ("seed", settings.seed.to_string()),
             ("noise", format!("of torch's {} generator", settings.rng)),
         ];
+        if settings.cache != "off" {
+            let name = settings.cache.as_str().map(str::to_owned);
+            facts.push(("cache", name.unwrap_or_else(|| settings.cache.to_string())));
+        }
+        if settings.cfg_gate_step < 1.0 {
+            facts.push(("guidance gate", settings.cfg_gate_step.to_string()));
+        }
         facts.push(("tolerance", self.tolerance.describe()));
         let runs = self.runs.iter();
         facts.extend(runs.map(|run| (run.name.as_str(), run.device.clone())));

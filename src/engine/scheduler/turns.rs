@@ -8,7 +8,7 @@ use crate::engine::entry::Entry;
 use crate::engine::memory::Turn;
 use crate::engine::plan::Plan;
 use crate::engine::policy::{next_started, next_turn};
-use crate::engine::{Event, JobError, State};
+use crate::engine::{JobError, State};
 
 impl Scheduler {
     pub(super) fn choose(&mut self, now: Instant) -> Plan {
@@ -27,11 +27,15 @@ impl Scheduler {
             entry.is_preview_due = false;
             return Plan::Preview(entry.id);
         }
+        if let Some(plan) = self.calibrate() {
+            return plan;
+        }
         let next = match self.next(now) {
             ControlFlow::Continue(next) => next,
             ControlFlow::Break(plan) => return plan,
         };
-        let Some(entry) = next.and_then(|index| self.entries.get_mut(index)) else {
+        let next = next.filter(|index| *index < self.entries.len());
+        let Some(index) = next else {
             return match self.state {
                 State::Starting | State::Ready => Plan::Sleep,
                 State::Draining => {
@@ -41,20 +45,17 @@ impl Scheduler {
                 State::Stopped | State::Failed(_) => Plan::End,
             };
         };
-        let id = entry.id;
-        if let Some(mut job) = entry.waiting.take() {
-            if let Some((decoding, _)) = entry.plans.first() {
-                job.decoding = *decoding;
-            }
-            entry.timings.queue = now.saturating_duration_since(entry.submitted);
-            self.events.push((id, Event::Started));
-            self.report_positions();
-            return Plan::Start(id, job);
+        let entry = &mut self.entries[index];
+        if !entry.is_started() {
+            let plan = self.start(index, now);
+            self.entries[index].own_turns += usize::from(matches!(plan, Plan::Start(..)));
+            return plan;
         }
+        entry.own_turns += 1;
         if entry.steps_left > 0 {
-            Plan::Step(vec![id])
+            self.step(index, now)
         } else {
-            Plan::Finish(id)
+            Plan::Finish(entry.id)
         }
     }
 
@@ -76,6 +77,8 @@ impl Scheduler {
                 Some(End::Failed(JobError::Stopped))
             } else if entry.deadline.is_some_and(|at| at <= now) {
                 Some(End::Failed(JobError::DeadlinePassed))
+            } else if let Some(late) = self.too_late(entry, now) {
+                Some(End::Failed(JobError::TooLate { late }))
             } else {
                 None
             }
@@ -89,7 +92,7 @@ impl Scheduler {
         let mut next = match self.state {
             // The warm-up comes before every other job.
             State::Starting => Some(0),
-            _ => next_turn(&self.candidates(), self.max_started),
+            _ => next_turn(&self.due_candidates(now), self.max_started),
         };
         while let Some(index) = next.filter(|index| *index < self.entries.len()) {
             let id = self.entries[index].id;
@@ -99,7 +102,11 @@ impl Scheduler {
                 Turn::Measure { drop_caches } => {
                     return ControlFlow::Break(Plan::Measure { drop_caches });
                 }
-                Turn::Wait => next = next_started(&self.candidates()),
+                Turn::Wait => {
+                    // Riders would take the memory for which the job waits.
+                    self.may_start_riders = false;
+                    next = next_started(&self.due_candidates(now));
+                }
                 Turn::Decode(decoding) => {
                     self.entries[index].plans.retain(|(it, _)| *it >= decoding);
                     if is_started {

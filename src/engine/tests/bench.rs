@@ -6,10 +6,12 @@ use std::time::{Duration, Instant};
 
 use kiln_models::flops::{CostModel, FlopCount};
 use kiln_models::job::{Conditioning, Job, Noise, RgbImage};
-use kiln_models::pipeline::{CacheUse, CacheUses, DeviceUse, ImageSizes, ModelInfo, PipelineError};
+use kiln_models::pipeline::{
+    CacheUse, CacheUses, DeviceUse, ImageSizes, ModelDevice, ModelInfo, PipelineError,
+};
 use kiln_models::testing::{self, FakePipeline};
 
-use crate::engine::cost::{Stage, Work};
+use crate::engine::cost::{Stage, Work, makespan};
 use crate::engine::plan::{Booked, Plan};
 use crate::engine::shared::{Clock, Shared, Task};
 use crate::engine::worker::Worker;
@@ -25,6 +27,10 @@ pub(super) const PANIC_IN_FINISH: u32 = 3;
 pub(super) const FAIL_IN_STEP: u32 = 4;
 pub(super) const PANIC_IN_PREVIEW: u32 = 5;
 pub(super) const LOSE_DEVICE_IN_STEP: u32 = 6;
+/// The device has no memory for a step of this job and others.
+pub(super) const FAIL_IN_COMPANY: u32 = 7;
+/// The job's prompt cannot be encoded together with others.
+pub(super) const PANIC_IN_ENCODE: u32 = 8;
 
 pub(super) const fn ms(milliseconds: u64) -> Duration {
     Duration::from_millis(milliseconds)
@@ -122,13 +128,19 @@ pub(super) fn flops(job: &Job) -> FlopCount {
         encode: units(job.branches().map(|text| text.tokens.len() as f64).sum()),
         modulation: 0,
         step,
-        denoise: step * job.sampling.steps as u64,
+        denoise: (step as f64 * testing::denoise_work(job)).round() as u64,
         decode: units(images * tokens * 0.085),
     }
 }
 
-fn work(job: &Job) -> Work {
-    Work::new(flops(job), job.sampling.steps)
+pub(super) fn work(job: &Job) -> Work {
+    Work::new(flops(job), job, 1)
+}
+
+/// Device time of one step of these jobs together on this many devices.
+pub(super) fn step_cost(jobs: &[&Job], devices: usize) -> Duration {
+    let units: Vec<f64> = jobs.iter().flat_map(|job| work(job).units()).collect();
+    Duration::from_secs_f64(makespan(&units, devices) / 1e6)
 }
 
 /// Device time of a stage of a job.
@@ -141,9 +153,22 @@ pub(super) fn whole_cost(job: &Job) -> Duration {
     Duration::from_secs_f64(work(job).total() / 1e6)
 }
 
+/// The seeds of the jobs of each `step` call.
+pub(super) type Packs = Arc<Mutex<Vec<Vec<u64>>>>;
+
+/// As [`fake_on`], on one device.
+pub(super) fn fake(clock: Arc<SimulatedClock>, log: Arc<Mutex<Vec<Logged>>>) -> FakePipeline {
+    fake_on(1, clock, log, Packs::default())
+}
+
 /// A pipeline that makes 1x1 images which show the seed. Its work takes simulated time: 1 ms for
 /// each token of a forward, and 5 ms for a preview.
-pub(super) fn fake(clock: Arc<SimulatedClock>, log: Arc<Mutex<Vec<Logged>>>) -> FakePipeline {
+pub(super) fn fake_on(
+    devices: usize,
+    clock: Arc<SimulatedClock>,
+    log: Arc<Mutex<Vec<Logged>>>,
+    packs: Packs,
+) -> FakePipeline {
     let info = ModelInfo {
         sizes: ImageSizes {
             multiple: 1,
@@ -151,6 +176,12 @@ pub(super) fn fake(clock: Arc<SimulatedClock>, log: Arc<Mutex<Vec<Logged>>>) -> 
             default_side: 8,
         },
         vocab_size: 8,
+        devices: (0..devices)
+            .map(|index| ModelDevice {
+                index,
+                name: "fake".to_owned(),
+            })
+            .collect(),
         ..testing::model_info()
     };
     let caches = CacheUses {
@@ -161,14 +192,48 @@ pub(super) fn fake(clock: Arc<SimulatedClock>, log: Arc<Mutex<Vec<Logged>>>) -> 
         ..CacheUses::default()
     };
     let mut is_lost = false;
+    let mut steps_done: HashMap<u64, usize> = HashMap::new();
+    // How long each job makes the step that comes longer, and prompts encoded before their start.
+    let mut parts = VecDeque::new();
+    let mut encoded = 0;
     let on_call = move |call: testing::Call<'_>| -> Result<(), PipelineError> {
         let (job, logged, takes) = match call {
-            testing::Call::Start(job) => (
-                job,
-                Call::Start as fn(u64) -> Call,
-                cost(job, Stage::Encode),
-            ),
-            testing::Call::Step(job) => (job, Call::Step as _, cost(job, Stage::Step)),
+            testing::Call::Encode(prompts) => {
+                let tokens = prompts.iter().map(|prompt| prompt.tokens.len() as u64);
+                clock.advance(ms(tokens.sum()));
+                let fails = |prompt: &&Conditioning| prompt.tokens[0] == PANIC_IN_ENCODE;
+                assert!(!prompts.iter().any(fails), "encoding went wrong");
+                encoded += prompts.len();
+                return Ok(());
+            }
+            testing::Call::Steps(jobs) => {
+                packs.lock().unwrap().push(seeds(jobs));
+                parts = step_parts(jobs, devices);
+                let behaves = |job: &&Job| job.conditioning.tokens[0] == FAIL_IN_COMPANY;
+                if jobs.len() > 1 && jobs.iter().any(behaves) {
+                    clock.advance(ms(7));
+                    return Err(PipelineError::Device("no memory is left".into()));
+                }
+                return Ok(());
+            }
+            testing::Call::Start(job) => {
+                let prompts = job.branches().count();
+                let is_encoded = encoded >= prompts;
+                encoded = encoded.saturating_sub(prompts);
+                let takes = if is_encoded {
+                    Duration::ZERO
+                } else {
+                    cost(job, Stage::Encode)
+                };
+                (job, Call::Start as fn(u64) -> Call, takes)
+            }
+            testing::Call::Step(job) => {
+                let takes: Duration = parts.pop_front().unwrap();
+                let done = steps_done.entry(job.noise.seed).or_default();
+                *done += 1;
+                let part = testing::step_work(job, *done - 1);
+                (job, Call::Step as _, takes.mul_f64(part))
+            }
             testing::Call::Preview(job) => (job, Call::Preview as _, ms(5)),
             testing::Call::Finish(job) => (job, Call::Finish as _, cost(job, Stage::Decode)),
             testing::Call::Discard(job) => (job, Call::Discard as _, Duration::ZERO),
@@ -186,23 +251,7 @@ pub(super) fn fake(clock: Arc<SimulatedClock>, log: Arc<Mutex<Vec<Logged>>>) -> 
             began,
             ended,
         });
-        let behaviour = job.conditioning.tokens[0];
-        match call {
-            testing::Call::Start(_) => assert!(behaviour != PANIC_IN_START, "start went wrong"),
-            testing::Call::Preview(_) => {
-                assert!(behaviour != PANIC_IN_PREVIEW, "preview went wrong");
-            }
-            testing::Call::Finish(_) => assert!(behaviour != PANIC_IN_FINISH, "finish went wrong"),
-            testing::Call::Step(_) => {
-                assert!(behaviour != PANIC_IN_STEP, "step went wrong");
-                is_lost |= behaviour == LOSE_DEVICE_IN_STEP;
-                if behaviour == FAIL_IN_STEP || is_lost {
-                    return Err(PipelineError::Device("out of memory".into()));
-                }
-            }
-            testing::Call::Discard(_) | testing::Call::Probe => {}
-        }
-        Ok(())
+        behave(&call, job, &mut is_lost)
     };
     FakePipeline::new(info)
         .with_cost_model(CostModel::new(flops))
@@ -223,6 +272,43 @@ pub(super) fn fake(clock: Arc<SimulatedClock>, log: Arc<Mutex<Vec<Logged>>>) -> 
             )
         })
         .on_call(on_call)
+}
+
+/// By how much each job makes a step of these jobs longer.
+fn step_parts(jobs: &[&Job], devices: usize) -> VecDeque<Duration> {
+    let mut before = Duration::ZERO;
+    let until = (1..=jobs.len()).map(|count| step_cost(&jobs[..count], devices));
+    let part = |until: Duration| {
+        let part = until.saturating_sub(before);
+        before = until.max(before);
+        part
+    };
+    until.map(part).collect()
+}
+
+/// Fails as the behaviour of a job says. `is_lost` says whether the device has been lost.
+fn behave(call: &testing::Call<'_>, job: &Job, is_lost: &mut bool) -> Result<(), PipelineError> {
+    let behaviour = job.conditioning.tokens[0];
+    match call {
+        testing::Call::Start(_) => assert!(behaviour != PANIC_IN_START, "start went wrong"),
+        testing::Call::Preview(_) => {
+            assert!(behaviour != PANIC_IN_PREVIEW, "preview went wrong");
+        }
+        testing::Call::Finish(_) => assert!(behaviour != PANIC_IN_FINISH, "finish went wrong"),
+        testing::Call::Step(_) => {
+            assert!(behaviour != PANIC_IN_STEP, "step went wrong");
+            *is_lost |= behaviour == LOSE_DEVICE_IN_STEP;
+            if behaviour == FAIL_IN_STEP || *is_lost {
+                return Err(PipelineError::Device("out of memory".into()));
+            }
+        }
+        _ => {}
+    }
+    Ok(())
+}
+
+fn seeds(jobs: &[&Job]) -> Vec<u64> {
+    jobs.iter().map(|job| job.noise.seed).collect()
 }
 
 fn image(job: &Job, marked: u8) -> RgbImage {
@@ -253,14 +339,37 @@ pub(super) fn behaving(behaviour: u32, job: Job) -> Job {
     }
 }
 
+/// As [`job`], with guidance: a step has two halves of the same work.
+pub(super) fn guided(seed: u64, side: usize, steps: usize) -> Job {
+    Job {
+        guidance: testing::guidance(vec![WELL], 4.0),
+        ..job(seed, side, steps)
+    }
+}
+
+/// Every job has its steps for itself.
 pub(super) fn settings(max_queue: usize, max_started: usize) -> EngineSettings {
     EngineSettings {
         max_queue,
         max_started,
         max_memory: None,
+        max_step_tokens: Some(0),
         warm_up: None,
     }
 }
+
+/// As [`settings`], with steps of several jobs of up to this many tokens.
+pub(super) fn packing(max_queue: usize, max_started: usize, tokens: usize) -> EngineSettings {
+    EngineSettings {
+        max_step_tokens: Some(tokens),
+        ..settings(max_queue, max_started)
+    }
+}
+
+/// Numbers of devices, and image tokens of a step: the ways in which steps are made, under all of
+/// which the rules of the order hold.
+pub(super) const WAYS: [(usize, usize); 6] =
+    [(1, 0), (1, 150), (1, 2000), (2, 0), (2, 150), (2, 2000)];
 
 /// An engine whose thread is the test.
 pub(super) struct Bench {
@@ -268,14 +377,29 @@ pub(super) struct Bench {
     pub(super) clock: Arc<SimulatedClock>,
     worker: Worker,
     log: Arc<Mutex<Vec<Logged>>>,
+    packs: Packs,
 }
 
 impl Bench {
     pub(super) fn new(settings: EngineSettings) -> Self {
+        Self::on(1, settings)
+    }
+
+    /// An engine whose steps are spread over this many devices.
+    pub(super) fn on(devices: usize, settings: EngineSettings) -> Self {
         let clock = Arc::new(SimulatedClock::new());
         let log = Arc::new(Mutex::new(Vec::new()));
-        let pipeline = fake(Arc::clone(&clock), Arc::clone(&log));
-        Self::with_pipeline(settings, pipeline, clock, log)
+        let packs = Packs::default();
+        let pipeline = fake_on(
+            devices,
+            Arc::clone(&clock),
+            Arc::clone(&log),
+            Arc::clone(&packs),
+        );
+        Self {
+            packs,
+            ..Self::with_pipeline(settings, pipeline, clock, log)
+        }
     }
 
     pub(super) fn with_pipeline(
@@ -291,7 +415,13 @@ impl Bench {
             shared,
             clock,
             log,
+            packs: Packs::default(),
         }
+    }
+
+    /// The seeds of the jobs of each `step` call so far.
+    pub(super) fn packs(&self) -> Vec<Vec<u64>> {
+        self.packs.lock().unwrap().clone()
     }
 
     pub(super) fn submit(&self, job: Job) -> JobHandle {
@@ -300,6 +430,19 @@ impl Bench {
 
     pub(super) fn try_submit(&self, job: Job) -> Result<JobHandle, SubmitError> {
         self.shared.submit(job, SubmitOptions::default())
+    }
+
+    /// Submits a job that is due at a time.
+    pub(super) fn submit_due(&self, job: Job, due: Duration) -> Result<JobHandle, SubmitError> {
+        self.shared.submit(job, self.due(due))
+    }
+
+    /// Options of a job that is due at a time.
+    pub(super) fn due(&self, due: Duration) -> SubmitOptions {
+        SubmitOptions {
+            due: Some(self.clock.at(due)),
+            ..SubmitOptions::default()
+        }
     }
 
     pub(super) fn submit_with_deadline(&self, job: Job, deadline: Duration) -> JobHandle {

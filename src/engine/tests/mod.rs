@@ -2,10 +2,13 @@
 //! exact. Those of [`scheduler`] drive the scheduler alone, those of [`thread`] run the real thread,
 //! and the others do the thread's work themselves, cycle by cycle.
 
+mod auto;
 mod bench;
+mod deadlines;
 mod ends;
 mod numbers;
 mod order;
+mod packing;
 mod previews;
 mod scheduler;
 mod states;

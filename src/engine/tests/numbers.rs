@@ -7,7 +7,7 @@ use super::bench::{
     whole_cost,
 };
 use crate::engine::cost::Stage;
-use crate::engine::{BUCKET_BOUNDS, Event, Histogram, JobHandle, SubmitError};
+use crate::engine::{BUCKET_BOUNDS, Event, Histogram, JobHandle, SubmitError, SubmitOptions};
 
 /// Positions and estimated waits that a handle has received.
 fn queued(handle: &mut JobHandle) -> Vec<(usize, Option<Duration>)> {
@@ -68,7 +68,7 @@ fn a_forecast_agrees_with_the_queue_and_the_work() {
     // A small job goes first, a job of the same size last.
     for (steps, position) in [(10, 0), (30, 2)] {
         let asked = job(3, 16, steps);
-        let forecast = bench.shared.forecast(&asked);
+        let forecast = bench.shared.forecast(&asked, &SubmitOptions::default());
         let mut handle = bench.submit(asked.clone());
         let expected = [(forecast.position, forecast.estimated_wait)];
         assert_eq!(queued(&mut handle), expected);
@@ -83,7 +83,7 @@ fn a_forecast_says_that_a_job_would_be_refused() {
     let bench = Bench::new(settings(1, 8));
     let asked = job(3, 8, 10);
     let _others = [1, 2].map(|seed| bench.submit(job(seed, 8, 10)));
-    let forecast = bench.shared.forecast(&asked);
+    let forecast = bench.shared.forecast(&asked, &SubmitOptions::default());
     assert!(!forecast.is_accepted);
     assert_eq!(forecast.position, 2);
     assert_eq!(
@@ -92,9 +92,19 @@ fn a_forecast_says_that_a_job_would_be_refused() {
     );
 
     let bench = Bench::new(settings(1, 8));
-    assert!(bench.shared.forecast(&asked).is_accepted);
+    assert!(
+        bench
+            .shared
+            .forecast(&asked, &SubmitOptions::default())
+            .is_accepted
+    );
     bench.shared.drain(ms(10));
-    assert!(!bench.shared.forecast(&asked).is_accepted);
+    assert!(
+        !bench
+            .shared
+            .forecast(&asked, &SubmitOptions::default())
+            .is_accepted
+    );
 }
 
 #[test]

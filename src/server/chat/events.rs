@@ -6,6 +6,7 @@ use utoipa::ToSchema;
 
 use crate::image::ImageFormat;
 
+use super::super::cache::StepFacts;
 use super::super::error::ApiError;
 use super::super::generation::{EncodedImages, ImageFacts, RequestInfo, RequestProgress};
 use super::super::stream::{EventFormat, error_event, event};
@@ -36,10 +37,15 @@ impl EventFormat for ChatEvents {
                     estimated_wait: estimated_wait.map(|wait| wait.as_secs_f64()),
                 });
             }
-            RequestProgress::Step { done, total } => {
+            RequestProgress::Step {
+                done,
+                total,
+                counts,
+            } => {
                 chunk.progress = Some(Progress::Step {
                     step: done,
                     steps: total,
+                    counts: counts.into(),
                 });
             }
             RequestProgress::Preview { step, file, .. } => {
@@ -139,6 +145,8 @@ enum Progress {
         step: usize,
         /// Number of all steps.
         steps: usize,
+        #[serde(flatten)]
+        counts: StepFacts,
     },
     Preview {
         /// Steps that are over.

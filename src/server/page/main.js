@@ -181,6 +181,7 @@ async function keep(requested, { files, facts }) {
     steps: facts.num_inference_steps,
     scale: requested.scale ?? status.defaults.true_cfg_scale,
     images: files.length,
+    cache: requested.cache,
     // A given seed stays text, as large integers are not exact in JavaScript.
     seed: requested.seed || String(facts.seed),
   };
@@ -191,6 +192,7 @@ async function keep(requested, { files, facts }) {
     index,
     images: files.length,
     model: facts.model,
+    skipped: facts.skipped_steps,
     seconds,
     created: Date.now(),
   }));

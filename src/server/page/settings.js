@@ -19,6 +19,7 @@ const FIELDS = {
   num_inference_steps: 'steps',
   true_cfg_scale: 'scale',
   n: 'images',
+  cache: 'cache',
   seed: 'seed',
   negative_prompt: 'negative',
 };
@@ -71,6 +72,7 @@ export class Settings {
       `Multiples of ${limits.side_multiple}; at most ${megapixels} megapixels for all pictures together.`;
     this.#field('steps').max = limits.max_steps;
     this.#field('images').max = limits.max_num_images;
+    this.#setCaches(defaults.cache);
     this.#field('negative').placeholder = (defaults.negative_prompt ?? '').trim();
     this.restore({
       prompt: this.#field('prompt').value,
@@ -79,6 +81,7 @@ export class Settings {
       height: defaults.height,
       steps: defaults.num_inference_steps,
       scale: defaults.true_cfg_scale,
+      cache: this.#defaultCache(),
       images: 1,
       seed: '',
     });
@@ -86,7 +89,8 @@ export class Settings {
 
   /** Fills in the form. */
   restore(values) {
-    for (const [name, value] of Object.entries(values)) {
+    // Pictures of earlier versions have no step cache.
+    for (const [name, value] of Object.entries({ cache: 'off', ...values })) {
       this.#field(name).value = value;
       this.clearError(name);
     }
@@ -104,13 +108,14 @@ export class Settings {
       prompt: text('prompt'),
       negative: text('negative'),
       seed: text('seed').trim(),
+      cache: text('cache'),
       ...Object.fromEntries(numbers),
     };
   }
 
   /** The form as a request. The server checks the values. */
   request() {
-    const { prompt, negative, seed, width, height, steps, scale, images } = this.values();
+    const { prompt, negative, seed, width, height, steps, scale, images, cache } = this.values();
     const request = {
       prompt,
       seed,
@@ -119,6 +124,8 @@ export class Settings {
       num_inference_steps: steps,
       true_cfg_scale: scale,
       n: images,
+      // The server leaves its default out if there are few steps.
+      cache: cache === this.#defaultCache() ? undefined : cache,
     };
     // Guidance needs a negative prompt, which may be blank.
     const blank = this.#isGuided() && this.#defaults?.negative_prompt == null ? ' ' : undefined;
@@ -170,7 +177,7 @@ export class Settings {
   }
 
   clearErrors() {
-    [...NUMBERS, 'prompt', 'negative', 'seed'].forEach((name) => this.clearError(name));
+    [...NUMBERS, 'prompt', 'negative', 'seed', 'cache'].forEach((name) => this.clearError(name));
   }
 
   /** Inserts text into the prompt at the cursor. */
@@ -188,6 +195,18 @@ export class Settings {
   write(text) {
     this.#field('prompt').value = text;
     this.clearError('prompt');
+  }
+
+  /** Adds the server's default to the caches, if it is none of them. */
+  #setCaches(cache) {
+    const field = this.#field('cache');
+    field.querySelector('[value=default]')?.remove();
+    if (typeof cache === 'object') field.add(new Option(`Default (${cache.mode})`, 'default'));
+  }
+
+  #defaultCache() {
+    const cache = this.#defaults?.cache ?? 'off';
+    return typeof cache === 'object' ? 'default' : cache;
   }
 
   #field(name) {
@@ -222,6 +241,7 @@ export class Settings {
       values.images > 1 && count(values.images, 'picture', 'pictures'),
       values.steps && count(values.steps, 'step', 'steps'),
       this.#isGuided() ? `guidance ${this.#scale()}` : 'no guidance',
+      values.cache && values.cache !== 'off' && 'step cache',
       values.seed && `seed ${values.seed}`,
     ];
     byId('more-text').textContent = parts.filter(Boolean).join(', ');

@@ -60,7 +60,7 @@ export class Stage {
   }
 
   showPicture(picture) {
-    const { settings, images, index, model, seconds } = picture;
+    const { settings, images, index, model, skipped, seconds } = picture;
     this.#state('done');
     this.#frame(settings);
     this.#picture(picture.file, settings.prompt);
@@ -68,7 +68,7 @@ export class Stage {
     const facts = [
       images > 1 && `${index + 1} of ${images}`,
       sizeText(settings),
-      count(settings.steps, 'step', 'steps'),
+      count(settings.steps, 'step', 'steps') + (skipped ? `, ${skipped} reused` : ''),
       settings.scale > 1 ? `guidance ${settings.scale}` : 'no guidance',
       `seed ${settings.seed}`,
       settings.negative.trim() && `without “${settings.negative.trim()}”`,

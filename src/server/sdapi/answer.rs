@@ -70,7 +70,8 @@ impl Txt2ImgResponse {
         let request = &info.request;
         let count = request.num_images;
         let negative = request.negative_prompt.as_deref().unwrap_or_default();
-        let infotext = |index| request.metadata_text(&info.model, index, encoded.tiled);
+        let infotext =
+            |index| request.metadata_text(&info.model, index, encoded.tiled, encoded.steps);
         let info = Info {
             prompt: &request.prompt,
             all_prompts: vec![&request.prompt; count],

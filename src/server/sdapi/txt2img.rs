@@ -232,7 +232,7 @@ async fn follow(
         let now = Instant::now();
         match update {
             RequestProgress::Queued { estimated_wait, .. } => job.queued(estimated_wait, now),
-            RequestProgress::Step { done, total } => job.stepped(done, total, now),
+            RequestProgress::Step { done, total, .. } => job.stepped(done, total, now),
             RequestProgress::Preview { file, .. } => job.preview(file.into()),
             RequestProgress::EncodedImages(encoded) => return Ok(encoded),
         }
@@ -287,6 +287,7 @@ fn parse(mut object: Map<String, Value>) -> Result<Parsed, InvalidBody> {
         },
         encoding: Encoding::new(ImageFormat::Png),
         noise_generator: None,
+        deadline: None,
     };
     Ok(Parsed {
         request,

@@ -1,5 +1,7 @@
 //! Attention over packed sequences, with online softmax over blocks of keys.
 
+use std::borrow::Cow;
+
 use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
@@ -11,9 +13,9 @@ use super::{Float, contiguous, from_values, simd};
 const KEYS: usize = 32 * ROWS;
 
 /// The keys and values of one key/value head in one sequence.
-struct Packed {
+struct Packed<'a> {
     /// `[length, head_dim]`
-    keys: Vec<f32>,
+    keys: Cow<'a, [f32]>,
     /// `[head_dim, length]`
     values: Vec<f32>,
 }
@@ -45,28 +47,31 @@ pub(super) fn packed_attention(
 ) -> Float<2> {
     let [tokens, heads, head_dim] = query.dims();
     let kv_heads = key.dims()[1];
-    let (query, key, value) = (contiguous(query), contiguous(key), contiguous(value));
-    let (query, key, value) = (
-        query.storage::<f32>(),
-        key.storage::<f32>(),
-        value.storage::<f32>(),
-    );
     let (row, kv_row) = (heads * head_dim, kv_heads * head_dim);
     let sequences = sequences(lengths);
-    // [sequences, kv_heads]
-    let packed: Vec<Packed> = (0..sequences.len() * kv_heads)
-        .into_par_iter()
-        .map(|index| {
+    // Where the keys or values of each key/value head in each sequence start, and how many they are:
+    // [sequences, kv_heads].
+    let places = || {
+        let all = (0..sequences.len() * kv_heads).into_par_iter();
+        all.map(|index| {
             let Sequence { start, length } = sequences[index / kv_heads];
-            let place = start * kv_row + index % kv_heads * head_dim;
-            let mut keys = Vec::with_capacity(length * head_dim);
-            for key in key[place..].chunks(kv_row).take(length) {
-                keys.extend_from_slice(&key[..head_dim]);
-            }
-            Packed {
-                keys,
-                values: transposed(&value[place..], kv_row, [length, head_dim]),
-            }
+            (start * kv_row + index % kv_heads * head_dim, length)
+        })
+    };
+    let values: Vec<Vec<f32>> = {
+        // Freed before the keys are copied.
+        let value = contiguous(value);
+        let value = value.storage::<f32>();
+        let pack = |(place, length)| transposed(&value[place..], kv_row, [length, head_dim]);
+        places().map(pack).collect()
+    };
+    let (query, key) = (contiguous(query), contiguous(key));
+    let (query, key) = (query.storage::<f32>(), key.storage::<f32>());
+    let packed: Vec<Packed<'_>> = places()
+        .zip(values)
+        .map(|((place, length), values)| Packed {
+            keys: packed_keys(&key[place..], kv_row, [length, head_dim]),
+            values,
         })
         .collect();
 
@@ -128,6 +133,18 @@ fn tasks(sequences: &[Sequence], heads: usize) -> Vec<Task> {
     tasks
 }
 
+/// The keys of one head, `[length, head_dim]` with rows `stride` apart, next to each other; copied
+/// unless they are already.
+fn packed_keys(keys: &[f32], stride: usize, [length, head_dim]: [usize; 2]) -> Cow<'_, [f32]> {
+    if stride == head_dim {
+        return Cow::Borrowed(&keys[..length * head_dim]);
+    }
+    let rows = keys.chunks(stride).take(length);
+    let mut packed = Vec::with_capacity(length * head_dim);
+    rows.for_each(|key| packed.extend_from_slice(&key[..head_dim]));
+    Cow::Owned(packed)
+}
+
 /// Transposes `[rows, columns]` with rows `stride` apart to contiguous `[columns, rows]`.
 fn transposed(values: &[f32], stride: usize, [rows, columns]: [usize; 2]) -> Vec<f32> {
     /// Rows that are read together: one value of each fills a cache line.
@@ -168,7 +185,7 @@ impl Scratch {
 
 /// Computes the attention of a task's queries.
 struct Attend<'a> {
-    packed: &'a Packed,
+    packed: &'a Packed<'a>,
     /// Length of the sequence.
     length: usize,
     /// First query within the sequence, if attention is causal.

@@ -1,4 +1,6 @@
-//! Elementwise ops and nearest-neighbour upsampling.
+//! Elementwise ops, nearest-neighbour upsampling and crops.
+
+use std::ops::Range;
 
 use burn_flex::FlexTensor;
 use burn_tensor::TensorData;
@@ -108,4 +110,24 @@ pub(super) fn upsample_nearest(x: Float<4>) -> Float<4> {
             lower.copy_from_slice(upper);
         });
     from_values(output, [images, channels, 2 * height, 2 * width])
+}
+
+/// Copies on all cores what the default body leaves to later ops as a view, which keeps the whole
+/// tensor alive and which they read value by value.
+pub(super) fn crop(x: Float<4>, rows: Range<usize>, columns: Range<usize>) -> Float<4> {
+    let [images, channels, height, width] = x.dims();
+    let x = contiguous(x);
+    let values = x.storage::<f32>();
+    let shape = [images, channels, rows.len(), columns.len()];
+    let mut output = vec![0.0_f32; shape.iter().product()];
+    let lines = output.par_chunks_mut(columns.len());
+    lines
+        .with_min_len(CHUNK.div_ceil(columns.len()))
+        .enumerate()
+        .for_each(|(index, line)| {
+            let (plane, row) = (index / rows.len(), rows.start + index % rows.len());
+            let start = (plane * height + row) * width + columns.start;
+            line.copy_from_slice(&values[start..][..line.len()]);
+        });
+    from_values(output, shape)
 }

@@ -10,7 +10,7 @@ use rayon::prelude::*;
 
 #[cfg(target_arch = "x86_64")]
 use super::bf16::{Bf16Instructions, Panel, add_product, pairs_of_rows};
-use super::matrix::{Matrix, Output, product};
+use super::matrix::{Matrix, Output, least_rows, parts, product};
 use super::shared::SharedMut;
 use super::tile::{self, COLUMNS, Lane, ROWS, Tile};
 use super::{Float, contiguous, from_values, simd};
@@ -123,7 +123,17 @@ impl WithSimd for Rows<'_> {
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) -> Tile {
         let mut tile = self.bias.map(|bias| Lane([bias; COLUMNS]));
-        tile::add(simd, &mut tile, self.left, self.lanes);
+        // As gemm computes more tokens.
+        for terms in parts(self.lanes.len()) {
+            let left = self.left.map(|row| &row[terms.clone()]);
+            let mut sums = Tile::default();
+            tile::add(simd, &mut sums, left, &self.lanes[terms]);
+            for (row, sums) in tile.iter_mut().zip(&sums) {
+                for (value, sum) in row.iter_mut().zip(sums.iter()) {
+                    *value += sum;
+                }
+            }
+        }
         tile
     }
 }
@@ -200,13 +210,22 @@ fn widening<T: Sync>(
             widen(weights, used);
             unused.fill(0.0);
             let x = &x[tokens.start * d_in..tokens.end * d_in];
-            product(
-                sums.as_flattened_mut(),
-                Matrix::rows(x, tokens.len(), d_in, d_in),
-                Matrix::rows(wide, PANEL, d_in, d_in).transposed(),
-                Output::Add,
-                Parallelism::None,
-            );
+            let weights = Matrix::rows(wide, PANEL, d_in, d_in).transposed();
+            let add = |sums: &mut [f32], x: &[f32]| {
+                let x = Matrix::rows(x, x.len() / d_in, d_in, d_in);
+                product(sums, x, weights, Output::Add, Parallelism::None);
+            };
+            let least = least_rows(PANEL);
+            if tokens.len() >= least {
+                return add(sums.as_flattened_mut(), x);
+            }
+            // With rows of zeros, a token is the same beside any others.
+            let mut padded = x.to_vec();
+            padded.resize(least * d_in, 0.0);
+            let mut padded_sums = sums.to_vec();
+            padded_sums.resize(least, [0.0; PANEL]);
+            add(padded_sums.as_flattened_mut(), &padded);
+            sums.copy_from_slice(&padded_sums[..tokens.len()]);
         },
     );
 }
@@ -259,7 +278,73 @@ fn by_panels<T: Sync, S>(
 
 #[cfg(test)]
 mod tests {
+    use burn_flex::FlexDevice;
+    use burn_tensor::{Tensor, TensorData};
+    use rayon::ThreadPoolBuilder;
+
     use super::*;
+
+    fn tensor(rows: usize, columns: usize) -> Float<2> {
+        let value = |i: usize| ((i * 37 % 101) as f32 - 50.0) * 0.0301;
+        let values: Vec<f32> = (0..rows * columns).map(value).collect();
+        let data = TensorData::new(values, [rows, columns]);
+        Tensor::from_data(data, (&FlexDevice, DType::F32))
+    }
+
+    fn values(x: Float<2>) -> Vec<f32> {
+        x.into_data().into_vec().unwrap()
+    }
+
+    /// Tokens of several images, or of both halves of guidance, may share one call or not.
+    #[test]
+    fn a_token_does_not_depend_on_its_company_or_on_threads() {
+        const MOST: usize = 231;
+        let pools = [1, 2, 3].map(|threads| {
+            let pool = ThreadPoolBuilder::new().num_threads(threads).build();
+            pool.unwrap()
+        });
+        for (d_in, d_out) in [(64, 16), (67, 130), (1100, 72)] {
+            let bias = tensor(1, d_out).reshape([d_out]);
+            let x = tensor(MOST, d_in);
+            for dtype in [DType::F32, DType::F16, DType::BF16] {
+                for bias in [None, Some(bias.clone())] {
+                    let weight = tensor(d_out, d_in).cast(dtype);
+                    let linear = |first: usize, tokens: usize| {
+                        let x = x.clone().narrow(0, first, tokens);
+                        values(fused_linear(x, weight.clone(), bias.clone()))
+                    };
+                    let all = linear(0, MOST);
+                    for (first, tokens) in [(0, 1), (3, 5), (7, 96), (1, 97), (100, 49), (0, 200)] {
+                        let expected = &all[first * d_out..(first + tokens) * d_out];
+                        for pool in &pools {
+                            let found = pool.install(|| linear(first, tokens));
+                            let threads = pool.current_num_threads();
+                            assert!(
+                                found == expected,
+                                "{tokens} tokens, {d_in} to {d_out}, {dtype:?}, {threads} threads"
+                            );
+                        }
+                    }
+                }
+            }
+            // Machines with bf16 instructions never take this path elsewhere.
+            let x = values(x);
+            let weight: Vec<bf16> = values(tensor(d_out, d_in))
+                .into_iter()
+                .map(bf16::from_f32)
+                .collect();
+            let in_f32 = |x: &[f32]| {
+                let mut output = vec![0.0; x.len() / d_in * d_out];
+                bf16_linear_in_f32(&mut output, (x, d_in), &weight, None);
+                output
+            };
+            let all = in_f32(&x);
+            for tokens in [1, 2, 4, 5, 49, 97, 101] {
+                let found = in_f32(&x[..tokens * d_in]);
+                assert!(found == all[..tokens * d_out], "{tokens} tokens in f32");
+            }
+        }
+    }
 
     /// Machines with bf16 instructions never take the f32 path elsewhere.
     #[test]

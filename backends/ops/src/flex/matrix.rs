@@ -1,5 +1,7 @@
 //! Matrix products over strided views of slices, by the crate gemm.
 
+use std::ops::Range;
+
 use gemm::Parallelism;
 
 /// A strided matrix inside a slice.
@@ -55,8 +57,30 @@ pub(super) enum Output {
     Add,
 }
 
+/// Largest number of terms that are summed before the sum is added to the output. gemm chooses the
+/// number by the shape of the product otherwise, and so the rounding of a row would depend on the
+/// number of rows. With so few terms it sums all of them.
+const MAX_TERMS: usize = 512;
+
+/// Largest number of output values that gemm computes in another order of the terms.
+const HORIZONTAL: usize = 16 * 16;
+
+/// Smallest number of rows, with this number of columns, whose sums gemm computes in the same order
+/// as those of any larger number.
+pub(super) fn least_rows(columns: usize) -> usize {
+    HORIZONTAL / columns.max(1) + 1
+}
+
+/// The parts of `depth` terms that are summed one after the other, of at most [`MAX_TERMS`] terms.
+pub(super) fn parts(depth: usize) -> impl Iterator<Item = Range<usize>> {
+    let count = depth.div_ceil(MAX_TERMS).max(1);
+    let part = depth.div_ceil(count);
+    (0..count).map(move |index| index * part..depth.min((index + 1) * part))
+}
+
 /// Computes `output = left · right`, or `output += left · right`. `output` is row-major and
-/// contiguous.
+/// contiguous. A row does not depend on the other rows, nor on their number if that is at least
+/// [`least_rows`].
 pub(super) fn product(
     output: &mut [f32],
     left: Matrix<'_>,
@@ -64,33 +88,37 @@ pub(super) fn product(
     mode: Output,
     threads: Parallelism,
 ) {
-    let (m, n, k) = (left.rows, right.columns, left.columns);
-    assert_eq!(k, right.rows, "inner dimensions of a product differ");
+    let (m, n, depth) = (left.rows, right.columns, left.columns);
+    assert_eq!(depth, right.rows, "inner dimensions of a product differ");
     assert!(m * n <= output.len(), "a product does not fit its output");
-    #[expect(unsafe_code, reason = "gemm takes raw pointers")]
-    // SAFETY: `Matrix` checked that its strides stay inside its slice, the output's size is
-    // checked above, and `&mut` rules out overlap.
-    unsafe {
-        gemm::gemm(
-            m,
-            n,
-            k,
-            output.as_mut_ptr(),
-            1,
-            n as isize,
-            mode == Output::Add,
-            left.values.as_ptr(),
-            left.column_stride as isize,
-            left.row_stride as isize,
-            right.values.as_ptr(),
-            right.column_stride as isize,
-            right.row_stride as isize,
-            1.0,
-            1.0,
-            false,
-            false,
-            false,
-            threads,
-        );
+    for terms in parts(depth) {
+        let k = terms.len();
+        let is_added = mode == Output::Add || terms.start > 0;
+        #[expect(unsafe_code, reason = "gemm takes raw pointers")]
+        // SAFETY: `Matrix` checked that its strides stay inside its slice, the terms are some of its
+        // columns or rows, the output's size is checked above, and `&mut` rules out overlap.
+        unsafe {
+            gemm::gemm(
+                m,
+                n,
+                k,
+                output.as_mut_ptr(),
+                1,
+                n as isize,
+                is_added,
+                left.values.as_ptr().add(terms.start * left.column_stride),
+                left.column_stride as isize,
+                left.row_stride as isize,
+                right.values.as_ptr().add(terms.start * right.row_stride),
+                right.column_stride as isize,
+                right.row_stride as isize,
+                1.0,
+                1.0,
+                false,
+                false,
+                false,
+                threads,
+            );
+        }
     }
 }

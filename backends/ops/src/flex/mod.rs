@@ -18,6 +18,8 @@ mod simd;
 mod tile;
 mod winograd;
 
+use std::ops::Range;
+
 use burn_flex::{Flex, FlexTensor};
 use burn_tensor::{DType, Tensor, TensorData, TensorPrimitive};
 
@@ -129,6 +131,13 @@ impl FusedOps for Flex {
             return defaults::upsample_nearest(x);
         }
         elementwise::upsample_nearest(x)
+    }
+
+    fn crop(x: Float<4>, rows: Range<usize>, columns: Range<usize>) -> Float<4> {
+        if !is_f32(&x) {
+            return defaults::crop(x, rows, columns);
+        }
+        elementwise::crop(x, rows, columns)
     }
 }
 

@@ -9,7 +9,7 @@ use burn_tensor::{DType, Tensor, TensorData, activation};
 use kiln_ops::{FusedOps, Rope, TokenRun, defaults};
 use proptest::collection::vec;
 use proptest::prelude::{Strategy, any};
-use proptest::sample::select;
+use proptest::sample::{Index, select};
 use proptest::test_runner::{Config, RngSeed, TestCaseError, TestRunner};
 
 const EPS: f64 = 1e-6;
@@ -24,6 +24,7 @@ macro_rules! test_every_op {
             fused_linear thin_products rms_norm layer_norm_modulate gated_residual qk_norm_rope gelu_tanh
             silu_mul packed_attention attention_widths attention_lengths long_attention
             attention_of_large_values conv2d_same channel_norm channel_norm_silu upsample_nearest
+            crop
         }
     };
     ($suites:expr; $($op:ident)*) => {
@@ -420,6 +421,27 @@ impl<B: FusedOps> Suite<B> {
                 0.0,
             )
         });
+    }
+
+    pub(crate) fn crop(&self) {
+        let part = || (any::<Index>(), any::<Index>());
+        let case = (image(), part(), part());
+        self.check(
+            case,
+            |((images, channels, (height, width), seed), rows, columns)| {
+                let x = self.input(seed, [images, channels, height, width]);
+                let range = |side: usize, (start, end): (Index, Index)| {
+                    let start = start.index(side);
+                    start..start + 1 + end.index(side - start)
+                };
+                let (rows, columns) = (range(height, rows), range(width, columns));
+                self.compare(
+                    B::crop(x.tested, rows.clone(), columns.clone()),
+                    defaults::crop(x.reference, rows, columns),
+                    0.0,
+                )
+            },
+        );
     }
 
     fn compare_attention(
