@@ -11,6 +11,9 @@ use super::policy::Candidate;
 /// A job without a deadline may wait this many times as long as it takes itself.
 const PATIENCE: u32 = 2;
 
+/// A shorter wait is no reason to change an image.
+const SHORT_WAIT: Duration = Duration::from_millis(250);
+
 /// Of a job that is due: the first way for which it is in time and makes no other job late. If no way
 /// is, the cheapest.
 pub(super) fn choose_in_time(jobs: &[Candidate], index: usize, rests: &[Duration]) -> usize {
@@ -27,11 +30,11 @@ pub(super) fn choose_in_time(jobs: &[Candidate], index: usize, rests: &[Duration
     first_or_last(rests, is_enough)
 }
 
-/// Of a job that is not due: the first way for which the wait would be at most twice as long as the job
-/// itself, if the whole queue were made so. If no way is, the cheapest.
+/// Of a job that is not due: the first way for which the wait would be short, or at most twice as long
+/// as the job itself, if the whole queue were made so. If no way is, the cheapest.
 pub(super) fn choose_by_wait(wait: Duration, rests: &[Duration]) -> usize {
     let own = rests.first().copied().unwrap_or_default();
-    let patience = own.saturating_mul(PATIENCE).as_secs_f64();
+    let patience = own.saturating_mul(PATIENCE).max(SHORT_WAIT).as_secs_f64();
     let is_enough = |rest: &Duration| {
         let part = rest.as_secs_f64() / own.as_secs_f64().max(f64::MIN_POSITIVE);
         wait.as_secs_f64() * part <= patience
