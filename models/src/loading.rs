@@ -254,20 +254,18 @@ fn model_dtype<'a>(
     chosen: Option<ModelDType>,
 ) -> Result<ModelDType, OpenError> {
     let without = |dtype| devices.clone().find(|it| !it.dtypes.contains(&dtype));
-    match chosen {
-        Some(dtype) => match without(dtype) {
-            None => Ok(dtype),
-            Some(device) => Err(OpenError::DType {
-                device: format!("{backend}:{} ({})", device.index, device.name),
-                dtype: dtype.name(),
-                supported: device.dtypes.iter().map(|dtype| dtype.name()).collect(),
-            }),
-        },
-        None => {
-            let stored = ModelDType::of_checkpoint(parts);
-            let fallback = without(stored).map(|_| ModelDType::F32);
-            Ok(fallback.unwrap_or(stored))
-        }
+    let Some(dtype) = chosen else {
+        let stored = ModelDType::of_checkpoint(parts);
+        let fallback = without(stored).map(|_| ModelDType::F32);
+        return Ok(fallback.unwrap_or(stored));
+    };
+    match without(dtype) {
+        None => Ok(dtype),
+        Some(device) => Err(OpenError::DType {
+            device: format!("{backend}:{} ({})", device.index, device.name),
+            dtype: dtype.name(),
+            supported: device.dtypes.iter().map(|dtype| dtype.name()).collect(),
+        }),
     }
 }
 

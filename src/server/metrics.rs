@@ -247,6 +247,8 @@ impl Page {
     /// Writes the use of each device. The work of a device that is used twice is added up; its memory
     /// is the larger number, as both numbers may be those of the process.
     fn devices(&mut self, uses: &[DeviceUse]) {
+        type Field = fn(&DeviceUse) -> Option<f64>;
+
         let mut devices: BTreeMap<&str, DeviceUse> = BTreeMap::new();
         for DeviceUse {
             device,
@@ -261,7 +263,6 @@ impl Page {
             sum.busy_seconds += busy_seconds;
             sum.forwards += forwards;
         }
-        type Field = fn(&DeviceUse) -> Option<f64>;
         let families: [(&str, &str, &str, Field); 4] = [
             (
                 "kiln_device_busy_seconds_total",
