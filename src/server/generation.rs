@@ -14,7 +14,7 @@ use utoipa::ToSchema;
 
 use crate::engine::{Cheaper, Event, Finished, JobHandle, SubmitOptions, Timings};
 use crate::image::{Encoding, ImageFormat, encode};
-use crate::request::{GenerationRequest, PromptTokens};
+use crate::request::{CacheChoice, GenerationRequest, PromptTokens};
 
 use super::LoadedApp;
 use super::cache::{ComputedSteps, StepFacts};
@@ -113,8 +113,8 @@ pub(super) struct ImageFacts {
     /// The time shift of the request; absent if the model's own schedule was used.
     #[serde(skip_serializing_if = "Option::is_none")]
     shift: Option<f64>,
-    /// The step cache, if there was one: `balanced`, `fast`, `dbcache` or `magcache`. A request of
-    /// `auto` has the one that was chosen because of the load, or else `auto`.
+    /// The step cache, if there was one: `balanced`, `fast`, `dbcache` or `magcache`. The answer to
+    /// `auto` has the one that was chosen because of the load, if any.
     #[serde(skip_serializing_if = "Option::is_none")]
     cache: Option<&'static str>,
     /// The `cfg_gate_step` of the request, or the one that was chosen for `auto`, if it was below 1.
@@ -375,6 +375,9 @@ impl RunningRequest {
         if let Some(made) = made {
             let info = Arc::make_mut(&mut info);
             info.request = info.request.clone().made(made.name, made.cfg_gate_step);
+        } else if info.request.cache.choice == CacheChoice::Auto {
+            let info = Arc::make_mut(&mut info);
+            info.request = info.request.clone().made(CacheChoice::Off.name(), None);
         }
         let finished = Arc::clone(&info);
         let response = spawn_blocking(move || {

@@ -49,10 +49,10 @@ impl<B: FusedOps> LaneThread<B> {
         };
         let thread = thread::Builder::new().name(name).spawn(run);
         let thread = thread.expect("the operating system starts a thread");
-        match is_made.recv() {
-            Ok(Ok(made)) => made?,
-            Ok(Err(panic)) => std::panic::resume_unwind(panic),
-            Err(_) => panic!("a device's thread ended before it had a lane"),
+        let made = is_made.recv();
+        match made.expect("the thread of a device says whether it has a lane") {
+            Ok(made) => made?,
+            Err(panic) => std::panic::resume_unwind(panic),
         }
         Ok(Self {
             calls: Some(calls),
