@@ -81,7 +81,6 @@ impl Scheduler {
             steps_left: job.sampling.steps,
             started: false,
             led: false,
-            steps_left: job.sampling.steps,
             alone: plan.is_some_and(|plan| self.memory.is_alone(&plan, &self.entries)),
             idle: Duration::ZERO,
             turn: self.speed.step(&work).unwrap_or_default(),
