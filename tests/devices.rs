@@ -178,7 +178,9 @@ fn a_cancelled_job_leaves_nothing_on_either_device() {
 fn work_on_several_devices_is_counted_for_each() {
     let mut two = pipeline("flex:0+0", Some(true));
     generate(&mut *two, 0, job(32, 32, 1, 3));
-    for used in two.device_use() {
+    let uses = two.device_use();
+    assert_eq!(uses.len(), 2);
+    for used in uses {
         assert_eq!(used.device, "flex:0");
         assert!(used.busy_seconds > 0.0, "{used:?}");
         assert!(used.forwards >= 3, "{used:?}");

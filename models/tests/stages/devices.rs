@@ -37,8 +37,8 @@ fn on_devices(count: usize, before_forward: Option<BeforeForward>) -> Box<dyn Pi
 /// Calls this function before each forward pass and each probe, with the number of the device.
 fn calling(
     call: impl Fn(usize) -> Result<(), PipelineError> + Send + Sync + 'static,
-) -> Option<BeforeForward> {
-    Some(BeforeForward(Arc::new(call)))
+) -> BeforeForward {
+    BeforeForward(Arc::new(call))
 }
 
 fn recorded(job: Job) -> Job {
@@ -147,10 +147,10 @@ fn jobs_in_one_step_are_spread_over_the_devices() {
     let log = Arc::clone(&used);
     let mut pipeline = on_devices(
         3,
-        calling(move |device| {
+        Some(calling(move |device| {
             log.lock().unwrap().push(device);
             Ok(())
-        }),
+        })),
     );
     let used_by = |pipeline: &mut dyn Pipeline, ids: &[JobId]| {
         used.lock().unwrap().clear();
@@ -177,7 +177,7 @@ fn the_halves_of_a_job_run_at_the_same_time() {
         barrier.wait();
         Ok(())
     });
-    let mut pipeline = on_devices(2, both);
+    let mut pipeline = on_devices(2, Some(both));
     pipeline.start(1, guided(job(2))).unwrap();
     assert_eq!(pipeline.step(&[1]).unwrap()[0].steps_left, 1);
 }
@@ -192,7 +192,7 @@ fn a_slow_device_changes_nothing() {
             }
             Ok(())
         });
-        let mut two = on_devices(2, late);
+        let mut two = on_devices(2, Some(late));
         for cache in policies() {
             let job = Job {
                 cache,
@@ -227,7 +227,7 @@ fn failing(device: usize, fault: Fault, times: usize) -> Box<dyn Pipeline> {
             Fault::Panic => panic!("the kernel is gone"),
         }
     };
-    on_devices(2, calling(call))
+    on_devices(2, Some(calling(call)))
 }
 
 #[test]

@@ -161,15 +161,9 @@ pub(super) fn fake(clock: Arc<SimulatedClock>, log: Arc<Mutex<Vec<Logged>>>) -> 
     fake_on(1, clock, log, Packs::default())
 }
 
-/// A pipeline that makes 1x1 images which show the seed. Its work takes simulated time: 1 ms for
-/// each token of a forward, and 5 ms for a preview.
-pub(super) fn fake_on(
-    devices: usize,
-    clock: Arc<SimulatedClock>,
-    log: Arc<Mutex<Vec<Logged>>>,
-    packs: Packs,
-) -> FakePipeline {
-    let info = ModelInfo {
+/// A model on this many devices.
+fn info(devices: usize) -> ModelInfo {
+    ModelInfo {
         sizes: ImageSizes {
             multiple: 1,
             max_side: 1024,
@@ -183,7 +177,17 @@ pub(super) fn fake_on(
             })
             .collect(),
         ..testing::model_info()
-    };
+    }
+}
+
+/// A pipeline that makes 1x1 images which show the seed. Its work takes simulated time: 1 ms for
+/// each token of a forward, and 5 ms for a preview.
+pub(super) fn fake_on(
+    devices: usize,
+    clock: Arc<SimulatedClock>,
+    log: Arc<Mutex<Vec<Logged>>>,
+    packs: Packs,
+) -> FakePipeline {
     let caches = CacheUses {
         embeddings: CacheUse {
             max_bytes: 77,
@@ -253,7 +257,7 @@ pub(super) fn fake_on(
         });
         behave(&call, job, &mut is_lost)
     };
-    FakePipeline::new(info)
+    FakePipeline::new(info(devices))
         .with_cost_model(CostModel::new(flops))
         .with_caches(caches)
         .with_device_use(vec![DeviceUse {

@@ -168,7 +168,7 @@ fn a_deadline_that_the_job_cannot_keep_alone_is_refused_with_its_time() {
     let bench = measured();
     let asked = job(1, 16, 30);
     let own = whole_cost(&asked);
-    let due = bench.clock.elapsed() + own - ms(10);
+    let due = (bench.clock.elapsed() + own).saturating_sub(ms(10));
     let Err(SubmitError::DeadlineTooShort { work }) = bench.submit_due(asked.clone(), due) else {
         panic!("it was not refused");
     };
@@ -275,7 +275,7 @@ fn a_job_that_can_no_longer_be_in_time_is_given_up_after_the_step() {
         panic!("{error}");
     };
     // It stood still until 100 ms after that.
-    assert_close(late, ms(100) - step);
+    assert_close(late, ms(100).saturating_sub(step));
     let text = error.to_string();
     let number = format!(
         "{} ms too late for its deadline_ms",
@@ -363,7 +363,7 @@ fn the_oldest_job_keeps_a_quarter_whatever_is_due() {
         });
     }
     bench.turn_until(Call::Finish(0));
-    let took = ended(&bench, 0) - start;
+    let took = ended(&bench, 0).saturating_sub(start);
     let (alone, turn) = (whole_cost(&large), cost(&small, Stage::Step));
     assert!(took > alone * 2, "there was no crowd: {took:?}");
     assert!(took <= alone * 4 + turn * 52, "{took:?} and not {alone:?}");
