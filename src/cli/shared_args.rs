@@ -335,6 +335,11 @@ impl VaeArgs {
     }
 
     fn vae(&self) -> Result<VaeSettings, CliError> {
+        let stride = self.vae_tile_stride;
+        if stride == 0 {
+            let size = self.vae_tile_size.unwrap_or(Blending::default().size);
+            return Err(CliError::Tiles { size, stride });
+        }
         let given = self.vae_tile_size.map(|size| Tiling::Exact { size });
         let defaults = VaeSettings::default();
         let (tiling, automatic_tiling) = match self.vae_tiling {
@@ -344,8 +349,7 @@ impl VaeArgs {
             ),
             TilingMode::Blended => {
                 let size = self.vae_tile_size.unwrap_or(Blending::default().size);
-                let stride = self.vae_tile_stride;
-                if stride == 0 || stride > size {
+                if stride > size {
                     return Err(CliError::Tiles { size, stride });
                 }
                 let tiling = Tiling::Blended(Blending { size, stride });

@@ -155,9 +155,15 @@ pub(super) fn forward<B: FusedOps>(
     let mut from = 0;
     for stop in stops(&ways, blocks) {
         if let Some((image, text)) = packed.streams.take() {
-            let packing = pack(&segments_of(halves, &mut packed.halves.iter().copied()));
+            let some;
+            let packing = if packed.halves.len() == halves.len() {
+                &all
+            } else {
+                some = pack(&segments_of(halves, &mut packed.halves.iter().copied()));
+                &some
+            };
             let range = from..stop;
-            packed.streams = Some(transformer.run_blocks(range, image, text, modulation, &packing));
+            packed.streams = Some(transformer.run_blocks(range, image, text, modulation, packing));
         }
         from = stop;
         if stop < blocks {

@@ -260,7 +260,6 @@ impl Scheduler {
         entry.is_preview_due = entry.wants_preview();
         if !entry.is_warm_up {
             self.stats.add_turn(Stage::Step, took, &entry.timings);
-            self.stats.add_counts(counts, step.counts);
             self.stats.shared_steps += u64::from(is_shared);
             self.stats.add_counts(counts, step.counts);
         }
