@@ -252,7 +252,11 @@ fn values_out_of_bounds_are_usage_errors() {
             "--vae-tile-stride must be from 1",
         ),
         (
-            &["--vae-tile-size", "64", "--vae-tile-stride", "65"],
+            &[
+                "--vae-tiling=blended",
+                "--vae-tile-size=64",
+                "--vae-tile-stride=65",
+            ],
             "--vae-tile-stride must be from 1",
         ),
         (

@@ -8,6 +8,7 @@ use kiln_models::job::{Decoding, Guidance, Job, Noise, Sampling, Size};
 use kiln_models::loading::{LoadOptions, ModelDType};
 use kiln_models::noise::NoiseGenerator;
 use kiln_models::pipeline::Pipeline;
+use kiln_models::step_cache::CachePolicy;
 use kiln_models::vae::{Blending, Tiling, VaeSettings};
 use serde_json::Value;
 
@@ -100,6 +101,8 @@ fn job(case: &Value, reference: &Stages) -> Job {
         },
         num_images: size[0],
         decoding: Decoding::default(),
+        cache: CachePolicy::Off,
+        cfg_gate_step: None,
         record: true,
     }
 }
