@@ -75,6 +75,9 @@ for capability in 80 90; do
     compare bf16 $capability
 done
 
+part "two streams on one device, beside flex"
+on cpu 80 "$kiln" compare --backends flex,cuda:0+0 --dtype f32 --steps 4 --seed 1 --negative-prompt "a blue square"
+
 part "a kernel that does not compile is not used"
 # Uses an empty cache of compiled kernels.
 XDG_CACHE_HOME="$folder/empty" SIM_NVRTC_FAIL=channel_norm on cpu 80 "$kiln" compare --backends flex,cuda --dtype f32 --steps 2 --seed 1 \
