@@ -18,6 +18,8 @@ use std::io::{BufRead, BufReader, Write};
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
 
+use crate::shape::write_demo_shape;
+
 /// Runs the binary in an empty folder, without a network and without the user's settings.
 fn kiln(folder: &Path, args: &[&str]) -> Output {
     Command::new(env!("CARGO_BIN_EXE_kiln"))
@@ -514,18 +516,7 @@ fn a_backend_that_is_not_there_is_found_before_the_model_is_looked_for() {
 #[test]
 fn random_weights_take_the_shape_of_a_folder_without_weight_files() {
     let folder = tempfile::tempdir().unwrap();
-    let model = Path::new(env!("CARGO_MANIFEST_DIR")).join("models/demo");
-    for config in [
-        "model_index.json",
-        "scheduler/scheduler_config.json",
-        "text_encoder/config.json",
-        "transformer/config.json",
-        "vae/config.json",
-    ] {
-        let to = folder.path().join("shape").join(config);
-        std::fs::create_dir_all(to.parent().unwrap()).unwrap();
-        std::fs::copy(model.join(config), to).unwrap();
-    }
+    write_demo_shape(&folder.path().join("shape"), |_, _| {});
     let run = |name: &str| {
         let args = [
             "generate",

@@ -1,7 +1,7 @@
 //! One model on several devices. The CPU is taken twice: two devices must give the images of one.
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::Arc;
 
@@ -13,6 +13,9 @@ use kiln_models::noise::NoiseGenerator;
 use kiln_models::pipeline::Pipeline;
 use kiln_models::step_cache::{CachePolicy, DbCache};
 use kiln_models::testing;
+use serde_json::json;
+
+use crate::shape::write_demo_shape;
 
 fn settings(backend: &str, split_guidance: Option<bool>) -> RuntimeSettings {
     RuntimeSettings {
@@ -224,20 +227,11 @@ fn memory_of(folder: &Path, backend: &str) -> f64 {
 
 /// Configurations of the demo model with a transformer of many blocks.
 fn deep_model(to: &Path) {
-    let demo = Path::new(env!("CARGO_MANIFEST_DIR")).join("models/demo");
-    for config in [
-        "model_index.json",
-        "scheduler/scheduler_config.json",
-        "text_encoder/config.json",
-        "transformer/config.json",
-        "vae/config.json",
-    ] {
-        let path: PathBuf = to.join(config);
-        fs::create_dir_all(path.parent().unwrap()).unwrap();
-        let text = fs::read_to_string(demo.join(config)).unwrap();
-        let text = text.replace("\"num_layers\": 5", "\"num_layers\": 60");
-        fs::write(path, text).unwrap();
-    }
+    write_demo_shape(to, |file, config| {
+        if file.starts_with("transformer") {
+            config["num_layers"] = json!(60);
+        }
+    });
 }
 
 #[cfg(target_os = "linux")]

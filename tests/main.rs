@@ -37,6 +37,8 @@ mod parity;
 mod pipeline;
 /// Helpers for tests that run `kiln serve` as a process.
 mod served;
+/// Configurations for random weights.
+mod shape;
 /// Comparisons with the texts in `tests/snapshots`.
 mod snapshot;
 /// `kiln serve` before it is ready, run as a process.

@@ -10,7 +10,9 @@ use kiln::runtime::{LoadFormat, ModelSettings, Runtime, RuntimeSettings};
 use kiln_models::job::{Decoding, Job, Size};
 use kiln_models::pipeline::Pipeline;
 use kiln_models::testing;
-use serde_json::{Value, json};
+use serde_json::json;
+
+use crate::shape::write_demo_shape;
 
 /// Names the job that [`child`] measures: `MODEL WIDTHxHEIGHT IMAGES STAGES`. The stages are all, with
 /// images that are decoded `whole` or in tiles of so many pixels, or the `steps` alone.
@@ -135,16 +137,7 @@ fn child() {
 /// A folder with the configurations of the demo model, and of one component with the widths of
 /// Qwen-Image's VAE or a third of the width of its transformer.
 fn wide_model(folder: &Path, component: &str) {
-    let demo = Path::new(env!("CARGO_MANIFEST_DIR")).join("models/demo");
-    for file in [
-        "model_index.json",
-        "scheduler/scheduler_config.json",
-        "text_encoder/config.json",
-        "transformer/config.json",
-        "vae/config.json",
-    ] {
-        let mut config: Value =
-            serde_json::from_slice(&fs::read(demo.join(file)).unwrap()).unwrap();
+    write_demo_shape(folder, |file, config| {
         if file.starts_with("vae") && component == "vae" {
             config["base_dim"] = json!(96);
             config["num_res_blocks"] = json!(2);
@@ -155,10 +148,7 @@ fn wide_model(folder: &Path, component: &str) {
             config["axes_dims_rope"] = json!([16, 56, 56]);
             config["num_layers"] = json!(2);
         }
-        let path = folder.join(file);
-        fs::create_dir_all(path.parent().unwrap()).unwrap();
-        fs::write(path, config.to_string()).unwrap();
-    }
+    });
 }
 
 #[test]

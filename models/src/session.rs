@@ -164,6 +164,24 @@ impl<B: FusedOps> ImagePipeline<B> {
         })
     }
 
+    /// As [`ImagePipeline::reliably`], for work that fills the caches: they are emptied first if they may
+    /// hold wrong values, and later if the work fails.
+    fn filling_caches<T>(
+        &mut self,
+        mut work: impl FnMut(&mut Self) -> Result<T, PipelineError>,
+    ) -> Result<T, PipelineError> {
+        // Set until the work is done, because it may end in a panic.
+        let needed_reset = std::mem::replace(&mut self.needs_reset, true);
+        let done = self.reliably(|pipeline, run| {
+            if needed_reset || run > 0 {
+                pipeline.drop_caches();
+            }
+            work(pipeline)
+        })?;
+        self.needs_reset = false;
+        Ok(done)
+    }
+
     /// Frees what can be computed again.
     fn drop_caches(&mut self) {
         self.embeddings.clear();
@@ -287,34 +305,21 @@ where
 
     fn encode(&mut self, prompts: &[&Conditioning]) -> Result<(), PipelineError> {
         self.files.check()?;
-        // Set until the prompts are encoded, because encoding may end in a panic.
-        let needed_reset = std::mem::replace(&mut self.needs_reset, true);
-        self.reliably(|pipeline, run| {
-            if needed_reset || run > 0 {
-                pipeline.drop_caches();
-            }
+        self.filling_caches(|pipeline| {
             pipeline.encode_together(prompts);
             Ok(pipeline.files.check()?)
-        })?;
-        self.needs_reset = false;
-        Ok(())
+        })
     }
 
     fn start(&mut self, id: JobId, job: Job) -> Result<(), PipelineError> {
         self.family.check(&job)?;
         self.files.check()?;
-        // Set until the job is prepared, because preparing may end in a panic.
-        let needed_reset = std::mem::replace(&mut self.needs_reset, true);
-        let state = self.reliably(|pipeline, run| {
-            if needed_reset || run > 0 {
-                pipeline.drop_caches();
-            }
+        let state = self.filling_caches(|pipeline| {
             let prepared = pipeline.prepare(&job);
             // A file that is cut short reads as zeros: that comes before what followed from it.
             pipeline.files.check()?;
             prepared
         })?;
-        self.needs_reset = false;
         self.jobs.insert(id, state);
         Ok(())
     }

@@ -52,6 +52,20 @@ pub(super) struct Candidate {
 }
 
 impl Candidate {
+    /// A job of this work that has not been submitted.
+    pub(super) fn newcomer(work: &Work, steps: usize) -> Self {
+        Self {
+            size: work.total(),
+            started: false,
+            led: false,
+            steps_left: steps,
+            alone: false,
+            idle: Duration::ZERO,
+            turn: Duration::ZERO,
+            due: Due::default(),
+        }
+    }
+
     /// The job when this many steps are left. A rider without steps left overtakes by the work that is
     /// left of it, so that its images do not wait for the job that it rode with.
     pub(super) fn after_steps(self, work: &Work, steps_left: usize) -> Self {

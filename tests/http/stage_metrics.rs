@@ -107,23 +107,29 @@ fn return_stage_metrics_adds_the_metrics_of_the_stage() {
     }
 }
 
+/// The replies of every API to `return_stage_metrics` with this value, and where it was given.
+fn replies_to(server: &TestServer, value: &Value) -> Vec<(Value, Reply)> {
+    let places = [
+        json!({"return_stage_metrics": value}),
+        json!({"extra_body": {"return_stage_metrics": value}}),
+    ];
+    let replies = places.into_iter().flat_map(|place| {
+        [
+            (place.clone(), post(server.address, &chat(&place))),
+            (place.clone(), generate(server, &image(&place))),
+        ]
+    });
+    replies.collect()
+}
+
 #[test]
 fn metrics_are_absent_unless_they_are_asked_for() {
     let server = TestServer::start(Pace::Fast, 4);
     for value in [json!(false), json!(null)] {
-        for place in [
-            json!({"return_stage_metrics": value}),
-            json!({"extra_body": {"return_stage_metrics": value}}),
-        ] {
-            let replies = [
-                post(server.address, &chat(&place)),
-                generate(&server, &image(&place)),
-            ];
-            for reply in replies {
-                assert_eq!(reply.status, 200, "{}", reply.body);
-                assert!(reply.body.get("metrics").is_none(), "{place}");
-                assert!(reply.body["stage_durations"].is_object(), "{place}");
-            }
+        for (place, reply) in replies_to(&server, &value) {
+            assert_eq!(reply.status, 200, "{}", reply.body);
+            assert!(reply.body.get("metrics").is_none(), "{place}");
+            assert!(reply.body["stage_durations"].is_object(), "{place}");
         }
     }
     let body = image(&json!({"return_stage_metrics": true}));
@@ -135,18 +141,9 @@ fn metrics_are_absent_unless_they_are_asked_for() {
 fn return_stage_metrics_is_true_or_false() {
     let server = TestServer::start(Pace::Fast, 4);
     for value in [json!("true"), json!(1), json!([true]), json!({})] {
-        for place in [
-            json!({"return_stage_metrics": value}),
-            json!({"extra_body": {"return_stage_metrics": value}}),
-        ] {
-            let replies = [
-                post(server.address, &chat(&place)),
-                generate(&server, &image(&place)),
-            ];
-            for reply in replies {
-                assert_eq!(reply.status, 400, "accepted {place}");
-                assert_eq!(reply.body["error"]["param"], "return_stage_metrics");
-            }
+        for (place, reply) in replies_to(&server, &value) {
+            assert_eq!(reply.status, 400, "accepted {place}");
+            assert_eq!(reply.body["error"]["param"], "return_stage_metrics");
         }
     }
     let contradiction =

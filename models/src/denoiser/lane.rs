@@ -94,8 +94,8 @@ pub(crate) struct Lane<B: FusedOps> {
 }
 
 impl<B: FusedOps> Lane<B> {
-    /// The lane of the device with this number among this many of the pipeline. Memory is returned to the stream
-    /// of the thread that calls.
+    /// The lane of the device with this number among this many of the pipeline. Memory is returned to
+    /// the stream of the thread that calls.
     pub(crate) fn new(
         (index, devices): (usize, usize),
         transformer: Transformer<B>,

@@ -28,7 +28,7 @@ use self::kept::Kept;
 use self::lane::{LaneAnswer, LaneHalf, LaneJob};
 use self::passes::Pass;
 use self::spread::{Load, spread};
-use self::thread::LaneThread;
+use self::thread::{LaneThread, Pending};
 use crate::flops;
 use crate::pipeline::{CacheUse, DeviceUse, PipelineError};
 use crate::sampling::Schedule;
@@ -117,19 +117,13 @@ impl<B: FusedOps> Denoiser<B> {
     /// # Errors
     /// If a device fails.
     pub(crate) fn tables(&mut self, schedule: &Arc<Schedule>) -> Result<Tables<B>, PipelineError> {
-        let pending: Vec<_> = self
-            .others
-            .iter()
-            .map(|lane| {
-                let schedule = Arc::clone(schedule);
-                lane.call(move |lane| lane.reliably(|lane| Ok(lane.table(&schedule))))
-            })
-            .collect();
+        let of_lane = Arc::clone(schedule);
+        let pending = self.on_others(move |lane| lane.reliably(|lane| Ok(lane.table(&of_lane))));
         let first = &mut self.first;
         let own = catch_unwind(AssertUnwindSafe(|| Ok(first.table(schedule))));
         let answers = [own]
             .into_iter()
-            .chain(pending.into_iter().map(thread::Pending::wait));
+            .chain(pending.into_iter().map(Pending::wait));
         let tables = all(answers.collect())?;
         Ok(tables.into_iter().map(Some).collect())
     }
@@ -176,7 +170,7 @@ impl<B: FusedOps> Denoiser<B> {
         }));
         let others = pending
             .into_iter()
-            .map(|answer| answer.map_or_else(|| Ok(Ok(Vec::new())), thread::Pending::wait));
+            .map(|answer| answer.map_or_else(|| Ok(Ok(Vec::new())), Pending::wait));
         let answers = all([own].into_iter().chain(others).collect())?;
         Ok(self.predictions(steps, &shares, answers))
     }
@@ -337,21 +331,22 @@ impl<B: FusedOps> Denoiser<B> {
     /// # Errors
     /// If one does not compute; the error names it.
     pub(crate) fn probe_others(&self) -> Result<(), PipelineError> {
-        let pending: Vec<_> = self
-            .others
-            .iter()
-            .map(|lane| lane.call(|lane| lane.reliably(|lane| lane.probe())))
-            .collect();
-        all(pending.into_iter().map(thread::Pending::wait).collect()).map(drop)
+        let pending = self.on_others(|lane| lane.reliably(|lane| lane.probe()));
+        all(pending.into_iter().map(Pending::wait).collect()).map(drop)
+    }
+
+    /// Queues a call on every lane but the first.
+    fn on_others<T: Send + 'static>(
+        &self,
+        call: impl Fn(&mut Lane<B>) -> T + Clone + Send + 'static,
+    ) -> Vec<Pending<T>> {
+        let queue = |lane: &LaneThread<B>| lane.call(call.clone());
+        self.others.iter().map(queue).collect()
     }
 
     /// Calls a function on every lane, on its thread.
     fn each<T: Send + 'static>(&self, call: fn(&Lane<B>) -> T) -> Vec<T> {
-        let pending: Vec<_> = self
-            .others
-            .iter()
-            .map(|lane| lane.call(move |lane| call(lane)))
-            .collect();
+        let pending = self.on_others(move |lane| call(lane));
         let own = call(&self.first);
         let others = pending.into_iter().filter_map(|answer| answer.wait().ok());
         [own].into_iter().chain(others).collect()
@@ -359,23 +354,14 @@ impl<B: FusedOps> Denoiser<B> {
 
     /// Waits for every device but the first, so that it does not use what is dropped.
     pub(crate) fn idle_others(&self) {
-        let pending: Vec<_> = self
-            .others
-            .iter()
-            .map(|lane| lane.call(|lane| lane.idle()))
-            .collect();
-        for answer in pending {
+        for answer in self.on_others(|lane| lane.idle()) {
             answer.wait().ok();
         }
     }
 
     /// Memory that can still be allocated on every device but the first; `None` where it is not known.
     pub(crate) fn rooms_of_others(&self) -> Vec<Option<MemoryRoom>> {
-        let others = self.others.iter();
-        let pending: Vec<_> = others
-            .map(|lane| lane.call(|lane| lane.memory_room()))
-            .collect();
-        let rooms = pending.into_iter();
+        let rooms = self.on_others(|lane| lane.memory_room()).into_iter();
         rooms.map(|room| room.wait().ok().flatten()).collect()
     }
 
@@ -402,9 +388,8 @@ impl<B: FusedOps> Denoiser<B> {
 
     /// Drops what can be computed again.
     pub(crate) fn drop_caches(&mut self) {
+        let pending = self.on_others(Lane::drop_caches);
         self.first.drop_caches();
-        let others = self.others.iter();
-        let pending: Vec<_> = others.map(|lane| lane.call(Lane::drop_caches)).collect();
         for answer in pending {
             answer.wait().ok();
         }

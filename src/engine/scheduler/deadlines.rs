@@ -38,7 +38,7 @@ impl Scheduler {
             .iter()
             .map(|way| (way.clone(), self.work(&with(job.clone(), way))))
             .collect();
-        let (own, cheaper) = (self.work(&job), cheaper);
+        let own = self.work(&job);
         // Every cache keeps the same values, so the last way takes the memory of any.
         let cached = options.cheaper.last().map(|way| with(job.clone(), way));
         let cached = cached.and_then(|cached| self.fit(cached).ok());
@@ -77,18 +77,14 @@ impl Scheduler {
         let mut candidates = self.candidates_made(true, now);
         let plan = plans.first().map(|(_, plan)| *plan);
         candidates.push(Candidate {
-            size: work.total(),
-            steps_left: job.sampling.steps,
-            started: false,
-            led: false,
             alone: plan.is_some_and(|plan| self.memory.is_alone(&plan, &self.entries)),
-            idle: Duration::ZERO,
             turn: self.speed.step(&work).unwrap_or_default(),
             due: Due {
                 left: Some(left),
                 rest: Some(own),
                 share: self.speed.share(&work),
             },
+            ..Candidate::newcomer(&work, job.sampling.steps)
         });
         match lateness(&candidates, self.max_started) {
             None => Ok(()),

@@ -6,7 +6,6 @@ use kiln_models::job::Job;
 
 use super::Scheduler;
 use crate::engine::cost::Progress;
-use crate::engine::deadline::Due;
 use crate::engine::forecast::{Course, Queued, courses};
 use crate::engine::policy::Candidate;
 use crate::engine::riders::Room;
@@ -25,18 +24,12 @@ impl Scheduler {
         let work = self.work(job);
         let progress = Progress::none(job.sampling.steps);
         let candidate = Candidate {
-            size: work.total(),
-            started: false,
-            led: false,
-            steps_left: progress.steps_left,
             alone: self
                 .memory
                 .all_plans(job)
                 .first()
                 .is_some_and(|(_, plan)| self.memory.is_alone(plan, &self.entries)),
-            idle: Duration::ZERO,
-            turn: Duration::ZERO,
-            due: Due::default(),
+            ..Candidate::newcomer(&work, progress.steps_left)
         };
         let asked = Queued {
             candidate,

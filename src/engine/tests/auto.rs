@@ -46,16 +46,6 @@ fn made(seed: u64, way: usize) -> Job {
     }
 }
 
-fn measured() -> Bench {
-    let mut bench = Bench::new(settings(1000, 8));
-    for seed in [1000, 1001] {
-        let handle = bench.submit(job(seed, 5, 3));
-        bench.run();
-        outcome(handle).unwrap();
-    }
-    bench
-}
-
 /// Submits a job of which the engine decides how it is made, due after some time.
 fn submit(bench: &Bench, seed: u64, time: Option<Duration>) -> Result<JobHandle, SubmitError> {
     let due = |time| bench.due(bench.clock.elapsed() + time);
@@ -76,7 +66,7 @@ fn way_of(handle: JobHandle) -> Option<(&'static str, Option<f64>)> {
 fn an_idle_engine_makes_jobs_as_they_were_asked_for() {
     let own = whole_cost(&guided(1));
     for time in [None, Some(own + ms(1)), Some(own * 10)] {
-        let mut bench = measured();
+        let mut bench = Bench::measured();
         let handle = submit(&bench, 1, time).unwrap();
         bench.run();
         let finished = outcome(handle).unwrap();
@@ -103,7 +93,7 @@ fn a_job_is_made_only_as_cheap_as_its_deadline_needs() {
         Some(("fast", Some(0.25))),
     ];
     for (way, expected) in expected.into_iter().enumerate() {
-        let mut bench = measured();
+        let mut bench = Bench::measured();
         let time = whole_cost(&made(1, way)) + ms(1);
         let due = bench.clock.elapsed() + time;
         let handle = submit(&bench, 1, Some(time)).unwrap();
@@ -113,7 +103,7 @@ fn a_job_is_made_only_as_cheap_as_its_deadline_needs() {
         assert_eq!(bench.shared.stats().made_cheaper, 1);
     }
     // Not even the cheapest way is fast enough.
-    let bench = measured();
+    let bench = Bench::measured();
     let time = whole_cost(&made(1, 2)).saturating_sub(ms(1));
     let refused = submit(&bench, 1, Some(time));
     assert!(matches!(refused, Err(SubmitError::DeadlineTooShort { .. })));
@@ -121,7 +111,7 @@ fn a_job_is_made_only_as_cheap_as_its_deadline_needs() {
 
 /// What a crowd is given that all comes at once.
 fn crowd(number: u64) -> Vec<Option<(&'static str, Option<f64>)>> {
-    let mut bench = measured();
+    let mut bench = Bench::measured();
     let handles: Vec<_> = (0..number)
         .map(|seed| submit(&bench, seed, None).unwrap())
         .collect();
@@ -141,7 +131,7 @@ fn a_crowd_is_made_cheaper_by_its_length() {
 #[test]
 fn a_cheaper_crowd_is_finished_sooner() {
     let took = |ways: Vec<Cheaper>| {
-        let mut bench = measured();
+        let mut bench = Bench::measured();
         let start = bench.clock.elapsed();
         for seed in 0..12 {
             let options = SubmitOptions {
@@ -161,7 +151,7 @@ fn a_cheaper_crowd_is_finished_sooner() {
 /// Two jobs that are due together, with time for one whole job and a cheap one.
 #[test]
 fn a_job_is_made_cheaper_so_that_no_other_is_late() {
-    let mut bench = measured();
+    let mut bench = Bench::measured();
     let time = whole_cost(&guided(1)) + whole_cost(&made(1, 0)) + ms(2);
     let due = bench.clock.elapsed() + time;
     let handles = [1, 2].map(|seed| submit(&bench, seed, Some(time)).unwrap());
@@ -176,7 +166,7 @@ fn a_job_is_made_cheaper_so_that_no_other_is_late() {
 /// Without cheaper ways, half of these jobs would be refused.
 #[test]
 fn admission_counts_on_the_cheapest_way() {
-    let mut bench = measured();
+    let mut bench = Bench::measured();
     let start = bench.clock.elapsed();
     let time = whole_cost(&made(1, 2)) * 6;
     let handles: Vec<_> = (0..6)

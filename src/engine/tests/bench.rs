@@ -406,6 +406,17 @@ impl Bench {
         }
     }
 
+    /// An engine that has measured each stage twice.
+    pub(super) fn measured() -> Self {
+        let mut bench = Self::new(settings(1000, 8));
+        for seed in [1000, 1001] {
+            let handle = bench.submit(job(seed, 5, 3));
+            bench.run();
+            outcome(handle).unwrap();
+        }
+        bench
+    }
+
     pub(super) fn with_pipeline(
         settings: EngineSettings,
         pipeline: FakePipeline,

@@ -10,17 +10,6 @@ use super::order::Numbers;
 use crate::engine::cost::Stage;
 use crate::engine::{JobError, JobHandle, SubmitError, SubmitOptions};
 
-/// An engine that has measured each stage twice.
-fn measured() -> Bench {
-    let mut bench = Bench::new(settings(1000, 8));
-    for seed in [1000, 1001] {
-        let handle = bench.submit(job(seed, 5, 3));
-        bench.run();
-        outcome(handle).unwrap();
-    }
-    bench
-}
-
 /// When a job with this seed was finished.
 fn ended(bench: &Bench, seed: u64) -> Duration {
     bench.find(Call::Finish(seed)).ended
@@ -37,7 +26,7 @@ fn assert_close(actual: Duration, expected: Duration) {
 fn a_job_that_would_be_late_goes_first_and_one_that_has_time_does_not() {
     let own = whole_cost(&job(1, 16, 30));
     for (time, order) in [(own * 3 / 2, [2, 1]), (own * 4, [1, 2])] {
-        let mut bench = measured();
+        let mut bench = Bench::measured();
         let first = bench.submit(job(1, 16, 30));
         let due = bench.clock.elapsed() + time;
         let second = bench.submit_due(job(2, 16, 30), due).unwrap();
@@ -61,7 +50,7 @@ fn jobs_that_are_due_first_are_finished_first_if_all_can_be_in_time() {
         late.count()
     };
 
-    let mut plain = measured();
+    let mut plain = Bench::measured();
     let plain_dues = dues(&plain);
     let handles = [1, 2, 3, 4].map(|seed| plain.submit(job(seed, 8, 20)));
     plain.run();
@@ -69,7 +58,7 @@ fn jobs_that_are_due_first_are_finished_first_if_all_can_be_in_time() {
     assert_eq!(late(&plain, plain_dues), 1);
     drop(handles);
 
-    let mut bench = measured();
+    let mut bench = Bench::measured();
     let dues = dues(&bench);
     let handles: Vec<JobHandle> = (1..)
         .zip(dues)
@@ -106,7 +95,7 @@ impl Mix {
 
     /// Number of jobs that are finished in time, if the engine is told when they are due or not.
     fn in_time(&self, tell: bool) -> usize {
-        let mut bench = measured();
+        let mut bench = Bench::measured();
         let start = bench.clock.elapsed();
         for (came, job, due) in &self.jobs {
             let (shared, job) = (Arc::clone(&bench.shared), job.clone());
@@ -165,7 +154,7 @@ fn more_jobs_are_in_time_when_the_engine_knows_when_they_are_due() {
 
 #[test]
 fn a_deadline_that_the_job_cannot_keep_alone_is_refused_with_its_time() {
-    let bench = measured();
+    let bench = Bench::measured();
     let asked = job(1, 16, 30);
     let own = whole_cost(&asked);
     let due = (bench.clock.elapsed() + own).saturating_sub(ms(10));
@@ -182,7 +171,7 @@ fn a_deadline_that_the_job_cannot_keep_alone_is_refused_with_its_time() {
 
 #[test]
 fn a_deadline_that_the_queue_makes_late_is_refused_until_the_queue_is_shorter() {
-    let mut bench = measured();
+    let mut bench = Bench::measured();
     let own = whole_cost(&job(1, 8, 20));
     let now = bench.clock.elapsed();
     let handles = [1, 2, 3].map(|seed| {
@@ -230,7 +219,7 @@ fn a_deadline_that_the_queue_makes_late_is_refused_until_the_queue_is_shorter() 
 
 #[test]
 fn jobs_without_a_deadline_do_not_make_one_late() {
-    let mut bench = measured();
+    let mut bench = Bench::measured();
     let own = whole_cost(&job(9, 8, 20));
     let _queue: Vec<_> = (1..6).map(|seed| bench.submit(job(seed, 16, 30))).collect();
     let due = bench.clock.elapsed() + own * 3 / 2;
@@ -257,7 +246,7 @@ fn nothing_is_refused_before_the_speed_is_known() {
 
 #[test]
 fn a_job_that_can_no_longer_be_in_time_is_given_up_after_the_step() {
-    let mut bench = measured();
+    let mut bench = Bench::measured();
     let asked = job(1, 8, 20);
     let (own, step) = (whole_cost(&asked), cost(&asked, Stage::Step));
     let due = bench.clock.elapsed() + own + step / 2;
@@ -292,7 +281,7 @@ fn a_job_that_can_no_longer_be_in_time_is_given_up_after_the_step() {
 
 #[test]
 fn a_job_that_waits_too_long_never_reaches_the_pipeline() {
-    let mut bench = measured();
+    let mut bench = Bench::measured();
     let own = whole_cost(&job(1, 8, 20));
     let now = bench.clock.elapsed();
     let first = bench.submit_due(job(1, 8, 20), now + own * 2).unwrap();
@@ -307,7 +296,7 @@ fn a_job_that_waits_too_long_never_reaches_the_pipeline() {
 
 #[test]
 fn slow_steps_do_not_end_a_job_that_can_still_be_in_time() {
-    let mut bench = measured();
+    let mut bench = Bench::measured();
     let asked = job(1, 8, 20);
     let (own, step) = (whole_cost(&asked), cost(&asked, Stage::Step));
     let start = bench.clock.elapsed();
@@ -326,7 +315,7 @@ fn slow_steps_do_not_end_a_job_that_can_still_be_in_time() {
 
 #[test]
 fn a_speed_that_was_measured_long_ago_refuses_nothing() {
-    let mut bench = measured();
+    let mut bench = Bench::measured();
     let asked = job(1, 8, 20);
     let time = whole_cost(&asked) / 2;
     let submit = |bench: &Bench| bench.submit_due(job(1, 8, 20), bench.clock.elapsed() + time);

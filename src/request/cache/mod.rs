@@ -11,7 +11,7 @@ mod tests;
 use std::sync::Arc;
 
 use kiln_models::step_cache::{
-    CacheError, CachePolicy, DbCache, MIN_CACHED_STEPS, MagCache, ScmPreset, scm_mask,
+    CacheError, CachePolicy, DbCache, MIN_CACHED_STEPS, MagCache, ScmPreset, check_gate, scm_mask,
     scm_mask_of_bins,
 };
 
@@ -202,7 +202,7 @@ pub(super) fn cfg_gate_step(
     steps: usize,
 ) -> Result<Option<f64>, InvalidRequest> {
     match given {
-        Some(got) if !(0.0..=1.0).contains(&got) => Err(InvalidRequest::CfgGateStep { got }),
+        Some(got) if check_gate(got).is_err() => Err(InvalidRequest::CfgGateStep { got }),
         Some(gate) if gate < 1.0 && steps < MIN_CACHED_STEPS => Err(InvalidRequest::TooFewSteps {
             param: "cfg_gate_step",
             steps,
