@@ -18,8 +18,9 @@ class Server:
     """A running server. After `kill`, `start` uses the same port."""
 
     def __init__(self, binary: str, *arguments: str, key: str | None = None, wait: bool = True, **environment: str):
-        """With `wait=False` the server may still be starting."""
-        self.binary, self.arguments, self.key = binary, arguments, key
+        """With `wait=False` the server may still be starting. Each step generates one request, so that the others
+        wait: how many tokens a step may have is otherwise measured, and depends on the machine."""
+        self.binary, self.arguments, self.key = binary, ("--max-step-tokens", "0", *arguments), key
         self.wait, self.environment = wait, environment
         self.port = 0
         self.start()
