@@ -44,7 +44,7 @@ pub(crate) fn generate(prompt: &str, path: &Path) -> Result<(), Box<dyn Error>> 
         warm_up: None,
     };
     let engine = Engine::start(runtime.pipeline, settings);
-    let job = request.clone().into_job(tokens, false);
+    let job = request.clone().into_job(tokens, Vec::new(), false);
     let mut handle = engine.submit(job, SubmitOptions::default())?;
     let Finished { output, .. } = loop {
         match handle.blocking_next_event() {

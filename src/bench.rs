@@ -46,7 +46,7 @@ impl Workload {
             prompt: prompt(self.prompt_tokens, 0),
             negative_prompt: guided.then(|| prompt(NEGATIVE_PROMPT_TOKENS, 1)),
         };
-        self.request.clone().into_job(tokens, false)
+        self.request.clone().into_job(tokens, Vec::new(), false)
     }
 }
 
@@ -361,7 +361,7 @@ mod tests {
     use kiln_models::noise::NoiseGenerator;
 
     use super::*;
-    use crate::request::RequestCache;
+    use crate::request::{RequestCache, ScheduleOrigin};
 
     fn workload(true_cfg_scale: f64) -> Workload {
         Workload {
@@ -381,6 +381,9 @@ mod tests {
                 },
                 cache: RequestCache::default(),
                 cfg_gate_step: None,
+                adapters: Vec::new(),
+                schedule_origin: ScheduleOrigin::Model,
+                warnings: Vec::new(),
             },
             prompt_tokens: 10,
             template: &TEMPLATE,

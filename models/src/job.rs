@@ -5,9 +5,12 @@
 
 use std::cmp::{Ordering, Reverse};
 use std::fmt;
+use std::sync::Arc;
 
-use serde::Serialize;
+use serde::ser::SerializeMap;
+use serde::{Serialize, Serializer};
 
+use crate::adapter::AdapterUse;
 use crate::finite::NotFinite;
 use crate::noise::NoiseGenerator;
 use crate::step_cache::{CachePolicy, StepCounts};
@@ -46,22 +49,71 @@ impl fmt::Display for Size {
 }
 
 /// How the latents are denoised. Reports serialise it under the names of the request's fields.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Sampling {
     /// Number of denoising steps, at least 1: diffusers' `num_inference_steps`.
-    #[serde(rename = "num_inference_steps")]
     pub steps: usize,
-    /// Fixed time shift of the noise levels, a number above 0; `None` for the schedule in the model's
-    /// `scheduler_config.json`. See
+    pub levels: NoiseLevels,
+    /// Each step predicts the clean image and adds fresh noise of the next level to it: diffusers'
+    /// `stochastic_sampling`.
+    pub stochastic: bool,
+}
+
+/// The noise levels of the steps.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub enum NoiseLevels {
+    /// Those of the model's `scheduler_config.json`.
+    #[default]
+    Model,
+    /// A time shift that does not depend on the size. See
     /// [`SchedulerConfig::schedule`](crate::sampling::SchedulerConfig::schedule).
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub shift: Option<f64>,
+    Shifted {
+        /// Above 0.
+        shift: f64,
+        /// The level that the last step is stretched to, from 0 to below 1.
+        terminal: Option<f64>,
+    },
+    /// The level of each step, falling, from above 0 to 1. After the last step it is 0.
+    Sigmas(Arc<[f64]>),
 }
 
 impl Sampling {
     /// This many steps of the model's own schedule.
     pub const fn new(steps: usize) -> Self {
-        Self { steps, shift: None }
+        Self {
+            steps,
+            levels: NoiseLevels::Model,
+            stochastic: false,
+        }
+    }
+
+    /// The fixed time shift, if there is one.
+    pub fn shift(&self) -> Option<f64> {
+        match self.levels {
+            NoiseLevels::Shifted { shift, .. } => Some(shift),
+            NoiseLevels::Model | NoiseLevels::Sigmas(_) => None,
+        }
+    }
+}
+
+impl Serialize for Sampling {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let mut map = serializer.serialize_map(None)?;
+        map.serialize_entry("num_inference_steps", &self.steps)?;
+        match &self.levels {
+            NoiseLevels::Model => {}
+            NoiseLevels::Shifted { shift, terminal } => {
+                map.serialize_entry("shift", shift)?;
+                if let Some(terminal) = terminal {
+                    map.serialize_entry("terminal", terminal)?;
+                }
+            }
+            NoiseLevels::Sigmas(sigmas) => map.serialize_entry("sigmas", &sigmas[..])?,
+        }
+        if self.stochastic {
+            map.serialize_entry("stochastic", &true)?;
+        }
+        map.end()
     }
 }
 
@@ -181,6 +233,8 @@ pub struct Job {
     /// the last step before: SGLang's `cfg_gate_step`. The first step is never gated. `None` and 1
     /// gate no step.
     pub cfg_gate_step: Option<f64>,
+    /// Adapters of the transformer, in the order in which they are added. An adapter is in the list once.
+    pub adapters: Vec<AdapterUse>,
     /// Keep every stage of the run in [`Output::trace`], for comparing runs.
     pub record: bool,
 }

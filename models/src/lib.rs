@@ -9,6 +9,7 @@
 //! crate opens no files, speaks no HTTP and starts no threads. Weights come through
 //! [`source::TensorSource`], and the rest of the program uses [`pipeline::Pipeline`] only.
 
+pub mod adapter;
 mod cache;
 pub mod config;
 mod denoiser;

@@ -32,6 +32,7 @@ pub fn job(side: usize, steps: usize) -> Job {
         decoding: Decoding::default(),
         cache: CachePolicy::Off,
         cfg_gate_step: None,
+        adapters: Vec::new(),
         record: false,
     }
 }

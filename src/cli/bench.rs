@@ -235,7 +235,7 @@ fn calibrate(
                 ..request.clone()
             };
             let tokens = request.tokenize(model.tokenizer())?;
-            Ok(request.into_job(tokens, true))
+            Ok(request.into_job(tokens, Vec::new(), true))
         })
         .collect::<Result<_, InvalidPrompt>>()?;
     let steps = request.sampling.steps;

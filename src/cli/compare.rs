@@ -119,7 +119,10 @@ impl Runner<'_> {
         let load = meter.stop(pipeline.memory());
         let device = pipeline.info().device();
 
-        let job = self.request.clone().into_job(self.tokens.clone(), true);
+        let job = self
+            .request
+            .clone()
+            .into_job(self.tokens.clone(), Vec::new(), true);
         let total = job.sampling.steps;
         progress.started(total, self.model.decode_steps(&job, &settings)?);
         let outcome = record(backend.to_string(), &mut *pipeline, load, job, |done| {

@@ -58,7 +58,7 @@ pub(super) fn run(args: &GenerateArgs) -> Result<(), CliError> {
     let tokens = request.tokenize(model.tokenizer())?;
     let job = request
         .clone()
-        .into_job(tokens.clone(), args.dump.is_some());
+        .into_job(tokens.clone(), Vec::new(), args.dump.is_some());
     let decode_steps = model.decode_steps(&job, &settings)?;
     // Before the progress bar, which would mix with the terminal's answer.
     let screen = Screen::find(args.show, !args.quiet && !args.json);

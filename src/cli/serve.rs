@@ -161,7 +161,7 @@ fn warm_up(runtime: &Runtime, noise: NoiseGenerator) -> Result<Job, CliError> {
     };
     let request = GenerationRequest::new(params, &runtime.limits, noise)?;
     let tokens = request.tokenize(&runtime.tokenizer)?;
-    Ok(request.into_job(tokens, false))
+    Ok(request.into_job(tokens, Vec::new(), false))
 }
 
 /// Logs it if the device is lost. Never completes.

@@ -106,6 +106,7 @@ impl RequestArgs {
             seed: value(self.seed),
             cache: self.cache.given(),
             cfg_gate_step: self.cache.cfg_gate_step,
+            adapters: Vec::new(),
         }
     }
 }

@@ -95,7 +95,7 @@ pub struct EngineSettings {
 ///     warm_up: None,
 /// };
 /// let engine = Engine::start(runtime.pipeline, settings);
-/// let mut handle = engine.submit(request.into_job(tokens, false), SubmitOptions::default())?;
+/// let mut handle = engine.submit(request.into_job(tokens, Vec::new(), false), SubmitOptions::default())?;
 /// let output = loop {
 ///     match handle.blocking_next_event() {
 ///         Event::Finished(finished) => break finished.output,

@@ -1,16 +1,16 @@
 //! A checked request, with every value given and within its limits.
 
-use kiln_models::job::{Guidance, Noise, Sampling, Size};
+use kiln_models::job::{Guidance, Noise, NoiseLevels, Sampling, Size};
 use kiln_models::noise::NoiseGenerator;
 use kiln_models::step_cache::{CacheError, MIN_CACHED_STEPS};
 
-use super::RequestCache;
 use super::cache::cfg_gate_step;
 use super::limits::{
     DEFAULT_NUM_INFERENCE_STEPS, DEFAULT_TRUE_CFG_SCALE, Limits, MAX_PROMPT_BYTES, MAX_SHIFT,
     MAX_TRUE_CFG_SCALE, MIN_SHIFT,
 };
 use super::params::GenerationParams;
+use super::{ChosenAdapter, RequestCache, ScheduleOrigin};
 
 /// The seed that asks for any seed, as no seed does.
 const ANY_SEED: i128 = -1;
@@ -33,6 +33,12 @@ pub struct GenerationRequest {
     /// Part of the steps after which guidance reuses the difference of its two halves, from 0 to below
     /// 1; `None` if no step is gated.
     pub cfg_gate_step: Option<f64>,
+    /// Without those of scale 0.
+    pub adapters: Vec<ChosenAdapter>,
+    /// Where the noise levels come from.
+    pub schedule_origin: ScheduleOrigin,
+    /// What the client should know about values that do not fit each other, one sentence each.
+    pub warnings: Vec<String>,
 }
 
 /// Why a request is invalid. [`InvalidRequest::param`] names the parameter.
@@ -189,11 +195,20 @@ impl GenerationRequest {
             negative_prompt: params.negative_prompt,
             true_cfg_scale,
             size,
-            sampling: Sampling { steps, shift },
+            sampling: Sampling {
+                levels: shift.map_or(NoiseLevels::Model, |shift| NoiseLevels::Shifted {
+                    shift,
+                    terminal: None,
+                }),
+                ..Sampling::new(steps)
+            },
             num_images,
             noise: Noise { seed, generator },
             cache: limits.caches.resolve(params.cache, steps)?,
             cfg_gate_step: cfg_gate_step(params.cfg_gate_step, steps)?,
+            adapters: Vec::new(),
+            schedule_origin: shift.map_or(ScheduleOrigin::Model, |_| ScheduleOrigin::Request),
+            warnings: Vec::new(),
         })
     }
 

@@ -1,5 +1,8 @@
 //! Tokenizes a request and converts it to a job.
 
+use std::sync::Arc;
+
+use kiln_models::adapter::{Adapter, AdapterUse};
 use kiln_models::job::{Decoding, Guidance, Job};
 
 use crate::tokenizer::{PromptTokenizer, TokenizerError};
@@ -39,8 +42,11 @@ impl GenerationRequest {
         })
     }
 
-    /// Converts the request to a job. With `record` the output has the values of every stage.
-    pub fn into_job(self, tokens: PromptTokens, record: bool) -> Job {
+    /// Converts the request to a job. `adapters` are the weights of [`Self::adapters`], in the same order.
+    /// With `record` the output has the values of every stage.
+    pub fn into_job(self, tokens: PromptTokens, adapters: Vec<Arc<Adapter>>, record: bool) -> Job {
+        let scales = self.adapters.iter().map(|chosen| chosen.scale as f32);
+        let adapters = adapters.into_iter().zip(scales);
         let negative = tokens.negative_prompt.map(Into::into);
         Job {
             conditioning: tokens.prompt.into(),
@@ -52,6 +58,9 @@ impl GenerationRequest {
             decoding: Decoding::default(),
             cache: self.cache.policy,
             cfg_gate_step: self.cfg_gate_step,
+            adapters: adapters
+                .map(|(adapter, scale)| AdapterUse { adapter, scale })
+                .collect(),
             record,
         }
     }

@@ -2,7 +2,7 @@
 
 use kiln_models::pipeline::ImageSizes;
 
-use super::StepCaches;
+use super::{Catalogue, StepCaches};
 
 /// Number of denoising steps if a request gives none, as in diffusers.
 pub const DEFAULT_NUM_INFERENCE_STEPS: u32 = 50;
@@ -37,6 +37,8 @@ pub struct Limits {
     pub max_num_images: usize,
     /// The step caches that fit the model, and the default.
     pub caches: StepCaches,
+    /// The adapters that a request may name.
+    pub adapters: Catalogue,
 }
 
 impl Limits {
@@ -61,6 +63,7 @@ impl Limits {
             max_steps: DEFAULT_MAX_STEPS,
             max_num_images: DEFAULT_MAX_NUM_IMAGES,
             caches: StepCaches::default(),
+            adapters: Catalogue::default(),
         }
     }
 }

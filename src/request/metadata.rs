@@ -25,7 +25,7 @@ impl GenerationRequest {
             NoiseGenerator::Cpu => "CPU",
             NoiseGenerator::Cuda => "NV",
         };
-        let shift = self.sampling.shift;
+        let shift = self.sampling.shift();
         let shift = shift.map(|shift| format!("Shift: {shift}, "));
         let batch = (self.num_images > 1)
             .then(|| format!("Batch size: {}, Batch pos: {index}, ", self.num_images));

@@ -7,14 +7,17 @@
 //!
 //! [`Job`]: kiln_models::job::Job
 
+mod adapters;
 mod cache;
 mod checked;
 mod job;
 mod limits;
 mod metadata;
 mod params;
+mod recipe;
 mod written;
 
+pub use self::adapters::{AdapterInfo, Catalogue, ChosenAdapter, GivenAdapter};
 pub use self::cache::{
     CacheChoice, DBCACHE_KEYS, DbCacheChoice, GivenCache, InvalidCache, MAGCACHE_KEYS,
     RequestCache, StepCaches, StepsMask, mag_ratios, only_mag_ratios,
@@ -27,4 +30,5 @@ pub use self::limits::{
     MAX_TRUE_CFG_SCALE, MIN_SHIFT,
 };
 pub use self::params::GenerationParams;
+pub use self::recipe::{Recipe, ScheduleOrigin};
 pub use self::written::{Integer, NotASize, NotAnInteger, WrittenSize};

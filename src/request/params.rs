@@ -1,6 +1,6 @@
 //! The parameters of a request as the client gave them.
 
-use super::GivenCache;
+use super::{GivenAdapter, GivenCache};
 
 /// Unchecked parameters of a request; `None` for a parameter that was not given.
 ///
@@ -21,4 +21,5 @@ pub struct GenerationParams {
     pub seed: Option<i128>,
     pub cache: Option<GivenCache>,
     pub cfg_gate_step: Option<f64>,
+    pub adapters: Vec<GivenAdapter>,
 }

@@ -167,6 +167,7 @@ impl GenerationFields {
                 seed: self.seed.map(|seed| seed.0),
                 cache,
                 cfg_gate_step: self.cfg_gate_step,
+                adapters: Vec::new(),
             },
             names: WireNames {
                 prompt: prompt_name,
@@ -284,6 +285,7 @@ mod tests {
             seed: Some(u64::MAX.into()),
             cache: Some(CacheChoice::Fast.into()),
             cfg_gate_step: Some(0.5),
+            adapters: Vec::new(),
         };
         assert_eq!(read.params, expected);
         assert_eq!(read.encoding.format, ImageFormat::Jpeg);

@@ -148,7 +148,7 @@ impl ImageFacts {
             seed: info.request.noise.seed,
             size: info.size(),
             num_inference_steps: info.request.sampling.steps,
-            shift: info.request.sampling.shift,
+            shift: info.request.sampling.shift(),
             cache: info.request.cache.name(),
             cfg_gate_step: info.request.cfg_gate_step,
             steps: StepFacts::from(*steps),
@@ -262,7 +262,7 @@ impl ParsedRequest {
             stage_metrics,
             request,
         };
-        let job = info.request.clone().into_job(tokens, false);
+        let job = info.request.clone().into_job(tokens, Vec::new(), false);
         let job = app.engine.fit(job).map_err(|error| ApiError::TooLarge {
             error,
             param: size_param,

@@ -7,7 +7,7 @@ use burn_tensor::module;
 use burn_tensor::ops::{AttentionModuleOptions, ConvOptions};
 use burn_tensor::{Bool, DType, Tensor, activation};
 
-use crate::{Rope, TokenRun};
+use crate::{FusedOps, LowRankRun, Rope, TokenRun};
 
 /// Expands a modulation table `[rows, dim]` to the row of each token: `[1, dim]` if all tokens use
 /// the same row, else `[tokens, dim]`.
@@ -50,6 +50,39 @@ pub fn fused_linear<B: Backend>(
         Some(bias) => out + bias.cast(dtype).unsqueeze(),
         None => out,
     }
+}
+
+/// Computes [`FusedOps::add_low_rank`](crate::FusedOps::add_low_rank).
+pub fn add_low_rank<B: FusedOps>(
+    mut outputs: Vec<Tensor<B, 2>>,
+    x: Tensor<B, 2>,
+    runs: &[LowRankRun<B>],
+) -> Vec<Tensor<B, 2>> {
+    let tokens = x.dims()[0];
+    let rows = |of: &Tensor<B, 2>, rows: &Range<usize>| {
+        if *rows == (0..tokens) {
+            return of.clone();
+        }
+        of.clone().narrow(0, rows.start, rows.len())
+    };
+    for run in runs.iter().filter(|run| !run.tokens.is_empty()) {
+        let lowered = B::fused_linear(rows(&x, &run.tokens), run.down.clone(), None);
+        for (output, up) in outputs.iter_mut().zip(&run.ups) {
+            let Some(up) = up else { continue };
+            let lowered = lowered.clone().narrow(1, up.rank.start, up.rank.len());
+            let change = B::fused_linear(lowered * up.scale, up.up.clone(), None);
+            let changed = rows(output, &run.tokens) + change;
+            *output = if run.tokens == (0..tokens) {
+                changed
+            } else {
+                let columns = 0..output.dims()[1];
+                output
+                    .clone()
+                    .slice_assign([run.tokens.clone(), columns], changed)
+            };
+        }
+    }
+    outputs
 }
 
 /// Computes [`FusedOps::rms_norm`](crate::FusedOps::rms_norm).

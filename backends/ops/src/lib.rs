@@ -42,6 +42,28 @@ pub struct TokenRun {
     pub row: usize,
 }
 
+/// The low-rank update of some tokens: for each output of a group of linear layers with one input,
+/// `scale · (x · downᵀ) · upᵀ`.
+#[derive(Debug, Clone)]
+pub struct LowRankRun<B: Backend> {
+    /// The tokens that the update is for.
+    pub tokens: Range<usize>,
+    /// The `down` matrices of all outputs, one below the other: `[sum of ranks, in]`.
+    pub down: Tensor<B, 2>,
+    /// For each output; `None` if the output is not changed.
+    pub ups: Vec<Option<LowRankUp<B>>>,
+}
+
+/// The part of a [`LowRankRun`] for one output.
+#[derive(Debug, Clone)]
+pub struct LowRankUp<B: Backend> {
+    /// The output's rows of [`LowRankRun::down`].
+    pub rank: Range<usize>,
+    /// `[out, rank]`, in the dtype of `down`.
+    pub up: Tensor<B, 2>,
+    pub scale: f32,
+}
+
 /// Cosines and sines of the rotary position embedding, `[tokens, head_dim / 2]` each, f32.
 #[derive(Debug, Clone)]
 pub struct Rope<B: Backend> {
@@ -83,6 +105,23 @@ pub trait FusedOps: MemoryReport + DeviceCheck + Upload {
         bias: Option<Tensor<Self, 1>>,
     ) -> Tensor<Self, 2> {
         defaults::fused_linear(x, weight, bias)
+    }
+
+    /// Adds low-rank updates to the outputs of linear layers that have one input, as LoRA does. Outputs
+    /// share the product with `down`. Tokens that are in no run keep their bits; runs may overlap.
+    ///
+    /// Products round as those of [`FusedOps::fused_linear`]: if the matrices are bf16, `x` and the scaled
+    /// product with `down` are rounded to bf16.
+    ///
+    /// # Shapes
+    /// - x: `[tokens, in]`
+    /// - outputs: `[tokens, out]` each, in the dtype of `x`; each run has one entry for each of them
+    fn add_low_rank(
+        outputs: Vec<Tensor<Self, 2>>,
+        x: Tensor<Self, 2>,
+        runs: &[LowRankRun<Self>],
+    ) -> Vec<Tensor<Self, 2>> {
+        defaults::add_low_rank(outputs, x, runs)
     }
 
     /// Computes `x / sqrt(mean(x²) + eps) * weight` over the last dimension.

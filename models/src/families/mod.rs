@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use kiln_ops::FusedOps;
 
+use crate::adapter::AdapterTarget;
 use crate::config::{ConfigError, ConfigReader, ConfigText};
 use crate::denoiser::{Denoiser, Lane};
 use crate::device::summary;
@@ -115,6 +116,17 @@ impl CheckpointConfigs {
     pub fn blocks(&self) -> Result<usize, ConfigError> {
         match self.family()? {
             Family::QwenImage => qwen_image::blocks(self),
+        }
+    }
+
+    /// The linear layers of the transformer that an adapter can change.
+    ///
+    /// # Errors
+    ///
+    /// If a configuration cannot be read.
+    pub fn adapter_targets(&self) -> Result<Vec<AdapterTarget>, ConfigError> {
+        match self.family()? {
+            Family::QwenImage => qwen_image::adapter_targets(self),
         }
     }
 

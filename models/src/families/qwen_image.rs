@@ -6,6 +6,7 @@ use std::sync::Arc;
 use burn::tensor::{DType, Tensor, TensorData};
 use kiln_ops::FusedOps;
 
+use crate::adapter::AdapterTarget;
 use crate::config::ConfigError;
 use crate::flops::CostModel;
 use crate::job::{Conditioning, Job, Size};
@@ -59,6 +60,13 @@ fn sizes(transformer: &TransformerConfig, vae: &VaeConfig) -> ImageSizes {
 /// Number of the transformer's blocks.
 pub(super) fn blocks(configs: &CheckpointConfigs) -> Result<usize, ConfigError> {
     Ok(TransformerConfig::from_json(&configs.transformer)?.num_layers)
+}
+
+/// The linear layers of the transformer that an adapter can change.
+pub(super) fn adapter_targets(
+    configs: &CheckpointConfigs,
+) -> Result<Vec<AdapterTarget>, ConfigError> {
+    Ok(TransformerConfig::from_json(&configs.transformer)?.adapter_targets())
 }
 
 /// The published ratios of Qwen-Image, for a transformer of its shape: 60 blocks of 24 heads of 128.
@@ -218,7 +226,7 @@ impl<B: FusedOps> QwenImage<B> {
     /// The noise levels of a job's steps.
     pub(crate) fn schedule(&self, job: &Job) -> Schedule {
         let [height, width] = self.grid(job.size);
-        self.scheduler.schedule(job.sampling, height * width)
+        self.scheduler.schedule(&job.sampling, height * width)
     }
 
     /// One image of a job and one prompt's embeddings as a sequence of the transformer.

@@ -3,7 +3,7 @@
 use burn::tensor::{DType, bf16, f16};
 
 use crate::config::{ConfigError, ConfigReader, ConfigText};
-use crate::job::Sampling;
+use crate::job::{NoiseLevels, Sampling};
 
 /// The formula of the dynamic shift, with `mu` of [`SchedulerConfig::mu`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -106,37 +106,51 @@ impl SchedulerConfig {
     /// Computes the schedule of an image of `image_tokens` packed latent tokens, in f32 as the
     /// reference does.
     ///
-    /// A [`Sampling::shift`] `s` replaces the configuration's shift and its terminal stretch:
+    /// [`NoiseLevels::Shifted`] by `s` replaces the configuration's shift and its terminal stretch:
     /// `sigma' = s · sigma / (1 + (s - 1) · sigma)`, whatever the size of the image. It is the
-    /// reference with `base_shift = max_shift = ln s` and no `shift_terminal`, which the
-    /// configuration of Qwen-Image-Lightning sets for `s = 3`.
+    /// reference with `base_shift = max_shift = ln s` and the `shift_terminal` of the levels, which the
+    /// configuration of Qwen-Image-Lightning sets for `s = 3` and no terminal.
     ///
     /// # Panics
-    /// If the number of steps is 0.
-    pub fn schedule(&self, sampling: Sampling, image_tokens: usize) -> Schedule {
-        let Sampling { steps, shift } = sampling;
+    /// If the number of steps is 0, or that of [`NoiseLevels::Sigmas`] is another.
+    pub fn schedule(&self, sampling: &Sampling, image_tokens: usize) -> Schedule {
+        let steps = sampling.steps;
         assert!(steps > 0, "a schedule has at least one step");
         let mut sigmas = linspace_down_from_one(steps);
-        if let Some(shift) = shift {
-            for sigma in &mut sigmas {
-                *sigma = shift as f32 / (shift as f32 + (1.0 / *sigma - 1.0));
+        let mut terminal = self.shift_terminal;
+        match &sampling.levels {
+            NoiseLevels::Sigmas(levels) => {
+                assert_eq!(levels.len(), steps, "one noise level for each step");
+                sigmas = levels.iter().map(|&level| level as f32).collect();
+                terminal = None;
             }
-        } else if self.use_dynamic_shifting {
-            let mu = self.mu(image_tokens);
-            for sigma in &mut sigmas {
-                let odds = 1.0 / *sigma - 1.0;
-                *sigma = match self.time_shift_type {
-                    TimeShift::Exponential => mu.exp() as f32 / (mu.exp() as f32 + odds),
-                    TimeShift::Linear => mu as f32 / (mu as f32 + odds),
-                };
+            NoiseLevels::Shifted {
+                shift,
+                terminal: of_levels,
+            } => {
+                for sigma in &mut sigmas {
+                    *sigma = *shift as f32 / (*shift as f32 + (1.0 / *sigma - 1.0));
+                }
+                terminal = *of_levels;
             }
-        } else {
-            let shift = self.shift;
-            for sigma in &mut sigmas {
-                *sigma = shift as f32 * *sigma / (1.0 + (shift - 1.0) as f32 * *sigma);
+            NoiseLevels::Model if self.use_dynamic_shifting => {
+                let mu = self.mu(image_tokens);
+                for sigma in &mut sigmas {
+                    let odds = 1.0 / *sigma - 1.0;
+                    *sigma = match self.time_shift_type {
+                        TimeShift::Exponential => mu.exp() as f32 / (mu.exp() as f32 + odds),
+                        TimeShift::Linear => mu as f32 / (mu as f32 + odds),
+                    };
+                }
+            }
+            NoiseLevels::Model => {
+                let shift = self.shift;
+                for sigma in &mut sigmas {
+                    *sigma = shift as f32 * *sigma / (1.0 + (shift - 1.0) as f32 * *sigma);
+                }
             }
         }
-        if let Some(terminal) = self.shift_terminal.filter(|_| shift.is_none()) {
+        if let Some(terminal) = terminal {
             let last = 1.0 - sigmas[steps - 1];
             let factor = last / (1.0 - terminal) as f32;
             // The one sigma of a single step is 1 and cannot be stretched; the reference divides by
@@ -244,12 +258,15 @@ mod tests {
             (8, &eight),
         ] {
             let shifted = Sampling {
-                shift: Some(3.0),
+                levels: NoiseLevels::Shifted {
+                    shift: 3.0,
+                    terminal: None,
+                },
                 ..Sampling::new(steps)
             };
             for tokens in [1024, 4096, 6889] {
-                let sigmas = qwen_image().schedule(shifted, tokens).sigmas;
-                let reference = lightning.schedule(Sampling::new(steps), tokens).sigmas;
+                let sigmas = qwen_image().schedule(&shifted, tokens).sigmas;
+                let reference = lightning.schedule(&Sampling::new(steps), tokens).sigmas;
                 assert_eq!(sigmas.len(), expected.len());
                 for ((sigma, reference), expected) in sigmas.iter().zip(reference).zip(expected) {
                     assert!((sigma - reference).abs() < 1e-6, "{sigma} {reference}");
@@ -274,7 +291,7 @@ mod tests {
                 config.mu(tokens)
             );
         }
-        let sigmas = config.schedule(Sampling::new(50), 4096).sigmas;
+        let sigmas = config.schedule(&Sampling::new(50), 4096).sigmas;
         assert_eq!(sigmas.len(), 51);
         for (index, sigma) in [
             (0, 1.0),
@@ -295,7 +312,7 @@ mod tests {
     #[test]
     fn one_step_starts_at_pure_noise() {
         assert_eq!(
-            qwen_image().schedule(Sampling::new(1), 4096).sigmas,
+            qwen_image().schedule(&Sampling::new(1), 4096).sigmas,
             [1.0, 0.0]
         );
     }

@@ -2,6 +2,8 @@
 
 use kiln_ops::KernelShape;
 
+use super::modulation::TIME_CHANNELS;
+use crate::adapter::AdapterTarget;
 use crate::config::{ConfigError, ConfigReader, ConfigText};
 
 /// The largest allowed default size, in latents: 4,096 pixels a side, half of the pixels that a
@@ -112,6 +114,46 @@ impl TransformerConfig {
     /// Width of both streams: heads times head dimension.
     pub fn dim(&self) -> usize {
         self.num_attention_heads * self.attention_head_dim
+    }
+
+    /// The linear layers that an adapter can change, block by block.
+    pub fn adapter_targets(&self) -> Vec<AdapterTarget> {
+        let dim = self.dim();
+        let target = |path: String, d_in, d_out| AdapterTarget { path, d_in, d_out };
+        let mut targets = vec![
+            target("img_in".to_owned(), self.in_channels, dim),
+            target("txt_in".to_owned(), self.joint_attention_dim, dim),
+            target("proj_out".to_owned(), dim, self.patch_channels()),
+            target("norm_out.linear".to_owned(), dim, 2 * dim),
+        ];
+        let embedder = "time_text_embed.timestep_embedder";
+        targets.extend([
+            target(format!("{embedder}.linear_1"), TIME_CHANNELS, dim),
+            target(format!("{embedder}.linear_2"), dim, dim),
+        ]);
+        for block in 0..self.num_layers {
+            let of_block = |name: &&str, d_in, d_out| {
+                target(format!("transformer_blocks.{block}.{name}"), d_in, d_out)
+            };
+            let attention = [
+                "attn.to_q",
+                "attn.to_k",
+                "attn.to_v",
+                "attn.to_out.0",
+                "attn.add_q_proj",
+                "attn.add_k_proj",
+                "attn.add_v_proj",
+                "attn.to_add_out",
+            ];
+            targets.extend(attention.iter().map(|name| of_block(name, dim, dim)));
+            for mlp in ["img_mlp", "txt_mlp"] {
+                targets.push(of_block(&&*format!("{mlp}.net.0.proj"), dim, 4 * dim));
+                targets.push(of_block(&&*format!("{mlp}.net.2"), 4 * dim, dim));
+            }
+            let modulation = ["img_mod.1", "txt_mod.1"];
+            targets.extend(modulation.iter().map(|name| of_block(name, dim, 6 * dim)));
+        }
+        targets
     }
 
     /// Op sizes that the transformer uses.

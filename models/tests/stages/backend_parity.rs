@@ -103,6 +103,7 @@ fn job(case: &Value, reference: &Stages) -> Job {
         decoding: Decoding::default(),
         cache: CachePolicy::Off,
         cfg_gate_step: None,
+        adapters: Vec::new(),
         record: true,
     }
 }

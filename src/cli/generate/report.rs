@@ -101,7 +101,7 @@ impl<'a> Report<'a> {
             negative_prompt: request.negative_prompt.as_deref(),
             true_cfg_scale: request.true_cfg_scale,
             guidance: request.guidance().is_some(),
-            sampling: request.sampling,
+            sampling: request.sampling.clone(),
             cache: request.cache.choice.to_json(),
             cfg_gate_step: request.cfg_gate_step.unwrap_or(1.0),
             steps: output.steps,

@@ -14,7 +14,8 @@ use crate::cli::error::CliError;
 use crate::cli::shared_args::{BackendArgs, LoadArgs, NoiseArgs, parse_host};
 use crate::engine::DEFAULT_MAX_QUEUE;
 use crate::request::{
-    DEFAULT_MAX_IMAGE_PIXELS, DEFAULT_MAX_NUM_IMAGES, DEFAULT_MAX_STEPS, Limits, StepCaches,
+    Catalogue, DEFAULT_MAX_IMAGE_PIXELS, DEFAULT_MAX_NUM_IMAGES, DEFAULT_MAX_STEPS, Limits,
+    StepCaches,
 };
 use crate::runtime::ModelSettings;
 use crate::server::{AllowedHost, ApiKeys, CorsOrigin, DEFAULT_MAX_BODY_BYTES, Settings};
@@ -290,6 +291,7 @@ impl LimitArgs {
             max_image_pixels: self.max_image_pixels,
             max_steps: self.max_steps.get(),
             max_num_images: self.max_num_images.get(),
+            adapters: Catalogue::default(),
         }
     }
 }

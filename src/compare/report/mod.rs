@@ -90,7 +90,7 @@ impl CompareSettings {
             true_cfg_scale: request.true_cfg_scale,
             height: request.size.height,
             width: request.size.width,
-            sampling: request.sampling,
+            sampling: request.sampling.clone(),
             cache: request.cache.choice.to_json(),
             cfg_gate_step: request.cfg_gate_step.unwrap_or(1.0),
             seed: request.noise.seed,

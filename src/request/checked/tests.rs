@@ -1,14 +1,16 @@
 //! Defaults and bounds of the parameters.
 
+use std::sync::LazyLock;
+
 use kiln_models::pipeline::ImageSizes;
 use kiln_models::step_cache::StepCounts;
 use kiln_models::vae::TilingMode;
 
 use super::super::limits::DEFAULT_MAX_IMAGE_PIXELS;
-use super::super::{CacheChoice, PromptTokens, StepCaches};
+use super::super::{CacheChoice, Catalogue, PromptTokens, StepCaches};
 use super::*;
 
-const LIMITS: Limits = Limits {
+static LIMITS: LazyLock<Limits> = LazyLock::new(|| Limits {
     caches: StepCaches {
         default: CacheChoice::Off,
         mag_ratios: None,
@@ -22,7 +24,8 @@ const LIMITS: Limits = Limits {
     max_image_pixels: DEFAULT_MAX_IMAGE_PIXELS,
     max_steps: 1000,
     max_num_images: 10,
-};
+    adapters: Catalogue::default(),
+});
 
 fn check(params: GenerationParams) -> Result<GenerationRequest, InvalidRequest> {
     GenerationRequest::new(params, &LIMITS, NoiseGenerator::Cpu)
@@ -251,6 +254,7 @@ fn guidance_needs_a_negative_prompt_and_a_scale_above_one() {
                     prompt: vec![1],
                     negative_prompt,
                 },
+                Vec::new(),
                 false,
             )
             .guidance
@@ -268,7 +272,7 @@ fn a_shift_is_bounded_on_both_sides() {
             shift: Some(shift),
             ..GenerationParams::default()
         };
-        check(params).map(|request| request.sampling.shift)
+        check(params).map(|request| request.sampling.shift())
     };
     for shift in [1e-3, 3.0, MAX_SHIFT] {
         assert_eq!(shifted(shift).unwrap(), Some(shift));
