@@ -222,7 +222,7 @@ impl LoraFault {
     /// The error of the file of this name.
     pub(super) fn of(self, file: &str) -> LoraError {
         LoraError {
-            file: file.to_owned(),
+            file: shown(file),
             fault: self,
         }
     }

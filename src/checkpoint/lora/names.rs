@@ -166,20 +166,15 @@ pub(super) fn parts(
 /// Splits a key into the path of a layer and what it ends in; `None` if its end is unknown.
 pub(super) fn split(key: &str) -> Option<(String, Ending)> {
     let components: Vec<&str> = key.split('.').collect();
-    (1..components.len()).find_map(|at| {
+    (0..components.len()).find_map(|at| {
         let (stem, end) = components.split_at(at);
         let (marker, tail) = end.split_first()?;
-        let mut stem = stem.join(".");
-        let ending = match (*marker, tail) {
-            // `to_q_lora.down.weight`
-            (marker, ["down" | "up", ..]) if marker.ends_with("_lora") => {
-                stem.push('.');
-                stem.push_str(marker.trim_end_matches("_lora"));
-                ending("lora", tail)
-            }
-            (marker, tail) => ending(marker, tail),
-        };
-        Some((stem, ending?))
+        // `to_q_lora.down.weight`
+        if let (Some(name), ["down" | "up", ..]) = (marker.strip_suffix("_lora"), tail) {
+            let stem = [stem, &[name]].concat().join(".");
+            return Some((stem, ending("lora", tail)?));
+        }
+        Some((stem.join("."), ending(marker, tail)?))
     })
 }
 
