@@ -45,14 +45,14 @@ pub(super) enum Part {
     /// The factors of LoRA.
     Down,
     Up,
-    /// The factors of `LoKr`, whole or as products.
+    /// The factors of LoKr, whole or as products.
     Left,
     LeftA,
     LeftB,
     Right,
     RightA,
     RightB,
-    /// The factors of `LoHa`.
+    /// The factors of LoHa.
     FirstA,
     FirstB,
     SecondA,
@@ -181,7 +181,7 @@ pub(super) fn split(key: &str) -> Option<(String, Ending)> {
 /// What a component of a key means, with those that follow it.
 fn ending(marker: &str, tail: &[&str]) -> Option<Ending> {
     // PEFT puts the name of the adapter in between.
-    let slot = matches!(tail, [] | ["weight"] | [_] | [_, "weight"]);
+    let slot = matches!(tail, [] | [_] | [_, "weight"]);
     let plain = matches!(tail, [] | ["weight"]);
     let alone = tail.is_empty();
     let part = match (marker, tail) {

@@ -26,7 +26,7 @@ struct Fields {
     r: Option<f64>,
     #[serde(alias = "transformer.lora_alpha")]
     lora_alpha: Option<f64>,
-    /// Of `LoKr` and `LoHa`.
+    /// Of LoKr and LoHa.
     #[serde(alias = "transformer.alpha")]
     alpha: Option<f64>,
     #[serde(alias = "transformer.rank_pattern")]

@@ -39,7 +39,7 @@ fn a_file_is_opened_and_read() {
         // The adapter needs the file no more.
         fs::write(&path, "").unwrap();
         assert_eq!(*adapter.changes(), one_layer().changes());
-        assert_eq!(LoraFile::files(&path), [path.clone()]);
+        assert_eq!(LoraFile::files(&path), std::slice::from_ref(&path));
     }
 }
 
@@ -142,7 +142,7 @@ fn files_over_the_limit_are_not_read() {
     assert!(refusal(&path).ends_with("the file has 4294967297 bytes, and the most is 4294967296"));
 }
 
-/// A `LoHa` of rank 23 has 600 times more values in its dense form than in its file.
+/// A LoHa of rank 23 has 600 times more values in its dense form than in its file.
 #[test]
 fn factors_that_need_too_much_memory_are_not_read() {
     let (d_in, d_out, rank) = (12288, 3072, 23);

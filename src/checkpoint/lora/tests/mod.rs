@@ -56,7 +56,7 @@ impl Tensor {
                     (at + 1).wrapping_mul(0x9e37_79b9) ^ (seed + 1).wrapping_mul(0x85eb_ca6b);
                 let hash = (hash as u32).wrapping_mul(0xc2b2_ae35) >> 8;
                 let value = hash as f32 / (1 << 24) as f32;
-                if hash % 2 == 0 {
+                if hash.is_multiple_of(2) {
                     value + 0.1
                 } else {
                     -value - 0.1

@@ -1,4 +1,4 @@
-//! `LoKr` and `LoHa` against arithmetic in f64.
+//! LoKr and LoHa against arithmetic in f64.
 
 use serde_json::json;
 
@@ -7,7 +7,7 @@ use super::*;
 const KEY: &str = "lycoris_transformer_blocks_0_img_mlp_net_0_proj";
 const PATH: &str = "transformer_blocks.0.img_mlp.net.0.proj";
 
-/// A `LoKr` of a layer of [128, 32] with these factors.
+/// A LoKr of a layer of [128, 32] with these factors.
 fn lokr(factors: &[(&str, Tensor)]) -> TestFile {
     factors
         .iter()
@@ -158,7 +158,7 @@ fn a_lokr_of_a_fused_layer_is_split() {
     }
 }
 
-/// A `LoHa` of a layer with these ranks.
+/// A LoHa of a layer with these ranks.
 fn loha(path: &str, ranks: [usize; 2]) -> (TestFile, Vec<f64>) {
     let AdapterTarget { d_in, d_out, .. } = target(path);
     let w1_a = f32s(&[d_out, ranks[0]], 1);
