@@ -111,7 +111,8 @@ def lycoris(
 ) -> None:
     """A file by `save_weights`, in the names of LyCORIS."""
     LycorisNetwork.apply_preset({"target_module": [], "target_name": LAYERS, "use_fnmatch": False})
-    network = create_lycoris(transformer(), 1.0, linear_dim=dim, linear_alpha=alpha, algo=algo, **options)
+    model = transformer()
+    network = create_lycoris(model, 1.0, linear_dim=dim, linear_alpha=alpha, algo=algo, **options)
     network.apply_to()
     fill(list(network.named_parameters()), seed=len(name))
     network.to(dtype)
@@ -119,13 +120,16 @@ def lycoris(
     if not expected:
         return
     network.double()
-    paths = {path.replace(".", "_"): path for path in LAYERS}
+    model.double()
     changes = {}
     for layer in network.loras:
+        path = next(path for path in LAYERS if layer.lora_name == f"lycoris_{path.replace('.', '_')}")
+        linear = model.get_submodule(path)
+        # What the layer adds to the outputs of unit vectors. `get_diff_weight` multiplies LoHa and LoKr by
+        # their scale twice.
+        inputs = torch.eye(linear.in_features, dtype=torch.float64)
         with torch.no_grad():
-            change, bias = layer.get_diff_weight(1.0)
-        assert bias is None, name
-        changes[paths[layer.lora_name.removeprefix("lycoris_")]] = change
+            changes[path] = (linear(inputs) - layer.org_forward(inputs)).T
     save_expected(out, name, changes)
 
 
