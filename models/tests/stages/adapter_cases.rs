@@ -172,7 +172,9 @@ pub(crate) fn uses(case: &Value) -> Vec<AdapterUse> {
 
 /// A case of `cases.json` and its recorded stages.
 pub(crate) fn case(name: &str) -> (Value, Stages) {
-    let file = lora_folder().join("cases").join(format!("{name}.safetensors"));
+    let file = lora_folder()
+        .join("cases")
+        .join(format!("{name}.safetensors"));
     (entry("cases.json", name), Stages(read(&file)))
 }
 
@@ -191,12 +193,12 @@ pub(crate) fn job(case: &Value, reference: &Stages, adapters: Vec<AdapterUse>) -
             width: side("width"),
         },
         sampling: Sampling {
-            levels: case["shift"]
-                .as_f64()
-                .map_or(NoiseLevels::Model, |shift| NoiseLevels::Shifted {
+            levels: case["shift"].as_f64().map_or(NoiseLevels::Model, |shift| {
+                NoiseLevels::Shifted {
                     shift,
                     terminal: None,
-                }),
+                }
+            }),
             ..Sampling::new(side("num_inference_steps"))
         },
         noise: Noise {
@@ -256,9 +258,19 @@ pub(crate) fn compare(case: &Value, reference: &Stages, output: &Output) {
         if !latents || !reference.0.contains_key(&stage.name) {
             continue;
         }
-        assert_eq!(stage.shape, reference.shape(&stage.name), "{name} {}", stage.name);
+        assert_eq!(
+            stage.shape,
+            reference.shape(&stage.name),
+            "{name} {}",
+            stage.name
+        );
         let expected = reference.values(&stage.name);
-        assert_close(&format!("{name} {}", stage.name), &stage.values, &expected, tolerance);
+        assert_close(
+            &format!("{name} {}", stage.name),
+            &stage.values,
+            &expected,
+            tolerance,
+        );
         compared += 1;
     }
     let steps = case["num_inference_steps"].as_u64().unwrap();
@@ -273,7 +285,10 @@ pub(crate) fn compare(case: &Value, reference: &Stages, output: &Output) {
     println!("{name}: {psnr:.1} dB");
     if dtype == "f32" {
         let equal = differences().filter(|&d| d == 0).count() as f64 / expected.len() as f64;
-        assert!(differences().all(|d| d <= 1) && equal >= EQUAL_PIXELS, "{name}: {equal}");
+        assert!(
+            differences().all(|d| d <= 1) && equal >= EQUAL_PIXELS,
+            "{name}: {equal}"
+        );
     } else {
         assert!(psnr >= MIN_PSNR, "{name}: {psnr:.1} dB");
     }
@@ -281,7 +296,14 @@ pub(crate) fn compare(case: &Value, reference: &Stages, output: &Output) {
 
 /// Adapters for the base checkpoint of every kind: linear layers of the blocks, modulation, layers
 /// outside the blocks, the time embedding, and a matrix that has no low rank.
-const OF_EVERY_KIND: [&str; 6] = ["twelve", "second", "modulation", "outside", "time", "lokr_whole"];
+const OF_EVERY_KIND: [&str; 6] = [
+    "twelve",
+    "second",
+    "modulation",
+    "outside",
+    "time",
+    "lokr_whole",
+];
 
 /// Jobs of 3 steps with no adapter, with one of every kind, and with two, of several sizes, with and
 /// without guidance.
@@ -292,7 +314,10 @@ pub(crate) fn mixed_jobs() -> Vec<Job> {
         scale: 0.8,
     });
     let [twelve, second, modulation, ..] = adapters.clone();
-    let scaled = |of: &AdapterUse, scale| AdapterUse { scale, ..of.clone() };
+    let scaled = |of: &AdapterUse, scale| AdapterUse {
+        scale,
+        ..of.clone()
+    };
     let mut sets = vec![Vec::new()];
     sets.extend(adapters.map(|it| vec![it]));
     sets.extend([
@@ -311,7 +336,11 @@ pub(crate) fn mixed_jobs() -> Vec<Job> {
         Job {
             size: Size { width, height },
             sampling: Sampling::new(3),
-            conditioning: if index % 4 == 3 { negative.clone() } else { job.conditioning.clone() },
+            conditioning: if index % 4 == 3 {
+                negative.clone()
+            } else {
+                job.conditioning.clone()
+            },
             guidance: job.guidance.clone().filter(|_| index % 3 != 1),
             num_images: 1 + index % 2,
             noise: Noise {
@@ -328,7 +357,10 @@ pub(crate) fn mixed_jobs() -> Vec<Job> {
 /// alone.
 pub(crate) fn jobs_do_not_depend_on_their_company(pipeline: &mut dyn Pipeline) {
     let jobs = mixed_jobs();
-    let alone: Vec<Output> = jobs.iter().map(|job| generate(pipeline, job.clone())).collect();
+    let alone: Vec<Output> = jobs
+        .iter()
+        .map(|job| generate(pipeline, job.clone()))
+        .collect();
 
     start_all(pipeline, &jobs);
     let ids: Vec<JobId> = (0..jobs.len() as JobId).collect();
@@ -354,7 +386,10 @@ pub(crate) fn jobs_do_not_depend_on_their_company(pipeline: &mut dyn Pipeline) {
 /// in no group with others is equal to the bit.
 pub(crate) fn groups_of_any_order_change_nothing(pipeline: &mut dyn Pipeline, rounds: u64) {
     let jobs = mixed_jobs();
-    let alone: Vec<Output> = jobs.iter().map(|job| generate(pipeline, job.clone())).collect();
+    let alone: Vec<Output> = jobs
+        .iter()
+        .map(|job| generate(pipeline, job.clone()))
+        .collect();
     let mut random = Random(7);
     for _ in 0..rounds {
         start_all(pipeline, &jobs);
@@ -364,7 +399,11 @@ pub(crate) fn groups_of_any_order_change_nothing(pipeline: &mut dyn Pipeline, ro
             let mut ids: Vec<JobId> = left.keys().copied().collect();
             random.shuffle(&mut ids);
             // Often one job alone.
-            let size = if random.below(2) == 0 { 1 } else { 1 + random.below(ids.len()) };
+            let size = if random.below(2) == 0 {
+                1
+            } else {
+                1 + random.below(ids.len())
+            };
             ids.truncate(size);
             for outcome in pipeline.step(&ids).unwrap() {
                 grouped[outcome.id as usize] |= size > 1;
@@ -420,12 +459,21 @@ pub(crate) fn switching_leaves_no_trace(pipeline: &mut dyn Pipeline, switches: u
         let mut others = others.filter(|other| other.images == output.images);
         assert!(others.next().is_none(), "two of the images are the same");
     }
-    assert!(generate(pipeline, base.clone()) == expected[0], "the base after two adapters");
+    assert!(
+        generate(pipeline, base.clone()) == expected[0],
+        "the base after two adapters"
+    );
     for index in 0..switches {
         let (job, expected) = [(&first, &expected[1]), (&second, &expected[2])][index % 2];
-        assert!(&generate(pipeline, job.clone()) == expected, "switch {index}");
+        assert!(
+            &generate(pipeline, job.clone()) == expected,
+            "switch {index}"
+        );
     }
-    assert!(generate(pipeline, base) == expected[0], "the base after {switches} switches");
+    assert!(
+        generate(pipeline, base) == expected[0],
+        "the base after {switches} switches"
+    );
 }
 
 /// A small generator of random numbers (xorshift64), so that a failure can be repeated.
