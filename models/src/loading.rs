@@ -7,6 +7,7 @@ use burn::tensor::DType;
 use cubecl_common::stream_id::StreamId;
 use kiln_ops::{FaultWatch, FusedOps, MemoryRoom, MemoryUse, host};
 
+use crate::adapter::AdapterUse;
 use crate::device::{caught, checkpoint, fault, panic_message};
 use crate::families::{self, CheckpointParts};
 use crate::flops::CostModel;
@@ -298,6 +299,11 @@ impl Pipeline for OneStream {
 
     fn encode(&mut self, prompts: &[&Conditioning]) -> Result<(), PipelineError> {
         self.stream.executes(|| self.pipeline.encode(prompts))
+    }
+
+    fn load_adapters(&mut self, adapters: &[AdapterUse]) -> Result<(), PipelineError> {
+        self.stream
+            .executes(|| self.pipeline.load_adapters(adapters))
     }
 
     fn start(&mut self, id: JobId, job: Job) -> Result<(), PipelineError> {

@@ -461,6 +461,7 @@ where
             embeddings: self.embeddings.counts(),
             modulation,
             positions,
+            ..CacheUses::default()
         }
     }
 }
