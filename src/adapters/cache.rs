@@ -235,3 +235,135 @@ impl HostCache {
         lock(&self.state)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::convert::Infallible;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+    use std::thread;
+    use std::time::Duration;
+
+    use kiln_models::adapter::{Change, Factors, HostMatrix};
+
+    use super::*;
+
+    /// An adapter of 4 bytes for each value.
+    fn adapter(values: usize) -> Adapter {
+        let matrix = HostMatrix::from_f32([1, values], &vec![1.0; values]);
+        let change = Change {
+            factors: Factors::Dense(matrix),
+            scale: 1.0,
+        };
+        Adapter::new("a", BTreeMap::from([("x".to_owned(), change)]))
+    }
+
+    fn get(cache: &HostCache, id: u64, values: usize) -> Arc<Adapter> {
+        let read = || Ok::<_, Infallible>(adapter(values));
+        match cache.get(id, 4 * values as u64, read) {
+            Ok(adapter) => adapter,
+        }
+    }
+
+    #[test]
+    fn the_adapter_that_was_used_last_is_dropped_last() {
+        let cache = HostCache::new(80);
+        for id in [1, 2, 1, 3, 1, 2] {
+            get(&cache, id, 10);
+        }
+        let expected = CacheUse {
+            entries: 2,
+            bytes: 80,
+            max_bytes: 80,
+            hits: 2,
+            misses: 4,
+            loads: 4,
+            evictions: 2,
+        };
+        assert_eq!(cache.used(), expected);
+    }
+
+    #[test]
+    fn an_adapter_in_use_is_never_dropped() {
+        let cache = HostCache::new(80);
+        let first = get(&cache, 1, 10);
+        get(&cache, 2, 10);
+        get(&cache, 3, 10);
+        assert!(Arc::ptr_eq(&first, &get(&cache, 1, 10)));
+        assert_eq!(cache.used().bytes, 80);
+    }
+
+    #[test]
+    fn without_room_an_adapter_is_shared_while_it_is_in_use_and_then_freed() {
+        let cache = HostCache::new(80);
+        let held = [get(&cache, 1, 10), get(&cache, 2, 10)];
+        let third = get(&cache, 3, 10);
+        assert!(Arc::ptr_eq(&third, &get(&cache, 3, 10)));
+        assert_eq!((cache.used().entries, cache.used().bytes), (3, 120));
+        drop(third);
+        assert_eq!((cache.used().entries, cache.used().bytes), (2, 80));
+        drop(held);
+        get(&cache, 3, 10);
+        assert_eq!((cache.used().entries, cache.used().bytes), (2, 80));
+        // Larger than the cache.
+        let large = get(&cache, 4, 100);
+        assert_eq!((cache.used().entries, cache.used().bytes), (1, 400));
+        drop(large);
+        assert_eq!((cache.used().entries, cache.used().bytes), (0, 0));
+    }
+
+    #[test]
+    fn there_is_room_beside_what_is_in_use() {
+        let cache = HostCache::new(80);
+        let room = |wanted: &[(u64, u64)]| cache.has_room(&wanted.iter().copied().collect());
+        assert!(room(&[(1, 400)]));
+        let first = get(&cache, 1, 10);
+        get(&cache, 2, 10);
+        assert!(room(&[(3, 40)]) && room(&[(1, 40), (3, 40)]));
+        assert!(!room(&[(3, 41)]) && !room(&[(2, 40), (3, 40)]));
+        drop(first);
+        assert!(room(&[(3, 41)]));
+    }
+
+    #[test]
+    fn threads_that_want_the_same_adapter_read_it_once() {
+        let (cache, reads) = (HostCache::new(80), AtomicUsize::new(0));
+        thread::scope(|scope| {
+            for _ in 0..8 {
+                scope.spawn(|| {
+                    let read = || {
+                        reads.fetch_add(1, Ordering::SeqCst);
+                        thread::sleep(Duration::from_millis(20));
+                        Ok::<_, Infallible>(adapter(10))
+                    };
+                    cache.get(1, 40, read)
+                });
+            }
+        });
+        assert_eq!(reads.into_inner(), 1);
+        assert_eq!((cache.used().hits, cache.used().loads), (7, 1));
+    }
+
+    #[test]
+    fn what_cannot_be_read_is_not_there() {
+        let cache = HostCache::new(80);
+        assert_eq!(cache.get(1, 40, || Err("no")).unwrap_err(), "no");
+        let panics = || -> Result<Adapter, Infallible> { panic!("while it is read") };
+        let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+            cache.get(1, 40, panics).map(drop)
+        }));
+        assert!(outcome.is_err());
+        assert_eq!((cache.used().entries, cache.used().bytes), (0, 0));
+        get(&cache, 1, 10);
+        assert_eq!((cache.used().entries, cache.used().bytes), (1, 40));
+    }
+
+    #[test]
+    fn a_forgotten_adapter_lives_as_long_as_it_is_in_use() {
+        let cache = HostCache::new(80);
+        let held = get(&cache, 1, 10);
+        cache.forget(1);
+        assert_eq!(cache.used().entries, 1);
+        drop(held);
+        assert_eq!((cache.used().entries, cache.used().bytes), (0, 0));
+    }
+}

@@ -175,6 +175,13 @@ impl Checkpoint {
         &self.place
     }
 
+    /// The adapters that come with the model: file name, content, and the JSON of the sidecar.
+    pub fn embedded_adapters(
+        &self,
+    ) -> &'static [(&'static str, &'static [u8], Option<&'static str>)] {
+        &[]
+    }
+
     /// How to word prompts, for a model with a small vocabulary.
     pub fn prompt_guide(&self) -> Option<&'static PromptGuide> {
         matches!(self.place, Place::Demo).then_some(&demo::GUIDE)
