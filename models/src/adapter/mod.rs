@@ -156,6 +156,11 @@ impl Adapter {
         let matrices = self.changes.values().flat_map(|it| it.factors.matrices());
         matrices.map(|it| it.shape[0] * it.shape[1]).sum()
     }
+
+    /// Bytes that the adapter takes on a device, in a model whose weights have this many bytes each.
+    pub fn device_bytes(&self, weight_size: usize) -> usize {
+        self.parameters().saturating_mul(weight_size)
+    }
 }
 
 impl PartialEq for Adapter {
