@@ -20,6 +20,7 @@ use kiln_models::flops::FlopCount;
 use kiln_models::job::Job;
 use kiln_models::pipeline::{ModelInfo, Pipeline};
 
+use crate::adapters::{AdapterError, AdapterSettings, AdapterStore};
 use crate::backend::{self, BackendError, LoadSettings, UnknownName};
 use crate::checkpoint::{
     Checkpoint, CheckpointError, DEMO, Place, PromptGuide, QWEN_IMAGE, Shape, WeightAccess,
@@ -78,6 +79,8 @@ pub enum RuntimeError {
     Tokenizer(#[source] TokenizerError),
     #[error(transparent)]
     Backend(#[from] BackendError),
+    #[error(transparent)]
+    Adapters(#[from] AdapterError),
 }
 
 /// A model whose files were found, without its weights.
@@ -257,6 +260,19 @@ impl Model {
             }
             place => place.to_string(),
         }
+    }
+
+    /// Lists the adapters of a folder that fit the model, and those that come with the model.
+    ///
+    /// # Errors
+    ///
+    /// The folder cannot be read.
+    pub fn open_adapters(&self, settings: AdapterSettings) -> Result<AdapterStore, RuntimeError> {
+        let configs = &self.checkpoint.parts().configs;
+        let targets = configs.adapter_targets().map_err(BackendError::from)?;
+        let blocks = configs.blocks().map_err(BackendError::from)?;
+        let embedded = self.checkpoint.embedded_adapters();
+        Ok(AdapterStore::open(settings, targets, blocks, embedded)?)
     }
 
     /// Floating-point operations of a job, by stage.

@@ -332,6 +332,7 @@ impl VaeArgs {
             dtype,
             split_guidance: None,
             vae: self.vae()?,
+            ..LoadSettings::default()
         })
     }
 

@@ -11,10 +11,12 @@ mod adapters;
 mod cache;
 mod checked;
 mod job;
+mod levels;
 mod limits;
 mod metadata;
 mod params;
 mod recipe;
+mod recipes;
 mod written;
 
 pub use self::adapters::{AdapterInfo, Catalogue, ChosenAdapter, GivenAdapter};
@@ -24,11 +26,13 @@ pub use self::cache::{
 };
 pub use self::checked::{GenerationRequest, InvalidRequest, random_u64};
 pub use self::job::{InvalidPrompt, PromptTokens};
+pub use self::levels::InvalidLevels;
 pub use self::limits::{
     DEFAULT_MAX_IMAGE_PIXELS, DEFAULT_MAX_NUM_IMAGES, DEFAULT_MAX_STEPS,
     DEFAULT_NUM_INFERENCE_STEPS, DEFAULT_TRUE_CFG_SCALE, Limits, MAX_PROMPT_BYTES, MAX_SHIFT,
     MAX_TRUE_CFG_SCALE, MIN_SHIFT,
 };
 pub use self::params::GenerationParams;
-pub use self::recipe::{Recipe, ScheduleOrigin};
+pub use self::recipe::{Recipe, ScheduleOrigin, header_recipe, sidecar_recipe};
+pub use self::recipes::{Fingerprint, fused_lightning, known_recipe};
 pub use self::written::{Integer, NotASize, NotAnInteger, WrittenSize};

@@ -10,6 +10,7 @@ use utoipa::ToSchema;
 use crate::image::{Encoding, ImageFormat};
 use crate::request::{GenerationParams, Integer, WrittenSize};
 
+use super::adapters::{LorasField, written_adapters};
 use super::cache::{CacheDitParams, CacheField, given_cache};
 use super::choice::choice;
 use super::invalid::InvalidBody;
@@ -89,6 +90,13 @@ pub(super) struct GenerationFields {
     /// Settings of `enable_cache_dit`, which they turn on by themselves.
     #[schema(value_type = Option<CacheDitParams>)]
     cache_dit_params: Option<Value>,
+    /// Adapters: the name of one, an object such as `{"name": "ink", "scale": 0.8}`, or a list of them.
+    /// `GET /v1/models` has the names.
+    #[schema(value_type = Option<LorasField>)]
+    lora: Option<Value>,
+    /// Alias of `lora`.
+    #[schema(value_type = Option<LorasField>)]
+    loras: Option<Value>,
     /// Milliseconds from the arrival of the request until the images must be finished. The request is
     /// refused if they cannot be, by the measured speed; goes before others if it would be late
     /// otherwise; and ends with status 408 once it cannot be in time any more.
@@ -169,6 +177,7 @@ impl GenerationFields {
                 cfg_gate_step: self.cfg_gate_step,
                 adapters: Vec::new(),
             },
+            adapters: written_adapters(self.lora.as_ref(), self.loras.as_ref())?,
             names: WireNames {
                 prompt: prompt_name,
                 size_given,

@@ -1,6 +1,5 @@
 //! From a parsed request to encoded images, for every endpoint: check, submit, follow, encode.
 
-use std::num::NonZeroUsize;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -14,23 +13,15 @@ use utoipa::ToSchema;
 
 use crate::engine::{Cheaper, Event, Finished, JobHandle, SubmitOptions, Timings};
 use crate::image::{Encoding, ImageFormat, encode};
-use crate::request::{CacheChoice, GenerationRequest, PromptTokens};
+use crate::request::{CacheChoice, GenerationRequest, Limits, PromptTokens};
 
 use super::LoadedApp;
+use super::adapters::Room;
 use super::cache::{ComputedSteps, StepFacts};
 use super::error::ApiError;
 use super::parsed::ParsedRequest;
+use super::previews::Previews;
 use super::stage_metrics::{Measured, Metrics, StageSeconds};
-
-/// How often a preview is made while an image is generated.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Previews {
-    Never,
-    /// After this number of steps, again and again.
-    Every(NonZeroUsize),
-    /// At most this number of previews, evenly spaced.
-    Count(usize),
-}
 
 /// An update on a running request.
 pub(super) enum RequestProgress {
@@ -162,18 +153,6 @@ impl ImageFacts {
     }
 }
 
-impl Previews {
-    /// Steps from one preview to the next.
-    fn interval(self, steps: usize) -> Option<NonZeroUsize> {
-        match self {
-            Self::Never | Self::Count(0) => None,
-            Self::Every(interval) => Some(interval),
-            // After the last step there is the image itself.
-            Self::Count(count) => NonZeroUsize::new(steps.div_ceil(count + 1)),
-        }
-    }
-}
-
 impl RequestInfo {
     /// Size of the images, `WIDTHxHEIGHT` in pixels.
     pub(super) fn size(&self) -> String {
@@ -191,7 +170,8 @@ impl ParsedRequest {
         previews: Previews,
     ) -> Result<RunningRequest, ApiError> {
         let received = Instant::now();
-        let (info, job, options) = self.prepare(app, id, model, received).await?;
+        let prepared = self.prepare(app, id, model, received, Room::Awaited);
+        let (info, job, options) = prepared.await?;
         let steps = info.request.sampling.steps;
         let options = SubmitOptions {
             preview_every: previews.interval(steps),
@@ -218,12 +198,14 @@ impl ParsedRequest {
         id: String,
         model: Option<&str>,
         received: Instant,
+        room: Room,
     ) -> Result<(RequestInfo, Job, SubmitOptions), ApiError> {
         let created = SystemTime::now()
             .duration_since(UNIX_EPOCH)
             .unwrap_or_default()
             .as_secs();
-        let model = app.model_name(model).to_owned();
+        let given_model = model;
+        let model = app.answered_name(model);
         let (names, stage_metrics) = (self.names, self.stage_metrics);
         let size_param = match (self.params.height, self.params.width) {
             (None, None) => "size",
@@ -232,7 +214,7 @@ impl ParsedRequest {
         };
         let after = |time: Option<Duration>| received.checked_add(time?);
         let (deadline, due) = (after(app.settings.request_timeout), after(self.deadline));
-        let (request, encoding) = self.check(app)?;
+        let (request, encoding) = self.check(app, given_model)?;
         let options = SubmitOptions {
             deadline,
             due,
@@ -252,6 +234,7 @@ impl ParsedRequest {
             param: names.of(error.param),
             error: error.source,
         })?;
+        let weights = app.weights(&request.adapters, deadline, room).await?;
         let info = RequestInfo {
             id,
             model,
@@ -262,7 +245,7 @@ impl ParsedRequest {
             stage_metrics,
             request,
         };
-        let job = info.request.clone().into_job(tokens, Vec::new(), false);
+        let job = info.request.clone().into_job(tokens, weights, false);
         let job = app.engine.fit(job).map_err(|error| ApiError::TooLarge {
             error,
             param: size_param,
@@ -270,13 +253,23 @@ impl ParsedRequest {
         Ok((info, job, options))
     }
 
-    fn check(self, app: &LoadedApp) -> Result<(GenerationRequest, Encoding), ApiError> {
+    fn check(
+        self,
+        app: &LoadedApp,
+        model: Option<&str>,
+    ) -> Result<(GenerationRequest, Encoding), ApiError> {
         let (names, encoding) = (self.names, self.encoding);
         let noise = self.noise_generator.unwrap_or(app.settings.noise_generator);
         let mut params = self.params;
         let default = &app.settings.default_negative_prompt;
         params.negative_prompt = params.negative_prompt.or_else(|| default.clone());
-        let request = GenerationRequest::new(params, &app.limits, noise).map_err(|error| {
+        let limits = Limits {
+            adapters: app.adapters.catalogue(),
+            ..app.limits.clone()
+        };
+        let given = app.given_adapters(model, self.adapters, &limits.adapters)?;
+        params.adapters.extend(given);
+        let request = GenerationRequest::new(params, &limits, noise).map_err(|error| {
             let param = names.of(error.param());
             ApiError::Request { error, param }
         })?;
@@ -447,7 +440,8 @@ fn encode_all(
     for (index, image) in output.images.iter().enumerate() {
         let metadata = app.settings.metadata.then(|| {
             let (tiled, steps) = (output.tiled, output.steps);
-            info.request.metadata_text(&info.model, index, tiled, steps)
+            let model = app.model_name(Some(&info.model));
+            info.request.metadata_text(model, index, tiled, steps)
         });
         files.push(encode(image, info.encoding, metadata.as_deref())?);
     }
@@ -473,25 +467,4 @@ fn prompt_tokens(app: &LoadedApp, tokens: &PromptTokens) -> usize {
 fn image_tokens(request: &GenerationRequest, size_multiple: usize) -> usize {
     let patches = (request.size.height / size_multiple) * (request.size.width / size_multiple);
     patches * request.num_images
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn no_more_previews_are_made_than_were_asked_for() {
-        for steps in 1..60 {
-            for count in 0..4 {
-                let interval = Previews::Count(count).interval(steps);
-                let shown = interval.map_or(0, |interval| (steps - 1) / interval);
-                assert!(shown <= count, "{shown} of {count} in {steps} steps");
-                let usual = [20, 30, 50].contains(&steps);
-                assert!(
-                    !usual || shown == count,
-                    "{shown} of {count} in {steps} steps"
-                );
-            }
-        }
-    }
 }

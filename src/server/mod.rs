@@ -2,6 +2,7 @@
 //! uses axum.
 
 mod access;
+mod adapters;
 mod app;
 mod body;
 mod cache;
@@ -24,6 +25,7 @@ mod models;
 mod openapi;
 mod page;
 mod parsed;
+mod previews;
 mod routes;
 mod sdapi;
 mod signals;
@@ -84,6 +86,8 @@ pub struct Settings {
     pub noise_generator: NoiseGenerator,
     /// Whether to serve the API of AUTOMATIC1111's web UI as well.
     pub sdapi: bool,
+    /// Whether clients may change the list of adapters.
+    pub lora_updates: bool,
 }
 
 impl Settings {
@@ -101,6 +105,7 @@ impl Settings {
             metadata: true,
             noise_generator: NoiseGenerator::Cpu,
             sdapi: false,
+            lora_updates: false,
         }
     }
 }

@@ -12,6 +12,7 @@ use crate::checkpoint::PromptGuide;
 use crate::request::{DEFAULT_NUM_INFERENCE_STEPS, DEFAULT_TRUE_CFG_SCALE};
 
 use super::LoadedApp;
+use super::adapters::AdapterStatus;
 use super::cache::CacheField;
 use super::error::{ApiError, ErrorEnvelope};
 use super::health;
@@ -34,6 +35,7 @@ pub(super) struct Status {
     max_step_tokens: usize,
     limits: RequestLimits,
     defaults: Defaults,
+    adapters: AdapterStatus,
     /// Hints for prompts, for a model that knows only some words; null for others.
     prompt_guide: Option<Guide>,
 }
@@ -142,6 +144,7 @@ pub(super) async fn status(
             negative_prompt: app.settings.default_negative_prompt.clone(),
             cache: limits.caches.default.to_json(),
         },
+        adapters: AdapterStatus::new(&app.adapters),
         prompt_guide: app.prompt_guide.map(Guide::new),
     })
 }

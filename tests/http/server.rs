@@ -110,6 +110,7 @@ impl TestServer {
                 caches,
                 ..Limits::for_sizes(self.engine.info().sizes)
             },
+            adapters: kiln::adapters::AdapterStore::default(),
             prompt_guide: None,
         });
     }

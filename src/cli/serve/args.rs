@@ -11,6 +11,7 @@ use kiln_models::pipeline::ImageSizes;
 
 use crate::cli::cache_args::CacheDefaultArgs;
 use crate::cli::error::CliError;
+use crate::cli::lora_args::LoraServeArgs;
 use crate::cli::shared_args::{BackendArgs, LoadArgs, NoiseArgs, parse_host};
 use crate::engine::DEFAULT_MAX_QUEUE;
 use crate::request::{
@@ -58,8 +59,8 @@ pub(in crate::cli) struct ServeArgs {
     /// Names of the model in responses, separated by spaces or commas [default: the given MODEL, or
     /// the last part of its path]
     ///
-    /// Requests may name any model. The response has the same name if it is one of these, and
-    /// otherwise the first of these.
+    /// Requests may name any model. The response has the same name if it is one of these or an
+    /// adapter's, and otherwise the first of these.
     #[arg(long, value_name = "NAME", num_args = 1.., value_parser = parse_name)]
     served_model_name: Vec<String>,
 
@@ -104,6 +105,9 @@ pub(in crate::cli) struct ServeArgs {
 
     #[command(flatten)]
     pub(super) caches: CacheDefaultArgs,
+
+    #[command(flatten)]
+    pub(super) lora: LoraServeArgs,
 
     #[command(flatten)]
     access: AccessArgs,
@@ -153,6 +157,7 @@ impl ServeArgs {
             metadata: !self.no_metadata,
             noise_generator: self.noise.generator(),
             sdapi: self.enable_sdapi,
+            lora_updates: self.lora.enable_lora_updates,
             ..settings
         })
     }

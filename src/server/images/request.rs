@@ -14,10 +14,10 @@ use crate::request::Integer;
 use super::super::body;
 use super::super::choice::choice;
 use super::super::fields::GenerationFields;
-use super::super::generation::Previews;
 use super::super::invalid::InvalidBody;
 use super::super::keys::{self, FEATURES, Ineffective, Keys, NoMoreFields};
 use super::super::parsed::ParsedRequest;
+use super::super::previews::Previews;
 
 /// What an images request may have besides the keys that kiln reads.
 const INEFFECTIVE: Ineffective = Ineffective {
@@ -49,8 +49,9 @@ pub(super) struct ImagesFields {
     /// The prompt; may be empty.
     #[schema(value_type = String, required = true)]
     prompt: Option<String>,
-    /// Any name is accepted, as the server has one model. The response repeats it if it is one of
-    /// the model's names, and contains the model's first name otherwise.
+    /// The name of an adapter adds this adapter. Any other name is accepted, as the server has one
+    /// model. The response repeats it if the model or an adapter has it, and contains the model's first
+    /// name otherwise.
     pub(super) model: Option<String>,
     /// `b64_json`, the default, returns the images in a JSON body, and `url` returns them there as
     /// `data:` URLs. `file` returns one image as the body itself, or several as a ZIP archive. Events
@@ -186,6 +187,13 @@ pub(in super::super) struct Parsed {
     pub(super) fields: ImagesFields,
     pub(in super::super) request: ParsedRequest,
     pub(super) previews: Previews,
+}
+
+impl Parsed {
+    /// The name of the model in the request.
+    pub(in super::super) fn model(&self) -> Option<&str> {
+        self.fields.model.as_deref()
+    }
 }
 
 /// Reads the body of an images request.

@@ -19,10 +19,11 @@ use crate::request::{GenerationParams, Integer, random_u64};
 use super::super::LoadedApp;
 use super::super::body;
 use super::super::error::ApiError;
-use super::super::generation::{EncodedImages, Previews, RequestProgress, RunningRequest};
+use super::super::generation::{EncodedImages, RequestProgress, RunningRequest};
 use super::super::invalid::InvalidBody;
 use super::super::keys::{self, Feature, Ineffective, Keys, NoMoreFields};
 use super::super::parsed::{ParsedRequest, WireNames};
+use super::super::previews::Previews;
 use super::answer::Txt2ImgResponse;
 use super::{PREVIEW_STEPS, SdapiError, SdapiErrorBody, SdapiObject, json as answer};
 
@@ -266,6 +267,7 @@ fn parse(mut object: Map<String, Value>) -> Result<Parsed, InvalidBody> {
     };
     let value = |field: Option<Integer>| field.map(|Integer(value)| value);
     let request = ParsedRequest {
+        adapters: Vec::new(),
         params: GenerationParams {
             prompt,
             negative_prompt: fields.negative_prompt,

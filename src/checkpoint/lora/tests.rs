@@ -1,0 +1,1 @@
+//! Adapter files: names, numbers and refusals.
