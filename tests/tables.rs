@@ -92,6 +92,7 @@ fn a_benchmark() {
             operations,
             measurement.clone(),
             peak,
+            None,
         );
         assert_snapshot(name, &report.to_string());
     }
