@@ -91,8 +91,8 @@ fn a_benchmark() {
             &workload,
             operations,
             measurement.clone(),
-            peak,
             None,
+            peak,
         );
         assert_snapshot(name, &report.to_string());
     }
