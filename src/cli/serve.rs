@@ -128,7 +128,7 @@ fn open(
     Ok(LoadedModel {
         engine,
         tokenizer: Arc::clone(&runtime.tokenizer),
-        limits: args.limits.limits(runtime.limits.sizes, caches),
+        limits: args.limits.limits(runtime.limits, caches),
         prompt_guide: runtime.prompt_guide,
     })
 }
