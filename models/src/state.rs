@@ -5,6 +5,7 @@ use std::sync::Arc;
 use burn::tensor::Tensor;
 use kiln_ops::FusedOps;
 
+use crate::adapter::Totals;
 use crate::denoiser::{Half, JobStep, Placed, Prediction, Tables};
 use crate::finite::{NotFinite, Stage, check, read, traced};
 use crate::guidance::true_cfg;
@@ -80,6 +81,7 @@ impl<B: FusedOps> JobState<B> {
             step: self.steps_done,
             tables: &self.tables,
             latents: &self.latents,
+            adapter_work: Totals::of_job(&self.job.adapters).work,
             halves: running,
             next: self.cache.next(),
             order: self.cache.order(),

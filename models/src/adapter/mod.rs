@@ -4,6 +4,8 @@
 //! paths of the checkpoint, and their factors to [`Factors`]; nothing here knows a file format. A
 //! [`Job`](crate::job::Job) names the adapters that it is generated with and the scale of each.
 
+mod totals;
+
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -11,6 +13,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use bytes::Bytes;
 
 use crate::source::StoredDType;
+
+pub(crate) use self::totals::{TokenWork, Totals};
 
 /// Identifies the content of an adapter within the process. An adapter that is read again gets
 /// another id.
@@ -33,6 +37,7 @@ pub struct Adapter {
     id: AdapterId,
     name: String,
     changes: BTreeMap<String, Change>,
+    totals: Totals,
 }
 
 /// The change of the weight `[out, in]` of one linear layer: `scale · factors`, before the scale of the
@@ -128,6 +133,7 @@ impl Adapter {
         Self {
             id: AdapterId(NEXT.fetch_add(1, Ordering::Relaxed)),
             name: name.into(),
+            totals: Totals::of_changes(&changes),
             changes,
         }
     }
