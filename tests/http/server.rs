@@ -51,6 +51,7 @@ impl TestServer {
             max_queue,
             max_started: DEFAULT_MAX_STARTED,
             max_memory: None,
+            adapter_cache_bytes: usize::MAX,
             max_step_tokens: Some(0),
             warm_up: None,
         };
