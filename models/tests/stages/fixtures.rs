@@ -108,9 +108,11 @@ pub(crate) struct Stages(pub(crate) BTreeMap<String, (TensorInfo, Bytes)>);
 
 impl Stages {
     pub(crate) fn open(case: &str) -> Self {
-        Self(read(
-            &folder().join("cases").join(format!("{case}.safetensors")),
-        ))
+        Self::read(&folder().join("cases").join(format!("{case}.safetensors")))
+    }
+
+    pub(crate) fn read(file: &Path) -> Self {
+        Self(read(file))
     }
 
     pub(crate) fn shape(&self, name: &str) -> Vec<usize> {

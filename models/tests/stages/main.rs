@@ -16,6 +16,7 @@ mod finite;
 mod fixtures;
 mod halves;
 mod low_rank;
+mod merged;
 mod modules;
 mod packing;
 mod parity;
