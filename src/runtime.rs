@@ -15,6 +15,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use kiln_models::TensorSource;
+use kiln_models::adapter::AdapterTarget;
 use kiln_models::flops::FlopCount;
 use kiln_models::job::Job;
 use kiln_models::pipeline::{ModelInfo, Pipeline};
@@ -285,6 +286,16 @@ impl Model {
         settings: &LoadSettings,
     ) -> Result<FlopCount, RuntimeError> {
         Ok(backend::operations(&self.checkpoint, job, settings)?)
+    }
+
+    /// The linear layers of the transformer that an adapter can change.
+    ///
+    /// # Errors
+    ///
+    /// The model's configuration is not supported.
+    pub fn adapter_targets(&self) -> Result<Vec<AdapterTarget>, RuntimeError> {
+        let configs = &self.checkpoint.parts().configs;
+        Ok(configs.adapter_targets().map_err(BackendError::from)?)
     }
 
     /// Time to decode a job's images as a number of its steps, estimated from the operations of

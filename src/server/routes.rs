@@ -48,7 +48,8 @@ fn v1(app: &Arc<App>) -> OpenApiRouter<Arc<App>> {
         .routes(routes!(models::list))
         .routes(routes!(models::retrieve))
         .routes(routes!(adapters::load))
-        .routes(routes!(adapters::unload));
+        .routes(routes!(adapters::unload))
+        .routes(routes!(adapters::refresh));
     let document = router.get_openapi_mut();
     openapi::add_security_scheme(document, "bearer", HttpAuthScheme::Bearer);
     let refuse = || ApiError::Unauthorized.into_response();

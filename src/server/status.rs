@@ -144,7 +144,7 @@ pub(super) async fn status(
             negative_prompt: app.settings.default_negative_prompt.clone(),
             cache: limits.caches.default.to_json(),
         },
-        adapters: AdapterStatus::new(&app.adapters),
+        adapters: AdapterStatus::new(&app.adapters, app.settings.lora_updates),
         prompt_guide: app.prompt_guide.map(Guide::new),
     })
 }

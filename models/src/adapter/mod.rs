@@ -4,6 +4,8 @@
 //! paths of the checkpoint, and their factors to [`Factors`]; nothing here knows a file format. A
 //! [`Job`](crate::job::Job) names the adapters that it is generated with and the scale of each.
 
+mod merged;
+
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -11,6 +13,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use bytes::Bytes;
 
 use crate::source::StoredDType;
+
+pub use self::merged::MergedSource;
 
 /// Identifies the content of an adapter within the process. An adapter that is read again gets
 /// another id.
@@ -155,6 +159,11 @@ impl Adapter {
     pub fn parameters(&self) -> usize {
         let matrices = self.changes.values().flat_map(|it| it.factors.matrices());
         matrices.map(|it| it.shape[0] * it.shape[1]).sum()
+    }
+
+    /// Bytes that the adapter takes on a device, in a model whose weights have this many bytes each.
+    pub fn device_bytes(&self, weight_size: usize) -> usize {
+        self.parameters().saturating_mul(weight_size)
     }
 }
 

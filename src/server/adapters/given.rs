@@ -19,11 +19,23 @@ const KNOWN: &str = "name, lora_name, adapter, path, local_path, lora_path, lora
 /// An adapter as a client writes it: its name, its file, or both.
 #[derive(Debug, Clone, PartialEq)]
 pub(in super::super) struct WrittenAdapter {
-    pub(super) name: Option<String>,
+    pub(in super::super) name: Option<String>,
     pub(super) file: Option<String>,
-    pub(super) scale: Option<f64>,
+    pub(in super::super) scale: Option<f64>,
     /// Key of the name or of the file in the request.
     pub(super) param: String,
+}
+
+impl WrittenAdapter {
+    /// An adapter by its name.
+    pub(in super::super) fn named(name: &str, scale: Option<f64>, param: &str) -> Self {
+        Self {
+            name: Some(name.to_owned()),
+            file: None,
+            scale,
+            param: param.to_owned(),
+        }
+    }
 }
 
 /// Reads `lora` and `loras`, of which a request may have one.
@@ -53,12 +65,7 @@ fn all(param: &str, value: &Value) -> Result<Vec<WrittenAdapter>, InvalidBody> {
 
 fn one(param: &str, value: &Value) -> Result<WrittenAdapter, InvalidBody> {
     match value {
-        Value::String(name) => Ok(WrittenAdapter {
-            name: Some(name.clone()),
-            file: None,
-            scale: None,
-            param: param.to_owned(),
-        }),
+        Value::String(name) => Ok(WrittenAdapter::named(name, None, param)),
         Value::Object(object) => from_object(param, object),
         other => {
             let expected = "the name of an adapter, or an object with its name and scale";

@@ -1,5 +1,5 @@
-//! `POST /v1/load_lora_adapter` and `POST /v1/unload_lora_adapter`: vLLM's routes that change the list of
-//! adapters.
+//! The routes that change the list of adapters: vLLM's `POST /v1/load_lora_adapter` and
+//! `POST /v1/unload_lora_adapter`, and `POST /v1/refresh_lora_adapters`.
 
 use std::sync::Arc;
 
@@ -9,6 +9,8 @@ use serde::Deserialize;
 use serde_json::Value;
 use tokio::task::spawn_blocking;
 use utoipa::ToSchema;
+
+use crate::adapters::AdapterError;
 
 use super::super::LoadedApp;
 use super::super::body::{self, JsonObject};
@@ -111,6 +113,32 @@ pub(in super::super) async fn unload(
     let message = format!("Success: LoRA adapter '{name}' removed successfully.");
     spawn_blocking(move || app.adapters.remove(&name)).await??;
     Ok(message)
+}
+
+/// Lists the files of the server's folder of adapters again: new ones, changed ones, and no longer those
+/// that are gone. Needs `--enable-lora-updates`.
+#[utoipa::path(
+    post,
+    path = "/refresh_lora_adapters",
+    tag = "adapters",
+    responses(
+        (status = 200, body = String, content_type = "text/plain"),
+        (status = "4XX", body = ErrorEnvelope),
+        (status = "5XX", body = ErrorEnvelope),
+    ),
+    security((), ("bearer" = [])),
+)]
+pub(in super::super) async fn refresh(
+    Extension(app): Extension<Arc<LoadedApp>>,
+    OriginalUri(uri): OriginalUri,
+) -> Result<String, ApiError> {
+    require_updates(&app, uri.path())?;
+    let count = spawn_blocking(move || {
+        app.adapters.rescan()?;
+        Ok::<_, AdapterError>(app.adapters.listed().len())
+    });
+    let count = count.await??;
+    Ok(format!("Success: {count} LoRA adapters can be used."))
 }
 
 fn without_nulls(mut object: serde_json::Map<String, Value>) -> serde_json::Map<String, Value> {

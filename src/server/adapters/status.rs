@@ -12,6 +12,8 @@ pub(in super::super) struct AdapterStatus {
     usable: Vec<UsableAdapter>,
     /// Files of the folder that cannot be used.
     unusable: Vec<UnusableAdapter>,
+    /// Whether clients may change the list: `--enable-lora-updates`.
+    updates: bool,
     host_cache: HostCacheStatus,
 }
 
@@ -68,7 +70,7 @@ struct HostCacheStatus {
 }
 
 impl AdapterStatus {
-    pub(in super::super) fn new(store: &AdapterStore) -> Self {
+    pub(in super::super) fn new(store: &AdapterStore, updates: bool) -> Self {
         let unusable = store.unusable().into_iter();
         let CacheUse {
             entries,
@@ -84,6 +86,7 @@ impl AdapterStatus {
             unusable: unusable
                 .map(|(name, reason)| UnusableAdapter { name, reason })
                 .collect(),
+            updates,
             host_cache: HostCacheStatus {
                 entries,
                 bytes,

@@ -25,7 +25,7 @@ use super::super::keys::{self, Feature, Ineffective, Keys, NoMoreFields};
 use super::super::parsed::{ParsedRequest, WireNames};
 use super::super::previews::Previews;
 use super::answer::Txt2ImgResponse;
-use super::{PREVIEW_STEPS, SdapiError, SdapiErrorBody, SdapiObject, json as answer};
+use super::{PREVIEW_STEPS, SdapiError, SdapiErrorBody, SdapiObject, json as answer, tags};
 
 /// What a request may have besides the keys that kiln reads. The web UI ignores keys that it does not
 /// know, so clients send what their forms have: an unknown key with an empty value is accepted.
@@ -104,8 +104,8 @@ const FEATURES: &[Feature] = &[
     Feature::new("firstpass_image", "images are generated from text only"),
     Feature::new("infotext", "give its values as fields"),
     Feature::new("init_images", "images are generated from text only"),
-    Feature::new("lora", "adapters cannot be loaded"),
-    Feature::new("loras", "adapters cannot be loaded"),
+    Feature::new("lora", "write <lora:NAME:WEIGHT> into prompt"),
+    Feature::new("loras", "write <lora:NAME:WEIGHT> into prompt"),
     Feature::new("mask", "images are generated from text only"),
     Feature::new("refiner_checkpoint", "there is one model"),
     Feature::new("restore_faces", "images are not post-processed"),
@@ -124,7 +124,8 @@ static KEYS: LazyLock<Keys> = LazyLock::new(|| Keys {
 #[derive(Debug, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 struct Txt2ImgFields {
-    /// The prompt; may be empty.
+    /// The prompt; may be empty. `<lora:NAME:WEIGHT>` in it adds an adapter and is no part of the text;
+    /// `GET /sdapi/v1/loras` has the names.
     #[schema(value_type = String, required = true)]
     prompt: Option<String>,
     /// Negative prompt. Any text, even an empty one, turns guidance on.
@@ -258,6 +259,8 @@ fn parse(mut object: Map<String, Value>) -> Result<Parsed, InvalidBody> {
     }
     let prompt = fields.prompt;
     let prompt = prompt.ok_or_else(|| InvalidBody::missing("prompt"))?;
+    let (prompt, adapters) = tags::take_adapters(&prompt)?;
+    tags::refuse_adapters(fields.negative_prompt.as_deref().unwrap_or_default())?;
     let batch_size = at_least_1("batch_size", fields.batch_size)?;
     let n_iter = at_least_1("n_iter", fields.n_iter)?;
     let images = if batch_size > 1 {
@@ -267,7 +270,7 @@ fn parse(mut object: Map<String, Value>) -> Result<Parsed, InvalidBody> {
     };
     let value = |field: Option<Integer>| field.map(|Integer(value)| value);
     let request = ParsedRequest {
-        adapters: Vec::new(),
+        adapters,
         params: GenerationParams {
             prompt,
             negative_prompt: fields.negative_prompt,
