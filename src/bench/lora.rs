@@ -323,8 +323,9 @@ mod tests {
         let loras = RandomLoras::new(&targets, "f32");
         let loras = [2, 3].map(|rank| (rank, loras.lora(rank))).into();
         let mut finished = Vec::new();
-        let costs =
-            LoraCosts::measure(&mut pipeline, &job(32, 2), loras, 2, |run| finished.push(run));
+        let costs = LoraCosts::measure(&mut pipeline, &job(32, 2), loras, 2, |run| {
+            finished.push(run)
+        });
         let costs = costs.unwrap();
         assert_eq!(finished, [0, 1, 2]);
         let ranks: Vec<usize> = costs.ranks.iter().map(|cost| cost.rank).collect();

@@ -12,7 +12,8 @@ use kiln_models::step_cache::{CacheError, MIN_CACHED_STEPS};
 
 use crate::backend::{self, LoadSettings};
 use crate::bench::{
-    BenchReport, CALIBRATION_PROMPTS, CacheRatios, LoraCosts, Measurement, RandomLoras, Run, Workload,
+    BenchReport, CALIBRATION_PROMPTS, CacheRatios, LoraCosts, Measurement, RandomLoras, Run,
+    Workload,
 };
 use crate::compare::ReportError;
 use crate::measure::CostMeter;
@@ -225,7 +226,13 @@ fn measure(
                 0 => tracing::info!("LoRAs: warm-up"),
                 _ => tracing::info!("LoRAs: run {number} of {runs}"),
             };
-            Some(LoraCosts::measure(&mut *pipeline, &job, loras, runs, on_run)?)
+            Some(LoraCosts::measure(
+                &mut *pipeline,
+                &job,
+                loras,
+                runs,
+                on_run,
+            )?)
         }
     };
 

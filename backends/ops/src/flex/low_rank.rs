@@ -48,12 +48,7 @@ struct Update<T> {
     width: usize,
 }
 
-fn add<P: Product>(
-    product: P,
-    outputs: &mut [FlexTensor],
-    x: &FlexTensor,
-    run: &LowRankRun<Flex>,
-) {
+fn add<P: Product>(product: P, outputs: &mut [FlexTensor], x: &FlexTensor, run: &LowRankRun<Flex>) {
     let panels = |matrix: &Float<2>| {
         let length = matrix.dims()[1];
         let matrix = contiguous(matrix.clone().cast(P::STORED));
@@ -66,7 +61,10 @@ fn add<P: Product>(
     }
     let down = panels(&run.down);
     let threads = rayon::current_num_threads();
-    let block = tokens.div_ceil(2 * threads).next_multiple_of(ROWS).min(BLOCK);
+    let block = tokens
+        .div_ceil(2 * threads)
+        .next_multiple_of(ROWS)
+        .min(BLOCK);
     // The outputs of each block.
     let mut blocks: Vec<Vec<_>> = (0..tokens.div_ceil(block)).map(|_| Vec::new()).collect();
     let updates: Vec<_> = run
@@ -134,7 +132,13 @@ mod tests {
     }
 
     /// Two outputs; the second is `rank` wide less than the first.
-    fn run(first: usize, tokens: usize, d_in: usize, rank: usize, dtype: DType) -> LowRankRun<Flex> {
+    fn run(
+        first: usize,
+        tokens: usize,
+        d_in: usize,
+        rank: usize,
+        dtype: DType,
+    ) -> LowRankRun<Flex> {
         let up = |index: usize, width| {
             Some(LowRankUp {
                 rank: index * rank..(index + 1) * rank,
@@ -159,7 +163,10 @@ mod tests {
         });
         for (d_in, rank) in [(64, 16), (67, 5), (1100, 72)] {
             for dtype in [DType::F32, DType::F16, DType::BF16] {
-                let (x, outputs) = (tensor(1, MOST, d_in), [130, 40].map(|it| tensor(3, MOST, it)));
+                let (x, outputs) = (
+                    tensor(1, MOST, d_in),
+                    [130, 40].map(|it| tensor(3, MOST, it)),
+                );
                 let add = |first: usize, tokens: usize, run: LowRankRun<Flex>| {
                     let rows = |of: &Float<2>| of.clone().narrow(0, first, tokens);
                     let outputs = outputs.iter().map(rows).collect();
@@ -170,15 +177,19 @@ mod tests {
                 for (first, tokens) in [(0, 1), (3, 5), (7, 96), (1, 97), (100, 49), (0, 200)] {
                     for pool in &pools {
                         let part = add(first, tokens, run(0, tokens, d_in, rank, dtype));
-                        let inside = pool.install(|| {
-                            add(0, MOST, run(first, tokens, d_in, rank, dtype))
-                        });
+                        let inside =
+                            pool.install(|| add(0, MOST, run(first, tokens, d_in, rank, dtype)));
                         let threads = pool.current_num_threads();
-                        let equal = all.iter().zip(part).zip(inside).all(|((all, part), inside)| {
-                            let width = all.len() / MOST;
-                            let tokens = first * width..(first + tokens) * width;
-                            all[tokens.clone()] == part && all[tokens.clone()] == inside[tokens]
-                        });
+                        let equal =
+                            all.iter()
+                                .zip(part)
+                                .zip(inside)
+                                .all(|((all, part), inside)| {
+                                    let width = all.len() / MOST;
+                                    let tokens = first * width..(first + tokens) * width;
+                                    all[tokens.clone()] == part
+                                        && all[tokens.clone()] == inside[tokens]
+                                });
                         assert!(
                             equal,
                             "{tokens} tokens, {d_in} wide, rank {rank}, {dtype:?}, {threads} threads"
@@ -208,7 +219,10 @@ mod tests {
             let [found, wide, before] = [found, wide, &before].map(FlexTensor::storage::<f32>);
             assert!(found != before);
             for (found, wide) in found.iter().zip(wide) {
-                assert!((found - wide).abs() < 1e-5 * wide.abs().max(100.0), "{found} {wide}");
+                assert!(
+                    (found - wide).abs() < 1e-5 * wide.abs().max(100.0),
+                    "{found} {wide}"
+                );
             }
         }
     }

@@ -80,7 +80,9 @@ fn expected(outputs: &[Matrix], x: &Matrix, runs: &[Run], rounds: bool) -> Vec<M
     let mut outputs = outputs.to_vec();
     for run in runs {
         for (output, up) in outputs.iter_mut().zip(&run.ups) {
-            let Some((rank, up, scale)) = up else { continue };
+            let Some((rank, up, scale)) = up else {
+                continue;
+            };
             for token in run.tokens.clone() {
                 let x = || x.row(token).iter().map(|&x| f64::from(x));
                 let lowered: Vec<f64> = rank

@@ -228,8 +228,7 @@ impl<B: FusedOps> Suite<B> {
                 });
             }
             let tested = B::add_low_rank(outputs, x.tested, &tested);
-            let reference =
-                defaults::add_low_rank(reference_outputs, x.reference, &references);
+            let reference = defaults::add_low_rank(reference_outputs, x.reference, &references);
             for (tested, reference) in tested.into_iter().zip(reference) {
                 // A sum near the middle between two bf16 may be rounded to either.
                 let tolerance = if dtype == DType::BF16 { 4e-3 } else { 0.0 };
