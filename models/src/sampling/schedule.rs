@@ -94,6 +94,17 @@ impl SchedulerConfig {
         Ok(config)
     }
 
+    /// Whether these are the noise levels of Qwen-Image-Lightning, which distilled checkpoints have: a
+    /// shift of 3 at every size, and no terminal.
+    pub fn is_lightning(&self) -> bool {
+        let is_ln_3 = |shift: f64| (shift - 3_f64.ln()).abs() < 1e-3;
+        self.use_dynamic_shifting
+            && self.time_shift_type == TimeShift::Exponential
+            && self.shift_terminal.is_none()
+            && is_ln_3(self.base_shift)
+            && is_ln_3(self.max_shift)
+    }
+
     /// Computes the dynamic shift of an image by its number of packed latent tokens: the line
     /// through `(base_image_seq_len, base_shift)` and `(max_image_seq_len, max_shift)`.
     pub fn mu(&self, image_tokens: usize) -> f64 {
