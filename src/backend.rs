@@ -333,6 +333,7 @@ pub fn load(
         vae: settings.vae,
         split_guidance: *split_guidance,
         kernel_cache: kernel_folder(devices),
+        ..LoadOptions::default()
     };
     let parts = checkpoint.parts();
     if backend.kind != BackendKind::Auto {

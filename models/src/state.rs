@@ -5,21 +5,20 @@ use std::sync::Arc;
 use burn::tensor::Tensor;
 use kiln_ops::FusedOps;
 
-use crate::denoiser::{Half, JobStep, Placed, Prediction, Tables};
+use crate::denoiser::{Half, JobStep, Lanes, Placed, Prediction, Prepared};
 use crate::finite::{NotFinite, Stage, check, read, traced};
 use crate::guidance::true_cfg;
 use crate::job::{Job, JobId, TraceTensor};
 use crate::pipeline::PipelineError;
 use crate::sampling::{Schedule, euler_step};
 use crate::step_cache::{StepCache, StepCounts};
-use crate::transformer::ModulationTable;
 
 /// A job between start and finish.
 #[derive(Debug)]
 pub(crate) struct JobState<B: FusedOps> {
     pub(crate) job: Job,
     pub(crate) schedule: Arc<Schedule>,
-    pub(crate) tables: Tables<B>,
+    pub(crate) lanes: Lanes<B>,
     pub(crate) steps_done: usize,
     pub(crate) counts: StepCounts,
     /// `[images · tokens, channels]`, f32.
@@ -49,7 +48,7 @@ pub(crate) struct Advance<B: FusedOps> {
     difference: Option<Tensor<B, 2>>,
     /// What the halves that ran have to reuse now.
     kept: Vec<Option<Placed<B>>>,
-    tables: Vec<(usize, Arc<ModulationTable<B>>)>,
+    lanes: Vec<(usize, Prepared<B>)>,
     reused: bool,
     is_gated: bool,
     /// The transformer's work as a part of a full step's.
@@ -78,7 +77,8 @@ impl<B: FusedOps> JobState<B> {
         JobStep {
             schedule: &self.schedule,
             step: self.steps_done,
-            tables: &self.tables,
+            adapters: &self.job.adapters,
+            lanes: &self.lanes,
             latents: &self.latents,
             halves: running,
             next: self.cache.next(),
@@ -95,7 +95,7 @@ impl<B: FusedOps> JobState<B> {
         prediction: Prediction<B>,
         dtype: &'static str,
     ) -> Result<Advance<B>, PipelineError> {
-        let Prediction { tables, halves } = prediction;
+        let Prediction { lanes, halves } = prediction;
         let work = halves.iter().map(|half| half.work).sum::<f64>();
         let reused = halves.first().is_some_and(|half| half.reused);
         let step = self.steps_done;
@@ -144,7 +144,7 @@ impl<B: FusedOps> JobState<B> {
             velocity,
             difference,
             kept,
-            tables,
+            lanes,
             reused,
             is_gated: self.is_gated(),
             work: work / self.halves.len() as f64,
@@ -172,9 +172,9 @@ impl<B: FusedOps> JobState<B> {
             // A gated half does not run again.
             half.kept = kept.next().flatten();
         }
-        for (lane, table) in advance.tables {
-            if let Some(kept) = self.tables.get_mut(lane) {
-                *kept = Some(table);
+        for (lane, prepared) in advance.lanes {
+            if let Some(kept) = self.lanes.get_mut(lane) {
+                *kept = Some(prepared);
             }
         }
         self.trace.extend(advance.trace);

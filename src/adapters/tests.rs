@@ -22,8 +22,7 @@ fn safetensors(metadata: &Value, tensors: &[(&str, [usize; 2], f32)]) -> Vec<u8>
     for (name, shape, value) in tensors {
         let start = data.len();
         data.extend((0..shape[0] * shape[1]).flat_map(|_| value.to_le_bytes()));
-        let tensor =
-            json!({"dtype": "F32", "shape": shape, "data_offsets": [start, data.len()]});
+        let tensor = json!({"dtype": "F32", "shape": shape, "data_offsets": [start, data.len()]});
         header.insert((*name).to_owned(), tensor);
     }
     let mut header = Value::Object(header).to_string().into_bytes();
@@ -100,15 +99,26 @@ fn files_and_folders_of_peft_are_listed_by_their_path() {
     let peft = safetensors(
         &Value::Null,
         &[
-            (&format!("base_model.model.{LAYER}.lora_A.weight"), [2, 4], 1.0),
-            (&format!("base_model.model.{LAYER}.lora_B.weight"), [6, 2], 1.0),
+            (
+                &format!("base_model.model.{LAYER}.lora_A.weight"),
+                [2, 4],
+                1.0,
+            ),
+            (
+                &format!("base_model.model.{LAYER}.lora_B.weight"),
+                [6, 2],
+                1.0,
+            ),
         ],
     );
     let config = json!({"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["to_q"]});
     let folder = folder(&[
         ("ink.safetensors", &lora(1.0)),
         ("style/paper.v1.SAFETENSORS", &lora(1.0)),
-        ("style/peft/adapter_config.json", config.to_string().as_bytes()),
+        (
+            "style/peft/adapter_config.json",
+            config.to_string().as_bytes(),
+        ),
         ("style/peft/adapter_model.safetensors", &peft),
         (".cache/hidden.safetensors", &lora(1.0)),
         ("style/.hidden.safetensors", &lora(1.0)),
@@ -152,7 +162,10 @@ fn a_recipe_comes_from_the_sidecar_before_the_header() {
 #[test]
 fn what_cannot_be_used_has_a_reason() {
     let whole = lora(1.0);
-    let other = safetensors(&Value::Null, &[("double_blocks.0.x.lora_A.weight", [2, 4], 1.0)]);
+    let other = safetensors(
+        &Value::Null,
+        &[("double_blocks.0.x.lora_A.weight", [2, 4], 1.0)],
+    );
     let folder = folder(&[
         ("a b.safetensors", &whole),
         ("cut.safetensors", &whole[..whole.len() - 1]),
@@ -168,20 +181,35 @@ fn what_cannot_be_used_has_a_reason() {
     let store = open(&folder);
     assert_eq!(names(&store), [""; 0]);
     let expected = [
-        ("a b", "the name of an adapter has letters from A to Z, digits and . _ - / only, not ' '"),
+        (
+            "a b",
+            "the name of an adapter has letters from A to Z, digits and . _ - / only, not ' '",
+        ),
         ("cut", "where its header needs"),
         ("empty", "the file is empty"),
-        ("old.pt", "old.pt is a pickle file, which can run any code when it is read: convert it"),
+        (
+            "old.pt",
+            "old.pt is a pickle file, which can run any code when it is read: convert it",
+        ),
         ("other", "double_blocks.0.x.lora_A.weight"),
-        ("twice", "twice and another file both have the name twice: rename one of them"),
-        ("unsafe", "the folder unsafe has adapter_config.json and no adapter_model.safetensors"),
+        (
+            "twice",
+            "twice and another file both have the name twice: rename one of them",
+        ),
+        (
+            "unsafe",
+            "the folder unsafe has adapter_config.json and no adapter_model.safetensors",
+        ),
     ];
     let unusable = store.unusable();
     assert_eq!(unusable.len(), expected.len(), "{unusable:?}");
     for ((name, reason), (expected_name, part)) in unusable.iter().zip(expected) {
         assert_eq!(name, expected_name);
         assert!(reason.contains(part), "{name}: {reason}");
-        assert!(!reason.contains(folder.path().to_str().unwrap()), "{reason}");
+        assert!(
+            !reason.contains(folder.path().to_str().unwrap()),
+            "{reason}"
+        );
     }
 }
 
@@ -190,8 +218,14 @@ fn what_cannot_be_used_has_a_reason() {
 fn links_do_not_lead_out_of_the_folder() {
     use std::os::unix::fs::symlink;
 
-    let outside = folder(&[("secret.safetensors", &lora(1.0)), ("more/x.safetensors", &lora(1.0))]);
-    let peft = [("adapter_config.json", b"{}".to_vec()), ("adapter_model.safetensors", lora(1.0))];
+    let outside = folder(&[
+        ("secret.safetensors", &lora(1.0)),
+        ("more/x.safetensors", &lora(1.0)),
+    ]);
+    let peft = [
+        ("adapter_config.json", b"{}".to_vec()),
+        ("adapter_model.safetensors", lora(1.0)),
+    ];
     let folder = folder(&[
         ("ink.safetensors", &lora(1.0)),
         ("peft/adapter_config.json", &peft[0].1),
@@ -200,29 +234,44 @@ fn links_do_not_lead_out_of_the_folder() {
     let link = |from: &str, to: &Path| symlink(to, folder.path().join(from)).unwrap();
     link("alias.safetensors", &folder.path().join("ink.safetensors"));
     link("loop", folder.path());
-    link("file.safetensors", &outside.path().join("secret.safetensors"));
+    link(
+        "file.safetensors",
+        &outside.path().join("secret.safetensors"),
+    );
     link("folder", &outside.path().join("more"));
     link("gone.safetensors", Path::new("nowhere"));
-    link("peft/adapter_model.safetensors", &outside.path().join("secret.safetensors"));
+    link(
+        "peft/adapter_model.safetensors",
+        &outside.path().join("secret.safetensors"),
+    );
     link("plain.json", &outside.path().join("secret.safetensors"));
     let store = open(&folder);
     assert_eq!(names(&store), ["alias", "ink", "plain"]);
     let file = "it is a link to a file outside the folder of adapters: copy that file here";
     let expected = [
         ("file", file),
-        ("folder", "it is a link to a folder outside the folder of adapters: copy that folder here"),
+        (
+            "folder",
+            "it is a link to a folder outside the folder of adapters: copy that folder here",
+        ),
         ("gone", "it is a link to a file that is not there"),
         ("peft", file),
     ];
     let unusable = store.unusable();
-    let found: Vec<_> = unusable.iter().map(|(name, it)| (name.as_str(), it.as_str())).collect();
+    let found: Vec<_> = unusable
+        .iter()
+        .map(|(name, it)| (name.as_str(), it.as_str()))
+        .collect();
     assert_eq!(found, expected);
     assert_eq!(message(store.add("x", "file.safetensors", false)), file);
     assert!(message(store.add("x", "folder/x.safetensors", false)).contains("outside the folder"));
 
     // A listed file that becomes a link is another file.
     fs::remove_file(folder.path().join("ink.safetensors")).unwrap();
-    link("ink.safetensors", &outside.path().join("secret.safetensors"));
+    link(
+        "ink.safetensors",
+        &outside.path().join("secret.safetensors"),
+    );
     assert!(message(store.get("ink")).contains("\"ink\" is gone"));
     assert!(message(store.get("alias")).contains("\"alias\" is gone"));
 }
@@ -264,7 +313,10 @@ fn a_file_that_is_not_the_listed_one_is_refused() {
 
 #[test]
 fn a_scan_keeps_the_weights_of_files_that_are_the_same() {
-    let folder = folder(&[("ink.safetensors", &lora(1.0)), ("old.safetensors", &lora(1.0))]);
+    let folder = folder(&[
+        ("ink.safetensors", &lora(1.0)),
+        ("old.safetensors", &lora(1.0)),
+    ]);
     let store = open(&folder);
     let held = [store.get("ink").unwrap(), store.get("old").unwrap()];
     fs::remove_file(folder.path().join("old.safetensors")).unwrap();
@@ -289,13 +341,23 @@ fn adapters_are_added_and_removed() {
         ("a", "style/ink"),
         ("b", "style/ink.safetensors"),
         ("c", "./style/ink.safetensors"),
-        ("d", folder.path().join("style/ink.safetensors").to_str().unwrap()),
+        (
+            "d",
+            folder
+                .path()
+                .join("style/ink.safetensors")
+                .to_str()
+                .unwrap(),
+        ),
     ] {
         store.add(name, file, false).unwrap();
         assert_eq!(store.get(name).unwrap().name(), name);
     }
     store.remove("style/ink").unwrap();
-    assert_eq!(message(store.remove("style/ink")), "there is no adapter \"style/ink\"");
+    assert_eq!(
+        message(store.remove("style/ink")),
+        "there is no adapter \"style/ink\""
+    );
     assert!(store.is_removed("style/ink"));
     store.rescan().unwrap();
     assert_eq!(names(&store), ["a", "b", "c", "d"]);
@@ -305,7 +367,10 @@ fn adapters_are_added_and_removed() {
     // What is not usable is not listed, and the list stays as it is.
     write(folder.path(), "style/ink.safetensors", b"");
     let error = message(store.add("style/ink", "style/ink", true));
-    assert!(error.starts_with("the adapter \"style/ink\" cannot be used: the file is empty"), "{error}");
+    assert!(
+        error.starts_with("the adapter \"style/ink\" cannot be used: the file is empty"),
+        "{error}"
+    );
     assert_eq!(names(&store), ["b", "c", "d", "style/ink"]);
 }
 
@@ -366,17 +431,27 @@ fn only_files_below_the_folder_can_be_added() {
         let error = message(store.add(name, "ink", false));
         assert!(error.contains(part), "{name}: {error}");
     }
-    assert_eq!(message(open_with(None, &[]).add("x", "ink", false)),
-        "the server has no folder of adapters: start it with --lora-dir");
+    assert_eq!(
+        message(open_with(None, &[]).add("x", "ink", false)),
+        "the server has no folder of adapters: start it with --lora-dir"
+    );
 }
 
 #[test]
 fn a_listed_file_has_a_name() {
-    let folder = folder(&[("style/ink.safetensors", &lora(1.0)), ("bad.safetensors", b"")]);
+    let folder = folder(&[
+        ("style/ink.safetensors", &lora(1.0)),
+        ("bad.safetensors", b""),
+    ]);
     let store = open(&folder);
     let ink = Some("style/ink".to_owned());
     let path = folder.path().join("style/ink.safetensors");
-    for file in ["style/ink", "style/ink.safetensors", "./style/ink", path.to_str().unwrap()] {
+    for file in [
+        "style/ink",
+        "style/ink.safetensors",
+        "./style/ink",
+        path.to_str().unwrap(),
+    ] {
         assert_eq!(store.name_of_file(file), ink, "{file}");
     }
     for file in ["ink", "bad.safetensors", "style", "style/ink.json"] {
@@ -388,7 +463,10 @@ fn a_listed_file_has_a_name() {
 fn adapters_in_the_binary_are_listed_unless_a_file_has_their_name() {
     let bytes: &'static [u8] = Box::leak(lora(1.0).into_boxed_slice());
     let sidecar = Some(r#"{"steps": 4}"#);
-    let embedded = [("ink.safetensors", bytes, sidecar), ("wash.safetensors", bytes, None)];
+    let embedded = [
+        ("ink.safetensors", bytes, sidecar),
+        ("wash.safetensors", bytes, None),
+    ];
     let store = open_with(None, &embedded);
     assert_eq!(names(&store), ["ink", "wash"]);
     assert!(store.catalogue().get("ink").unwrap().recipe.is_some());
@@ -414,7 +492,10 @@ fn an_adapter_with_values_that_are_not_finite_is_not_usable_any_more() {
         "it has the key transformer.{LAYER}.lora_A.weight, which has a value that is not a finite \
          number"
     );
-    assert_eq!(error, format!("the adapter \"ink\" cannot be used: {reason}"));
+    assert_eq!(
+        error,
+        format!("the adapter \"ink\" cannot be used: {reason}")
+    );
     assert_eq!(names(&store), [""; 0]);
     assert_eq!(store.unusable(), [("ink".to_owned(), reason)]);
     write(folder.path(), "ink.safetensors", &lora(1.0));

@@ -227,15 +227,15 @@ impl<B: FusedOps> AdapterRuns<B> {
         Self { runs: Vec::new() }
     }
 
-    /// The runs of consecutive parts: for each its adapters, image tokens and text tokens. Neighbours
-    /// with the same adapters share their runs.
+    /// The runs of consecutive parts: for each its adapters, and its numbers of image and text tokens.
+    /// Neighbours with the same adapters share their runs.
     pub(crate) fn of<'a>(
-        parts: impl Iterator<Item = (&'a [AppliedAdapter<B>], usize, usize)>,
+        parts: impl Iterator<Item = (&'a [AppliedAdapter<B>], (usize, usize))>,
     ) -> Self {
         let (mut image, mut text) = (0, 0);
         let mut last: &[AppliedAdapter<B>] = &[];
         let mut runs: Vec<AdapterRun<B>> = Vec::new();
-        for (adapters, image_tokens, text_tokens) in parts {
+        for (adapters, (image_tokens, text_tokens)) in parts {
             let (images, texts) = (image..image + image_tokens, text..text + text_tokens);
             (image, text) = (images.end, texts.end);
             if !adapters.is_empty() && adapters == last {
@@ -258,7 +258,7 @@ impl<B: FusedOps> AdapterRuns<B> {
 
     /// Adapters for all rows of a tensor.
     pub(super) fn of_rows(adapters: &[AppliedAdapter<B>], rows: usize) -> Self {
-        Self::of([(adapters, rows, rows)].into_iter())
+        Self::of([(adapters, (rows, rows))].into_iter())
     }
 
     /// Adds to the outputs of linear layers with the input `x` what the adapters change. `change` picks

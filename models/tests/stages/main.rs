@@ -12,6 +12,7 @@ mod failure;
 mod finite;
 mod fixtures;
 mod halves;
+mod low_rank;
 mod merged;
 mod modules;
 mod packing;

@@ -21,9 +21,7 @@ use super::error::ApiError;
 use super::invalid::InvalidBody;
 
 pub(super) use self::given::{LorasField, WrittenAdapter, written_adapters};
-pub(super) use self::routes::{
-    __path_load, __path_refresh, __path_unload, load, refresh, unload,
-};
+pub(super) use self::routes::{__path_load, __path_refresh, __path_unload, load, refresh, unload};
 pub(super) use self::status::AdapterStatus;
 
 /// How often a request that waits for room looks for it.

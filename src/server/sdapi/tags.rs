@@ -85,7 +85,12 @@ fn read(tag: &str) -> Result<WrittenAdapter, InvalidBody> {
         [name, weights @ ..] => (name, weights),
     };
     // As in the web UI, one weight is that of both.
-    let written = [weights.first().copied(), text_encoder, weights.get(1).copied(), unet];
+    let written = [
+        weights.first().copied(),
+        text_encoder,
+        weights.get(1).copied(),
+        unet,
+    ];
     let mut scale = None;
     for weight in written.into_iter().flatten() {
         match weight.trim().parse::<f64>() {
@@ -154,8 +159,17 @@ mod tests {
     #[test]
     fn other_text_stays_as_it_is() {
         for prompt in [
-            "", " a  cat ", "a <b> c", "<lora>", "<lora:ink", "lora:ink:1>", "<hypernet:ink:1>",
-            "< lora:ink:1>", "<loraink:1>", "1 < 2 <lo", "<雪:1>",
+            "",
+            " a  cat ",
+            "a <b> c",
+            "<lora>",
+            "<lora:ink",
+            "lora:ink:1>",
+            "<hypernet:ink:1>",
+            "< lora:ink:1>",
+            "<loraink:1>",
+            "1 < 2 <lo",
+            "<雪:1>",
         ] {
             assert_eq!(taken(prompt), (prompt.to_owned(), Vec::new()));
             assert_eq!(refuse_adapters(prompt), Ok(()));
@@ -182,6 +196,10 @@ mod tests {
         }
         let error = refuse_adapters("blurry <lora:ink:1>").unwrap_err();
         assert_eq!(error.param(), "negative_prompt");
-        assert!(error.to_string().contains("<lora:ink:1> has no effect here"));
+        assert!(
+            error
+                .to_string()
+                .contains("<lora:ink:1> has no effect here")
+        );
     }
 }

@@ -37,7 +37,9 @@ impl TensorSource for Layers {
     }
 
     fn names(&self) -> Vec<String> {
-        ["a.bias", "a.weight", "norm.weight"].map(str::to_owned).to_vec()
+        ["a.bias", "a.weight", "norm.weight"]
+            .map(str::to_owned)
+            .to_vec()
     }
 
     fn info(&self, name: &str) -> Option<TensorInfo> {
