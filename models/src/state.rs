@@ -10,7 +10,7 @@ use crate::finite::{NotFinite, Stage, check, read, traced};
 use crate::guidance::true_cfg;
 use crate::job::{Job, JobId, TraceTensor};
 use crate::pipeline::PipelineError;
-use crate::sampling::{Schedule, euler_step};
+use crate::sampling::{Schedule, sampler_step};
 use crate::step_cache::{StepCache, StepCounts};
 
 /// A job between start and finish.
@@ -23,7 +23,8 @@ pub(crate) struct JobState<B: FusedOps> {
     pub(crate) counts: StepCounts,
     /// `[images · tokens, channels]`, f32.
     pub(crate) latents: Tensor<B, 2>,
-    /// What the last step predicted, in the shape of `latents`; `None` before the first step.
+    /// The velocity from the clean image that the last step predicted to `latents`, in their shape; `None`
+    /// before the first step.
     pub(crate) velocity: Option<Tensor<B, 2>>,
     /// The conditional half, and with guidance the unconditional one.
     pub(crate) halves: Vec<Half<B>>,
@@ -87,7 +88,7 @@ impl<B: FusedOps> JobState<B> {
         }
     }
 
-    /// Applies guidance and the Euler step to what was predicted for the job's halves. `dtype` is the
+    /// Applies guidance and the sampler's step to what was predicted for the job's halves. `dtype` is the
     /// name of the model's type.
     pub(crate) fn advance(
         &self,
@@ -120,7 +121,9 @@ impl<B: FusedOps> JobState<B> {
             (Some(guidance), Some(negative)) => true_cfg(positive, negative, guidance.scale),
             _ => positive,
         };
-        let latents = euler_step(&self.schedule, step, self.latents.clone(), velocity.clone());
+        let latents = self.latents.clone();
+        let (latents, velocity) =
+            sampler_step(&self.schedule, self.job.noise, step, latents, velocity);
         let values = read(latents.clone())?;
         let stage = Stage::Step {
             step: step + 1,

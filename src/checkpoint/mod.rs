@@ -12,7 +12,7 @@
 //! - `safetensors`: a reader of weight files; another format is another module beside it
 //! - [`lora`]: adapter files
 //! - `dummy`: random weights
-//! - `demo`, `qwen_image`: the demo model, and the configurations of Qwen-Image
+//! - `demo`, `qwen_image`: the demo model with its adapters, and the configurations of Qwen-Image
 //!
 //! [`TensorSource`]: kiln_models::TensorSource
 
@@ -41,6 +41,7 @@ use kiln_models::families::CheckpointParts;
 
 use crate::tokenizer::{PromptTokenizer, TokenizerError};
 
+pub use self::demo::{EmbeddedAdapter, demo_adapters};
 pub use self::error::CheckpointError;
 
 /// The name of the demo model.

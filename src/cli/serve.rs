@@ -132,7 +132,7 @@ fn open(
     Ok(LoadedModel {
         engine,
         tokenizer: Arc::clone(&runtime.tokenizer),
-        limits: args.limits.limits(runtime.limits.sizes, caches),
+        limits: args.limits.limits(runtime.limits, caches),
         adapters,
         prompt_guide: runtime.prompt_guide,
     })

@@ -9,10 +9,10 @@ use super::limits::{MAX_SHIFT, MIN_SHIFT};
 /// A value of a schedule that is out of its bounds, or does not fit the others.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{key} {message}")]
-pub struct InvalidLevels {
+pub(super) struct InvalidLevels {
     /// `shift`, `terminal` or `sigmas`.
-    pub key: &'static str,
-    pub message: String,
+    pub(super) key: &'static str,
+    pub(super) message: String,
 }
 
 /// The noise levels that these values stand for; `None` if there is none of them. `max_steps` bounds the

@@ -28,6 +28,8 @@ pub struct SchedulerConfig {
     /// The sigma that the last step is stretched to; `None` to leave the sigmas as they are.
     pub shift_terminal: Option<f64>,
     pub time_shift_type: TimeShift,
+    /// Whether the steps are those of [`Sampling::stochastic`], if a job does not say.
+    pub stochastic_sampling: bool,
 }
 
 impl SchedulerConfig {
@@ -40,7 +42,6 @@ impl SchedulerConfig {
         reader.require_class("FlowMatchEulerDiscreteScheduler")?;
         for switch in [
             "invert_sigmas",
-            "stochastic_sampling",
             "use_beta_sigmas",
             "use_exponential_sigmas",
             "use_karras_sigmas",
@@ -55,6 +56,7 @@ impl SchedulerConfig {
             "num_train_timesteps",
             "shift",
             "shift_terminal",
+            "stochastic_sampling",
             "time_shift_type",
             "use_dynamic_shifting",
         ])?;
@@ -76,6 +78,7 @@ impl SchedulerConfig {
                 .optional_number("shift_terminal")?
                 .filter(|&end| end != 0.0),
             time_shift_type,
+            stochastic_sampling: reader.flag_or("stochastic_sampling", false)?,
         };
         if config.base_image_seq_len == config.max_image_seq_len {
             return Err(reader.inconsistent(
@@ -89,6 +92,17 @@ impl SchedulerConfig {
             return Err(reader.unsupported("shift_terminal", "null and numbers from 0 to below 1"));
         }
         Ok(config)
+    }
+
+    /// Whether these are the noise levels of Qwen-Image-Lightning, which distilled checkpoints have: a
+    /// shift of 3 at every size, and no terminal.
+    pub fn is_lightning(&self) -> bool {
+        let is_ln_3 = |shift: f64| (shift - 3_f64.ln()).abs() < 1e-3;
+        self.use_dynamic_shifting
+            && self.time_shift_type == TimeShift::Exponential
+            && self.shift_terminal.is_none()
+            && is_ln_3(self.base_shift)
+            && is_ln_3(self.max_shift)
     }
 
     /// Computes the dynamic shift of an image by its number of packed latent tokens: the line
@@ -150,7 +164,8 @@ impl SchedulerConfig {
                 }
             }
         }
-        if let Some(terminal) = terminal {
+        // The reference treats 0 as absent.
+        if let Some(terminal) = terminal.filter(|&terminal| terminal != 0.0) {
             let last = 1.0 - sigmas[steps - 1];
             let factor = last / (1.0 - terminal) as f32;
             // The one sigma of a single step is 1 and cannot be stretched; the reference divides by
@@ -166,7 +181,11 @@ impl SchedulerConfig {
             .map(|sigma| sigma * self.num_train_timesteps as f32)
             .collect();
         sigmas.push(0.0);
-        Schedule { sigmas, timesteps }
+        Schedule {
+            sigmas,
+            timesteps,
+            stochastic: sampling.stochastic.unwrap_or(self.stochastic_sampling),
+        }
     }
 }
 
@@ -193,6 +212,8 @@ pub struct Schedule {
     pub sigmas: Vec<f32>,
     /// `sigma * num_train_timesteps`, one per step.
     pub timesteps: Vec<f32>,
+    /// Whether the steps are those of [`Sampling::stochastic`].
+    pub stochastic: bool,
 }
 
 impl Schedule {
@@ -236,10 +257,10 @@ mod tests {
             max_image_seq_len: 8192,
             shift_terminal: Some(0.02),
             time_shift_type: TimeShift::Exponential,
+            stochastic_sampling: false,
         }
     }
 
-    /// Check values of the real model: mu by image size, and the sigmas at 1024² in 50 steps.
     /// The values of `FlowMatchEulerDiscreteScheduler` with the configuration of Lightning, which is
     /// the base model's with `base_shift = max_shift = ln 3` and no `shift_terminal`.
     #[test]
@@ -276,6 +297,7 @@ mod tests {
         }
     }
 
+    /// Check values of the real model: mu by image size, and the sigmas at 1024² in 50 steps.
     #[test]
     fn qwen_image_schedule() {
         let config = qwen_image();
@@ -322,6 +344,7 @@ mod tests {
         let schedule = Schedule {
             sigmas: vec![0.7, 0.0],
             timesteps: vec![700.3],
+            stochastic: false,
         };
         assert_eq!(schedule.model_timesteps(DType::F32), [700.3 / 1000.0]);
         assert_eq!(
@@ -339,7 +362,14 @@ mod tests {
                 text,
             })
         };
-        assert!(parse("").is_ok());
+        assert!(!parse("").unwrap().stochastic_sampling);
+        let stochastic = parse(r#", "stochastic_sampling": true"#).unwrap();
+        assert!(stochastic.schedule(&Sampling::new(4), 16).stochastic);
+        let euler = Sampling {
+            stochastic: Some(false),
+            ..Sampling::new(4)
+        };
+        assert!(!stochastic.schedule(&euler, 16).stochastic);
         for (body, named) in [
             (r#", "use_karras_sigmas": true"#, "use_karras_sigmas"),
             (r#", "time_shift_type": "cubic""#, "time_shift_type"),

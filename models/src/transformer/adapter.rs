@@ -190,7 +190,7 @@ impl<B: FusedOps> FullMatrix<B> {
 
 /// An adapter on a device and its scale.
 #[derive(Debug, Clone)]
-pub(crate) struct AppliedAdapter<B: FusedOps> {
+pub struct AppliedAdapter<B: FusedOps> {
     pub(crate) adapter: Arc<LoadedAdapter<B>>,
     pub(crate) scale: f32,
 }
@@ -210,7 +210,7 @@ pub(super) enum StreamKind {
 
 /// The adapters of a packed forward, and the tokens that each is for.
 #[derive(Debug)]
-pub(crate) struct AdapterRuns<B: FusedOps> {
+pub struct AdapterRuns<B: FusedOps> {
     runs: Vec<AdapterRun<B>>,
 }
 
@@ -223,15 +223,13 @@ struct AdapterRun<B: FusedOps> {
 
 impl<B: FusedOps> AdapterRuns<B> {
     /// No adapters.
-    pub(crate) const fn none() -> Self {
+    pub const fn none() -> Self {
         Self { runs: Vec::new() }
     }
 
     /// The runs of consecutive parts: for each its adapters, and its numbers of image and text tokens.
     /// Neighbours with the same adapters share their runs.
-    pub(crate) fn of<'a>(
-        parts: impl Iterator<Item = (&'a [AppliedAdapter<B>], (usize, usize))>,
-    ) -> Self {
+    pub fn of<'a>(parts: impl Iterator<Item = (&'a [AppliedAdapter<B>], (usize, usize))>) -> Self {
         let (mut image, mut text) = (0, 0);
         let mut last: &[AppliedAdapter<B>] = &[];
         let mut runs: Vec<AdapterRun<B>> = Vec::new();

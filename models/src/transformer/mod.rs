@@ -14,15 +14,18 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use burn::module::Module;
-use burn::tensor::{Tensor, activation};
+use burn::tensor::{DType, Tensor, activation};
 use kiln_ops::{FusedOps, Rope, TokenRun};
 
 pub use config::TransformerConfig;
 pub use modulation::{BlockModulation, ModulationTable, StepModulation};
 pub use rope::{image_rope, text_rope};
 
-pub(crate) use adapter::{AdapterRuns, AppliedAdapter, LoadedAdapter};
+pub use adapter::{AdapterRuns, AppliedAdapter};
 
+pub(crate) use adapter::LoadedAdapter;
+
+use crate::adapter::AdapterUse;
 use crate::layers::{DeferredLinear, Linear, RmsNorm};
 use crate::source::TensorSource;
 use crate::weights::{LoadError, Precision, Weights};
@@ -158,9 +161,25 @@ impl<B: FusedOps> Transformer<B> {
         }
     }
 
+    /// Puts adapters onto the network's device, their matrices in `dtype`. Their changes must fit the
+    /// network.
+    pub fn load_adapters(&self, adapters: &[AdapterUse], dtype: DType) -> Vec<AppliedAdapter<B>> {
+        let device = self.img_in.device();
+        let load = |it: &AdapterUse| AppliedAdapter {
+            adapter: Arc::new(LoadedAdapter::load(
+                &it.adapter,
+                &self.config,
+                &device,
+                dtype,
+            )),
+            scale: it.scale,
+        };
+        adapters.iter().map(load).collect()
+    }
+
     /// The table of a schedule with adapters. Shares what they do not change with `base`, the table
     /// without. Reads the modulation layers' weights only if the time embedding changes.
-    pub(crate) fn adapted_table(
+    pub fn adapted_table(
         &self,
         base: &ModulationTable<B>,
         timesteps: &[f32],
@@ -221,13 +240,13 @@ impl<B: FusedOps> Transformer<B> {
         text: Tensor<B, 2>,
         modulation: &StepModulation<B>,
         packing: &Packing<B>,
+        adapters: &AdapterRuns<B>,
     ) -> Tensor<B, 2> {
-        let none = AdapterRuns::none();
-        let image = self.embed_image(image, &none);
-        let text = self.embed_text(text, &none);
+        let image = self.embed_image(image, adapters);
+        let text = self.embed_text(text, adapters);
         let blocks = 0..self.num_blocks();
-        let (image, _) = self.run_blocks(blocks, image, text, modulation, packing, &none);
-        self.project(image, modulation, packing, &none)
+        let (image, _) = self.run_blocks(blocks, image, text, modulation, packing, adapters);
+        self.project(image, modulation, packing, adapters)
     }
 
     pub(crate) fn num_blocks(&self) -> usize {
@@ -321,11 +340,9 @@ impl<B: FusedOps> Transformer<B> {
         text: Tensor<B, 2>,
         modulation: &StepModulation<B>,
         packing: &Packing<B>,
+        runs: &AdapterRuns<B>,
     ) -> (Tensor<B, 2>, Tensor<B, 2>) {
-        let none = BlockAdapters {
-            runs: &AdapterRuns::none(),
-            block: 0,
-        };
-        self.blocks[0].forward(image, text, &modulation.blocks[0], packing, &none)
+        let adapters = BlockAdapters { runs, block: 0 };
+        self.blocks[0].forward(image, text, &modulation.blocks[0], packing, &adapters)
     }
 }

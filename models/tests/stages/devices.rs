@@ -58,7 +58,7 @@ fn guided(job: Job) -> Job {
 }
 
 /// Policies with reused steps of every kind.
-fn policies() -> Vec<CachePolicy> {
+pub(crate) fn policies() -> Vec<CachePolicy> {
     let mask = [true, true, false, true, false, false, true, false];
     let probe = DbCache {
         max_warmup_steps: 2,

@@ -182,7 +182,7 @@ pub(crate) fn assert_close(name: &str, actual: &[f32], expected: &[f32], toleran
     );
 }
 
-fn read(file: &Path) -> BTreeMap<String, (TensorInfo, Bytes)> {
+pub(crate) fn read(file: &Path) -> BTreeMap<String, (TensorInfo, Bytes)> {
     let bytes = Bytes::from(fs::read(file).unwrap());
     let parsed = SafeTensors::deserialize(&bytes).unwrap();
     let tensors = parsed.iter().map(|(name, view)| {

@@ -25,7 +25,10 @@ fn merged(checkpoint: &str) -> (MergedSource, Stages) {
             bytes: bytes.clone(),
         }
     };
-    let paths = stages.0.keys().filter_map(|name| name.strip_suffix(".down"));
+    let paths = stages
+        .0
+        .keys()
+        .filter_map(|name| name.strip_suffix(".down"));
     let change = |path: &str| Change {
         factors: Factors::LowRank {
             down: matrix(&format!("{path}.down")),
@@ -43,7 +46,11 @@ fn merged(checkpoint: &str) -> (MergedSource, Stages) {
 }
 
 fn f32s(bytes: &[u8]) -> impl Iterator<Item = f32> {
-    bytes.as_chunks::<4>().0.iter().map(|it| f32::from_le_bytes(*it))
+    bytes
+        .as_chunks::<4>()
+        .0
+        .iter()
+        .map(|it| f32::from_le_bytes(*it))
 }
 
 #[test]

@@ -87,16 +87,17 @@ impl LoadedApp {
             scale,
             param,
         } = written;
-        let of_file = file.as_deref().map(|file| {
-            let found = self.adapters.name_of_file(file);
+        let of_file = file.as_ref().map(|file| {
+            let found = self.adapters.name_of_file(&file.path);
             found.ok_or_else(|| InvalidBody::UnlistedFile {
-                param: param.clone(),
-                file: file.to_owned(),
+                param: file.param.clone(),
+                file: file.path.clone(),
             })
         });
         let name = match (name, of_file.transpose()?) {
             (Some(name), Some(of_file)) if catalogue.get(&name).is_some() && name != of_file => {
-                return Err(InvalidBody::conflict(&param, "the file beside it").into());
+                let file = file.map(|file| file.param).unwrap_or_default();
+                return Err(InvalidBody::conflict(&param, &file).into());
             }
             (_, Some(name)) | (Some(name), None) => name,
             (None, None) => return Err(InvalidBody::missing(&param).into()),
