@@ -89,7 +89,7 @@ pub struct AdapterStats {
     /// The pipeline's cache of adapters.
     pub cache: CacheUse,
     /// Device bytes of the largest adapter that a job has had.
-    pub(super) largest: u64,
+    pub largest: u64,
 }
 
 /// A snapshot of the engine. Counters and histograms only grow. None of them contains the warm-up.

@@ -309,7 +309,9 @@ fn the_stats_name_the_adapters_of_started_and_waiting_jobs() {
     assert!(stats.running.is_empty() && stats.waiting.is_empty());
     let finished = |name: &str| stats.outcomes[name].finished;
     assert_eq!(["0", "1", "2"].map(finished), [2, 1, 1]);
-    handles.map(|handle| outcome(handle).unwrap());
+    for handle in handles {
+        outcome(handle).unwrap();
+    }
 }
 
 /// An adapter of 60 MiB, jobs that hold 10 MiB each, and memory for two of them and the adapter.
@@ -343,7 +345,9 @@ fn jobs_with_one_adapter_take_its_memory_once() {
         }
         let expected = if together { 80 } else { 70 };
         assert_eq!(planned, expected * MIB);
-        handles.map(|handle| outcome(handle).unwrap());
+        for handle in handles {
+            outcome(handle).unwrap();
+        }
     }
     let pipeline = fake_on(1, Arc::clone(&clock), log, Packs::default())
         .with_memory(MemoryModel::new(plan), move || room(69));
