@@ -9,7 +9,9 @@ use kiln_models::config::ConfigError;
 use kiln_models::families::CheckpointParts;
 use kiln_models::flops::FlopCount;
 use kiln_models::job::Job;
-use kiln_models::loading::{DeviceInfo, LoadOptions, ModelDType, OpenError};
+use kiln_models::loading::{
+    DEFAULT_ADAPTER_CACHE_BYTES, DeviceInfo, LoadOptions, ModelDType, OpenError,
+};
 use kiln_models::pipeline::{ImageSizes, Pipeline};
 use kiln_models::vae::VaeSettings;
 
@@ -36,6 +38,9 @@ pub struct LoadSettings {
     pub dtype: DTypeChoice,
     /// How images are decoded.
     pub vae: VaeSettings,
+    /// Bound of the adapters that are kept on each device, in bytes. Those of jobs in progress may take
+    /// more.
+    pub adapter_cache_bytes: usize,
 }
 
 /// flex, the checkpoint's type, and whole images decoded together.
@@ -49,6 +54,7 @@ impl Default for LoadSettings {
             split_guidance: None,
             dtype: DTypeChoice::Auto,
             vae: VaeSettings::default(),
+            adapter_cache_bytes: DEFAULT_ADAPTER_CACHE_BYTES,
         }
     }
 }
@@ -326,6 +332,7 @@ pub fn load(
         vae: settings.vae,
         split_guidance: *split_guidance,
         kernel_cache: kernel_folder(devices),
+        adapter_cache_bytes: settings.adapter_cache_bytes,
     };
     let parts = checkpoint.parts();
     if backend.kind != BackendKind::Auto {

@@ -17,7 +17,7 @@ const LAYERS: &[&[&str]] = &[
         "version",
     ],
     &["checkpoint", "request"],
-    &["hub", "backend", "engine"],
+    &["adapters", "hub", "backend", "engine"],
     &["runtime", "measure"],
     &["jobs", "compare"],
     &["bench"],

@@ -78,6 +78,7 @@ impl<K: Hash + Eq + Clone, V: Clone> Cache<K, V> {
                 return;
             };
             self.counts.bytes -= self.kept.remove(&key).map_or(0, |kept| kept.bytes);
+            self.counts.evictions += 1;
         }
     }
 
@@ -121,6 +122,7 @@ mod tests {
             max_bytes: 10,
             hits: 2,
             misses: 4,
+            evictions: 2,
         };
         assert_eq!(cache.counts(), expected);
         assert_eq!(ask(&mut cache, "c", 2), 2);

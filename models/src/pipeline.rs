@@ -5,6 +5,7 @@
 
 pub use kiln_ops::{MemoryRoom, MemoryUse};
 
+use crate::adapter::AdapterUse;
 use crate::finite::NotFinite;
 use crate::flops::CostModel;
 use crate::job::{Conditioning, Decoding, Job, JobId, Output, RgbImage, Size};
@@ -84,6 +85,14 @@ impl ModelInfo {
     pub fn device_count(&self) -> usize {
         self.devices.len().max(1)
     }
+
+    /// Bytes of a weight in [`ModelInfo::dtype`].
+    pub fn weight_size(&self) -> usize {
+        match self.dtype {
+            "bf16" | "f16" => 2,
+            _ => 4,
+        }
+    }
 }
 
 /// Use of a device since the model was loaded.
@@ -108,6 +117,8 @@ pub struct CacheUse {
     pub max_bytes: usize,
     pub hits: u64,
     pub misses: u64,
+    /// Entries that were dropped to make room for others.
+    pub evictions: u64,
 }
 
 /// Use of a pipeline's caches. Images do not depend on what the caches hold.
@@ -119,6 +130,8 @@ pub struct CacheUses {
     pub modulation: CacheUse,
     /// Rotary position tables of the transformer's packed sequences.
     pub positions: CacheUse,
+    /// Adapters on the device, of several devices on the one that holds the most bytes.
+    pub adapters: CacheUse,
 }
 
 /// Why a job could not go on. The pipeline and its other jobs remain usable.
@@ -139,6 +152,17 @@ pub enum PipelineError {
     PromptTooShort { tokens: usize, dropped: usize },
     #[error("token id {id} is outside the text encoder's vocabulary of {vocab_size}")]
     TokenOutOfRange { id: u32, vocab_size: usize },
+    #[error(
+        "the adapter {adapter} does not fit the model: it changes {module} by a matrix of shape {shape:?} \
+         (out, in), {}", layer_shape(.expected.as_ref())
+    )]
+    Adapter {
+        adapter: String,
+        module: String,
+        shape: [usize; 2],
+        /// `None` if the model has no such linear layer.
+        expected: Option<[usize; 2]>,
+    },
     #[error("num_inference_steps and num_images must be at least 1")]
     NothingToDo,
     #[error("job {0} has steps left")]
@@ -156,6 +180,13 @@ pub enum PipelineError {
     /// Seen by callers only if the reason of the failure is lost.
     #[error("the half of the job on another device failed")]
     OtherHalf,
+}
+
+fn layer_shape(expected: Option<&[usize; 2]>) -> String {
+    expected.map_or_else(
+        || "and the model has no such linear layer".to_owned(),
+        |shape| format!("and the model's has shape {shape:?}"),
+    )
 }
 
 /// What one step did for one job.
@@ -198,7 +229,18 @@ pub trait Pipeline: Send {
     /// If the device or a file of weights fails. Jobs with these prompts can be started all the same.
     fn encode(&mut self, prompts: &[&Conditioning]) -> Result<(), PipelineError>;
 
-    /// Encodes the prompts, generates the noise and makes the schedule.
+    /// Uploads adapters for jobs that are started later, as far as they fit into the cache beside those
+    /// that started jobs use. Adapters that are on the devices already are left out.
+    ///
+    /// # Errors
+    ///
+    /// If the device fails or has no memory left. Jobs with these adapters can be started all the same.
+    fn load_adapters(&mut self, _adapters: &[AdapterUse]) -> Result<(), PipelineError> {
+        Ok(())
+    }
+
+    /// Encodes the prompts, uploads the adapters that are not on the devices, generates the noise and makes
+    /// the schedule.
     ///
     /// # Errors
     ///

@@ -12,7 +12,7 @@
 //! - `safetensors`: a reader of weight files; another format is another module beside it
 //! - [`lora`]: adapter files
 //! - `dummy`: random weights
-//! - `demo`, `qwen_image`: the demo model, and the configurations of Qwen-Image
+//! - `demo`, `qwen_image`: the demo model with its adapters, and the configurations of Qwen-Image
 //!
 //! [`TensorSource`]: kiln_models::TensorSource
 
@@ -41,6 +41,7 @@ use kiln_models::families::CheckpointParts;
 
 use crate::tokenizer::{PromptTokenizer, TokenizerError};
 
+pub use self::demo::{EmbeddedAdapter, demo_adapters};
 pub use self::error::CheckpointError;
 
 /// The name of the demo model.
@@ -173,6 +174,14 @@ impl Checkpoint {
 
     pub fn place(&self) -> &Place {
         &self.place
+    }
+
+    /// The adapters that come with the model.
+    pub fn embedded_adapters(&self) -> &'static [EmbeddedAdapter] {
+        match self.place {
+            Place::Demo => demo_adapters(),
+            Place::Folder(_) | Place::Dummy(_) => &[],
+        }
     }
 
     /// How to word prompts, for a model with a small vocabulary.

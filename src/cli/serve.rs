@@ -36,7 +36,10 @@ const LAST_ANSWERS: Duration = Duration::from_secs(1);
 pub(super) fn run(args: ServeArgs) -> Result<(), CliError> {
     args.caches.caches()?;
     server::raise_open_file_limit();
-    let loading = args.loading.settings(&args.backend)?;
+    let loading = LoadSettings {
+        adapter_cache_bytes: usize::try_from(args.lora.lora_cache).unwrap_or(usize::MAX),
+        ..args.loading.settings(&args.backend)?
+    };
     let model = args.model_settings();
     let app = App::new(args.settings(&model.public_name())?);
     // Before anything that takes time: the port may be in use.
@@ -108,6 +111,7 @@ fn open(
         tokens.map_err(CliError::DefaultNegativePrompt)?;
     }
     let caches = step_caches(args, &model.limits().caches)?;
+    let adapters = model.open_adapters(args.lora.settings())?;
     let runtime = model.load_reporting(loading, start)?;
     let warm_up = if args.no_warm_up {
         None
@@ -119,6 +123,7 @@ fn open(
         max_queue: args.limits.max_queue,
         max_started: DEFAULT_MAX_STARTED,
         max_memory: args.limits.max_memory,
+        adapter_cache_bytes: usize::MAX,
         max_step_tokens: args.limits.max_step_tokens,
         warm_up,
     };
@@ -128,7 +133,8 @@ fn open(
     Ok(LoadedModel {
         engine,
         tokenizer: Arc::clone(&runtime.tokenizer),
-        limits: args.limits.limits(runtime.limits.sizes, caches),
+        limits: args.limits.limits(runtime.limits, caches),
+        adapters,
         prompt_guide: runtime.prompt_guide,
     })
 }

@@ -4,6 +4,9 @@
 //! paths of the checkpoint, and their factors to [`Factors`]; nothing here knows a file format. A
 //! [`Job`](crate::job::Job) names the adapters that it is generated with and the scale of each.
 
+mod merged;
+mod totals;
+
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -11,6 +14,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use bytes::Bytes;
 
 use crate::source::StoredDType;
+
+pub use self::merged::MergedSource;
+pub(crate) use self::totals::{TokenWork, Totals};
 
 /// Identifies the content of an adapter within the process. An adapter that is read again gets
 /// another id.
@@ -33,6 +39,7 @@ pub struct Adapter {
     id: AdapterId,
     name: String,
     changes: BTreeMap<String, Change>,
+    totals: Totals,
 }
 
 /// The change of the weight `[out, in]` of one linear layer: `scale · factors`, before the scale of the
@@ -128,6 +135,7 @@ impl Adapter {
         Self {
             id: AdapterId(NEXT.fetch_add(1, Ordering::Relaxed)),
             name: name.into(),
+            totals: Totals::of_changes(&changes),
             changes,
         }
     }
@@ -155,6 +163,11 @@ impl Adapter {
     pub fn parameters(&self) -> usize {
         let matrices = self.changes.values().flat_map(|it| it.factors.matrices());
         matrices.map(|it| it.shape[0] * it.shape[1]).sum()
+    }
+
+    /// Bytes that the adapter takes on a device, in a model whose weights have this many bytes each.
+    pub fn device_bytes(&self, weight_size: usize) -> usize {
+        self.parameters().saturating_mul(weight_size)
     }
 }
 
