@@ -2,7 +2,7 @@
 
 Needs the pinned versions in requirements.txt. CPU only, no network, about ten seconds:
 
-    python tests/reference/make_lora_files.py [--out tests/fixtures/lora]
+    python tests/reference/make_lora_files.py [--out tests/fixtures/lora/saved]
 
 Every adapter is made for the transformer of tests/fixtures/checkpoints/base, filled with random values and
 saved by the library's own function. `expected/NAME.safetensors` has, by path of the layer, the change of
@@ -135,7 +135,7 @@ def lycoris(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=FIXTURES / "lora")
+    parser.add_argument("--out", type=Path, default=FIXTURES / "lora/saved")
     out = parser.parse_args().out
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)

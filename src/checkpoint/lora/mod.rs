@@ -176,10 +176,10 @@ impl LoraFile {
         let content = Content::open(&source)?;
         if source.peft_config() != self.source.peft_config()
             || Header::read(&content)? != self.header
-            || self.scalars.read_again(&content, &self.header)? != self.scalars
         {
             return Err(LoraFault::Changed);
         }
+        self.scalars.check_unchanged(&content, &self.header)?;
         let mut changes = BTreeMap::new();
         for module in &self.modules {
             changes.extend(factors::read(&content, module)?);

@@ -86,8 +86,11 @@ struct ByModule {
 
 impl ByModule {
     fn new(pattern: Option<Pattern>, common: Option<f64>) -> Result<Self, String> {
-        let (patterns, values): (Vec<String>, _) =
+        let (patterns, values): (Vec<String>, Vec<f64>) =
             pattern.unwrap_or_default().0.into_iter().unzip();
+        if let Some(large) = values.iter().chain(&common).find(|it| !is_number(**it)) {
+            return Err(format!("the number {large:e} is too large"));
+        }
         // As PEFT matches: the end of the name, from a dot or the start of the name on.
         let patterns = patterns.iter().map(|it| format!(r"\A(?:.*\.)?(?:{it})\z"));
         let patterns = RegexSetBuilder::new(patterns)
@@ -210,7 +213,12 @@ impl Fields {
 
 /// Reads an alpha that a header has as text.
 pub(super) fn parse_alpha(text: &str) -> Result<f64, LoraFault> {
-    let alpha = text.trim().parse().ok().filter(|it: &f64| it.is_finite());
+    let alpha = text.trim().parse().ok().filter(|it| is_number(*it));
     let reason = format!("{text:?} is not a number");
     alpha.ok_or_else(|| LoraFault::invalid(DeclaredIn::HeaderAlpha, reason))
+}
+
+/// Whether a value is a finite number in f32 too.
+fn is_number(value: f64) -> bool {
+    (value as f32).is_finite()
 }

@@ -270,6 +270,10 @@ fn configurations_that_factors_do_not_express_are_refused() {
             json!({"lora_alpha": "many"}),
             "adapter_config.json is not valid (invalid type: string",
         ),
+        (
+            json!({"lora_alpha": 1e300}),
+            "adapter_config.json is not valid (the number 1e300 is too large)",
+        ),
         (json!([1]), "adapter_config.json is not valid"),
     ] {
         let refusal = peft_refusal(&one_layer(), &config);

@@ -6,7 +6,7 @@ use safetensors::SafeTensors;
 use super::*;
 
 fn open_saved(name: &str) -> Result<LoraFile, LoraError> {
-    let folder = fixtures().join("lora");
+    let folder = fixtures().join("lora/saved");
     let file = folder.join(format!("{name}.safetensors"));
     let path = if file.exists() {
         file
@@ -19,7 +19,7 @@ fn open_saved(name: &str) -> Result<LoraFile, LoraError> {
 /// The changes of all layers are those of the library, within `bound` of the largest value.
 fn assert_as_saved(name: &str, bound: f64) -> Adapter {
     let adapter = open_saved(name).unwrap().read(name).unwrap();
-    let expected = fixtures().join(format!("lora/expected/{name}.safetensors"));
+    let expected = fixtures().join(format!("lora/saved/expected/{name}.safetensors"));
     let expected = std::fs::read(expected).unwrap();
     let expected = SafeTensors::deserialize(&expected).unwrap();
     let mut names = expected.names();
