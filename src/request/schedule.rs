@@ -244,24 +244,23 @@ pub(super) fn resolve(
         stochastic,
     };
 
-    let in_effect = of_adapter
-        .filter(|it| it.recipe.sets_schedule())
-        .or(of_model);
-    let (origin, name) = match (&given, &in_effect) {
+    let sets_schedule = |it: &&InEffect<'_>| it.recipe.sets_schedule();
+    let of_schedule = of_adapter.as_ref().filter(sets_schedule);
+    let of_schedule = of_schedule.or(of_model.as_ref());
+    let (origin, name) = match (&given, of_schedule) {
         (Some(_), _) => (ScheduleOrigin::Request, named.map(|it| it.name.clone())),
         (None, Some(it)) => (it.origin, Some(it.recipe.name.clone())),
         (None, None) => (ScheduleOrigin::Model, None),
     };
-    if let Some(in_effect) = &in_effect {
-        let negative = params.negative_prompt.as_deref();
-        let differs = given.is_some() && in_effect.differs(&sampling, size, limits);
-        let replaced = differs.then_some(param);
-        in_effect.warn(
-            given_steps,
-            replaced,
-            (negative, given_scale),
-            &mut warnings,
-        );
+    if given.is_some()
+        && let Some(replaced) = of_schedule.filter(|it| it.differs(&sampling, size, limits))
+    {
+        let described = &replaced.described;
+        warnings.push(format!("{param} replaces the noise levels of {described}"));
+    }
+    if let Some(in_effect) = of_adapter.as_ref().or(of_model.as_ref()) {
+        let guidance = (params.negative_prompt.as_deref(), given_scale);
+        in_effect.warn(given_steps, guidance, &mut warnings);
     }
     Ok(Resolved {
         schedule: RequestSchedule::new(origin, name, &sampling, size, limits),
@@ -405,21 +404,17 @@ impl InEffect<'_> {
         own.stochastic != used.stochastic || pairs.any(|(a, b)| (a - b).abs() > SAME_LEVEL)
     }
 
-    /// Says which values of the request are not those of the recipe. `replaced` is the field that has
-    /// other noise levels; guidance is the negative prompt and the scale.
+    /// Says which steps and which guidance of the request, its negative prompt and scale, are not those of
+    /// the recipe.
     fn warn(
         &self,
         steps: Option<usize>,
-        replaced: Option<&str>,
         (negative, scale): (Option<&str>, Option<f64>),
         warnings: &mut Vec<String>,
     ) {
         let Self {
             recipe, described, ..
         } = self;
-        if let Some(param) = replaced {
-            warnings.push(format!("{param} replaces the noise levels of {described}"));
-        }
         if let (Some(got), Some(own)) = (steps, recipe.steps)
             && got != own
         {
