@@ -91,8 +91,8 @@ pub enum InvalidRequest {
          levels with shift, sigmas or schedule", adapters[0], adapters[1], recipes[0], recipes[1]
     )]
     TwoRecipes {
-        adapters: [String; 2],
-        recipes: [String; 2],
+        adapters: Box<[String; 2]>,
+        recipes: Box<[String; 2]>,
     },
     #[error("there is no adapter {name:?}: {known}")]
     UnknownAdapter { name: String, known: String },

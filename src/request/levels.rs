@@ -61,9 +61,9 @@ fn checked(sigmas: &[f64], max_steps: usize) -> Result<Arc<[f64]>, InvalidLevels
         key: "sigmas",
         message,
     };
-    let levels = match sigmas {
-        [levels @ .., 0.0] => levels,
-        levels => levels,
+    let levels = match sigmas.split_last() {
+        Some((&0.0, levels)) => levels,
+        _ => sigmas,
     };
     if levels.is_empty() {
         let message = "has no noise level: give one above 0 for each step";

@@ -185,10 +185,8 @@ pub(super) fn resolve(
         origin: ScheduleOrigin::Model,
         described: format!("recipe {} of the model", recipe.name),
     });
-    let (given, param) = match given {
-        Some((given, param)) => (Some(given), param),
-        None => (None, ""),
-    };
+    let param = given.as_ref().map_or("", |(_, param)| param);
+    let given = given.map(|(given, _)| given);
     let named = match &given {
         Some(GivenSchedule::Named(recipe)) => Some(recipe),
         _ => None,
@@ -202,12 +200,8 @@ pub(super) fn resolve(
         .or_else(|| adapter_recipe?.levels.clone())
         .unwrap_or_default();
     let stochastic = match &given {
-        Some(GivenSchedule::Levels {
-            stochastic: Some(stochastic),
-            ..
-        }) => Some(*stochastic),
-        Some(GivenSchedule::Named(recipe)) => sampler_of(recipe),
-        _ => adapter_recipe.and_then(sampler_of),
+        Some(given) => given.stochastic(adapter_recipe),
+        None => adapter_recipe.and_then(sampler_of),
     };
     // An adapter of the named recipe knows its own number of steps.
     let same = adapter_recipe
@@ -220,24 +214,23 @@ pub(super) fn resolve(
     };
     let first = |value: fn(&Recipe) -> Option<f64>| recipes.into_iter().flatten().find_map(value);
 
-    let fixed = match &levels {
-        NoiseLevels::Sigmas(sigmas) => Some(sigmas.len()),
-        _ => None,
-    };
-    let steps = match (given_steps, fixed) {
-        (Some(steps), Some(levels)) if steps != levels => {
+    let steps = match (given_steps, &levels) {
+        (Some(steps), NoiseLevels::Sigmas(sigmas)) if steps != sigmas.len() => {
             let of = match (&given_levels, &of_adapter) {
                 (None, Some(adapter)) => adapter.described.clone(),
                 _ => param.to_owned(),
             };
+            let levels = sigmas.len();
             return Err(InvalidRequest::StepsOfLevels { steps, levels, of });
         }
-        (Some(steps), _) | (None, Some(steps)) => steps,
-        (None, None) => {
+        (Some(steps), _) => steps,
+        (None, NoiseLevels::Sigmas(sigmas)) => {
+            checked_steps(sigmas.len() as i128, limits.max_steps)?
+        }
+        (None, _) => {
             let of_recipe = recipes.into_iter().flatten().find_map(|it| it.steps);
-            let steps = of_recipe
-                .map(|steps| steps as i128)
-                .or(params.fallback_steps);
+            let steps = of_recipe.map(|steps| steps as i128);
+            let steps = steps.or(params.fallback_steps);
             let steps = steps.unwrap_or(DEFAULT_NUM_INFERENCE_STEPS.into());
             checked_steps(steps, limits.max_steps)?
         }
@@ -251,24 +244,23 @@ pub(super) fn resolve(
         stochastic,
     };
 
-    let in_effect = of_adapter
-        .filter(|it| it.recipe.sets_schedule())
-        .or(of_model);
-    let (origin, name) = match (&given, &in_effect) {
+    let sets_schedule = |it: &&InEffect<'_>| it.recipe.sets_schedule();
+    let of_schedule = of_adapter.as_ref().filter(sets_schedule);
+    let of_schedule = of_schedule.or(of_model.as_ref());
+    let (origin, name) = match (&given, of_schedule) {
         (Some(_), _) => (ScheduleOrigin::Request, named.map(|it| it.name.clone())),
         (None, Some(it)) => (it.origin, Some(it.recipe.name.clone())),
         (None, None) => (ScheduleOrigin::Model, None),
     };
-    if let Some(in_effect) = &in_effect {
-        let negative = params.negative_prompt.as_deref();
-        let differs = given.is_some() && in_effect.differs(&sampling, size, limits);
-        let replaced = differs.then_some(param);
-        in_effect.warn(
-            given_steps,
-            replaced,
-            (negative, given_scale),
-            &mut warnings,
-        );
+    if given.is_some()
+        && let Some(replaced) = of_schedule.filter(|it| it.differs(&sampling, size, limits))
+    {
+        let described = &replaced.described;
+        warnings.push(format!("{param} replaces the noise levels of {described}"));
+    }
+    if let Some(in_effect) = of_adapter.as_ref().or(of_model.as_ref()) {
+        let guidance = (params.negative_prompt.as_deref(), given_scale);
+        in_effect.warn(given_steps, guidance, &mut warnings);
     }
     Ok(Resolved {
         schedule: RequestSchedule::new(origin, name, &sampling, size, limits),
@@ -284,6 +276,14 @@ impl GivenSchedule {
         match self {
             Self::Named(recipe) => Some(recipe.levels.clone().unwrap_or_default()),
             Self::Levels { levels, .. } => levels.clone(),
+        }
+    }
+
+    /// The sampler, which levels alone leave to the recipe of the adapters.
+    fn stochastic(&self, adapter: Option<&Recipe>) -> Option<bool> {
+        match self {
+            Self::Named(recipe) => sampler_of(recipe),
+            Self::Levels { stochastic, .. } => stochastic.or_else(|| adapter.and_then(sampler_of)),
         }
     }
 }
@@ -322,20 +322,18 @@ fn given_schedule(
             other: param,
         });
     }
-    let given = match &params.schedule {
-        Some(schedule) => schedule.clone(),
-        None => {
-            let sigmas = params.sigmas.as_deref();
-            let levels = noise_levels(params.shift, None, sigmas, max_steps);
-            let levels =
-                levels.map_err(|InvalidLevels { key, message }| InvalidRequest::Levels {
-                    param: key,
-                    message,
-                })?;
-            GivenSchedule::Levels {
-                levels,
-                stochastic: None,
-            }
+    let given = if let Some(schedule) = &params.schedule {
+        schedule.clone()
+    } else {
+        let sigmas = params.sigmas.as_deref();
+        let levels = noise_levels(params.shift, None, sigmas, max_steps);
+        let levels = levels.map_err(|InvalidLevels { key, message }| InvalidRequest::Levels {
+            param: key,
+            message,
+        })?;
+        GivenSchedule::Levels {
+            levels,
+            stochastic: None,
         }
     };
     if let Some(NoiseLevels::Sigmas(sigmas)) = given.levels()
@@ -365,8 +363,8 @@ fn recipe_of<'a>(
     if let Some((other, different, _)) = recipes.find(|(_, it, _)| !it.does_the_same_as(recipe)) {
         if !is_given {
             return Err(InvalidRequest::TwoRecipes {
-                adapters: [adapter.to_owned(), other.to_owned()],
-                recipes: [recipe.name.clone(), different.name.clone()],
+                adapters: [adapter.to_owned(), other.to_owned()].into(),
+                recipes: [recipe.name.clone(), different.name.clone()].into(),
             });
         }
         warnings.push(format!(
@@ -406,21 +404,17 @@ impl InEffect<'_> {
         own.stochastic != used.stochastic || pairs.any(|(a, b)| (a - b).abs() > SAME_LEVEL)
     }
 
-    /// Says which values of the request are not those of the recipe. `replaced` is the field that has
-    /// other noise levels; guidance is the negative prompt and the scale.
+    /// Says which steps and which guidance of the request, its negative prompt and scale, are not those of
+    /// the recipe.
     fn warn(
         &self,
         steps: Option<usize>,
-        replaced: Option<&str>,
         (negative, scale): (Option<&str>, Option<f64>),
         warnings: &mut Vec<String>,
     ) {
         let Self {
             recipe, described, ..
         } = self;
-        if let Some(param) = replaced {
-            warnings.push(format!("{param} replaces the noise levels of {described}"));
-        }
         if let (Some(got), Some(own)) = (steps, recipe.steps)
             && got != own
         {

@@ -56,15 +56,13 @@ fn start_fused(settings: Settings) -> TestServer {
 
 /// A request with these keys; `CHAT` has them in `extra_body`.
 fn generate(server: &TestServer, path: &str, keys: &Value) -> Reply {
-    let body = match path {
-        CHAT => json!({"messages": user(&json!("a cat")), "extra_body": keys}),
-        _ => {
-            let mut body = json!({"prompt": "a cat"});
-            let keys = keys.as_object().unwrap().clone();
-            body.as_object_mut().unwrap().extend(keys);
-            body
-        }
-    };
+    let mut body = json!({"prompt": "a cat"});
+    if path == CHAT {
+        body = json!({"messages": user(&json!("a cat")), "extra_body": keys});
+    } else {
+        let keys = keys.as_object().unwrap().clone();
+        body.as_object_mut().unwrap().extend(keys);
+    }
     post_to(server.address, path, &body)
 }
 
@@ -276,10 +274,8 @@ fn values_that_do_not_fit_are_kept_with_warnings_in_answers_and_streams() {
         let text = String::from_utf8(reply.bytes).unwrap();
         let data = text.lines().filter_map(|line| line.strip_prefix("data: "));
         let chunks = data.filter_map(|data| serde_json::from_str::<Value>(data).ok());
-        let last = chunks
-            .filter(|chunk| !chunk["schedule"].is_null())
-            .last()
-            .unwrap();
+        let mut chunks = chunks.filter(|chunk| !chunk["schedule"].is_null());
+        let last = chunks.next_back().unwrap();
         assert_eq!(last["warnings"], expected);
         assert_eq!(last["schedule"]["origin"], "model");
     }

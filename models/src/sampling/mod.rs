@@ -35,7 +35,7 @@ pub(crate) fn sampler_step<B: Backend>(
 
 #[cfg(test)]
 mod tests {
-    use burn_flex::Flex;
+    use burn_flex::{Flex, FlexDevice};
 
     use super::*;
     use crate::noise::{NoiseGenerator, randn_nth};
@@ -58,7 +58,7 @@ mod tests {
     }
 
     fn step(stochastic: bool, step: usize) -> [Vec<f32>; 2] {
-        let device = Default::default();
+        let device = FlexDevice;
         let latents = Tensor::<Flex, 2>::from_data([[1.0, -2.0], [0.5, 3.0]], &device);
         let velocity = Tensor::<Flex, 2>::from_data([[0.5, 1.0], [-1.0, 2.0]], &device);
         let (latents, velocity) =

@@ -14,10 +14,6 @@ fn known(file: &str) -> Option<(String, Option<usize>)> {
     known_recipe(file, &LIGHTNING).map(|recipe| (recipe.name, recipe.steps))
 }
 
-fn lightning(steps: usize) -> Option<(String, Option<usize>)> {
-    Some(("lightning".to_owned(), Some(steps)))
-}
-
 #[test]
 fn published_files_are_known_by_name() {
     for (file, steps) in [
@@ -38,7 +34,8 @@ fn published_files_are_known_by_name() {
         ("LIGHTNING-4STEP", 4),
         ("Qwen-Image-Lightning/Qwen-Image-Lightning-4steps-V1.0", 4),
     ] {
-        assert_eq!(known(file), lightning(steps), "{file}");
+        let expected = Some(("lightning".to_owned(), Some(steps)));
+        assert_eq!(known(file), expected, "{file}");
     }
     for (file, name, steps) in [
         (

@@ -244,6 +244,11 @@ fn the_first_source_that_has_a_value_gives_it() {
         assert_eq!((steps, scale, origin, name), expected, "{body}");
         assert_close(&sigmas, levels);
     }
+}
+
+#[test]
+fn a_recipe_need_not_have_every_value() {
+    let text = |name: &str| Some(name.to_owned());
     // The steps of an adapter come before those of the recipe that the request names.
     assert_eq!(
         used(&json!({"schedule": "lightning", "lora": ["lightning8"]})).0,
