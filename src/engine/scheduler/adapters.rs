@@ -111,15 +111,12 @@ impl Scheduler {
             let jobs = self.entries.iter().filter(|it| it.is_started() == started);
             jobs.flat_map(|entry| names(&entry.adapters)).collect()
         };
-        let stats = &self.stats.adapters;
+        let max_running = self.adapter_room.count_of(self.largest_adapter);
         AdapterStats {
             waiting: names(false),
             running: names(true),
-            max_running: self
-                .adapter_room
-                .count_of(stats.largest)
-                .clamp(1, self.max_started),
-            ..stats.clone()
+            max_running: max_running.clamp(1, self.max_started),
+            ..self.stats.adapters.clone()
         }
     }
 }

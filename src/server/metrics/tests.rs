@@ -137,7 +137,6 @@ fn adapters_are_counted_and_routers_see_which_are_in_use() {
             misses: 5,
             evictions: 3,
         },
-        ..AdapterStats::default()
     };
     let mut page = Page::default();
     page.adapters(&stats, 1_764_000_000.25);
