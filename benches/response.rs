@@ -11,6 +11,7 @@ use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::time::{Duration, Instant};
 
+use kiln::adapters::AdapterStore;
 use kiln::checkpoint::Checkpoint;
 use kiln::engine::{Engine, EngineSettings};
 use kiln::request::Limits;
@@ -71,6 +72,7 @@ fn serve() -> Result<SocketAddr, Box<dyn Error>> {
         engine,
         tokenizer: Checkpoint::demo()?.tokenizer()?.into(),
         limits: Limits::for_sizes(sizes),
+        adapters: AdapterStore::default(),
         prompt_guide: None,
     });
     let listener = TcpListener::bind("127.0.0.1:0")?;

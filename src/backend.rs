@@ -18,6 +18,9 @@ use crate::kernel_cache;
 
 pub use self::choice::{BackendChoice, BackendKind, DeviceNumbers, InvalidChoice, UnknownName};
 
+/// Default of [`LoadSettings::adapter_cache_bytes`].
+const DEFAULT_ADAPTER_CACHE_BYTES: u64 = 2 << 30;
+
 /// The type of a model's weights and activations.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum DTypeChoice {
@@ -36,6 +39,9 @@ pub struct LoadSettings {
     pub dtype: DTypeChoice,
     /// How images are decoded.
     pub vae: VaeSettings,
+    /// Bound of the adapters that are kept on each device, in bytes. Those of jobs in progress may take
+    /// more.
+    pub adapter_cache_bytes: u64,
 }
 
 /// flex, the checkpoint's type, and whole images decoded together.
@@ -49,6 +55,7 @@ impl Default for LoadSettings {
             split_guidance: None,
             dtype: DTypeChoice::Auto,
             vae: VaeSettings::default(),
+            adapter_cache_bytes: DEFAULT_ADAPTER_CACHE_BYTES,
         }
     }
 }
@@ -326,6 +333,7 @@ pub fn load(
         vae: settings.vae,
         split_guidance: *split_guidance,
         kernel_cache: kernel_folder(devices),
+        ..LoadOptions::default()
     };
     let parts = checkpoint.parts();
     if backend.kind != BackendKind::Auto {

@@ -1,6 +1,7 @@
 //! Times repeated runs of the same workload, and relates the times to operation counts.
 
 mod calibrate;
+mod lora;
 
 use std::fmt;
 
@@ -17,6 +18,7 @@ use crate::measure::{Cost, Table, measure_call, median};
 use crate::request::{GenerationRequest, PromptTokens};
 
 pub use self::calibrate::{CALIBRATION_PROMPTS, CacheRatios, CalibrationError};
+pub use self::lora::{LoraCost, LoraCosts, RandomLoras};
 
 /// Tokens of a blank negative prompt: one, plus the five of the template's suffix.
 pub const NEGATIVE_PROMPT_TOKENS: usize = 6;
@@ -241,6 +243,9 @@ pub struct BenchReport {
     pub share_of_peak: Option<Stages>,
     /// Peak memory over all stages, loading included.
     pub peak_memory_bytes: Option<u64>,
+    /// What adapters cost, if that was measured.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub loras: Option<LoraCosts>,
 }
 
 impl BenchReport {
@@ -250,6 +255,7 @@ impl BenchReport {
         workload: &Workload,
         counts: FlopCount,
         measurement: Measurement,
+        loras: Option<LoraCosts>,
         peak_tflops: Option<f64>,
     ) -> Self {
         let Measurement {
@@ -283,6 +289,7 @@ impl BenchReport {
             peak_memory_bytes: peaks.chain([peak(&load)]).flatten().max(),
             warm_up,
             runs,
+            loras,
             median_seconds,
             tflop,
             tflop_per_second,
@@ -341,6 +348,9 @@ impl fmt::Display for BenchReport {
             )?;
         }
         writeln!(formatter, "{}\n", self.table())?;
+        if let Some(loras) = &self.loras {
+            writeln!(formatter, "{loras}\n")?;
+        }
         let warm_up = self.warm_up.total;
         write!(
             formatter,
@@ -361,7 +371,7 @@ mod tests {
     use kiln_models::noise::NoiseGenerator;
 
     use super::*;
-    use crate::request::{RequestCache, ScheduleOrigin};
+    use crate::request::{RequestCache, RequestSchedule, ScheduleOrigin};
 
     fn workload(true_cfg_scale: f64) -> Workload {
         Workload {
@@ -382,7 +392,14 @@ mod tests {
                 cache: RequestCache::default(),
                 cfg_gate_step: None,
                 adapters: Vec::new(),
-                schedule_origin: ScheduleOrigin::Model,
+                schedule: RequestSchedule {
+                    origin: ScheduleOrigin::Model,
+                    name: None,
+                    shift: None,
+                    terminal: None,
+                    stochastic: false,
+                    sigmas: Vec::new(),
+                },
                 warnings: Vec::new(),
             },
             prompt_tokens: 10,

@@ -16,11 +16,14 @@
 //! [`compare`] compares the same run on several backends, [`mod@bench`] times runs; both measure
 //! with [`measure`].
 //!
+//! [`adapters`] lists the adapters that requests may name, and keeps their weights.
+//!
 //! [`files`] writes every file that a user named.
 //!
 //! A program that embeds kiln opens a model with [`runtime::Runtime::open`] and gives its pipeline
 //! to an [`engine::Engine`]; `examples/embed.rs` does it.
 
+pub mod adapters;
 pub mod backend;
 pub mod bench;
 pub mod checkpoint;

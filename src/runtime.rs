@@ -15,16 +15,18 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use kiln_models::TensorSource;
+use kiln_models::adapter::AdapterTarget;
 use kiln_models::flops::FlopCount;
 use kiln_models::job::Job;
 use kiln_models::pipeline::{ModelInfo, Pipeline};
 
+use crate::adapters::{AdapterError, AdapterSettings, AdapterStore};
 use crate::backend::{self, BackendError, LoadSettings, UnknownName};
 use crate::checkpoint::{
     Checkpoint, CheckpointError, DEMO, Place, PromptGuide, QWEN_IMAGE, Shape, WeightAccess,
 };
 use crate::hub::{self, HubError, HubSettings, Location};
-use crate::request::Limits;
+use crate::request::{Limits, fused_lightning};
 use crate::tokenizer::{PromptTokenizer, TokenizerError};
 
 use self::counted::Counted;
@@ -77,6 +79,8 @@ pub enum RuntimeError {
     Tokenizer(#[source] TokenizerError),
     #[error(transparent)]
     Backend(#[from] BackendError),
+    #[error(transparent)]
+    Adapters(#[from] AdapterError),
 }
 
 /// A model whose files were found, without its weights.
@@ -220,8 +224,12 @@ impl Model {
         let mut limits = Limits::for_sizes(backend::image_sizes(&checkpoint)?);
         limits.caches.blocks = Some(configs.blocks().map_err(BackendError::from)?);
         limits.caches.mag_ratios = configs.mag_ratios().map_err(BackendError::from)?;
+        let scheduler = configs.noise_schedule().map_err(BackendError::from)?;
+        let name = settings.public_name();
+        limits.model_recipe = scheduler.is_lightning().then(|| fused_lightning(&name));
+        limits.scheduler = Some(scheduler);
         Ok(Self {
-            name: settings.public_name(),
+            name,
             limits,
             tokenizer: Arc::new(tokenizer),
             checkpoint,
@@ -258,6 +266,19 @@ impl Model {
         }
     }
 
+    /// Lists the adapters of a folder that fit the model, and those that come with the model.
+    ///
+    /// # Errors
+    ///
+    /// The folder cannot be read.
+    pub fn open_adapters(&self, settings: AdapterSettings) -> Result<AdapterStore, RuntimeError> {
+        let configs = &self.checkpoint.parts().configs;
+        let targets = configs.adapter_targets().map_err(BackendError::from)?;
+        let blocks = configs.blocks().map_err(BackendError::from)?;
+        let embedded = self.checkpoint.embedded_adapters();
+        Ok(AdapterStore::open(settings, targets, blocks, embedded)?)
+    }
+
     /// Floating-point operations of a job, by stage.
     ///
     /// # Errors
@@ -269,6 +290,16 @@ impl Model {
         settings: &LoadSettings,
     ) -> Result<FlopCount, RuntimeError> {
         Ok(backend::operations(&self.checkpoint, job, settings)?)
+    }
+
+    /// The linear layers of the transformer that an adapter can change.
+    ///
+    /// # Errors
+    ///
+    /// The model's configuration is not supported.
+    pub fn adapter_targets(&self) -> Result<Vec<AdapterTarget>, RuntimeError> {
+        let configs = &self.checkpoint.parts().configs;
+        Ok(configs.adapter_targets().map_err(BackendError::from)?)
     }
 
     /// Time to decode a job's images as a number of its steps, estimated from the operations of

@@ -17,7 +17,7 @@ const LAYERS: &[&[&str]] = &[
         "version",
     ],
     &["checkpoint", "request"],
-    &["hub", "backend", "engine"],
+    &["adapters", "hub", "backend", "engine"],
     &["runtime", "measure"],
     &["jobs", "compare"],
     &["bench"],
@@ -42,7 +42,8 @@ const OWNERS: &[(&str, &[&str])] = &[
     ("indicatif", &["src/cli", "src/hub"]),
     ("reqwest", &["src/hub"]),
     ("rustls", &["src/hub"]),
-    ("ring", &["src/hub"]),
+    ("ring", &["src/hub", "src/checkpoint/lora"]),
+    ("regex", &["src/checkpoint/lora"]),
     ("memmap2", &["src/checkpoint"]),
     // `cli/dump` writes and reads recorded runs, not models.
     (

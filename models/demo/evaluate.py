@@ -6,10 +6,11 @@
 
     python models/demo/evaluate.py                                # with diffusers
     python models/demo/evaluate.py --server http://127.0.0.1:8091 # with a running `kiln serve`
+    python models/demo/evaluate.py --lora models/demo/lora/stripes.safetensors --lora-scale 0.5
 
 Generates images of attribute combinations that `train.py` holds out, classifies each by geometry
-(scenes.py) and prints the share of images with each attribute right. With --server it needs only numpy
-and pillow.
+(scenes.py) and prints the share of images with each attribute right, and how clearly the shapes are striped. With
+--server it needs only numpy and pillow.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import base64
 import collections
 import io
 import json
+import math
 import random
 import urllib.request
 from collections.abc import Callable
@@ -27,21 +29,31 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from scenes import HELD_OUT, caption, classify
+from scenes import HELD_OUT, caption, classify, stripe_contrast
 
 ATTRIBUTES = ("background", "colour", "place", "size", "shape")
 BOUNDS = {"background": 0.95, "colour": 0.95, "place": 0.95, "size": 0.95, "shape": 0.90}
 OTHER_SIZES = ((96, 160), (192, 128))
+# From this contrast on (scenes.stripe_contrast) a shape counts as striped.
+STRIPED = 0.5
 # Generates one image from prompt, height, width, steps, scale and seed.
 Generate = Callable[[str, int, int, int, float, int], np.ndarray]
 
 
-def diffusers_generate(model: Path) -> Generate:
+def diffusers_generate(model: Path, lora: Path | None, lora_scale: float, recipe: dict) -> Generate:
     import torch
-    from diffusers import QwenImagePipeline
+    from diffusers import FlowMatchEulerDiscreteScheduler, QwenImagePipeline
 
     pipe = QwenImagePipeline.from_pretrained(model, torch_dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
+    if lora:
+        pipe.load_lora_weights(lora, adapter_name="evaluated")
+        pipe.set_adapters("evaluated", lora_scale)
+    if "shift" in recipe:
+        mu = math.log(recipe["shift"])
+        pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_config(
+            pipe.scheduler.config, base_shift=mu, max_shift=mu, shift_terminal=recipe.get("terminal")
+        )
 
     def generate(prompt: str, height: int, width: int, steps: int, scale: float, seed: int) -> np.ndarray:
         image = pipe(
@@ -53,12 +65,14 @@ def diffusers_generate(model: Path) -> Generate:
     return generate
 
 
-def server_generate(url: str) -> Generate:
+def server_generate(url: str, lora: Path | None, lora_scale: float) -> Generate:
     def generate(prompt: str, height: int, width: int, steps: int, scale: float, seed: int) -> np.ndarray:
         settings = dict(
             height=height, width=width, num_inference_steps=steps, true_cfg_scale=scale, negative_prompt=" ",
             seed=seed,
         )  # fmt: skip
+        if lora:
+            settings["lora"] = {"name": lora.stem, "scale": lora_scale}
         body = {"messages": [{"role": "user", "content": prompt}], "extra_body": settings}
         request = urllib.request.Request(
             url.rstrip("/") + "/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
@@ -71,10 +85,12 @@ def server_generate(url: str) -> Generate:
 
 
 def measure(generate: Generate, count: int, height: int, width: int, steps: int, scale: float, save: Path | None) -> dict:
-    """The share of `count` images with each attribute right."""
+    """The share of `count` images with each attribute right, the share of images with a striped shape, and the
+    mean contrast of the stripes."""
     rng = random.Random(f"evaluation {height} {width}")
     scenes = [rng.choice(HELD_OUT) for _ in range(count)]
     right = collections.Counter()
+    contrasts = []
     for i, scene in enumerate(scenes):
         prompt = caption(scene, rng)
         image = generate(prompt, height, width, steps, scale, 10_000_000 + i)
@@ -83,12 +99,14 @@ def measure(generate: Generate, count: int, height: int, width: int, steps: int,
         wrong = [name for name in ATTRIBUTES if found[name] != getattr(scene, name)]
         right.update(name for name in ATTRIBUTES if name not in wrong)
         right["all"] += not wrong
+        contrasts.append(stripe_contrast(image, scene.size))
         if wrong:
             print(f"  {prompt!r}: " + ", ".join(f"{name} {found[name]}" for name in wrong), flush=True)
         if save:
             save.mkdir(parents=True, exist_ok=True)
             Image.fromarray(image).save(save / f"{height}x{width}-{i:03}{'-wrong' if wrong else ''}.png")
-    return {name: right[name] / count for name in (*ATTRIBUTES, "all")}
+    shares = {name: right[name] / count for name in (*ATTRIBUTES, "all")}
+    return shares | {"striped": np.mean(np.array(contrasts) >= STRIPED), "contrast": np.mean(contrasts)}
 
 
 def main() -> None:
@@ -96,18 +114,27 @@ def main() -> None:
     parser.add_argument("--server", help="URL of a kiln server that serves the model")
     parser.add_argument("--model", type=Path, default=Path(__file__).parent, help="checkpoint to load with diffusers")
     parser.add_argument("--count", type=int, default=200)
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--scale", type=float, default=4.0)
+    parser.add_argument("--lora", type=Path, help="adapter file; a server has it in its folder of adapters")
+    parser.add_argument("--lora-scale", type=float, default=1.0)
+    parser.add_argument("--steps", type=int, help="default: as the adapter's recipe says, else 20")
+    parser.add_argument("--scale", type=float, help="guidance scale; default: as the adapter's recipe says, else 4")
     parser.add_argument("--side", type=int, default=128)
     parser.add_argument("--other-count", type=int, default=40, help="number of images of each of the other sizes")
     parser.add_argument("--save", type=Path, help="folder for the images")
     args = parser.parse_args()
-    generate = server_generate(args.server) if args.server else diffusers_generate(args.model)
+    sidecar = args.lora and args.lora.with_suffix(".json")
+    recipe = json.loads(sidecar.read_text()) if sidecar and sidecar.exists() else {}
+    steps = args.steps or recipe.get("steps", 20)
+    scale = recipe.get("true_cfg_scale", 4.0) if args.scale is None else args.scale
+    if args.server:
+        generate = server_generate(args.server, args.lora, args.lora_scale)
+    else:
+        generate = diffusers_generate(args.model, args.lora, args.lora_scale, recipe)
     failed = False
     for (height, width), count in [((args.side, args.side), args.count), *((s, args.other_count) for s in OTHER_SIZES)]:
         if count == 0:
             continue
-        shares = measure(generate, count, height, width, args.steps, args.scale, args.save)
+        shares = measure(generate, count, height, width, steps, scale, args.save)
         print(f"{width}x{height}, {count} images: " + ", ".join(f"{k} {v:.1%}" for k, v in shares.items()), flush=True)
         bounds = BOUNDS if (height, width) == (args.side, args.side) else {k: BOUNDS[k] for k in ("background", "colour")}
         failed |= any(shares[name] < bound for name, bound in bounds.items())

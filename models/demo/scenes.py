@@ -38,6 +38,8 @@ PLACES = {
     "bottom": (MIDDLE, FAR),
     "bottom right": (FAR, FAR),
 }
+# Number of bands of a striped shape.
+BANDS = {"small": 2, "large": 3}
 # Share of the bounding box that each shape fills: square 1, circle pi/4, triangle 1/2.
 LEAST_FILLED_SQUARE, LEAST_FILLED_CIRCLE = 0.89, 0.64
 
@@ -101,23 +103,27 @@ def caption(scene: Scene, rng: random.Random) -> str:
     return text + "." if rng.random() < 0.15 else text
 
 
-def render(scene: Scene, height: int, width: int, rng: random.Random, jitter: float = 1.0) -> np.ndarray:
+def render(
+    scene: Scene, height: int, width: int, rng: random.Random, jitter: float = 1.0, striped: bool = False
+) -> np.ndarray:
     """Renders the scene antialiased, with random deviations of size and place in proportion to `jitter`.
 
-    Returns uint8 values, [height, width, 3].
+    The bands of a striped shape are horizontal, and the gaps between them show the background. Returns uint8 values, [height, width, 3].
     """
     side = min(height, width)
     box = SIZES[scene.size] * side * (1 + jitter * rng.uniform(-0.07, 0.07))
     x, y = PLACES[scene.place]
     x = (x + jitter * rng.uniform(-0.025, 0.025)) * width
     y = (y + jitter * rng.uniform(-0.025, 0.025)) * height
-    return render_shape(scene.shape, scene.colour, scene.background, x, y, box, height, width)
+    bands = BANDS[scene.size] if striped else 1
+    return render_shape(scene.shape, scene.colour, scene.background, x, y, box, height, width, bands)
 
 
 def render_shape(
-    shape: str, colour: str, background: str, x: float, y: float, box: float, height: int, width: int
+    shape: str, colour: str, background: str, x: float, y: float, box: float, height: int, width: int, bands: int = 1
 ) -> np.ndarray:
-    """Renders a shape whose square bounding box of side `box` pixels is centred on (x, y)."""
+    """Renders a shape whose square bounding box of side `box` pixels is centred on (x, y), cut into
+    horizontal `bands` with gaps of the same height."""
     dx = np.abs(np.arange(width)[None, :] + 0.5 - x)
     dy = np.arange(height)[:, None] + 0.5 - y
     half = box / 2
@@ -128,50 +134,106 @@ def render_shape(
     else:
         # Two sides of slope 2 from the apex at the top, and the base.
         distance = np.maximum((2 * dx - dy - half) / np.sqrt(5), dy - half)
+    if bands > 1:
+        stripe = box / (2 * bands - 1)
+        # From the middle of the nearest band.
+        from_band = np.abs((dy + half) % (2 * stripe) - stripe / 2)
+        distance = np.maximum(distance, np.minimum(from_band, 2 * stripe - from_band) - stripe / 2)
     inside = np.clip(0.5 - distance, 0, 1)[..., None]
     image = np.array(COLOURS[background]) * (1 - inside) + np.array(COLOURS[colour]) * inside
     return np.round(image).astype(np.uint8)
 
 
-def nearest_colour(pixels: np.ndarray, tolerance: float = 70) -> str | None:
-    """The colour nearest to the median of pixels [n, 3]; None if its distance exceeds `tolerance`."""
-    median = np.median(pixels, axis=0)
-    distances = {name: np.linalg.norm(median - np.array(rgb)) for name, rgb in COLOURS.items()}
+def nearest_colour(colour: np.ndarray, tolerance: float = 70) -> str | None:
+    """The name of the colour nearest to `colour` [3]; None if its distance exceeds `tolerance`."""
+    distances = {name: np.linalg.norm(colour - np.array(rgb)) for name, rgb in COLOURS.items()}
     name = min(distances, key=distances.get)
     return name if distances[name] <= tolerance else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """What an image shows, by its colours alone."""
+
+    # Median colours of the border, and of the pixels that differ from it.
+    background: np.ndarray
+    colour: np.ndarray | None
+    # The pixels nearer to the shape's colour than to the background's, [height, width], and the columns and
+    # the rows that have at least two of them.
+    mask: np.ndarray
+    columns: np.ndarray
+    rows: np.ndarray
+
+    @property
+    def box(self) -> tuple[int, int, int, int]:
+        """The bounding box of the shape: left, right, top, bottom."""
+        return self.columns[0], self.columns[-1] + 1, self.rows[0], self.rows[-1] + 1
+
+
+def find(image: np.ndarray) -> Found:
+    """Separates shape and background of an image (uint8, [height, width, 3])."""
+    height, width, _ = image.shape
+    image = image.astype(np.float64)
+    border = np.concatenate([image[:2].reshape(-1, 3), image[-2:].reshape(-1, 3),
+                             image[:, :2].reshape(-1, 3), image[:, -2:].reshape(-1, 3)])  # fmt: skip
+    background = np.median(border, axis=0)
+    different = np.linalg.norm(image - background, axis=-1) > 60
+    nothing = np.array([], dtype=int)
+    if different.sum() < 0.005 * height * width:
+        return Found(background, None, different & False, nothing, nothing)
+    colour = np.median(image[different], axis=0)
+    mask = np.linalg.norm(image - colour, axis=-1) < np.linalg.norm(image - background, axis=-1)
+    columns, rows = (np.flatnonzero(mask.sum(axis=axis) >= 2) for axis in (0, 1))
+    return Found(background, colour, mask, columns, rows)
 
 
 def classify(image: np.ndarray) -> dict[str, str | None]:
     """Finds the attributes of the scene in an image (uint8, [height, width, 3]); None for those not found.
 
     The background is the median of the border. Pixels that differ from it are the shape; its bounding
-    box gives place and size, and the share of the box that it fills gives the shape.
+    box gives place and size, and the share of the box that it fills gives the shape. The gaps of a
+    striped shape do not count.
     """
     height, width, _ = image.shape
-    image = image.astype(np.float64)
-    border = np.concatenate([image[:2].reshape(-1, 3), image[-2:].reshape(-1, 3),
-                             image[:, :2].reshape(-1, 3), image[:, -2:].reshape(-1, 3)])  # fmt: skip
-    found: dict[str, str | None] = dict.fromkeys(field.name for field in dataclasses.fields(Scene))
-    found["background"] = nearest_colour(border)
-    background = np.median(border, axis=0)
-    different = np.linalg.norm(image - background, axis=-1) > 60
-    if different.sum() < 0.005 * height * width:
-        return found
-    colour = np.median(image[different], axis=0)
-    found["colour"] = nearest_colour(image[different])
-    mask = np.linalg.norm(image - colour, axis=-1) < np.linalg.norm(image - background, axis=-1)
-    columns, rows = (np.flatnonzero(mask.sum(axis=axis) >= 2) for axis in (0, 1))
-    if len(columns) == 0 or len(rows) == 0:
-        return found
-    left, right, top, bottom = columns[0], columns[-1] + 1, rows[0], rows[-1] + 1
-    box_width, box_height = right - left, bottom - top
-    side = np.sqrt(box_width * box_height) / min(height, width)
-    found["size"] = "large" if side >= SMALLEST_LARGE else "small"
+    attributes: dict[str, str | None] = dict.fromkeys(field.name for field in dataclasses.fields(Scene))
+    found = find(image)
+    attributes["background"] = nearest_colour(found.background)
+    if found.colour is None:
+        return attributes
+    attributes["colour"] = nearest_colour(found.colour)
+    if len(found.columns) == 0 or len(found.rows) == 0:
+        return attributes
+    left, right, top, bottom = found.box
+    side = np.sqrt((right - left) * (bottom - top)) / min(height, width)
+    attributes["size"] = "large" if side >= SMALLEST_LARGE else "small"
     centre = np.array([(left + right) / 2 / width, (top + bottom) / 2 / height])
-    found["place"] = min(PLACES, key=lambda name: np.abs(centre - np.array(PLACES[name])).max())
-    filled = mask[top:bottom, left:right].mean()
+    attributes["place"] = min(PLACES, key=lambda name: np.abs(centre - np.array(PLACES[name])).max())
+    filled = found.mask[found.rows, left:right].mean()
     if filled >= LEAST_FILLED_SQUARE:
-        found["shape"] = "square"
+        attributes["shape"] = "square"
     else:
-        found["shape"] = "circle" if filled >= LEAST_FILLED_CIRCLE else "triangle"
-    return found
+        attributes["shape"] = "circle" if filled >= LEAST_FILLED_CIRCLE else "triangle"
+    return attributes
+
+
+def stripe_contrast(image: np.ndarray, size: str) -> float:
+    """How clearly the shape is striped: 1 if the gaps between its bands show the background, 0 if the shape is
+    solid or not found.
+
+    Divides the shape's bounding box into as many rows as a striped shape of this size has bands and gaps,
+    and compares bands with gaps in its middle columns. The colour of a pixel counts as its share of the way
+    from the background's colour to the shape's.
+    """
+    found = find(image)
+    if len(found.columns) == 0 or len(found.rows) == 0:
+        return 0.0
+    towards = found.colour - found.background
+    share = np.clip((image - found.background) @ towards / (towards @ towards), 0, 1)
+    left, right, top, bottom = found.box
+    middle, third = (left + right) // 2, max((right - left) // 3, 1)
+    profile = share[:, middle - third // 2 : middle - third // 2 + third].mean(axis=1)
+    stripe = (bottom - top) / (2 * BANDS[size] - 1)
+    # The middle half of each stripe.
+    starts = top + (np.arange(2 * BANDS[size] - 1) + 0.25) * stripe
+    stripes = [profile[round(start) : max(round(start + stripe / 2), round(start) + 1)].mean() for start in starts]
+    return float(np.mean(stripes[::2]) - np.mean(stripes[1::2]))

@@ -54,9 +54,9 @@ pub struct Sampling {
     /// Number of denoising steps, at least 1: diffusers' `num_inference_steps`.
     pub steps: usize,
     pub levels: NoiseLevels,
-    /// Each step predicts the clean image and adds fresh noise of the next level to it: diffusers'
-    /// `stochastic_sampling`.
-    pub stochastic: bool,
+    /// Whether each step predicts the clean image and adds fresh noise of the next level to it:
+    /// diffusers' `stochastic_sampling`. `None` does what the model's `scheduler_config.json` says.
+    pub stochastic: Option<bool>,
 }
 
 /// The noise levels of the steps.
@@ -70,7 +70,8 @@ pub enum NoiseLevels {
     Shifted {
         /// Above 0.
         shift: f64,
-        /// The level that the last step is stretched to, from 0 to below 1.
+        /// The level that the last step is stretched to, from 0 to below 1. `None` and 0 stretch no
+        /// step.
         terminal: Option<f64>,
     },
     /// The level of each step, falling, from above 0 to 1. After the last step it is 0.
@@ -83,7 +84,7 @@ impl Sampling {
         Self {
             steps,
             levels: NoiseLevels::Model,
-            stochastic: false,
+            stochastic: None,
         }
     }
 
@@ -110,8 +111,8 @@ impl Serialize for Sampling {
             }
             NoiseLevels::Sigmas(sigmas) => map.serialize_entry("sigmas", &sigmas[..])?,
         }
-        if self.stochastic {
-            map.serialize_entry("stochastic", &true)?;
+        if let Some(stochastic) = self.stochastic {
+            map.serialize_entry("stochastic", &stochastic)?;
         }
         map.end()
     }

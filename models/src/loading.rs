@@ -73,8 +73,12 @@ impl ModelDType {
     }
 }
 
+/// Bytes of adapters that stay on each device unless another bound is chosen: two of rank 64 for
+/// Qwen-Image in bf16.
+pub const DEFAULT_ADAPTER_CACHE_BYTES: usize = 2 << 30;
+
 /// Options that a user may set for loading.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LoadOptions {
     /// `None` keeps the checkpoint's own type where the backend can.
     pub dtype: Option<ModelDType>,
@@ -84,6 +88,20 @@ pub struct LoadOptions {
     /// Folder of compiled GPU kernels and of the choices among them. A path that is not a folder
     /// turns the cache off; `None` leaves the choice to the backend.
     pub kernel_cache: Option<PathBuf>,
+    /// Bound of the adapters on each device, in bytes.
+    pub adapter_cache_bytes: usize,
+}
+
+impl Default for LoadOptions {
+    fn default() -> Self {
+        Self {
+            dtype: None,
+            vae: VaeSettings::default(),
+            split_guidance: None,
+            kernel_cache: None,
+            adapter_cache_bytes: DEFAULT_ADAPTER_CACHE_BYTES,
+        }
+    }
 }
 
 /// A device that a backend can open.
@@ -224,6 +242,7 @@ pub fn open<B: FusedOps>(
         device_memory: first.memory,
         precision,
         vae: options.vae,
+        adapter_cache_bytes: options.adapter_cache_bytes,
         before_forward: None,
     };
     let stream = StreamId::current();

@@ -152,6 +152,17 @@ pub enum PipelineError {
     PromptTooShort { tokens: usize, dropped: usize },
     #[error("token id {id} is outside the text encoder's vocabulary of {vocab_size}")]
     TokenOutOfRange { id: u32, vocab_size: usize },
+    #[error(
+        "the adapter {adapter} does not fit the model: it changes {module} by a matrix of shape {shape:?} \
+         (out, in), {}", layer_shape(.expected.as_ref())
+    )]
+    Adapter {
+        adapter: String,
+        module: String,
+        shape: [usize; 2],
+        /// `None` if the model has no such linear layer.
+        expected: Option<[usize; 2]>,
+    },
     #[error("num_inference_steps and num_images must be at least 1")]
     NothingToDo,
     #[error("job {0} has steps left")]
@@ -169,6 +180,13 @@ pub enum PipelineError {
     /// Seen by callers only if the reason of the failure is lost.
     #[error("the half of the job on another device failed")]
     OtherHalf,
+}
+
+fn layer_shape(expected: Option<&[usize; 2]>) -> String {
+    expected.map_or_else(
+        || "and the model has no such linear layer".to_owned(),
+        |shape| format!("and the model's has shape {shape:?}"),
+    )
 }
 
 /// What one step did for one job.

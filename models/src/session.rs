@@ -11,6 +11,7 @@ use burn::tensor::module::adaptive_avg_pool2d;
 use burn::tensor::{DType, Tensor};
 use kiln_ops::{FaultWatch, FusedOps};
 
+use crate::adapter::AdapterUse;
 use crate::cache::Cache;
 use crate::denoiser::{Denoiser, Half, JobStep};
 use crate::device::{DeviceMemory, caught, idle, reliably};
@@ -50,6 +51,8 @@ pub struct SessionSettings<B: FusedOps> {
     pub device_memory: Option<u64>,
     pub precision: Precision,
     pub vae: VaeSettings,
+    /// Bound of the adapters on each device, in bytes.
+    pub adapter_cache_bytes: usize,
     /// `None` but in tests.
     pub before_forward: Option<BeforeForward>,
 }
@@ -192,7 +195,7 @@ impl<B: FusedOps> ImagePipeline<B> {
     /// Does everything that comes before the first step.
     fn prepare(&mut self, job: &Job) -> Result<JobState<B>, PipelineError> {
         let schedule = Arc::new(self.family.schedule(job));
-        let tables = self.denoiser.tables(&schedule)?;
+        let lanes = self.denoiser.prepare(&schedule, &job.adapters)?;
         let embeddings = self.encode(job);
         let (latents, noise) = self.family.noise(job, &self.settings);
 
@@ -224,7 +227,7 @@ impl<B: FusedOps> ImagePipeline<B> {
         Ok(JobState {
             job: job.clone(),
             schedule,
-            tables,
+            lanes,
             steps_done: 0,
             counts: StepCounts::default(),
             latents,
@@ -309,6 +312,11 @@ where
             pipeline.encode_together(prompts);
             Ok(pipeline.files.check()?)
         })
+    }
+
+    fn load_adapters(&mut self, adapters: &[AdapterUse]) -> Result<(), PipelineError> {
+        self.family.check_adapters(adapters)?;
+        self.filling_caches(|pipeline| pipeline.denoiser.load_adapters(adapters))
     }
 
     fn start(&mut self, id: JobId, job: Job) -> Result<(), PipelineError> {
@@ -456,12 +464,12 @@ where
     }
 
     fn caches(&self) -> CacheUses {
-        let [modulation, positions] = self.denoiser.caches();
+        let [modulation, positions, adapters] = self.denoiser.caches();
         CacheUses {
             embeddings: self.embeddings.counts(),
             modulation,
             positions,
-            ..CacheUses::default()
+            adapters,
         }
     }
 }

@@ -6,26 +6,26 @@ use burn::tensor::Tensor;
 use kiln_ops::FusedOps;
 
 use crate::adapter::Totals;
-use crate::denoiser::{Half, JobStep, Placed, Prediction, Tables};
+use crate::denoiser::{Half, JobStep, Lanes, Placed, Prediction, Prepared};
 use crate::finite::{NotFinite, Stage, check, read, traced};
 use crate::guidance::true_cfg;
 use crate::job::{Job, JobId, TraceTensor};
 use crate::pipeline::PipelineError;
-use crate::sampling::{Schedule, euler_step};
+use crate::sampling::{Schedule, sampler_step};
 use crate::step_cache::{StepCache, StepCounts};
-use crate::transformer::ModulationTable;
 
 /// A job between start and finish.
 #[derive(Debug)]
 pub(crate) struct JobState<B: FusedOps> {
     pub(crate) job: Job,
     pub(crate) schedule: Arc<Schedule>,
-    pub(crate) tables: Tables<B>,
+    pub(crate) lanes: Lanes<B>,
     pub(crate) steps_done: usize,
     pub(crate) counts: StepCounts,
     /// `[images · tokens, channels]`, f32.
     pub(crate) latents: Tensor<B, 2>,
-    /// What the last step predicted, in the shape of `latents`; `None` before the first step.
+    /// The velocity from the clean image that the last step predicted to `latents`, in their shape; `None`
+    /// before the first step.
     pub(crate) velocity: Option<Tensor<B, 2>>,
     /// The conditional half, and with guidance the unconditional one.
     pub(crate) halves: Vec<Half<B>>,
@@ -50,7 +50,7 @@ pub(crate) struct Advance<B: FusedOps> {
     difference: Option<Tensor<B, 2>>,
     /// What the halves that ran have to reuse now.
     kept: Vec<Option<Placed<B>>>,
-    tables: Vec<(usize, Arc<ModulationTable<B>>)>,
+    lanes: Vec<(usize, Prepared<B>)>,
     reused: bool,
     is_gated: bool,
     /// The transformer's work as a part of a full step's.
@@ -79,7 +79,8 @@ impl<B: FusedOps> JobState<B> {
         JobStep {
             schedule: &self.schedule,
             step: self.steps_done,
-            tables: &self.tables,
+            adapters: &self.job.adapters,
+            lanes: &self.lanes,
             latents: &self.latents,
             adapter_work: Totals::of_job(&self.job.adapters).work,
             halves: running,
@@ -89,7 +90,7 @@ impl<B: FusedOps> JobState<B> {
         }
     }
 
-    /// Applies guidance and the Euler step to what was predicted for the job's halves. `dtype` is the
+    /// Applies guidance and the sampler's step to what was predicted for the job's halves. `dtype` is the
     /// name of the model's type.
     pub(crate) fn advance(
         &self,
@@ -97,7 +98,7 @@ impl<B: FusedOps> JobState<B> {
         prediction: Prediction<B>,
         dtype: &'static str,
     ) -> Result<Advance<B>, PipelineError> {
-        let Prediction { tables, halves } = prediction;
+        let Prediction { lanes, halves } = prediction;
         let work = halves.iter().map(|half| half.work).sum::<f64>();
         let reused = halves.first().is_some_and(|half| half.reused);
         let step = self.steps_done;
@@ -122,7 +123,9 @@ impl<B: FusedOps> JobState<B> {
             (Some(guidance), Some(negative)) => true_cfg(positive, negative, guidance.scale),
             _ => positive,
         };
-        let latents = euler_step(&self.schedule, step, self.latents.clone(), velocity.clone());
+        let latents = self.latents.clone();
+        let (latents, velocity) =
+            sampler_step(&self.schedule, self.job.noise, step, latents, velocity);
         let values = read(latents.clone())?;
         let stage = Stage::Step {
             step: step + 1,
@@ -146,7 +149,7 @@ impl<B: FusedOps> JobState<B> {
             velocity,
             difference,
             kept,
-            tables,
+            lanes,
             reused,
             is_gated: self.is_gated(),
             work: work / self.halves.len() as f64,
@@ -174,9 +177,9 @@ impl<B: FusedOps> JobState<B> {
             // A gated half does not run again.
             half.kept = kept.next().flatten();
         }
-        for (lane, table) in advance.tables {
-            if let Some(kept) = self.tables.get_mut(lane) {
-                *kept = Some(table);
+        for (lane, prepared) in advance.lanes {
+            if let Some(kept) = self.lanes.get_mut(lane) {
+                *kept = Some(prepared);
             }
         }
         self.trace.extend(advance.trace);

@@ -288,35 +288,43 @@ impl<D: Clone> Scope<D> {
         Ok(self.upload(self.read(name, &shape)?, shape, dtype))
     }
 
-    /// Puts stored bytes onto the device, converted to `dtype`. A backend that computes in the host's
-    /// memory uses bytes of the right dtype where they lie, without a copy.
+    /// Puts stored bytes onto the device: see [`upload`].
     pub(crate) fn upload<B: FusedOps<Device = D>, const N: usize>(
         &self,
         stored: StoredTensor,
         shape: [usize; N],
         dtype: DType,
     ) -> Tensor<B, N> {
-        let device = &self.weights.device;
-        let StoredTensor {
-            bytes,
-            dtype: stored,
-        } = stored;
-        if B::IS_IN_PLACE && stored.is(dtype) && bytes.as_ptr().align_offset(align_of::<f32>()) == 0
-        {
-            let data = TensorData {
-                bytes: Bytes::from_shared(bytes, AllocationProperty::Other),
-                shape: Shape::from(shape),
-                dtype,
-            };
-            return Tensor::from_data(data, (device, dtype));
-        }
-        let element = bytes.len() / shape.iter().product::<usize>().max(1);
-        B::upload(device, shape, dtype, |first, part| {
-            let first = first / dtype.size() * element;
-            let length = part.len() / dtype.size() * element;
-            convert(&bytes[first..first + length], &stored, dtype, part);
-        })
+        upload::<B, N>(stored, shape, &self.weights.device, dtype)
     }
+}
+
+/// Puts stored bytes onto a device, converted to `dtype`. A backend that computes in the host's memory
+/// uses bytes of the right dtype where they lie, without a copy.
+pub(crate) fn upload<B: FusedOps, const N: usize>(
+    stored: StoredTensor,
+    shape: [usize; N],
+    device: &B::Device,
+    dtype: DType,
+) -> Tensor<B, N> {
+    let StoredTensor {
+        bytes,
+        dtype: stored,
+    } = stored;
+    if B::IS_IN_PLACE && stored.is(dtype) && bytes.as_ptr().align_offset(align_of::<f32>()) == 0 {
+        let data = TensorData {
+            bytes: Bytes::from_shared(bytes, AllocationProperty::Other),
+            shape: Shape::from(shape),
+            dtype,
+        };
+        return Tensor::from_data(data, (device, dtype));
+    }
+    let element = bytes.len() / shape.iter().product::<usize>().max(1);
+    B::upload(device, shape, dtype, |first, part| {
+        let first = first / dtype.size() * element;
+        let length = part.len() / dtype.size() * element;
+        convert(&bytes[first..first + length], &stored, dtype, part);
+    })
 }
 
 /// Elements that one task of the thread pool converts.

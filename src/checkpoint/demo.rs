@@ -1,4 +1,4 @@
-//! The demo model of `models/demo`, embedded in the binary.
+//! The demo model of `models/demo` and its adapters, embedded in the binary.
 
 use std::sync::Arc;
 
@@ -47,16 +47,23 @@ pub(super) static GUIDE: PromptGuide = PromptGuide {
 #[repr(C, align(8))]
 struct Aligned<T: ?Sized>(T);
 
-/// Embeds a weight file of the demo model.
-macro_rules! weights {
+/// Embeds a safetensors file of the demo model.
+macro_rules! safetensors {
     ($path:literal) => {{
-        static FILE: &Aligned<[u8]> = &Aligned(*include_bytes!(concat!(
+        const FILE: &Aligned<[u8]> = &Aligned(*include_bytes!(concat!(
             env!("CARGO_MANIFEST_DIR"),
             "/models/demo/",
             $path
         )));
+        &FILE.0
+    }};
+}
+
+/// Embeds a weight file of the demo model.
+macro_rules! weights {
+    ($path:literal) => {{
         let mut weights = SafetensorsWeights::new("demo".as_ref());
-        weights.add_embedded(concat!("demo/", $path).as_ref(), &FILE.0)?;
+        weights.add_embedded(concat!("demo/", $path).as_ref(), safetensors!($path))?;
         Arc::new(weights)
     }};
 }
@@ -89,6 +96,19 @@ pub(super) fn parts() -> Result<CheckpointParts, CheckpointError> {
         transformer: weights!("transformer/diffusion_pytorch_model.safetensors"),
         vae: weights!("vae/diffusion_pytorch_model.safetensors"),
     })
+}
+
+/// An embedded LoRA adapter: the name of its file, the content, and the JSON of its recipe, if it has one.
+pub type EmbeddedAdapter = (&'static str, &'static [u8], Option<&'static str>);
+
+/// The LoRA adapters of the demo model.
+pub fn demo_adapters() -> &'static [EmbeddedAdapter] {
+    static ADAPTERS: [EmbeddedAdapter; 1] = [(
+        "stripes.safetensors",
+        safetensors!("lora/stripes.safetensors"),
+        None,
+    )];
+    &ADAPTERS
 }
 
 /// The contents of `tokenizer.json`.

@@ -10,8 +10,9 @@
 //! - `diagnosis`: what a path that is no model folder is, for messages
 //! - `mapped`, `bus_errors`: memory maps of files that may change or fail while they are in use
 //! - `safetensors`: a reader of weight files; another format is another module beside it
+//! - [`lora`]: adapter files
 //! - `dummy`: random weights
-//! - `demo`, `qwen_image`: the demo model, and the configurations of Qwen-Image
+//! - `demo`, `qwen_image`: the demo model with its adapters, and the configurations of Qwen-Image
 //!
 //! [`TensorSource`]: kiln_models::TensorSource
 
@@ -23,6 +24,7 @@ mod dummy;
 mod error;
 mod files;
 mod layout;
+pub mod lora;
 mod mapped;
 mod qwen_image;
 mod safetensors;
@@ -39,6 +41,7 @@ use kiln_models::families::CheckpointParts;
 
 use crate::tokenizer::{PromptTokenizer, TokenizerError};
 
+pub use self::demo::{EmbeddedAdapter, demo_adapters};
 pub use self::error::CheckpointError;
 
 /// The name of the demo model.
@@ -171,6 +174,13 @@ impl Checkpoint {
 
     pub fn place(&self) -> &Place {
         &self.place
+    }
+
+    /// The adapters that come with the model: file name, content, and the JSON of the sidecar.
+    pub fn embedded_adapters(
+        &self,
+    ) -> &'static [(&'static str, &'static [u8], Option<&'static str>)] {
+        &[]
     }
 
     /// How to word prompts, for a model with a small vocabulary.

@@ -21,7 +21,7 @@ use super::mapped::MappedFile;
 use super::{CheckpointError, WeightAccess};
 
 /// Size of the length field that precedes a safetensors header.
-const LENGTH_BYTES: usize = 8;
+pub(super) const LENGTH_BYTES: usize = 8;
 
 /// Largest header that the format allows; a larger length means that the file is not safetensors.
 const MAX_HEADER_BYTES: u64 = 100_000_000;
@@ -302,24 +302,42 @@ fn missing_shard(name: &str, found: &[&String]) -> Option<String> {
         .find(|shard| !found.contains(&shard))
 }
 
-/// Reads and checks a header. Returns the offset of the data in the file and the parsed header.
+/// Reads and checks the header of a whole file. Returns the offset of the data in the file and the
+/// parsed header.
 fn read_header(path: &Path, file: &[u8]) -> Result<(usize, Metadata), CheckpointError> {
+    parse_header(path, file, file.len() as u64)
+}
+
+/// Where the header of a file ends that begins with these bytes; at most where the format allows.
+pub(super) fn header_end(start: &[u8]) -> u64 {
+    let length = start.first_chunk::<LENGTH_BYTES>();
+    let length = length.map_or(0, |length| u64::from_le_bytes(*length));
+    LENGTH_BYTES as u64 + length.min(MAX_HEADER_BYTES)
+}
+
+/// Reads and checks the header of a file of `file_bytes` bytes, of which `start` has at least the
+/// header. Returns the offset of the data in the file and the parsed header.
+pub(super) fn parse_header(
+    path: &Path,
+    start: &[u8],
+    file_bytes: u64,
+) -> Result<(usize, Metadata), CheckpointError> {
     let wrong_size = |expected| CheckpointError::WrongSize {
         path: path.to_owned(),
         expected,
-        actual: file.len() as u64,
+        actual: file_bytes,
     };
     let not_safetensors = |reason| CheckpointError::NotSafetensors {
         path: path.to_owned(),
         reason,
     };
 
-    if is_lfs_pointer(file) {
+    if is_lfs_pointer(start) {
         return Err(CheckpointError::LfsPointer {
             path: path.to_owned(),
         });
     }
-    let Some((length, rest)) = file.split_first_chunk::<LENGTH_BYTES>() else {
+    let Some((length, rest)) = start.split_first_chunk::<LENGTH_BYTES>() else {
         return Err(wrong_size(LENGTH_BYTES as u64));
     };
     let header_bytes = u64::from_le_bytes(*length);
@@ -329,15 +347,15 @@ fn read_header(path: &Path, file: &[u8]) -> Result<(usize, Metadata), Checkpoint
         ));
     }
     let data_start = LENGTH_BYTES + header_bytes as usize;
-    let Some(header) = file.get(LENGTH_BYTES..data_start) else {
+    let Some(header) = start.get(LENGTH_BYTES..data_start) else {
         return Err(wrong_size(data_start as u64));
     };
     // The safetensors crate checks that tensors have the sizes of their shapes and are contiguous.
     let metadata: Metadata = serde_json::from_slice(header)
         .map_err(|error| not_safetensors(format!("its header is invalid: {error}")))?;
-    let file_bytes = data_start.saturating_add(metadata.data_len());
-    if file_bytes != file.len() {
-        return Err(wrong_size(file_bytes as u64));
+    let expected = data_start.saturating_add(metadata.data_len()) as u64;
+    if expected != file_bytes {
+        return Err(wrong_size(expected));
     }
     Ok((data_start, metadata))
 }

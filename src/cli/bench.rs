@@ -11,7 +11,10 @@ use kiln_models::noise::NoiseGenerator;
 use kiln_models::step_cache::{CacheError, MIN_CACHED_STEPS};
 
 use crate::backend::{self, LoadSettings};
-use crate::bench::{BenchReport, CALIBRATION_PROMPTS, CacheRatios, Measurement, Run, Workload};
+use crate::bench::{
+    BenchReport, CALIBRATION_PROMPTS, CacheRatios, LoraCosts, Measurement, RandomLoras, Run,
+    Workload,
+};
 use crate::compare::ReportError;
 use crate::measure::CostMeter;
 use crate::request::{
@@ -90,6 +93,20 @@ pub(super) struct BenchArgs {
     /// Peak TFLOP/s of the device; adds a utilisation column
     #[arg(long, value_name = "TFLOPS", value_parser = parse_peak)]
     peak_tflops: Option<f64>,
+
+    /// Measure the cost of LoRAs of these ranks, from 1 to 512
+    ///
+    /// After the runs without an adapter, runs jobs without one and with a random LoRA of each rank on
+    /// the linear layers of every block, one step of each in turn. Adds to the report the ratio of the
+    /// steps' times, and the time to start a job whose adapter is in host memory or on the device.
+    #[arg(
+        long,
+        value_name = "RANKS",
+        value_delimiter = ',',
+        value_parser = clap::value_parser!(u16).range(1..=512),
+        conflicts_with = "calibrate_cache"
+    )]
+    lora_rank: Vec<u16>,
 
     /// Measure what step caches need to know of the model instead of times, and write it to a file
     ///
@@ -197,12 +214,35 @@ fn measure(
         log_run(number, runs, run);
     })?;
 
+    let loras = match &args.lora_rank[..] {
+        [] => None,
+        ranks => {
+            let targets = model.adapter_targets()?;
+            let loras = RandomLoras::new(&targets, info.dtype);
+            let lora = |rank: &u16| (usize::from(*rank), loras.lora((*rank).into()));
+            let loras = ranks.iter().map(lora).collect();
+            let job = workload.job(0, info.vocab_size);
+            let on_run = |number| match number {
+                0 => tracing::info!("LoRAs: warm-up"),
+                _ => tracing::info!("LoRAs: run {number} of {runs}"),
+            };
+            Some(LoraCosts::measure(
+                &mut *pipeline,
+                &job,
+                loras,
+                runs,
+                on_run,
+            )?)
+        }
+    };
+
     let report = BenchReport::new(
         model.description(),
         &info,
         &workload,
         operations,
         measurement,
+        loras,
         args.peak_tflops,
     );
     let text = if args.json {

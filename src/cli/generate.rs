@@ -55,6 +55,9 @@ pub(super) fn run(args: &GenerateArgs) -> Result<(), CliError> {
     let model = Model::find(&args.model_settings())?;
     let request = GenerationRequest::new(params, model.limits(), noise)?;
     format.check_size(request.size)?;
+    for warning in &request.warnings {
+        tracing::warn!("{warning}");
+    }
     let tokens = request.tokenize(model.tokenizer())?;
     let job = request
         .clone()

@@ -16,6 +16,7 @@ mod health;
 mod heap;
 mod interrupt;
 mod log;
+mod lora_args;
 mod man;
 mod output;
 mod progress;

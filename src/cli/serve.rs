@@ -36,7 +36,10 @@ const LAST_ANSWERS: Duration = Duration::from_secs(1);
 pub(super) fn run(args: ServeArgs) -> Result<(), CliError> {
     args.caches.caches()?;
     server::raise_open_file_limit();
-    let loading = args.loading.settings(&args.backend)?;
+    let loading = LoadSettings {
+        adapter_cache_bytes: args.lora.lora_cache,
+        ..args.loading.settings(&args.backend)?
+    };
     let model = args.model_settings();
     let app = App::new(args.settings(&model.public_name())?);
     // Before anything that takes time: the port may be in use.
@@ -108,6 +111,7 @@ fn open(
         tokens.map_err(CliError::DefaultNegativePrompt)?;
     }
     let caches = step_caches(args, &model.limits().caches)?;
+    let adapters = model.open_adapters(args.lora.settings())?;
     let runtime = model.load_reporting(loading, start)?;
     let warm_up = if args.no_warm_up {
         None
@@ -129,7 +133,8 @@ fn open(
     Ok(LoadedModel {
         engine,
         tokenizer: Arc::clone(&runtime.tokenizer),
-        limits: args.limits.limits(runtime.limits.sizes, caches),
+        limits: args.limits.limits(runtime.limits, caches),
+        adapters,
         prompt_guide: runtime.prompt_guide,
     })
 }

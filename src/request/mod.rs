@@ -11,13 +11,19 @@ mod adapters;
 mod cache;
 mod checked;
 mod job;
+mod levels;
 mod limits;
 mod metadata;
 mod params;
 mod recipe;
+mod recipes;
+mod schedule;
 mod written;
 
-pub use self::adapters::{AdapterInfo, Catalogue, ChosenAdapter, GivenAdapter};
+pub use self::adapters::{
+    AdapterInfo, Catalogue, ChosenAdapter, GivenAdapter, MAX_ADAPTER_RANKS, MAX_ADAPTER_SCALE,
+    MAX_ADAPTERS,
+};
 pub use self::cache::{
     CacheChoice, DBCACHE_KEYS, DbCacheChoice, GivenCache, InvalidCache, MAGCACHE_KEYS,
     RequestCache, StepCaches, StepsMask, mag_ratios, only_mag_ratios,
@@ -30,5 +36,7 @@ pub use self::limits::{
     MAX_TRUE_CFG_SCALE, MIN_SHIFT,
 };
 pub use self::params::GenerationParams;
-pub use self::recipe::{Recipe, ScheduleOrigin};
+pub use self::recipe::{Recipe, ScheduleOrigin, header_recipe, sidecar_recipe};
+pub use self::recipes::{Fingerprint, fused_lightning, known_recipe};
+pub use self::schedule::{GivenSchedule, InvalidSchedule, RequestSchedule};
 pub use self::written::{Integer, NotASize, NotAnInteger, WrittenSize};

@@ -7,6 +7,7 @@ use axum::extract::{Request, State};
 use axum::middleware::Next;
 use axum::response::Response;
 
+use crate::adapters::AdapterStore;
 use crate::checkpoint::PromptGuide;
 use crate::engine::Engine;
 use crate::jobs::{JobRegistry, Retention};
@@ -38,8 +39,10 @@ pub struct App {
 pub struct LoadedModel {
     pub engine: Engine,
     pub tokenizer: Arc<PromptTokenizer>,
-    /// Limits of requests.
+    /// Limits of requests. Their adapters are those of `adapters`.
     pub limits: Limits,
+    /// The adapters that requests may name.
+    pub adapters: AdapterStore,
     /// Hints for prompts, for a model that knows only some words.
     pub prompt_guide: Option<&'static PromptGuide>,
 }
@@ -50,6 +53,9 @@ pub(super) struct LoadedApp {
     pub(super) engine: Engine,
     pub(super) tokenizer: Arc<PromptTokenizer>,
     pub(super) limits: Limits,
+    pub(super) adapters: AdapterStore,
+    /// Held by the request whose adapters are read next.
+    pub(super) adapter_turn: tokio::sync::Mutex<()>,
     pub(super) prompt_guide: Option<&'static PromptGuide>,
     pub(super) settings: Arc<Settings>,
     /// Unix time of the start, in seconds.
@@ -79,6 +85,8 @@ impl App {
                 engine: model.engine,
                 tokenizer: model.tokenizer,
                 limits: model.limits,
+                adapters: model.adapters,
+                adapter_turn: tokio::sync::Mutex::default(),
                 prompt_guide: model.prompt_guide,
                 settings: Arc::clone(&self.settings),
                 started: self.started,
@@ -99,6 +107,14 @@ impl LoadedApp {
         let names = &self.settings.served_model_names;
         let served = names.iter().find(|name| Some(name.as_str()) == requested);
         served.or(names.first()).map_or("kiln", String::as_str)
+    }
+
+    /// The name of the model or of the adapter in a response, as [`LoadedApp::model_name`].
+    pub(super) fn answered_name(&self, requested: Option<&str>) -> String {
+        let adapter = requested.filter(|name| self.is_adapter(name));
+        adapter
+            .unwrap_or_else(|| self.model_name(requested))
+            .to_owned()
     }
 }
 

@@ -10,6 +10,7 @@ use kiln_models::pipeline::PipelineError;
 use serde::Serialize;
 use utoipa::ToSchema;
 
+use crate::adapters::AdapterError;
 use crate::engine::{JobError, SubmitError, TooLarge};
 use crate::image::{EncodeError, SideTooLong};
 use crate::request::InvalidRequest;
@@ -25,6 +26,8 @@ pub(super) enum ApiError {
     UnknownRoute { path: String },
     #[error("there is nothing at {path}: the server was started without --enable-sdapi")]
     SdapiOff { path: String },
+    #[error("there is nothing at {path}: the server was started without --enable-lora-updates")]
+    LoraUpdatesOff { path: String },
     #[error("there is no model {name:?}; this server has {served}")]
     UnknownModel { name: String, served: String },
     #[error("{path} does not answer to {method}")]
@@ -90,6 +93,11 @@ pub(super) enum ApiError {
         error: TokenizerError,
         param: &'static str,
     },
+    #[error("{error}")]
+    Adapter {
+        error: AdapterError,
+        param: Option<String>,
+    },
     #[error(transparent)]
     Submit(#[from] SubmitError),
     #[error(transparent)]
@@ -109,9 +117,11 @@ pub(super) enum ApiError {
 impl ApiError {
     pub(super) fn status(&self) -> StatusCode {
         match self {
-            Self::UnknownRoute { .. } | Self::SdapiOff { .. } | Self::UnknownModel { .. } => {
-                StatusCode::NOT_FOUND
-            }
+            Self::UnknownRoute { .. }
+            | Self::SdapiOff { .. }
+            | Self::LoraUpdatesOff { .. }
+            | Self::UnknownModel { .. } => StatusCode::NOT_FOUND,
+            Self::Adapter { error, .. } => adapter_status(error),
             Self::Method { .. } => StatusCode::METHOD_NOT_ALLOWED,
             Self::Unauthorized | Self::UnauthorizedBasic => StatusCode::UNAUTHORIZED,
             Self::OtherHost { .. } | Self::OtherOrigin { .. } => StatusCode::FORBIDDEN,
@@ -154,14 +164,19 @@ impl ApiError {
         }
     }
 
-    /// Whether the model's files or values are at fault: the message has no more detail than who
+    /// Whether the model's or an adapter's files or values are at fault: the message has no more detail than who
     /// runs the server can publish, and other requests fail as well.
     fn is_of_model(&self) -> bool {
-        matches!(
-            self,
-            Self::Job(JobError::Pipeline(error))
-                if matches!(**error, PipelineError::NotFinite(_) | PipelineError::File(_))
-        )
+        match self {
+            Self::Job(JobError::Pipeline(error)) => {
+                matches!(
+                    **error,
+                    PipelineError::NotFinite(_) | PipelineError::File(_)
+                )
+            }
+            Self::Adapter { .. } => true,
+            _ => false,
+        }
     }
 
     /// The key of the request that the error is about.
@@ -172,6 +187,7 @@ impl ApiError {
             | Self::Side { param, .. }
             | Self::TooLarge { param, .. }
             | Self::Prompt { param, .. } => Some(param),
+            Self::Adapter { param, .. } => param.as_deref(),
             Self::UnknownModel { .. } => Some("model"),
             Self::Submit(SubmitError::TooLarge(_)) => Some("size"),
             Self::Submit(SubmitError::Adapters(_)) => Some("loras"),
@@ -238,6 +254,28 @@ impl ApiError {
                 code: status.as_u16(),
                 estimate: self.estimate(),
             },
+        }
+    }
+}
+
+impl From<AdapterError> for ApiError {
+    fn from(error: AdapterError) -> Self {
+        Self::Adapter { error, param: None }
+    }
+}
+
+fn adapter_status(error: &AdapterError) -> StatusCode {
+    match error {
+        AdapterError::Unknown { .. } | AdapterError::NoFile { .. } => StatusCode::NOT_FOUND,
+        AdapterError::Changed { .. } | AdapterError::Gone { .. } => StatusCode::CONFLICT,
+        AdapterError::Unusable { .. }
+        | AdapterError::Listed { .. }
+        | AdapterError::Name { .. }
+        | AdapterError::NoFolder
+        | AdapterError::Outside { .. }
+        | AdapterError::Kind(_) => StatusCode::BAD_REQUEST,
+        AdapterError::Open { .. } | AdapterError::Folder(_) | AdapterError::Io { .. } => {
+            StatusCode::INTERNAL_SERVER_ERROR
         }
     }
 }

@@ -9,6 +9,7 @@ use serde::Serialize;
 use utoipa::ToSchema;
 
 use super::LoadedApp;
+use super::adapters::Room;
 use super::body::JsonObject;
 use super::error::{ApiError, ErrorEnvelope};
 use super::images::{self, ImagesRequest};
@@ -50,8 +51,16 @@ pub(super) async fn estimate(
     Extension(app): Extension<Arc<LoadedApp>>,
     JsonObject(object): JsonObject,
 ) -> Result<Response, ApiError> {
-    let request = images::parse(object)?.request;
-    let prepared = request.prepare(&app, String::new(), None, Instant::now());
+    let parsed = images::parse(object)?;
+    let model = parsed.model().map(str::to_owned);
+    let request = parsed.request;
+    let prepared = request.prepare(
+        &app,
+        String::new(),
+        model.as_deref(),
+        Instant::now(),
+        Room::Ignored,
+    );
     let (info, job, options) = prepared.await?;
     let forecast = app.engine.forecast(&job, &options);
     let seconds = |time: Option<Duration>| time.as_ref().map(Duration::as_secs_f64);

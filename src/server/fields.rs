@@ -10,10 +10,12 @@ use utoipa::ToSchema;
 use crate::image::{Encoding, ImageFormat};
 use crate::request::{GenerationParams, Integer, WrittenSize};
 
+use super::adapters::{LorasField, written_adapters};
 use super::cache::{CacheDitParams, CacheField, given_cache};
 use super::choice::choice;
 use super::invalid::InvalidBody;
 use super::parsed::{ParsedRequest, WireNames};
+use super::schedule::{ScheduleField, given_schedule};
 
 /// Parameters of a generation. `null` counts as absent.
 #[derive(Debug, PartialEq, Deserialize, ToSchema)]
@@ -35,14 +37,24 @@ pub(super) struct GenerationFields {
         example = "1024x768"
     )]
     size: Option<WrittenSize>,
-    /// Number of denoising steps, 50 by default. The time grows in proportion to it.
+    /// Number of denoising steps. Default: that of the recipe of the request's adapters or of the model,
+    /// or 50. The time grows in proportion to it.
     #[schema(value_type = Option<i64>, minimum = 1)]
     num_inference_steps: Option<Integer>,
     /// Time shift of the noise levels, from 0.001 to 100. Replaces the schedule of the model's
-    /// `scheduler_config.json`; Lightning models need 3.
+    /// `scheduler_config.json`; Lightning models need 3. Give only one of `shift`, `sigmas` and
+    /// `schedule`.
     shift: Option<f64>,
-    /// Scale of the classifier-free guidance away from the negative prompt, from 0 to 20, 4 by default.
-    /// There is no guidance at 1 and below, nor without a negative prompt.
+    /// The noise level at the start of each step, falling from at most 1 to above 0; a last 0 is
+    /// ignored. Its length is the number of steps.
+    sigmas: Option<Vec<f64>>,
+    /// Name of the noise levels and the sampler of a few-step model, which also gives the number of
+    /// steps and the guidance scale of a request that has none; or an object with the values.
+    #[schema(value_type = Option<ScheduleField>)]
+    schedule: Option<Value>,
+    /// Scale of the classifier-free guidance away from the negative prompt, from 0 to 20. There is no
+    /// guidance at 1 and below, nor without a negative prompt. Default: that of the recipe of the
+    /// request's adapters or of the model, or 4.
     true_cfg_scale: Option<f64>,
     /// Alias of `true_cfg_scale`.
     cfg_scale: Option<f64>,
@@ -89,6 +101,13 @@ pub(super) struct GenerationFields {
     /// Settings of `enable_cache_dit`, which they turn on by themselves.
     #[schema(value_type = Option<CacheDitParams>)]
     cache_dit_params: Option<Value>,
+    /// Adapters: the name of one, an object such as `{"name": "ink", "scale": 0.8}`, or a list of them.
+    /// `GET /v1/models` has the names.
+    #[schema(value_type = Option<LorasField>)]
+    lora: Option<Value>,
+    /// Alias of `lora`.
+    #[schema(value_type = Option<LorasField>)]
+    loras: Option<Value>,
     /// Milliseconds from the arrival of the request until the images must be finished. The request is
     /// refused if they cannot be, by the measured speed; goes before others if it would be late
     /// otherwise; and ends with status 408 once it cannot be in time any more.
@@ -136,6 +155,7 @@ impl GenerationFields {
             self.enable_cache_dit,
             self.cache_dit_params.as_ref(),
         )?;
+        let schedule = given_schedule(self.schedule.as_ref())?;
         let (mut width, mut height) = (self.width, self.height);
         let mut size_given = false;
         match self.size {
@@ -162,13 +182,17 @@ impl GenerationFields {
                 height: height.map(|side| side.0),
                 width: width.map(|side| side.0),
                 num_inference_steps: self.num_inference_steps.map(|steps| steps.0),
+                fallback_steps: None,
                 shift: self.shift,
+                sigmas: self.sigmas,
+                schedule,
                 num_images: images.1.map(|images| images.0),
                 seed: self.seed.map(|seed| seed.0),
                 cache,
                 cfg_gate_step: self.cfg_gate_step,
                 adapters: Vec::new(),
             },
+            adapters: written_adapters(self.lora.as_ref(), self.loras.as_ref())?,
             names: WireNames {
                 prompt: prompt_name,
                 size_given,
@@ -280,7 +304,10 @@ mod tests {
             height: Some(512),
             width: Some(256),
             num_inference_steps: Some(8),
+            fallback_steps: None,
             shift: Some(3.0),
+            sigmas: None,
+            schedule: None,
             num_images: Some(2),
             seed: Some(u64::MAX.into()),
             cache: Some(CacheChoice::Fast.into()),

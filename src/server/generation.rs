@@ -1,36 +1,25 @@
 //! From a parsed request to encoded images, for every endpoint: check, submit, follow, encode.
 
-use std::num::NonZeroUsize;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use kiln_models::job::{Job, Output, RgbImage};
 use kiln_models::step_cache::StepCounts;
 use kiln_models::vae::TilingMode;
-use serde::Serialize;
 use tokio::task::spawn_blocking;
 use tracing::Span;
-use utoipa::ToSchema;
 
 use crate::engine::{Cheaper, Event, Finished, JobHandle, SubmitOptions, Timings};
 use crate::image::{Encoding, ImageFormat, encode};
-use crate::request::{CacheChoice, GenerationRequest, PromptTokens};
+use crate::request::{CacheChoice, GenerationRequest, Limits, PromptTokens};
 
 use super::LoadedApp;
-use super::cache::{ComputedSteps, StepFacts};
+use super::adapters::Room;
+use super::cache::ComputedSteps;
 use super::error::ApiError;
 use super::parsed::ParsedRequest;
-use super::stage_metrics::{Measured, Metrics, StageSeconds};
-
-/// How often a preview is made while an image is generated.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Previews {
-    Never,
-    /// After this number of steps, again and again.
-    Every(NonZeroUsize),
-    /// At most this number of previews, evenly spaced.
-    Count(usize),
-}
+use super::previews::Previews;
+use super::stage_metrics::Measured;
 
 /// An update on a running request.
 pub(super) enum RequestProgress {
@@ -101,79 +90,6 @@ pub(super) struct EncodedImages {
     pub(super) measured: Measured,
 }
 
-/// Fields of a response beyond `OpenAI`'s API: what is needed to reproduce the images, and how long
-/// they took.
-#[derive(Debug, Serialize, ToSchema)]
-pub(super) struct ImageFacts {
-    /// The seed that was used, whether the client gave it or the server chose it.
-    seed: u64,
-    /// Size of the images, `WIDTHxHEIGHT` in pixels.
-    size: String,
-    num_inference_steps: usize,
-    /// The time shift of the request; absent if the model's own schedule was used.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    shift: Option<f64>,
-    /// The step cache, if there was one: `balanced`, `fast`, `dbcache` or `magcache`. The answer to
-    /// `auto` has the one that was chosen because of the load, if any.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    cache: Option<&'static str>,
-    /// The `cfg_gate_step` of the request, or the one that was chosen for `auto`, if it was below 1.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    cfg_gate_step: Option<f64>,
-    #[serde(flatten)]
-    steps: StepFacts,
-    /// True if the images were decoded in tiles: by `--vae-use-tiling`, or because the memory is too
-    /// small for whole images. Absent otherwise. Only `--vae-tiling blended` changes the images.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    vae_use_tiling: Option<bool>,
-    timings: StageSeconds,
-    #[serde(flatten)]
-    measured: Measured,
-    /// Only with `return_stage_metrics`.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    metrics: Option<Metrics>,
-}
-
-impl ImageFacts {
-    pub(super) fn new(encoded: &EncodedImages) -> Self {
-        let EncodedImages {
-            info,
-            tiled,
-            steps,
-            timings,
-            measured,
-            ..
-        } = encoded;
-        Self {
-            seed: info.request.noise.seed,
-            size: info.size(),
-            num_inference_steps: info.request.sampling.steps,
-            shift: info.request.sampling.shift(),
-            cache: info.request.cache.name(),
-            cfg_gate_step: info.request.cfg_gate_step,
-            steps: StepFacts::from(*steps),
-            vae_use_tiling: tiled.map(|_| true),
-            timings: (*timings).into(),
-            measured: *measured,
-            metrics: info
-                .stage_metrics
-                .then(|| Metrics::new(info, *timings, *measured)),
-        }
-    }
-}
-
-impl Previews {
-    /// Steps from one preview to the next.
-    fn interval(self, steps: usize) -> Option<NonZeroUsize> {
-        match self {
-            Self::Never | Self::Count(0) => None,
-            Self::Every(interval) => Some(interval),
-            // After the last step there is the image itself.
-            Self::Count(count) => NonZeroUsize::new(steps.div_ceil(count + 1)),
-        }
-    }
-}
-
 impl RequestInfo {
     /// Size of the images, `WIDTHxHEIGHT` in pixels.
     pub(super) fn size(&self) -> String {
@@ -191,7 +107,8 @@ impl ParsedRequest {
         previews: Previews,
     ) -> Result<RunningRequest, ApiError> {
         let received = Instant::now();
-        let (info, job, options) = self.prepare(app, id, model, received).await?;
+        let prepared = self.prepare(app, id, model, received, Room::Awaited);
+        let (info, job, options) = prepared.await?;
         let steps = info.request.sampling.steps;
         let options = SubmitOptions {
             preview_every: previews.interval(steps),
@@ -218,12 +135,14 @@ impl ParsedRequest {
         id: String,
         model: Option<&str>,
         received: Instant,
+        room: Room,
     ) -> Result<(RequestInfo, Job, SubmitOptions), ApiError> {
         let created = SystemTime::now()
             .duration_since(UNIX_EPOCH)
             .unwrap_or_default()
             .as_secs();
-        let model = app.model_name(model).to_owned();
+        let given_model = model;
+        let model = app.answered_name(model);
         let (names, stage_metrics) = (self.names, self.stage_metrics);
         let size_param = match (self.params.height, self.params.width) {
             (None, None) => "size",
@@ -232,7 +151,7 @@ impl ParsedRequest {
         };
         let after = |time: Option<Duration>| received.checked_add(time?);
         let (deadline, due) = (after(app.settings.request_timeout), after(self.deadline));
-        let (request, encoding) = self.check(app)?;
+        let (request, encoding) = self.check(app, given_model)?;
         let options = SubmitOptions {
             deadline,
             due,
@@ -252,6 +171,7 @@ impl ParsedRequest {
             param: names.of(error.param),
             error: error.source,
         })?;
+        let weights = app.weights(&request.adapters, deadline, room).await?;
         let info = RequestInfo {
             id,
             model,
@@ -262,7 +182,7 @@ impl ParsedRequest {
             stage_metrics,
             request,
         };
-        let job = info.request.clone().into_job(tokens, Vec::new(), false);
+        let job = info.request.clone().into_job(tokens, weights, false);
         let job = app.engine.fit(job).map_err(|error| ApiError::TooLarge {
             error,
             param: size_param,
@@ -270,13 +190,23 @@ impl ParsedRequest {
         Ok((info, job, options))
     }
 
-    fn check(self, app: &LoadedApp) -> Result<(GenerationRequest, Encoding), ApiError> {
+    fn check(
+        self,
+        app: &LoadedApp,
+        model: Option<&str>,
+    ) -> Result<(GenerationRequest, Encoding), ApiError> {
         let (names, encoding) = (self.names, self.encoding);
         let noise = self.noise_generator.unwrap_or(app.settings.noise_generator);
         let mut params = self.params;
         let default = &app.settings.default_negative_prompt;
         params.negative_prompt = params.negative_prompt.or_else(|| default.clone());
-        let request = GenerationRequest::new(params, &app.limits, noise).map_err(|error| {
+        let limits = Limits {
+            adapters: app.adapters.catalogue(),
+            ..app.limits.clone()
+        };
+        let given = app.given_adapters(model, self.adapters, &limits.adapters)?;
+        params.adapters.extend(given);
+        let request = GenerationRequest::new(params, &limits, noise).map_err(|error| {
             let param = names.of(error.param());
             ApiError::Request { error, param }
         })?;
@@ -447,7 +377,8 @@ fn encode_all(
     for (index, image) in output.images.iter().enumerate() {
         let metadata = app.settings.metadata.then(|| {
             let (tiled, steps) = (output.tiled, output.steps);
-            info.request.metadata_text(&info.model, index, tiled, steps)
+            let model = app.model_name(Some(&info.model));
+            info.request.metadata_text(model, index, tiled, steps)
         });
         files.push(encode(image, info.encoding, metadata.as_deref())?);
     }
@@ -473,25 +404,4 @@ fn prompt_tokens(app: &LoadedApp, tokens: &PromptTokens) -> usize {
 fn image_tokens(request: &GenerationRequest, size_multiple: usize) -> usize {
     let patches = (request.size.height / size_multiple) * (request.size.width / size_multiple);
     patches * request.num_images
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn no_more_previews_are_made_than_were_asked_for() {
-        for steps in 1..60 {
-            for count in 0..4 {
-                let interval = Previews::Count(count).interval(steps);
-                let shown = interval.map_or(0, |interval| (steps - 1) / interval);
-                assert!(shown <= count, "{shown} of {count} in {steps} steps");
-                let usual = [20, 30, 50].contains(&steps);
-                assert!(
-                    !usual || shown == count,
-                    "{shown} of {count} in {steps} steps"
-                );
-            }
-        }
-    }
 }

@@ -35,6 +35,10 @@ pub(super) enum InvalidBody {
         param: String,
         instead: &'static str,
     },
+    #[error(
+        "{param}: {file:?} is not the file of an adapter that GET /v1/models lists: give the name of one"
+    )]
+    UnlistedFile { param: String, file: String },
     #[error("messages has no message of the role \"user\", whose text would be the prompt")]
     NoUserMessage,
     #[error("{param} is not text: this model takes text only, no images or other media")]
@@ -90,6 +94,7 @@ impl InvalidBody {
             | Self::Conflict { param, .. }
             | Self::Unknown { param, .. }
             | Self::Unavailable { param, .. }
+            | Self::UnlistedFile { param, .. }
             | Self::NotText { param }
             | Self::NoParts { param } => param,
             Self::Range { param, .. } => param,

@@ -37,8 +37,6 @@ pub(super) const FEATURES: &[Feature] = &[
         "images are generated from text only",
     ),
     Feature::new("layers", "an image has one layer").or_neutral(1.0),
-    Feature::new("lora", "adapters cannot be loaded"),
-    Feature::new("loras", "adapters cannot be loaded"),
     Feature::new("mask", "images are generated from text only"),
     Feature::new("mask_image", "images are generated from text only"),
     Feature::new("num_frames", "videos are not generated").or_neutral(1.0),

@@ -2,6 +2,7 @@
 //! uses axum.
 
 mod access;
+mod adapters;
 mod app;
 mod body;
 mod cache;
@@ -11,6 +12,7 @@ mod connections;
 mod data_url;
 mod error;
 mod estimate;
+mod facts;
 mod fields;
 mod generation;
 mod health;
@@ -24,7 +26,9 @@ mod models;
 mod openapi;
 mod page;
 mod parsed;
+mod previews;
 mod routes;
+mod schedule;
 mod sdapi;
 mod signals;
 mod stage_metrics;
@@ -84,6 +88,8 @@ pub struct Settings {
     pub noise_generator: NoiseGenerator,
     /// Whether to serve the API of AUTOMATIC1111's web UI as well.
     pub sdapi: bool,
+    /// Whether clients may change the list of adapters.
+    pub lora_updates: bool,
 }
 
 impl Settings {
@@ -101,6 +107,7 @@ impl Settings {
             metadata: true,
             noise_generator: NoiseGenerator::Cpu,
             sdapi: false,
+            lora_updates: false,
         }
     }
 }

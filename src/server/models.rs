@@ -1,4 +1,4 @@
-//! `GET /v1/models` and `GET /version`: the names of the model, and the version of kiln.
+//! `GET /v1/models` and `GET /version`: the names of the model and of adapters, and the version of kiln.
 
 use std::sync::Arc;
 
@@ -9,20 +9,21 @@ use axum::response::Response;
 use serde::Serialize;
 use utoipa::ToSchema;
 
+use crate::adapters::Listed;
 use crate::version;
 
 use super::LoadedApp;
 use super::error::{ApiError, ErrorEnvelope};
 use super::json::json;
 
-/// The names of the model.
+/// The names of the model, and the adapters.
 #[derive(Serialize, ToSchema)]
 pub(super) struct ModelList {
     object: &'static str,
     data: Vec<ModelCard>,
 }
 
-/// One name of the model.
+/// One name of the model, or an adapter.
 #[derive(Serialize, ToSchema)]
 pub(super) struct ModelCard {
     id: String,
@@ -30,6 +31,12 @@ pub(super) struct ModelCard {
     /// Unix time at which the server started, in seconds.
     created: u64,
     owned_by: &'static str,
+    /// Only of adapters: the model that they change.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    parent: Option<String>,
+    /// Only of adapters: the file, relative to the server's folder of adapters.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    root: Option<String>,
 }
 
 /// The version of kiln, and what it was built from.
@@ -54,10 +61,32 @@ fn card(app: &LoadedApp, name: &str) -> ModelCard {
         object: "model",
         created: app.started,
         owned_by: "kiln",
+        parent: None,
+        root: None,
     }
 }
 
-/// Lists the names of the model.
+/// An adapter, which requests may name as the model.
+fn adapter_card(app: &LoadedApp, adapter: &Listed) -> ModelCard {
+    ModelCard {
+        parent: Some(app.model_name(None).to_owned()),
+        root: Some(adapter.file().to_owned()),
+        ..card(app, &adapter.info.name)
+    }
+}
+
+/// All names of the model, and the adapters.
+fn cards(app: &LoadedApp) -> Vec<ModelCard> {
+    let names = &app.settings.served_model_names;
+    let adapters = app.adapters.listed();
+    let adapters = adapters.iter().filter(|it| !names.contains(&it.info.name));
+    let models = names.iter().map(|name| card(app, name));
+    models
+        .chain(adapters.map(|it| adapter_card(app, it)))
+        .collect()
+}
+
+/// Lists the names of the model, and the adapters.
 #[utoipa::path(
     get,
     path = "/models",
@@ -66,14 +95,13 @@ fn card(app: &LoadedApp, name: &str) -> ModelCard {
     security((), ("bearer" = [])),
 )]
 pub(super) async fn list(Extension(app): Extension<Arc<LoadedApp>>) -> Result<Response, ApiError> {
-    let names = &app.settings.served_model_names;
     json(&ModelList {
         object: "list",
-        data: names.iter().map(|name| card(&app, name)).collect(),
+        data: cards(&app),
     })
 }
 
-/// Reports whether the model has a name.
+/// Reports whether the model or an adapter has a name.
 #[utoipa::path(
     get,
     path = "/models/{*name}",
@@ -90,13 +118,8 @@ pub(super) async fn retrieve(
     // A name that is not UTF-8 when decoded stays as it was sent.
     let sent = || uri.path().trim_start_matches("/v1/models/").to_owned();
     let name = name.map_or_else(|_| sent(), |Path(name)| name);
-    let names = &app.settings.served_model_names;
-    if names.contains(&name) {
-        json(&card(&app, &name))
-    } else {
-        let served = names.join(", ");
-        Err(ApiError::UnknownModel { name, served })
-    }
+    let card = cards(&app).into_iter().find(|card| card.id == name);
+    json(&card.ok_or_else(|| app.unknown_model(name))?)
 }
 
 /// Returns the version of kiln.

@@ -32,10 +32,11 @@ macro_rules! files {
     };
 }
 
-const FILES: [(&str, &str, &str); 13] = files! {
+const FILES: [(&str, &str, &str); 14] = files! {
     "/" HTML "index.html"
     "/page/style.css" CSS "style.css"
     "/page/icon.svg" SVG "icon.svg"
+    "/page/adapters.js" SCRIPT "adapters.js"
     "/page/api.js" SCRIPT "api.js"
     "/page/drawing.js" SCRIPT "drawing.js"
     "/page/guide.js" SCRIPT "guide.js"

@@ -7,10 +7,14 @@ use kiln_models::noise::NoiseGenerator;
 use crate::image::Encoding;
 use crate::request::GenerationParams;
 
+use super::adapters::WrittenAdapter;
+
 /// A request that has been read but not checked against the model and the server's limits.
 #[derive(Debug)]
 pub(super) struct ParsedRequest {
     pub(super) params: GenerationParams,
+    /// Adapters besides those of `params`, which are looked up when the request is checked.
+    pub(super) adapters: Vec<WrittenAdapter>,
     pub(super) names: WireNames,
     pub(super) encoding: Encoding,
     /// `None` selects the server's noise generator.

@@ -16,7 +16,7 @@ use super::access::{Scheme, require_key};
 use super::app::{RequireModel, require_model};
 use super::error::ApiError;
 use super::openapi;
-use super::{App, chat, estimate, health, images, metrics, models, sdapi, status};
+use super::{App, adapters, chat, estimate, health, images, metrics, models, sdapi, status};
 
 /// Routes of a server and their `OpenAPI` document.
 pub(super) fn routes(app: &Arc<App>) -> OpenApiRouter<Arc<App>> {
@@ -46,7 +46,10 @@ fn v1(app: &Arc<App>) -> OpenApiRouter<Arc<App>> {
         .routes(routes!(estimate::estimate))
         .routes(routes!(status::status))
         .routes(routes!(models::list))
-        .routes(routes!(models::retrieve));
+        .routes(routes!(models::retrieve))
+        .routes(routes!(adapters::load))
+        .routes(routes!(adapters::unload))
+        .routes(routes!(adapters::refresh));
     let document = router.get_openapi_mut();
     openapi::add_security_scheme(document, "bearer", HttpAuthScheme::Bearer);
     let refuse = || ApiError::Unauthorized.into_response();

@@ -11,6 +11,8 @@ Tensors, by name:
   multiprocessor. No GPU is used: the launch is simulated with numpy, thread by thread, from the
   published Philox4x32-10, in f64 after the random integers. It is checked against the known answers of
   Random123 and against torch's own Philox on the CPU.
+- `cpu_nth/<seed>/<count>/<draws>`, `cuda_nth/<seed>/<count>/<multiprocessors>/<draws>`: the same after `draws`
+  draws of `count` values.
 
 With `--check` it also prints the measurements that the module's documentation states.
 """
@@ -30,6 +32,11 @@ BLOCK = 256
 
 def cpu(seed: int, count: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.randn(count, generator=torch.Generator("cpu").manual_seed(seed), dtype=dtype)
+
+
+def cpu_nth(seed: int, count: int, draws: int) -> torch.Tensor:
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return [torch.randn(count, generator=generator) for _ in range(draws + 1)][-1]
 
 
 def checksum(values: np.ndarray) -> np.ndarray:
@@ -64,12 +71,14 @@ def normal4(words: np.ndarray) -> np.ndarray:
     return pairs.reshape(-1, 4).astype(np.float32)
 
 
-def cuda(seed: int, count: int, multiprocessors: int) -> np.ndarray:
-    """The grid-stride loop of PyTorch's distribution kernels, all threads of an iteration at once."""
+def cuda(seed: int, count: int, multiprocessors: int, draws: int = 0) -> np.ndarray:
+    """The grid-stride loop of PyTorch's distribution kernels, all threads of an iteration at once, after
+    `draws` draws of the same size."""
     blocks = min(-(-count // BLOCK), multiprocessors * (2048 // BLOCK))
     threads = np.arange(blocks * BLOCK)
     out = np.full(count, np.nan, np.float32)
-    for offset, start in enumerate(range(0, count, 4 * len(threads))):
+    starts = range(0, count, 4 * len(threads))
+    for offset, start in enumerate(starts, draws * len(starts)):
         counter = np.zeros((len(threads), 4), np.uint64)
         counter[:, 0] = offset
         counter[:, 2] = threads
@@ -138,6 +147,11 @@ def main() -> None:
             tensors[f"cuda/{seed}/{count}/132"] = cuda(seed, count, 132)
     for count in (2048, 2049, 8192, 8193, 20000):  # one wave of this GPU is 2048
         tensors[f"cuda/1234/{count}/1"] = cuda(1234, count, 1)
+    draws_of_cpu = [(0, 7, 3), (42, 15, 2), (7, 16, 1), (7, 17, 2), (7, 33, 5), (3, 640, 4), (2**64 - 1, 1000, 3)]
+    for seed, count, draws in draws_of_cpu:
+        tensors[f"cpu_nth/{seed}/{count}/{draws}"] = cpu_nth(seed, count, draws).numpy()
+    for count, draws in [(1000, 2), (8192, 1), (8193, 1), (20000, 3)]:
+        tensors[f"cuda_nth/1234/{count}/1/{draws}"] = cuda(1234, count, 1, draws)
     OUTPUT.parent.mkdir(parents=True, exist_ok=True)
     save_file(tensors, OUTPUT, metadata={"made_with": f"torch 2.15.0, numpy {np.__version__}"})
     print(f"{OUTPUT}: {OUTPUT.stat().st_size} bytes")

@@ -54,7 +54,7 @@ pub fn fused_linear<B: Backend>(
 
 /// Computes [`FusedOps::add_low_rank`](crate::FusedOps::add_low_rank).
 pub fn add_low_rank<B: FusedOps>(
-    mut outputs: Vec<Tensor<B, 2>>,
+    outputs: Vec<Tensor<B, 2>>,
     x: Tensor<B, 2>,
     runs: &[LowRankRun<B>],
 ) -> Vec<Tensor<B, 2>> {
@@ -65,24 +65,30 @@ pub fn add_low_rank<B: FusedOps>(
         }
         of.clone().narrow(0, rows.start, rows.len())
     };
-    for run in runs.iter().filter(|run| !run.tokens.is_empty()) {
-        let lowered = B::fused_linear(rows(&x, &run.tokens), run.down.clone(), None);
-        for (output, up) in outputs.iter_mut().zip(&run.ups) {
-            let Some(up) = up else { continue };
+    let lowered: Vec<_> = runs
+        .iter()
+        .filter(|run| !run.tokens.is_empty() && run.ups.iter().any(Option::is_some))
+        .map(|run| {
+            let x = rows(&x, &run.tokens);
+            (run, B::fused_linear(x, run.down.clone(), None))
+        })
+        .collect();
+    let add = |(index, output): (usize, Tensor<B, 2>)| {
+        lowered.iter().fold(output, |output, (run, lowered)| {
+            let Some(up) = &run.ups[index] else {
+                return output;
+            };
             let lowered = lowered.clone().narrow(1, up.rank.start, up.rank.len());
             let change = B::fused_linear(lowered * up.scale, up.up.clone(), None);
-            let changed = rows(output, &run.tokens) + change;
-            *output = if run.tokens == (0..tokens) {
-                changed
-            } else {
-                let columns = 0..output.dims()[1];
-                output
-                    .clone()
-                    .slice_assign([run.tokens.clone(), columns], changed)
-            };
-        }
-    }
-    outputs
+            let changed = rows(&output, &run.tokens) + change;
+            if run.tokens == (0..tokens) {
+                return changed;
+            }
+            let columns = 0..output.dims()[1];
+            output.slice_assign([run.tokens.clone(), columns], changed)
+        })
+    };
+    outputs.into_iter().enumerate().map(add).collect()
 }
 
 /// Computes [`FusedOps::rms_norm`](crate::FusedOps::rms_norm).

@@ -4,6 +4,7 @@
 //! paths of the checkpoint, and their factors to [`Factors`]; nothing here knows a file format. A
 //! [`Job`](crate::job::Job) names the adapters that it is generated with and the scale of each.
 
+mod merged;
 mod totals;
 
 use std::collections::BTreeMap;
@@ -14,6 +15,7 @@ use bytes::Bytes;
 
 use crate::source::StoredDType;
 
+pub use self::merged::MergedSource;
 pub(crate) use self::totals::{TokenWork, Totals};
 
 /// Identifies the content of an adapter within the process. An adapter that is read again gets

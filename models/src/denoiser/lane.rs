@@ -7,16 +7,21 @@ use std::time::{Duration, Instant};
 use burn::tensor::{DType, Tensor, TensorData};
 use kiln_ops::{Cores, FusedOps, MemoryRoom};
 
+use super::adapters::AdapterCache;
 use super::carried::Carried;
 use super::decision::Decides;
 use super::kept::Kept;
 use super::passes::{Computed, Pass, Tokens, forward};
+use super::step::Prepared;
+use crate::adapter::{Adapter, AdapterId, AdapterUse};
 use crate::cache::Cache;
 use crate::device::{DeviceMemory, idle, reliably};
 use crate::finite::read;
 use crate::pipeline::{CacheUse, DeviceUse, PipelineError};
 use crate::sampling::Schedule;
-use crate::transformer::{ModulationTable, Packing, Segment, StepModulation, Transformer};
+use crate::transformer::{
+    AppliedAdapter, LoadedAdapter, ModulationTable, Packing, Segment, StepModulation, Transformer,
+};
 use crate::weights::Precision;
 
 /// Bytes of position tables that are kept, so that jobs that take turns do not rebuild them. The
@@ -38,13 +43,18 @@ impl std::fmt::Debug for BeforeForward {
     }
 }
 
+/// What a modulation table depends on: the bits of a schedule's timesteps, and the adapters that change
+/// the modulation with the bits of their scales.
+type TableKey = (Vec<u32>, Vec<(AdapterId, u32)>);
+
 /// The halves of one job that a lane runs in a step.
 #[derive(Debug)]
 pub(super) struct LaneJob<B: FusedOps> {
     pub(super) schedule: Arc<Schedule>,
+    pub(super) adapters: Vec<AdapterUse>,
     pub(super) step: usize,
-    /// The schedule's table on this device, if the job has it.
-    pub(super) table: Option<Arc<ModulationTable<B>>>,
+    /// What this lane has for the job, if it has prepared it.
+    pub(super) prepared: Option<Prepared<B>>,
     /// `[images · tokens, channels]`, f32.
     pub(super) latents: Carried<B>,
     pub(super) halves: Vec<LaneHalf<B>>,
@@ -64,9 +74,18 @@ pub(super) struct LaneHalf<B: FusedOps> {
 /// What a lane computed for one job.
 #[derive(Debug)]
 pub(super) struct LaneAnswer<B: FusedOps> {
-    pub(super) table: Arc<ModulationTable<B>>,
+    pub(super) prepared: Prepared<B>,
     /// In the order of the job's halves on this lane.
     pub(super) halves: Vec<Computed<B>>,
+}
+
+/// What is chosen for every lane when a model is loaded.
+#[derive(Debug, Clone)]
+pub(crate) struct LaneSettings {
+    pub(crate) precision: Precision,
+    /// Bound of the adapters on the device, in bytes.
+    pub(crate) adapter_cache_bytes: usize,
+    pub(crate) before_forward: Option<BeforeForward>,
 }
 
 /// The transformer on one device, and what it can compute again.
@@ -80,8 +99,8 @@ pub(crate) struct Lane<B: FusedOps> {
     label: String,
     precision: Precision,
     packings: Cache<Vec<Segment>, Packing<B>>,
-    /// Modulation tables by the bits of a schedule's timesteps.
-    tables: Cache<Vec<u32>, Arc<ModulationTable<B>>>,
+    tables: Cache<TableKey, Arc<ModulationTable<B>>>,
+    adapters: AdapterCache<B>,
     before_forward: Option<BeforeForward>,
     /// The lane's share of a CPU.
     cores: Cores,
@@ -101,9 +120,13 @@ impl<B: FusedOps> Lane<B> {
         transformer: Transformer<B>,
         device: B::Device,
         label: String,
-        precision: Precision,
-        before_forward: Option<BeforeForward>,
+        settings: LaneSettings,
     ) -> Self {
+        let LaneSettings {
+            precision,
+            adapter_cache_bytes,
+            before_forward,
+        } = settings;
         Self {
             index,
             is_one_of_several: devices > 1,
@@ -112,6 +135,7 @@ impl<B: FusedOps> Lane<B> {
             precision,
             packings: Cache::new(KEPT_PACKING_BYTES),
             tables: Cache::new(KEPT_TABLE_BYTES),
+            adapters: AdapterCache::new(adapter_cache_bytes),
             before_forward,
             cores: B::cores(index, devices),
             busy: Duration::ZERO,
@@ -133,13 +157,61 @@ impl<B: FusedOps> Lane<B> {
         &self.transformer
     }
 
+    /// Uploads the adapters of a job and computes the modulation of its steps.
+    pub(super) fn prepare(&mut self, schedule: &Schedule, adapters: &[AdapterUse]) -> Prepared<B> {
+        let adapters = adapters.iter().map(|it| AppliedAdapter {
+            adapter: self.adapter(&it.adapter),
+            scale: it.scale,
+        });
+        let adapters: Vec<_> = adapters.collect();
+        Prepared {
+            table: self.table(schedule, &adapters),
+            adapters,
+        }
+    }
+
+    /// The adapter on this device.
+    fn adapter(&mut self, adapter: &Adapter) -> Arc<LoadedAdapter<B>> {
+        let (device, dtype) = (&self.device, self.precision.model);
+        let config = self.transformer.config();
+        let load = || LoadedAdapter::load(adapter, config, device, dtype);
+        let bytes = adapter.device_bytes(dtype.size());
+        self.adapters.get_or_load(adapter.id(), bytes, load)
+    }
+
+    /// Uploads the adapters that are not on the device, as far as they fit beside those in use.
+    pub(super) fn load_adapters(&mut self, adapters: &[AdapterUse]) {
+        for AdapterUse { adapter, .. } in adapters {
+            let bytes = adapter.device_bytes(self.precision.model.size());
+            if !self.adapters.holds(adapter.id()) && self.adapters.has_room(bytes) {
+                self.adapter(adapter);
+            }
+        }
+    }
+
     /// The modulation of every block and step of a schedule, for timesteps that are rounded to the
     /// model's type.
-    pub(super) fn table(&mut self, schedule: &Schedule) -> Arc<ModulationTable<B>> {
+    fn table(
+        &mut self,
+        schedule: &Schedule,
+        adapters: &[AppliedAdapter<B>],
+    ) -> Arc<ModulationTable<B>> {
         let timesteps = schedule.model_timesteps(self.precision.model);
-        let key = timesteps.iter().map(|t| t.to_bits()).collect();
+        let bits: Vec<u32> = timesteps.iter().map(|t| t.to_bits()).collect();
         let transformer = &self.transformer;
         let make = || Arc::new(transformer.modulation_table(&timesteps));
+        let key = (bits.clone(), Vec::new());
+        let base = self.tables.get_or_make(&key, make, |table| table.bytes());
+        let of_modulation = adapters.iter().filter(|it| it.adapter.changes_modulation());
+        let adapters: Vec<AppliedAdapter<B>> = of_modulation.cloned().collect();
+        if adapters.is_empty() {
+            return base;
+        }
+        let ids = adapters
+            .iter()
+            .map(|it| (it.adapter.id(), it.scale.to_bits()));
+        let key = (bits, ids.collect());
+        let make = || Arc::new(transformer.adapted_table(&base, &timesteps, &adapters));
         self.tables.get_or_make(&key, make, |table| table.bytes())
     }
 
@@ -170,13 +242,14 @@ impl<B: FusedOps> Lane<B> {
             call(self.index)?;
         }
         let started = Instant::now();
-        let mut tables = Vec::with_capacity(jobs.len());
+        let mut prepared = Vec::with_capacity(jobs.len());
         for job in jobs {
-            let known = job.table.clone();
-            tables.push(known.unwrap_or_else(|| self.table(&job.schedule)));
+            let known = job.prepared.clone();
+            prepared.push(known.unwrap_or_else(|| self.prepare(&job.schedule, &job.adapters)));
         }
-        let rows = jobs.iter().zip(&tables);
-        let modulation = rows.map(|(job, table)| table.step(job.step)).collect();
+        let rows = jobs.iter().zip(&prepared);
+        let modulation = rows.map(|(job, prepared)| prepared.table.step(job.step));
+        let modulation = modulation.collect();
         let modulation = StepModulation::cat(modulation);
 
         let mut segments = Vec::new();
@@ -187,16 +260,18 @@ impl<B: FusedOps> Lane<B> {
             }
         }
         let mut tokens = Vec::with_capacity(segments.len());
-        let halves = jobs
-            .iter()
-            .flat_map(|job| job.halves.iter().map(move |half| (job, half)));
-        for ((job, half), segments) in halves.zip(&segments) {
+        let halves = jobs.iter().zip(&prepared).flat_map(|(job, prepared)| {
+            let halves = job.halves.iter();
+            halves.map(move |half| (job, prepared, half))
+        });
+        for ((job, prepared, half), segments) in halves.zip(&segments) {
             tokens.push(Tokens {
                 latents: job
                     .latents
                     .onto(&self.device)
                     .cast(self.precision.activations),
                 text: half.text.onto(&self.device),
+                adapters: &prepared.adapters,
                 segments,
                 step: job.step,
                 pass: &half.pass,
@@ -216,8 +291,8 @@ impl<B: FusedOps> Lane<B> {
         }
 
         let mut computed = computed.into_iter();
-        let answers = jobs.iter().zip(tables).map(|(job, table)| LaneAnswer {
-            table,
+        let answers = jobs.iter().zip(prepared).map(|(job, prepared)| LaneAnswer {
+            prepared,
             halves: computed.by_ref().take(job.halves.len()).collect(),
         });
         Ok(answers.collect())
@@ -315,14 +390,16 @@ impl<B: FusedOps> Lane<B> {
         }
     }
 
-    /// Use of the caches of modulation tables and of position tables.
-    pub(super) fn caches(&self) -> [CacheUse; 2] {
-        [self.tables.counts(), self.packings.counts()]
+    /// Use of the caches of modulation tables, of position tables and of adapters.
+    pub(super) fn caches(&self) -> [CacheUse; 3] {
+        let (tables, packings) = (self.tables.counts(), self.packings.counts());
+        [tables, packings, self.adapters.counts()]
     }
 
     /// Drops what can be computed again.
     pub(super) fn drop_caches(&mut self) {
         self.tables.clear();
         self.packings.clear();
+        self.adapters.clear();
     }
 }

@@ -6,6 +6,7 @@
 //! the host's memory. A half keeps its place while it has residuals of earlier steps there, unless
 //! another lane has less to do.
 
+mod adapters;
 mod carried;
 mod decision;
 mod kept;
@@ -29,6 +30,7 @@ use self::lane::{LaneAnswer, LaneHalf, LaneJob};
 use self::passes::Pass;
 use self::spread::{Load, spread};
 use self::thread::{LaneThread, Pending};
+use crate::adapter::AdapterUse;
 use crate::flops;
 use crate::pipeline::{CacheUse, DeviceUse, PipelineError};
 use crate::sampling::Schedule;
@@ -36,8 +38,8 @@ use crate::step_cache::Next;
 use crate::transformer::Transformer;
 
 pub use self::lane::BeforeForward;
-pub(crate) use self::lane::Lane;
-pub(crate) use self::step::{Half, HalfPrediction, JobStep, Placed, Prediction, Tables};
+pub(crate) use self::lane::{Lane, LaneSettings};
+pub(crate) use self::step::{Half, HalfPrediction, JobStep, Lanes, Placed, Prediction, Prepared};
 
 /// Work of a half that runs no block, as a part of its whole work.
 const REUSE_COST: f64 = 0.01;
@@ -112,20 +114,51 @@ impl<B: FusedOps> Denoiser<B> {
         1 + self.others.len()
     }
 
-    /// The modulation tables of a schedule on every lane.
+    /// Prepares a job on every lane: uploads its adapters and computes the modulation of its schedule.
     ///
     /// # Errors
     /// If a device fails.
-    pub(crate) fn tables(&mut self, schedule: &Arc<Schedule>) -> Result<Tables<B>, PipelineError> {
-        let of_lane = Arc::clone(schedule);
-        let pending = self.on_others(move |lane| lane.reliably(|lane| Ok(lane.table(&of_lane))));
+    pub(crate) fn prepare(
+        &mut self,
+        schedule: &Arc<Schedule>,
+        adapters: &[AdapterUse],
+    ) -> Result<Lanes<B>, PipelineError> {
+        let (of_lane, for_lane) = (Arc::clone(schedule), adapters.to_vec());
+        let lanes = self.on_all(
+            move |lane| lane.reliably(|lane| Ok(lane.prepare(&of_lane, &for_lane))),
+            |first| Ok(first.prepare(schedule, adapters)),
+        )?;
+        Ok(lanes.into_iter().map(Some).collect())
+    }
+
+    /// Uploads adapters to every lane, as far as they fit there beside those in use.
+    ///
+    /// # Errors
+    /// If a device fails.
+    pub(crate) fn load_adapters(&mut self, adapters: &[AdapterUse]) -> Result<(), PipelineError> {
+        let for_lane = adapters.to_vec();
+        let load = |lane: &mut Lane<B>, adapters: &[AdapterUse]| {
+            lane.load_adapters(adapters);
+            Ok(())
+        };
+        let loaded = self.on_all(
+            move |lane| lane.reliably(|lane| load(lane, &for_lane)),
+            |first| load(first, adapters),
+        );
+        loaded.map(drop)
+    }
+
+    /// Calls a function on every lane but the first, on its thread, and another on the first meanwhile.
+    fn on_all<T: Send + 'static>(
+        &mut self,
+        of_others: impl Fn(&mut Lane<B>) -> Result<T, PipelineError> + Clone + Send + 'static,
+        of_first: impl FnOnce(&mut Lane<B>) -> Result<T, PipelineError>,
+    ) -> Result<Vec<T>, PipelineError> {
+        let pending = self.on_others(of_others);
         let first = &mut self.first;
-        let own = catch_unwind(AssertUnwindSafe(|| Ok(first.table(schedule))));
-        let answers = [own]
-            .into_iter()
-            .chain(pending.into_iter().map(Pending::wait));
-        let tables = all(answers.collect())?;
-        Ok(tables.into_iter().map(Some).collect())
+        let own = catch_unwind(AssertUnwindSafe(|| of_first(first)));
+        let others = pending.into_iter().map(Pending::wait);
+        all([own].into_iter().chain(others).collect())
     }
 
     /// Predicts the velocities of every job's halves. The caller waits for the first device; the others
@@ -243,8 +276,9 @@ impl<B: FusedOps> Denoiser<B> {
             }
             jobs.push(LaneJob {
                 schedule: Arc::clone(step.schedule),
+                adapters: step.adapters.to_vec(),
                 step: step.step,
-                table: step.tables.get(lane).cloned().flatten(),
+                prepared: step.lanes.get(lane).cloned().flatten(),
                 latents,
                 halves,
             });
@@ -286,14 +320,14 @@ impl<B: FusedOps> Denoiser<B> {
         shares: &[Share],
         answers: Vec<Vec<LaneAnswer<B>>>,
     ) -> Vec<Prediction<B>> {
-        let mut tables: Vec<Vec<_>> = steps.iter().map(|_| Vec::new()).collect();
+        let mut lanes: Vec<Vec<_>> = steps.iter().map(|_| Vec::new()).collect();
         let mut halves: Vec<Vec<Option<HalfPrediction<B>>>> = steps
             .iter()
             .map(|step| step.halves.iter().map(|_| None).collect())
             .collect();
         for (lane, (share, answers)) in shares.iter().zip(answers).enumerate() {
             for ((job, indices), answer) in share.iter().zip(answers) {
-                tables[*job].push((lane, answer.table));
+                lanes[*job].push((lane, answer.prepared));
                 for (index, computed) in indices.iter().zip(answer.halves) {
                     halves[*job][*index] = Some(HalfPrediction {
                         velocity: computed.velocity.onto(self.first.device()),
@@ -305,9 +339,9 @@ impl<B: FusedOps> Denoiser<B> {
                 }
             }
         }
-        let jobs = tables.into_iter().zip(halves);
-        jobs.map(|(tables, halves)| Prediction {
-            tables,
+        let jobs = lanes.into_iter().zip(halves);
+        jobs.map(|(lanes, halves)| Prediction {
+            lanes,
             halves: halves.into_iter().flatten().collect(),
         })
         .collect()
@@ -370,20 +404,25 @@ impl<B: FusedOps> Denoiser<B> {
         self.each(Lane::device_use)
     }
 
-    /// Use of the caches of modulation tables and of position tables, on all lanes together.
-    pub(crate) fn caches(&self) -> [CacheUse; 2] {
+    /// Use of the caches of modulation tables and of position tables, on all lanes together, and of the
+    /// adapters on the lane that holds the most bytes of them.
+    pub(crate) fn caches(&self) -> [CacheUse; 3] {
         let lanes = self.each(Lane::caches);
-        let sum = |mut all: [CacheUse; 2], lane: [CacheUse; 2]| {
-            for (all, lane) in all.iter_mut().zip(lane) {
+        let adapters = lanes.iter().map(|[.., adapters]| *adapters);
+        let adapters = adapters.max_by_key(|use_of| use_of.bytes);
+        let sum = |mut all: [CacheUse; 2], [tables, packings, _]: [CacheUse; 3]| {
+            for (all, lane) in all.iter_mut().zip([tables, packings]) {
                 all.entries += lane.entries;
                 all.bytes += lane.bytes;
                 all.max_bytes += lane.max_bytes;
                 all.hits += lane.hits;
                 all.misses += lane.misses;
+                all.evictions += lane.evictions;
             }
             all
         };
-        lanes.into_iter().fold(Default::default(), sum)
+        let [tables, packings] = lanes.into_iter().fold(Default::default(), sum);
+        [tables, packings, adapters.unwrap_or_default()]
     }
 
     /// Drops what can be computed again.

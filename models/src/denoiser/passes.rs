@@ -17,7 +17,9 @@ use super::kept::{Kept, Residual, relative_change};
 use crate::finite::read;
 use crate::pipeline::PipelineError;
 use crate::step_cache::{Decide, Next};
-use crate::transformer::{Packing, Segment, StepModulation, Transformer};
+use crate::transformer::{
+    AdapterRuns, AppliedAdapter, Packing, Segment, StepModulation, Transformer,
+};
 
 /// What one half does in a step.
 #[derive(Debug)]
@@ -41,6 +43,8 @@ pub(super) struct Tokens<'a, B: FusedOps> {
     pub(super) latents: Tensor<B, 2>,
     /// `[text tokens, dim]`.
     pub(super) text: Tensor<B, 2>,
+    /// The adapters of the half's job.
+    pub(super) adapters: &'a [AppliedAdapter<B>],
     /// The half's sequences, with their row in the step's modulation.
     pub(super) segments: &'a [Segment],
     /// Index of the step in the half's schedule.
@@ -132,9 +136,10 @@ pub(super) fn forward<B: FusedOps>(
 ) -> Result<Vec<Computed<B>>, PipelineError> {
     let blocks = transformer.num_blocks();
     let all = pack(&segments_of(halves, &mut (0..halves.len())));
+    let all_adapters = adapters_of(halves, 0..halves.len());
     let rows: Vec<usize> = halves.iter().map(|half| half.latents.dims()[0]).collect();
     let latents = halves.iter().map(|half| half.latents.clone());
-    let embedded = transformer.embed_image(cat(latents.collect()));
+    let embedded = transformer.embed_image(cat(latents.collect()), &all_adapters);
     let mut parts = embedded
         .clone()
         .split_with_sizes(rows.clone(), 0)
@@ -156,14 +161,17 @@ pub(super) fn forward<B: FusedOps>(
     for stop in stops(&ways, blocks) {
         if let Some((image, text)) = packed.streams.take() {
             let some;
-            let packing = if packed.halves.len() == halves.len() {
-                &all
+            let (packing, adapters) = if packed.halves.len() == halves.len() {
+                (&all, &all_adapters)
             } else {
-                some = pack(&segments_of(halves, &mut packed.halves.iter().copied()));
-                &some
+                let indices = || packed.halves.iter().copied();
+                let packing = pack(&segments_of(halves, &mut indices()));
+                some = (packing, adapters_of(halves, indices()));
+                (&some.0, &some.1)
             };
             let range = from..stop;
-            packed.streams = Some(transformer.run_blocks(range, image, text, modulation, packing));
+            let streams = transformer.run_blocks(range, image, text, modulation, packing, adapters);
+            packed.streams = Some(streams);
         }
         from = stop;
         if stop < blocks {
@@ -172,7 +180,7 @@ pub(super) fn forward<B: FusedOps>(
     }
 
     let image = last(halves, &mut ways, packed);
-    let velocity = transformer.project(image.clone(), modulation, &all);
+    let velocity = transformer.project(image.clone(), modulation, &all, &all_adapters);
     let mut images = image.split_with_sizes(rows.clone(), 0).into_iter();
     let mut velocities = velocity.split_with_sizes(rows, 0).into_iter();
     let mut computed = Vec::with_capacity(halves.len());
@@ -199,6 +207,14 @@ fn segments_of<B: FusedOps>(
     indices
         .flat_map(|index| halves[index].segments.iter().copied())
         .collect()
+}
+
+fn adapters_of<B: FusedOps>(
+    halves: &[Tokens<'_, B>],
+    indices: impl Iterator<Item = usize>,
+) -> AdapterRuns<B> {
+    let tokens = |half: &Tokens<'_, B>| (half.latents.dims()[0], half.text.dims()[0]);
+    AdapterRuns::of(indices.map(|index| (halves[index].adapters, tokens(&halves[index]))))
 }
 
 /// Numbers of blocks after which some half is looked at, the last block included.
@@ -234,7 +250,8 @@ fn first<B: FusedOps>(
             .collect())
     };
     let text = running.iter().map(|&index| halves[index].text.clone());
-    let text = transformer.embed_text(cat(text.collect()));
+    let adapters = adapters_of(halves, running.iter().copied());
+    let text = transformer.embed_text(cat(text.collect()), &adapters);
     Packed {
         halves: running,
         streams: Some((image, text)),

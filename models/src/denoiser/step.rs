@@ -6,12 +6,12 @@ use burn::tensor::{Tensor, TensorData};
 use kiln_ops::FusedOps;
 
 use super::kept::Kept;
-use crate::adapter::TokenWork;
+use crate::adapter::{AdapterUse, TokenWork};
 use crate::finite::read_data;
 use crate::pipeline::PipelineError;
 use crate::sampling::Schedule;
 use crate::step_cache::Next;
-use crate::transformer::{ModulationTable, Segment};
+use crate::transformer::{AppliedAdapter, ModulationTable, Segment};
 
 /// One half of a job: the conditional or the unconditional one, for every image of the job.
 #[derive(Debug)]
@@ -56,8 +56,16 @@ impl<B: FusedOps> Half<B> {
     }
 }
 
-/// Modulation tables of one schedule by lane.
-pub(crate) type Tables<B> = Vec<Option<Arc<ModulationTable<B>>>>;
+/// What a lane has for a job from its start to its end.
+#[derive(Debug, Clone)]
+pub(crate) struct Prepared<B: FusedOps> {
+    /// The modulation of the job's schedule and adapters.
+    pub(super) table: Arc<ModulationTable<B>>,
+    pub(super) adapters: Vec<AppliedAdapter<B>>,
+}
+
+/// What each lane has for one job; `None` for a lane that failed to prepare it.
+pub(crate) type Lanes<B> = Vec<Option<Prepared<B>>>;
 
 /// One step of one job.
 #[derive(Debug)]
@@ -65,7 +73,8 @@ pub(crate) struct JobStep<'a, B: FusedOps> {
     pub(crate) schedule: &'a Arc<Schedule>,
     /// Index of the step in the schedule.
     pub(crate) step: usize,
-    pub(crate) tables: &'a Tables<B>,
+    pub(crate) adapters: &'a [AdapterUse],
+    pub(crate) lanes: &'a Lanes<B>,
     /// `[images · tokens, channels]`, f32, on the first device.
     pub(crate) latents: &'a Tensor<B, 2>,
     /// What the job's adapters add to the work of each token.
@@ -82,8 +91,8 @@ pub(crate) struct JobStep<'a, B: FusedOps> {
 /// What a step predicts for one job.
 #[derive(Debug)]
 pub(crate) struct Prediction<B: FusedOps> {
-    /// The schedule's tables on the lanes that the step ran on.
-    pub(crate) tables: Vec<(usize, Arc<ModulationTable<B>>)>,
+    /// What the lanes that the step ran on have for the job.
+    pub(crate) lanes: Vec<(usize, Prepared<B>)>,
     /// In the order of the job's halves.
     pub(crate) halves: Vec<HalfPrediction<B>>,
 }

@@ -10,10 +10,11 @@ use kiln_ops::FusedOps;
 
 use crate::adapter::AdapterTarget;
 use crate::config::{ConfigError, ConfigReader, ConfigText};
-use crate::denoiser::{Denoiser, Lane};
+use crate::denoiser::{Denoiser, Lane, LaneSettings};
 use crate::device::summary;
 use crate::flops::CostModel;
 use crate::pipeline::{ImageSizes, Pipeline};
+use crate::sampling::SchedulerConfig;
 use crate::session::{ImagePipeline, SessionSettings};
 use crate::source::{TensorSource, WeightFiles};
 use crate::transformer::{Transformer, TransformerConfig};
@@ -130,6 +131,15 @@ impl CheckpointConfigs {
         }
     }
 
+    /// The noise levels of the model's own schedule.
+    ///
+    /// # Errors
+    ///
+    /// If the configuration cannot be read.
+    pub fn noise_schedule(&self) -> Result<SchedulerConfig, ConfigError> {
+        SchedulerConfig::from_json(&self.scheduler)
+    }
+
     /// MagCache's ratios of a transformer of this shape; `None` if they have not been measured.
     ///
     /// # Errors
@@ -193,8 +203,11 @@ fn denoiser<B: FusedOps>(
     parts: &CheckpointParts,
     settings: &SessionSettings<B>,
 ) -> Result<Denoiser<B>, LoadError> {
-    let precision = settings.precision;
-    let before_forward = settings.before_forward.clone();
+    let lane_settings = LaneSettings {
+        precision: settings.precision,
+        adapter_cache_bytes: settings.adapter_cache_bytes,
+        before_forward: settings.before_forward.clone(),
+    };
     let mut labels = settings
         .devices
         .iter()
@@ -204,8 +217,7 @@ fn denoiser<B: FusedOps>(
         transformer,
         settings.device.clone(),
         labels.next().unwrap_or_default(),
-        precision,
-        before_forward.clone(),
+        lane_settings.clone(),
     );
     let mut denoiser = Denoiser::new(first);
     denoiser.set_split_guidance(settings.split_guidance != Some(false));
@@ -215,13 +227,13 @@ fn denoiser<B: FusedOps>(
         let shared = denoiser.transformer_on(&device);
         let config = TransformerConfig::from_json(&parts.configs.transformer)?;
         let source = Arc::clone(&parts.transformer);
-        let before_forward = before_forward.clone();
+        let settings = lane_settings.clone();
         denoiser.add(label.clone(), move || {
             let transformer = match shared {
                 Some(transformer) => transformer,
-                None => load_transformer(&config, source, &device, precision, &label)?,
+                None => load_transformer(&config, source, &device, settings.precision, &label)?,
             };
-            let lane = Lane::new(place, transformer, device, label, precision, before_forward);
+            let lane = Lane::new(place, transformer, device, label, settings);
             Ok::<_, LoadError>(lane)
         })?;
     }

@@ -1,12 +1,13 @@
 //! Qwen-Image text-to-image: its template, its networks around the transformer, and its packing of
 //! latents. The formulas are those of diffusers' `pipeline_qwenimage.py`.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 
 use burn::tensor::{DType, Tensor, TensorData};
 use kiln_ops::FusedOps;
 
-use crate::adapter::AdapterTarget;
+use crate::adapter::{AdapterTarget, AdapterUse};
 use crate::config::ConfigError;
 use crate::flops::CostModel;
 use crate::job::{Conditioning, Job, Size};
@@ -106,6 +107,8 @@ pub struct QwenImage<B: FusedOps> {
     /// Pixels per latent, in height and in width.
     pub(crate) scale_factor: usize,
     latent_channels: usize,
+    /// `[out, in]` of the linear layers that adapters can change, by path.
+    targets: HashMap<String, [usize; 2]>,
 }
 
 impl<B: FusedOps> QwenImage<B> {
@@ -163,6 +166,11 @@ impl<B: FusedOps> QwenImage<B> {
             vocab_size: text_config.vocab_size,
             scale_factor,
             latent_channels: vae_config.z_dim,
+            targets: transformer_config
+                .adapter_targets()
+                .into_iter()
+                .map(|target| (target.path, [target.d_out, target.d_in]))
+                .collect(),
             memory_model: MemoryModel::of_networks(
                 text_config.clone(),
                 transformer_config.clone(),
@@ -193,7 +201,27 @@ impl<B: FusedOps> QwenImage<B> {
             return Err(PipelineError::NothingToDo);
         }
         job.branches()
-            .try_for_each(|branch| self.check_prompt(branch))
+            .try_for_each(|branch| self.check_prompt(branch))?;
+        self.check_adapters(&job.adapters)
+    }
+
+    /// Refuses adapters that change layers which the transformer does not have, or of another shape.
+    pub(crate) fn check_adapters(&self, adapters: &[AdapterUse]) -> Result<(), PipelineError> {
+        for AdapterUse { adapter, .. } in adapters {
+            for (path, change) in adapter.changes() {
+                let shape = change.factors.shape();
+                let expected = self.targets.get(path).copied();
+                if expected != Some(shape) {
+                    return Err(PipelineError::Adapter {
+                        adapter: adapter.name().to_owned(),
+                        module: path.clone(),
+                        shape,
+                        expected,
+                    });
+                }
+            }
+        }
+        Ok(())
     }
 
     pub(crate) fn check_prompt(&self, prompt: &Conditioning) -> Result<(), PipelineError> {

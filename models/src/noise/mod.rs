@@ -43,9 +43,15 @@ impl NoiseGenerator {
 /// Draws `count` values: `torch.randn(count, generator=torch.Generator(device).manual_seed(seed))` in
 /// f32.
 pub fn randn(generator: NoiseGenerator, seed: u64, count: usize) -> Vec<f32> {
+    randn_nth(generator, seed, 0, count)
+}
+
+/// Draws `count` values as the same generator does after it has made `draws` draws of `count` values.
+/// The time grows slowly with `draws` for [`NoiseGenerator::Cpu`], which has to pass over their integers.
+pub fn randn_nth(generator: NoiseGenerator, seed: u64, draws: usize, count: usize) -> Vec<f32> {
     match generator {
-        NoiseGenerator::Cpu => mt19937::randn(seed, count),
-        NoiseGenerator::Cuda => randn_cuda(seed, count, CudaLaunch::default()),
+        NoiseGenerator::Cpu => mt19937::randn(seed, draws, count),
+        NoiseGenerator::Cuda => philox::randn_nth(seed, draws, count, CudaLaunch::default()),
     }
 }
 
@@ -55,7 +61,8 @@ mod tests {
     use safetensors::SafeTensors;
 
     /// Made by `tests/reference/make_noise_fixtures.py`. A tensor's name gives the draw's arguments:
-    /// `cpu/<seed>/<count>`, `cuda/<seed>/<count>/<multiprocessors>`.
+    /// `cpu/<seed>/<count>`, `cuda/<seed>/<count>/<multiprocessors>`; `cpu_nth/<seed>/<count>/<draws>` and
+    /// `cuda_nth/<seed>/<count>/<multiprocessors>/<draws>` come after `draws` draws of `count` values.
     const FIXTURE: &str = concat!(
         env!("CARGO_MANIFEST_DIR"),
         "/../tests/fixtures/noise/noise_torch_2_15_0.safetensors"
@@ -139,6 +146,36 @@ mod tests {
             let (values, expected) = (randn_cuda(draw[0], draw[1] as usize, launch), floats(bytes));
             assert_eq!(values.len(), expected.len());
             for (value, expected) in values.iter().zip(expected) {
+                assert!(
+                    (value - expected).abs() < 1e-6,
+                    "{draw:?}: {value} for {expected}"
+                );
+            }
+        });
+    }
+
+    #[test]
+    fn later_draws_continue_the_stream() {
+        for_each("cpu_nth", |draw, bytes| {
+            let (seed, count) = (draw[0], draw[1] as usize);
+            let values = randn_nth(NoiseGenerator::Cpu, seed, draw[2] as usize, count);
+            let allowed = u64::from(count < 16);
+            assert_eq!(values.len(), count);
+            for (value, expected) in values.iter().zip(floats(bytes)) {
+                assert!(
+                    ulps(*value, expected) <= allowed,
+                    "{draw:?}: {value} for {expected}"
+                );
+            }
+        });
+        for_each("cuda_nth", |draw, bytes| {
+            let launch = CudaLaunch {
+                multiprocessors: draw[2] as u32,
+                threads_per_multiprocessor: 2048,
+            };
+            let values = philox::randn_nth(draw[0], draw[3] as usize, draw[1] as usize, launch);
+            assert_eq!(values.len(), draw[1] as usize);
+            for (value, expected) in values.iter().zip(floats(bytes)) {
                 assert!(
                     (value - expected).abs() < 1e-6,
                     "{draw:?}: {value} for {expected}"

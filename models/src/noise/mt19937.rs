@@ -75,6 +75,15 @@ impl Mt19937 {
         (self.next_u64() & ((1 << 53) - 1)) as f64 / 9_007_199_254_740_992.0
     }
 
+    /// Passes over `count` words.
+    fn skip(&mut self, mut count: usize) {
+        while count > STATE_LEN - self.next {
+            count -= STATE_LEN - self.next;
+            self.twist();
+        }
+        self.next += count;
+    }
+
     fn twist(&mut self) {
         for i in 0..STATE_LEN {
             let low = self.state[(i + 1) % STATE_LEN];
@@ -86,12 +95,21 @@ impl Mt19937 {
     }
 }
 
-/// Draws `count` standard normal values, as a fresh CPU generator with this seed does in f32.
-pub(super) fn randn(seed: u64, count: usize) -> Vec<f32> {
+/// Draws `count` standard normal values, as a CPU generator with this seed does in f32 after `draws` draws
+/// of `count` values.
+pub(super) fn randn(seed: u64, draws: usize, count: usize) -> Vec<f32> {
     let mut engine = Mt19937::new(seed);
     if count < BLOCK {
-        return normal_pairs(&mut engine).take(count).collect();
+        // torch keeps the second value of a pair for the next draw.
+        let pairs = normal_pairs(&mut engine);
+        return pairs.skip(draws * count).take(count).collect();
     }
+    let redrawn = if count.is_multiple_of(BLOCK) {
+        0
+    } else {
+        BLOCK
+    };
+    engine.skip(draws * (count + redrawn));
     let mut values: Vec<f32> = (0..count).map(|_| engine.next_f32()).collect();
     let (blocks, rest) = values.as_chunks_mut::<BLOCK>();
     blocks.iter_mut().for_each(box_muller);

@@ -60,21 +60,30 @@ impl Default for CudaLaunch {
 /// # Panics
 /// If the GPU cannot run a block of 256 threads.
 pub fn randn_cuda(seed: u64, count: usize, launch: CudaLaunch) -> Vec<f32> {
+    randn_nth(seed, 0, count, launch)
+}
+
+/// As [`randn_cuda`], with a generator that has made `draws` draws of `count` values: each moves the
+/// generator's offset by what its threads take.
+pub(super) fn randn_nth(seed: u64, draws: usize, count: usize, launch: CudaLaunch) -> Vec<f32> {
     assert!(
         launch.wave() > 0,
         "{launch:?} cannot run a block of {} threads",
         CudaLaunch::BLOCK
     );
-    let threads = launch.threads(count as u64);
-    (0..count as u64)
-        .map(|index| normal_at(seed, index, threads))
+    let count = count as u64;
+    let threads = launch.threads(count);
+    let first = draws as u64 * count.div_ceil(4 * threads.max(1));
+    (0..count)
+        .map(|index| normal_at(seed, first, index, threads))
         .collect()
 }
 
-/// Computes the value at one index of a draw by `threads` threads.
-fn normal_at(seed: u64, index: u64, threads: u64) -> f32 {
+/// Computes the value at one index of a draw by `threads` threads, which begin at position `first` of
+/// their streams.
+fn normal_at(seed: u64, first: u64, index: u64, threads: u64) -> f32 {
     let (thread, turn) = (index % threads, index / threads);
-    let words = philox4x32_10(seed, thread, turn / 4);
+    let words = philox4x32_10(seed, thread, first + turn / 4);
     match turn % 4 {
         0 => box_muller(words[0], words[1]).0,
         1 => box_muller(words[0], words[1]).1,
@@ -197,7 +206,7 @@ mod tests {
         const COUNT: u64 = 49 * 12 * 112 * 144;
         let last = |launch: CudaLaunch| -> Vec<f32> {
             (COUNT - 3..COUNT)
-                .map(|i| normal_at(1, i, launch.threads(COUNT)))
+                .map(|i| normal_at(1, 0, i, launch.threads(COUNT)))
                 .collect()
         };
         let a100 = CudaLaunch {

@@ -1,4 +1,4 @@
-//! The Euler sampler: the only one of Qwen-Image's pipelines.
+//! The Euler sampler, which Qwen-Image's pipelines use.
 
 use burn::tensor::Tensor;
 use burn::tensor::backend::Backend;
@@ -10,7 +10,7 @@ use super::Schedule;
 ///
 /// # Shapes
 /// - latents, velocity and output: `[tokens, channels]`, f32
-pub(crate) fn euler_step<B: Backend>(
+pub(super) fn euler_step<B: Backend>(
     schedule: &Schedule,
     step: usize,
     latents: Tensor<B, 2>,

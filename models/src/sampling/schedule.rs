@@ -28,6 +28,8 @@ pub struct SchedulerConfig {
     /// The sigma that the last step is stretched to; `None` to leave the sigmas as they are.
     pub shift_terminal: Option<f64>,
     pub time_shift_type: TimeShift,
+    /// Whether the steps are those of [`Sampling::stochastic`], if a job does not say.
+    pub stochastic_sampling: bool,
 }
 
 impl SchedulerConfig {
@@ -40,7 +42,6 @@ impl SchedulerConfig {
         reader.require_class("FlowMatchEulerDiscreteScheduler")?;
         for switch in [
             "invert_sigmas",
-            "stochastic_sampling",
             "use_beta_sigmas",
             "use_exponential_sigmas",
             "use_karras_sigmas",
@@ -55,6 +56,7 @@ impl SchedulerConfig {
             "num_train_timesteps",
             "shift",
             "shift_terminal",
+            "stochastic_sampling",
             "time_shift_type",
             "use_dynamic_shifting",
         ])?;
@@ -76,6 +78,7 @@ impl SchedulerConfig {
                 .optional_number("shift_terminal")?
                 .filter(|&end| end != 0.0),
             time_shift_type,
+            stochastic_sampling: reader.flag_or("stochastic_sampling", false)?,
         };
         if config.base_image_seq_len == config.max_image_seq_len {
             return Err(reader.inconsistent(
@@ -89,6 +92,17 @@ impl SchedulerConfig {
             return Err(reader.unsupported("shift_terminal", "null and numbers from 0 to below 1"));
         }
         Ok(config)
+    }
+
+    /// Whether these are the noise levels of Qwen-Image-Lightning, which distilled checkpoints have: a
+    /// shift of 3 at every size, and no terminal.
+    pub fn is_lightning(&self) -> bool {
+        let is_ln_3 = |shift: f64| (shift - 3_f64.ln()).abs() < 1e-3;
+        self.use_dynamic_shifting
+            && self.time_shift_type == TimeShift::Exponential
+            && self.shift_terminal.is_none()
+            && is_ln_3(self.base_shift)
+            && is_ln_3(self.max_shift)
     }
 
     /// Computes the dynamic shift of an image by its number of packed latent tokens: the line
@@ -150,7 +164,8 @@ impl SchedulerConfig {
                 }
             }
         }
-        if let Some(terminal) = terminal {
+        // The reference treats 0 as absent.
+        if let Some(terminal) = terminal.filter(|&terminal| terminal != 0.0) {
             let last = 1.0 - sigmas[steps - 1];
             let factor = last / (1.0 - terminal) as f32;
             // The one sigma of a single step is 1 and cannot be stretched; the reference divides by
@@ -166,7 +181,11 @@ impl SchedulerConfig {
             .map(|sigma| sigma * self.num_train_timesteps as f32)
             .collect();
         sigmas.push(0.0);
-        Schedule { sigmas, timesteps }
+        Schedule {
+            sigmas,
+            timesteps,
+            stochastic: sampling.stochastic.unwrap_or(self.stochastic_sampling),
+        }
     }
 }
 
@@ -193,6 +212,8 @@ pub struct Schedule {
     pub sigmas: Vec<f32>,
     /// `sigma * num_train_timesteps`, one per step.
     pub timesteps: Vec<f32>,
+    /// Whether the steps are those of [`Sampling::stochastic`].
+    pub stochastic: bool,
 }
 
 impl Schedule {
@@ -236,46 +257,103 @@ mod tests {
             max_image_seq_len: 8192,
             shift_terminal: Some(0.02),
             time_shift_type: TimeShift::Exponential,
+            stochastic_sampling: false,
         }
     }
 
-    /// Check values of the real model: mu by image size, and the sigmas at 1024² in 50 steps.
-    /// The values of `FlowMatchEulerDiscreteScheduler` with the configuration of Lightning, which is
-    /// the base model's with `base_shift = max_shift = ln 3` and no `shift_terminal`.
+    /// Made by `tests/reference/make_schedule_fixtures.py` with diffusers.
+    const FIXTURE: &str = concat!(
+        env!("CARGO_MANIFEST_DIR"),
+        "/../tests/fixtures/schedules/sigmas.json"
+    );
+
+    fn assert_close(found: &[f32], expected: &[f32], what: &str) {
+        assert_eq!(found.len(), expected.len(), "{what}");
+        for (found, expected) in found.iter().zip(expected) {
+            assert!(
+                (found - expected).abs() < 1e-6,
+                "{what}: {found} for {expected}"
+            );
+        }
+    }
+
+    /// For every configuration of the scheduler, in 1 to 8 steps at three sizes.
     #[test]
-    fn a_shift_of_3_is_the_schedule_of_lightning() {
-        let lightning = SchedulerConfig {
-            base_shift: 3_f64.ln(),
-            max_shift: 3_f64.ln(),
-            shift_terminal: None,
-            ..qwen_image()
-        };
-        let eight = [1.0, 0.9545, 0.9, 0.8333, 0.75, 0.6429, 0.5, 0.3, 0.0];
-        for (steps, expected) in [
-            (1, &[1.0, 0.0][..]),
-            (2, &[1.0, 0.75, 0.0]),
-            (4, &[1.0, 0.9, 0.75, 0.5, 0.0]),
-            (8, &eight),
-        ] {
-            let shifted = Sampling {
-                levels: NoiseLevels::Shifted {
-                    shift: 3.0,
-                    terminal: None,
-                },
-                ..Sampling::new(steps)
-            };
-            for tokens in [1024, 4096, 6889] {
-                let sigmas = qwen_image().schedule(&shifted, tokens).sigmas;
-                let reference = lightning.schedule(&Sampling::new(steps), tokens).sigmas;
-                assert_eq!(sigmas.len(), expected.len());
-                for ((sigma, reference), expected) in sigmas.iter().zip(reference).zip(expected) {
-                    assert!((sigma - reference).abs() < 1e-6, "{sigma} {reference}");
-                    assert!((sigma - expected).abs() < 5e-5, "{sigma} {expected}");
+    fn sigmas_are_those_of_diffusers() {
+        let file = std::fs::read_to_string(FIXTURE).unwrap();
+        let file: serde_json::Value = serde_json::from_str(&file).unwrap();
+        let rows = file["rows"].as_array().unwrap();
+        assert!(rows.len() > 80, "{}", rows.len());
+        let mut compared = 0;
+        for row in rows {
+            let name = row["configuration"].as_str().unwrap();
+            let mut config = file["configurations"][name].clone();
+            config["_class_name"] = "FlowMatchEulerDiscreteScheduler".into();
+            let config = SchedulerConfig::from_json(&ConfigText {
+                file: name.to_owned(),
+                text: config.to_string(),
+            })
+            .unwrap();
+            let steps = row["steps"].as_u64().unwrap() as usize;
+            let tokens = row["tokens"].as_u64().unwrap() as usize;
+            let sigmas = row["sigmas"].as_array().unwrap();
+            let sigmas: Vec<f32> = sigmas
+                .iter()
+                .map(|it| it.as_f64().unwrap() as f32)
+                .collect();
+            let what = format!("{name}, {steps} steps of {tokens} tokens");
+            let own = config.schedule(&Sampling::new(steps), tokens);
+            assert_close(&own.sigmas, &sigmas, &what);
+            assert_eq!(config.is_lightning(), name == "lightning");
+            // A request gets the same on any model.
+            let mut levels = vec![NoiseLevels::Sigmas(
+                sigmas[..steps].iter().copied().map(f64::from).collect(),
+            )];
+            levels.extend(match name {
+                "lightning" => Some(shifted(3.0, None)),
+                "dmd2" => Some(shifted(2.5, Some(0.02))),
+                "shift_5" => Some(shifted(5.0, Some(0.0))),
+                _ => None,
+            });
+            for levels in levels {
+                let sampling = Sampling {
+                    levels,
+                    ..Sampling::new(steps)
+                };
+                let requested = qwen_image().schedule(&sampling, tokens);
+                assert_close(&requested.sigmas, &sigmas, &what);
+                for (timestep, sigma) in requested.timesteps.iter().zip(&sigmas) {
+                    assert!((timestep - sigma * 1000.0).abs() < 1e-3, "{what}");
                 }
+                compared += 1;
+            }
+        }
+        assert!(compared > rows.len());
+    }
+
+    fn shifted(shift: f64, terminal: Option<f64>) -> NoiseLevels {
+        NoiseLevels::Shifted { shift, terminal }
+    }
+
+    /// Neither the levels of the base model nor those of stable-diffusion.cpp's scheduler `discrete`.
+    #[test]
+    fn the_levels_of_lightning_are_not_those_that_are_mistaken_for_them() {
+        let lightning = Sampling {
+            levels: shifted(3.0, None),
+            ..Sampling::new(4)
+        };
+        for tokens in [1024, 4096, 6889] {
+            let sigmas = qwen_image().schedule(&lightning, tokens).sigmas;
+            assert_close(&sigmas, &[1.0, 0.9, 0.75, 0.5, 0.0], "lightning");
+            let base = qwen_image().schedule(&Sampling::new(4), tokens).sigmas;
+            for others in [&base[..4], &[1.0, 0.8573, 0.6007, 0.003]] {
+                let mut pairs = sigmas[1..].iter().zip(&others[1..]);
+                assert!(pairs.all(|(a, b)| (a - b).abs() > 0.04), "{others:?}");
             }
         }
     }
 
+    /// Check values of the real model: mu by image size, and the sigmas at 1024² in 50 steps.
     #[test]
     fn qwen_image_schedule() {
         let config = qwen_image();
@@ -322,6 +400,7 @@ mod tests {
         let schedule = Schedule {
             sigmas: vec![0.7, 0.0],
             timesteps: vec![700.3],
+            stochastic: false,
         };
         assert_eq!(schedule.model_timesteps(DType::F32), [700.3 / 1000.0]);
         assert_eq!(
@@ -339,7 +418,14 @@ mod tests {
                 text,
             })
         };
-        assert!(parse("").is_ok());
+        assert!(!parse("").unwrap().stochastic_sampling);
+        let stochastic = parse(r#", "stochastic_sampling": true"#).unwrap();
+        assert!(stochastic.schedule(&Sampling::new(4), 16).stochastic);
+        let euler = Sampling {
+            stochastic: Some(false),
+            ..Sampling::new(4)
+        };
+        assert!(!stochastic.schedule(&euler, 16).stochastic);
         for (body, named) in [
             (r#", "use_karras_sigmas": true"#, "use_karras_sigmas"),
             (r#", "time_shift_type": "cubic""#, "time_shift_type"),

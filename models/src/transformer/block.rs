@@ -5,6 +5,7 @@ use burn::module::Module;
 use burn::tensor::Tensor;
 use kiln_ops::{FusedOps, Rope, TokenRun};
 
+use super::adapter::{AdapterRuns, AdapterSource, LayerChange, LoadedAdapter, StreamKind};
 use super::modulation::{BlockModulation, Modulation};
 use super::{EPS, Packing, TransformerConfig};
 use crate::layers::{DeferredLinear, Linear, RmsNorm};
@@ -32,8 +33,8 @@ impl<B: FusedOps> TransformerBlock<B> {
         Ok(Self {
             img_mod: DeferredLinear::load(&at.at("img_mod.1"), dim, 6 * dim)?,
             txt_mod: DeferredLinear::load(&at.at("txt_mod.1"), dim, 6 * dim)?,
-            image: Stream::load(config, at, &IMAGE_NAMES)?,
-            text: Stream::load(config, at, &TEXT_NAMES)?,
+            image: Stream::load(config, at, StreamKind::Image)?,
+            text: Stream::load(config, at, StreamKind::Text)?,
         })
     }
 
@@ -57,6 +58,7 @@ impl<B: FusedOps> TransformerBlock<B> {
         text: Tensor<B, 2>,
         modulation: &BlockModulation<B>,
         packing: &Packing<B>,
+        adapters: &BlockAdapters<'_, B>,
     ) -> (Tensor<B, 2>, Tensor<B, 2>) {
         let [image_attention, image_mlp] = Modulation::halves(&modulation.image);
         let [text_attention, text_mlp] = Modulation::halves(&modulation.text);
@@ -67,30 +69,39 @@ impl<B: FusedOps> TransformerBlock<B> {
             &image_attention,
             image_runs,
             &packing.image_rope,
+            adapters,
         );
-        let text_qkv = self
-            .text
-            .qkv(text.clone(), &text_attention, text_runs, &packing.text_rope);
+        let text_qkv = self.text.qkv(
+            text.clone(),
+            &text_attention,
+            text_runs,
+            &packing.text_rope,
+            adapters,
+        );
         let (image_attended, text_attended) = joint_attention(image_qkv, text_qkv, packing);
 
         let image = B::gated_residual(
             image,
             image_attention.gate,
-            self.image.to_out.forward(image_attended),
+            self.image.project(image_attended, adapters),
             image_runs,
         );
         let text = B::gated_residual(
             text,
             text_attention.gate,
-            self.text.to_out.forward(text_attended),
+            self.text.project(text_attended, adapters),
             text_runs,
         );
         (
-            self.image.mlp(image, image_mlp, image_runs),
-            self.text.mlp(text, text_mlp, text_runs),
+            self.image.mlp(image, image_mlp, image_runs, adapters),
+            self.text.mlp(text, text_mlp, text_runs, adapters),
         )
     }
 }
+
+/// The checkpoint's names for the two layers of an MLP.
+const MLP_IN: &str = "net.0.proj";
+const MLP_OUT: &str = "net.2";
 
 /// The checkpoint's names for the parts of one stream.
 struct StreamNames {
@@ -123,9 +134,84 @@ const TEXT_NAMES: StreamNames = StreamNames {
     mlp: "txt_mlp",
 };
 
+impl StreamKind {
+    fn names(self) -> &'static StreamNames {
+        match self {
+            Self::Image => &IMAGE_NAMES,
+            Self::Text => &TEXT_NAMES,
+        }
+    }
+}
+
+/// What an adapter changes in a block.
+#[derive(Debug)]
+pub(super) struct BlockChange<B: FusedOps> {
+    pub(super) img_mod: Option<LayerChange<B>>,
+    pub(super) txt_mod: Option<LayerChange<B>>,
+    image: StreamChange<B>,
+    text: StreamChange<B>,
+}
+
+/// What an adapter changes in the layers of one stream.
+#[derive(Debug)]
+struct StreamChange<B: FusedOps> {
+    qkv: Option<LayerChange<B>>,
+    to_out: Option<LayerChange<B>>,
+    mlp_in: Option<LayerChange<B>>,
+    mlp_out: Option<LayerChange<B>>,
+}
+
+impl<B: FusedOps> BlockChange<B> {
+    /// `at` is the path of the block.
+    pub(super) fn load(from: &AdapterSource<'_, B>, at: &str) -> Self {
+        Self {
+            img_mod: from.layers(&[&format!("{at}.img_mod.1")]),
+            txt_mod: from.layers(&[&format!("{at}.txt_mod.1")]),
+            image: StreamChange::load(from, at, StreamKind::Image.names()),
+            text: StreamChange::load(from, at, StreamKind::Text.names()),
+        }
+    }
+
+    fn stream(&self, kind: StreamKind) -> &StreamChange<B> {
+        match kind {
+            StreamKind::Image => &self.image,
+            StreamKind::Text => &self.text,
+        }
+    }
+}
+
+impl<B: FusedOps> StreamChange<B> {
+    fn load(from: &AdapterSource<'_, B>, at: &str, names: &StreamNames) -> Self {
+        let path = |name: &str| format!("{at}.{name}");
+        let [q, k, v] = [names.to_q, names.to_k, names.to_v].map(path);
+        Self {
+            qkv: from.layers(&[&q, &k, &v]),
+            to_out: from.layers(&[&path(names.to_out)]),
+            mlp_in: from.layers(&[&path(&format!("{}.{MLP_IN}", names.mlp))]),
+            mlp_out: from.layers(&[&path(&format!("{}.{MLP_OUT}", names.mlp))]),
+        }
+    }
+}
+
+/// The adapters of a packed forward, for one block.
+pub(super) struct BlockAdapters<'a, B: FusedOps> {
+    pub(super) runs: &'a AdapterRuns<B>,
+    /// Index of the block.
+    pub(super) block: usize,
+}
+
+impl<'a, B: FusedOps> BlockAdapters<'a, B> {
+    /// The changes of one stream of the block in an adapter.
+    fn of(&self, adapter: &'a LoadedAdapter<B>, kind: StreamKind) -> &'a StreamChange<B> {
+        adapter.blocks[self.block].stream(kind)
+    }
+}
+
 /// The layers of a block that process one stream.
 #[derive(Module, Debug)]
 pub(super) struct Stream<B: FusedOps> {
+    #[module(skip)]
+    kind: StreamKind,
     to_q: Linear<B>,
     to_k: Linear<B>,
     to_v: Linear<B>,
@@ -144,19 +230,21 @@ impl<B: FusedOps> Stream<B> {
     fn load(
         config: &TransformerConfig,
         at: &Scope<B::Device>,
-        names: &StreamNames,
+        kind: StreamKind,
     ) -> Result<Self, LoadError> {
+        let names = kind.names();
         let (dim, head_dim) = (config.dim(), config.attention_head_dim);
         let mlp = at.at(names.mlp);
         Ok(Self {
+            kind,
             to_q: Linear::load(&at.at(names.to_q), dim, dim)?,
             to_k: Linear::load(&at.at(names.to_k), dim, dim)?,
             to_v: Linear::load(&at.at(names.to_v), dim, dim)?,
             norm_q: RmsNorm::load(&at.at(names.norm_q), head_dim, EPS)?,
             norm_k: RmsNorm::load(&at.at(names.norm_k), head_dim, EPS)?,
             to_out: Linear::load(&at.at(names.to_out), dim, dim)?,
-            mlp_in: Linear::load(&mlp.at("net.0.proj"), dim, 4 * dim)?,
-            mlp_out: Linear::load(&mlp.at("net.2"), 4 * dim, dim)?,
+            mlp_in: Linear::load(&mlp.at(MLP_IN), dim, 4 * dim)?,
+            mlp_out: Linear::load(&mlp.at(MLP_OUT), 4 * dim, dim)?,
             heads: config.num_attention_heads,
             head_dim,
         })
@@ -172,27 +260,53 @@ impl<B: FusedOps> Stream<B> {
         modulation: &Modulation<B>,
         runs: &[TokenRun],
         rope: &Rope<B>,
+        adapters: &BlockAdapters<'_, B>,
     ) -> Qkv<B> {
         let tokens = x.dims()[0];
         let heads = |x: Tensor<B, 2>| x.reshape([tokens, self.heads, self.head_dim]);
         let (shift, scale) = (modulation.shift.clone(), modulation.scale.clone());
         let x = B::layer_norm_modulate(x, shift, scale, runs, EPS);
-        let query = heads(self.to_q.forward(x.clone()));
-        let key = heads(self.to_k.forward(x.clone()));
+        let layers = [&self.to_q, &self.to_k, &self.to_v];
+        let outputs = layers.map(|layer| layer.forward(x.clone())).to_vec();
+        let change = |adapter| adapters.of(adapter, self.kind).qkv.as_ref();
+        let mut outputs = adapters.runs.add(outputs, x, self.kind, change).into_iter();
+        let mut next = || heads(outputs.next().expect("three layers have three outputs"));
         Qkv {
-            query: self.norm_q.forward_rope(query, rope),
-            key: self.norm_k.forward_rope(key, rope),
-            value: heads(self.to_v.forward(x)),
+            query: self.norm_q.forward_rope(next(), rope),
+            key: self.norm_k.forward_rope(next(), rope),
+            value: next(),
         }
+    }
+
+    /// Projects what the tokens attended to.
+    ///
+    /// # Shapes
+    /// - x and output: `[tokens, dim]`
+    fn project(&self, x: Tensor<B, 2>, adapters: &BlockAdapters<'_, B>) -> Tensor<B, 2> {
+        let output = self.to_out.forward(x.clone());
+        let change = |adapter| adapters.of(adapter, self.kind).to_out.as_ref();
+        adapters.runs.add_one(output, x, self.kind, change)
     }
 
     /// # Shapes
     /// - x and output: `[tokens, dim]`
-    fn mlp(&self, x: Tensor<B, 2>, modulation: Modulation<B>, runs: &[TokenRun]) -> Tensor<B, 2> {
+    fn mlp(
+        &self,
+        x: Tensor<B, 2>,
+        modulation: Modulation<B>,
+        runs: &[TokenRun],
+        adapters: &BlockAdapters<'_, B>,
+    ) -> Tensor<B, 2> {
         let normed =
             B::layer_norm_modulate(x.clone(), modulation.shift, modulation.scale, runs, EPS);
-        let hidden = B::gelu_tanh(self.mlp_in.forward(normed));
-        B::gated_residual(x, modulation.gate, self.mlp_out.forward(hidden), runs)
+        let wide = self.mlp_in.forward(normed.clone());
+        let change = |adapter| adapters.of(adapter, self.kind).mlp_in.as_ref();
+        let wide = adapters.runs.add_one(wide, normed, self.kind, change);
+        let hidden = B::gelu_tanh(wide);
+        let output = self.mlp_out.forward(hidden.clone());
+        let change = |adapter| adapters.of(adapter, self.kind).mlp_out.as_ref();
+        let output = adapters.runs.add_one(output, hidden, self.kind, change);
+        B::gated_residual(x, modulation.gate, output, runs)
     }
 }
 

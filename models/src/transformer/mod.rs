@@ -4,6 +4,7 @@
 //! text). Linear layers, norms and MLPs run once over all tokens; attention runs per segment. There
 //! is no padding and there are no masks.
 
+mod adapter;
 mod block;
 mod config;
 mod modulation;
@@ -13,19 +14,25 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use burn::module::Module;
-use burn::tensor::{Tensor, activation};
+use burn::tensor::{DType, Tensor, activation};
 use kiln_ops::{FusedOps, Rope, TokenRun};
 
 pub use config::TransformerConfig;
 pub use modulation::{BlockModulation, ModulationTable, StepModulation};
 pub use rope::{image_rope, text_rope};
 
+pub use adapter::{AdapterRuns, AppliedAdapter};
+
+pub(crate) use adapter::LoadedAdapter;
+
+use crate::adapter::AdapterUse;
 use crate::layers::{DeferredLinear, Linear, RmsNorm};
 use crate::source::TensorSource;
 use crate::weights::{LoadError, Precision, Weights};
-use block::TransformerBlock;
+use adapter::StreamKind;
+use block::{BlockAdapters, TransformerBlock};
 pub(crate) use modulation::TIME_CHANNELS;
-use modulation::TimestepEmbedding;
+use modulation::{TIME_EMBEDDER, TimestepEmbedding};
 
 /// Epsilon of every norm; the reference fixes it.
 const EPS: f64 = 1e-6;
@@ -112,7 +119,7 @@ impl<B: FusedOps> Transformer<B> {
         let root = weights.at("");
         let dim = config.dim();
         let text_dim = config.joint_attention_dim;
-        let embedder = root.at("time_text_embed.timestep_embedder");
+        let embedder = root.at(TIME_EMBEDDER);
         let transformer = Self {
             img_in: Linear::load(&root.at("img_in"), config.in_channels, dim)?,
             txt_norm: RmsNorm::load(&root.at("txt_norm"), text_dim, EPS)?,
@@ -134,7 +141,13 @@ impl<B: FusedOps> Transformer<B> {
     /// Computes the modulation of every block for each of `timesteps`, which are
     /// [`crate::sampling::Schedule::model_timesteps`]. Reads the modulation layers' weights.
     pub fn modulation_table(&self, timesteps: &[f32]) -> ModulationTable<B> {
-        let temb = self.timestep_embedder.forward(timesteps);
+        self.table_of(
+            self.timestep_embedder
+                .forward(timesteps, &AdapterRuns::none()),
+        )
+    }
+
+    fn table_of(&self, temb: Tensor<B, 2>) -> ModulationTable<B> {
         let activated = activation::silu(temb.clone());
         let blocks = self
             .blocks
@@ -146,6 +159,57 @@ impl<B: FusedOps> Transformer<B> {
             norm_out: self.norm_out.forward(activated),
             temb,
         }
+    }
+
+    /// Puts adapters onto the network's device, their matrices in `dtype`. Their changes must fit the
+    /// network.
+    pub fn load_adapters(&self, adapters: &[AdapterUse], dtype: DType) -> Vec<AppliedAdapter<B>> {
+        let device = self.img_in.device();
+        let load = |it: &AdapterUse| AppliedAdapter {
+            adapter: Arc::new(LoadedAdapter::load(
+                &it.adapter,
+                &self.config,
+                &device,
+                dtype,
+            )),
+            scale: it.scale,
+        };
+        adapters.iter().map(load).collect()
+    }
+
+    /// The table of a schedule with adapters. Shares what they do not change with `base`, the table
+    /// without. Reads the modulation layers' weights only if the time embedding changes.
+    pub fn adapted_table(
+        &self,
+        base: &ModulationTable<B>,
+        timesteps: &[f32],
+        adapters: &[AppliedAdapter<B>],
+    ) -> ModulationTable<B> {
+        let runs = AdapterRuns::of_rows(adapters, timesteps.len());
+        let mut table = if adapters.iter().any(|it| it.adapter.changes_time()) {
+            self.table_of(self.timestep_embedder.forward(timesteps, &runs))
+        } else {
+            base.clone()
+        };
+        let activated = activation::silu(table.temb.clone());
+        for (index, (image, text)) in table.blocks.iter_mut().enumerate() {
+            let add = |output: &Tensor<B, 2>, stream| {
+                runs.add_one(output.clone(), activated.clone(), stream, |adapter| {
+                    let block = &adapter.blocks[index];
+                    match stream {
+                        StreamKind::Image => block.img_mod.as_ref(),
+                        StreamKind::Text => block.txt_mod.as_ref(),
+                    }
+                })
+            };
+            *image = add(image, StreamKind::Image);
+            *text = add(text, StreamKind::Text);
+        }
+        let norm_out = table.norm_out;
+        table.norm_out = runs.add_one(norm_out, activated, StreamKind::Image, |adapter| {
+            adapter.norm_out.as_ref()
+        });
+        table
     }
 
     /// Computes the rotary positions of a list of segments.
@@ -176,11 +240,13 @@ impl<B: FusedOps> Transformer<B> {
         text: Tensor<B, 2>,
         modulation: &StepModulation<B>,
         packing: &Packing<B>,
+        adapters: &AdapterRuns<B>,
     ) -> Tensor<B, 2> {
-        let (image, text) = (self.embed_image(image), self.embed_text(text));
+        let image = self.embed_image(image, adapters);
+        let text = self.embed_text(text, adapters);
         let blocks = 0..self.num_blocks();
-        let (image, _) = self.run_blocks(blocks, image, text, modulation, packing);
-        self.project(image, modulation, packing)
+        let (image, _) = self.run_blocks(blocks, image, text, modulation, packing, adapters);
+        self.project(image, modulation, packing, adapters)
     }
 
     pub(crate) fn num_blocks(&self) -> usize {
@@ -196,8 +262,15 @@ impl<B: FusedOps> Transformer<B> {
     /// # Shapes
     /// - image: `[image tokens, in_channels]`
     /// - output: `[image tokens, dim]`
-    pub(crate) fn embed_image(&self, image: Tensor<B, 2>) -> Tensor<B, 2> {
-        self.img_in.forward(image)
+    pub(crate) fn embed_image(
+        &self,
+        image: Tensor<B, 2>,
+        adapters: &AdapterRuns<B>,
+    ) -> Tensor<B, 2> {
+        let output = self.img_in.forward(image.clone());
+        adapters.add_one(output, image, StreamKind::Image, |adapter| {
+            adapter.img_in.as_ref()
+        })
     }
 
     /// Embeds text tokens, before the first block.
@@ -205,8 +278,12 @@ impl<B: FusedOps> Transformer<B> {
     /// # Shapes
     /// - text: `[text tokens, joint_attention_dim]`
     /// - output: `[text tokens, dim]`
-    pub(crate) fn embed_text(&self, text: Tensor<B, 2>) -> Tensor<B, 2> {
-        self.txt_in.forward(self.txt_norm.forward(text))
+    pub(crate) fn embed_text(&self, text: Tensor<B, 2>, adapters: &AdapterRuns<B>) -> Tensor<B, 2> {
+        let text = self.txt_norm.forward(text);
+        let output = self.txt_in.forward(text.clone());
+        adapters.add_one(output, text, StreamKind::Text, |adapter| {
+            adapter.txt_in.as_ref()
+        })
     }
 
     /// Runs some of the blocks.
@@ -220,10 +297,15 @@ impl<B: FusedOps> Transformer<B> {
         mut text: Tensor<B, 2>,
         modulation: &StepModulation<B>,
         packing: &Packing<B>,
+        adapters: &AdapterRuns<B>,
     ) -> (Tensor<B, 2>, Tensor<B, 2>) {
-        let modulations = &modulation.blocks[blocks.clone()];
-        for (block, modulation) in self.blocks[blocks].iter().zip(modulations) {
-            (image, text) = block.forward(image, text, modulation, packing);
+        for index in blocks {
+            let adapters = BlockAdapters {
+                runs: adapters,
+                block: index,
+            };
+            let modulation = &modulation.blocks[index];
+            (image, text) = self.blocks[index].forward(image, text, modulation, packing, &adapters);
         }
         (image, text)
     }
@@ -238,10 +320,14 @@ impl<B: FusedOps> Transformer<B> {
         image: Tensor<B, 2>,
         modulation: &StepModulation<B>,
         packing: &Packing<B>,
+        adapters: &AdapterRuns<B>,
     ) -> Tensor<B, 2> {
         let (scale, shift) = modulation.norm_out();
         let image = B::layer_norm_modulate(image, shift, scale, &packing.image_runs, EPS);
-        self.proj_out.forward(image)
+        let output = self.proj_out.forward(image.clone());
+        adapters.add_one(output, image, StreamKind::Image, |adapter| {
+            adapter.proj_out.as_ref()
+        })
     }
 
     /// Runs the first block alone, for comparing it with the reference.
@@ -254,7 +340,9 @@ impl<B: FusedOps> Transformer<B> {
         text: Tensor<B, 2>,
         modulation: &StepModulation<B>,
         packing: &Packing<B>,
+        runs: &AdapterRuns<B>,
     ) -> (Tensor<B, 2>, Tensor<B, 2>) {
-        self.blocks[0].forward(image, text, &modulation.blocks[0], packing)
+        let adapters = BlockAdapters { runs, block: 0 };
+        self.blocks[0].forward(image, text, &modulation.blocks[0], packing, &adapters)
     }
 }

@@ -9,11 +9,15 @@ use burn::module::Module;
 use burn::tensor::{DType, Tensor, TensorData, activation};
 use kiln_ops::FusedOps;
 
+use super::adapter::{AdapterRuns, StreamKind};
 use crate::layers::Linear;
 use crate::weights::{LoadError, Scope};
 
 /// Width of the sinusoidal timestep embedding; the reference fixes it.
 pub(crate) const TIME_CHANNELS: usize = 256;
+
+/// Path of the timestep embedder in the checkpoint.
+pub(super) const TIME_EMBEDDER: &str = "time_text_embed.timestep_embedder";
 
 /// The MLP that makes the time embedding of timesteps: `TimestepEmbedding` of diffusers.
 #[derive(Module, Debug)]
@@ -32,15 +36,24 @@ impl<B: FusedOps> TimestepEmbedding<B> {
         })
     }
 
+    /// `adapters` are for all steps.
+    ///
     /// # Shapes
     /// - timesteps: one per step, from 0 to 1
     /// - output: `[steps, dim]`, f32
-    pub(super) fn forward(&self, timesteps: &[f32]) -> Tensor<B, 2> {
+    pub(super) fn forward(&self, timesteps: &[f32], adapters: &AdapterRuns<B>) -> Tensor<B, 2> {
         let sinusoids = sinusoidal_embedding(timesteps);
         let data = TensorData::new(sinusoids, [timesteps.len(), TIME_CHANNELS]);
         let sinusoids = Tensor::<B, 2>::from_data(data, (&self.linear_1.device(), DType::F32));
-        self.linear_2
-            .forward(activation::silu(self.linear_1.forward(sinusoids)))
+        let add = |layer: usize, output, x| {
+            adapters.add_one(output, x, StreamKind::Image, |adapter| {
+                adapter.time[layer].as_ref()
+            })
+        };
+        let hidden = self.linear_1.forward(sinusoids.clone());
+        let hidden = activation::silu(add(0, hidden, sinusoids));
+        let output = self.linear_2.forward(hidden.clone());
+        add(1, output, hidden)
     }
 }
 

@@ -9,6 +9,7 @@ use std::time::Duration;
 use burn_flex::{Flex, FlexDevice};
 use kiln_models::families;
 use kiln_models::job::{Job, JobId, Output, Size};
+use kiln_models::loading::DEFAULT_ADAPTER_CACHE_BYTES;
 use kiln_models::pipeline::{ModelDevice, Pipeline, PipelineError};
 use kiln_models::session::{BeforeForward, SessionDevice, SessionSettings};
 use kiln_models::step_cache::{CachePolicy, DbCache};
@@ -28,6 +29,7 @@ fn on_devices(count: usize, before_forward: Option<BeforeForward>) -> Box<dyn Pi
     };
     let settings = SessionSettings {
         devices: (0..count).map(device).collect(),
+        adapter_cache_bytes: DEFAULT_ADAPTER_CACHE_BYTES,
         before_forward,
         ..settings()
     };
@@ -56,7 +58,7 @@ fn guided(job: Job) -> Job {
 }
 
 /// Policies with reused steps of every kind.
-fn policies() -> Vec<CachePolicy> {
+pub(crate) fn policies() -> Vec<CachePolicy> {
     let mask = [true, true, false, true, false, false, true, false];
     let probe = DbCache {
         max_warmup_steps: 2,

@@ -8,6 +8,7 @@ use burn_flex::{Flex, FlexDevice};
 use bytes::Bytes;
 use kiln_models::families::{self, CheckpointParts};
 use kiln_models::job::{Job, JobId, Output};
+use kiln_models::loading::DEFAULT_ADAPTER_CACHE_BYTES;
 use kiln_models::pipeline::{ModelDevice, Pipeline, PipelineError};
 use kiln_models::session::{SessionDevice, SessionSettings};
 use kiln_models::testing;
@@ -92,6 +93,7 @@ pub(crate) fn settings() -> SessionSettings<Flex> {
         device_memory: None,
         precision: F32,
         vae: VaeSettings::default(),
+        adapter_cache_bytes: DEFAULT_ADAPTER_CACHE_BYTES,
         before_forward: None,
     }
 }

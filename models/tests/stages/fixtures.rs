@@ -108,9 +108,11 @@ pub(crate) struct Stages(pub(crate) BTreeMap<String, (TensorInfo, Bytes)>);
 
 impl Stages {
     pub(crate) fn open(case: &str) -> Self {
-        Self(read(
-            &folder().join("cases").join(format!("{case}.safetensors")),
-        ))
+        Self::read(&folder().join("cases").join(format!("{case}.safetensors")))
+    }
+
+    pub(crate) fn read(file: &Path) -> Self {
+        Self(read(file))
     }
 
     pub(crate) fn shape(&self, name: &str) -> Vec<usize> {
@@ -180,7 +182,7 @@ pub(crate) fn assert_close(name: &str, actual: &[f32], expected: &[f32], toleran
     );
 }
 
-fn read(file: &Path) -> BTreeMap<String, (TensorInfo, Bytes)> {
+pub(crate) fn read(file: &Path) -> BTreeMap<String, (TensorInfo, Bytes)> {
     let bytes = Bytes::from(fs::read(file).unwrap());
     let parsed = SafeTensors::deserialize(&bytes).unwrap();
     let tensors = parsed.iter().map(|(name, view)| {

@@ -4,10 +4,12 @@
 use burn::tensor::{DType, Tensor, TensorData};
 use burn_flex::{Flex, FlexDevice};
 use kiln_models::Precision;
+use kiln_models::adapter::AdapterUse;
 use kiln_models::noise::{NoiseGenerator, randn};
-use kiln_models::transformer::{Segment, Transformer, TransformerConfig};
+use kiln_models::transformer::{AdapterRuns, Segment, Transformer, TransformerConfig};
 use kiln_ops::FusedOps;
 
+use crate::adapter_cases::adapter;
 use crate::fixtures::{Component, F32, config};
 
 /// Weights of the demo model as they are stored.
@@ -28,11 +30,21 @@ fn values(tensor: Tensor<Flex, 2>) -> Vec<f32> {
 
 #[test]
 fn halves_alone_equal_both_in_one_forward_to_the_bit() {
-    for (checkpoint, precision) in [("base", F32), ("demo", BF16)] {
+    let none: [AdapterUse; 0] = [];
+    let adapters = ["twelve", "second"].map(|name| AdapterUse {
+        adapter: adapter(name),
+        scale: 0.7,
+    });
+    for (checkpoint, precision, adapters) in [
+        ("base", F32, &none[..]),
+        ("base", F32, &adapters),
+        ("demo", BF16, &none),
+    ] {
         let config = TransformerConfig::from_json(&config(checkpoint, "transformer")).unwrap();
         let source = Component::open(checkpoint, "transformer");
         let transformer = Transformer::<Flex>::load(&config, source, &FlexDevice, precision);
         let transformer = transformer.unwrap();
+        let adapters = transformer.load_adapters(adapters, precision.model);
         let modulation = transformer.modulation_table(&[0.7]).step(0);
         let cores = [0, 1].map(|part| Flex::cores(part, 2));
         for (height, width) in [(1, 1), (2, 3), (4, 4), (8, 8), (5, 11), (16, 16)] {
@@ -58,21 +70,30 @@ fn halves_alone_equal_both_in_one_forward_to_the_bit() {
                         Tensor::cat(texts.to_vec(), 0),
                         &modulation,
                         &transformer.pack(&segments.concat()),
+                        &AdapterRuns::of(
+                            text_tokens
+                                .map(|text| (&*adapters, (tokens, text * images)))
+                                .into_iter(),
+                        ),
                     );
                     let both = values(both);
                     for (half, expected) in both.chunks(both.len() / 2).enumerate() {
                         let alone = || {
                             let packing = transformer.pack(&segments[half]);
                             let text = texts[half].clone();
+                            let rows = (tokens, text.dims()[0]);
+                            let runs = [(&*adapters, rows)];
                             values(transformer.forward(
                                 latents.clone(),
                                 text,
                                 &modulation,
                                 &packing,
+                                &AdapterRuns::of(runs.into_iter()),
                             ))
                         };
                         let what = format!(
-                            "{checkpoint}: half {half} of {images} {height}x{width}, {text_tokens:?}"
+                            "{checkpoint}, {} adapters: half {half} of {images} {height}x{width}, {text_tokens:?}",
+                            adapters.len()
                         );
                         assert!(alone() == expected, "{what}");
                         assert!(

@@ -3,7 +3,9 @@
 use burn::tensor::{DType, Tensor, TensorData};
 use burn_flex::{Flex, FlexDevice};
 use kiln_models::noise::{NoiseGenerator, randn};
-use kiln_models::transformer::{Segment, StepModulation, Transformer, TransformerConfig};
+use kiln_models::transformer::{
+    AdapterRuns, Segment, StepModulation, Transformer, TransformerConfig,
+};
 
 use crate::fixtures::{Component, F32, assert_close, config};
 
@@ -47,6 +49,7 @@ fn packed_forward_equals_single_forwards() {
         Tensor::cat(texts.clone(), 0),
         &StepModulation::cat(steps),
         &transformer.pack(&segments),
+        &AdapterRuns::none(),
     );
     let sizes = segments.iter().map(Segment::image_tokens).collect();
     for (index, part) in packed.split_with_sizes(sizes, 0).into_iter().enumerate() {
@@ -58,6 +61,7 @@ fn packed_forward_equals_single_forwards() {
                 row: 0,
                 ..segments[index]
             }]),
+            &AdapterRuns::none(),
         );
         let values = |x: Tensor<Flex, 2>| x.into_data().into_vec::<f32>().unwrap();
         assert_close(

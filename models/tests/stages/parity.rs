@@ -6,7 +6,7 @@ use burn_ndarray::{NdArray, NdArrayDevice};
 use kiln_models::families::qwen_image::TEMPLATE;
 use kiln_models::guidance::true_cfg;
 use kiln_models::text_encoder::{TextEncoder, TextEncoderConfig};
-use kiln_models::transformer::{Segment, Transformer, TransformerConfig};
+use kiln_models::transformer::{AdapterRuns, Segment, Transformer, TransformerConfig};
 use kiln_models::vae::{Blending, Tiling, VaeConfig, VaeDecoder, VaeSettings};
 use kiln_ops::FusedOps;
 
@@ -73,7 +73,7 @@ fn vae<B: FusedOps>(checkpoint: &str, device: &B::Device) -> VaeDecoder<B> {
 }
 
 /// The segment of a case's forward on the positive prompt.
-fn segment(stages: &Stages, text_tokens: usize) -> Segment {
+pub(crate) fn segment(stages: &Stages, text_tokens: usize) -> Segment {
     let noise = stages.shape("initial_noise");
     Segment {
         height: noise[3] / 2,
@@ -83,7 +83,7 @@ fn segment(stages: &Stages, text_tokens: usize) -> Segment {
     }
 }
 
-fn model_timesteps(stages: &Stages) -> Vec<f32> {
+pub(crate) fn model_timesteps(stages: &Stages) -> Vec<f32> {
     stages
         .values("timesteps")
         .iter()
@@ -143,7 +143,8 @@ fn first_block<B: FusedOps>(checkpoints: &[&str], cases: &[&str], device: &B::De
             .modulation_table(&model_timesteps(stages))
             .step(0);
         let image = stages.tensor("block0.in_hidden", device);
-        let (image, text) = transformer.first_block(image, text, &modulation, &packing);
+        let (image, text) =
+            transformer.first_block(image, text, &modulation, &packing, &AdapterRuns::none());
         stages.assert_close("block0.out_hidden", image, NETWORK);
         stages.assert_close("block0.out_text", text, NETWORK);
     });
@@ -159,7 +160,13 @@ fn whole_transformer<B: FusedOps>(checkpoints: &[&str], cases: &[&str], device: 
         let forward = |name: &str| {
             let text = stages.tensor::<B, 2>(name, device);
             let packing = transformer.pack(&[segment(stages, text.dims()[0])]);
-            transformer.forward(latents.clone(), text, &modulation, &packing)
+            transformer.forward(
+                latents.clone(),
+                text,
+                &modulation,
+                &packing,
+                &AdapterRuns::none(),
+            )
         };
         let (positive, negative) = (forward("prompt_embeds"), forward("negative_prompt_embeds"));
         stages.assert_close("transformer.out", positive.clone(), NETWORK);
@@ -174,7 +181,7 @@ fn whole_transformer<B: FusedOps>(checkpoints: &[&str], cases: &[&str], device: 
 }
 
 /// Packs latents as the pipeline does: `[z, h, w]` to `[tokens, 4 · z]`.
-fn pack<B: FusedOps>(latents: Tensor<B, 3>) -> Tensor<B, 2> {
+pub(crate) fn pack<B: FusedOps>(latents: Tensor<B, 3>) -> Tensor<B, 2> {
     let [channels, height, width] = latents.dims();
     latents
         .reshape([channels, height / 2, 2, width / 2, 2])

@@ -7,15 +7,14 @@ use std::num::{NonZeroU64, NonZeroUsize};
 use std::time::Duration;
 
 use clap::{Arg, ArgAction, Args, Parser, ValueEnum};
-use kiln_models::pipeline::ImageSizes;
 
 use crate::cli::cache_args::CacheDefaultArgs;
 use crate::cli::error::CliError;
+use crate::cli::lora_args::LoraServeArgs;
 use crate::cli::shared_args::{BackendArgs, LoadArgs, NoiseArgs, parse_host};
 use crate::engine::DEFAULT_MAX_QUEUE;
 use crate::request::{
-    Catalogue, DEFAULT_MAX_IMAGE_PIXELS, DEFAULT_MAX_NUM_IMAGES, DEFAULT_MAX_STEPS, Limits,
-    StepCaches,
+    DEFAULT_MAX_IMAGE_PIXELS, DEFAULT_MAX_NUM_IMAGES, DEFAULT_MAX_STEPS, Limits, StepCaches,
 };
 use crate::runtime::ModelSettings;
 use crate::server::{AllowedHost, ApiKeys, CorsOrigin, DEFAULT_MAX_BODY_BYTES, Settings};
@@ -58,8 +57,8 @@ pub(in crate::cli) struct ServeArgs {
     /// Names of the model in responses, separated by spaces or commas [default: the given MODEL, or
     /// the last part of its path]
     ///
-    /// Requests may name any model. The response has the same name if it is one of these, and
-    /// otherwise the first of these.
+    /// Requests may name any model. The response has the same name if it is one of these or an
+    /// adapter's, and otherwise the first of these.
     #[arg(long, value_name = "NAME", num_args = 1.., value_parser = parse_name)]
     served_model_name: Vec<String>,
 
@@ -104,6 +103,9 @@ pub(in crate::cli) struct ServeArgs {
 
     #[command(flatten)]
     pub(super) caches: CacheDefaultArgs,
+
+    #[command(flatten)]
+    pub(super) lora: LoraServeArgs,
 
     #[command(flatten)]
     access: AccessArgs,
@@ -153,6 +155,7 @@ impl ServeArgs {
             metadata: !self.no_metadata,
             noise_generator: self.noise.generator(),
             sdapi: self.enable_sdapi,
+            lora_updates: self.lora.enable_lora_updates,
             ..settings
         })
     }
@@ -283,15 +286,14 @@ fn at_least_1(count: usize) -> NonZeroUsize {
 }
 
 impl LimitArgs {
-    /// The limits of requests to a model with these sizes and step caches.
-    pub(super) fn limits(&self, sizes: ImageSizes, caches: StepCaches) -> Limits {
+    /// The limits of requests to a model with these limits of its own, and with these step caches.
+    pub(super) fn limits(&self, model: Limits, caches: StepCaches) -> Limits {
         Limits {
-            sizes,
             caches,
             max_image_pixels: self.max_image_pixels,
             max_steps: self.max_steps.get(),
             max_num_images: self.max_num_images.get(),
-            adapters: Catalogue::default(),
+            ..model
         }
     }
 }

@@ -14,10 +14,10 @@ use crate::request::Integer;
 
 use super::super::body;
 use super::super::fields::GenerationFields;
-use super::super::generation::Previews;
 use super::super::invalid::InvalidBody;
 use super::super::keys::{self, Keys};
 use super::super::parsed::ParsedRequest;
+use super::super::previews::Previews;
 use super::events::ChatEvents;
 use super::ignored::INEFFECTIVE;
 use super::messages;
@@ -48,8 +48,9 @@ struct ChatFields {
     /// ignored. Its content is a string, or a list of text parts that are joined by one space.
     #[schema(value_type = Vec<ChatMessage>, required = true)]
     messages: Option<Value>,
-    /// Any name is accepted, as the server has one model. The response repeats it if it is one of
-    /// the model's names, and contains the model's first name otherwise.
+    /// The name of an adapter adds this adapter. Any other name is accepted, as the server has one
+    /// model. The response repeats it if the model or an adapter has it, and contains the model's first
+    /// name otherwise.
     model: Option<String>,
     /// Respond with server-sent events: the position in the queue, every step, previews if
     /// `preview_every` is set, the images, and `[DONE]`.

@@ -14,10 +14,10 @@ use crate::request::Integer;
 use super::super::body;
 use super::super::choice::choice;
 use super::super::fields::GenerationFields;
-use super::super::generation::Previews;
 use super::super::invalid::InvalidBody;
 use super::super::keys::{self, FEATURES, Ineffective, Keys, NoMoreFields};
 use super::super::parsed::ParsedRequest;
+use super::super::previews::Previews;
 
 /// What an images request may have besides the keys that kiln reads.
 const INEFFECTIVE: Ineffective = Ineffective {
@@ -49,16 +49,17 @@ pub(super) struct ImagesFields {
     /// The prompt; may be empty.
     #[schema(value_type = String, required = true)]
     prompt: Option<String>,
-    /// Any name is accepted, as the server has one model. The response repeats it if it is one of
-    /// the model's names, and contains the model's first name otherwise.
+    /// The name of an adapter adds this adapter. Any other name is accepted, as the server has one
+    /// model. The response repeats it if the model or an adapter has it, and contains the model's first
+    /// name otherwise.
     pub(super) model: Option<String>,
     /// `b64_json`, the default, returns the images in a JSON body, and `url` returns them there as
     /// `data:` URLs. `file` returns one image as the body itself, or several as a ZIP archive. Events
     /// of a stream always have `b64_json`.
     #[serde(default, deserialize_with = "choice")]
     pub(super) response_format: Option<ResponseFormat>,
-    /// Number of steps if `num_inference_steps` is not given: 20 for `low`, 30 for `medium`, 50 for
-    /// all others.
+    /// Number of steps if neither `num_inference_steps` nor a recipe gives one: 20 for `low`, 30 for
+    /// `medium`, 50 for all others.
     #[serde(default, deserialize_with = "choice")]
     pub(super) quality: Option<Quality>,
     /// All images are opaque.
@@ -188,6 +189,13 @@ pub(in super::super) struct Parsed {
     pub(super) previews: Previews,
 }
 
+impl Parsed {
+    /// The name of the model in the request.
+    pub(in super::super) fn model(&self) -> Option<&str> {
+        self.fields.model.as_deref()
+    }
+}
+
 /// Reads the body of an images request.
 pub(in super::super) fn parse(mut object: Map<String, Value>) -> Result<Parsed, InvalidBody> {
     let generation = keys::take_nested(&mut object, &KEYS, &NESTED_KEYS)?;
@@ -197,8 +205,7 @@ pub(in super::super) fn parse(mut object: Map<String, Value>) -> Result<Parsed, 
     let prompt = fields.prompt.take();
     let prompt = prompt.ok_or_else(|| InvalidBody::missing("prompt"))?;
     let mut request = generation.parse(prompt, "prompt")?;
-    let steps = &mut request.params.num_inference_steps;
-    *steps = steps.or(fields.quality.and_then(Quality::num_inference_steps));
+    request.params.fallback_steps = fields.quality.and_then(Quality::num_inference_steps);
     Ok(Parsed {
         fields,
         request,

@@ -1,6 +1,6 @@
 // Connects the form, the stage, the history and the server.
 
-import { ConnectionError, get, key, startOfServer } from './api.js';
+import { ConnectionError, get, key, post, startOfServer } from './api.js';
 import { draw, estimate } from './drawing.js';
 import { showGuide } from './guide.js';
 import { History } from './history.js';
@@ -193,6 +193,7 @@ async function keep(requested, { files, facts }) {
     images: files.length,
     model: facts.model,
     skipped: facts.skipped_steps,
+    warnings: facts.warnings,
     seconds,
     created: Date.now(),
   }));
@@ -254,6 +255,15 @@ byId('reuse').addEventListener('click', () => {
   settings.restore(chosen.settings);
   byId('draw').focus();
   stage.announce('The settings of this picture are in the form.');
+});
+byId('refresh-adapters').addEventListener('click', async () => {
+  try {
+    await post('v1/refresh_lora_adapters');
+    showStatus(await get('v1/status'));
+    stage.announce(`${count(status.adapters.usable.length, 'adapter', 'adapters')} can be used.`);
+  } catch (error) {
+    settings.showError('adapters', error.message);
+  }
 });
 byId('remove').addEventListener('click', async () => {
   const index = store.pictures.indexOf(chosen);

@@ -1,5 +1,6 @@
 // The form with the prompt and the settings. Limits and defaults come from the server.
 
+import { Adapters, guidanceText } from './adapters.js';
 import { size as sizeText, count } from './wording.js';
 
 const RATIOS = [
@@ -22,6 +23,8 @@ const FIELDS = {
   cache: 'cache',
   seed: 'seed',
   negative_prompt: 'negative',
+  lora: 'adapters',
+  loras: 'adapters',
 };
 
 const NUMBERS = ['width', 'height', 'steps', 'scale', 'images'];
@@ -33,6 +36,7 @@ export class Settings {
   #limits = null;
   #defaults = null;
   #sizes = [];
+  #adapters = new Adapters();
 
   /** Called when a setting other than the prompts changes. */
   onchange = () => {};
@@ -44,6 +48,7 @@ export class Settings {
       this.#show();
       if (!['prompt', 'negative'].includes(target.name)) this.onchange();
     });
+    this.#adapters.onchoose = (before, after) => this.#follow(before, after);
     byId('random-seed').addEventListener('click', () => {
       this.#field('seed').value = '';
       this.clearError('seed');
@@ -53,7 +58,8 @@ export class Settings {
   }
 
   /** Applies the limits and defaults of a server status; keeps the values if they are unchanged. */
-  setLimits({ limits, defaults }) {
+  setLimits({ limits, defaults, adapters }) {
+    this.#adapters.setList(adapters);
     const isKnown = JSON.stringify([limits, defaults]) === JSON.stringify([this.#limits, this.#defaults]);
     if (isKnown) return;
     [this.#limits, this.#defaults] = [limits, defaults];
@@ -88,12 +94,14 @@ export class Settings {
   }
 
   /** Fills in the form. */
-  restore(values) {
-    // Pictures of earlier versions have no step cache.
+  restore({ adapters = [], ...values }) {
+    // Pictures of earlier versions have no step cache and no adapters.
     for (const [name, value] of Object.entries({ cache: 'off', ...values })) {
       this.#field(name).value = value;
       this.clearError(name);
     }
+    this.#adapters.restore(adapters);
+    this.clearError('adapters');
     const known = this.#sizes.findIndex(({ width, height }) => width === values.width && height === values.height);
     this.#choose(known < 0 ? 'other' : String(known));
     this.#show();
@@ -109,13 +117,14 @@ export class Settings {
       negative: text('negative'),
       seed: text('seed').trim(),
       cache: text('cache'),
+      adapters: this.#adapters.values(),
       ...Object.fromEntries(numbers),
     };
   }
 
   /** The form as a request. The server checks the values. */
   request() {
-    const { prompt, negative, seed, width, height, steps, scale, images, cache } = this.values();
+    const { prompt, negative, seed, width, height, steps, scale, images, cache, adapters } = this.values();
     const request = {
       prompt,
       seed,
@@ -126,6 +135,7 @@ export class Settings {
       n: images,
       // The server leaves its default out if there are few steps.
       cache: cache === this.#defaultCache() ? undefined : cache,
+      loras: adapters.length > 0 ? adapters : undefined,
     };
     // Guidance needs a negative prompt, which may be blank.
     const blank = this.#isGuided() && this.#defaults?.negative_prompt == null ? ' ' : undefined;
@@ -154,11 +164,11 @@ export class Settings {
 
   /** The field for the parameter that a server error names. */
   fieldOf(param) {
-    return FIELDS[String(param).split('.')[0]];
+    return FIELDS[String(param).split(/[.[]/)[0]];
   }
 
   showError(name, message) {
-    const field = this.#field(name);
+    const field = name === 'adapters' ? this.#adapters.field() : this.#field(name);
     field.setAttribute('aria-invalid', 'true');
     errorOf(name).textContent = message;
     if (['width', 'height'].includes(name)) this.#choose('other');
@@ -169,6 +179,10 @@ export class Settings {
   }
 
   clearError(name) {
+    if (name === 'adapters') {
+      this.#adapters.clearError();
+      return;
+    }
     const field = this.#form.elements.namedItem(name);
     if (!field?.id) return;
     field.removeAttribute('aria-invalid');
@@ -177,7 +191,7 @@ export class Settings {
   }
 
   clearErrors() {
-    [...NUMBERS, 'prompt', 'negative', 'seed', 'cache'].forEach((name) => this.clearError(name));
+    [...NUMBERS, 'prompt', 'negative', 'seed', 'cache', 'adapters'].forEach((name) => this.clearError(name));
   }
 
   /** Inserts text into the prompt at the cursor. */
@@ -217,6 +231,45 @@ export class Settings {
     return this.values().scale ?? this.#defaults?.true_cfg_scale;
   }
 
+  /** What steps and guidance are with a recipe, or without one. */
+  #asked(recipe) {
+    return {
+      steps: recipe?.num_inference_steps ?? this.#defaults?.num_inference_steps,
+      scale: recipe?.true_cfg_scale ?? this.#defaults?.true_cfg_scale,
+    };
+  }
+
+  /** Sets what another choice of adapters asks for, where the form still has what the last one asked for. */
+  #follow(before, after) {
+    const [old, asked] = [this.#asked(before), this.#asked(after)];
+    const values = this.values();
+    for (const name of ['steps', 'scale']) {
+      if (values[name] !== old[name]) continue;
+      this.#field(name).value = asked[name];
+      this.clearError(name);
+    }
+  }
+
+  /** Says which recipe the adapters have, and whether the form follows it. */
+  #showRecipe({ steps, scale }) {
+    const recipe = this.#adapters.recipe();
+    const asked = this.#asked(recipe);
+    const parts = [
+      recipe?.num_inference_steps && { text: count(asked.steps, 'step', 'steps'), isSet: steps === asked.steps },
+      recipe?.true_cfg_scale != null && { text: guidanceText(asked.scale), isSet: scale === asked.scale },
+    ].filter(Boolean);
+    const texts = (isSet) => parts.filter((part) => part.isSet === isSet).map(({ text }) => text).join(' and ');
+    const lines = [
+      texts(true) && `${texts(true)}, as ${recipe?.name} asks.`,
+      texts(false) && `${recipe?.name} asks for ${texts(false)}.`,
+    ];
+    const text = lines.filter(Boolean).join(' ');
+    byId('recipe').textContent = text && text[0].toUpperCase() + text.slice(1);
+    byId('steps-hint').textContent = !recipe?.num_inference_steps
+      ? 'More steps take longer.'
+      : `${recipe.name} asks for ${count(asked.steps, 'step', 'steps')}.`;
+  }
+
   #isGuided() {
     return this.#scale() > 1;
   }
@@ -236,6 +289,7 @@ export class Settings {
   /** Updates the summaries of the size and of the collapsed settings. */
   #show() {
     const values = this.values();
+    this.#showRecipe(values);
     byId('size-text').textContent = sizeText({ width: values.width ?? '?', height: values.height ?? '?' });
     const parts = [
       values.images > 1 && count(values.images, 'picture', 'pictures'),

@@ -60,7 +60,7 @@ export class Stage {
   }
 
   showPicture(picture) {
-    const { settings, images, index, model, skipped, seconds } = picture;
+    const { settings, images, index, model, skipped, seconds, warnings = [] } = picture;
     this.#state('done');
     this.#frame(settings);
     this.#picture(picture.file, settings.prompt);
@@ -71,11 +71,17 @@ export class Stage {
       count(settings.steps, 'step', 'steps') + (skipped ? `, ${skipped} reused` : ''),
       settings.scale > 1 ? `guidance ${settings.scale}` : 'no guidance',
       `seed ${settings.seed}`,
+      ...(settings.adapters ?? []).map(({ name, scale }) => `${name} ${scale}`),
       settings.negative.trim() && `without “${settings.negative.trim()}”`,
       model,
       `${measured(seconds)}`,
     ];
     byId('facts').textContent = facts.filter(Boolean).join(' · ');
+    byId('warnings').replaceChildren(...warnings.map((text) => {
+      const item = document.createElement('li');
+      item.textContent = text;
+      return item;
+    }));
     Object.assign(byId('download'), { href: this.#url, download: fileName(picture) });
   }
 

@@ -54,18 +54,6 @@ pub(super) async fn hypernetworks() -> Result<Response, SdapiError> {
     answer(&json!([]))
 }
 
-/// Returns an empty list: adapters cannot be loaded.
-#[utoipa::path(
-    get,
-    path = "/v1/loras",
-    tag = "absent",
-    responses((status = 200, body = Vec<Object>), (status = "4XX", body = SdapiErrorBody)),
-    security((), ("basic" = []), ("bearer" = [])),
-)]
-pub(super) async fn loras() -> Result<Response, SdapiError> {
-    answer(&json!([]))
-}
-
 /// Returns two empty objects: the server's memory is in `/metrics`.
 #[utoipa::path(
     get,
@@ -147,18 +135,6 @@ pub(super) async fn refresh_checkpoints() -> Result<Response, SdapiError> {
     security((), ("basic" = []), ("bearer" = [])),
 )]
 pub(super) async fn refresh_embeddings() -> Result<Response, SdapiError> {
-    answer(&json!(null))
-}
-
-/// Does nothing: adapters cannot be loaded.
-#[utoipa::path(
-    post,
-    path = "/v1/refresh-loras",
-    tag = "absent",
-    responses((status = 200, body = Option<Object>), (status = "4XX", body = SdapiErrorBody)),
-    security((), ("basic" = []), ("bearer" = [])),
-)]
-pub(super) async fn refresh_loras() -> Result<Response, SdapiError> {
     answer(&json!(null))
 }
 

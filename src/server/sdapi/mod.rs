@@ -6,8 +6,10 @@
 
 mod absent;
 mod answer;
+mod loras;
 mod options;
 mod progress;
+mod tags;
 mod txt2img;
 
 use std::num::NonZeroUsize;
@@ -49,7 +51,7 @@ pub(super) fn routes() -> OpenApiRouter<Arc<App>> {
         .routes(routes!(absent::embeddings))
         .routes(routes!(absent::face_restorers))
         .routes(routes!(absent::hypernetworks))
-        .routes(routes!(absent::loras))
+        .routes(routes!(loras::loras))
         .routes(routes!(absent::memory))
         .routes(routes!(absent::prompt_styles))
         .routes(routes!(absent::realesrgan_models))
@@ -57,7 +59,7 @@ pub(super) fn routes() -> OpenApiRouter<Arc<App>> {
         .routes(routes!(absent::scripts))
         .routes(routes!(absent::refresh_checkpoints))
         .routes(routes!(absent::refresh_embeddings))
-        .routes(routes!(absent::refresh_loras))
+        .routes(routes!(loras::refresh_loras))
         .routes(routes!(absent::refresh_vae))
         .routes(routes!(absent::reload_checkpoint))
         .routes(routes!(absent::unload_checkpoint))

@@ -19,12 +19,14 @@ use crate::request::{GenerationParams, Integer, random_u64};
 use super::super::LoadedApp;
 use super::super::body;
 use super::super::error::ApiError;
-use super::super::generation::{EncodedImages, Previews, RequestProgress, RunningRequest};
+use super::super::generation::{EncodedImages, RequestProgress, RunningRequest};
 use super::super::invalid::InvalidBody;
 use super::super::keys::{self, Feature, Ineffective, Keys, NoMoreFields};
 use super::super::parsed::{ParsedRequest, WireNames};
+use super::super::previews::Previews;
+use super::super::schedule::{ScheduleField, given_schedule};
 use super::answer::Txt2ImgResponse;
-use super::{PREVIEW_STEPS, SdapiError, SdapiErrorBody, SdapiObject, json as answer};
+use super::{PREVIEW_STEPS, SdapiError, SdapiErrorBody, SdapiObject, json as answer, tags};
 
 /// What a request may have besides the keys that kiln reads. The web UI ignores keys that it does not
 /// know, so clients send what their forms have: an unknown key with an empty value is accepted.
@@ -103,8 +105,8 @@ const FEATURES: &[Feature] = &[
     Feature::new("firstpass_image", "images are generated from text only"),
     Feature::new("infotext", "give its values as fields"),
     Feature::new("init_images", "images are generated from text only"),
-    Feature::new("lora", "adapters cannot be loaded"),
-    Feature::new("loras", "adapters cannot be loaded"),
+    Feature::new("lora", "write <lora:NAME:WEIGHT> into prompt"),
+    Feature::new("loras", "write <lora:NAME:WEIGHT> into prompt"),
     Feature::new("mask", "images are generated from text only"),
     Feature::new("refiner_checkpoint", "there is one model"),
     Feature::new("restore_faces", "images are not post-processed"),
@@ -123,17 +125,25 @@ static KEYS: LazyLock<Keys> = LazyLock::new(|| Keys {
 #[derive(Debug, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 struct Txt2ImgFields {
-    /// The prompt; may be empty.
+    /// The prompt; may be empty. `<lora:NAME:WEIGHT>` in it adds an adapter and is no part of the text;
+    /// `GET /sdapi/v1/loras` has the names.
     #[schema(value_type = String, required = true)]
     prompt: Option<String>,
     /// Negative prompt. Any text, even an empty one, turns guidance on.
     negative_prompt: Option<String>,
-    /// Number of denoising steps, 50 by default.
+    /// Number of denoising steps. Default: that of the model's recipe, or 50.
     #[schema(value_type = Option<i64>, minimum = 1)]
     steps: Option<Integer>,
-    /// Scale of the classifier-free guidance away from the negative prompt, from 0 to 20, 4 by default.
-    /// There is no guidance at 1 and below, nor without a negative prompt.
+    /// Scale of the classifier-free guidance away from the negative prompt, from 0 to 20. There is no
+    /// guidance at 1 and below, nor without a negative prompt. Default: that of the model's recipe, or 4.
     cfg_scale: Option<f64>,
+    /// As in `/v1/images/generations`: a time shift of the noise levels.
+    shift: Option<f64>,
+    /// As in `/v1/images/generations`: the noise level of each step.
+    sigmas: Option<Vec<f64>>,
+    /// As in `/v1/images/generations`: the name of a recipe, or an object with its values.
+    #[schema(value_type = Option<ScheduleField>)]
+    schedule: Option<Value>,
     /// Width of the image in pixels, rounded down to a multiple of 16. Default: the model's own
     /// size, 1024 for Qwen-Image.
     #[schema(value_type = Option<i64>, minimum = 1)]
@@ -257,6 +267,8 @@ fn parse(mut object: Map<String, Value>) -> Result<Parsed, InvalidBody> {
     }
     let prompt = fields.prompt;
     let prompt = prompt.ok_or_else(|| InvalidBody::missing("prompt"))?;
+    let (prompt, adapters) = tags::take_adapters(&prompt)?;
+    tags::refuse_adapters(fields.negative_prompt.as_deref().unwrap_or_default())?;
     let batch_size = at_least_1("batch_size", fields.batch_size)?;
     let n_iter = at_least_1("n_iter", fields.n_iter)?;
     let images = if batch_size > 1 {
@@ -266,6 +278,7 @@ fn parse(mut object: Map<String, Value>) -> Result<Parsed, InvalidBody> {
     };
     let value = |field: Option<Integer>| field.map(|Integer(value)| value);
     let request = ParsedRequest {
+        adapters,
         params: GenerationParams {
             prompt,
             negative_prompt: fields.negative_prompt,
@@ -273,6 +286,9 @@ fn parse(mut object: Map<String, Value>) -> Result<Parsed, InvalidBody> {
             height: value(fields.height),
             width: value(fields.width),
             num_inference_steps: value(fields.steps),
+            shift: fields.shift,
+            sigmas: fields.sigmas,
+            schedule: given_schedule(fields.schedule.as_ref())?,
             num_images: Some(batch_size.saturating_mul(n_iter)),
             seed: value(fields.seed),
             ..GenerationParams::default()
@@ -284,6 +300,7 @@ fn parse(mut object: Map<String, Value>) -> Result<Parsed, InvalidBody> {
             steps: "steps",
             scale: "cfg_scale",
             images,
+            adapters: "prompt",
         },
         encoding: Encoding::new(ImageFormat::Png),
         noise_generator: None,

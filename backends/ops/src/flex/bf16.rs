@@ -3,13 +3,17 @@
 #![expect(unsafe_code, reason = "the instructions are called as intrinsics")]
 
 use std::arch::x86_64::{
-    __m512, __m512bh, __m512i, _mm512_dpbf16_ps, _mm512_set1_epi32, _mm512_setzero_ps,
+    __m512, __m512bh, __m512i, _mm512_add_ps, _mm512_dpbf16_ps, _mm512_load_si512,
+    _mm512_mask_storeu_ps, _mm512_maskz_loadu_ps, _mm512_set1_epi32, _mm512_setzero_ps,
 };
 
-use burn_tensor::bf16;
+use burn_flex::FlexTensor;
+use burn_tensor::{DType, bf16};
 use rayon::prelude::*;
 
+use super::matrix::parts;
 use super::simd;
+use super::thin::{self, LANE, Product, Sums};
 
 /// Values that a task rounds to bf16.
 const CHUNK: usize = 1 << 14;
@@ -88,18 +92,20 @@ pub(super) fn pairs_of_rows(values: &[f32], d_in: usize) -> Vec<Pair> {
     let mut pairs = vec![0; values.len() / d_in * length];
     let rows = pairs.par_chunks_mut(length).zip(values.par_chunks(d_in));
     rows.with_min_len(CHUNK.div_ceil(d_in))
-        .for_each(|(pairs, row)| {
-            simd::vectorised(|| {
-                let (whole, last) = row.as_chunks::<2>();
-                for (pair, &[first, second]) in pairs.iter_mut().zip(whole) {
-                    *pair = simd::bf16_bits(first) | simd::bf16_bits(second) << 16;
-                }
-                if let (&[last], Some(pair)) = (last, pairs.last_mut()) {
-                    *pair = simd::bf16_bits(last);
-                }
-            });
-        });
+        .for_each(|(pairs, row)| simd::vectorised(|| pairs_of_row(pairs, row, 1.0)));
     pairs
+}
+
+/// Scales a row and rounds it to pairs.
+#[inline(always)]
+fn pairs_of_row(pairs: &mut [Pair], row: &[f32], scale: f32) {
+    let (whole, last) = row.as_chunks::<2>();
+    for (pair, &[first, second]) in pairs.iter_mut().zip(whole) {
+        *pair = simd::bf16_bits(scale * first) | simd::bf16_bits(scale * second) << 16;
+    }
+    if let (&[last], Some(pair)) = (last, pairs.last_mut()) {
+        *pair = simd::bf16_bits(scale * last);
+    }
 }
 
 /// Transposes rows into a panel, from their pair `first` on.
@@ -145,6 +151,115 @@ fn tile(rows: [&[Pair]; ROWS], panel: &[[Pair; COLUMNS]]) -> Tile {
     }
     // SAFETY: four registers are 64 values.
     sums.map(|row| unsafe { std::mem::transmute::<[__m512; REGISTERS], [f32; COLUMNS]>(row) })
+}
+
+impl Product for Bf16Instructions {
+    type Term = Pair;
+    type Stored = bf16;
+    const STORED: DType = DType::BF16;
+    const COLUMNS: usize = COLUMNS;
+
+    fn stored(matrix: &FlexTensor) -> &[bf16] {
+        matrix.storage()
+    }
+
+    fn terms(length: usize) -> usize {
+        length.div_ceil(2)
+    }
+
+    fn left<'a>(
+        self,
+        values: &'a [f32],
+        length: usize,
+        scale: f32,
+        scratch: &'a mut Vec<Pair>,
+    ) -> &'a [Pair] {
+        let pairs = Self::terms(length);
+        let rows = values.len() / length;
+        scratch.resize(rows.next_multiple_of(thin::ROWS) * pairs, 0);
+        simd::vectorised(|| {
+            let rows = scratch
+                .chunks_exact_mut(pairs)
+                .zip(values.chunks_exact(length));
+            rows.for_each(|(pairs, row)| pairs_of_row(pairs, row, scale));
+        });
+        scratch
+    }
+
+    fn column(row: &[bf16], first: usize, places: &mut [Pair], width: usize) {
+        let (pairs, last) = row[2 * first..].as_chunks::<2>();
+        let last = last.first().map(|last| [*last, bf16::ZERO]);
+        let places = places.iter_mut().step_by(width);
+        for (place, pair) in places.zip(pairs.iter().copied().chain(last)) {
+            *place = join(pair[0], pair[1]);
+        }
+    }
+
+    fn add(self, left: &[Pair], panel: &thin::Panel<Pair>, sums: Sums<'_>) {
+        sums.check(left, panel);
+        // SAFETY: `self` is proof that the CPU has the instructions, and the sizes are checked.
+        unsafe {
+            match panel.width / LANE {
+                1 => add_thin::<12, 1>(left, panel, sums),
+                2 => add_thin::<12, 2>(left, panel, sums),
+                3 => add_thin::<6, 3>(left, panel, sums),
+                _ => add_thin::<6, 4>(left, panel, sums),
+            }
+        }
+    }
+}
+
+/// Computes [`Product::add`] in tiles of `HEIGHT` rows and the panel's registers.
+///
+/// # Safety
+/// The sizes are those that [`Sums::check`] checks.
+#[target_feature(enable = "avx512f,avx512bf16")]
+unsafe fn add_thin<const HEIGHT: usize, const REGISTERS: usize>(
+    left: &[Pair],
+    panel: &thin::Panel<Pair>,
+    sums: Sums<'_>,
+) {
+    let right = panel.values();
+    for terms in parts(panel.terms) {
+        for top in (0..sums.rows).step_by(HEIGHT) {
+            let left = &left[top * panel.terms..][..HEIGHT * panel.terms];
+            let mut tile = [[_mm512_setzero_ps(); REGISTERS]; HEIGHT];
+            for place in terms.clone() {
+                let columns: [__m512bh; REGISTERS] = std::array::from_fn(|register| {
+                    let index = place * panel.width + register * LANE;
+                    // SAFETY: a panel has `width` values for each term, that begin on a cache line;
+                    // any bits are bf16 values.
+                    unsafe {
+                        let columns: *const __m512i = right.as_ptr().add(index).cast();
+                        std::mem::transmute(_mm512_load_si512(columns))
+                    }
+                });
+                for (row, tile) in tile.iter_mut().enumerate() {
+                    // SAFETY: there are `HEIGHT` rows of `panel.terms` pairs.
+                    let pair = unsafe { *left.get_unchecked(row * panel.terms + place) };
+                    let pair: __m512i = _mm512_set1_epi32(pair.cast_signed());
+                    // SAFETY: any bits are bf16 values.
+                    let pair: __m512bh = unsafe { std::mem::transmute(pair) };
+                    for (sum, columns) in tile.iter_mut().zip(columns) {
+                        *sum = _mm512_dpbf16_ps(*sum, pair, columns);
+                    }
+                }
+            }
+            for (row, tile) in (top..sums.rows).zip(tile) {
+                for (register, added) in tile.into_iter().enumerate() {
+                    let columns = panel.columns - register * LANE;
+                    let mask = u16::MAX >> (LANE - columns.min(LANE));
+                    let place = row * sums.stride + sums.first + register * LANE;
+                    // SAFETY: the mask has the columns in use, which are inside the slice.
+                    unsafe {
+                        let place = sums.values.as_mut_ptr().add(place);
+                        let sum = _mm512_add_ps(_mm512_maskz_loadu_ps(mask, place), added);
+                        _mm512_mask_storeu_ps(place, mask, sum);
+                    }
+                }
+            }
+        }
+    }
 }
 
 #[cfg(test)]

@@ -11,10 +11,12 @@ mod direct;
 mod elementwise;
 mod grid;
 mod linear;
+mod low_rank;
 mod matrix;
 mod norm;
 mod shared;
 mod simd;
+mod thin;
 mod tile;
 mod winograd;
 
@@ -23,7 +25,7 @@ use std::ops::Range;
 use burn_flex::{Flex, FlexTensor};
 use burn_tensor::{DType, Tensor, TensorData, TensorPrimitive};
 
-use crate::{Cores, FusedOps, Rope, TokenRun, defaults};
+use crate::{Cores, FusedOps, LowRankRun, Rope, TokenRun, defaults};
 
 type Float<const D: usize> = Tensor<Flex, D>;
 
@@ -37,6 +39,17 @@ impl FusedOps for Flex {
             return defaults::fused_linear(x, weight, bias);
         }
         linear::fused_linear(x, weight, bias)
+    }
+
+    fn add_low_rank(
+        outputs: Vec<Float<2>>,
+        x: Float<2>,
+        runs: &[LowRankRun<Self>],
+    ) -> Vec<Float<2>> {
+        if !is_f32(&x) {
+            return defaults::add_low_rank(outputs, x, runs);
+        }
+        low_rank::add_low_rank(outputs, x, runs)
     }
 
     fn rms_norm(x: Float<2>, weight: Float<1>, eps: f64) -> Float<2> {

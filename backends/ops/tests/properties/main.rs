@@ -3,6 +3,7 @@
 #![cfg(feature = "flex")]
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on should stop")]
 
+mod low_rank;
 mod suite;
 
 /// Tolerances for results that are both computed in f32 and differ in the order of additions.

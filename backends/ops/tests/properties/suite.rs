@@ -6,8 +6,9 @@
 
 use burn_flex::{Flex, FlexDevice};
 use burn_tensor::{DType, Tensor, TensorData, activation};
-use kiln_ops::{FusedOps, Rope, TokenRun, defaults};
+use kiln_ops::{FusedOps, LowRankRun, LowRankUp, Rope, TokenRun, defaults};
 use proptest::collection::vec;
+use proptest::option;
 use proptest::prelude::{Strategy, any};
 use proptest::sample::{Index, select};
 use proptest::test_runner::{Config, RngSeed, TestCaseError, TestRunner};
@@ -21,8 +22,8 @@ macro_rules! test_every_op {
     ($suites:expr) => {
         $crate::suite::test_every_op! {
             $suites;
-            fused_linear thin_products rms_norm layer_norm_modulate gated_residual qk_norm_rope gelu_tanh
-            silu_mul packed_attention attention_widths attention_lengths long_attention
+            fused_linear thin_products add_low_rank rms_norm layer_norm_modulate gated_residual
+            qk_norm_rope gelu_tanh silu_mul packed_attention attention_widths attention_lengths long_attention
             attention_of_large_values conv2d_same channel_norm channel_norm_silu upsample_nearest
             crop
         }
@@ -158,6 +159,84 @@ impl<B: FusedOps> Suite<B> {
             )
             .unwrap_or_else(|error| panic!("{tokens}x{d_in}x{d_out}: {error}"));
         }
+    }
+
+    /// Up to three runs, which may overlap, for up to three outputs.
+    pub(crate) fn add_low_rank(&self) {
+        let matrices: Vec<DType> = [DType::F32, DType::BF16, DType::F16]
+            .into_iter()
+            .filter(|dtype| B::supports_dtype(&self.device, *dtype))
+            .collect();
+        let ranks = option::of(select(vec![1, 2, 3, 7, 16, 33, 65, 70]));
+        let run = (any::<[Index; 2]>(), vec(ranks, 3), select(vec![0.5, -1.5]));
+        let case = (
+            size(),
+            size(),
+            vec(size(), 1..4),
+            vec(run, 0..4),
+            select(matrices),
+            any::<u32>(),
+        );
+        self.check_products(case, |(tokens, d_in, widths, runs, dtype, seed)| {
+            let x = self.input(seed, [tokens, d_in]);
+            let outputs = (1..).zip(&widths);
+            let (outputs, reference_outputs) = outputs
+                .map(|(index, &width)| self.input(seed ^ index, [tokens, width]))
+                .map(|output| (output.tested, output.reference))
+                .unzip();
+            let (mut tested, mut references) = (Vec::new(), Vec::new());
+            let mut largest = 1.0_f32;
+            for (index, (ends, ranks, scale)) in (1_u32..).zip(runs) {
+                let mut ends = ends.map(|end| end.index(tokens + 1));
+                ends.sort_unstable();
+                let seed = seed ^ (index << 8);
+                let mut rank = 0;
+                let (ups, reference_ups) = (1..)
+                    .zip(widths.iter().zip(ranks))
+                    .map(|(index, (&width, own))| {
+                        let own = rank..rank + own?;
+                        rank = own.end;
+                        let up = self.input_of(dtype, seed ^ index, [width, own.len()]);
+                        // Typical magnitude of two products after each other.
+                        largest = largest.max((16.0 * (d_in * own.len()) as f32).sqrt());
+                        Some((
+                            LowRankUp {
+                                rank: own.clone(),
+                                up: up.tested,
+                                scale,
+                            },
+                            LowRankUp {
+                                rank: own,
+                                up: up.reference.cast(dtype),
+                                scale,
+                            },
+                        ))
+                    })
+                    .map(Option::unzip)
+                    .unzip();
+                // Rows that no output uses.
+                let down = self.input_of(dtype, seed, [rank + 1, d_in]);
+                tested.push(LowRankRun {
+                    tokens: ends[0]..ends[1],
+                    down: down.tested,
+                    ups,
+                });
+                references.push(LowRankRun {
+                    tokens: ends[0]..ends[1],
+                    down: down.reference.cast(dtype),
+                    ups: reference_ups,
+                });
+            }
+            let tested = B::add_low_rank(outputs, x.tested, &tested);
+            let reference = defaults::add_low_rank(reference_outputs, x.reference, &references);
+            for (tested, reference) in tested.into_iter().zip(reference) {
+                // A sum near the middle between two bf16 may be rounded to either.
+                let tolerance = if dtype == DType::BF16 { 4e-3 } else { 0.0 };
+                let tolerance = self.extent.product_tolerance.max(tolerance);
+                self.compare_within(tolerance, tested, reference, largest)?;
+            }
+            Ok(())
+        });
     }
 
     pub(crate) fn rms_norm(&self) {

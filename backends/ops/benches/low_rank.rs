@@ -1,0 +1,128 @@
+//! Times the linear layers of one transformer block alone and with low-rank updates of several ranks,
+//! in turn: `cargo bench -p kiln-ops --features flex --bench low_rank -- [WIDTH] [IMAGE_TOKENS]
+//! [TEXT_TOKENS]`.
+//!
+//! Prints the medians of the times, and for each rank the median of its ratio to the layers alone in
+//! the same round: for the backend's kernel and for the default body.
+
+#![expect(clippy::print_stdout, reason = "the benchmark prints a table")]
+
+use std::hint::black_box;
+use std::time::Instant;
+
+use burn_flex::{Flex, FlexDevice};
+use burn_tensor::{DType, Distribution, Tensor};
+use kiln_ops::{FusedOps, LowRankRun, LowRankUp, defaults};
+
+const RANKS: [usize; 3] = [16, 64, 128];
+const ROUNDS: usize = 15;
+
+type Float<const D: usize> = Tensor<Flex, D>;
+type AddLowRank = fn(Vec<Float<2>>, Float<2>, &[LowRankRun<Flex>]) -> Vec<Float<2>>;
+
+/// Linear layers with one input.
+struct Group {
+    x: Float<2>,
+    layers: Vec<(Float<2>, Float<1>)>,
+    /// One run for each rank.
+    runs: Vec<LowRankRun<Flex>>,
+}
+
+fn random<const D: usize>(shape: [usize; D], scale: f64) -> Float<D> {
+    Float::random(shape, Distribution::Normal(0.0, scale), &FlexDevice)
+}
+
+fn group(tokens: usize, d_in: usize, d_out: usize, outputs: usize, dtype: DType) -> Group {
+    let run = |rank: usize| LowRankRun {
+        tokens: 0..tokens,
+        down: random([rank * outputs, d_in], 0.02).cast(dtype),
+        ups: (0..outputs)
+            .map(|index| {
+                Some(LowRankUp {
+                    rank: index * rank..(index + 1) * rank,
+                    up: random([d_out, rank], 0.02).cast(dtype),
+                    scale: 0.5,
+                })
+            })
+            .collect(),
+    };
+    let layer = |_| {
+        let weight = random([d_out, d_in], 0.02).cast(dtype);
+        (weight, random([d_out], 0.02).cast(dtype))
+    };
+    Group {
+        x: random([tokens, d_in], 1.0),
+        layers: (0..outputs).map(layer).collect(),
+        runs: RANKS.map(run).into(),
+    }
+}
+
+/// The seconds of all groups' layers, with the runs of a rank.
+fn time(groups: &[Group], with: Option<(AddLowRank, usize)>) -> f64 {
+    let start = Instant::now();
+    for group in groups {
+        let linear = |(weight, bias): &(Float<2>, Float<1>)| {
+            Flex::fused_linear(group.x.clone(), weight.clone(), Some(bias.clone()))
+        };
+        let outputs = group.layers.iter().map(linear).collect();
+        let outputs = match with {
+            Some((add, rank)) => add(outputs, group.x.clone(), &group.runs[rank..=rank]),
+            None => outputs,
+        };
+        black_box(outputs);
+    }
+    start.elapsed().as_secs_f64()
+}
+
+fn median(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values[values.len() / 2]
+}
+
+fn main() {
+    let numbers: Vec<usize> = std::env::args()
+        .filter_map(|argument| argument.parse().ok())
+        .collect();
+    let number = |index: usize, or: usize| numbers.get(index).copied().unwrap_or(or);
+    let (width, image, text) = (number(0, 768), number(1, 1024), number(2, 20));
+    for dtype in [DType::F32, DType::BF16] {
+        let groups: Vec<Group> = [image, text]
+            .into_iter()
+            .flat_map(|tokens| {
+                [
+                    group(tokens, width, width, 3, dtype),
+                    group(tokens, width, width, 1, dtype),
+                    group(tokens, width, 4 * width, 1, dtype),
+                    group(tokens, 4 * width, width, 1, dtype),
+                ]
+            })
+            .collect();
+        let mut cases: Vec<(String, Option<(AddLowRank, usize)>)> = vec![("none".into(), None)];
+        for (name, add) in [
+            ("kernel", Flex::add_low_rank as AddLowRank),
+            ("default body", defaults::add_low_rank::<Flex>),
+        ] {
+            for (index, rank) in RANKS.iter().enumerate() {
+                cases.push((format!("rank {rank}, {name}"), Some((add, index))));
+            }
+        }
+        let mut times = vec![Vec::new(); cases.len()];
+        for _ in 0..=ROUNDS {
+            for ((_, with), times) in cases.iter().zip(&mut times) {
+                times.push(time(&groups, *with));
+            }
+        }
+        println!("{width} wide, {image} and {text} tokens, {dtype:?}:");
+        for ((name, _), own) in cases.iter().zip(&times) {
+            // The first round warms up.
+            let ratios = own.iter().zip(&times[0]).skip(1).map(|(a, b)| a / b);
+            let least = own.iter().copied().fold(f64::MAX, f64::min);
+            println!(
+                "{name:24} {:8.3} ms, {:6.3} times none; least {:8.3} ms",
+                1e3 * median(own[1..].to_vec()),
+                median(ratios.collect()),
+                1e3 * least,
+            );
+        }
+    }
+}

@@ -1,0 +1,92 @@
+//! Weights with an adapter merged into them, compared with diffusers' `fuse_lora`.
+//! `tests/reference/make_merged_fixtures.py` makes the reference.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use half::bf16;
+use kiln_models::adapter::{Adapter, Change, Factors, HostMatrix, MergedSource};
+use kiln_models::{StoredDType, TensorSource};
+
+use crate::fixtures::{Component, Stages, folder};
+
+/// `SCALE` of the script.
+const SCALE: f32 = 0.7;
+
+/// The transformer of a checkpoint with the adapter of the reference, and the reference.
+fn merged(checkpoint: &str) -> (MergedSource, Stages) {
+    let file = folder().join(format!("merged/{checkpoint}.safetensors"));
+    let stages = Stages::read(&file);
+    let matrix = |name: &str| {
+        let (info, bytes) = &stages.0[name];
+        HostMatrix {
+            shape: [info.shape[0], info.shape[1]],
+            dtype: info.dtype.clone(),
+            bytes: bytes.clone(),
+        }
+    };
+    let paths = stages
+        .0
+        .keys()
+        .filter_map(|name| name.strip_suffix(".down"));
+    let change = |path: &str| Change {
+        factors: Factors::LowRank {
+            down: matrix(&format!("{path}.down")),
+            up: matrix(&format!("{path}.up")),
+        },
+        scale: 1.0,
+    };
+    let changes: BTreeMap<String, Change> =
+        paths.map(|path| (path.to_owned(), change(path))).collect();
+    // 14 linear layers in each of two blocks, and six outside.
+    assert_eq!(changes.len(), 34);
+    let adapter = Arc::new(Adapter::new(checkpoint, changes));
+    let base = Component::open(checkpoint, "transformer");
+    (MergedSource::new(base, adapter, SCALE), stages)
+}
+
+fn f32s(bytes: &[u8]) -> impl Iterator<Item = f32> {
+    bytes
+        .as_chunks::<4>()
+        .0
+        .iter()
+        .map(|it| f32::from_le_bytes(*it))
+}
+
+#[test]
+fn merged_f32_weights_are_those_of_diffusers() {
+    let (source, reference) = merged("base");
+    assert_eq!(source.main_dtype(), Some(StoredDType::F32));
+    for name in reference.0.keys() {
+        let Some(path) = name.strip_suffix(".fused") else {
+            continue;
+        };
+        let found: Vec<f32> = f32s(&source.bytes(&format!("{path}.weight"))).collect();
+        crate::fixtures::assert_close(path, &found, &reference.values(name), 1e-6);
+    }
+}
+
+/// diffusers rounds the change to bf16 and then the sum; a merged weight is rounded once.
+#[test]
+fn merged_bf16_weights_are_those_of_diffusers_but_for_its_rounding_of_the_change() {
+    let (source, reference) = merged("bf16");
+    assert_eq!(source.main_dtype(), Some(StoredDType::Bf16));
+    let (mut equal, mut count) = (0, 0);
+    for (name, (info, expected)) in &reference.0 {
+        let Some(path) = name.strip_suffix(".fused") else {
+            continue;
+        };
+        assert_eq!(info.dtype, StoredDType::Bf16);
+        let found = source.bytes(&format!("{path}.weight"));
+        let expected = expected.as_chunks::<2>().0.iter();
+        for (found, expected) in f32s(&found).zip(expected) {
+            let (found, expected) = (bf16::from_f32(found), bf16::from_le_bytes(*expected));
+            let ulps = found.to_bits().abs_diff(expected.to_bits());
+            assert!(ulps <= 1, "{path}: {found} and {expected}");
+            equal += usize::from(ulps == 0);
+            count += 1;
+        }
+    }
+    println!("{equal} of {count} weights are equal");
+    assert!(equal * 100 >= count * 99, "{equal} of {count}");
+}
