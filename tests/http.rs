@@ -8,6 +8,7 @@ mod client;
 mod deadlines;
 mod images;
 mod information;
+mod lora;
 #[cfg(target_os = "linux")]
 mod memory;
 mod model_files;

@@ -156,6 +156,7 @@ impl GenerationFields {
             self.cache_dit_params.as_ref(),
         )?;
         let schedule = given_schedule(self.schedule.as_ref())?;
+        let (adapters_name, adapters) = written_adapters(self.lora.as_ref(), self.loras.as_ref())?;
         let (mut width, mut height) = (self.width, self.height);
         let mut size_given = false;
         match self.size {
@@ -192,13 +193,14 @@ impl GenerationFields {
                 cfg_gate_step: self.cfg_gate_step,
                 adapters: Vec::new(),
             },
-            adapters: written_adapters(self.lora.as_ref(), self.loras.as_ref())?,
+            adapters,
             names: WireNames {
                 prompt: prompt_name,
                 size_given,
                 steps: "num_inference_steps",
                 scale: scale.0,
                 images: images.0,
+                adapters: adapters_name,
             },
             encoding: encoding(self.output_format, self.output_compression)?,
             noise_generator: self.generator_device.map(|device| match device {
