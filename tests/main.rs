@@ -24,6 +24,8 @@ mod devices;
 mod embed;
 /// The HTTP server, in this process, over TCP.
 mod http;
+/// Adapter files compared with diffusers and peft, in this process.
+mod lora_parity;
 /// The memory of jobs on flex, planned and measured.
 #[cfg(all(feature = "flex", target_os = "linux"))]
 mod memory;
