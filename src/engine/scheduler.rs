@@ -454,7 +454,7 @@ impl Scheduler {
         };
         let candidate = |entry: &Entry| Candidate {
             alone: !entry.is_started() && is_alone(entry),
-            adapters: self.adapter_need(entry),
+            adapters: self.adapter_need(entry, &in_use),
             ..entry.candidate(self.device_time, &self.speed)
         };
         self.entries.iter().map(candidate).collect()
