@@ -10,6 +10,8 @@ mod images;
 mod information;
 mod lora;
 #[cfg(target_os = "linux")]
+mod lora_load;
+#[cfg(target_os = "linux")]
 mod memory;
 mod model_files;
 mod operation;

@@ -120,6 +120,11 @@ impl AdapterStore {
         Ok(store)
     }
 
+    /// Whether there are adapters, or a folder that may get some.
+    pub fn may_have_any(&self) -> bool {
+        self.0.folder.is_some() || !self.0.embedded.is_empty()
+    }
+
     /// The usable adapters.
     pub fn catalogue(&self) -> Catalogue {
         self.list().catalogue.clone()

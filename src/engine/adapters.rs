@@ -92,10 +92,11 @@ impl AdapterRoom {
         })
     }
 
-    pub(super) fn need(&self, own: &[JobAdapter], entries: &[Entry]) -> AdapterNeed {
+    /// What a job with these adapters needs that has not been started, beside those in use.
+    pub(super) fn need(&self, own: &[JobAdapter], in_use: &[&JobAdapter]) -> AdapterNeed {
         if own.is_empty() {
             AdapterNeed::None
-        } else if self.fits_beside(own, &in_use(entries)) {
+        } else if self.fits_beside(own, in_use) {
             AdapterNeed::Fits
         } else {
             AdapterNeed::Waits

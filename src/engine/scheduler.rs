@@ -74,6 +74,8 @@ pub(super) struct Scheduler {
     cost_model: CostModel,
     memory: Memory,
     adapter_room: AdapterRoom,
+    /// Device bytes of the largest adapter that a job has had.
+    largest_adapter: u64,
     token_side: usize,
     /// Image tokens that the jobs of a step may have together.
     budget: Budget,
@@ -112,6 +114,7 @@ impl Scheduler {
             cost_model: facts.cost_model,
             memory: facts.memory,
             adapter_room: facts.adapter_room,
+            largest_adapter: 0,
             token_side: facts.token_side,
             budget: Budget::new(settings.max_step_tokens.unwrap_or(DEFAULT_BUDGET)),
             calibration: None,
@@ -430,8 +433,7 @@ impl Scheduler {
         let parts = (self.work(&job), plans, self.adapter_room.adapters_of(&job));
         let entry = Entry::new(id, job, parts, options, now, self.device_time);
         let sizes = entry.adapters.iter().map(|adapter| adapter.bytes);
-        let largest = &mut self.stats.adapters.largest;
-        *largest = sizes.fold(*largest, u64::max);
+        self.largest_adapter = sizes.fold(self.largest_adapter, u64::max);
         self.entries.push(entry);
         id
     }
@@ -452,7 +454,7 @@ impl Scheduler {
         };
         let candidate = |entry: &Entry| Candidate {
             alone: !entry.is_started() && is_alone(entry),
-            adapters: self.adapter_need(entry),
+            adapters: self.adapter_need(entry, &in_use),
             ..entry.candidate(self.device_time, &self.speed)
         };
         self.entries.iter().map(candidate).collect()

@@ -88,8 +88,6 @@ pub struct AdapterStats {
     pub outcomes: BTreeMap<String, Outcomes>,
     /// The pipeline's cache of adapters.
     pub cache: CacheUse,
-    /// Device bytes of the largest adapter that a job has had.
-    pub largest: u64,
 }
 
 /// A snapshot of the engine. Counters and histograms only grow. None of them contains the warm-up.

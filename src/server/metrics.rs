@@ -31,8 +31,9 @@ pub(super) async fn metrics(State(app): State<Arc<App>>) -> Response {
     let mut page = Page::default();
     page.start(&app, is_ready);
     page.engine(&stats);
-    if loaded.is_some_and(|app| app.limits.adapters.iter().next().is_some()) {
-        page.adapters(&stats.adapters, unix_time());
+    let store = loaded.map(|app| &app.adapters);
+    if let Some(store) = store.filter(|store| store.may_have_any()) {
+        page.adapters(&stats.adapters, store.cache_use(), unix_time());
     }
     page.connections(&app.connections);
     let text = page.text;

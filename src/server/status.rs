@@ -152,7 +152,11 @@ pub(super) async fn status(
             negative_prompt: app.settings.default_negative_prompt.clone(),
             cache: limits.caches.default.to_json(),
         },
-        adapters: AdapterStatus::new(&app.adapters, app.settings.lora_updates),
+        adapters: AdapterStatus::new(
+            &app.adapters,
+            stats.adapters.cache,
+            app.settings.lora_updates,
+        ),
         model_recipe: recipe.map(ModelRecipe::from),
         prompt_guide: app.prompt_guide.map(Guide::new),
     })

@@ -21,17 +21,18 @@ impl Scheduler {
     /// Whether there is memory for the next call for a job, and room for its adapters.
     pub(super) fn turn(&self, index: usize) -> Turn {
         let entry = &self.entries[index];
-        if !entry.is_started() && self.adapter_need(entry) == AdapterNeed::Waits {
+        let need = self.adapter_need(entry, &in_use(&self.entries));
+        if need == AdapterNeed::Waits {
             return Turn::Wait;
         }
         self.memory.turn(&self.entries, index)
     }
 
-    pub(super) fn adapter_need(&self, entry: &Entry) -> AdapterNeed {
+    pub(super) fn adapter_need(&self, entry: &Entry, in_use: &[&JobAdapter]) -> AdapterNeed {
         if entry.is_started() && !entry.adapters.is_empty() {
             return AdapterNeed::Fits;
         }
-        self.adapter_room.need(&entry.adapters, &self.entries)
+        self.adapter_room.need(&entry.adapters, in_use)
     }
 
     /// Uploads the adapters of a job that is about to be started. `None` if that was tried before, or if
@@ -87,11 +88,12 @@ impl Scheduler {
     /// A job that has not been submitted, as the policy sees it.
     pub(super) fn newcomer(&self, job: &Job, plans: &Plans, work: &Work) -> Candidate {
         let adapters = self.adapter_room.adapters_of(job);
-        let more = missing(&adapters, &in_use(&self.entries));
+        let in_use = in_use(&self.entries);
+        let more = missing(&adapters, &in_use);
         let is_alone = |plan| self.memory.is_alone(plan, more, &self.entries);
         Candidate {
             alone: plans.first().is_some_and(|(_, plan)| is_alone(plan)),
-            adapters: self.adapter_room.need(&adapters, &self.entries),
+            adapters: self.adapter_room.need(&adapters, &in_use),
             ..Candidate::newcomer(work, job.sampling.steps)
         }
     }
@@ -111,15 +113,12 @@ impl Scheduler {
             let jobs = self.entries.iter().filter(|it| it.is_started() == started);
             jobs.flat_map(|entry| names(&entry.adapters)).collect()
         };
-        let stats = &self.stats.adapters;
+        let max_running = self.adapter_room.count_of(self.largest_adapter);
         AdapterStats {
             waiting: names(false),
             running: names(true),
-            max_running: self
-                .adapter_room
-                .count_of(stats.largest)
-                .clamp(1, self.max_started),
-            ..stats.clone()
+            max_running: max_running.clamp(1, self.max_started),
+            ..self.stats.adapters.clone()
         }
     }
 }

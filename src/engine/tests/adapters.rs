@@ -169,22 +169,22 @@ fn a_job_that_waits_for_room_does_not_starve() {
     for way in WAYS {
         let mut bench = bench(1, way, 8);
         let all = adapters(2, 1);
-        let large = bench.submit(with(&[&all[0]], job(1, 20, 10)));
+        let large = bench.submit(with(&[&all[0]], job(1, 12, 10)));
         let waiting = bench.submit(with(&[&all[1]], job(2, 10, 4)));
-        let small = with(&[&all[0]], job(3, 4, 2));
+        let small = with(&[&all[0]], job(3, 7, 2));
         let gap = whole_cost(&small).mul_f64(0.9);
-        let later: Vec<_> = (0..500)
+        let later: Vec<_> = (0..90)
             .map(|index| {
                 bench.submit_at(
                     gap * index,
-                    with(&[&all[0]], job(100 + u64::from(index), 4, 2)),
+                    with(&[&all[0]], job(100 + u64::from(index), 7, 2)),
                 )
             })
             .collect();
         bench.run();
         let ended = bench.find(Call::Finish(2)).ended;
         // Four times its own work and that of the job before it, and the small ones that had begun.
-        let most = (whole_cost(&job(1, 20, 10)) + whole_cost(&job(2, 10, 4))) * 4;
+        let most = (whole_cost(&job(1, 12, 10)) + whole_cost(&job(2, 10, 4))) * 4;
         let slack = whole_cost(&small) * 16;
         assert!(ended < most + slack, "{way:?}: {ended:?}");
         for handle in [large, waiting]

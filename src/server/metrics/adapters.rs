@@ -3,11 +3,12 @@
 use std::collections::BTreeSet;
 
 use super::Page;
+use crate::adapters::CacheUse;
 use crate::engine::{AdapterStats, Outcomes};
 
 impl Page {
     /// Writes the numbers of adapters. `now` is the Unix time in seconds.
-    pub(super) fn adapters(&mut self, stats: &AdapterStats, now: f64) {
+    pub(super) fn adapters(&mut self, stats: &AdapterStats, host: CacheUse, now: f64) {
         let name = "kiln_lora_requests_total";
         let help = "Ended requests by adapter and outcome; a request with several adapters counts for \
                     each.";
@@ -21,27 +22,47 @@ impl Page {
                 ));
             }
         }
-        let cache = stats.cache;
-        self.counter(
-            "kiln_lora_loads_total",
-            "Adapters that were uploaded to the device.",
-            cache.misses,
-        );
-        self.counter(
-            "kiln_lora_evictions_total",
-            "Adapters that were dropped from the device to make room for others.",
-            cache.evictions,
-        );
-        self.gauge(
-            "kiln_lora_device_cache_bytes",
-            "Size of the adapters on the device.",
-            cache.bytes,
-        );
-        self.gauge(
-            "kiln_lora_device_cache_max_bytes",
-            "Limit of the size of the adapters on the device.",
-            cache.max_bytes,
-        );
+        let device = stats.cache;
+        for (name, help, numbers) in [
+            (
+                "kiln_lora_loads_total",
+                "Adapters that were read into host memory, and uploaded to the device.",
+                [host.loads, device.misses],
+            ),
+            (
+                "kiln_lora_evictions_total",
+                "Adapters that were dropped to make room for others.",
+                [host.evictions, device.evictions],
+            ),
+        ] {
+            let [host, device] = numbers;
+            let values = [("host", host), ("device", device)];
+            self.labelled((name, "counter", help), "cache", &values);
+        }
+        for (name, help, bytes) in [
+            (
+                "kiln_lora_host_cache_bytes",
+                "Size of the adapters in host memory.",
+                host.bytes,
+            ),
+            (
+                "kiln_lora_host_cache_max_bytes",
+                "Limit of the size of the adapters in host memory.",
+                host.max_bytes,
+            ),
+            (
+                "kiln_lora_device_cache_bytes",
+                "Size of the adapters on the device.",
+                device.bytes as u64,
+            ),
+            (
+                "kiln_lora_device_cache_max_bytes",
+                "Limit of the size of the adapters on the device.",
+                device.max_bytes as u64,
+            ),
+        ] {
+            self.gauge(name, help, bytes);
+        }
         // vLLM's form, which routers read to send requests to where their adapter is: the value is the
         // time, the labels are in the order of the alphabet.
         let name = "vllm:lora_requests_info";

@@ -4,6 +4,7 @@ use kiln_models::pipeline::MemoryUse;
 
 use super::super::Settings;
 use super::*;
+use crate::adapters::CacheUse as HostUse;
 use crate::engine::{AdapterStats, Outcomes};
 
 fn text(stats: &EngineStats) -> String {
@@ -137,10 +138,16 @@ fn adapters_are_counted_and_routers_see_which_are_in_use() {
             misses: 5,
             evictions: 3,
         },
-        ..AdapterStats::default()
     };
     let mut page = Page::default();
-    page.adapters(&stats, 1_764_000_000.25);
+    let host = HostUse {
+        bytes: 300,
+        max_bytes: 400,
+        loads: 8,
+        evictions: 6,
+        ..HostUse::default()
+    };
+    page.adapters(&stats, host, 1_764_000_000.25);
     let samples = samples(&page.text);
     let expected = [
         (
@@ -151,8 +158,12 @@ fn adapters_are_counted_and_routers_see_which_are_in_use() {
             "kiln_lora_requests_total{adapter=\"style/c\",outcome=\"failed\"}",
             1.0,
         ),
-        ("kiln_lora_loads_total", 5.0),
-        ("kiln_lora_evictions_total", 3.0),
+        ("kiln_lora_loads_total{cache=\"host\"}", 8.0),
+        ("kiln_lora_loads_total{cache=\"device\"}", 5.0),
+        ("kiln_lora_evictions_total{cache=\"host\"}", 6.0),
+        ("kiln_lora_evictions_total{cache=\"device\"}", 3.0),
+        ("kiln_lora_host_cache_bytes", 300.0),
+        ("kiln_lora_host_cache_max_bytes", 400.0),
         ("kiln_lora_device_cache_bytes", 70.0),
         ("kiln_lora_device_cache_max_bytes", 100.0),
         (
