@@ -180,7 +180,10 @@ impl Checkpoint {
     pub fn embedded_adapters(
         &self,
     ) -> &'static [(&'static str, &'static [u8], Option<&'static str>)] {
-        &[]
+        match self.place {
+            Place::Demo | Place::Dummy(Shape::Demo) => demo::demo_adapters(),
+            Place::Folder(_) | Place::Dummy(_) => &[],
+        }
     }
 
     /// How to word prompts, for a model with a small vocabulary.
@@ -224,6 +227,16 @@ impl Checkpoint {
                 vae: wrap(vae),
             },
         }
+    }
+
+    /// The same model with the transformer's weights behind another source.
+    #[must_use]
+    pub fn map_transformer(
+        mut self,
+        wrap: impl FnOnce(Arc<dyn TensorSource>) -> Arc<dyn TensorSource>,
+    ) -> Self {
+        self.parts.transformer = wrap(self.parts.transformer);
+        self
     }
 
     /// The configurations and the weights, for loading the networks.

@@ -85,8 +85,11 @@ impl GenerationRequest {
 
     /// The adapters and the hashes of their files.
     fn loras(&self) -> String {
+        let merged = self.merged.as_ref();
+        let merged = merged.map(|it| format!("Merged lora: {}:{}, ", it.info.name, it.scale));
+        let merged = merged.unwrap_or_default();
         if self.adapters.is_empty() {
-            return String::new();
+            return merged;
         }
         let list = |entry: fn(&ChosenAdapter) -> String| -> String {
             let entries: Vec<String> = self.adapters.iter().map(entry).collect();
@@ -100,7 +103,8 @@ impl GenerationRequest {
         } else {
             scales
         };
-        format!("Lora: {scales}, Lora hashes: {}, ", quoted(&hashes))
+        let hashes = quoted(&hashes);
+        format!("Lora: {scales}, Lora hashes: {hashes}, {merged}")
     }
 
     /// The step cache with the steps that were computed of all, and the guidance gate.

@@ -4,6 +4,7 @@ use serde::Serialize;
 use utoipa::ToSchema;
 
 use crate::adapters::{AdapterStore, CacheUse, Listed};
+use crate::request::ChosenAdapter;
 
 /// The adapters of the server.
 #[derive(Debug, Serialize, ToSchema)]
@@ -14,6 +15,8 @@ pub(in super::super) struct AdapterStatus {
     unusable: Vec<UnusableAdapter>,
     /// Whether clients may change the list: `--enable-lora-updates`.
     updates: bool,
+    /// The adapter that is merged into the model: `--lora-merge`. It is in every image.
+    merged: Option<MergedAdapter>,
     host_cache: HostCacheStatus,
 }
 
@@ -33,6 +36,15 @@ struct UsableAdapter {
     hash: String,
     /// What requests with it get where they name no value of their own; null if there is nothing.
     recipe: Option<RecipeStatus>,
+}
+
+/// An adapter that is merged into the model.
+#[derive(Debug, Serialize, ToSchema)]
+struct MergedAdapter {
+    name: String,
+    scale: f64,
+    /// First digits of the SHA-256 of its file's header.
+    hash: String,
 }
 
 /// The sampling that an adapter was trained for.
@@ -70,7 +82,7 @@ struct HostCacheStatus {
 }
 
 impl AdapterStatus {
-    pub(in super::super) fn new(store: &AdapterStore, updates: bool) -> Self {
+    pub(in super::super) fn new(store: &AdapterStore, updates: bool, merged: Option<&ChosenAdapter>) -> Self {
         let unusable = store.unusable().into_iter();
         let CacheUse {
             entries,
@@ -87,6 +99,11 @@ impl AdapterStatus {
                 .map(|(name, reason)| UnusableAdapter { name, reason })
                 .collect(),
             updates,
+            merged: merged.map(|merged| MergedAdapter {
+                name: merged.info.name.clone(),
+                scale: merged.scale,
+                hash: merged.info.hash.clone(),
+            }),
             host_cache: HostCacheStatus {
                 entries,
                 bytes,
