@@ -284,9 +284,8 @@ impl Model {
     #[must_use]
     pub fn with_merged(mut self, adapter: Arc<Adapter>, chosen: ChosenAdapter) -> Self {
         let scale = chosen.scale as f32;
-        let merge = |base| -> Arc<dyn TensorSource> {
-            Arc::new(MergedSource::new(base, adapter, scale))
-        };
+        let merge =
+            |base| -> Arc<dyn TensorSource> { Arc::new(MergedSource::new(base, adapter, scale)) };
         self.checkpoint = self.checkpoint.map_transformer(merge);
         self.limits.merged = Some(chosen);
         self

@@ -35,7 +35,9 @@ pub enum AdapterError {
         "the adapter {name:?} is loaded already: give load_inplace true to replace it, or another name"
     )]
     Listed { name: String },
-    #[error("the adapter {name:?} is merged into the model by --lora-merge: load it under another name")]
+    #[error(
+        "the adapter {name:?} is merged into the model by --lora-merge: load it under another name"
+    )]
     Merged { name: String },
     #[error("the adapter {path} cannot be used: {reason}")]
     File { path: PathBuf, reason: String },

@@ -105,10 +105,7 @@ impl LoraArgs {
 
 impl WithLoras {
     /// Reads the weights of a request's adapters.
-    pub(super) fn weights(
-        &self,
-        chosen: &[ChosenAdapter],
-    ) -> Result<Vec<Arc<Adapter>>, CliError> {
+    pub(super) fn weights(&self, chosen: &[ChosenAdapter]) -> Result<Vec<Arc<Adapter>>, CliError> {
         let names = chosen.iter().map(|chosen| &chosen.info.name);
         let weights: Result<_, AdapterError> = names.map(|name| self.store.get(name)).collect();
         Ok(weights?)
@@ -117,7 +114,9 @@ impl WithLoras {
 
 /// The name of the adapter in a file, which is added to the store, or of one that the model brings.
 fn name_of(file: &Path, store: &AdapterStore) -> Result<String, CliError> {
-    let name = file.to_str().filter(|name| store.catalogue().get(name).is_some());
+    let name = file
+        .to_str()
+        .filter(|name| store.catalogue().get(name).is_some());
     match name {
         Some(name) if !file.exists() => Ok(name.to_owned()),
         None if !file.exists() => {
@@ -302,8 +301,16 @@ mod tests {
             ("ink:-1", "ink", Some(-1.0)),
             ("ink:0", "ink", Some(0.0)),
             ("ink:1e-1", "ink", Some(0.1)),
-            (r"C:\loras\ink.safetensors", r"C:\loras\ink.safetensors", None),
-            (r"C:\loras\ink.safetensors:0.5", r"C:\loras\ink.safetensors", Some(0.5)),
+            (
+                r"C:\loras\ink.safetensors",
+                r"C:\loras\ink.safetensors",
+                None,
+            ),
+            (
+                r"C:\loras\ink.safetensors:0.5",
+                r"C:\loras\ink.safetensors",
+                Some(0.5),
+            ),
             ("a:b/ink", "a:b/ink", None),
             ("a:1:2", "a:1", Some(2.0)),
             ("ink:", "ink:", None),

@@ -38,7 +38,7 @@ pub(super) fn run(args: ServeArgs) -> Result<(), CliError> {
     args.caches.caches()?;
     server::raise_open_file_limit();
     let loading = LoadSettings {
-        adapter_cache_bytes: args.lora.lora_cache,
+        adapter_cache_bytes: usize::try_from(args.lora.lora_cache).unwrap_or(usize::MAX),
         ..args.loading.settings(&args.backend)?
     };
     let model = args.model_settings();

@@ -273,9 +273,7 @@ fn adapter_status(error: &AdapterError) -> StatusCode {
         AdapterError::Open { .. }
         | AdapterError::File { .. }
         | AdapterError::Folder(_)
-        | AdapterError::Io { .. } => {
-            StatusCode::INTERNAL_SERVER_ERROR
-        }
+        | AdapterError::Io { .. } => StatusCode::INTERNAL_SERVER_ERROR,
     }
 }
 

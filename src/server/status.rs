@@ -152,7 +152,11 @@ pub(super) async fn status(
             negative_prompt: app.settings.default_negative_prompt.clone(),
             cache: limits.caches.default.to_json(),
         },
-        adapters: AdapterStatus::new(&app.adapters, app.settings.lora_updates, limits.merged.as_ref()),
+        adapters: AdapterStatus::new(
+            &app.adapters,
+            app.settings.lora_updates,
+            limits.merged.as_ref(),
+        ),
         model_recipe: recipe.map(ModelRecipe::from),
         prompt_guide: app.prompt_guide.map(Guide::new),
     })

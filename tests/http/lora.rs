@@ -317,13 +317,13 @@ fn requests_are_refused_with_the_name() {
         ),
         (
             json!({"lora": {"name": "ink", "path": "/etc/passwd"}}),
-            unlisted("lora.name", "/etc/passwd"),
+            unlisted("lora.path", "/etc/passwd"),
         ),
         (
             json!({"lora": {"name": "ink", "path": "style/paper"}}),
             plain(
                 "lora.name",
-                "lora.name and the file beside it were given different values: give only one of them",
+                "lora.name and lora.path were given different values: give only one of them",
             ),
         ),
         (

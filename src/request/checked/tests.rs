@@ -27,6 +27,7 @@ static LIMITS: LazyLock<Limits> = LazyLock::new(|| Limits {
     adapters: Catalogue::default(),
     scheduler: None,
     model_recipe: None,
+    merged: None,
 });
 
 fn check(params: GenerationParams) -> Result<GenerationRequest, InvalidRequest> {

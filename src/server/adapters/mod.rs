@@ -4,7 +4,6 @@ mod given;
 mod routes;
 mod status;
 
-use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -150,7 +149,7 @@ impl LoadedApp {
         }
         let waiting = async {
             let _turn = self.adapter_turn.lock().await;
-            while !self.has_room(&names) {
+            while !self.adapters.has_room(names.iter().map(String::as_str)) {
                 sleep(POLL).await;
             }
             self.read(names).await
@@ -161,13 +160,6 @@ impl LoadedApp {
                 .await
                 .unwrap_or(Err(ApiError::Job(JobError::DeadlinePassed))),
         }
-    }
-
-    fn has_room(&self, names: &[String]) -> bool {
-        let distinct: BTreeSet<&str> = names.iter().map(String::as_str).collect();
-        let stats = self.engine.stats();
-        // Without jobs nothing that is in use will ever be freed.
-        self.adapters.has_room(distinct) || stats.running + stats.waiting == 0
     }
 
     async fn read(self: &Arc<Self>, names: Vec<String>) -> Result<Vec<Arc<Adapter>>, ApiError> {

@@ -82,7 +82,11 @@ struct HostCacheStatus {
 }
 
 impl AdapterStatus {
-    pub(in super::super) fn new(store: &AdapterStore, updates: bool, merged: Option<&ChosenAdapter>) -> Self {
+    pub(in super::super) fn new(
+        store: &AdapterStore,
+        updates: bool,
+        merged: Option<&ChosenAdapter>,
+    ) -> Self {
         let unusable = store.unusable().into_iter();
         let CacheUse {
             entries,
