@@ -19,6 +19,7 @@ mod page;
 mod pipeline;
 mod random_bodies;
 mod real_model;
+mod schedules;
 mod sdapi;
 mod server;
 mod stage_metrics;

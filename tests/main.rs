@@ -24,6 +24,8 @@ mod devices;
 mod embed;
 /// The HTTP server, in this process, over TCP.
 mod http;
+/// Adapter files compared with diffusers and peft, in this process.
+mod lora_parity;
 /// The memory of jobs on flex, planned and measured.
 #[cfg(all(feature = "flex", target_os = "linux"))]
 mod memory;
@@ -35,6 +37,9 @@ mod parity;
 /// The demo model's pipeline, in this process, with one and several jobs.
 #[cfg(feature = "flex")]
 mod pipeline;
+/// Noise levels and samplers other than a checkpoint's own, compared with diffusers.
+#[cfg(feature = "flex")]
+mod schedules;
 /// Helpers for tests that run `kiln serve` as a process.
 mod served;
 /// Configurations for random weights.

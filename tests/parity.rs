@@ -12,7 +12,7 @@ use serde_json::Value;
 /// Largest accepted difference relative to the largest magnitude of a stage. All runs are in f32.
 /// Rounding errors grow over encoder, steps and decoder, and torch's own results vary by 1e-6 with the
 /// alignment of its weights in memory.
-const TOLERANCE: f32 = 2e-5;
+pub(crate) const TOLERANCE: f32 = 2e-5;
 /// Smallest share of equal 8-bit values; the others may differ by 1.
 const EQUAL_PIXELS: f64 = 0.999;
 
@@ -65,7 +65,7 @@ fn cases() -> Vec<Value> {
     serde_json::from_slice(&fs::read(fixtures().join("cases.json")).unwrap()).unwrap()
 }
 
-fn fixtures() -> PathBuf {
+pub(crate) fn fixtures() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures")
 }
 
@@ -137,7 +137,7 @@ fn run(backend: &str, dtype: &str, case: &Value, folder: &Path) -> PathBuf {
     dump
 }
 
-fn compare_stages(case: &str, reference: &SafeTensors<'_>, dump: &SafeTensors<'_>) {
+pub(crate) fn compare_stages(case: &str, reference: &SafeTensors<'_>, dump: &SafeTensors<'_>) {
     let ids = |file: &SafeTensors<'_>, name: &str| -> Vec<i64> {
         let tensor = file.tensor(name).unwrap();
         assert_eq!(tensor.dtype(), Dtype::I64, "{case} {name}");
@@ -184,14 +184,14 @@ fn compare_stages(case: &str, reference: &SafeTensors<'_>, dump: &SafeTensors<'_
     }
 }
 
-fn floats(bytes: &[u8]) -> Vec<f32> {
+pub(crate) fn floats(bytes: &[u8]) -> Vec<f32> {
     bytes
         .chunks_exact(4)
         .map(|x| f32::from_le_bytes(x.try_into().unwrap()))
         .collect()
 }
 
-fn relative_difference(ours: &[f32], theirs: &[f32]) -> f32 {
+pub(crate) fn relative_difference(ours: &[f32], theirs: &[f32]) -> f32 {
     let magnitude = theirs
         .iter()
         .fold(0.0_f32, |largest, x| largest.max(x.abs()));
@@ -203,7 +203,7 @@ fn relative_difference(ours: &[f32], theirs: &[f32]) -> f32 {
     difference / magnitude
 }
 
-fn compare_images(case: &str, reference: &SafeTensors<'_>, folder: &Path, images: u64) {
+pub(crate) fn compare_images(case: &str, reference: &SafeTensors<'_>, folder: &Path, images: u64) {
     let expected = reference.tensor("image_u8").unwrap();
     let (height, width) = (expected.shape()[1], expected.shape()[2]);
     let mut equal = 0;

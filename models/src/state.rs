@@ -5,6 +5,7 @@ use std::sync::Arc;
 use burn::tensor::Tensor;
 use kiln_ops::FusedOps;
 
+use crate::adapter::Totals;
 use crate::denoiser::{Half, JobStep, Lanes, Placed, Prediction, Prepared};
 use crate::finite::{NotFinite, Stage, check, read, traced};
 use crate::guidance::true_cfg;
@@ -81,6 +82,7 @@ impl<B: FusedOps> JobState<B> {
             adapters: &self.job.adapters,
             lanes: &self.lanes,
             latents: &self.latents,
+            adapter_work: Totals::of_job(&self.job.adapters).work,
             halves: running,
             next: self.cache.next(),
             order: self.cache.order(),

@@ -191,7 +191,7 @@ impl CliError {
             | Self::NoAdapter { .. }
             | Self::Adapter(_)
             | Self::OutputIsFolder { .. }
-            | Self::Submit(SubmitError::TooLarge(_)) => 2,
+            | Self::Submit(SubmitError::TooLarge(_) | SubmitError::Adapters(_)) => 2,
             _ => 1,
         }
     }

@@ -76,6 +76,7 @@ pub(super) fn run(args: &GenerateArgs) -> Result<(), CliError> {
         max_queue: 0,
         max_started: 1,
         max_memory: None,
+        adapter_cache_bytes: usize::MAX,
         max_step_tokens: Some(0),
         warm_up: None,
     };

@@ -125,6 +125,7 @@ fn open(
         max_queue: args.limits.max_queue,
         max_started: DEFAULT_MAX_STARTED,
         max_memory: args.limits.max_memory,
+        adapter_cache_bytes: usize::MAX,
         max_step_tokens: args.limits.max_step_tokens,
         warm_up,
     };

@@ -124,6 +124,7 @@ impl RequestArgs {
             height: height.or(value(self.height)),
             width: width.or(value(self.width)),
             num_inference_steps: value(self.num_inference_steps),
+            fallback_steps: None,
             shift: self.shift,
             sigmas: self.sigmas.clone(),
             schedule: self.schedule.clone(),

@@ -16,6 +16,8 @@ pub struct GenerationParams {
     pub height: Option<i128>,
     pub width: Option<i128>,
     pub num_inference_steps: Option<i128>,
+    /// Number of steps if neither the request nor a recipe has one; `None` for the default.
+    pub fallback_steps: Option<i128>,
     pub shift: Option<f64>,
     /// The noise level of each step.
     pub sigmas: Option<Vec<f64>>,

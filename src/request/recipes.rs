@@ -229,3 +229,6 @@ fn steps_in(name: &str) -> Option<usize> {
         before[text.len()..].parse().ok().filter(|&steps| steps > 0)
     })
 }
+
+#[cfg(test)]
+mod tests;

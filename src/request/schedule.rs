@@ -235,10 +235,13 @@ pub(super) fn resolve(
         (Some(steps), _) | (None, Some(steps)) => steps,
         (None, None) => {
             let of_recipe = recipes.into_iter().flatten().find_map(|it| it.steps);
-            of_recipe.unwrap_or(DEFAULT_NUM_INFERENCE_STEPS as usize)
+            let steps = of_recipe
+                .map(|steps| steps as i128)
+                .or(params.fallback_steps);
+            let steps = steps.unwrap_or(DEFAULT_NUM_INFERENCE_STEPS.into());
+            checked_steps(steps, limits.max_steps)?
         }
     };
-    let steps = checked_steps(steps as i128, limits.max_steps)?;
     let true_cfg_scale = given_scale
         .or_else(|| first(|recipe| recipe.true_cfg_scale))
         .unwrap_or(DEFAULT_TRUE_CFG_SCALE);
@@ -483,3 +486,6 @@ impl RequestSchedule {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

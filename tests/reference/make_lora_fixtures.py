@@ -169,20 +169,17 @@ MIXED = [
 ]  # fmt: skip
 
 
-def injected(adapter: Adapter, transformer: torch.nn.Module, config: LoraConfig) -> torch.nn.Module:
-    """Adds layers of peft to a transformer and fills them."""
-    transformer.add_adapter(config, adapter_name="default")
+def fill_layers(adapter: Adapter, transformer: torch.nn.Module) -> None:
+    """Fills the layers that peft has added to a transformer, and compares their scale with adapters.json."""
     generator = torch.Generator().manual_seed(adapter.seed)
     for path in adapter.modules:
         layer = transformer.get_submodule(path)
-        down, up = low_rank(
-            generator, transformer, path, layer.r["default"], layer.scaling["default"]
-        )
+        scale = layer.scaling["default"]
+        assert math.isclose(scale, adapter.scales.get(path, adapter.scale)), (path, scale)
+        down, up = low_rank(generator, transformer, path, layer.r["default"], scale)
         with torch.no_grad():
             layer.lora_A["default"].weight.copy_(down)
             layer.lora_B["default"].weight.copy_(up)
-        assert math.isclose(layer.scaling["default"], adapter.scales.get(path, adapter.scale)), path
-    return transformer
 
 
 def peft_config(adapter: Adapter) -> LoraConfig:
@@ -196,17 +193,24 @@ def peft_config(adapter: Adapter) -> LoraConfig:
 
 # Options beside rank, alpha and modules. A pattern matches the end of a module's path.
 PEFT_OPTIONS: dict[str, dict[str, Any]] = {
-    "header": {"rank_pattern": {"img_mlp.net.2": 3}, "alpha_pattern": {"attn.to_q": 10, "transformer_blocks.1.attn.add_k_proj": 1}},
+    "header": {
+        "rank_pattern": {"img_mlp.net.2": 3},
+        "alpha_pattern": {"attn.to_q": 10, "transformer_blocks.1.attn.add_k_proj": 1},
+    },
     "peft_rslora": {"use_rslora": True},
-    "peft_patterns": {"rank_pattern": {r"transformer_blocks\.\d+\.attn\.to_q": 5}, "alpha_pattern": {"1.img_mlp.net.2": 7, "to_q": 2.5}},
+    "peft_patterns": {
+        "rank_pattern": {r"transformer_blocks\.\d+\.attn\.to_q": 5},
+        "alpha_pattern": {"1.img_mlp.net.2": 7, "to_q": 2.5},
+    },
 }
 
 
 def saved_by_diffusers(adapter: Adapter, file: Path, transformer: torch.nn.Module) -> None:
     """As diffusers' training scripts save: with the configuration in the file's header."""
     config = peft_config(adapter)
-    transformer = injected(adapter, transformer, config)
-    metadata = config.to_dict() if adapter.name == "header" else None
+    transformer.add_adapter(config, adapter_name="default")
+    fill_layers(adapter, transformer)
+    metadata = config.to_dict() | {"target_modules": sorted(adapter.modules)} if adapter.name == "header" else None
     QwenImagePipeline.save_lora_weights(
         file.parent,
         transformer_lora_layers=get_peft_model_state_dict(transformer),
@@ -220,16 +224,9 @@ def saved_by_diffusers(adapter: Adapter, file: Path, transformer: torch.nn.Modul
 def saved_by_peft(adapter: Adapter, folder: Path, transformer: torch.nn.Module) -> None:
     """The folder of `PeftModel.save_pretrained`."""
     model = PeftModel(transformer, peft_config(adapter))
-    base = model.base_model.model
-    generator = torch.Generator().manual_seed(adapter.seed)
-    for path in adapter.modules:
-        layer = base.get_submodule(path)
-        scale = layer.scaling["default"]
-        down, up = low_rank(generator, base, path, layer.r["default"], scale)
-        with torch.no_grad():
-            layer.lora_A["default"].weight.copy_(down)
-            layer.lora_B["default"].weight.copy_(up)
-        assert math.isclose(scale, adapter.scales.get(path, adapter.scale)), (path, scale)
+    fill_layers(adapter, model.base_model.model)
+    # A set, whose order changes from run to run.
+    model.peft_config["default"].target_modules = sorted(adapter.modules)
     model.save_pretrained(folder)
     (folder / "README.md").unlink(missing_ok=True)
     (folder / "adapter_model.safetensors").chmod(0o644)
@@ -264,15 +261,13 @@ def split_qkv(tensors: Tensors) -> Tensors:
 
 
 def kronecker(adapter: Adapter, file: Path, transformer: torch.nn.Module) -> None:
-    """LoKr: the left factor of 4 by 4, or 2 by 2 where it is split, and the right one. A split factor has
-    a product for it."""
+    """LoKr with a left factor of 4 by 8. A split factor is stored as two, whose product it is."""
     generator = torch.Generator().manual_seed(adapter.seed)
     split_left, split_right = "left_a" in adapter.factors, "right_a" in adapter.factors
     tensors: Tensors = {}
     for path in adapter.modules:
         d_in, d_out = sizes(transformer, path)
-        a, b = 4, 8
-        left, right = (a, b), (d_out // a, d_in // b)
+        left, right = (4, 8), (d_out // 4, d_in // 8)
 
         def factor(name: str, shape: tuple[int, int], split: bool, size: float) -> Tensors:
             if not split:
@@ -402,7 +397,7 @@ def changes(adapter: Adapter, folder: Path) -> dict[str, torch.Tensor]:
     modules = adapter.modules
     if adapter.make is fused_qkv:
         tensors = split_qkv(tensors)
-        modules = in_blocks(*(f"attn.{name}" for name in ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")))
+        modules = in_blocks(*(name for name in ATTENTION if "out" not in name))
     result = {}
     for module in modules:
         f = {name: tensors[named(adapter, name, module)].double() for name in adapter.factors}
@@ -555,7 +550,7 @@ def reference(case: LoraCase, fixtures: Path, bases: dict[Any, Tensors]) -> Tens
     difference = 0.0
     if case.dtype == "f32" and not by_hand:
         difference = off(run(merged(open_pipe(case, fixtures), case, folder), case.case), stages, last)
-    print(f"{case.case.name:22}differs from the base by {change:8.1e}, from merged weights by {difference:8.1e}", flush=True)
+    print(f"{case.case.name:22}{change:9.1e}{difference:9.1e}", flush=True)
     assert change > 1e-2, "the adapter has too little effect"
     assert difference < 2e-5, "adapters.json or a formula is wrong"
     image = stages["image_u8"] / 255
@@ -584,6 +579,7 @@ def main() -> None:
         make(adapter, out / "adapters", load(args.out / "checkpoints" / adapter.checkpoint))
     write_json(out / "adapters.json", [adapter.describe() for adapter in ADAPTERS])
     bases: dict[Any, Tensors] = {}
+    print(f"{'difference from':22}{'base':>9}{'merged':>9}")
     for case in CASES:
         if args.only and case.case.name not in args.only:
             continue

@@ -8,6 +8,9 @@
     reason = "--nocapture prints the difference at each stage"
 )]
 
+#[path = "../../../models/tests/stages/adapter_cases.rs"]
+#[expect(dead_code, reason = "the tests of models/ check more")]
+mod adapter_cases;
 #[path = "../../../models/tests/stages/backend_parity.rs"]
 mod backend_parity;
 #[path = "../../../models/tests/stages/fixtures.rs"]
@@ -23,7 +26,7 @@ use burn_cuda::{Cuda, CudaDevice};
 
 use backend_parity::generates_what_diffusers_generates;
 use kiln_models::families::CheckpointParts;
-use kiln_models::loading::LoadOptions;
+use kiln_models::loading::{LoadOptions, ModelDType};
 use kiln_models::pipeline::Pipeline;
 use suite::{Extent, suites, test_every_op};
 
@@ -55,6 +58,30 @@ fn tiled_odd() {
 #[test]
 fn demo() {
     generates_what_diffusers_generates("demo", open);
+}
+
+/// Covers adapters of the blocks' linear layers.
+#[test]
+fn adapter_of_the_blocks() {
+    adapter_cases::generates_what_diffusers_generates("twelve", &open);
+}
+
+/// Covers adapters of the modulation layers.
+#[test]
+fn adapter_of_the_modulation() {
+    adapter_cases::generates_what_diffusers_generates("modulation", &open);
+}
+
+/// Covers jobs with and without adapters in one step. A product may round otherwise on another number of
+/// rows.
+#[test]
+fn adapters_in_one_step() {
+    let options = LoadOptions {
+        dtype: Some(ModelDType::F32),
+        ..LoadOptions::default()
+    };
+    let mut pipeline = open(&fixtures::parts("base"), options);
+    adapter_cases::jobs_do_not_depend_on_their_company(&mut *pipeline, 2e-5, 2e-5);
 }
 
 fn open(parts: &CheckpointParts, options: LoadOptions) -> Box<dyn Pipeline> {

@@ -216,7 +216,7 @@ impl<B: FusedOps> Denoiser<B> {
             .map(|step| {
                 let halves = step.halves.iter();
                 let load = halves.map(|half| {
-                    let whole = flops::step(config, &half.segments) as f64;
+                    let whole = flops::step(config, &half.segments, step.adapter_work) as f64;
                     let reuses = matches!(step.next, Next::Reuse);
                     Load {
                         cost: if reuses { REUSE_COST * whole } else { whole },

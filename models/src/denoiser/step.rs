@@ -6,7 +6,7 @@ use burn::tensor::{Tensor, TensorData};
 use kiln_ops::FusedOps;
 
 use super::kept::Kept;
-use crate::adapter::AdapterUse;
+use crate::adapter::{AdapterUse, TokenWork};
 use crate::finite::read_data;
 use crate::pipeline::PipelineError;
 use crate::sampling::Schedule;
@@ -77,6 +77,8 @@ pub(crate) struct JobStep<'a, B: FusedOps> {
     pub(crate) lanes: &'a Lanes<B>,
     /// `[images · tokens, channels]`, f32, on the first device.
     pub(crate) latents: &'a Tensor<B, 2>,
+    /// What the job's adapters add to the work of each token.
+    pub(crate) adapter_work: TokenWork,
     /// The halves that run. The first one decides for both.
     pub(crate) halves: &'a [Half<B>],
     pub(crate) next: Next,

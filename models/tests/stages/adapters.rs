@@ -15,7 +15,7 @@ use kiln_models::transformer::{
 use kiln_ops::FusedOps;
 
 use crate::adapter_cases::{
-    adapter, assert_same, case, case_names, generate, generates_what_diffusers_generates,
+    PACKED, adapter, assert_same, case, case_names, generate, generates_what_diffusers_generates,
     groups_of_any_order_change_nothing, job, jobs_do_not_depend_on_their_company, mixed_jobs,
     switching_leaves_no_trace, uses,
 };
@@ -213,7 +213,8 @@ fn tables_of_the_base_keep_their_bits<B: FusedOps>(device: &B::Device, _: &[Mode
 }
 
 fn company_changes_nothing<B: FusedOps>(device: &B::Device, _: &[ModelDType]) {
-    jobs_do_not_depend_on_their_company(&mut *base::<B>(std::slice::from_ref(device)));
+    let mut pipeline = base::<B>(std::slice::from_ref(device));
+    jobs_do_not_depend_on_their_company(&mut *pipeline, PACKED, 0.0);
 }
 
 fn groups_change_nothing<B: FusedOps>(device: &B::Device, _: &[ModelDType]) {

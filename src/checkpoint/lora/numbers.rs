@@ -179,7 +179,7 @@ impl Declared {
         }
     }
 
-    /// The scale of a `LoKr` of two whole factors, which have no rank: 1 whatever alpha is stored,
+    /// The scale of a LoKr of two whole factors, which have no rank: 1 whatever alpha is stored,
     /// and PEFT's alpha / r if a configuration of PEFT has them.
     pub(super) fn strength_without_rank(&self, module: &str, scale: Option<f32>) -> f32 {
         let peft = self.peft.as_ref().and_then(|config| {

@@ -33,7 +33,7 @@ pub(super) enum Kind {
         left: Operand,
         right: Operand,
     },
-    /// `LoHa`: the product of both, value by value.
+    /// LoHa: the product of both, value by value.
     Hadamard(Product, Product),
     Dense(Matrix),
 }

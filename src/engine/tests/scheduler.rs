@@ -11,7 +11,7 @@ use kiln_models::pipeline::{MemoryRoom, Pipeline, PipelineError, StepOutcome};
 use kiln_models::step_cache::StepCounts;
 use kiln_models::testing::{FakePipeline, model_info};
 
-use super::bench::{cost, flops, job, ms, packing, settings, step_cost, whole_cost};
+use super::bench::{UPLOAD, cost, flops, job, ms, packing, settings, step_cost, whole_cost};
 use crate::engine::cost::{Stage, shares};
 use crate::engine::plan::{Booked, Holdings, Outcome, Plan};
 use crate::engine::scheduler::{Events, Facts, Scheduler};
@@ -62,7 +62,7 @@ impl Driver {
         let facts = Facts {
             cost_model: CostModel::new(flops),
             token_side: 1,
-            ..Facts::of(pipeline, settings.max_memory)
+            ..Facts::of(pipeline, &settings)
         };
         Self {
             scheduler: Scheduler::new(settings, facts, Holdings::default(), start),
@@ -133,6 +133,10 @@ impl Driver {
                 self.started.insert(id, (job, steps));
                 self.book(Outcome::Started(id, Ok(())), took);
                 format!("start {id}")
+            }
+            Plan::LoadAdapters(id, _) => {
+                self.book(Outcome::LoadedAdapters(id, Ok(())), UPLOAD);
+                format!("load {id}")
             }
             Plan::Encode(ids, prompts) => {
                 let tokens: usize = prompts.iter().map(|it| it.tokens.len()).sum();
