@@ -392,6 +392,7 @@ mod tests {
                 cache: RequestCache::default(),
                 cfg_gate_step: None,
                 adapters: Vec::new(),
+                merged: None,
                 schedule: RequestSchedule {
                     origin: ScheduleOrigin::Model,
                     name: None,

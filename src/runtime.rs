@@ -15,7 +15,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use kiln_models::TensorSource;
-use kiln_models::adapter::AdapterTarget;
+use kiln_models::adapter::{Adapter, AdapterTarget, MergedSource};
 use kiln_models::flops::FlopCount;
 use kiln_models::job::Job;
 use kiln_models::pipeline::{ModelInfo, Pipeline};
@@ -26,7 +26,7 @@ use crate::checkpoint::{
     Checkpoint, CheckpointError, DEMO, Place, PromptGuide, QWEN_IMAGE, Shape, WeightAccess,
 };
 use crate::hub::{self, HubError, HubSettings, Location};
-use crate::request::{Limits, fused_lightning};
+use crate::request::{ChosenAdapter, Limits, fused_lightning};
 use crate::tokenizer::{PromptTokenizer, TokenizerError};
 
 use self::counted::Counted;
@@ -279,6 +279,18 @@ impl Model {
         Ok(AdapterStore::open(settings, targets, blocks, embedded)?)
     }
 
+    /// The same model with an adapter merged into the transformer's weights: each is merged in f32 when it
+    /// is read, before it is converted to the model's type. The adapter's recipe is that of the model.
+    #[must_use]
+    pub fn with_merged(mut self, adapter: Arc<Adapter>, chosen: ChosenAdapter) -> Self {
+        let scale = chosen.scale as f32;
+        let merge =
+            |base| -> Arc<dyn TensorSource> { Arc::new(MergedSource::new(base, adapter, scale)) };
+        self.checkpoint = self.checkpoint.map_transformer(merge);
+        self.limits.merged = Some(chosen);
+        self
+    }
+
     /// Floating-point operations of a job, by stage.
     ///
     /// # Errors
@@ -334,6 +346,10 @@ impl Model {
         start: &Start,
     ) -> Result<Runtime, RuntimeError> {
         tracing::info!("loading {}", self.checkpoint.place());
+        if let Some(merged) = &self.limits.merged {
+            let (name, scale) = (&merged.info.name, merged.scale);
+            tracing::info!("merging adapter {name} with scale {scale} into the transformer");
+        }
         let started = Instant::now();
         let parts = self.checkpoint.parts();
         let sources = [&parts.text_encoder, &parts.transformer, &parts.vae];

@@ -5,6 +5,8 @@ mod environment;
 #[cfg(all(target_os = "linux", feature = "flex"))]
 mod files;
 mod json;
+#[cfg(feature = "flex")]
+mod loras;
 #[cfg(all(target_os = "linux", feature = "flex"))]
 mod process;
 mod snapshots;

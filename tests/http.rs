@@ -11,6 +11,8 @@ mod information;
 mod lora;
 #[cfg(target_os = "linux")]
 mod lora_load;
+mod lora_merged;
+mod lora_prompts;
 #[cfg(target_os = "linux")]
 mod memory;
 mod model_files;
@@ -63,7 +65,7 @@ pub(crate) fn decode_png(file: &[u8]) -> (u32, u32, Vec<u8>) {
 }
 
 /// The generation parameters in a PNG file.
-fn metadata(file: &[u8]) -> Option<String> {
+pub(crate) fn metadata(file: &[u8]) -> Option<String> {
     let reader = png::Decoder::new(std::io::Cursor::new(file))
         .read_info()
         .unwrap();

@@ -3,8 +3,8 @@
 use std::io;
 use std::path::PathBuf;
 
-/// Why an adapter cannot be listed or used. Except for [`AdapterError::Open`], no message has a path
-/// of this machine.
+/// Why an adapter cannot be listed or used. Except for [`AdapterError::Open`] and
+/// [`AdapterError::File`], no message has a path of this machine.
 #[derive(Debug, thiserror::Error)]
 pub enum AdapterError {
     #[error("the folder of adapters {path} cannot be read")]
@@ -35,6 +35,12 @@ pub enum AdapterError {
         "the adapter {name:?} is loaded already: give load_inplace true to replace it, or another name"
     )]
     Listed { name: String },
+    #[error(
+        "the adapter {name:?} is merged into the model by --lora-merge: load it under another name"
+    )]
+    Merged { name: String },
+    #[error("the adapter {path} cannot be used: {reason}")]
+    File { path: PathBuf, reason: String },
     #[error("the name of an adapter {reason}")]
     Name { reason: String },
     #[error("the server has no folder of adapters: start it with --lora-dir")]

@@ -90,6 +90,31 @@ impl Source {
         }
     }
 
+    /// A file, or a folder that PEFT has saved, anywhere on this machine, and its name: that of the file.
+    pub(super) fn anywhere(path: &Path) -> io::Result<(String, Self)> {
+        let real = path.canonicalize()?;
+        let last = |path: &Path| path.file_name().map(|it| it.to_string_lossy().into_owned());
+        // A path such as `..` has no last part.
+        let file = last(path).or(last(&real)).unwrap_or_default();
+        let folder = path.parent().and_then(last);
+        let name = match folder {
+            Some(folder) if file == PEFT_WEIGHTS => folder,
+            _ => folder::name_of(&file).to_owned(),
+        };
+        let root = real.ancestors().last().unwrap_or(&real);
+        Ok((name, Self::file(&file, path.to_owned(), root)))
+    }
+
+    /// Whether both are the same file.
+    pub(super) fn is_same_path(&self, other: &Self) -> bool {
+        match (self, other) {
+            (Self::File { path, .. }, Self::File { path: other, .. }) => {
+                path.canonicalize().ok() == other.canonicalize().ok()
+            }
+            _ => false,
+        }
+    }
+
     /// The name of an adapter in the binary, and its content.
     pub(super) fn embedded(&(file, bytes, sidecar): &EmbeddedAdapter) -> (String, Self) {
         let source = Self::Embedded {

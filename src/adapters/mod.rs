@@ -19,7 +19,7 @@ mod name;
 mod tests;
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use kiln_models::adapter::{Adapter, AdapterTarget};
@@ -248,6 +248,36 @@ impl AdapterStore {
         old.inspect(|old| self.0.cache.forget(old.id));
         tracing::info!(adapter = name, "listed");
         Ok(())
+    }
+
+    /// Puts a file from anywhere on this machine on the list, until the folder is listed again, and returns
+    /// its name: that of the file, with a number behind it if another file has the same.
+    ///
+    /// # Errors
+    ///
+    /// There is no such file, or it cannot be used.
+    pub fn add_file(&self, path: &Path) -> Result<String, AdapterError> {
+        let _changing = lock(&self.0.changing);
+        let refused = |reason: String| AdapterError::File {
+            path: path.to_owned(),
+            reason,
+        };
+        let (file, source) = Source::anywhere(path).map_err(|error| refused(error.to_string()))?;
+        let is_taken = |name: &str| {
+            let list = self.list();
+            let other = list.usable.get(name);
+            other.is_some_and(|other| {
+                !self.0.embedded.contains_key(name) && !other.source.is_same_path(&source)
+            })
+        };
+        let numbered = (2..).map(|number| format!("{file}-{number}"));
+        let mut names = std::iter::once(file.clone()).chain(numbered);
+        let name = names.find(|name| !is_taken(name)).unwrap_or(file);
+        let listed = self.0.rules.list(&name, source).map_err(refused)?;
+        let mut list = self.list();
+        list.usable.insert(name.clone(), Arc::new(listed));
+        list.update();
+        Ok(name)
     }
 
     /// Takes an adapter from the list, until it is added again. Jobs keep its weights.

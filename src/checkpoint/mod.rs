@@ -227,6 +227,16 @@ impl Checkpoint {
         }
     }
 
+    /// The same model with the transformer's weights behind another source.
+    #[must_use]
+    pub fn map_transformer(
+        mut self,
+        wrap: impl FnOnce(Arc<dyn TensorSource>) -> Arc<dyn TensorSource>,
+    ) -> Self {
+        self.parts.transformer = wrap(self.parts.transformer);
+        self
+    }
+
     /// The configurations and the weights, for loading the networks.
     pub fn parts(&self) -> &CheckpointParts {
         &self.parts

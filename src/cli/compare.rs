@@ -5,6 +5,9 @@ mod args;
 pub(super) use self::args::CompareArgs;
 
 use std::path::Path;
+use std::sync::Arc;
+
+use kiln_models::adapter::Adapter;
 
 use crate::backend::{self, BackendChoice, DTypeChoice};
 use crate::compare::{
@@ -12,7 +15,7 @@ use crate::compare::{
     record,
 };
 use crate::measure::CostMeter;
-use crate::request::{GenerationRequest, Limits, PromptTokens};
+use crate::request::{GenerationParams, GenerationRequest, Limits, PromptTokens};
 use crate::runtime::{Model, ModelSettings};
 use crate::version;
 
@@ -43,12 +46,19 @@ pub(super) fn run(args: &CompareArgs) -> Result<(), CliError> {
         ..Tolerance::of(args.dtype)
     };
 
-    let model = Model::find(&ModelSettings::new(&args.model))?;
-    let request = GenerationRequest::new(params, model.limits(), noise)?;
+    let loras = args
+        .lora
+        .add_to(Model::find(&ModelSettings::new(&args.model))?)?;
+    let params = GenerationParams {
+        adapters: loras.given.clone(),
+        ..params
+    };
+    let request = GenerationRequest::new(params, &loras.limits, noise)?;
     let runner = Runner {
         args,
-        tokens: request.tokenize(model.tokenizer())?,
-        model,
+        tokens: request.tokenize(loras.model.tokenizer())?,
+        weights: loras.weights(&request.adapters)?,
+        model: loras.model,
         request,
     };
     let mut runs = Vec::new();
@@ -105,6 +115,8 @@ struct Runner<'a> {
     model: Model,
     request: GenerationRequest,
     tokens: PromptTokens,
+    /// Those of the request's adapters.
+    weights: Vec<Arc<Adapter>>,
 }
 
 impl Runner<'_> {
@@ -122,7 +134,7 @@ impl Runner<'_> {
         let job = self
             .request
             .clone()
-            .into_job(self.tokens.clone(), Vec::new(), true);
+            .into_job(self.tokens.clone(), self.weights.clone(), true);
         let total = job.sampling.steps;
         progress.started(total, self.model.decode_steps(&job, &settings)?);
         let outcome = record(backend.to_string(), &mut *pipeline, load, job, |done| {

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 
 use kiln_models::step_cache::CacheError;
 
+use crate::adapters::AdapterError;
 use crate::backend::{BackendChoice, BackendError, InvalidChoice};
 use crate::bench::CalibrationError;
 use crate::compare::{CompareError, ReportError};
@@ -81,6 +82,16 @@ pub(super) enum CliError {
     NoOutputFolder { folder: PathBuf },
     #[error("cannot write {}", path.display())]
     Write { path: PathBuf, source: io::Error },
+    #[error(
+        "there is no adapter {}{}", given.display(), known_adapters(known)
+    )]
+    NoAdapter {
+        given: PathBuf,
+        /// Names that could be given.
+        known: Vec<String>,
+    },
+    #[error(transparent)]
+    Adapter(#[from] AdapterError),
     #[error(transparent)]
     Runtime(#[from] RuntimeError),
     #[error(transparent)]
@@ -177,6 +188,8 @@ impl CliError {
             | Self::ReportExtension { .. }
             | Self::NothingToCompare { .. }
             | Self::NoSuchPage { .. }
+            | Self::NoAdapter { .. }
+            | Self::Adapter(_)
             | Self::OutputIsFolder { .. }
             | Self::Submit(SubmitError::TooLarge(_) | SubmitError::Adapters(_)) => 2,
             _ => 1,
@@ -214,6 +227,14 @@ impl CliError {
             }
             _ => None,
         }
+    }
+}
+
+fn known_adapters(names: &[String]) -> String {
+    match names {
+        [] => String::new(),
+        [name] => format!(": there is {name}"),
+        names => format!(": there are {}", names.join(", ")),
     }
 }
 

@@ -19,7 +19,7 @@ use crate::engine::{
     Engine, EngineSettings, Event, Finished, JobError, JobHandle, SubmitOptions, Timings,
 };
 use crate::image::{Encoding, encode};
-use crate::request::{GenerationRequest, Limits};
+use crate::request::{GenerationParams, GenerationRequest, Limits};
 use crate::runtime::Model;
 
 use super::dump;
@@ -52,16 +52,22 @@ pub(super) fn run(args: &GenerateArgs) -> Result<(), CliError> {
 
     backend::check(&settings.backend, settings.split_guidance)?;
 
-    let model = Model::find(&args.model_settings())?;
-    let request = GenerationRequest::new(params, model.limits(), noise)?;
+    let loras = args.lora.add_to(Model::find(&args.model_settings())?)?;
+    let model = &loras.model;
+    let params = GenerationParams {
+        adapters: loras.given.clone(),
+        ..params
+    };
+    let request = GenerationRequest::new(params, &loras.limits, noise)?;
     format.check_size(request.size)?;
     for warning in &request.warnings {
         tracing::warn!("{warning}");
     }
     let tokens = request.tokenize(model.tokenizer())?;
+    let weights = loras.weights(&request.adapters)?;
     let job = request
         .clone()
-        .into_job(tokens.clone(), Vec::new(), args.dump.is_some());
+        .into_job(tokens.clone(), weights, args.dump.is_some());
     let decode_steps = model.decode_steps(&job, &settings)?;
     // Before the progress bar, which would mix with the terminal's answer.
     let screen = Screen::find(args.show, !args.quiet && !args.json);

@@ -28,6 +28,7 @@ use crate::runtime::{Model, ModelSettings, Runtime, Stage, Start};
 use crate::server::{self, App, LoadedModel, Signals};
 
 use super::error::CliError;
+use super::lora_args::merged;
 
 /// How long clients have to read their responses if the server is stopped during its start.
 const LAST_ANSWERS: Duration = Duration::from_secs(1);
@@ -112,6 +113,7 @@ fn open(
     }
     let caches = step_caches(args, &model.limits().caches)?;
     let adapters = model.open_adapters(args.lora.settings())?;
+    let model = merged(model, &adapters, args.lora.lora_merge.as_ref())?;
     let runtime = model.load_reporting(loading, start)?;
     let warm_up = if args.no_warm_up {
         None

@@ -34,6 +34,8 @@ pub struct GenerationRequest {
     pub cfg_gate_step: Option<f64>,
     /// Without those of scale 0.
     pub adapters: Vec<ChosenAdapter>,
+    /// The adapter that is merged into the model.
+    pub merged: Option<ChosenAdapter>,
     /// The noise levels, and where they come from.
     pub schedule: RequestSchedule,
     /// What the client should know about values that do not fit each other, one sentence each.
@@ -96,6 +98,11 @@ pub enum InvalidRequest {
     },
     #[error("there is no adapter {name:?}: {known}")]
     UnknownAdapter { name: String, known: String },
+    #[error(
+        "adapter {name:?} is merged into the model by --lora-merge, so it is in every image and cannot be \
+         added or scaled: leave it out"
+    )]
+    MergedAdapter { name: String },
     #[error("adapter {name:?} is in the request twice: give it once")]
     AdapterTwice { name: String },
     #[error(
@@ -150,6 +157,7 @@ impl InvalidRequest {
             Self::Steps { .. } | Self::StepsOfLevels { .. } => "num_inference_steps",
             Self::TwoRecipes { .. }
             | Self::UnknownAdapter { .. }
+            | Self::MergedAdapter { .. }
             | Self::AdapterTwice { .. }
             | Self::AdapterScale { .. }
             | Self::TooManyAdapters { .. }
@@ -201,13 +209,21 @@ impl GenerationRequest {
             return Err(InvalidRequest::TooManyPixels { size, max });
         }
 
+        let merged = limits.merged.clone();
+        if let Some(merged) = &merged {
+            let name = &merged.info.name;
+            if params.adapters.iter().any(|given| given.name == *name) {
+                return Err(InvalidRequest::MergedAdapter { name: name.clone() });
+            }
+        }
         let adapters = limits.adapters.choose(&params)?;
+        let in_use: Vec<ChosenAdapter> = adapters.iter().chain(&merged).cloned().collect();
         let Resolved {
             sampling,
             true_cfg_scale,
             schedule,
             warnings,
-        } = resolve(&params, &adapters, size, limits)?;
+        } = resolve(&params, &in_use, size, limits)?;
         let images = params.num_images.unwrap_or(1);
         let num_images =
             within(images, 1, limits.max_num_images).ok_or(InvalidRequest::NumImages {
@@ -238,6 +254,7 @@ impl GenerationRequest {
             num_images,
             noise: Noise { seed, generator },
             adapters,
+            merged,
             schedule,
             warnings,
         })

@@ -3,7 +3,7 @@
 use kiln_models::pipeline::ImageSizes;
 use kiln_models::sampling::SchedulerConfig;
 
-use super::{Catalogue, Recipe, StepCaches};
+use super::{Catalogue, ChosenAdapter, Recipe, StepCaches};
 
 /// Number of denoising steps if a request gives none, as in diffusers.
 pub const DEFAULT_NUM_INFERENCE_STEPS: u32 = 50;
@@ -44,6 +44,8 @@ pub struct Limits {
     pub scheduler: Option<SchedulerConfig>,
     /// What a distilled model was trained for.
     pub model_recipe: Option<Recipe>,
+    /// The adapter that is merged into the model.
+    pub merged: Option<ChosenAdapter>,
 }
 
 impl Limits {
@@ -71,6 +73,17 @@ impl Limits {
             adapters: Catalogue::default(),
             scheduler: None,
             model_recipe: None,
+            merged: None,
         }
+    }
+
+    /// What requests without adapters get where they name no value of their own: the recipe of the merged
+    /// adapter, or of the model.
+    pub fn recipe(&self) -> Option<&Recipe> {
+        let merged = self.merged.as_ref();
+        let merged = merged.and_then(|merged| merged.info.recipe.as_ref());
+        merged
+            .map(|(recipe, _)| recipe)
+            .or(self.model_recipe.as_ref())
     }
 }

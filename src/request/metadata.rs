@@ -85,22 +85,29 @@ impl GenerationRequest {
 
     /// The adapters and the hashes of their files.
     fn loras(&self) -> String {
+        let scale_of = |it: &ChosenAdapter| format!("{}:{}", it.info.name, it.scale);
+        // Only a comma ends a value, and only a file of the command line can have one in its name.
+        let scales = |scales: String| {
+            if scales.contains([',', '\n', '"']) {
+                quoted(&scales)
+            } else {
+                scales
+            }
+        };
+        let merged = self.merged.as_ref().map(scale_of).map(scales);
+        let merged = merged.map(|merged| format!("Merged lora: {merged}, "));
+        let merged = merged.unwrap_or_default();
         if self.adapters.is_empty() {
-            return String::new();
+            return merged;
         }
         let list = |entry: fn(&ChosenAdapter) -> String| -> String {
             let entries: Vec<String> = self.adapters.iter().map(entry).collect();
             entries.join(", ")
         };
-        let scales = list(|it| format!("{}:{}", it.info.name, it.scale));
+        let scales = scales(list(scale_of));
         let hashes = list(|it| format!("{}: {}", it.info.name, it.info.hash));
-        // One adapter needs no quotes, as only a comma ends a value.
-        let scales = if self.adapters.len() > 1 {
-            quoted(&scales)
-        } else {
-            scales
-        };
-        format!("Lora: {scales}, Lora hashes: {}, ", quoted(&hashes))
+        let hashes = quoted(&hashes);
+        format!("Lora: {scales}, Lora hashes: {hashes}, {merged}")
     }
 
     /// The step cache with the steps that were computed of all, and the guidance gate.

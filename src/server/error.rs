@@ -270,13 +270,15 @@ fn adapter_status(error: &AdapterError) -> StatusCode {
         AdapterError::Changed { .. } | AdapterError::Gone { .. } => StatusCode::CONFLICT,
         AdapterError::Unusable { .. }
         | AdapterError::Listed { .. }
+        | AdapterError::Merged { .. }
         | AdapterError::Name { .. }
         | AdapterError::NoFolder
         | AdapterError::Outside { .. }
         | AdapterError::Kind(_) => StatusCode::BAD_REQUEST,
-        AdapterError::Open { .. } | AdapterError::Folder(_) | AdapterError::Io { .. } => {
-            StatusCode::INTERNAL_SERVER_ERROR
-        }
+        AdapterError::Open { .. }
+        | AdapterError::File { .. }
+        | AdapterError::Folder(_)
+        | AdapterError::Io { .. } => StatusCode::INTERNAL_SERVER_ERROR,
     }
 }
 

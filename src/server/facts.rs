@@ -27,6 +27,9 @@ pub(super) struct ImageFacts {
     /// The adapters; absent if there were none.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     adapters: Vec<UsedAdapter>,
+    /// The adapter that is merged into the model; absent if there is none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    merged_adapter: Option<UsedAdapter>,
     /// Values of the request that do not fit each other, one sentence each; absent if there are none.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     warnings: Vec<String>,
@@ -68,6 +71,7 @@ impl ImageFacts {
             shift: info.request.sampling.shift(),
             schedule: info.request.schedule.clone(),
             adapters: UsedAdapter::all(&info.request.adapters),
+            merged_adapter: info.request.merged.as_ref().map(UsedAdapter::new),
             warnings: info.request.warnings.clone(),
             cache: info.request.cache.name(),
             cfg_gate_step: info.request.cfg_gate_step,

@@ -23,11 +23,14 @@ pub(super) struct UsedAdapter {
 
 impl UsedAdapter {
     pub(super) fn all(adapters: &[ChosenAdapter]) -> Vec<Self> {
-        let used = adapters.iter().map(|chosen| Self {
+        adapters.iter().map(Self::new).collect()
+    }
+
+    pub(super) fn new(chosen: &ChosenAdapter) -> Self {
+        Self {
             name: chosen.info.name.clone(),
             scale: chosen.scale,
-        });
-        used.collect()
+        }
     }
 }
 

@@ -37,7 +37,7 @@ pub(super) struct Status {
     limits: RequestLimits,
     defaults: Defaults,
     adapters: AdapterStatus,
-    /// What a distilled model was trained for; null for others.
+    /// What a distilled model, or the adapter that is merged into it, was trained for; null for others.
     model_recipe: Option<ModelRecipe>,
     /// Hints for prompts, for a model that knows only some words; null for others.
     prompt_guide: Option<Guide>,
@@ -121,7 +121,7 @@ pub(super) async fn status(
     Extension(app): Extension<Arc<LoadedApp>>,
 ) -> Result<Response, ApiError> {
     let (info, stats, limits) = (app.engine.info(), app.engine.stats(), &app.limits);
-    let recipe = limits.model_recipe.as_ref();
+    let recipe = limits.recipe();
     json(&Status {
         state: health::state_name(&app.engine.state()),
         model: app.model_name(None).to_owned(),
@@ -156,6 +156,7 @@ pub(super) async fn status(
             &app.adapters,
             stats.adapters.cache,
             app.settings.lora_updates,
+            limits.merged.as_ref(),
         ),
         model_recipe: recipe.map(ModelRecipe::from),
         prompt_guide: app.prompt_guide.map(Guide::new),

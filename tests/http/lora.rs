@@ -19,7 +19,7 @@ const UNLOAD: &str = "/v1/unload_lora_adapter";
 const LAYER: &str = "transformer_blocks.0.attn.to_q";
 
 /// An adapter file of the fixtures.
-fn fixture(name: &str) -> Vec<u8> {
+pub(super) fn fixture(name: &str) -> Vec<u8> {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/lora/adapters");
     fs::read(folder.join(name)).unwrap()
 }

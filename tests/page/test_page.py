@@ -346,6 +346,117 @@ def test_the_history_is_limited(browser: Browser, server: Server) -> None:
         expect(page.locator("#pictures img[alt$='seed 0']")).to_have_count(0)
 
 
+def write_adapter(path: pathlib.Path, value: float, recipe: dict | None = None) -> None:
+    """An adapter of one layer of the demo model, and the recipe beside it."""
+    config = json.loads((ROOT / "models/demo/transformer/config.json").read_text())
+    dim = config["num_attention_heads"] * config["attention_head_dim"]
+    layer = "transformer.transformer_blocks.0.attn.to_q"
+    tensors = {f"{layer}.lora_A.weight": [2, dim], f"{layer}.lora_B.weight": [dim, 2]}
+    header, data = {}, b""
+    for name, shape in tensors.items():
+        part = struct.pack("<f", value) * (2 * dim)
+        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [len(data), len(data) + len(part)]}
+        data += part
+    head = json.dumps(header).encode()
+    head += b" " * (-len(head) % 8)
+    path.write_bytes(struct.pack("<Q", len(head)) + head + data)
+    if recipe:
+        path.with_suffix(".json").write_text(json.dumps(recipe))
+
+
+def test_adapters_are_chosen_with_their_weights_and_recipes(browser: Browser, binary: str) -> None:
+    quick = {"name": "quick", "steps": 4, "shift": 3, "true_cfg_scale": 1}
+    with tempfile.TemporaryDirectory() as folder:
+        root = pathlib.Path(folder)
+        write_adapter(root / "ink.safetensors", 0.2)
+        write_adapter(root / "fast.safetensors", 0.1, quick)
+        write_adapter(root / "other.safetensors", 0.1, {**quick, "name": "slow", "steps": 9})
+        arguments = ["--lora-dir", folder, "--enable-lora-updates"]
+        expected = ("status of 400",)
+        with Server(binary, *arguments) as server, opened(browser, server, expected) as page:
+            expect(page.locator("#server")).to_have_text("demo is ready")
+            page.locator("#more").evaluate("details => details.open = true")
+            ink, fast, other = (page.get_by_role("checkbox", name=name) for name in ["ink", "fast", "other"])
+            weight = page.get_by_role("slider", name="Weight of ink")
+            expect(weight).to_be_hidden()
+            assert (page.input_value("#steps"), page.input_value("#scale")) == ("50", "4")
+
+            # Steps and guidance follow the recipe, until they are changed.
+            fast.check()
+            expect(page.locator("#recipe")).to_have_text("4 steps and no guidance, as quick asks.")
+            assert (page.input_value("#steps"), page.input_value("#scale")) == ("4", "1")
+            expect(page.locator("#more-text")).to_have_text("4 steps, no guidance")
+            fast.uncheck()
+            expect(page.locator("#recipe")).to_be_empty()
+            assert (page.input_value("#steps"), page.input_value("#scale")) == ("50", "4")
+            page.fill("#steps", "5")
+            fast.check()
+            assert (page.input_value("#steps"), page.input_value("#scale")) == ("5", "1")
+            expect(page.locator("#recipe")).to_have_text("No guidance, as quick asks. The recipe quick asks for 4 steps.")
+
+            # Several at once, with a weight.
+            ink.check()
+            expect(weight).to_have_value("1")
+            weight.fill("0.35")
+            assert_accessible(page, "adapters")
+            with page.expect_request("**/v1/chat/completions") as sent:
+                page.fill("#seed", "7")
+                draw(page, CIRCLE)
+            chosen = [{"name": "fast", "scale": 1}, {"name": "ink", "scale": 0.35}]
+            assert sent.value.post_data_json["loras"] == chosen
+            for fact in ["fast 1", "ink 0.35", "5 steps", "no guidance"]:
+                expect(page.locator("#facts")).to_contain_text(fact)
+
+            # The history has them.
+            ink.uncheck()
+            fast.uncheck()
+            page.reload()
+            expect(page.locator("#facts")).to_contain_text("ink 0.35")
+            expect(ink).not_to_be_checked()
+            page.click("#reuse")
+            expect(ink).to_be_checked()
+            expect(weight).to_have_value("0.35")
+            assert page.input_value("#steps") == "5"
+
+            # Errors are shown at the list.
+            other.check()
+            page.click("#draw")
+            expect(page.locator("#adapters-error")).to_contain_text("different recipes, quick and slow")
+            expect(fast).to_be_focused()
+            assert_accessible(page, "adapters, error")
+            other.uncheck()
+            expect(page.locator("#adapters-error")).to_be_empty()
+
+            # A new file.
+            write_adapter(root / "late.safetensors", 0.1)
+            page.click("#refresh-adapters")
+            expect(page.get_by_role("checkbox", name="late")).to_be_visible()
+            expect(ink).to_be_checked()
+            expect(page.locator("#live")).to_contain_text("adapters can be used.")
+
+
+def test_adapters_on_a_phone_and_without_updates(browser: Browser, server: Server) -> None:
+    phone = {"viewport": {"width": 360, "height": 640}, "has_touch": True, "is_mobile": True}
+    with opened(browser, server, **phone) as page:
+        page.get_by_role("checkbox", name="stripes").tap()
+        expect(page.get_by_role("slider", name="Weight of stripes")).to_be_visible()
+        expect(page.locator("#refresh-adapters")).to_be_hidden()
+        assert_fits(page)
+        assert page.evaluate(OUT_OF_REACH) == []
+        set_numbers(page, steps=2)
+        page.fill("#prompt", CIRCLE)
+        page.tap("#draw")
+        wait_for_picture(page)
+        expect(page.locator("#facts")).to_contain_text("stripes 1")
+
+
+def test_a_server_without_adapters_shows_none(browser: Browser, binary: str) -> None:
+    folder = ROOT / "tests/fixtures/checkpoints/base"
+    with Server(binary, str(folder)) as server, opened(browser, server) as page:
+        expect(page.locator("#fields")).to_be_visible()
+        expect(page.locator("#adapters")).to_be_hidden()
+
+
 def test_the_words_of_the_demo_model(browser: Browser, server: Server) -> None:
     with opened(browser, server) as page:
         guide = json.loads(server.request("/v1/status"))["prompt_guide"]
@@ -404,7 +515,15 @@ def test_the_page_works_with_the_keyboard_alone(browser: Browser, server: Server
         page.keyboard.press("ArrowRight")
         expect(page.get_by_role("radio", name="4:3")).to_be_checked()
         page.keyboard.press("ArrowLeft")
-        page.keyboard.press("Tab")
+        tab_to("adapter-0")
+        page.keyboard.press("Space")
+        tab_to("adapter-weight-0")
+        page.keyboard.press("ArrowLeft")
+        expect(page.locator("#adapter-weight-0")).to_have_value("0.95")
+        tab_to("adapter-0", "Shift+Tab")
+        page.keyboard.press("Space")
+        while page.evaluate("document.activeElement.localName") != "summary":
+            page.keyboard.press("Tab")
         page.keyboard.press("Enter")
         tab_to("steps")
         page.keyboard.press("Control+A")

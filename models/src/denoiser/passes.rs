@@ -159,7 +159,7 @@ pub(super) fn forward<B: FusedOps>(
     let mut packed = first(transformer, halves, &ways, embedded);
     let mut from = 0;
     for stop in stops(&ways, blocks) {
-        if let Some((image, text)) = packed.streams.take() {
+        if let Some(streams) = packed.streams.take() {
             let some;
             let (packing, adapters) = if packed.halves.len() == halves.len() {
                 (&all, &all_adapters)
@@ -170,7 +170,7 @@ pub(super) fn forward<B: FusedOps>(
                 (&some.0, &some.1)
             };
             let range = from..stop;
-            let streams = transformer.run_blocks(range, image, text, modulation, packing, adapters);
+            let streams = transformer.run_blocks(range, streams, modulation, packing, adapters);
             packed.streams = Some(streams);
         }
         from = stop;

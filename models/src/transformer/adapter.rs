@@ -121,12 +121,13 @@ impl<B: FusedOps> AdapterSource<'_, B> {
                 scale,
             });
         }
-        let low_rank = match downs.len() {
+        let down = match downs.len() {
             0 if full.is_empty() => return None,
             0 => None,
-            1 => Some((downs.remove(0), ups)),
-            _ => Some((Tensor::cat(downs, 0), ups)),
+            1 => Some(downs.remove(0)),
+            _ => Some(Tensor::cat(downs, 0)),
         };
+        let low_rank = down.map(|down| LowRankChange { down, ups });
         Some(LayerChange { low_rank, full })
     }
 
@@ -142,9 +143,15 @@ impl<B: FusedOps> AdapterSource<'_, B> {
 /// The change of linear layers that have one input.
 #[derive(Debug)]
 pub(super) struct LayerChange<B: FusedOps> {
-    /// [`LowRankRun::down`] and [`LowRankRun::ups`].
-    low_rank: Option<(Tensor<B, 2>, Vec<Option<LowRankUp<B>>>)>,
+    low_rank: Option<LowRankChange<B>>,
     full: Vec<FullChange<B>>,
+}
+
+/// The low-rank part of a change: [`LowRankRun::down`] and [`LowRankRun::ups`].
+#[derive(Debug)]
+struct LowRankChange<B: FusedOps> {
+    down: Tensor<B, 2>,
+    ups: Vec<Option<LowRankUp<B>>>,
 }
 
 /// The change of one of the layers by a matrix that has no low rank.
@@ -288,7 +295,7 @@ impl<B: FusedOps> AdapterRuns<B> {
                 continue;
             };
             full.extend(change.full.iter().map(|full| (full, tokens, applied.scale)));
-            if let Some((down, ups)) = &change.low_rank {
+            if let Some(LowRankChange { down, ups }) = &change.low_rank {
                 let up = |up: &LowRankUp<B>| LowRankUp {
                     scale: up.scale * applied.scale,
                     ..up.clone()

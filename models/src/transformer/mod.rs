@@ -245,7 +245,7 @@ impl<B: FusedOps> Transformer<B> {
         let image = self.embed_image(image, adapters);
         let text = self.embed_text(text, adapters);
         let blocks = 0..self.num_blocks();
-        let (image, _) = self.run_blocks(blocks, image, text, modulation, packing, adapters);
+        let (image, _) = self.run_blocks(blocks, (image, text), modulation, packing, adapters);
         self.project(image, modulation, packing, adapters)
     }
 
@@ -286,15 +286,14 @@ impl<B: FusedOps> Transformer<B> {
         })
     }
 
-    /// Runs some of the blocks.
+    /// Runs some of the blocks on the image and the text tokens.
     ///
     /// # Shapes
     /// - image and text, in and out: `[tokens of all segments, dim]`
     pub(crate) fn run_blocks(
         &self,
         blocks: Range<usize>,
-        mut image: Tensor<B, 2>,
-        mut text: Tensor<B, 2>,
+        (mut image, mut text): (Tensor<B, 2>, Tensor<B, 2>),
         modulation: &StepModulation<B>,
         packing: &Packing<B>,
         adapters: &AdapterRuns<B>,

@@ -18,7 +18,7 @@ use crate::fixtures::parts;
 
 /// The kinds of change that [`adapter`] makes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Kind {
+pub(crate) enum Kind {
     LowRank(usize),
     Kronecker,
     Dense,
@@ -63,7 +63,7 @@ fn targets(parts: &CheckpointParts) -> Vec<AdapterTarget> {
 }
 
 /// An adapter of every layer whose path `is_changed`.
-fn adapter(
+pub(crate) fn adapter(
     parts: &CheckpointParts,
     kind: Kind,
     seed: u64,
@@ -166,7 +166,7 @@ impl TensorSource for Merged {
     }
 }
 
-fn with(adapters: &[(&Arc<Adapter>, f32)], job: Job) -> Job {
+pub(crate) fn with(adapters: &[(&Arc<Adapter>, f32)], job: Job) -> Job {
     let uses = adapters.iter().map(|(adapter, scale)| AdapterUse {
         adapter: Arc::clone(adapter),
         scale: *scale,
@@ -177,7 +177,7 @@ fn with(adapters: &[(&Arc<Adapter>, f32)], job: Job) -> Job {
     }
 }
 
-fn recorded(job: Job) -> Job {
+pub(crate) fn recorded(job: Job) -> Job {
     Job {
         record: true,
         guidance: guidance((3..44).collect(), 4.0),
@@ -186,7 +186,7 @@ fn recorded(job: Job) -> Job {
 }
 
 /// The largest difference of the latents of the last step, as a part of their largest magnitude.
-fn difference(one: &Output, other: &Output) -> f32 {
+pub(crate) fn difference(one: &Output, other: &Output) -> f32 {
     let latents = |output: &Output| {
         let mut steps = output
             .trace

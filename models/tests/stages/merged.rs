@@ -6,9 +6,12 @@ use std::sync::Arc;
 
 use half::bf16;
 use kiln_models::adapter::{Adapter, Change, Factors, HostMatrix, MergedSource};
+use kiln_models::families::CheckpointParts;
 use kiln_models::{StoredDType, TensorSource};
 
-use crate::fixtures::{Component, Stages, folder};
+use crate::failure::{generate, job, open};
+use crate::fixtures::{Component, Stages, folder, parts};
+use crate::low_rank::{Kind, adapter, difference, recorded, with};
 
 /// `SCALE` of the script.
 const SCALE: f32 = 0.7;
@@ -89,4 +92,27 @@ fn merged_bf16_weights_are_those_of_diffusers_but_for_its_rounding_of_the_change
     }
     println!("{equal} of {count} weights are equal");
     assert!(equal * 100 >= count * 99, "{equal} of {count}");
+}
+
+#[test]
+fn a_merged_adapter_equals_the_adapter_at_run_time() {
+    let base = parts("base");
+    for kind in [Kind::LowRank(4), Kind::Kronecker, Kind::Dense] {
+        let adapter = adapter(&base, kind, 1, |_| true);
+        for scale in [0.35, -1.0] {
+            let source = Arc::clone(&base.transformer);
+            let merged = CheckpointParts {
+                transformer: Arc::new(MergedSource::new(source, Arc::clone(&adapter), scale)),
+                ..base.clone()
+            };
+            let merged = generate(&mut *open(&merged), 1, recorded(job(2)));
+            let plain = generate(&mut *open(&base), 1, recorded(job(2)));
+            let job = with(&[(&adapter, scale)], recorded(job(2)));
+            let at_run_time = generate(&mut *open(&base), 1, job);
+            assert!(difference(&plain, &merged) > 1e-2);
+            let error = difference(&at_run_time, &merged);
+            println!("{kind:?} with scale {scale}: {error:e}");
+            assert!(error < 5e-6, "{kind:?} with scale {scale}: {error:e}");
+        }
+    }
 }

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use clap::{ArgGroup, Parser, ValueEnum};
 
 use crate::cli::error::CliError;
+use crate::cli::lora_args::LoraArgs;
 use crate::cli::shared_args::{BackendArgs, LoadArgs, RequestArgs};
 use crate::request::{GenerationParams, Integer};
 use crate::runtime::ModelSettings;
@@ -35,6 +36,9 @@ pub(in crate::cli) struct GenerateArgs {
 
     #[command(flatten)]
     pub(super) request: RequestArgs,
+
+    #[command(flatten)]
+    pub(super) lora: LoraArgs,
 
     /// Images to generate, from 1 to 10 [default: 1]
     ///

@@ -13,7 +13,7 @@ use serde_json::Value;
 use crate::cli::output;
 use crate::engine::Timings;
 use crate::image::ImageFormat;
-use crate::request::{GenerationRequest, RequestSchedule};
+use crate::request::{ChosenAdapter, GenerationRequest, RequestSchedule};
 
 /// The files, the parameters and the times of one run.
 #[derive(Debug, Serialize)]
@@ -38,6 +38,8 @@ pub(super) struct Report<'a> {
     /// Values that do not fit each other.
     warnings: &'a [String],
     adapters: Vec<Adapter<'a>>,
+    /// The adapter that was merged into the model.
+    merged_adapter: Option<Adapter<'a>>,
     /// The step cache, as in a request.
     cache: Value,
     /// Part of the steps after which guidance was gated, 1 for none.
@@ -102,10 +104,6 @@ impl<'a> Report<'a> {
         dump: Option<&'a Path>,
         seconds: Seconds,
     ) -> Self {
-        let adapters = request.adapters.iter().map(|chosen| Adapter {
-            name: &chosen.info.name,
-            scale: chosen.scale,
-        });
         Self {
             kiln: crate::version::VERSION,
             model,
@@ -119,7 +117,8 @@ impl<'a> Report<'a> {
             sampling: request.sampling.clone(),
             schedule: &request.schedule,
             warnings: &request.warnings,
-            adapters: adapters.collect(),
+            adapters: request.adapters.iter().map(Adapter::new).collect(),
+            merged_adapter: request.merged.as_ref().map(Adapter::new),
             cache: request.cache.choice.to_json(),
             cfg_gate_step: request.cfg_gate_step.unwrap_or(1.0),
             steps: output.steps,
@@ -128,6 +127,15 @@ impl<'a> Report<'a> {
             images,
             dump: dump.map(|path| path.display().to_string()),
             seconds,
+        }
+    }
+}
+
+impl<'a> Adapter<'a> {
+    fn new(chosen: &'a ChosenAdapter) -> Self {
+        Self {
+            name: &chosen.info.name,
+            scale: chosen.scale,
         }
     }
 }

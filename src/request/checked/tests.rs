@@ -7,7 +7,10 @@ use kiln_models::step_cache::StepCounts;
 use kiln_models::vae::TilingMode;
 
 use super::super::limits::{DEFAULT_MAX_IMAGE_PIXELS, MAX_SHIFT};
-use super::super::{CacheChoice, Catalogue, PromptTokens, StepCaches};
+use super::super::{
+    AdapterInfo, CacheChoice, Catalogue, GivenAdapter, PromptTokens, Recipe, ScheduleOrigin,
+    StepCaches,
+};
 use super::*;
 
 static LIMITS: LazyLock<Limits> = LazyLock::new(|| Limits {
@@ -27,6 +30,7 @@ static LIMITS: LazyLock<Limits> = LazyLock::new(|| Limits {
     adapters: Catalogue::default(),
     scheduler: None,
     model_recipe: None,
+    merged: None,
 });
 
 fn check(params: GenerationParams) -> Result<GenerationRequest, InvalidRequest> {
@@ -282,4 +286,91 @@ fn a_shift_is_bounded_on_both_sides() {
     for got in [0.0, -1.0, 1e-4, 1e-50, 100.5, 1e39, f64::NAN, f64::INFINITY] {
         assert_eq!(shifted(got).unwrap_err().param(), "shift");
     }
+}
+
+/// An adapter with the recipe of 4 steps, or of others.
+fn adapter(name: &str, steps: Option<usize>) -> AdapterInfo {
+    let recipe = Recipe {
+        name: "quick".to_owned(),
+        steps,
+        levels: None,
+        stochastic: false,
+        true_cfg_scale: Some(1.0),
+    };
+    AdapterInfo {
+        name: name.to_owned(),
+        recipe: steps.map(|_| (recipe, ScheduleOrigin::Sidecar)),
+        modules: 1,
+        rank: Some(4),
+        bytes: 64,
+        hash: "0123456789ab".to_owned(),
+    }
+}
+
+#[test]
+fn a_merged_adapter_gives_its_recipe_and_cannot_be_named() {
+    let limits = Limits {
+        merged: Some(ChosenAdapter {
+            info: adapter("ink", Some(4)).into(),
+            scale: 0.5,
+        }),
+        adapters: Catalogue::new([adapter("paper", None), adapter("slow", Some(9))]),
+        ..LIMITS.clone()
+    };
+    assert_eq!(limits.recipe().unwrap().steps, Some(4));
+    let check = |names: &[&str], steps: Option<i128>| {
+        let given = names.iter().map(|name| GivenAdapter {
+            name: (*name).to_owned(),
+            scale: None,
+        });
+        let params = GenerationParams {
+            num_inference_steps: steps,
+            adapters: given.collect(),
+            ..GenerationParams::default()
+        };
+        GenerationRequest::new(params, &limits, NoiseGenerator::Cpu)
+    };
+    let text =
+        |request: &GenerationRequest| request.metadata_text("m", 0, None, StepCounts::default());
+
+    let request = check(&[], None).unwrap();
+    assert_eq!(request.sampling.steps, 4);
+    assert_eq!(request.true_cfg_scale, 1.0);
+    assert_eq!(request.schedule.origin, ScheduleOrigin::Sidecar);
+    assert_eq!(request.adapters, []);
+    assert_eq!(request.merged.as_ref().unwrap().info.name, "ink");
+    let text_of_none = text(&request);
+    assert!(
+        text_of_none.contains(", Merged lora: ink:0.5, Version"),
+        "{text_of_none}"
+    );
+
+    let request = check(&["paper"], Some(7)).unwrap();
+    assert_eq!(request.sampling.steps, 7);
+    let found = text(&request);
+    let expected =
+        "Lora: paper:1, Lora hashes: \"paper: 0123456789ab\", Merged lora: ink:0.5, Version";
+    assert!(found.contains(expected), "{found}");
+
+    let error = check(&["slow"], None).unwrap_err();
+    assert!(
+        matches!(error, InvalidRequest::TwoRecipes { .. }),
+        "{error}"
+    );
+    for names in [&["ink"][..], &["paper", "ink"]] {
+        let error = check(names, None).unwrap_err();
+        assert_eq!(error.param(), "adapters");
+        assert!(error.to_string().contains("--lora-merge"), "{error}");
+    }
+
+    // Only a comma ends a value.
+    let merged = ChosenAdapter {
+        info: adapter("a, b", None).into(),
+        scale: 1.0,
+    };
+    let request = GenerationRequest {
+        merged: Some(merged),
+        ..request
+    };
+    assert!(text(&request).contains("Merged lora: \"a, b:1\", "));
 }

@@ -57,7 +57,10 @@ impl LoadedApp {
         let Some(model) = model else {
             return Ok(given);
         };
-        if catalogue.get(model).is_some() {
+        let merged = self.limits.merged.as_ref();
+        let is_merged = merged.is_some_and(|merged| merged.info.name == model);
+        // A merged one is refused when the request is checked.
+        if is_merged || catalogue.get(model).is_some() {
             if !given.iter().any(|adapter| adapter.name == model) {
                 given.insert(
                     0,

@@ -78,6 +78,10 @@ pub(in super::super) async fn load(
         ..
     } = body::read(without_nulls(object))?;
     let name = named(lora_name)?;
+    let merged = app.limits.merged.as_ref();
+    if merged.is_some_and(|merged| merged.info.name == name) {
+        return Err(AdapterError::Merged { name }.into());
+    }
     let file = lora_path.filter(|path| !path.is_empty());
     let message = format!("Success: LoRA adapter '{name}' added successfully.");
     spawn_blocking(move || {

@@ -5,6 +5,7 @@ use serde::Serialize;
 use utoipa::ToSchema;
 
 use crate::adapters::{AdapterStore, CacheUse, Listed};
+use crate::request::ChosenAdapter;
 
 /// The adapters of the server.
 #[derive(Debug, Serialize, ToSchema)]
@@ -15,6 +16,8 @@ pub(in super::super) struct AdapterStatus {
     unusable: Vec<UnusableAdapter>,
     /// Whether clients may change the list: `--enable-lora-updates`.
     updates: bool,
+    /// The adapter that is merged into the model: `--lora-merge`. It is in every image.
+    merged: Option<MergedAdapter>,
     host_cache: AdapterCacheStatus,
     /// Of several devices, that which holds the most.
     device_cache: AdapterCacheStatus,
@@ -36,6 +39,15 @@ struct UsableAdapter {
     hash: String,
     /// What requests with it get where they name no value of their own; null if there is nothing.
     recipe: Option<RecipeStatus>,
+}
+
+/// An adapter that is merged into the model.
+#[derive(Debug, Serialize, ToSchema)]
+struct MergedAdapter {
+    name: String,
+    scale: f64,
+    /// First digits of the SHA-256 of its file's header.
+    hash: String,
 }
 
 /// The sampling that an adapter was trained for.
@@ -105,6 +117,7 @@ impl AdapterStatus {
         store: &AdapterStore,
         device: pipeline::CacheUse,
         updates: bool,
+        merged: Option<&ChosenAdapter>,
     ) -> Self {
         let unusable = store.unusable().into_iter();
         Self {
@@ -113,6 +126,11 @@ impl AdapterStatus {
                 .map(|(name, reason)| UnusableAdapter { name, reason })
                 .collect(),
             updates,
+            merged: merged.map(|merged| MergedAdapter {
+                name: merged.info.name.clone(),
+                scale: merged.scale,
+                hash: merged.info.hash.clone(),
+            }),
             host_cache: store.cache_use().into(),
             device_cache: device.into(),
         }

@@ -130,7 +130,14 @@ function askForKey(error) {
 
 /** Shows how long drawing with the current settings would take. */
 async function updateForecast() {
-  byId('forecast').textContent = settings.isPlausible() ? forecast(await estimate(settings.request())) : '';
+  let text = '';
+  try {
+    if (settings.isPlausible()) text = forecast(await estimate(settings.request()));
+  } catch (error) {
+    if (error.status !== 400) throw error;
+    text = error.message;
+  }
+  byId('forecast').textContent = text;
 }
 
 function forecast({ accepted, position, estimated_wait: wait, estimated_time: time }) {

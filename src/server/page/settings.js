@@ -241,6 +241,7 @@ export class Settings {
 
   /** Sets what another choice of adapters asks for, where the form still has what the last one asked for. */
   #follow(before, after) {
+    if (!this.#defaults) return;
     const [old, asked] = [this.#asked(before), this.#asked(after)];
     const values = this.values();
     for (const name of ['steps', 'scale']) {
@@ -261,13 +262,13 @@ export class Settings {
     const texts = (isSet) => parts.filter((part) => part.isSet === isSet).map(({ text }) => text).join(' and ');
     const lines = [
       texts(true) && `${texts(true)}, as ${recipe?.name} asks.`,
-      texts(false) && `${recipe?.name} asks for ${texts(false)}.`,
+      texts(false) && `The recipe ${recipe?.name} asks for ${texts(false)}.`,
     ];
     const text = lines.filter(Boolean).join(' ');
     byId('recipe').textContent = text && text[0].toUpperCase() + text.slice(1);
     byId('steps-hint').textContent = !recipe?.num_inference_steps
       ? 'More steps take longer.'
-      : `${recipe.name} asks for ${count(asked.steps, 'step', 'steps')}.`;
+      : `The recipe ${recipe.name} asks for ${count(asked.steps, 'step', 'steps')}.`;
   }
 
   #isGuided() {
