@@ -21,7 +21,7 @@ use crate::checkpoint::safetensors::{LENGTH_BYTES, header_end, parse_header};
 const PICKLES: [&str; 6] = ["pt", "pth", "bin", "ckpt", "pkl", "pickle"];
 
 /// The largest `adapter_config.json` that is read.
-const MAX_CONFIG_BYTES: u64 = 16 << 20;
+const MAX_CONFIG_BYTES: u64 = 4 << 20;
 
 /// Where the bytes of an adapter are.
 #[derive(Debug)]

@@ -171,6 +171,10 @@ fn patterns_match_the_ends_of_names() {
         (r#"{"to_q": 16, "attn.to_q": 32}"#, 4.0),
         (r#"{"attn.to_q": 32, "to_q": 16}"#, 8.0),
         (r#"{"z": 1, "to_q": 16, "a": 1}"#, 4.0),
+        (r#"{"to_q": 16, "attn\\.to_q": 32}"#, 4.0),
+        (r#"{"attn\\.to_q": 32, "to_q": 16}"#, 8.0),
+        // A dot matches anything.
+        (r#"{"attn.to.q": 16}"#, 4.0),
         // Not at a dot, not at the end, not from the start.
         (r#"{"o_q": 16}"#, 0.25),
         (r#"{"attn": 16}"#, 0.25),
