@@ -142,9 +142,10 @@ impl Folder {
         };
         let is_inside = real.starts_with(&self.root);
         if real.is_dir() {
-            return match is_inside {
-                true => self.folder_kind(real, file),
-                false => Kind::Refused(outside("folder")),
+            return if is_inside {
+                self.folder_kind(real, file)
+            } else {
+                Kind::Refused(outside("folder"))
             };
         }
         if !real.is_file() {

@@ -26,11 +26,6 @@ pub(super) struct WrittenLora {
 /// The adapters of a command that generates images.
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Adapters")]
-#[expect(clippy::doc_markdown, reason = "clap prints the comments as they are")]
-#[expect(
-    clippy::struct_field_names,
-    reason = "the fields are named like the options"
-)]
 pub(super) struct LoraArgs {
     /// LoRA adapter to generate with, and its scale [default: 1]; may be repeated
     ///
@@ -192,10 +187,6 @@ impl WrittenLora {
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Adapters")]
 #[expect(clippy::doc_markdown, reason = "clap prints the comments as they are")]
-#[expect(
-    clippy::struct_field_names,
-    reason = "the fields are named like the options"
-)]
 pub(super) struct LoraServeArgs {
     /// Folder of LoRA adapters that requests may name
     ///

@@ -66,6 +66,10 @@ const LAST_ANSWERS: Duration = Duration::from_secs(10);
 
 /// Settings of the server that do not depend on the model.
 #[derive(Debug, Clone)]
+#[expect(
+    clippy::struct_excessive_bools,
+    reason = "each is an option of the command line"
+)]
 pub struct Settings {
     /// Names of the model. The first one is the default.
     pub served_model_names: Vec<String>,

@@ -206,7 +206,10 @@ fn keys_of_images_requests_that_cannot_be_honoured() {
         (image(&json!({"loras": [{"name": "x"}]})), "loras"),
         (image(&json!({"lorra": ""})), "lorra"),
         (image(&json!({"guidance_scale": 7.5})), "guidance_scale"),
-        (image(&json!({"lora": {"name": "x", "path": "/x"}})), "lora"),
+        (
+            image(&json!({"lora": {"name": "x", "path": "/x"}})),
+            "lora.path",
+        ),
         (image(&json!({"vae_use_tiling": true})), "vae_use_tiling"),
         (image(&json!({"vae_use_slicing": true})), "vae_use_slicing"),
         (image(&json!({"temperature": 1})), "temperature"),

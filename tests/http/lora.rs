@@ -7,7 +7,7 @@ use std::thread;
 use serde_json::{Map, Value, json};
 use tempfile::TempDir;
 
-use super::client::{Reply, get, json_with_headers, post_to};
+use super::client::{Reply, connect, get, json_with_headers, post_to, receive, send_raw};
 use super::real_model::{Server, model};
 use super::{decode_png, from_base64, metadata};
 
@@ -270,233 +270,253 @@ fn an_image_says_the_models_name_and_an_answer_the_one_that_was_asked_for() {
     assert!(text.contains("Model: base"), "{text}");
 }
 
-/// Adapters that a request cannot have, and the answers.
+/// Refuses each request with status 400, this key and this message.
+fn assert_refused(server: &Server, cases: &[(Value, &str, String)]) {
+    for (extra, param, message) in cases {
+        let reply = generate(server, extra);
+        let expected = (400, Some(*param), message.as_str());
+        assert_eq!(error(&reply), expected, "{extra}");
+    }
+    image(server, &json!({}));
+}
+
 #[test]
-fn requests_are_refused_with_the_name() {
+fn names_and_paths_that_are_not_listed_are_refused() {
     let folder = folder();
     let server = serve(folder.path(), &[]);
-    let known = "available are ink, style/paper";
-    let unlisted = |param: &str, path: &str| {
+    let unlisted = |path: &str| {
         let message = format!(
-            "{param}: {path:?} is not the file of an adapter that GET /v1/models lists: give the name \
+            "lora.path: {path:?} is not the file of an adapter that GET /v1/models lists: give the name \
              of one"
         );
-        (param.to_owned(), message)
-    };
-    let unknown = |param: &str, name: &str| {
         (
-            param.to_owned(),
-            format!("there is no adapter {name:?}: {known}"),
+            json!({"lora": {"name": "ink", "path": path}}),
+            "lora.path",
+            message,
         )
     };
-    let plain = |param: &str, message: &str| (param.to_owned(), message.to_owned());
+    let unknown = |name: &str| {
+        let message = format!("there is no adapter {name:?}: available are ink, style/paper");
+        (json!({"lora": {"name": name}}), "lora", message)
+    };
     let outside = folder.path().parent().unwrap().join("x.safetensors");
-    let outside = outside.to_str().unwrap();
-    let nine: Vec<String> = (0..9).map(|index| format!("a{index}")).collect();
-    for (extra, (param, message)) in [
-        (json!({"lora": "nothing"}), unknown("lora", "nothing")),
-        (json!({"loras": [{"name": "Ink"}]}), unknown("loras", "Ink")),
-        (json!({"lora": "../x"}), unknown("lora", "../x")),
-        (
-            json!({"lora": "/etc/passwd"}),
-            unknown("lora", "/etc/passwd"),
-        ),
-        (json!({"lora": ""}), plain("", "")),
-        (json!({"lora": {"name": ""}}), unknown("lora", "")),
-        (
-            json!({"lora": {"path": "../x"}}),
-            unlisted("lora.path", "../x"),
-        ),
-        (
-            json!({"lora": {"path": "style/../ink"}}),
-            unlisted("lora.path", "style/../ink"),
-        ),
-        (
-            json!({"lora": {"path": outside}}),
-            unlisted("lora.path", outside),
-        ),
-        (
-            json!({"lora": {"name": "ink", "path": "/etc/passwd"}}),
-            unlisted("lora.path", "/etc/passwd"),
-        ),
-        (
-            json!({"lora": {"name": "ink", "path": "style/paper"}}),
-            plain(
+    let conflict = "lora.name and lora.path were given different values: give only one of them";
+    assert_refused(
+        &server,
+        &[
+            unknown("nothing"),
+            unknown("Ink"),
+            unknown("ink.safetensors"),
+            unknown("../x"),
+            unknown("/etc/passwd"),
+            unknown(""),
+            unlisted("../x"),
+            unlisted("style/../ink"),
+            unlisted("/etc/passwd"),
+            unlisted(outside.to_str().unwrap()),
+            unlisted("nothing"),
+            unlisted(""),
+            (
+                json!({"lora": {"name": "ink", "path": "style/paper"}}),
                 "lora.name",
-                "lora.name and lora.path were given different values: give only one of them",
+                conflict.to_owned(),
             ),
-        ),
+        ],
+    );
+}
+
+#[test]
+fn adapters_that_do_not_fit_together_or_are_none_are_refused() {
+    let folder = folder();
+    let server = serve(folder.path(), &[]);
+    let nine: Vec<String> = (0..9).map(|index| format!("a{index}")).collect();
+    let cases = [
         (
             json!({"lora": {"name": "ink", "scale": 9}}),
-            plain(
-                "lora",
-                "the scale of adapter \"ink\" must be from -8 to 8, got 9",
-            ),
+            "lora",
+            "the scale of adapter \"ink\" must be from -8 to 8, got 9",
         ),
         (
             json!({"lora": {"name": "ink", "scale": "NaN"}}),
-            plain("lora.scale", "lora.scale must be a number, got a string"),
+            "lora.scale",
+            "lora.scale must be a number, got a string",
         ),
         (
             json!({"loras": ["ink", "ink"]}),
-            plain(
-                "loras",
-                "adapter \"ink\" is in the request twice: give it once",
-            ),
+            "loras",
+            "adapter \"ink\" is in the request twice: give it once",
         ),
         (
             json!({"loras": nine}),
-            plain("loras", "a request may have 8 adapters at most, got 9"),
+            "loras",
+            "a request may have 8 adapters at most, got 9",
         ),
         (
             json!({"lora": {"name": "ink", "weight": 1}}),
-            plain(
-                "lora.weight",
-                "unknown parameter lora.weight; known are name, lora_name, adapter, path, local_path, \
-                 lora_path, lora_local_path, scale, lora_scale",
-            ),
+            "lora.weight",
+            "unknown parameter lora.weight; known are name, lora_name, adapter, path, local_path, \
+             lora_path, lora_local_path, scale, lora_scale",
         ),
         (
             json!({"lora": "ink", "loras": ["style/paper"]}),
-            plain(
-                "lora",
-                "lora and loras were given different values: give only one of them",
-            ),
+            "lora",
+            "lora and loras were given different values: give only one of them",
         ),
         (
             json!({"lora": 7}),
-            plain(
-                "lora",
-                "lora must be the name of an adapter, or an object with its name and scale, got 7",
-            ),
+            "lora",
+            "lora must be the name of an adapter, or an object with its name and scale, got 7",
         ),
-    ] {
-        let reply = generate(&server, &extra);
-        if message.is_empty() {
-            assert_eq!(reply.status, 200, "{extra}");
-            continue;
-        }
-        let expected = (400, Some(param.as_str()), message.as_str());
-        assert_eq!(error(&reply), expected, "{extra}");
-    }
-    // A number that JSON has and f64 has not.
-    let nan = body(&json!({"lora": {"name": "ink", "scale": 7}})).to_string();
+    ];
+    let cases = cases.map(|(extra, param, message)| (extra, param, message.to_owned()));
+    assert_refused(&server, &cases);
+    // JSON has no such numbers.
+    let seven = body(&json!({"lora": {"name": "ink", "scale": 7}})).to_string();
     for scale in ["1e999", "NaN", "Infinity"] {
-        let text = nan.replace("\"scale\":7", &format!("\"scale\":{scale}"));
+        let text = seven.replace("\"scale\":7", &format!("\"scale\":{scale}"));
         let headers = "Content-Type: application/json\r\n";
-        let stream = super::client::connect(server.address);
         let content = (headers, text.as_bytes());
-        let stream = super::client::send_raw(stream, "POST", IMAGES, content);
-        let reply = super::client::receive(stream);
+        let reply = receive(send_raw(connect(server.address), "POST", IMAGES, content));
         assert_eq!(reply.status, 400, "{}", reply.body);
     }
-    image(&server, &json!({}));
+    assert_eq!(generate(&server, &json!({"lora": ""})).status, 200);
 }
 
-/// Files that are refused, with the reason that the status has and that a request gets.
-#[test]
-fn files_are_refused_with_the_key() {
+/// Files that are refused: name, content, and the reason.
+fn refused_files() -> Vec<(&'static str, Vec<u8>, String)> {
     let [a, b] = ["lora_A", "lora_B"].map(|part| format!("transformer.{LAYER}.{part}.weight"));
     let pair: [(&str, &[usize], f32); 2] = [(&a, &[2, 32], 0.1), (&b, &[32, 2], 0.1)];
     let with = |key: &str, shape: &[usize]| safetensors(&[pair[0], pair[1], (key, shape, 0.1)]);
     let only = |key: &str| safetensors(&[(key, &[2, 32], 0.1)]);
+    let of_rank = |rank| safetensors(&[(&a, &[rank, 32], 0.1), (&b, &[32, rank], 0.1)]);
     let whole = lora(0.1);
-    let files: Vec<(&str, Vec<u8>, &str)> = vec![
+    let bytes = whole.len();
+    let header = bytes - 2 * 64 * 4;
+    let incomplete = |has: usize, needs: usize| {
+        format!(
+            "the file has {has} bytes where its header needs {needs}: the copy is incomplete or \
+             damaged, copy or download it again"
+        )
+    };
+    let foreign = |key: &str, family: &str| {
+        let key = format!("it has the key {key}, which names no linear layer of this model");
+        format!("{key}{family}: use an adapter for Qwen-Image")
+    };
+    let rank = |rank: usize| {
+        format!("it has the key {a} of rank {rank}: ranks from 1 to 512 can be loaded")
+    };
+    let unknown = "transformer.x.lora_A.weight";
+    let flux = "transformer.single_transformer_blocks.0.attn.to_q.lora_A.weight";
+    let sdxl = "lora_unet_input_blocks_1_1_proj_in.lora_down.weight";
+    let wan = "diffusion_model.blocks.0.self_attn.q.lora_A.weight";
+    let text = "lora_te1_x.lora_down.weight";
+    let (dora, bias) = (
+        format!("transformer.{LAYER}.dora_scale"),
+        format!("transformer.{LAYER}.diff_b"),
+    );
+    let pickle = b"\x80\x02}q\x00.".to_vec();
+    vec![
+        ("unknown-key", with(unknown, &[2, 32]), foreign(unknown, "")),
         (
-            "unknown-key.safetensors",
-            with("transformer.x.lora_A.weight", &[2, 32]),
-            "transformer.x.lora_A.weight",
+            "lone-a",
+            safetensors(&pair[..1]),
+            format!(
+                "it has the key {a} without lora_B (lora_up) for the same layer: the file is incomplete"
+            ),
         ),
-        ("lone-a.safetensors", safetensors(&pair[..1]), &a),
         (
-            "shape.safetensors",
+            "shape",
             safetensors(&[pair[0], (&b, &[16, 2], 0.1)]),
-            &b,
+            format!(
+                "it has the key {b} of shape [16, 2] where [32, 2] is needed: use an adapter for this model"
+            ),
+        ),
+        ("rank-0", of_rank(0), rank(0)),
+        ("rank-513", of_rank(513), rank(513)),
+        (
+            "empty",
+            Vec::new(),
+            "the file is empty: copy or download it again".to_owned(),
+        ),
+        ("cut-header", whole[..20].to_vec(), incomplete(20, header)),
+        (
+            "cut",
+            whole[..bytes - 4].to_vec(),
+            incomplete(bytes - 4, bytes),
         ),
         (
-            "rank-0.safetensors",
-            safetensors(&[(&a, &[0, 32], 0.1), (&b, &[32, 0], 0.1)]),
-            "rank 0",
+            "flux",
+            only(flux),
+            foreign(flux, ". It seems to be made for Flux"),
         ),
         (
-            "rank-513.safetensors",
-            safetensors(&[(&a, &[513, 32], 0.1), (&b, &[32, 513], 0.1)]),
-            "rank 513",
-        ),
-        ("empty.safetensors", Vec::new(), "the file is empty"),
-        (
-            "cut-header.safetensors",
-            whole[..20].to_vec(),
-            "the copy is incomplete or damaged",
+            "sdxl",
+            only(sdxl),
+            foreign(
+                sdxl,
+                ". It seems to be made for SDXL or Stable Diffusion 1.5",
+            ),
         ),
         (
-            "cut.safetensors",
-            whole[..whole.len() - 4].to_vec(),
-            "the copy is incomplete or damaged",
+            "wan",
+            only(wan),
+            foreign(wan, ". It seems to be made for Wan"),
         ),
         (
-            "flux.safetensors",
-            only("transformer.single_transformer_blocks.0.attn.to_q.lora_A.weight"),
-            "Flux",
+            "text-encoder",
+            with(text, &[2, 32]),
+            format!(
+                "it has {text}: changes of the text encoder cannot be loaded. \
+                 --lora-ignore-text-encoder leaves them out"
+            ),
         ),
         (
-            "sdxl.safetensors",
-            only("lora_unet_input_blocks_1_1_proj_in.lora_down.weight"),
-            "SDXL",
+            "dora",
+            with(&dora, &[32, 1]),
+            format!(
+                "it has {dora}: DoRA cannot be loaded. Merge it into the model with PEFT, or use an \
+                 adapter that was trained as a plain LoRA"
+            ),
         ),
         (
-            "wan.safetensors",
-            only("diffusion_model.blocks.0.self_attn.q.lora_A.weight"),
-            "Wan",
+            "bias",
+            with(&bias, &[32]),
+            format!(
+                "it has {bias}: changes of biases cannot be loaded. Use an adapter that was trained \
+                 without biases"
+            ),
         ),
         (
-            "text-encoder.safetensors",
-            with("lora_te1_x.lora_down.weight", &[2, 32]),
-            "changes of the text encoder",
+            "pickle",
+            pickle,
+            "the file is a pickle of PyTorch, which can run code when it is read: convert it to \
+             safetensors"
+                .to_owned(),
         ),
-        (
-            "dora.safetensors",
-            with(&format!("transformer.{LAYER}.dora_scale"), &[32, 1]),
-            "DoRA",
-        ),
-        (
-            "bias.safetensors",
-            with(&format!("transformer.{LAYER}.diff_b"), &[32]),
-            "diff_b",
-        ),
-        ("pickle.safetensors", b"\x80\x02}q\x00.".to_vec(), "pickle"),
-        (
-            "old.pt",
-            b"\x80\x02}q\x00.".to_vec(),
-            "old.pt is a pickle file, which can run any code",
-        ),
-    ];
-    let folder = folder();
-    for (name, content, _) in &files {
-        fs::write(folder.path().join(name), content).unwrap();
-    }
-    let nan = safetensors(&[(&a, &[2, 32], f32::NAN), pair[1]]);
-    fs::write(folder.path().join("nan.safetensors"), nan).unwrap();
-    let server = serve(folder.path(), &["--enable-lora-updates"]);
-    // Values are read with the weights.
-    assert_eq!(ids(&server), ["base", "ink", "nan", "style/paper"]);
-    let reply = generate(&server, &json!({"lora": "nan"}));
-    let reason = format!("it has the key {a}, which has a value that is not a finite number");
-    let message = format!("the adapter \"nan\" cannot be used: {reason}");
-    assert_eq!(error(&reply), (400, None, message.as_str()));
-    assert_eq!(ids(&server), ["base", "ink", "style/paper"]);
+    ]
+}
 
-    let status = adapter_status(&server);
-    let unusable = status["unusable"].as_array().unwrap();
-    assert_eq!(unusable.len(), files.len() + 1);
-    for (file, _, part) in &files {
-        let name = file.trim_end_matches(".safetensors");
-        let found = unusable.iter().find(|it| it["name"] == name);
-        let reason = found.unwrap_or_else(|| panic!("{name}"))["reason"]
-            .as_str()
-            .unwrap();
-        assert!(reason.contains(part), "{name}: {reason}");
-        // A request, the model's name, and loading the file say the same.
+/// The status and each request have the reason, and the server lives on.
+#[test]
+fn files_are_refused_with_the_key() {
+    let mut refused = refused_files();
+    let folder = folder();
+    for (name, content, _) in &refused {
+        fs::write(folder.path().join(format!("{name}.safetensors")), content).unwrap();
+    }
+    let reason = "old.pt is a pickle file, which can run any code when it is read: convert it to \
+                  .safetensors";
+    fs::write(folder.path().join("old.pt"), b"\x80").unwrap();
+    refused.push(("old.pt", Vec::new(), reason.to_owned()));
+    refused.sort_unstable();
+    let server = serve(folder.path(), &["--enable-lora-updates"]);
+    assert_eq!(ids(&server), ["base", "ink", "style/paper"]);
+    let expected: Vec<Value> = refused
+        .iter()
+        .map(|(name, _, reason)| json!({"name": name, "reason": reason}))
+        .collect();
+    assert_eq!(adapter_status(&server)["unusable"], json!(expected));
+    for (name, _, reason) in &refused {
         let message = format!("the adapter {name:?} cannot be used: {reason}");
         for (extra, param) in [
             (json!({"lora": name}), "lora"),
@@ -506,14 +526,27 @@ fn files_are_refused_with_the_key() {
             assert_eq!(error(&reply), (400, Some(param), message.as_str()));
         }
         let reply = post_to(server.address, LOAD, &json!({"lora_name": name}));
-        let loaded = if name == "old.pt" {
-            reason
-        } else {
-            message.as_str()
-        };
-        assert_eq!(error(&reply), (400, None, loaded));
-        let folder = folder.path().to_str().unwrap();
-        assert!(!reply.body.to_string().contains(folder));
+        let message = if *name == "old.pt" { reason } else { &message };
+        assert_eq!(error(&reply), (400, None, message.as_str()));
+    }
+    image(&server, &json!({"lora": "ink"}));
+}
+
+/// Values are read with the weights, so the first request finds those that are not finite.
+#[test]
+fn an_adapter_with_values_that_are_not_finite_is_refused_from_then_on() {
+    let folder = folder();
+    fs::write(folder.path().join("nan.safetensors"), lora(f32::NAN)).unwrap();
+    let server = serve(folder.path(), &[]);
+    assert_eq!(ids(&server), ["base", "ink", "nan", "style/paper"]);
+    let message = format!(
+        "the adapter \"nan\" cannot be used: it has the key transformer.{LAYER}.lora_A.weight, which has \
+         a value that is not a finite number"
+    );
+    for param in [None, Some("lora")] {
+        let reply = generate(&server, &json!({"lora": "nan"}));
+        assert_eq!(error(&reply), (400, param, message.as_str()));
+        assert_eq!(ids(&server), ["base", "ink", "style/paper"]);
     }
     image(&server, &json!({"lora": "ink"}));
 }
@@ -764,7 +797,6 @@ fn clients_with_other_adapters_wait_for_room() {
     }
 }
 
-/// The demo model has adapters of its own.
 #[test]
 fn a_folder_of_the_command_line_must_exist() {
     let missing: PathBuf = tempfile::tempdir().unwrap().path().join("nothing");

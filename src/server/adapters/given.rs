@@ -201,9 +201,10 @@ mod tests {
 
     use super::*;
 
-    fn read(
-        lora: Value,
-    ) -> Result<Vec<(Option<String>, Option<String>, Option<f64>)>, InvalidBody> {
+    /// Name, path and scale.
+    type Parts = (Option<String>, Option<String>, Option<f64>);
+
+    fn read(lora: Value) -> Result<Vec<Parts>, InvalidBody> {
         let (_, written) = written_adapters(Some(&lora), None)?;
         let parts = written.into_iter();
         let path = |file: Option<WrittenFile>| file.map(|file| file.path);

@@ -121,10 +121,12 @@ impl LoadedApp {
 
     /// The error of a model name that nothing has.
     pub(super) fn unknown_model(&self, name: String) -> ApiError {
-        let served = self.settings.served_model_names.iter().cloned();
-        let adapters = self.adapters.catalogue();
-        let adapters = adapters.iter().map(|info| info.name.clone());
-        let served: Vec<String> = served.chain(adapters).collect();
+        let mut served = self.settings.served_model_names.clone();
+        for adapter in self.adapters.catalogue().iter() {
+            if !served.contains(&adapter.name) {
+                served.push(adapter.name.clone());
+            }
+        }
         let served = served.join(", ");
         ApiError::UnknownModel { name, served }
     }
