@@ -75,6 +75,13 @@ for capability in 80 90; do
     compare bf16 $capability
 done
 
+part "an adapter, beside flex"
+adapter=$PWD/models/demo/lora/stripes.safetensors
+for dtype in f32 bf16; do
+    on cpu 80 "$kiln" compare --backends flex,cuda --dtype $dtype --steps 4 --seed 1 --negative-prompt "a blue square" \
+        --lora "$adapter:0.7"
+done
+
 part "two streams on one device, beside flex"
 on cpu 80 "$kiln" compare --backends flex,cuda:0+0 --dtype f32 --steps 4 --seed 1 --negative-prompt "a blue square"
 
