@@ -40,6 +40,7 @@ pub(crate) fn generate(prompt: &str, path: &Path) -> Result<(), Box<dyn Error>> 
         max_queue: 0,
         max_started: 1,
         max_memory: None,
+        adapter_cache_bytes: usize::MAX,
         max_step_tokens: None,
         warm_up: None,
     };

@@ -9,7 +9,9 @@ use kiln_models::config::ConfigError;
 use kiln_models::families::CheckpointParts;
 use kiln_models::flops::FlopCount;
 use kiln_models::job::Job;
-use kiln_models::loading::{DeviceInfo, LoadOptions, ModelDType, OpenError};
+use kiln_models::loading::{
+    DEFAULT_ADAPTER_CACHE_BYTES, DeviceInfo, LoadOptions, ModelDType, OpenError,
+};
 use kiln_models::pipeline::{ImageSizes, Pipeline};
 use kiln_models::vae::VaeSettings;
 
@@ -17,9 +19,6 @@ use crate::checkpoint::Checkpoint;
 use crate::kernel_cache;
 
 pub use self::choice::{BackendChoice, BackendKind, DeviceNumbers, InvalidChoice, UnknownName};
-
-/// Default of [`LoadSettings::adapter_cache_bytes`].
-const DEFAULT_ADAPTER_CACHE_BYTES: u64 = 2 << 30;
 
 /// The type of a model's weights and activations.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -41,7 +40,7 @@ pub struct LoadSettings {
     pub vae: VaeSettings,
     /// Bound of the adapters that are kept on each device, in bytes. Those of jobs in progress may take
     /// more.
-    pub adapter_cache_bytes: u64,
+    pub adapter_cache_bytes: usize,
 }
 
 /// flex, the checkpoint's type, and whole images decoded together.
@@ -333,7 +332,7 @@ pub fn load(
         vae: settings.vae,
         split_guidance: *split_guidance,
         kernel_cache: kernel_folder(devices),
-        ..LoadOptions::default()
+        adapter_cache_bytes: settings.adapter_cache_bytes,
     };
     let parts = checkpoint.parts();
     if backend.kind != BackendKind::Auto {

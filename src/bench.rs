@@ -371,7 +371,7 @@ mod tests {
     use kiln_models::noise::NoiseGenerator;
 
     use super::*;
-    use crate::request::{RequestCache, ScheduleOrigin};
+    use crate::request::{RequestCache, RequestSchedule, ScheduleOrigin};
 
     fn workload(true_cfg_scale: f64) -> Workload {
         Workload {
@@ -392,7 +392,14 @@ mod tests {
                 cache: RequestCache::default(),
                 cfg_gate_step: None,
                 adapters: Vec::new(),
-                schedule_origin: ScheduleOrigin::Model,
+                schedule: RequestSchedule {
+                    origin: ScheduleOrigin::Model,
+                    name: None,
+                    shift: None,
+                    terminal: None,
+                    stochastic: false,
+                    sigmas: Vec::new(),
+                },
                 warnings: Vec::new(),
             },
             prompt_tokens: 10,

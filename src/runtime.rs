@@ -26,7 +26,7 @@ use crate::checkpoint::{
     Checkpoint, CheckpointError, DEMO, Place, PromptGuide, QWEN_IMAGE, Shape, WeightAccess,
 };
 use crate::hub::{self, HubError, HubSettings, Location};
-use crate::request::Limits;
+use crate::request::{Limits, fused_lightning};
 use crate::tokenizer::{PromptTokenizer, TokenizerError};
 
 use self::counted::Counted;
@@ -224,8 +224,12 @@ impl Model {
         let mut limits = Limits::for_sizes(backend::image_sizes(&checkpoint)?);
         limits.caches.blocks = Some(configs.blocks().map_err(BackendError::from)?);
         limits.caches.mag_ratios = configs.mag_ratios().map_err(BackendError::from)?;
+        let scheduler = configs.noise_schedule().map_err(BackendError::from)?;
+        let name = settings.public_name();
+        limits.model_recipe = scheduler.is_lightning().then(|| fused_lightning(&name));
+        limits.scheduler = Some(scheduler);
         Ok(Self {
-            name: settings.public_name(),
+            name,
             limits,
             tokenizer: Arc::new(tokenizer),
             checkpoint,

@@ -8,6 +8,9 @@ mod client;
 mod deadlines;
 mod images;
 mod information;
+mod lora;
+#[cfg(target_os = "linux")]
+mod lora_load;
 #[cfg(target_os = "linux")]
 mod memory;
 mod model_files;
@@ -16,6 +19,7 @@ mod page;
 mod pipeline;
 mod random_bodies;
 mod real_model;
+mod schedules;
 mod sdapi;
 mod server;
 mod stage_metrics;

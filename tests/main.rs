@@ -37,6 +37,9 @@ mod parity;
 /// The demo model's pipeline, in this process, with one and several jobs.
 #[cfg(feature = "flex")]
 mod pipeline;
+/// Noise levels and samplers other than a checkpoint's own, compared with diffusers.
+#[cfg(feature = "flex")]
+mod schedules;
 /// Helpers for tests that run `kiln serve` as a process.
 mod served;
 /// Configurations for random weights.

@@ -170,6 +170,7 @@ fn together(jobs: &[Job], max_step_tokens: usize) -> (Vec<Output>, u64) {
         max_queue: jobs.len(),
         max_started: 16,
         max_memory: None,
+        adapter_cache_bytes: usize::MAX,
         max_step_tokens: Some(max_step_tokens),
         warm_up: None,
     };

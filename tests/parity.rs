@@ -137,7 +137,7 @@ fn run(backend: &str, dtype: &str, case: &Value, folder: &Path) -> PathBuf {
     dump
 }
 
-fn compare_stages(case: &str, reference: &SafeTensors<'_>, dump: &SafeTensors<'_>) {
+pub(crate) fn compare_stages(case: &str, reference: &SafeTensors<'_>, dump: &SafeTensors<'_>) {
     let ids = |file: &SafeTensors<'_>, name: &str| -> Vec<i64> {
         let tensor = file.tensor(name).unwrap();
         assert_eq!(tensor.dtype(), Dtype::I64, "{case} {name}");
@@ -203,7 +203,7 @@ pub(crate) fn relative_difference(ours: &[f32], theirs: &[f32]) -> f32 {
     difference / magnitude
 }
 
-fn compare_images(case: &str, reference: &SafeTensors<'_>, folder: &Path, images: u64) {
+pub(crate) fn compare_images(case: &str, reference: &SafeTensors<'_>, folder: &Path, images: u64) {
     let expected = reference.tensor("image_u8").unwrap();
     let (height, width) = (expected.shape()[1], expected.shape()[2]);
     let mut equal = 0;

@@ -11,6 +11,7 @@
 use std::fmt;
 use std::sync::Arc;
 
+use crate::adapter::Totals;
 use crate::families::qwen_image::{PATCH, TEMPLATE};
 use crate::job::Job;
 use crate::step_cache::{KeptResiduals, first_gated_step};
@@ -32,7 +33,9 @@ const PLANE_PADDING: u64 = 32;
 /// run at the same time.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct MemoryPlan {
-    /// From the job's start to its end: embeddings, modulation table, latents, recorded stages.
+    /// From the job's start to its end: embeddings, modulation table, latents, recorded stages, and the
+    /// modulation that adapters change. The adapters themselves are not part of a plan, because jobs share
+    /// them.
     pub held: u64,
     /// Encoding the prompts, generating the noise and making the modulation table.
     pub start: u64,
@@ -125,15 +128,20 @@ impl Networks {
         let noise = F32 * image_tokens * self.transformer.in_channels as u64;
 
         let layers = self.transformer.num_layers as u64;
-        let table = F32 * job.sampling.steps as u64 * dim * (12 * layers + 3);
+        let steps = job.sampling.steps as u64;
+        let table = F32 * steps * dim * (12 * layers + 3);
+        let adapters = Totals::of_job(&job.adapters);
+        let changed_table = if adapters.changes_timestep {
+            table
+        } else {
+            table.min(F32 * steps * adapters.modulation)
+        };
         // The cache has the embeddings of one image, the job those of all.
         let embeddings = self.element * text_dim * (text_tokens + text_tokens / images.max(1));
         let pixels = images * job.size.pixels() as u64;
         let trace = if job.record {
             // The noise, the latents of every step, the embeddings, and the image in f32.
-            noise * (job.sampling.steps as u64 + 1)
-                + F32 * text_dim * text_tokens
-                + 3 * F32 * pixels
+            noise * (steps + 1) + F32 * text_dim * text_tokens + 3 * F32 * pixels
         } else {
             0
         };
@@ -150,14 +158,19 @@ impl Networks {
         } else {
             0
         };
-        let step =
-            self.step(branches * image_tokens, text_tokens) + (3 * branches + 2) * noise + before;
+        // What a change computes before it is added to its layer's output.
+        let change = (branches * image_tokens * adapters.image_values)
+            .max(text_tokens * adapters.text_values);
+        let step = self.step(branches * image_tokens, text_tokens)
+            + self.element * change
+            + (3 * branches + 2) * noise
+            + before;
         // The difference of the halves that gated steps reuse.
         let gated = first_gated_step(job.sampling.steps, job.cfg_gate_step) < job.sampling.steps;
         let difference = if gated { noise } else { 0 };
         MemoryPlan {
             // The latents, and the velocity of the last step.
-            held: table + embeddings + trace + 2 * noise + residuals + difference,
+            held: table + changed_table + embeddings + trace + 2 * noise + residuals + difference,
             start: with_kept(encode.unwrap_or(0).max(modulation).max(4 * noise)),
             step: with_kept(step),
             decode: with_kept(self.decode_images(latents, images, self.settings.of(job.decoding))),

@@ -1,8 +1,11 @@
 //! A fake pipeline and a job builder, for tests and benches of this crate and of its callers.
 
+mod adapters;
+
 use std::collections::HashMap;
 use std::fmt;
 
+use crate::adapter::{Adapter, AdapterId, AdapterUse};
 use crate::flops::{CostModel, FlopCount};
 use crate::job::{
     Conditioning, Decoding, Guidance, Job, JobId, Noise, Output, RgbImage, Sampling, Size,
@@ -16,6 +19,10 @@ use crate::pipeline::{
 };
 use crate::step_cache::{CachePolicy, StepCounts};
 use crate::vae::TilingMode;
+
+use self::adapters::FakeAdapters;
+
+pub use self::adapters::{adapter, uses};
 
 /// A job of one square image without guidance: one prompt token, seed 0, torch's CPU noise.
 pub fn job(side: usize, steps: usize) -> Job {
@@ -116,6 +123,10 @@ pub enum Call<'a> {
     Start(&'a Job),
     /// Prompts that are encoded together.
     Encode(&'a [&'a Conditioning]),
+    /// Adapters that are uploaded ahead, as far as they are not on the device.
+    LoadAdapters(&'a [AdapterUse]),
+    /// One adapter that is not on the device, while a job is started or adapters are loaded ahead.
+    Upload(&'a Adapter),
     /// Comes before the steps of the jobs of one `step` call.
     Steps(&'a [&'a Job]),
     /// The step of one job; `step` calls with several ids make several of these.
@@ -140,6 +151,7 @@ pub struct FakePipeline {
     info: ModelInfo,
     cost_model: CostModel,
     caches: CacheUses,
+    adapters: FakeAdapters,
     devices: Vec<DeviceUse>,
     memory: Option<(MemoryModel, Room)>,
     jobs: HashMap<JobId, (Job, usize)>,
@@ -158,6 +170,7 @@ impl FakePipeline {
             decode: 1000,
         };
         Self {
+            adapters: FakeAdapters::new(usize::MAX, info.weight_size()),
             info,
             cost_model: CostModel::new(work),
             caches: CacheUses::default(),
@@ -217,6 +230,13 @@ impl FakePipeline {
         self
     }
 
+    /// Keeps at most this many bytes of adapters on the device.
+    #[must_use]
+    pub fn with_adapter_cache(mut self, max_bytes: usize) -> Self {
+        self.adapters = FakeAdapters::new(max_bytes, self.info.weight_size());
+        self
+    }
+
     #[must_use]
     pub fn with_device_use(mut self, devices: Vec<DeviceUse>) -> Self {
         self.devices = devices;
@@ -225,6 +245,21 @@ impl FakePipeline {
 }
 
 impl FakePipeline {
+    /// The adapters of the jobs that have been started.
+    fn adapters_in_use(&self) -> Vec<AdapterId> {
+        let jobs = self.jobs.values();
+        jobs.flat_map(|(job, _)| job.adapters.iter().map(|it| it.adapter.id()))
+            .collect()
+    }
+
+    /// Uploads adapters. False if they do not fit beside those in use.
+    fn load(&mut self, adapters: &[AdapterUse]) -> Result<bool, PipelineError> {
+        let in_use = self.adapters_in_use();
+        let on_call = &mut self.on_call;
+        self.adapters
+            .load(adapters, &in_use, |adapter| on_call(Call::Upload(adapter)))
+    }
+
     /// Plans jobs with this model, on a device with this memory.
     #[must_use]
     pub fn with_memory(
@@ -264,8 +299,20 @@ impl Pipeline for FakePipeline {
         (self.on_call)(Call::Encode(prompts))
     }
 
+    fn load_adapters(&mut self, adapters: &[AdapterUse]) -> Result<(), PipelineError> {
+        (self.on_call)(Call::LoadAdapters(adapters))?;
+        self.load(adapters).map(drop)
+    }
+
+    /// # Panics
+    ///
+    /// If the job's adapters do not fit beside those of other jobs.
     fn start(&mut self, id: JobId, job: Job) -> Result<(), PipelineError> {
         (self.on_call)(Call::Start(&job))?;
+        assert!(
+            self.load(&job.adapters)?,
+            "no room for the adapters of job {id}"
+        );
         let steps = job.sampling.steps;
         self.jobs.insert(id, (job, steps));
         Ok(())
@@ -350,8 +397,16 @@ impl Pipeline for FakePipeline {
         self.devices.clone()
     }
 
+    fn drop_caches(&mut self) {
+        let in_use = self.adapters_in_use();
+        self.adapters.drop_unused(&in_use);
+    }
+
     fn caches(&self) -> CacheUses {
-        self.caches
+        CacheUses {
+            adapters: self.adapters.counts(),
+            ..self.caches
+        }
     }
 }
 

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use bytes::Bytes;
 use kiln_models::adapter::{Adapter, AdapterTarget};
 
-use crate::checkpoint::lora::{LoraError, LoraFault, LoraFile, LoraOptions};
+use crate::checkpoint::lora::{LoraError, LoraFault, LoraFile, LoraOptions, Refusal};
 use crate::request::{
     AdapterInfo, Fingerprint, Recipe, ScheduleOrigin, header_recipe, known_recipe, sidecar_recipe,
 };
@@ -53,7 +53,7 @@ impl Rules {
         name: &str,
         source: &Source,
     ) -> Result<(AdapterInfo, BTreeMap<String, String>), String> {
-        let file = self.open(source).map_err(|error| error.fault.to_string())?;
+        let file = self.open(source).map_err(|error| reason(&error.fault))?;
         let info = AdapterInfo {
             name: name.to_owned(),
             recipe: self.recipe(source, &file)?,
@@ -125,9 +125,23 @@ impl Rules {
                 LoraFault::Io(source) => AdapterError::Io { name, source },
                 fault => AdapterError::Unusable {
                     name,
-                    reason: fault.to_string(),
+                    reason: reason(&fault),
                 },
             }
         })
+    }
+}
+
+/// Why a file cannot be used, with the option of the command line that lets it be used.
+fn reason(fault: &LoraFault) -> String {
+    match fault {
+        LoraFault::Refused {
+            key,
+            refusal: Refusal::TextEncoder,
+        } => format!(
+            "it has {key}: changes of the text encoder cannot be loaded. --lora-ignore-text-encoder \
+             leaves them out"
+        ),
+        fault => fault.to_string(),
     }
 }

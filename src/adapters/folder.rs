@@ -135,8 +135,10 @@ impl Folder {
         let is_pickle = is_one_of(&extension, PICKLES);
         let is_weights = is_one_of(&extension, &[EXTENSION]);
         let Ok(real) = path.canonicalize() else {
-            let refused = Kind::Refused("it is a link to a file that is not there".to_owned());
-            return if is_weights { refused } else { Kind::Other };
+            if is_weights && path.is_symlink() {
+                return Kind::Refused("it is a link to a file that is not there".to_owned());
+            }
+            return Kind::Other;
         };
         let is_inside = real.starts_with(&self.root);
         if real.is_dir() {

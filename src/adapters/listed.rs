@@ -8,9 +8,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::SystemTime;
 
+use crate::checkpoint::EmbeddedAdapter;
 use crate::request::AdapterInfo;
 
-use super::EmbeddedAdapter;
 use super::error::AdapterError;
 use super::folder::{self, PEFT_CONFIG, PEFT_WEIGHTS};
 
@@ -91,7 +91,7 @@ impl Source {
     }
 
     /// The name of an adapter in the binary, and its content.
-    pub(super) fn embedded(&(file, bytes, sidecar): &EmbeddedAdapter<'_>) -> (String, Self) {
+    pub(super) fn embedded(&(file, bytes, sidecar): &EmbeddedAdapter) -> (String, Self) {
         let source = Self::Embedded {
             file: file.to_owned(),
             bytes,

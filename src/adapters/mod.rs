@@ -24,6 +24,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use kiln_models::adapter::{Adapter, AdapterTarget};
 
+use crate::checkpoint::EmbeddedAdapter;
 use crate::request::{AdapterInfo, Catalogue};
 
 use self::cache::HostCache;
@@ -48,9 +49,6 @@ pub struct AdapterSettings {
     /// Accepts adapters with changes of the text encoder, which are left out.
     pub ignore_text_encoder: bool,
 }
-
-/// An adapter in the binary: file name, content, and the JSON of its sidecar.
-pub type EmbeddedAdapter<'a> = (&'a str, &'static [u8], Option<&'a str>);
 
 /// The adapters of a model. Clones share the list and the weights.
 ///
@@ -106,7 +104,7 @@ impl AdapterStore {
         settings: AdapterSettings,
         targets: Vec<AdapterTarget>,
         blocks: usize,
-        embedded: &[EmbeddedAdapter<'_>],
+        embedded: &[EmbeddedAdapter],
     ) -> Result<Self, AdapterError> {
         let folder = settings.dir.as_deref().map(Folder::open).transpose()?;
         let embedded = embedded.iter().map(Source::embedded).collect();
@@ -120,6 +118,11 @@ impl AdapterStore {
         }));
         store.rescan()?;
         Ok(store)
+    }
+
+    /// Whether there are adapters, or a folder that may get some.
+    pub fn may_have_any(&self) -> bool {
+        self.0.folder.is_some() || !self.0.embedded.is_empty()
     }
 
     /// The usable adapters.

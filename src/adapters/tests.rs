@@ -61,7 +61,7 @@ fn write(folder: &Path, file: &str, content: &[u8]) {
     fs::write(path, content).unwrap();
 }
 
-fn open_with(folder: Option<&Path>, embedded: &[EmbeddedAdapter<'_>]) -> AdapterStore {
+fn open_with(folder: Option<&Path>, embedded: &[EmbeddedAdapter]) -> AdapterStore {
     let settings = AdapterSettings {
         dir: folder.map(Path::to_owned),
         ..AdapterSettings::default()

@@ -48,8 +48,8 @@ pub enum CheckpointError {
     DanglingLink { path: PathBuf, target: PathBuf },
 
     #[error(
-        "{path} is a LoRA (it has the tensor {tensor}), which cannot be loaded yet: give its base \
-         model, {base}"
+        "{path} is a LoRA (it has the tensor {tensor}), not a model: give its base model, {base}, and \
+         the LoRA with --lora (kiln generate) or in --lora-dir (kiln serve)"
     )]
     Lora {
         path: PathBuf,
@@ -58,8 +58,8 @@ pub enum CheckpointError {
     },
 
     #[error(
-        "{folder} holds the adapter of a LoRA ({file}), which cannot be loaded yet: give its base \
-         model, {base}"
+        "{folder} is a LoRA (it has {file}), not a model: give its base model, {base}, and the LoRA \
+         with --lora (kiln generate) or in --lora-dir (kiln serve)"
     )]
     Adapter {
         folder: PathBuf,

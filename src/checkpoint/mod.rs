@@ -176,11 +176,12 @@ impl Checkpoint {
         &self.place
     }
 
-    /// The adapters that come with the model: file name, content, and the JSON of the sidecar.
-    pub fn embedded_adapters(
-        &self,
-    ) -> &'static [(&'static str, &'static [u8], Option<&'static str>)] {
-        &[]
+    /// The adapters that come with the model.
+    pub fn embedded_adapters(&self) -> &'static [EmbeddedAdapter] {
+        match self.place {
+            Place::Demo => demo_adapters(),
+            Place::Folder(_) | Place::Dummy(_) => &[],
+        }
     }
 
     /// How to word prompts, for a model with a small vocabulary.

@@ -600,8 +600,9 @@ fn a_lora_is_named_as_one() {
     ] {
         write(path, "some.safetensors", vectors(&[tensor]));
         let expected = format!(
-            "DIR/some.safetensors is a LoRA (it has the tensor {tensor}), which cannot be loaded \
-             yet: give its base model, such as Qwen/Qwen-Image"
+            "DIR/some.safetensors is a LoRA (it has the tensor {tensor}), not a model: give its \
+             base model, such as Qwen/Qwen-Image, and the LoRA with --lora (kiln generate) or in \
+             --lora-dir (kiln serve)"
         );
         assert_eq!(open_error(path, path), expected);
         assert_eq!(open_error(&path.join("some.safetensors"), path), expected);
@@ -613,8 +614,8 @@ fn a_lora_is_named_as_one() {
     );
     assert_eq!(
         open_error(path, path),
-        "DIR holds the adapter of a LoRA (adapter_config.json), which cannot be loaded yet: give \
-         its base model, own/base"
+        "DIR is a LoRA (it has adapter_config.json), not a model: give its base model, own/base, and \
+         the LoRA with --lora (kiln generate) or in --lora-dir (kiln serve)"
     );
 }
 

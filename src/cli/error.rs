@@ -178,7 +178,7 @@ impl CliError {
             | Self::NothingToCompare { .. }
             | Self::NoSuchPage { .. }
             | Self::OutputIsFolder { .. }
-            | Self::Submit(SubmitError::TooLarge(_)) => 2,
+            | Self::Submit(SubmitError::TooLarge(_) | SubmitError::Adapters(_)) => 2,
             _ => 1,
         }
     }

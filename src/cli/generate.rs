@@ -55,6 +55,9 @@ pub(super) fn run(args: &GenerateArgs) -> Result<(), CliError> {
     let model = Model::find(&args.model_settings())?;
     let request = GenerationRequest::new(params, model.limits(), noise)?;
     format.check_size(request.size)?;
+    for warning in &request.warnings {
+        tracing::warn!("{warning}");
+    }
     let tokens = request.tokenize(model.tokenizer())?;
     let job = request
         .clone()
@@ -67,6 +70,7 @@ pub(super) fn run(args: &GenerateArgs) -> Result<(), CliError> {
         max_queue: 0,
         max_started: 1,
         max_memory: None,
+        adapter_cache_bytes: usize::MAX,
         max_step_tokens: Some(0),
         warm_up: None,
     };

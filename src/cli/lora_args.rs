@@ -31,7 +31,8 @@ pub(super) struct LoraServeArgs {
 
     /// Bytes of adapters that are kept on the device, such as 512MiB or 4G
     ///
-    /// The adapters of running requests are there in any case.
+    /// Adapters of running requests are never dropped: a request whose adapters do not fit beside them
+    /// waits, and one whose adapters do not fit at all is refused.
     #[arg(long, value_name = "SIZE", value_parser = parse_size, default_value = "2GiB")]
     pub(super) lora_cache: u64,
 

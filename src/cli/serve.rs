@@ -37,7 +37,7 @@ pub(super) fn run(args: ServeArgs) -> Result<(), CliError> {
     args.caches.caches()?;
     server::raise_open_file_limit();
     let loading = LoadSettings {
-        adapter_cache_bytes: args.lora.lora_cache,
+        adapter_cache_bytes: usize::try_from(args.lora.lora_cache).unwrap_or(usize::MAX),
         ..args.loading.settings(&args.backend)?
     };
     let model = args.model_settings();
@@ -123,6 +123,7 @@ fn open(
         max_queue: args.limits.max_queue,
         max_started: DEFAULT_MAX_STARTED,
         max_memory: args.limits.max_memory,
+        adapter_cache_bytes: loading.adapter_cache_bytes,
         max_step_tokens: args.limits.max_step_tokens,
         warm_up,
     };
@@ -132,7 +133,7 @@ fn open(
     Ok(LoadedModel {
         engine,
         tokenizer: Arc::clone(&runtime.tokenizer),
-        limits: args.limits.limits(runtime.limits.sizes, caches),
+        limits: args.limits.limits(runtime.limits, caches),
         adapters,
         prompt_guide: runtime.prompt_guide,
     })

@@ -7,12 +7,13 @@ use clap::{Args, ValueEnum};
 use kiln_models::loading::ModelDType;
 use kiln_models::noise::NoiseGenerator;
 use kiln_models::vae::{Blending, Tiling, TilingMode, VaeSettings};
+use serde_json::Value;
 
 use crate::backend::{
     BackendChoice, BackendKind, DTypeChoice, DeviceNumbers, InvalidChoice, LoadSettings,
 };
 use crate::checkpoint::WeightAccess;
-use crate::request::{GenerationParams, Integer, WrittenSize};
+use crate::request::{GenerationParams, GivenSchedule, Integer, WrittenSize};
 use crate::runtime::{LoadFormat, ModelSettings};
 
 use super::cache_args::StepCacheArgs;
@@ -29,7 +30,8 @@ pub(super) struct RequestArgs {
 
     /// Guidance scale, from 0 to 20: how strongly to avoid the negative prompt [default: 4]
     ///
-    /// Guidance is off at 1 and below, and without a negative prompt.
+    /// Guidance is off at 1 and below, and without a negative prompt. Without it, the recipe of an adapter
+    /// or of the model comes before the default.
     #[arg(
         long,
         visible_alias = "cfg",
@@ -61,7 +63,8 @@ pub(super) struct RequestArgs {
 
     /// Denoising steps, from 1 to 1000 [default: 50]
     ///
-    /// Time is proportional to the number of steps; few steps lose details.
+    /// Time is proportional to the number of steps; few steps lose details. Without it, the recipe of an
+    /// adapter or of the model comes before the default.
     #[arg(
         long,
         visible_alias = "steps",
@@ -72,9 +75,29 @@ pub(super) struct RequestArgs {
 
     /// Time shift of the noise levels, from 0.001 to 100 [default: the model's schedule]
     ///
-    /// Replaces the schedule of the model's configuration. Lightning models need 3.
+    /// Replaces the schedule of the model's configuration. Lightning models need 3. Give only one of
+    /// --shift, --sigmas and --schedule.
     #[arg(long, value_name = "SHIFT", allow_negative_numbers = true)]
     shift: Option<f64>,
+
+    /// Noise level at the start of each step, such as 1,0.9,0.75,0.5
+    ///
+    /// The levels fall from at most 1 to above 0. Their number is the number of steps.
+    #[arg(
+        long,
+        value_name = "LEVELS",
+        value_delimiter = ',',
+        allow_negative_numbers = true
+    )]
+    sigmas: Option<Vec<f64>>,
+
+    /// Noise levels and sampler of a few-step model: a name such as lightning, or JSON
+    ///
+    /// A name also gives the steps and the guidance scale, where they are left out: model, lightning,
+    /// wuli-turbo, dmd2-3step, distill, twinflow or twinflow-2step. JSON has the values, as in a request
+    /// to the server: '{"shift": 2.5, "terminal": 0.02}'.
+    #[arg(long, value_name = "SCHEDULE", value_parser = parse_schedule)]
+    schedule: Option<GivenSchedule>,
 
     /// Seed of the noise, from 0 to 2^64 - 1 [default: random, and reported]
     ///
@@ -101,7 +124,10 @@ impl RequestArgs {
             height: height.or(value(self.height)),
             width: width.or(value(self.width)),
             num_inference_steps: value(self.num_inference_steps),
+            fallback_steps: None,
             shift: self.shift,
+            sigmas: self.sigmas.clone(),
+            schedule: self.schedule.clone(),
             num_images: None,
             seed: value(self.seed),
             cache: self.cache.given(),
@@ -109,6 +135,20 @@ impl RequestArgs {
             adapters: Vec::new(),
         }
     }
+}
+
+fn parse_schedule(text: &str) -> Result<GivenSchedule, String> {
+    let value = if text.trim_start().starts_with('{') {
+        serde_json::from_str(text).map_err(|error| format!("no valid JSON: {error}"))?
+    } else {
+        Value::from(text)
+    };
+    let given = GivenSchedule::from_json(&value);
+    let given = given.map_err(|error| match error.param.strip_prefix("schedule.") {
+        Some(key) => format!("{key} {}", error.message),
+        None => error.message,
+    })?;
+    given.ok_or_else(|| "give a name, such as lightning".to_owned())
 }
 
 /// An address or a name to connect to or to listen on. `[::1]`, as in a URL, is `::1`.

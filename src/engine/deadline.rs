@@ -15,7 +15,8 @@
 
 use std::time::Duration;
 
-use super::policy::{Candidate, MAX_IDLE, has_room, may_run};
+use super::adapters::AdapterNeed;
+use super::policy::{Candidate, MAX_IDLE, has_room, may_run, waits_for_adapters};
 use super::riders::MAX_STRETCH;
 
 /// Part of the work in danger by which estimates may be wrong.
@@ -138,6 +139,9 @@ fn blocked(jobs: &[Candidate], newcomer: &Candidate, max_started: usize) -> f64 
         later.map(rest).sum()
     } else if newcomer.alone {
         later.filter(|job| job.started).map(rest).sum()
+    } else if waits_for_adapters(jobs, newcomer) {
+        let has_adapters = |job: &&Candidate| job.started && job.adapters != AdapterNeed::None;
+        later.filter(has_adapters).map(rest).sum()
     } else {
         let rests = later.filter(|job| job.started).map(rest);
         rests.min_by(f64::total_cmp).unwrap_or_default()
@@ -282,6 +286,7 @@ mod tests {
             led: true,
             steps_left: 1,
             alone: false,
+            adapters: AdapterNeed::None,
             idle: Duration::ZERO,
             turn: seconds(1),
             due: Due {
@@ -390,6 +395,13 @@ mod tests {
         };
         let jobs = [job(50, None), job(15, None), alone];
         assert_eq!(lateness(&jobs, ROOM).unwrap().wait.as_secs(), 68);
+        // Room for its adapters is free after the job that has some.
+        let with = |adapters, job| Candidate { adapters, ..job };
+        let waits = with(AdapterNeed::Waits, waiting);
+        let jobs = [job(50, None), with(AdapterNeed::Fits, job(15, None)), waits];
+        assert_eq!(lateness(&jobs, ROOM).unwrap().wait.as_secs(), 18);
+        let jobs = [job(50, None), job(15, None), waits];
+        assert_eq!(lateness(&jobs, ROOM), None);
     }
 
     #[test]

@@ -7,6 +7,7 @@ use kiln_models::job::{Job, JobId};
 use kiln_models::memory::MemoryPlan;
 use kiln_models::step_cache::StepCounts;
 
+use super::adapters::{AdapterNeed, JobAdapter, Upload};
 use super::cost::{Progress, Speed, Stage, Work};
 use super::deadline::Due;
 use super::memory::Plans;
@@ -28,6 +29,8 @@ pub(super) struct Entry {
     pub(super) work: Work,
     /// The job is decoded in the first way. Empty if nothing is known about its memory.
     pub(super) plans: Plans,
+    pub(super) adapters: Vec<JobAdapter>,
+    pub(super) upload: Upload,
     /// Ways to make the job cheaper when it is started, the dearest first, and the work of each.
     pub(super) cheaper: Vec<(Cheaper, Work)>,
     /// How it was made cheaper.
@@ -63,7 +66,7 @@ impl Entry {
     pub(super) fn new(
         id: JobId,
         job: Job,
-        (work, plans): (Work, Plans),
+        (work, plans, adapters): (Work, Plans, Vec<JobAdapter>),
         options: &SubmitOptions,
         now: Instant,
         device_time: Duration,
@@ -72,6 +75,8 @@ impl Entry {
             id,
             work,
             plans,
+            adapters,
+            upload: Upload::Due,
             cheaper: Vec::new(),
             made: None,
             deadline: options.deadline,
@@ -125,6 +130,7 @@ impl Entry {
             led: self.own_turns > 0,
             steps_left: self.steps_left,
             alone: false,
+            adapters: AdapterNeed::None,
             idle: device_time.saturating_sub(self.last_turn_end),
             turn: speed
                 .step(&self.work)

@@ -9,6 +9,8 @@ use kiln_models::pipeline::PipelineError;
 use kiln_models::step_cache::{CachePolicy, StepCounts};
 use tracing::Span;
 
+use super::AdaptersTooLarge;
+
 /// Settings of one submission; they do not change the image.
 #[derive(Debug, Clone)]
 pub struct SubmitOptions {
@@ -200,6 +202,8 @@ pub enum SubmitError {
     },
     #[error(transparent)]
     TooLarge(#[from] TooLarge),
+    #[error(transparent)]
+    Adapters(#[from] AdaptersTooLarge),
     /// The job could not be finished before it is [due](SubmitOptions::due) even without other jobs.
     #[error(
         "deadline_ms is too short: the image takes about {} ms without any wait; allow more time, or \

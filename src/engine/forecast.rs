@@ -98,6 +98,7 @@ impl Run<'_> {
                 work: job.work,
                 started: job.candidate.started,
                 alone: job.candidate.alone,
+                adapters: job.candidate.adapters,
                 has_steps: job.progress.steps_left > 0,
             })
             .collect();

@@ -8,6 +8,7 @@ use kiln_models::job::{Decoding, Job, Size};
 use kiln_models::memory::{MemoryModel, MemoryPlan};
 use kiln_models::pipeline::{MemoryRoom, Pipeline};
 
+use super::adapters::{Upload, in_use, missing, sum};
 use super::entry::Entry;
 use super::{JobError, TooLarge};
 
@@ -44,6 +45,8 @@ pub(super) struct Memory {
     most: Option<u64>,
     /// The last measurement of what is free.
     free: Option<u64>,
+    /// Bytes of the adapters on the device, whether a job uses them or not.
+    adapters: u64,
     /// Whether nothing has happened since that measurement, and whether the caches are empty.
     is_measured: bool,
     has_no_caches: bool,
@@ -60,6 +63,7 @@ impl Memory {
             max,
             most: [total, max].into_iter().flatten().min(),
             free: room.map(|room| room.free),
+            adapters: 0,
             is_measured: false,
             has_no_caches: false,
         }
@@ -71,22 +75,24 @@ impl Memory {
     }
 
     /// The job's ways to be decoded that fit at all; `Job::decoding` is the first that is allowed.
+    /// `adapters` are the bytes of its adapters.
     ///
     /// # Errors
     ///
     /// If there is none.
-    pub(super) fn plans(&self, job: &Job) -> Result<Plans, TooLarge> {
+    pub(super) fn plans(&self, job: &Job, adapters: u64) -> Result<Plans, TooLarge> {
         let mut plans = self.all_plans(job);
-        let Some(most) = self.most else {
+        let Some(all) = self.most else {
             return Ok(plans);
         };
+        let most = all.saturating_sub(adapters);
         let least = plans.last().map(|(_, plan)| plan.peak());
         plans.retain(|(_, plan)| plan.peak() <= most);
         match least {
             Some(needed) if plans.is_empty() => Err(TooLarge {
                 size: job.size,
-                needed,
-                most,
+                needed: needed.saturating_add(adapters),
+                most: all,
                 largest: self.largest(job, most),
             }),
             _ => Ok(plans),
@@ -170,7 +176,19 @@ impl Memory {
             return Turn::Measure { drop_caches: false };
         }
         let started = Started::of(entries);
+        let adapters = if entry.is_started() {
+            0
+        } else {
+            missing(&entry.adapters, &in_use(entries))
+        };
+        // What was uploaded ahead is there for the job.
+        let uploaded = if entry.upload == Upload::Done {
+            adapters
+        } else {
+            0
+        };
         let free = self.free.map(|free| free.saturating_sub(MARGIN));
+        let free = free.map(|free| free.saturating_add(uploaded));
         let left = self.max.map(|max| max.saturating_sub(started.held));
         let Some(room) = [free, left].into_iter().flatten().min() else {
             return Turn::Take;
@@ -179,7 +197,8 @@ impl Memory {
             if entry.is_started() {
                 plan.decode
             } else {
-                plan.held.saturating_add(plan.stage().max(started.stage))
+                let held = plan.held.saturating_add(adapters);
+                held.saturating_add(plan.stage().max(started.stage))
             }
         };
         if need(plan) <= room {
@@ -205,18 +224,40 @@ impl Memory {
     }
 
     /// Whether a waiting job must be started when no other is, because it does not fit beside the
-    /// started ones, by plan.
-    pub(super) fn is_alone(&self, plan: &MemoryPlan, entries: &[Entry]) -> bool {
+    /// started ones, by plan. `adapters` are the bytes of the adapters that only this job uses.
+    pub(super) fn is_alone(&self, plan: &MemoryPlan, adapters: u64, entries: &[Entry]) -> bool {
         let started = Started::of(entries);
-        let needed = started.held + plan.held.saturating_add(plan.stage().max(started.stage));
+        let held = started.held.saturating_add(plan.held);
+        let needed = held
+            .saturating_add(adapters)
+            .saturating_add(plan.stage().max(started.stage));
         self.most.is_some_and(|most| needed > most)
+    }
+
+    /// Bytes of the adapters on the device, from its last report.
+    pub(super) fn set_adapters(&mut self, bytes: u64) {
+        self.adapters = bytes;
+    }
+
+    /// Whether there is memory, by plan, for what stays besides what the started jobs take.
+    pub(super) fn fits_besides(&self, bytes: u64, entries: &[Entry]) -> bool {
+        let started = Started::of(entries);
+        let needed = self.held(&started).saturating_add(started.stage);
+        let needed = needed.saturating_add(bytes);
+        self.most.is_none_or(|most| needed <= most)
+    }
+
+    /// What the started jobs hold, and adapters that no started job uses.
+    fn held(&self, started: &Started) -> u64 {
+        let unused = self.adapters.saturating_sub(started.adapters);
+        started.held.saturating_add(unused)
     }
 
     /// Whether there is memory, by plan, for a call that takes `together` bytes besides what the started
     /// jobs hold.
     pub(super) fn fits_together(&self, together: u64, entries: &[Entry]) -> bool {
         let started = Started::of(entries);
-        let needed = started.held.saturating_add(together);
+        let needed = self.held(&started).saturating_add(together);
         together <= started.stage || self.most.is_none_or(|most| needed <= most)
     }
 
@@ -244,8 +285,10 @@ impl Memory {
 /// are stepped together only if there is memory for it.
 struct Started {
     jobs: usize,
-    /// What they hold.
+    /// What they hold, their adapters included.
     held: u64,
+    /// Bytes of their adapters.
+    adapters: u64,
     /// The largest stage of any.
     stage: u64,
 }
@@ -253,15 +296,18 @@ struct Started {
 impl Started {
     fn of(entries: &[Entry]) -> Self {
         let plans = entries.iter().filter(|entry| entry.is_started());
+        let adapters = sum(&in_use(entries));
         let nothing = Self {
             jobs: 0,
-            held: 0,
+            held: adapters,
+            adapters,
             stage: 0,
         };
         plans.map(Entry::plan).fold(nothing, |sum, plan| Self {
             jobs: sum.jobs + 1,
             held: sum.held.saturating_add(plan.held),
             stage: sum.stage.max(plan.stage()),
+            ..sum
         })
     }
 }

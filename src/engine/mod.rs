@@ -6,6 +6,7 @@
 //! will wait; small jobs do not wait for large ones, and large ones do not starve: see [`Engine`].
 //! A panic or an error of the pipeline ends the job that the call was for and nothing else.
 
+mod adapters;
 mod auto;
 mod calibration;
 mod cost;
@@ -30,11 +31,12 @@ use kiln_models::job::{Job, JobId};
 use kiln_models::pipeline::{ModelInfo, Pipeline};
 use tokio::sync::mpsc::UnboundedReceiver;
 
+pub use self::adapters::AdaptersTooLarge;
 pub use self::events::{
     Cheaper, Event, Finished, Forecast, JobError, StartError, State, SubmitError, SubmitOptions,
     Timings, TooLarge,
 };
-pub use self::stats::{BUCKET_BOUNDS, EngineStats, Histogram, Outcomes};
+pub use self::stats::{AdapterStats, BUCKET_BOUNDS, EngineStats, Histogram, Outcomes};
 
 use self::shared::{Shared, SystemClock};
 use self::worker::Worker;
@@ -61,6 +63,9 @@ pub struct EngineSettings {
     /// Largest number of bytes that all started jobs take together, the model not counted; `None`
     /// for what the device has.
     pub max_memory: Option<u64>,
+    /// Largest number of bytes that the adapters of all started jobs take on a device together, as the
+    /// pipeline was loaded with; `usize::MAX` for no bound.
+    pub adapter_cache_bytes: usize,
     /// Image tokens (of both halves and all images) up to which several jobs share one step. 0 makes
     /// every step of one job only, whose images are then the same to the bit alone and in company.
     /// `None` measures it after the warm-up, and takes 4,096 without a warm-up.
@@ -91,6 +96,7 @@ pub struct EngineSettings {
 ///     max_queue: 4,
 ///     max_started: 2,
 ///     max_memory: None,
+///     adapter_cache_bytes: usize::MAX,
 ///     max_step_tokens: None,
 ///     warm_up: None,
 /// };
@@ -138,6 +144,13 @@ pub struct EngineSettings {
 /// is not accepted. A job that does not fit beside the started ones waits until they have ended. If
 /// other programs hold the memory, the job ends with [`JobError::NoMemory`].
 ///
+/// # Adapters
+///
+/// The adapters of started jobs take at most [`EngineSettings::adapter_cache_bytes`] of each device; one
+/// that several jobs use counts once. A job whose adapters do not fit beside those waits until started
+/// jobs with adapters have ended, as one that lacks memory does; a job whose adapters do not fit at all is
+/// not accepted. Adapters of waiting jobs are uploaded before their turn, as far as they fit.
+///
 /// # Ends
 ///
 /// A job ends early when its [`JobHandle`] is dropped, when its deadline passes, and when the
@@ -177,8 +190,8 @@ impl Engine {
     ///
     /// # Errors
     ///
-    /// If the queue is full, the job takes more memory than there is or cannot be finished before it
-    /// is due, or the engine is draining or has stopped.
+    /// If the queue is full, the job or its adapters take more memory than there is, or it cannot be
+    /// finished before it is due, or the engine is draining or has stopped.
     pub fn submit(&self, job: Job, options: SubmitOptions) -> Result<JobHandle, SubmitError> {
         self.thread.shared.submit(job, options)
     }

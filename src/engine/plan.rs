@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use kiln_models::adapter::AdapterUse;
 use kiln_models::job::{Conditioning, Decoding, Job, JobId, Output, RgbImage};
 use kiln_models::pipeline::{CacheUses, DeviceUse, MemoryRoom, MemoryUse, Pipeline, StepOutcome};
 
@@ -12,6 +13,8 @@ use super::JobError;
 pub(super) enum Plan {
     /// Encodes the prompts of waiting jobs together, so that each finds them when it is started.
     Encode(Vec<JobId>, Vec<Conditioning>),
+    /// Uploads the adapters of a waiting job, so that they are there when it is started.
+    LoadAdapters(JobId, Vec<AdapterUse>),
     Start(JobId, Job),
     /// One denoising step of each of these jobs, in one call.
     Step(Vec<JobId>),
@@ -39,7 +42,8 @@ impl Plan {
     pub(super) fn jobs(&self) -> &[JobId] {
         match self {
             Self::Step(ids) | Self::Encode(ids, _) => ids,
-            Self::Start(id, _)
+            Self::LoadAdapters(id, _)
+            | Self::Start(id, _)
             | Self::Preview(id)
             | Self::Finish(id)
             | Self::Decode(id, _)
@@ -54,6 +58,8 @@ impl Plan {
 pub(super) enum Outcome {
     /// The jobs, and whether their prompts are encoded now. Otherwise each is encoded alone.
     Encoded(Vec<JobId>, Result<(), JobError>),
+    /// The job, and whether its adapters are on the devices now. Otherwise its start uploads them.
+    LoadedAdapters(JobId, Result<(), JobError>),
     Started(JobId, Result<(), JobError>),
     /// For each job of the plan, in one call.
     Stepped(Vec<(JobId, Result<StepOutcome, JobError>)>),
@@ -77,6 +83,7 @@ impl Outcome {
     pub(super) fn errors(&self) -> Vec<&JobError> {
         match self {
             Self::Encoded(_, Err(error))
+            | Self::LoadedAdapters(_, Err(error))
             | Self::Started(_, Err(error))
             | Self::Finished(_, Err(error)) => vec![error],
             Self::SteppedAlone(steps) => {

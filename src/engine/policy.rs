@@ -14,7 +14,8 @@
 //!    the jobs submitted before it.
 //!
 //! Started jobs take memory, so a job that does not fit beside them waits until they have ended, there
-//! are at most `max_started` of them, and one of these places is reserved for the oldest job. With
+//! are at most `max_started` of them (and a job whose adapters do not fit beside those of the started jobs
+//! waits until the ones with adapters have ended), and one of these places is reserved for the oldest job. With
 //! eight places, the seventh job in a row of halves is smaller than one step of a job of 64 steps: a
 //! small job waits no longer than that even when all places are taken.
 //!
@@ -23,6 +24,7 @@
 
 use std::time::Duration;
 
+use super::adapters::AdapterNeed;
 use super::cost::{Stage, Work};
 use super::deadline::{Due, urgent};
 
@@ -41,6 +43,7 @@ pub(super) struct Candidate {
     pub(super) steps_left: usize,
     /// Whether the job waits and does not fit the memory beside the started ones.
     pub(super) alone: bool,
+    pub(super) adapters: AdapterNeed,
     /// How long the device has worked on other jobs since this job's last turn, or since its
     /// submission.
     pub(super) idle: Duration,
@@ -60,6 +63,7 @@ impl Candidate {
             led: false,
             steps_left: steps,
             alone: false,
+            adapters: AdapterNeed::None,
             idle: Duration::ZERO,
             turn: Duration::ZERO,
             due: Due::default(),
@@ -138,7 +142,14 @@ pub(super) fn favourite(jobs: &[Candidate], max_started: usize) -> Option<usize>
 pub(super) fn may_run(jobs: &[Candidate], index: usize, has_room: bool) -> bool {
     let job = &jobs[index];
     let has_memory = !job.alone || !jobs.iter().any(|job| job.started);
+    let has_memory = has_memory && !waits_for_adapters(jobs, job);
     job.started || has_memory && (has_room || index == 0)
+}
+
+/// Whether the adapters of a job do not fit beside those of started jobs.
+pub(super) fn waits_for_adapters(jobs: &[Candidate], job: &Candidate) -> bool {
+    let has_adapters = |job: &Candidate| job.started && job.adapters != AdapterNeed::None;
+    job.adapters == AdapterNeed::Waits && jobs.iter().any(has_adapters)
 }
 
 /// Whether there is a place for a waiting job that is not the oldest.

@@ -11,6 +11,7 @@
 //! 3. **Idle devices.** With several devices, jobs are added whatever the budget is while every half
 //!    of a job has a device for itself: nothing shares a forward pass then.
 
+use super::adapters::AdapterNeed;
 use super::cost::{Work, makespan};
 
 /// Image tokens of a step when nothing has been measured: where an H100 reaches its best throughput.
@@ -110,6 +111,8 @@ pub(super) struct Rider<'a> {
     /// Whether the job waits and does not fit the memory beside the started ones. No younger job is
     /// started to ride then: it would take the memory.
     pub(super) alone: bool,
+    /// If the job waits for room for its adapters, no younger job with adapters is started to ride.
+    pub(super) adapters: AdapterNeed,
     pub(super) has_steps: bool,
 }
 
@@ -126,11 +129,14 @@ pub(super) fn riders(jobs: &[Rider<'_>], first: usize, room: Room) -> Vec<usize>
     let alone = room.fixed + makespan(&units, room.devices);
     let most_work = MAX_STRETCH * alone * (1.0 + 1e-9);
     let mut riders = Vec::new();
+    let mut is_adapter_awaited = false;
     for (index, job) in jobs.iter().enumerate() {
         if !job.started && job.alone {
             places = 0;
         }
-        if index == first || !job.has_steps || (!job.started && places == 0) {
+        is_adapter_awaited |= !job.started && job.adapters == AdapterNeed::Waits;
+        let has_room = places > 0 && !(is_adapter_awaited && job.adapters != AdapterNeed::None);
+        if index == first || !job.has_steps || (!job.started && !has_room) {
             continue;
         }
         let more_units = [units.as_slice(), &job.work.units()].concat();

@@ -4,6 +4,7 @@
 //! owner asks for a [`Plan`], carries it out, and books the outcome before it asks for the next
 //! plan. Every method that changes something returns the events that the owner must send.
 
+mod adapters;
 mod deadlines;
 mod estimates;
 mod steps;
@@ -15,6 +16,7 @@ use kiln_models::flops::CostModel;
 use kiln_models::job::{Job, JobId, Output, RgbImage};
 use kiln_models::pipeline::Pipeline;
 
+use super::adapters::{AdapterRoom, in_use, missing, sum};
 use super::calibration::Calibration;
 use super::cost::{Speed, Stage, Work};
 use super::entry::Entry;
@@ -42,6 +44,7 @@ enum End {
 pub(super) struct Facts {
     pub(super) cost_model: CostModel,
     pub(super) memory: Memory,
+    pub(super) adapter_room: AdapterRoom,
     /// An image token is a square of this many pixels a side.
     pub(super) token_side: usize,
     /// Number of devices that a step is spread over.
@@ -49,12 +52,13 @@ pub(super) struct Facts {
 }
 
 impl Facts {
-    /// The facts of a pipeline that has no job yet. `max_memory` is the most that all jobs may take.
-    pub(super) fn of(pipeline: &dyn Pipeline, max_memory: Option<u64>) -> Self {
+    /// The facts of a pipeline that has no job yet, under these limits of its jobs.
+    pub(super) fn of(pipeline: &dyn Pipeline, settings: &EngineSettings) -> Self {
         let info = pipeline.info();
         Self {
             cost_model: pipeline.cost_model(),
-            memory: Memory::of(pipeline, max_memory),
+            memory: Memory::of(pipeline, settings.max_memory),
+            adapter_room: AdapterRoom::of(info, settings.adapter_cache_bytes),
             token_side: info.sizes.multiple,
             devices: info.device_count(),
         }
@@ -69,6 +73,9 @@ pub(super) struct Scheduler {
     max_started: usize,
     cost_model: CostModel,
     memory: Memory,
+    adapter_room: AdapterRoom,
+    /// Device bytes of the largest adapter that a job has had.
+    largest_adapter: u64,
     token_side: usize,
     /// Image tokens that the jobs of a step may have together.
     budget: Budget,
@@ -106,6 +113,8 @@ impl Scheduler {
             max_started: settings.max_started.max(1),
             cost_model: facts.cost_model,
             memory: facts.memory,
+            adapter_room: facts.adapter_room,
+            largest_adapter: 0,
             token_side: facts.token_side,
             budget: Budget::new(settings.max_step_tokens.unwrap_or(DEFAULT_BUDGET)),
             calibration: None,
@@ -122,7 +131,7 @@ impl Scheduler {
         };
         scheduler.stats.set_holdings(holdings);
         if let Some(job) = settings.warm_up {
-            let job = match scheduler.memory.plans(&job) {
+            let job = match scheduler.memory.plans(&job, 0) {
                 Err(TooLarge {
                     largest: Some(size),
                     ..
@@ -156,6 +165,7 @@ impl Scheduler {
             planned_memory: Memory::planned(&self.entries, self.step_memory),
             free_memory: self.memory.free(),
             max_step_tokens: self.budget.tokens(),
+            adapters: self.adapter_stats(),
             ..self.stats.clone()
         }
     }
@@ -175,16 +185,20 @@ impl Scheduler {
     ///
     /// # Errors
     ///
-    /// If the queue is full, the job does not fit the memory or cannot be finished before it is due,
-    /// or the engine is about to stop.
+    /// If the queue is full, the job or its adapters do not fit the memory, or it cannot be finished before
+    /// it is due, or the engine is about to stop.
     pub(super) fn submit(
         &mut self,
         job: Job,
         options: &SubmitOptions,
         now: Instant,
     ) -> Result<(JobId, Events), SubmitError> {
+        let adapters = self.adapter_room.adapters_of(&job);
         let admitted = self.admit().and_then(|()| self.fit_due(job, options, now));
-        self.stats.outcomes.rejected += u64::from(admitted.is_err());
+        if admitted.is_err() {
+            self.stats
+                .count(&adapters, |outcomes| outcomes.rejected += 1);
+        }
         let (job, plans, cheaper) = admitted?;
         let id = self.push((job, plans), options, now);
         self.entries.last_mut().expect("the new entry").cheaper = cheaper;
@@ -198,7 +212,9 @@ impl Scheduler {
     ///
     /// If it does not fit in any way.
     pub(super) fn fit(&self, job: Job) -> Result<(Job, Plans), TooLarge> {
-        let plans = self.memory.plans(&job)?;
+        let adapters = self.adapter_room.adapters_of(&job);
+        let bytes = sum(&adapters.iter().collect::<Vec<_>>());
+        let plans = self.memory.plans(&job, bytes)?;
         let decoding = plans
             .first()
             .map_or(job.decoding, |(decoding, _)| *decoding);
@@ -254,6 +270,8 @@ impl Scheduler {
     /// Books the outcome of the last plan.
     pub(super) fn book(&mut self, booked: Booked, now: Instant) -> Events {
         let took = booked.took;
+        self.memory
+            .set_adapters(booked.holdings.caches.adapters.bytes as u64);
         self.stats.set_holdings(booked.holdings);
         self.device_time += took;
         self.worked = Some(now);
@@ -266,6 +284,7 @@ impl Scheduler {
                 self.book_turn(id, Stage::Encode, took);
             }
             Outcome::Encoded(ids, encoded) => self.book_encoding(&ids, encoded.is_ok(), took),
+            Outcome::LoadedAdapters(id, loaded) => self.book_upload(id, loaded.is_ok(), took),
             Outcome::Stepped(jobs) => self.book_step(jobs, took, now),
             Outcome::SteppedAlone(jobs) => self.book_steps_alone(jobs, now),
             Outcome::Timed(copies, step) => self.book_timing(copies, step, took),
@@ -281,7 +300,12 @@ impl Scheduler {
             Outcome::Measured {
                 room,
                 dropped_caches,
-            } => self.memory.measured(room, dropped_caches),
+            } => {
+                self.memory.measured(room, dropped_caches);
+                if dropped_caches {
+                    self.forget_uploads();
+                }
+            }
             Outcome::DecodingChanged | Outcome::Discarded => {}
         }
         self.take_events()
@@ -369,6 +393,8 @@ impl Scheduler {
                 let mut timings = entry.timings;
                 let since = now.saturating_duration_since(entry.submitted);
                 timings.paused = since.saturating_sub(timings.total());
+                self.stats
+                    .count(&entry.adapters, |outcomes| outcomes.finished += 1);
                 self.stats.add_finished(&output, &timings);
                 Some(Event::Finished(Finished {
                     output,
@@ -377,11 +403,13 @@ impl Scheduler {
                 }))
             }
             End::Cancelled => {
-                self.stats.outcomes.cancelled += 1;
+                self.stats
+                    .count(&entry.adapters, |outcomes| outcomes.cancelled += 1);
                 None
             }
             End::Failed(error) => {
-                self.stats.outcomes.add_failed(&error);
+                self.stats
+                    .count(&entry.adapters, |outcomes| outcomes.add_failed(&error));
                 Some(Event::Failed(error))
             }
         }
@@ -402,8 +430,10 @@ impl Scheduler {
     fn push(&mut self, (job, plans): (Job, Plans), options: &SubmitOptions, now: Instant) -> JobId {
         let id = self.next_id;
         self.next_id += 1;
-        let work = self.work(&job);
-        let entry = Entry::new(id, job, (work, plans), options, now, self.device_time);
+        let parts = (self.work(&job), plans, self.adapter_room.adapters_of(&job));
+        let entry = Entry::new(id, job, parts, options, now, self.device_time);
+        let sizes = entry.adapters.iter().map(|adapter| adapter.bytes);
+        self.largest_adapter = sizes.fold(self.largest_adapter, u64::max);
         self.entries.push(entry);
         id
     }
@@ -417,8 +447,14 @@ impl Scheduler {
     }
 
     fn candidates(&self) -> Vec<Candidate> {
+        let in_use = in_use(&self.entries);
+        let is_alone = |entry: &Entry| {
+            let adapters = missing(&entry.adapters, &in_use);
+            self.memory.is_alone(&entry.plan(), adapters, &self.entries)
+        };
         let candidate = |entry: &Entry| Candidate {
-            alone: !entry.is_started() && self.memory.is_alone(&entry.plan(), &self.entries),
+            alone: !entry.is_started() && is_alone(entry),
+            adapters: self.adapter_need(entry, &in_use),
             ..entry.candidate(self.device_time, &self.speed)
         };
         self.entries.iter().map(candidate).collect()

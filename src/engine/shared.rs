@@ -73,7 +73,7 @@ impl Shared {
         clock: Arc<dyn Clock>,
     ) -> Self {
         let holdings = Holdings::of(pipeline);
-        let facts = Facts::of(pipeline, settings.max_memory);
+        let facts = Facts::of(pipeline, &settings);
         let scheduler = Scheduler::new(settings, facts, holdings, clock.now());
         Self {
             locked: Mutex::new(Locked {

@@ -1,11 +1,13 @@
 //! What the engine has done so far, as plain numbers.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use kiln_models::job::Output;
 use kiln_models::pipeline::{CacheUse, DeviceUse, MemoryUse};
 use kiln_models::step_cache::StepCounts;
 
+use super::adapters::JobAdapter;
 use super::cost::Stage;
 use super::plan::Holdings;
 use super::{JobError, Timings};
@@ -72,6 +74,22 @@ impl Outcomes {
     }
 }
 
+/// Jobs with adapters, and the adapters on the device.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct AdapterStats {
+    /// Names of the adapters of waiting jobs.
+    pub waiting: BTreeSet<String>,
+    /// Names of the adapters of started jobs.
+    pub running: BTreeSet<String>,
+    /// How many adapters started jobs can use at a time, if each is as large as the largest that a job
+    /// has had.
+    pub max_running: usize,
+    /// The ends of jobs by the name of their adapter. A job with several adapters counts for each.
+    pub outcomes: BTreeMap<String, Outcomes>,
+    /// The pipeline's cache of adapters.
+    pub cache: CacheUse,
+}
+
 /// A snapshot of the engine. Counters and histograms only grow. None of them contains the warm-up.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct EngineStats {
@@ -117,6 +135,7 @@ pub struct EngineStats {
     pub embedding_cache: CacheUse,
     /// The cache of modulation tables.
     pub modulation_cache: CacheUse,
+    pub adapters: AdapterStats,
     /// Device memory after the pipeline's last call.
     pub memory: MemoryUse,
     /// Use of each device after the pipeline's last call; empty if it is not known.
@@ -133,6 +152,16 @@ impl EngineStats {
         self.devices = holdings.devices;
         self.embedding_cache = holdings.caches.embeddings;
         self.modulation_cache = holdings.caches.modulation;
+        self.adapters.cache = holdings.caches.adapters;
+    }
+
+    /// Counts the end of a job with these adapters.
+    pub(super) fn count(&mut self, adapters: &[JobAdapter], add: impl Fn(&mut Outcomes)) {
+        add(&mut self.outcomes);
+        for adapter in adapters {
+            let name = adapter.used.adapter.name().to_owned();
+            add(self.adapters.outcomes.entry(name).or_default());
+        }
     }
 
     /// Adds a successful turn of one job, whose timings contain it already.
@@ -159,7 +188,6 @@ impl EngineStats {
     }
 
     pub(super) fn add_finished(&mut self, output: &Output, timings: &Timings) {
-        self.outcomes.finished += 1;
         self.images += output.images.len() as u64;
         let pixels = output.images.iter().map(|image| image.height * image.width);
         self.pixels += pixels.sum::<usize>() as u64;

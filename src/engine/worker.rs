@@ -49,6 +49,13 @@ impl Worker {
                 }
                 (Outcome::Encoded(ids, encoded), took)
             }
+            Plan::LoadAdapters(id, adapters) => {
+                let (loaded, took) = self.call(|pipeline| pipeline.load_adapters(&adapters));
+                if let Err(error) = &loaded {
+                    tracing::warn!(job = id, %error, "uploading adapters ahead failed, they are uploaded when the job is started");
+                }
+                (Outcome::LoadedAdapters(id, loaded), took)
+            }
             Plan::Start(id, job) => {
                 log_decoding(id, job.decoding);
                 let (started, took) = self.call(|pipeline| pipeline.start(id, job));

@@ -4,6 +4,16 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use super::recipe::{Recipe, ScheduleOrigin};
+use super::{GenerationParams, InvalidRequest};
+
+/// Largest number of adapters of a request.
+pub const MAX_ADAPTERS: usize = 8;
+/// Largest scale of an adapter in a request, without its sign.
+pub const MAX_ADAPTER_SCALE: f64 = 8.0;
+/// Largest sum of the ranks of a request's adapters.
+pub const MAX_ADAPTER_RANKS: usize = 512;
+/// How many names of adapters a message lists.
+const MAX_LISTED: usize = 20;
 
 /// An adapter as a client writes it.
 #[derive(Debug, Clone, PartialEq)]
@@ -50,6 +60,61 @@ impl Catalogue {
 
     pub fn get(&self, name: &str) -> Option<&Arc<AdapterInfo>> {
         self.0.get(name)
+    }
+
+    /// Looks up the adapters of a request. Those of scale 0 must exist as well, and are left out.
+    pub(super) fn choose(
+        &self,
+        params: &GenerationParams,
+    ) -> Result<Vec<ChosenAdapter>, InvalidRequest> {
+        let given = &params.adapters;
+        if given.len() > MAX_ADAPTERS {
+            return Err(InvalidRequest::TooManyAdapters { got: given.len() });
+        }
+        let mut chosen: Vec<ChosenAdapter> = Vec::with_capacity(given.len());
+        for (index, GivenAdapter { name, scale }) in given.iter().enumerate() {
+            let info = self
+                .get(name)
+                .ok_or_else(|| InvalidRequest::UnknownAdapter {
+                    name: name.clone(),
+                    known: self.listed(),
+                })?;
+            if given[..index].iter().any(|other| other.name == *name) {
+                return Err(InvalidRequest::AdapterTwice { name: name.clone() });
+            }
+            let scale = scale.unwrap_or(1.0);
+            if !(-MAX_ADAPTER_SCALE..=MAX_ADAPTER_SCALE).contains(&scale) {
+                let name = name.clone();
+                return Err(InvalidRequest::AdapterScale { name, got: scale });
+            }
+            // What f32 rounds to 0 changes nothing either.
+            if scale as f32 != 0.0 {
+                let info = Arc::clone(info);
+                chosen.push(ChosenAdapter { info, scale });
+            }
+        }
+        let ranks = chosen.iter().filter_map(|chosen| chosen.info.rank).sum();
+        if ranks > MAX_ADAPTER_RANKS {
+            return Err(InvalidRequest::AdapterRanks { got: ranks });
+        }
+        Ok(chosen)
+    }
+
+    /// The usable names, for a message.
+    fn listed(&self) -> String {
+        let names: Vec<&str> = self.0.keys().map(String::as_str).collect();
+        match names.len() {
+            0 => "none is available".to_owned(),
+            count @ ..=MAX_LISTED => {
+                let verb = if count == 1 { "is" } else { "are" };
+                format!("available {verb} {}", names.join(", "))
+            }
+            count => format!(
+                "available are {} and {} more",
+                names[..MAX_LISTED].join(", "),
+                count - MAX_LISTED
+            ),
+        }
     }
 
     /// All adapters, by name.

@@ -1,16 +1,15 @@
 //! A checked request, with every value given and within its limits.
 
-use kiln_models::job::{Guidance, Noise, NoiseLevels, Sampling, Size};
+use kiln_models::job::{Guidance, Noise, Sampling, Size};
 use kiln_models::noise::NoiseGenerator;
 use kiln_models::step_cache::{CacheError, MIN_CACHED_STEPS};
 
+use super::adapters::{MAX_ADAPTER_RANKS, MAX_ADAPTER_SCALE, MAX_ADAPTERS};
 use super::cache::cfg_gate_step;
-use super::limits::{
-    DEFAULT_NUM_INFERENCE_STEPS, DEFAULT_TRUE_CFG_SCALE, Limits, MAX_PROMPT_BYTES, MAX_SHIFT,
-    MAX_TRUE_CFG_SCALE, MIN_SHIFT,
-};
+use super::limits::{Limits, MAX_PROMPT_BYTES, MAX_TRUE_CFG_SCALE};
 use super::params::GenerationParams;
-use super::{ChosenAdapter, RequestCache, ScheduleOrigin};
+use super::schedule::{Resolved, resolve};
+use super::{ChosenAdapter, RequestCache, RequestSchedule};
 
 /// The seed that asks for any seed, as no seed does.
 const ANY_SEED: i128 = -1;
@@ -35,8 +34,8 @@ pub struct GenerationRequest {
     pub cfg_gate_step: Option<f64>,
     /// Without those of scale 0.
     pub adapters: Vec<ChosenAdapter>,
-    /// Where the noise levels come from.
-    pub schedule_origin: ScheduleOrigin,
+    /// The noise levels, and where they come from.
+    pub schedule: RequestSchedule,
     /// What the client should know about values that do not fit each other, one sentence each.
     pub warnings: Vec<String>,
 }
@@ -67,8 +66,49 @@ pub enum InvalidRequest {
     },
     #[error("num_inference_steps must be from 1 to {max}, got {got}")]
     Steps { got: i128, max: usize },
-    #[error("shift must be from {MIN_SHIFT} to {MAX_SHIFT}, got {got}")]
-    Shift { got: f64 },
+    /// `shift`, `sigmas` or `schedule`.
+    #[error("{param} {message}")]
+    Levels {
+        param: &'static str,
+        message: String,
+    },
+    #[error("{other} and {param} both set the noise levels: give only one of them")]
+    TwoSchedules {
+        param: &'static str,
+        other: &'static str,
+    },
+    #[error(
+        "num_inference_steps is {steps}, but {of} has {levels} noise levels, one for each step: leave \
+         num_inference_steps out, or give other noise levels"
+    )]
+    StepsOfLevels {
+        steps: usize,
+        levels: usize,
+        of: String,
+    },
+    #[error(
+        "adapters {:?} and {:?} have different recipes, {} and {}: use one of them, or give the noise \
+         levels with shift, sigmas or schedule", adapters[0], adapters[1], recipes[0], recipes[1]
+    )]
+    TwoRecipes {
+        adapters: Box<[String; 2]>,
+        recipes: Box<[String; 2]>,
+    },
+    #[error("there is no adapter {name:?}: {known}")]
+    UnknownAdapter { name: String, known: String },
+    #[error("adapter {name:?} is in the request twice: give it once")]
+    AdapterTwice { name: String },
+    #[error(
+        "the scale of adapter {name:?} must be from -{MAX_ADAPTER_SCALE} to {MAX_ADAPTER_SCALE}, got {got}"
+    )]
+    AdapterScale { name: String, got: f64 },
+    #[error("a request may have {MAX_ADAPTERS} adapters at most, got {got}")]
+    TooManyAdapters { got: usize },
+    #[error(
+        "the ranks of a request's adapters may be {MAX_ADAPTER_RANKS} together at most, got {got}: use \
+         fewer adapters, or smaller ones"
+    )]
+    AdapterRanks { got: usize },
     #[error("true_cfg_scale must be from 0 to {MAX_TRUE_CFG_SCALE}, got {got}")]
     TrueCfgScale { got: f64 },
     #[error("the number of images must be from 1 to {max}, got {got}")]
@@ -102,11 +142,18 @@ impl InvalidRequest {
             Self::Side { param, .. }
             | Self::PromptTooLong { param, .. }
             | Self::TooFewSteps { param, .. }
+            | Self::Levels { param, .. }
+            | Self::TwoSchedules { param, .. }
             | Self::Cache { param, .. } => param,
             Self::CfgGateStep { .. } => "cfg_gate_step",
             Self::TooManyPixels { .. } => "height",
-            Self::Steps { .. } => "num_inference_steps",
-            Self::Shift { .. } => "shift",
+            Self::Steps { .. } | Self::StepsOfLevels { .. } => "num_inference_steps",
+            Self::TwoRecipes { .. }
+            | Self::UnknownAdapter { .. }
+            | Self::AdapterTwice { .. }
+            | Self::AdapterScale { .. }
+            | Self::TooManyAdapters { .. }
+            | Self::AdapterRanks { .. } => "adapters",
             Self::TrueCfgScale { .. } => "true_cfg_scale",
             Self::NumImages { .. } | Self::TooManyPixelsTogether { .. } => "num_images",
             Self::Seed { .. } => "seed",
@@ -154,17 +201,13 @@ impl GenerationRequest {
             return Err(InvalidRequest::TooManyPixels { size, max });
         }
 
-        let steps = params
-            .num_inference_steps
-            .unwrap_or(DEFAULT_NUM_INFERENCE_STEPS.into());
-        let steps = within(steps, 1, limits.max_steps).ok_or(InvalidRequest::Steps {
-            got: steps,
-            max: limits.max_steps,
-        })?;
-        let shift = params.shift;
-        if let Some(got) = shift.filter(|shift| !(MIN_SHIFT..=MAX_SHIFT).contains(shift)) {
-            return Err(InvalidRequest::Shift { got });
-        }
+        let adapters = limits.adapters.choose(&params)?;
+        let Resolved {
+            sampling,
+            true_cfg_scale,
+            schedule,
+            warnings,
+        } = resolve(&params, &adapters, size, limits)?;
         let images = params.num_images.unwrap_or(1);
         let num_images =
             within(images, 1, limits.max_num_images).ok_or(InvalidRequest::NumImages {
@@ -179,12 +222,6 @@ impl GenerationRequest {
             });
         }
 
-        let true_cfg_scale = params.true_cfg_scale.unwrap_or(DEFAULT_TRUE_CFG_SCALE);
-        if !(0.0..=MAX_TRUE_CFG_SCALE).contains(&true_cfg_scale) {
-            return Err(InvalidRequest::TrueCfgScale {
-                got: true_cfg_scale,
-            });
-        }
         let seed = match params.seed {
             None | Some(ANY_SEED) => random_u64() >> 33,
             Some(got) => u64::try_from(got).map_err(|_| InvalidRequest::Seed { got })?,
@@ -195,20 +232,14 @@ impl GenerationRequest {
             negative_prompt: params.negative_prompt,
             true_cfg_scale,
             size,
-            sampling: Sampling {
-                levels: shift.map_or(NoiseLevels::Model, |shift| NoiseLevels::Shifted {
-                    shift,
-                    terminal: None,
-                }),
-                ..Sampling::new(steps)
-            },
+            cache: limits.caches.resolve(params.cache, sampling.steps)?,
+            cfg_gate_step: cfg_gate_step(params.cfg_gate_step, sampling.steps)?,
+            sampling,
             num_images,
             noise: Noise { seed, generator },
-            cache: limits.caches.resolve(params.cache, steps)?,
-            cfg_gate_step: cfg_gate_step(params.cfg_gate_step, steps)?,
-            adapters: Vec::new(),
-            schedule_origin: shift.map_or(ScheduleOrigin::Model, |_| ScheduleOrigin::Request),
-            warnings: Vec::new(),
+            adapters,
+            schedule,
+            warnings,
         })
     }
 

@@ -9,10 +9,10 @@ use super::limits::{MAX_SHIFT, MIN_SHIFT};
 /// A value of a schedule that is out of its bounds, or does not fit the others.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{key} {message}")]
-pub struct InvalidLevels {
+pub(super) struct InvalidLevels {
     /// `shift`, `terminal` or `sigmas`.
-    pub key: &'static str,
-    pub message: String,
+    pub(super) key: &'static str,
+    pub(super) message: String,
 }
 
 /// The noise levels that these values stand for; `None` if there is none of them. `max_steps` bounds the
@@ -61,9 +61,9 @@ fn checked(sigmas: &[f64], max_steps: usize) -> Result<Arc<[f64]>, InvalidLevels
         key: "sigmas",
         message,
     };
-    let levels = match sigmas {
-        [levels @ .., 0.0] => levels,
-        levels => levels,
+    let levels = match sigmas.split_last() {
+        Some((&0.0, levels)) => levels,
+        _ => sigmas,
     };
     if levels.is_empty() {
         let message = "has no noise level: give one above 0 for each step";

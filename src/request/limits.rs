@@ -1,8 +1,9 @@
 //! Defaults and limits of a request.
 
 use kiln_models::pipeline::ImageSizes;
+use kiln_models::sampling::SchedulerConfig;
 
-use super::{Catalogue, StepCaches};
+use super::{Catalogue, Recipe, StepCaches};
 
 /// Number of denoising steps if a request gives none, as in diffusers.
 pub const DEFAULT_NUM_INFERENCE_STEPS: u32 = 50;
@@ -39,6 +40,10 @@ pub struct Limits {
     pub caches: StepCaches,
     /// The adapters that a request may name.
     pub adapters: Catalogue,
+    /// The model's own schedule; `None` if the model is not known.
+    pub scheduler: Option<SchedulerConfig>,
+    /// What a distilled model was trained for.
+    pub model_recipe: Option<Recipe>,
 }
 
 impl Limits {
@@ -64,6 +69,8 @@ impl Limits {
             max_num_images: DEFAULT_MAX_NUM_IMAGES,
             caches: StepCaches::default(),
             adapters: Catalogue::default(),
+            scheduler: None,
+            model_recipe: None,
         }
     }
 }

@@ -1,6 +1,6 @@
 //! The parameters of a request as the client gave them.
 
-use super::{GivenAdapter, GivenCache};
+use super::{GivenAdapter, GivenCache, GivenSchedule};
 
 /// Unchecked parameters of a request; `None` for a parameter that was not given.
 ///
@@ -16,7 +16,12 @@ pub struct GenerationParams {
     pub height: Option<i128>,
     pub width: Option<i128>,
     pub num_inference_steps: Option<i128>,
+    /// Number of steps if neither the request nor a recipe has one; `None` for the default.
+    pub fallback_steps: Option<i128>,
     pub shift: Option<f64>,
+    /// The noise level of each step.
+    pub sigmas: Option<Vec<f64>>,
+    pub schedule: Option<GivenSchedule>,
     pub num_images: Option<i128>,
     pub seed: Option<i128>,
     pub cache: Option<GivenCache>,

@@ -214,3 +214,6 @@ impl Serialize for ScheduleOrigin {
         serializer.serialize_str(self.name())
     }
 }
+
+#[cfg(test)]
+mod tests;

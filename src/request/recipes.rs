@@ -127,10 +127,8 @@ impl Fingerprint {
 pub fn known_recipe(file_name: &str, fingerprint: &Fingerprint) -> Option<Recipe> {
     let plain = file_name.to_lowercase().replace('_', "-");
     let found = KNOWN.iter().find_map(|known| {
-        let marks = known.files.iter();
-        let rest = marks
-            .filter_map(|mark| Some(plain.split_once(mark)?.1))
-            .next()?;
+        let mut marks = known.files.iter();
+        let rest = marks.find_map(|mark| Some(plain.split_once(mark)?.1))?;
         let steps = steps_in(rest).filter(|steps| *steps <= MAX_STEPS_IN_NAME);
         let steps = if known.steps_in_name {
             Some(steps?)
@@ -229,3 +227,6 @@ fn steps_in(name: &str) -> Option<usize> {
         before[text.len()..].parse().ok().filter(|&steps| steps > 0)
     })
 }
+
+#[cfg(test)]
+mod tests;

@@ -141,7 +141,11 @@ impl ApiError {
             | Self::Request { .. }
             | Self::Side { .. }
             | Self::TooLarge { .. }
-            | Self::Submit(SubmitError::TooLarge(_) | SubmitError::DeadlineTooShort { .. })
+            | Self::Submit(
+                SubmitError::TooLarge(_)
+                | SubmitError::Adapters(_)
+                | SubmitError::DeadlineTooShort { .. },
+            )
             | Self::Prompt { .. } => StatusCode::BAD_REQUEST,
             Self::Submit(SubmitError::QueueFull { .. } | SubmitError::TooLate { .. }) => {
                 StatusCode::TOO_MANY_REQUESTS
@@ -186,6 +190,7 @@ impl ApiError {
             Self::Adapter { param, .. } => param.as_deref(),
             Self::UnknownModel { .. } => Some("model"),
             Self::Submit(SubmitError::TooLarge(_)) => Some("size"),
+            Self::Submit(SubmitError::Adapters(_)) => Some("loras"),
             Self::Submit(SubmitError::DeadlineTooShort { .. } | SubmitError::TooLate { .. })
             | Self::Job(JobError::TooLate { .. }) => Some("deadline_ms"),
             _ => None,

@@ -15,6 +15,7 @@ use super::cache::{CacheDitParams, CacheField, given_cache};
 use super::choice::choice;
 use super::invalid::InvalidBody;
 use super::parsed::{ParsedRequest, WireNames};
+use super::schedule::{ScheduleField, given_schedule};
 
 /// Parameters of a generation. `null` counts as absent.
 #[derive(Debug, PartialEq, Deserialize, ToSchema)]
@@ -36,14 +37,24 @@ pub(super) struct GenerationFields {
         example = "1024x768"
     )]
     size: Option<WrittenSize>,
-    /// Number of denoising steps, 50 by default. The time grows in proportion to it.
+    /// Number of denoising steps. Default: that of the recipe of the request's adapters or of the model,
+    /// or 50. The time grows in proportion to it.
     #[schema(value_type = Option<i64>, minimum = 1)]
     num_inference_steps: Option<Integer>,
     /// Time shift of the noise levels, from 0.001 to 100. Replaces the schedule of the model's
-    /// `scheduler_config.json`; Lightning models need 3.
+    /// `scheduler_config.json`; Lightning models need 3. Give only one of `shift`, `sigmas` and
+    /// `schedule`.
     shift: Option<f64>,
-    /// Scale of the classifier-free guidance away from the negative prompt, from 0 to 20, 4 by default.
-    /// There is no guidance at 1 and below, nor without a negative prompt.
+    /// The noise level at the start of each step, falling from at most 1 to above 0; a last 0 is
+    /// ignored. Its length is the number of steps.
+    sigmas: Option<Vec<f64>>,
+    /// Name of the noise levels and the sampler of a few-step model, which also gives the number of
+    /// steps and the guidance scale of a request that has none; or an object with the values.
+    #[schema(value_type = Option<ScheduleField>)]
+    schedule: Option<Value>,
+    /// Scale of the classifier-free guidance away from the negative prompt, from 0 to 20. There is no
+    /// guidance at 1 and below, nor without a negative prompt. Default: that of the recipe of the
+    /// request's adapters or of the model, or 4.
     true_cfg_scale: Option<f64>,
     /// Alias of `true_cfg_scale`.
     cfg_scale: Option<f64>,
@@ -144,6 +155,8 @@ impl GenerationFields {
             self.enable_cache_dit,
             self.cache_dit_params.as_ref(),
         )?;
+        let schedule = given_schedule(self.schedule.as_ref())?;
+        let (adapters_name, adapters) = written_adapters(self.lora.as_ref(), self.loras.as_ref())?;
         let (mut width, mut height) = (self.width, self.height);
         let mut size_given = false;
         match self.size {
@@ -170,20 +183,24 @@ impl GenerationFields {
                 height: height.map(|side| side.0),
                 width: width.map(|side| side.0),
                 num_inference_steps: self.num_inference_steps.map(|steps| steps.0),
+                fallback_steps: None,
                 shift: self.shift,
+                sigmas: self.sigmas,
+                schedule,
                 num_images: images.1.map(|images| images.0),
                 seed: self.seed.map(|seed| seed.0),
                 cache,
                 cfg_gate_step: self.cfg_gate_step,
                 adapters: Vec::new(),
             },
-            adapters: written_adapters(self.lora.as_ref(), self.loras.as_ref())?,
+            adapters,
             names: WireNames {
                 prompt: prompt_name,
                 size_given,
                 steps: "num_inference_steps",
                 scale: scale.0,
                 images: images.0,
+                adapters: adapters_name,
             },
             encoding: encoding(self.output_format, self.output_compression)?,
             noise_generator: self.generator_device.map(|device| match device {
@@ -289,7 +306,10 @@ mod tests {
             height: Some(512),
             width: Some(256),
             num_inference_steps: Some(8),
+            fallback_steps: None,
             shift: Some(3.0),
+            sigmas: None,
+            schedule: None,
             num_images: Some(2),
             seed: Some(u64::MAX.into()),
             cache: Some(CacheChoice::Fast.into()),

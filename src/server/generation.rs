@@ -6,10 +6,8 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use kiln_models::job::{Job, Output, RgbImage};
 use kiln_models::step_cache::StepCounts;
 use kiln_models::vae::TilingMode;
-use serde::Serialize;
 use tokio::task::spawn_blocking;
 use tracing::Span;
-use utoipa::ToSchema;
 
 use crate::engine::{Cheaper, Event, Finished, JobHandle, SubmitOptions, Timings};
 use crate::image::{Encoding, ImageFormat, encode};
@@ -17,11 +15,11 @@ use crate::request::{CacheChoice, GenerationRequest, Limits, PromptTokens};
 
 use super::LoadedApp;
 use super::adapters::Room;
-use super::cache::{ComputedSteps, StepFacts};
+use super::cache::ComputedSteps;
 use super::error::ApiError;
 use super::parsed::ParsedRequest;
 use super::previews::Previews;
-use super::stage_metrics::{Measured, Metrics, StageSeconds};
+use super::stage_metrics::Measured;
 
 /// An update on a running request.
 pub(super) enum RequestProgress {
@@ -90,67 +88,6 @@ pub(super) struct EncodedImages {
     pub(super) steps: StepCounts,
     pub(super) timings: Timings,
     pub(super) measured: Measured,
-}
-
-/// Fields of a response beyond `OpenAI`'s API: what is needed to reproduce the images, and how long
-/// they took.
-#[derive(Debug, Serialize, ToSchema)]
-pub(super) struct ImageFacts {
-    /// The seed that was used, whether the client gave it or the server chose it.
-    seed: u64,
-    /// Size of the images, `WIDTHxHEIGHT` in pixels.
-    size: String,
-    num_inference_steps: usize,
-    /// The time shift of the request; absent if the model's own schedule was used.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    shift: Option<f64>,
-    /// The step cache, if there was one: `balanced`, `fast`, `dbcache` or `magcache`. The answer to
-    /// `auto` has the one that was chosen because of the load, if any.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    cache: Option<&'static str>,
-    /// The `cfg_gate_step` of the request, or the one that was chosen for `auto`, if it was below 1.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    cfg_gate_step: Option<f64>,
-    #[serde(flatten)]
-    steps: StepFacts,
-    /// True if the images were decoded in tiles: by `--vae-use-tiling`, or because the memory is too
-    /// small for whole images. Absent otherwise. Only `--vae-tiling blended` changes the images.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    vae_use_tiling: Option<bool>,
-    timings: StageSeconds,
-    #[serde(flatten)]
-    measured: Measured,
-    /// Only with `return_stage_metrics`.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    metrics: Option<Metrics>,
-}
-
-impl ImageFacts {
-    pub(super) fn new(encoded: &EncodedImages) -> Self {
-        let EncodedImages {
-            info,
-            tiled,
-            steps,
-            timings,
-            measured,
-            ..
-        } = encoded;
-        Self {
-            seed: info.request.noise.seed,
-            size: info.size(),
-            num_inference_steps: info.request.sampling.steps,
-            shift: info.request.sampling.shift(),
-            cache: info.request.cache.name(),
-            cfg_gate_step: info.request.cfg_gate_step,
-            steps: StepFacts::from(*steps),
-            vae_use_tiling: tiled.map(|_| true),
-            timings: (*timings).into(),
-            measured: *measured,
-            metrics: info
-                .stage_metrics
-                .then(|| Metrics::new(info, *timings, *measured)),
-        }
-    }
 }
 
 impl RequestInfo {

@@ -1,8 +1,11 @@
 //! `GET /metrics`: counters of the engine, and times of the start, in Prometheus' text format.
 
+mod adapters;
+
 use std::collections::BTreeMap;
 use std::fmt::{Display, Write};
 use std::sync::Arc;
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use axum::extract::State;
 use axum::http::header::CONTENT_TYPE;
@@ -28,9 +31,19 @@ pub(super) async fn metrics(State(app): State<Arc<App>>) -> Response {
     let mut page = Page::default();
     page.start(&app, is_ready);
     page.engine(&stats);
+    let store = loaded.map(|app| &app.adapters);
+    if let Some(store) = store.filter(|store| store.may_have_any()) {
+        page.adapters(&stats.adapters, store.cache_use(), unix_time());
+    }
     page.connections(&app.connections);
     let text = page.text;
     ([(CONTENT_TYPE, "text/plain; version=0.0.4")], text).into_response()
+}
+
+/// Seconds since 1970.
+fn unix_time() -> f64 {
+    let time = SystemTime::now().duration_since(UNIX_EPOCH);
+    time.unwrap_or_default().as_secs_f64()
 }
 
 /// The text that is being written.
@@ -88,7 +101,6 @@ impl Page {
                 stats.running,
             );
         }
-        let outcomes = &stats.outcomes;
         self.labelled(
             (
                 "kiln_requests_total",
@@ -96,15 +108,7 @@ impl Page {
                 "Ended requests by outcome.",
             ),
             "outcome",
-            &[
-                ("finished", outcomes.finished),
-                ("cancelled", outcomes.cancelled),
-                ("deadline_passed", outcomes.deadline_passed),
-                ("too_late", outcomes.too_late),
-                ("failed", outcomes.failed),
-                ("stopped", outcomes.stopped),
-                ("rejected", outcomes.rejected),
-            ],
+            &adapters::numbers(&stats.outcomes),
         );
         self.counter(
             "kiln_requests_made_cheaper_total",

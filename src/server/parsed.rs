@@ -34,6 +34,7 @@ pub(super) struct WireNames {
     pub(super) steps: &'static str,
     pub(super) scale: &'static str,
     pub(super) images: &'static str,
+    pub(super) adapters: &'static str,
 }
 
 impl WireNames {
@@ -45,6 +46,7 @@ impl WireNames {
             "num_inference_steps" => self.steps,
             "true_cfg_scale" => self.scale,
             "num_images" => self.images,
+            "adapters" => self.adapters,
             name => name,
         }
     }

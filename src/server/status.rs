@@ -17,6 +17,7 @@ use super::cache::CacheField;
 use super::error::{ApiError, ErrorEnvelope};
 use super::health;
 use super::json::json;
+use super::schedule::ModelRecipe;
 
 /// The model, the bounds and defaults of requests, and the load.
 #[derive(Debug, Serialize, ToSchema)]
@@ -36,6 +37,8 @@ pub(super) struct Status {
     limits: RequestLimits,
     defaults: Defaults,
     adapters: AdapterStatus,
+    /// What a distilled model was trained for; null for others.
+    model_recipe: Option<ModelRecipe>,
     /// Hints for prompts, for a model that knows only some words; null for others.
     prompt_guide: Option<Guide>,
 }
@@ -68,7 +71,7 @@ struct RequestLimits {
 struct Defaults {
     width: usize,
     height: usize,
-    num_inference_steps: u32,
+    num_inference_steps: usize,
     true_cfg_scale: f64,
     negative_prompt: Option<String>,
     /// The step cache of requests with at least 8 steps, as in a request.
@@ -118,6 +121,7 @@ pub(super) async fn status(
     Extension(app): Extension<Arc<LoadedApp>>,
 ) -> Result<Response, ApiError> {
     let (info, stats, limits) = (app.engine.info(), app.engine.stats(), &app.limits);
+    let recipe = limits.model_recipe.as_ref();
     json(&Status {
         state: health::state_name(&app.engine.state()),
         model: app.model_name(None).to_owned(),
@@ -139,12 +143,21 @@ pub(super) async fn status(
         defaults: Defaults {
             width: limits.sizes.default_side,
             height: limits.sizes.default_side,
-            num_inference_steps: DEFAULT_NUM_INFERENCE_STEPS,
-            true_cfg_scale: DEFAULT_TRUE_CFG_SCALE,
+            num_inference_steps: recipe
+                .and_then(|recipe| recipe.steps)
+                .unwrap_or(DEFAULT_NUM_INFERENCE_STEPS as usize),
+            true_cfg_scale: recipe
+                .and_then(|recipe| recipe.true_cfg_scale)
+                .unwrap_or(DEFAULT_TRUE_CFG_SCALE),
             negative_prompt: app.settings.default_negative_prompt.clone(),
             cache: limits.caches.default.to_json(),
         },
-        adapters: AdapterStatus::new(&app.adapters, app.settings.lora_updates),
+        adapters: AdapterStatus::new(
+            &app.adapters,
+            stats.adapters.cache,
+            app.settings.lora_updates,
+        ),
+        model_recipe: recipe.map(ModelRecipe::from),
         prompt_guide: app.prompt_guide.map(Guide::new),
     })
 }

@@ -70,9 +70,12 @@ fn the_document_has_every_route_and_the_servers_limits() {
         "/v1/chat/completions",
         "/v1/images/estimate",
         "/v1/images/generations",
+        "/v1/load_lora_adapter",
         "/v1/models",
         "/v1/models/{name}",
+        "/v1/refresh_lora_adapters",
         "/v1/status",
+        "/v1/unload_lora_adapter",
         "/version",
     ];
     assert_eq!(paths, expected);

@@ -56,8 +56,13 @@ pub(super) fn fake(pace: Pace, record: Arc<Record>) -> FakePipeline {
             Call::Discard(_) => {
                 record.discards.fetch_add(1, Ordering::SeqCst);
             }
-            Call::Encode(_) | Call::Steps(_) | Call::Preview(_) | Call::Finish(_) | Call::Probe => {
-            }
+            Call::Encode(_)
+            | Call::LoadAdapters(_)
+            | Call::Upload(_)
+            | Call::Steps(_)
+            | Call::Preview(_)
+            | Call::Finish(_)
+            | Call::Probe => {}
         }
         Ok(())
     })

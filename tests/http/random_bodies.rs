@@ -47,6 +47,11 @@ const KEYS: &[&str] = &[
     "steps_computation_mask",
     "mag_ratios",
     "mag_threshold",
+    "lora",
+    "loras",
+    "name",
+    "lora_path",
+    "scale",
 ];
 
 fn scalar() -> impl Strategy<Value = Value> {

@@ -51,6 +51,7 @@ impl TestServer {
             max_queue,
             max_started: DEFAULT_MAX_STARTED,
             max_memory: None,
+            adapter_cache_bytes: usize::MAX,
             max_step_tokens: Some(0),
             warm_up: None,
         };
@@ -98,18 +99,31 @@ impl TestServer {
         server
     }
 
+    /// A server whose model has other limits than the default.
+    pub(super) fn with_limits(settings: Settings, change: impl FnOnce(&mut Limits)) -> Self {
+        let server = Self::without_model(settings);
+        let mut limits = Limits::for_sizes(server.engine.info().sizes);
+        change(&mut limits);
+        server.set_model_of(limits);
+        server
+    }
+
     pub(super) fn set_model(&self) {
         self.set_model_with(StepCaches::default());
     }
 
     fn set_model_with(&self, caches: StepCaches) {
+        self.set_model_of(Limits {
+            caches,
+            ..Limits::for_sizes(self.engine.info().sizes)
+        });
+    }
+
+    fn set_model_of(&self, limits: Limits) {
         self.app.set_model(LoadedModel {
             engine: self.engine.clone(),
             tokenizer: load_tokenizer().into(),
-            limits: Limits {
-                caches,
-                ..Limits::for_sizes(self.engine.info().sizes)
-            },
+            limits,
             adapters: kiln::adapters::AdapterStore::default(),
             prompt_guide: None,
         });

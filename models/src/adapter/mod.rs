@@ -5,6 +5,7 @@
 //! [`Job`](crate::job::Job) names the adapters that it is generated with and the scale of each.
 
 mod merged;
+mod totals;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -15,6 +16,7 @@ use bytes::Bytes;
 use crate::source::StoredDType;
 
 pub use self::merged::MergedSource;
+pub(crate) use self::totals::{TokenWork, Totals};
 
 /// Identifies the content of an adapter within the process. An adapter that is read again gets
 /// another id.
@@ -37,6 +39,7 @@ pub struct Adapter {
     id: AdapterId,
     name: String,
     changes: BTreeMap<String, Change>,
+    totals: Totals,
 }
 
 /// The change of the weight `[out, in]` of one linear layer: `scale · factors`, before the scale of the
@@ -132,6 +135,7 @@ impl Adapter {
         Self {
             id: AdapterId(NEXT.fetch_add(1, Ordering::Relaxed)),
             name: name.into(),
+            totals: Totals::of_changes(&changes),
             changes,
         }
     }

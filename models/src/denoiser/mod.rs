@@ -30,7 +30,7 @@ use self::lane::{LaneAnswer, LaneHalf, LaneJob};
 use self::passes::Pass;
 use self::spread::{Load, spread};
 use self::thread::{LaneThread, Pending};
-use crate::adapter::AdapterUse;
+use crate::adapter::{AdapterUse, Totals};
 use crate::flops;
 use crate::pipeline::{CacheUse, DeviceUse, PipelineError};
 use crate::sampling::Schedule;
@@ -215,8 +215,9 @@ impl<B: FusedOps> Denoiser<B> {
             .iter()
             .map(|step| {
                 let halves = step.halves.iter();
+                let adapters = Totals::of_job(step.adapters).work;
                 let load = halves.map(|half| {
-                    let whole = flops::step(config, &half.segments) as f64;
+                    let whole = flops::step(config, &half.segments, adapters) as f64;
                     let reuses = matches!(step.next, Next::Reuse);
                     Load {
                         cost: if reuses { REUSE_COST * whole } else { whole },

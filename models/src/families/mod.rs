@@ -14,6 +14,7 @@ use crate::denoiser::{Denoiser, Lane, LaneSettings};
 use crate::device::summary;
 use crate::flops::CostModel;
 use crate::pipeline::{ImageSizes, Pipeline};
+use crate::sampling::SchedulerConfig;
 use crate::session::{ImagePipeline, SessionSettings};
 use crate::source::{TensorSource, WeightFiles};
 use crate::transformer::{Transformer, TransformerConfig};
@@ -128,6 +129,15 @@ impl CheckpointConfigs {
         match self.family()? {
             Family::QwenImage => qwen_image::adapter_targets(self),
         }
+    }
+
+    /// The noise levels of the model's own schedule.
+    ///
+    /// # Errors
+    ///
+    /// If the configuration cannot be read.
+    pub fn noise_schedule(&self) -> Result<SchedulerConfig, ConfigError> {
+        SchedulerConfig::from_json(&self.scheduler)
     }
 
     /// MagCache's ratios of a transformer of this shape; `None` if they have not been measured.

@@ -3,6 +3,7 @@
 use burn::tensor::DType;
 
 use super::*;
+use crate::adapter::{Adapter, AdapterUse, Change, Factors, HostMatrix};
 use crate::job::{Decoding, Size};
 use crate::step_cache::{CachePolicy, DbCache};
 use crate::testing;
@@ -161,4 +162,65 @@ fn a_job_holds_the_residuals_of_its_step_cache() {
     assert_eq!(more(&CachePolicy::DbCache(settings)), all);
     let latents = F32 * 16 * 16 * 8;
     assert_eq!(held(&CachePolicy::Off, true, Some(0.5)) - exact, latents);
+}
+
+/// A LoRA of this rank on these layers.
+fn adapted(rank: usize, layers: &[(&str, [usize; 2])], job: Job) -> Job {
+    let matrix = |rows: usize, columns: usize| {
+        HostMatrix::from_f32([rows, columns], &vec![0.0; rows * columns])
+    };
+    let change = |&(path, [d_out, d_in]): &(&str, [usize; 2])| {
+        let factors = Factors::LowRank {
+            down: matrix(rank, d_in),
+            up: matrix(d_out, rank),
+        };
+        (
+            path.to_owned(),
+            Change {
+                factors,
+                scale: 1.0,
+            },
+        )
+    };
+    let adapter = Adapter::new("test", layers.iter().map(change).collect());
+    Job {
+        adapters: vec![AdapterUse {
+            adapter: Arc::new(adapter),
+            scale: 1.0,
+        }],
+        ..job
+    }
+}
+
+/// Counted by hand: 5 steps of 2 changed layers of 48 values and one of 16; the whole table has
+/// 8 · (12 · 2 + 3) values a step.
+#[test]
+fn adapters_of_the_modulation_hold_their_part_of_the_table() {
+    let plan = |job: &Job| networks().plan(job);
+    let without = testing::job(32, 5);
+    let held = |layers: &[(&str, [usize; 2])]| {
+        let plan = plan(&adapted(2, layers, without.clone()));
+        plan.held - networks().plan(&without).held
+    };
+    let modulation = [
+        ("transformer_blocks.0.img_mod.1", [48, 8]),
+        ("transformer_blocks.1.txt_mod.1", [48, 8]),
+        ("norm_out.linear", [16, 8]),
+    ];
+    assert_eq!(held(&modulation), 4 * 5 * (2 * 48 + 16));
+    assert_eq!(held(&[("transformer_blocks.0.attn.to_q", [8, 8])]), 0);
+    let embedder = ("time_text_embed.timestep_embedder.linear_2", [8, 8]);
+    assert_eq!(held(&[embedder]), 4 * 5 * 8 * (12 * 2 + 3));
+    assert_eq!(held(&[modulation[0], embedder]), 4 * 5 * 8 * (12 * 2 + 3));
+}
+
+#[test]
+fn a_step_has_what_an_adapter_adds_beside_the_layers() {
+    let without = testing::job(64, 5);
+    let step = |job: &Job| networks().step(16 * 16, 0).max(networks().plan(job).step);
+    let with = |layers: &[(&str, [usize; 2])]| step(&adapted(4, layers, without.clone()));
+    let narrow = with(&[("transformer_blocks.0.attn.to_q", [8, 8])]);
+    let wide = with(&[("transformer_blocks.0.img_mlp.net.0.proj", [32, 8])]);
+    assert!(step(&without) < narrow, "{narrow}");
+    assert!(narrow < wide, "{wide}");
 }

@@ -94,6 +94,17 @@ impl SchedulerConfig {
         Ok(config)
     }
 
+    /// Whether these are the noise levels of Qwen-Image-Lightning, which distilled checkpoints have: a
+    /// shift of 3 at every size, and no terminal.
+    pub fn is_lightning(&self) -> bool {
+        let is_ln_3 = |shift: f64| (shift - 3_f64.ln()).abs() < 1e-3;
+        self.use_dynamic_shifting
+            && self.time_shift_type == TimeShift::Exponential
+            && self.shift_terminal.is_none()
+            && is_ln_3(self.base_shift)
+            && is_ln_3(self.max_shift)
+    }
+
     /// Computes the dynamic shift of an image by its number of packed latent tokens: the line
     /// through `(base_image_seq_len, base_shift)` and `(max_image_seq_len, max_shift)`.
     pub fn mu(&self, image_tokens: usize) -> f64 {
@@ -250,38 +261,94 @@ mod tests {
         }
     }
 
-    /// The values of `FlowMatchEulerDiscreteScheduler` with the configuration of Lightning, which is
-    /// the base model's with `base_shift = max_shift = ln 3` and no `shift_terminal`.
+    /// Made by `tests/reference/make_schedule_fixtures.py` with diffusers.
+    const FIXTURE: &str = concat!(
+        env!("CARGO_MANIFEST_DIR"),
+        "/../tests/fixtures/schedules/sigmas.json"
+    );
+
+    fn assert_close(found: &[f32], expected: &[f32], what: &str) {
+        assert_eq!(found.len(), expected.len(), "{what}");
+        for (found, expected) in found.iter().zip(expected) {
+            assert!(
+                (found - expected).abs() < 1e-6,
+                "{what}: {found} for {expected}"
+            );
+        }
+    }
+
+    /// For every configuration of the scheduler, in 1 to 8 steps at three sizes.
     #[test]
-    fn a_shift_of_3_is_the_schedule_of_lightning() {
-        let lightning = SchedulerConfig {
-            base_shift: 3_f64.ln(),
-            max_shift: 3_f64.ln(),
-            shift_terminal: None,
-            ..qwen_image()
-        };
-        let eight = [1.0, 0.9545, 0.9, 0.8333, 0.75, 0.6429, 0.5, 0.3, 0.0];
-        for (steps, expected) in [
-            (1, &[1.0, 0.0][..]),
-            (2, &[1.0, 0.75, 0.0]),
-            (4, &[1.0, 0.9, 0.75, 0.5, 0.0]),
-            (8, &eight),
-        ] {
-            let shifted = Sampling {
-                levels: NoiseLevels::Shifted {
-                    shift: 3.0,
-                    terminal: None,
-                },
-                ..Sampling::new(steps)
-            };
-            for tokens in [1024, 4096, 6889] {
-                let sigmas = qwen_image().schedule(&shifted, tokens).sigmas;
-                let reference = lightning.schedule(&Sampling::new(steps), tokens).sigmas;
-                assert_eq!(sigmas.len(), expected.len());
-                for ((sigma, reference), expected) in sigmas.iter().zip(reference).zip(expected) {
-                    assert!((sigma - reference).abs() < 1e-6, "{sigma} {reference}");
-                    assert!((sigma - expected).abs() < 5e-5, "{sigma} {expected}");
+    fn sigmas_are_those_of_diffusers() {
+        let file = std::fs::read_to_string(FIXTURE).unwrap();
+        let file: serde_json::Value = serde_json::from_str(&file).unwrap();
+        let rows = file["rows"].as_array().unwrap();
+        assert!(rows.len() > 80, "{}", rows.len());
+        let mut compared = 0;
+        for row in rows {
+            let name = row["configuration"].as_str().unwrap();
+            let mut config = file["configurations"][name].clone();
+            config["_class_name"] = "FlowMatchEulerDiscreteScheduler".into();
+            let config = SchedulerConfig::from_json(&ConfigText {
+                file: name.to_owned(),
+                text: config.to_string(),
+            })
+            .unwrap();
+            let steps = row["steps"].as_u64().unwrap() as usize;
+            let tokens = row["tokens"].as_u64().unwrap() as usize;
+            let sigmas = row["sigmas"].as_array().unwrap();
+            let sigmas: Vec<f32> = sigmas
+                .iter()
+                .map(|it| it.as_f64().unwrap() as f32)
+                .collect();
+            let what = format!("{name}, {steps} steps of {tokens} tokens");
+            let own = config.schedule(&Sampling::new(steps), tokens);
+            assert_close(&own.sigmas, &sigmas, &what);
+            assert_eq!(config.is_lightning(), name == "lightning");
+            // A request gets the same on any model.
+            let mut levels = vec![NoiseLevels::Sigmas(
+                sigmas[..steps].iter().copied().map(f64::from).collect(),
+            )];
+            levels.extend(match name {
+                "lightning" => Some(shifted(3.0, None)),
+                "dmd2" => Some(shifted(2.5, Some(0.02))),
+                "shift_5" => Some(shifted(5.0, Some(0.0))),
+                _ => None,
+            });
+            for levels in levels {
+                let sampling = Sampling {
+                    levels,
+                    ..Sampling::new(steps)
+                };
+                let requested = qwen_image().schedule(&sampling, tokens);
+                assert_close(&requested.sigmas, &sigmas, &what);
+                for (timestep, sigma) in requested.timesteps.iter().zip(&sigmas) {
+                    assert!((timestep - sigma * 1000.0).abs() < 1e-3, "{what}");
                 }
+                compared += 1;
+            }
+        }
+        assert!(compared > rows.len());
+    }
+
+    fn shifted(shift: f64, terminal: Option<f64>) -> NoiseLevels {
+        NoiseLevels::Shifted { shift, terminal }
+    }
+
+    /// Neither the levels of the base model nor those of stable-diffusion.cpp's scheduler `discrete`.
+    #[test]
+    fn the_levels_of_lightning_are_not_those_that_are_mistaken_for_them() {
+        let lightning = Sampling {
+            levels: shifted(3.0, None),
+            ..Sampling::new(4)
+        };
+        for tokens in [1024, 4096, 6889] {
+            let sigmas = qwen_image().schedule(&lightning, tokens).sigmas;
+            assert_close(&sigmas, &[1.0, 0.9, 0.75, 0.5, 0.0], "lightning");
+            let base = qwen_image().schedule(&Sampling::new(4), tokens).sigmas;
+            for others in [&base[..4], &[1.0, 0.8573, 0.6007, 0.003]] {
+                let mut pairs = sigmas[1..].iter().zip(&others[1..]);
+                assert!(pairs.all(|(a, b)| (a - b).abs() > 0.04), "{others:?}");
             }
         }
     }

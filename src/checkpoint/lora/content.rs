@@ -54,11 +54,10 @@ impl Source {
         let mut files = Self::files(path).into_iter();
         let weights = files.next().unwrap_or_default();
         let peft_config = match files.next() {
-            None => None,
             Some(config) if config.exists() => Some(read_config(&config)?),
             Some(_) if is_folder => return Err(LoraFault::NotInFolder(PEFT_CONFIG)),
-            // The weights of PEFT alone, moved out of their folder.
-            Some(_) => None,
+            // Another file, or the weights of PEFT without their folder.
+            _ => None,
         };
         if is_folder && !weights.exists() {
             let pickle = path.join("adapter_model.bin").exists();

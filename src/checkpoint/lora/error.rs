@@ -63,7 +63,7 @@ pub enum LoraFault {
     #[error("{place} is not valid ({reason})")]
     Description { place: DeclaredIn, reason: String },
 
-    #[error("it has the key {key}, which names no linear layer of this model{}", hint(.family))]
+    #[error("it has the key {key}, which names no linear layer of this model{}", hint(*.family))]
     UnknownKey {
         key: String,
         /// What the adapter seems to be made for.
@@ -156,7 +156,7 @@ pub enum Refusal {
     WholeWeight,
     Reshape,
     TextEncoder,
-    /// A method of fine-tuning that is not LoRA, `LoKr` or `LoHa`.
+    /// A method of fine-tuning that is not LoRA, LoKr or LoHa.
     Method(&'static str),
     /// A method whose name only the file knows.
     Unnamed,
@@ -222,14 +222,14 @@ impl LoraFault {
     /// The error of the file of this name.
     pub(super) fn of(self, file: &str) -> LoraError {
         LoraError {
-            file: file.to_owned(),
+            file: shown(file),
             fault: self,
         }
     }
 }
 
 /// What the adapter seems to be made for.
-fn hint(family: &Option<&'static str>) -> String {
+fn hint(family: Option<&'static str>) -> String {
     let known = family.map(|it| format!(". It seems to be made for {it}"));
     known.unwrap_or_default() + ": use an adapter for Qwen-Image"
 }

@@ -1,4 +1,4 @@
-//! Adapter files: LoRA, `LoKr` and `LoHa` in every naming scheme in use, as one canonical form.
+//! Adapter files: LoRA, LoKr and LoHa in every naming scheme in use, as one canonical form.
 //!
 //! [`LoraFile::open`] reads and checks the header of a file: every key must be known, every layer must
 //! have all its factors, and every factor the shape of its layer. [`LoraFile::read`] reads the tensors.
@@ -40,7 +40,7 @@ pub use self::error::{DeclaredIn, LoraError, LoraFault, Refusal};
 /// The largest file that is read.
 const MAX_FILE_BYTES: u64 = 4 << 30;
 
-/// The most host memory that one adapter may take. A `LoHa` takes more of it than of the file.
+/// The most host memory that one adapter may take. A LoHa takes more of it than of the file.
 const MAX_MEMORY_BYTES: u64 = 8 << 30;
 
 /// The largest rank of a change.
@@ -176,10 +176,10 @@ impl LoraFile {
         let content = Content::open(&source)?;
         if source.peft_config() != self.source.peft_config()
             || Header::read(&content)? != self.header
-            || self.scalars.read_again(&content, &self.header)? != self.scalars
         {
             return Err(LoraFault::Changed);
         }
+        self.scalars.check_unchanged(&content, &self.header)?;
         let mut changes = BTreeMap::new();
         for module in &self.modules {
             changes.extend(factors::read(&content, module)?);

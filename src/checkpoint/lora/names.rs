@@ -45,14 +45,14 @@ pub(super) enum Part {
     /// The factors of LoRA.
     Down,
     Up,
-    /// The factors of `LoKr`, whole or as products.
+    /// The factors of LoKr, whole or as products.
     Left,
     LeftA,
     LeftB,
     Right,
     RightA,
     RightB,
-    /// The factors of `LoHa`.
+    /// The factors of LoHa.
     FirstA,
     FirstB,
     SecondA,
@@ -166,27 +166,22 @@ pub(super) fn parts(
 /// Splits a key into the path of a layer and what it ends in; `None` if its end is unknown.
 pub(super) fn split(key: &str) -> Option<(String, Ending)> {
     let components: Vec<&str> = key.split('.').collect();
-    (1..components.len()).find_map(|at| {
+    (0..components.len()).find_map(|at| {
         let (stem, end) = components.split_at(at);
         let (marker, tail) = end.split_first()?;
-        let mut stem = stem.join(".");
-        let ending = match (*marker, tail) {
-            // `to_q_lora.down.weight`
-            (marker, ["down" | "up", ..]) if marker.ends_with("_lora") => {
-                stem.push('.');
-                stem.push_str(marker.trim_end_matches("_lora"));
-                ending("lora", tail)
-            }
-            (marker, tail) => ending(marker, tail),
-        };
-        Some((stem, ending?))
+        // `to_q_lora.down.weight`
+        if let (Some(name), ["down" | "up", ..]) = (marker.strip_suffix("_lora"), tail) {
+            let stem = [stem, &[name]].concat().join(".");
+            return Some((stem, ending("lora", tail)?));
+        }
+        Some((stem.join("."), ending(marker, tail)?))
     })
 }
 
 /// What a component of a key means, with those that follow it.
 fn ending(marker: &str, tail: &[&str]) -> Option<Ending> {
     // PEFT puts the name of the adapter in between.
-    let slot = matches!(tail, [] | ["weight"] | [_] | [_, "weight"]);
+    let slot = matches!(tail, [] | [_] | [_, "weight"]);
     let plain = matches!(tail, [] | ["weight"]);
     let alone = tail.is_empty();
     let part = match (marker, tail) {

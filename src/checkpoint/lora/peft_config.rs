@@ -14,7 +14,7 @@ const DEFAULT_ALPHA: f64 = 8.0;
 const PATTERN_BYTES: usize = 64 << 20;
 
 /// Values of `init_lora_weights` that change nothing but the factors.
-const PLAIN_INITS: [&str; 3] = ["gaussian", "eva", "orthogonal"];
+const PLAIN_INITS: [&str; 4] = ["gaussian", "eva", "orthogonal", "mica"];
 
 /// A configuration of PEFT. Diffusers puts the name of the component before each name.
 #[derive(Debug, Default, PartialEq, Deserialize)]
@@ -26,7 +26,7 @@ struct Fields {
     r: Option<f64>,
     #[serde(alias = "transformer.lora_alpha")]
     lora_alpha: Option<f64>,
-    /// Of `LoKr` and `LoHa`.
+    /// Of LoKr and LoHa.
     #[serde(alias = "transformer.alpha")]
     alpha: Option<f64>,
     #[serde(alias = "transformer.rank_pattern")]
@@ -39,6 +39,15 @@ struct Fields {
     use_dora: Option<bool>,
     #[serde(alias = "transformer.init_lora_weights")]
     init_lora_weights: Option<Value>,
+    /// Variants of LoRA with other arithmetic.
+    #[serde(alias = "transformer.use_qalora")]
+    use_qalora: Option<Value>,
+    #[serde(alias = "transformer.use_bdlora")]
+    use_bdlora: Option<Value>,
+    #[serde(alias = "transformer.kasa_config")]
+    kasa_config: Option<Value>,
+    #[serde(alias = "transformer.monteclora_config")]
+    monteclora_config: Option<Value>,
 }
 
 /// Values by patterns of module names, in the order of the file.
@@ -77,8 +86,11 @@ struct ByModule {
 
 impl ByModule {
     fn new(pattern: Option<Pattern>, common: Option<f64>) -> Result<Self, String> {
-        let (patterns, values): (Vec<String>, _) =
+        let (patterns, values): (Vec<String>, Vec<f64>) =
             pattern.unwrap_or_default().0.into_iter().unzip();
+        if let Some(large) = values.iter().chain(&common).find(|it| !is_number(**it)) {
+            return Err(format!("the number {large:e} is too large"));
+        }
         // As PEFT matches: the end of the name, from a dot or the start of the name on.
         let patterns = patterns.iter().map(|it| format!(r"\A(?:.*\.)?(?:{it})\z"));
         let patterns = RegexSetBuilder::new(patterns)
@@ -175,6 +187,19 @@ impl Fields {
         if self.use_dora == Some(true) {
             return refused("use_dora".to_owned(), Refusal::Dora);
         }
+        let variants = [
+            ("use_qalora", &self.use_qalora),
+            ("use_bdlora", &self.use_bdlora),
+            ("kasa_config", &self.kasa_config),
+            ("monteclora_config", &self.monteclora_config),
+        ];
+        let is_set = |value: &Value| !matches!(value, Value::Null | Value::Bool(false));
+        let mut set = variants
+            .iter()
+            .filter(|(_, it)| it.as_ref().is_some_and(is_set));
+        if let Some((name, _)) = set.next() {
+            return refused((*name).to_owned(), Refusal::Unnamed);
+        }
         let init = self.init_lora_weights.as_ref().and_then(Value::as_str);
         match init {
             Some(init) if !PLAIN_INITS.contains(&init) => refused(
@@ -188,7 +213,12 @@ impl Fields {
 
 /// Reads an alpha that a header has as text.
 pub(super) fn parse_alpha(text: &str) -> Result<f64, LoraFault> {
-    let alpha = text.trim().parse().ok().filter(|it: &f64| it.is_finite());
+    let alpha = text.trim().parse().ok().filter(|it| is_number(*it));
     let reason = format!("{text:?} is not a number");
     alpha.ok_or_else(|| LoraFault::invalid(DeclaredIn::HeaderAlpha, reason))
+}
+
+/// Whether a value is a finite number in f32 too.
+fn is_number(value: f64) -> bool {
+    (value as f32).is_finite()
 }

@@ -33,7 +33,7 @@ pub(super) enum Kind {
         left: Operand,
         right: Operand,
     },
-    /// `LoHa`: the product of both, value by value.
+    /// LoHa: the product of both, value by value.
     Hadamard(Product, Product),
     Dense(Matrix),
 }
@@ -205,14 +205,21 @@ struct Parts<'a> {
 
 impl Parts<'_> {
     fn module(&self, scalars: &Scalars, declared: &Declared) -> Result<Module, LoraFault> {
+        // A number that is not used need not be finite.
         let scalar = |part| {
-            let key = self.keys.get(&part)?;
-            scalars.get(key).first().copied()
+            let key = self.keys.get(&part);
+            let value = key.and_then(|key| Some((key, *scalars.get(key).first()?)));
+            match value {
+                Some((_, value)) if value.is_finite() => Ok(Some(value)),
+                Some((key, _)) => Err(LoraFault::NotFinite(shown(key))),
+                None => Ok(None),
+            }
         };
-        let (alpha, scale) = (scalar(Part::Alpha), scalar(Part::Scale));
+        let name = &self.layer.name;
+        let strength =
+            |rank| declared.strength(name, rank, scalar(Part::Alpha)?, scalar(Part::Scale)?);
         self.check_reshape(scalars)?;
         let kind = self.kind()?;
-        let strength = |rank| declared.strength(&self.layer.name, rank, alpha, scale);
         let (alpha, scale) = match &kind {
             Kind::LowRank { down, .. } => {
                 let strength = strength(down.shape[0])?;
@@ -222,7 +229,10 @@ impl Parts<'_> {
             // The rank of the second factor counts if both are products.
             Kind::Kronecker { left, right } => match right.rank().or(left.rank()) {
                 Some(rank) => (0.0, strength(rank)?.scale),
-                None => (0.0, declared.strength_without_rank(&self.layer.name, scale)),
+                None => (
+                    0.0,
+                    declared.strength_without_rank(name, scalar(Part::Scale)?),
+                ),
             },
             Kind::Dense(_) => (0.0, 1.0),
         };

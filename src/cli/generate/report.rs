@@ -13,7 +13,7 @@ use serde_json::Value;
 use crate::cli::output;
 use crate::engine::Timings;
 use crate::image::ImageFormat;
-use crate::request::GenerationRequest;
+use crate::request::{GenerationRequest, RequestSchedule};
 
 /// The files, the parameters and the times of one run.
 #[derive(Debug, Serialize)]
@@ -34,6 +34,10 @@ pub(super) struct Report<'a> {
     guidance: bool,
     #[serde(flatten)]
     sampling: Sampling,
+    schedule: &'a RequestSchedule,
+    /// Values that do not fit each other.
+    warnings: &'a [String],
+    adapters: Vec<Adapter<'a>>,
     /// The step cache, as in a request.
     cache: Value,
     /// Part of the steps after which guidance was gated, 1 for none.
@@ -46,6 +50,13 @@ pub(super) struct Report<'a> {
     images: Vec<Image>,
     dump: Option<String>,
     seconds: Seconds,
+}
+
+/// An adapter that the images were generated with.
+#[derive(Debug, Serialize)]
+struct Adapter<'a> {
+    name: &'a str,
+    scale: f64,
 }
 
 /// One image file.
@@ -91,6 +102,10 @@ impl<'a> Report<'a> {
         dump: Option<&'a Path>,
         seconds: Seconds,
     ) -> Self {
+        let adapters = request.adapters.iter().map(|chosen| Adapter {
+            name: &chosen.info.name,
+            scale: chosen.scale,
+        });
         Self {
             kiln: crate::version::VERSION,
             model,
@@ -102,6 +117,9 @@ impl<'a> Report<'a> {
             true_cfg_scale: request.true_cfg_scale,
             guidance: request.guidance().is_some(),
             sampling: request.sampling.clone(),
+            schedule: &request.schedule,
+            warnings: &request.warnings,
+            adapters: adapters.collect(),
             cache: request.cache.choice.to_json(),
             cfg_gate_step: request.cfg_gate_step.unwrap_or(1.0),
             steps: output.steps,

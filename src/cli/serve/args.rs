@@ -7,7 +7,6 @@ use std::num::{NonZeroU64, NonZeroUsize};
 use std::time::Duration;
 
 use clap::{Arg, ArgAction, Args, Parser, ValueEnum};
-use kiln_models::pipeline::ImageSizes;
 
 use crate::cli::cache_args::CacheDefaultArgs;
 use crate::cli::error::CliError;
@@ -15,8 +14,7 @@ use crate::cli::lora_args::LoraServeArgs;
 use crate::cli::shared_args::{BackendArgs, LoadArgs, NoiseArgs, parse_host};
 use crate::engine::DEFAULT_MAX_QUEUE;
 use crate::request::{
-    Catalogue, DEFAULT_MAX_IMAGE_PIXELS, DEFAULT_MAX_NUM_IMAGES, DEFAULT_MAX_STEPS, Limits,
-    StepCaches,
+    DEFAULT_MAX_IMAGE_PIXELS, DEFAULT_MAX_NUM_IMAGES, DEFAULT_MAX_STEPS, Limits, StepCaches,
 };
 use crate::runtime::ModelSettings;
 use crate::server::{AllowedHost, ApiKeys, CorsOrigin, DEFAULT_MAX_BODY_BYTES, Settings};
@@ -288,15 +286,14 @@ fn at_least_1(count: usize) -> NonZeroUsize {
 }
 
 impl LimitArgs {
-    /// The limits of requests to a model with these sizes and step caches.
-    pub(super) fn limits(&self, sizes: ImageSizes, caches: StepCaches) -> Limits {
+    /// The limits of requests to a model with these limits of its own, and with these step caches.
+    pub(super) fn limits(&self, model: Limits, caches: StepCaches) -> Limits {
         Limits {
-            sizes,
             caches,
             max_image_pixels: self.max_image_pixels,
             max_steps: self.max_steps.get(),
             max_num_images: self.max_num_images.get(),
-            adapters: Catalogue::default(),
+            ..model
         }
     }
 }

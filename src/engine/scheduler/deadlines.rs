@@ -22,7 +22,7 @@ type Fitting = (Job, Plans, Vec<(Cheaper, Work)>);
 
 impl Scheduler {
     /// Chooses how a job is decoded, so that it fits the memory however it is made cheaper, and
-    /// checks that it can be finished before it is due.
+    /// checks that there is room for its adapters and that it can be finished before it is due.
     ///
     /// # Errors
     ///
@@ -38,6 +38,7 @@ impl Scheduler {
             .iter()
             .map(|way| (way.clone(), self.work(&with(job.clone(), way))))
             .collect();
+        self.adapter_room.check(&job)?;
         let own = self.work(&job);
         // Every cache keeps the same values, so the last way takes the memory of any.
         let cached = options.cheaper.last().map(|way| with(job.clone(), way));
@@ -75,16 +76,14 @@ impl Scheduler {
             return Err(SubmitError::DeadlineTooShort { work: own });
         }
         let mut candidates = self.candidates_made(true, now);
-        let plan = plans.first().map(|(_, plan)| *plan);
         candidates.push(Candidate {
-            alone: plan.is_some_and(|plan| self.memory.is_alone(&plan, &self.entries)),
             turn: self.speed.step(&work).unwrap_or_default(),
             due: Due {
                 left: Some(left),
                 rest: Some(own),
                 share: self.speed.share(&work),
             },
-            ..Candidate::newcomer(&work, job.sampling.steps)
+            ..self.newcomer(job, plans, &work)
         });
         match lateness(&candidates, self.max_started) {
             None => Ok(()),

@@ -7,7 +7,6 @@ use kiln_models::job::Job;
 use super::Scheduler;
 use crate::engine::cost::Progress;
 use crate::engine::forecast::{Course, Queued, courses};
-use crate::engine::policy::Candidate;
 use crate::engine::riders::Room;
 use crate::engine::{Event, Forecast, SubmitError, SubmitOptions};
 
@@ -23,16 +22,8 @@ impl Scheduler {
     ) -> Forecast {
         let work = self.work(job);
         let progress = Progress::none(job.sampling.steps);
-        let candidate = Candidate {
-            alone: self
-                .memory
-                .all_plans(job)
-                .first()
-                .is_some_and(|(_, plan)| self.memory.is_alone(plan, &self.entries)),
-            ..Candidate::newcomer(&work, progress.steps_left)
-        };
         let asked = Queued {
-            candidate,
+            candidate: self.newcomer(job, &self.memory.all_plans(job), &work),
             work: &work,
             progress,
         };

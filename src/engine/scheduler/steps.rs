@@ -20,9 +20,10 @@ const MAX_ENCODED: usize = 4;
 type Ended = (JobId, Result<StepOutcome, JobError>, Duration);
 
 impl Scheduler {
-    /// Starts a waiting job. Its prompts are first encoded together with those of other waiting jobs.
+    /// Starts a waiting job. Its adapters are uploaded first, and its prompts encoded together with those of
+    /// other waiting jobs.
     pub(super) fn start(&mut self, index: usize, now: Instant) -> Plan {
-        if let Some(plan) = self.encode_together(index) {
+        if let Some(plan) = self.upload(index).or_else(|| self.encode_together(index)) {
             return plan;
         }
         self.make_cheaper(index, now);
@@ -85,7 +86,7 @@ impl Scheduler {
             .map(|entry| std::mem::take(&mut entry.work.encode))
             .collect();
         for (entry, share) in encoded.into_iter().zip(shares(took, &works)) {
-            entry.timings.encode = share;
+            entry.timings.encode += share;
         }
         let work: f64 = works.iter().sum();
         if work > 0.0 {
@@ -97,7 +98,7 @@ impl Scheduler {
     pub(super) fn step(&mut self, index: usize, now: Instant) -> Plan {
         let mut pack = self.pack(index, now);
         while let Some(&rider) = pack.iter().find(|&&it| !self.entries[it].is_started()) {
-            match self.memory.turn(&self.entries, rider) {
+            match self.turn(rider) {
                 Turn::Take => return self.start(rider, now),
                 Turn::Measure { drop_caches: false } => {
                     return Plan::Measure { drop_caches: false };
@@ -137,6 +138,7 @@ impl Scheduler {
                 work: &entry.work,
                 started: candidate.started,
                 alone: candidate.alone,
+                adapters: candidate.adapters,
                 has_steps: entry.steps_left > 0,
             })
             .collect();

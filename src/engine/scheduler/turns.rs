@@ -45,6 +45,14 @@ impl Scheduler {
                 State::Stopped | State::Failed(_) => Plan::End,
             };
         };
+        let entry = &self.entries[index];
+        let has_step = entry.is_started() && entry.steps_left > 0;
+        if has_step
+            && !self.is_in_danger(now)
+            && let Some(plan) = self.upload_ahead()
+        {
+            return plan;
+        }
         let entry = &mut self.entries[index];
         if !entry.is_started() {
             let plan = self.start(index, now);
@@ -96,13 +104,13 @@ impl Scheduler {
         while let Some(index) = next.filter(|index| *index < self.entries.len()) {
             let id = self.entries[index].id;
             let is_started = self.entries[index].is_started();
-            match self.memory.turn(&self.entries, index) {
+            match self.turn(index) {
                 Turn::Take => break,
                 Turn::Measure { drop_caches } => {
                     return ControlFlow::Break(Plan::Measure { drop_caches });
                 }
                 Turn::Wait => {
-                    // Riders would take the memory for which the job waits.
+                    // Riders would take the memory, or the room for adapters, for which the job waits.
                     self.may_start_riders = false;
                     next = next_started(&self.due_candidates(now));
                 }

@@ -36,6 +36,12 @@ pub(super) const fn ms(milliseconds: u64) -> Duration {
     Duration::from_millis(milliseconds)
 }
 
+/// How long an adapter takes to be uploaded.
+pub(super) const UPLOAD: Duration = ms(3);
+
+/// The name of an adapter that the device has no memory for.
+pub(super) const FAIL_IN_UPLOAD: &str = "13";
+
 /// A call of the pipeline, with the seed of its job.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Call {
@@ -44,6 +50,8 @@ pub(super) enum Call {
     Preview(u64),
     Finish(u64),
     Discard(u64),
+    /// Of the adapter with this number as its name.
+    Upload(u64),
 }
 
 /// A call, with the times at which it began and ended.
@@ -210,6 +218,21 @@ pub(super) fn fake_on(
                 encoded += prompts.len();
                 return Ok(());
             }
+            testing::Call::LoadAdapters(_) => return Ok(()),
+            testing::Call::Upload(adapter) => {
+                let began = clock.elapsed();
+                clock.advance(UPLOAD);
+                let name = adapter.name();
+                log.lock().unwrap().push(Logged {
+                    call: Call::Upload(name.parse().unwrap()),
+                    began,
+                    ended: clock.elapsed(),
+                });
+                if name == FAIL_IN_UPLOAD {
+                    return Err(PipelineError::Device("no memory is left".into()));
+                }
+                return Ok(());
+            }
             testing::Call::Steps(jobs) => {
                 packs.lock().unwrap().push(seeds(jobs));
                 parts = step_parts(jobs, devices);
@@ -357,6 +380,7 @@ pub(super) fn settings(max_queue: usize, max_started: usize) -> EngineSettings {
         max_queue,
         max_started,
         max_memory: None,
+        adapter_cache_bytes: usize::MAX,
         max_step_tokens: Some(0),
         warm_up: None,
     }

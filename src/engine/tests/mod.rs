@@ -2,6 +2,7 @@
 //! exact. Those of [`scheduler`] drive the scheduler alone, those of [`thread`] run the real thread,
 //! and the others do the thread's work themselves, cycle by cycle.
 
+mod adapters;
 mod auto;
 mod bench;
 mod deadlines;

@@ -10,6 +10,7 @@ use super::bench::{
     Bench, Call, FAIL_IN_COMPANY, FAIL_IN_STEP, PANIC_IN_ENCODE, PANIC_IN_STEP, behaving, cost,
     guided, job, ms, outcome, packing, received, settings, step_cost, whole_cost, work,
 };
+use crate::engine::adapters::AdapterNeed;
 use crate::engine::calibration::Calibration;
 use crate::engine::cost::{Stage, Work, makespan};
 use crate::engine::riders::{Budget, DEFAULT_BUDGET, Rider, Room, riders};
@@ -31,6 +32,7 @@ fn ride(jobs: &[Job], room: Room) -> Vec<usize> {
         work,
         started: true,
         alone: false,
+        adapters: AdapterNeed::None,
         has_steps: true,
     });
     riders(&jobs.collect::<Vec<_>>(), 0, room)
@@ -111,6 +113,7 @@ fn riders_that_wait_need_a_place() {
         work: &work,
         started: false,
         alone: false,
+        adapters: AdapterNeed::None,
         has_steps: true,
     };
     let started = Rider {
@@ -134,6 +137,20 @@ fn riders_that_wait_need_a_place() {
         ..waiting
     };
     assert_eq!(riders(&[started, alone, waiting, started], 0, costly), [3]);
+    // For whose adapters there is no room: younger ones with adapters must not take it.
+    let with = |adapters| Rider {
+        adapters,
+        ..waiting
+    };
+    let (waits, fits) = (with(AdapterNeed::Waits), with(AdapterNeed::Fits));
+    let jobs = [started, fits, waits, fits, waiting];
+    let two = Room {
+        places: 2,
+        ..costly
+    };
+    assert_eq!(riders(&jobs, 0, two), [1, 4]);
+    let jobs = [started, waits, fits, waiting];
+    assert_eq!(riders(&jobs, 0, costly), [3]);
     assert_eq!(Room::places(16, 1, 1), 7);
     assert_eq!(Room::places(16, 9, 1), 0);
     assert_eq!(Room::places(1, 1, 1), 0);

@@ -9,9 +9,9 @@ use kiln_models::job::{Decoding, Job, JobId, Output, RgbImage, Size};
 use kiln_models::memory::{MemoryModel, MemoryPlan};
 use kiln_models::pipeline::{MemoryRoom, Pipeline, PipelineError, StepOutcome};
 use kiln_models::step_cache::StepCounts;
-use kiln_models::testing::{FakePipeline, model_info};
+use kiln_models::testing::{self, FakePipeline, model_info};
 
-use super::bench::{cost, flops, job, ms, packing, settings, step_cost, whole_cost};
+use super::bench::{UPLOAD, cost, flops, job, ms, packing, settings, step_cost, whole_cost};
 use crate::engine::cost::{Stage, shares};
 use crate::engine::plan::{Booked, Holdings, Outcome, Plan};
 use crate::engine::scheduler::{Events, Facts, Scheduler};
@@ -62,7 +62,7 @@ impl Driver {
         let facts = Facts {
             cost_model: CostModel::new(flops),
             token_side: 1,
-            ..Facts::of(pipeline, settings.max_memory)
+            ..Facts::of(pipeline, &settings)
         };
         Self {
             scheduler: Scheduler::new(settings, facts, Holdings::default(), start),
@@ -133,6 +133,10 @@ impl Driver {
                 self.started.insert(id, (job, steps));
                 self.book(Outcome::Started(id, Ok(())), took);
                 format!("start {id}")
+            }
+            Plan::LoadAdapters(id, _) => {
+                self.book(Outcome::LoadedAdapters(id, Ok(())), UPLOAD);
+                format!("load {id}")
             }
             Plan::Encode(ids, prompts) => {
                 let tokens: usize = prompts.iter().map(|it| it.tokens.len()).sum();
@@ -968,4 +972,44 @@ fn a_warm_up_that_does_not_fit_is_made_smaller() {
     assert_eq!(driver.started[&0].0.size, Size::square(32));
     driver.run();
     assert!(matches!(driver.scheduler.state(), State::Ready));
+}
+
+/// An adapter of 60 MiB and a job that holds 100.
+#[test]
+fn adapters_that_were_dropped_for_memory_are_uploaded_by_the_start() {
+    let mut driver = with_memory(600);
+    let adapted = Job {
+        adapters: testing::uses([&testing::adapter("a", 60 << 18)]),
+        ..job(1, 10, 1)
+    };
+    let id = driver.submit(adapted);
+    assert_eq!(
+        [driver.cycle(), driver.cycle()],
+        ["measure false", "load 0"]
+    );
+    // It needs 560 MiB with its adapter, of which 60 are there. Other programs take some.
+    driver.room = Some(room(499));
+    assert_eq!(driver.cycle(), "measure false");
+    driver.room = Some(room(560));
+    assert_eq!(driver.cycle(), "measure true");
+    assert_eq!(driver.cycle(), "start 0");
+    driver.run();
+    assert!(matches!(driver.end(id), Some(Ok(_))));
+
+    let mut driver = with_memory(600);
+    let adapted = Job {
+        adapters: testing::uses([&testing::adapter("a", 60 << 18)]),
+        ..job(1, 10, 1)
+    };
+    driver.submit(adapted);
+    assert_eq!(
+        [driver.cycle(), driver.cycle()],
+        ["measure false", "load 0"]
+    );
+    // What was uploaded counts as there.
+    driver.room = Some(room(500));
+    assert_eq!(
+        [driver.cycle(), driver.cycle()],
+        ["measure false", "start 0"]
+    );
 }

@@ -6,7 +6,7 @@ use kiln_models::pipeline::ImageSizes;
 use kiln_models::step_cache::StepCounts;
 use kiln_models::vae::TilingMode;
 
-use super::super::limits::DEFAULT_MAX_IMAGE_PIXELS;
+use super::super::limits::{DEFAULT_MAX_IMAGE_PIXELS, MAX_SHIFT};
 use super::super::{CacheChoice, Catalogue, PromptTokens, StepCaches};
 use super::*;
 
@@ -25,6 +25,8 @@ static LIMITS: LazyLock<Limits> = LazyLock::new(|| Limits {
     max_steps: 1000,
     max_num_images: 10,
     adapters: Catalogue::default(),
+    scheduler: None,
+    model_recipe: None,
 });
 
 fn check(params: GenerationParams) -> Result<GenerationRequest, InvalidRequest> {

@@ -20,9 +20,17 @@ const KNOWN: &str = "name, lora_name, adapter, path, local_path, lora_path, lora
 #[derive(Debug, Clone, PartialEq)]
 pub(in super::super) struct WrittenAdapter {
     pub(in super::super) name: Option<String>,
-    pub(super) file: Option<String>,
+    pub(super) file: Option<WrittenFile>,
     pub(in super::super) scale: Option<f64>,
-    /// Key of the name or of the file in the request.
+    /// Key of the name in the request.
+    pub(super) param: String,
+}
+
+/// The file of an adapter as a client writes it.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) struct WrittenFile {
+    pub(super) path: String,
+    /// Its key in the request.
     pub(super) param: String,
 }
 
@@ -38,19 +46,19 @@ impl WrittenAdapter {
     }
 }
 
-/// Reads `lora` and `loras`, of which a request may have one.
+/// Reads `lora` and `loras`, of which a request may have one. Returns its key too.
 pub(in super::super) fn written_adapters(
     lora: Option<&Value>,
     loras: Option<&Value>,
-) -> Result<Vec<WrittenAdapter>, InvalidBody> {
+) -> Result<(&'static str, Vec<WrittenAdapter>), InvalidBody> {
     let given = |value: Option<&Value>| value.is_some_and(|value| !is_empty(value));
     match (lora, loras) {
         (Some(one), Some(other)) if given(lora) && given(loras) && one != other => {
             Err(InvalidBody::conflict("lora", "loras"))
         }
-        (Some(value), _) if given(lora) => all("lora", value),
-        (_, Some(value)) if given(loras) => all("loras", value),
-        _ => Ok(Vec::new()),
+        (_, Some(value)) if given(loras) && !given(lora) => Ok(("loras", all("loras", value)?)),
+        (Some(value), _) if given(lora) => Ok(("lora", all("lora", value)?)),
+        _ => Ok(("lora", Vec::new())),
     }
 }
 
@@ -86,7 +94,7 @@ fn from_object(param: &str, object: &Map<String, Value>) -> Result<WrittenAdapte
     }
     let text = |found: Option<(&str, &Value)>| match found {
         None => Ok(None),
-        Some((key, Value::String(text))) => Ok(Some((key.to_owned(), text.clone()))),
+        Some((key, Value::String(text))) => Ok(Some((format!("{param}.{key}"), text.clone()))),
         Some((key, other)) => {
             let param = format!("{param}.{key}");
             Err(InvalidBody::wrong_type(&param, "a string", other))
@@ -100,13 +108,13 @@ fn from_object(param: &str, object: &Map<String, Value>) -> Result<WrittenAdapte
             InvalidBody::wrong_type(&format!("{param}.{key}"), "a number", value)
         })?),
     };
-    let Some((key, _)) = name.as_ref().or(file.as_ref()) else {
+    let Some((param, _)) = name.as_ref().or(file.as_ref()) else {
         return Err(InvalidBody::missing(&format!("{param}.name")));
     };
     Ok(WrittenAdapter {
-        param: format!("{param}.{key}"),
+        param: param.clone(),
         name: name.map(|(_, name)| name),
-        file: file.map(|(_, file)| file),
+        file: file.map(|(param, path)| WrittenFile { path, param }),
         scale,
     })
 }
@@ -196,9 +204,10 @@ mod tests {
     fn read(
         lora: Value,
     ) -> Result<Vec<(Option<String>, Option<String>, Option<f64>)>, InvalidBody> {
-        let written = written_adapters(Some(&lora), None)?;
+        let (_, written) = written_adapters(Some(&lora), None)?;
         let parts = written.into_iter();
-        Ok(parts.map(|it| (it.name, it.file, it.scale)).collect())
+        let path = |file: Option<WrittenFile>| file.map(|file| file.path);
+        Ok(parts.map(|it| (it.name, path(it.file), it.scale)).collect())
     }
 
     #[test]
@@ -226,12 +235,12 @@ mod tests {
         let ink = json!({"name": "ink"});
         let read = |lora: Value, loras: Value| {
             let written = written_adapters(Some(&lora), Some(&loras));
-            written.map(|written| written.len())
+            written.map(|(key, written)| (key, written.len()))
         };
-        assert_eq!(read(ink.clone(), json!([])), Ok(1));
-        assert_eq!(read(json!(null), json!([ink, ink])), Ok(2));
-        assert_eq!(read(json!({}), ink.clone()), Ok(1));
-        assert_eq!(read(ink.clone(), ink.clone()), Ok(1));
+        assert_eq!(read(ink.clone(), json!([])), Ok(("lora", 1)));
+        assert_eq!(read(json!(null), json!([ink, ink])), Ok(("loras", 2)));
+        assert_eq!(read(json!({}), ink.clone()), Ok(("loras", 1)));
+        assert_eq!(read(ink.clone(), ink.clone()), Ok(("lora", 1)));
         let error = read(ink, json!(["paper"])).unwrap_err();
         assert_eq!(error.param(), "lora");
     }

@@ -4,7 +4,6 @@ mod given;
 mod routes;
 mod status;
 
-use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -87,16 +86,17 @@ impl LoadedApp {
             scale,
             param,
         } = written;
-        let of_file = file.as_deref().map(|file| {
-            let found = self.adapters.name_of_file(file);
+        let of_file = file.as_ref().map(|file| {
+            let found = self.adapters.name_of_file(&file.path);
             found.ok_or_else(|| InvalidBody::UnlistedFile {
-                param: param.clone(),
-                file: file.to_owned(),
+                param: file.param.clone(),
+                file: file.path.clone(),
             })
         });
         let name = match (name, of_file.transpose()?) {
             (Some(name), Some(of_file)) if catalogue.get(&name).is_some() && name != of_file => {
-                return Err(InvalidBody::conflict(&param, "the file beside it").into());
+                let file = file.map(|file| file.param).unwrap_or_default();
+                return Err(InvalidBody::conflict(&param, &file).into());
             }
             (_, Some(name)) | (Some(name), None) => name,
             (None, None) => return Err(InvalidBody::missing(&param).into()),
@@ -146,7 +146,7 @@ impl LoadedApp {
         }
         let waiting = async {
             let _turn = self.adapter_turn.lock().await;
-            while !self.has_room(&names) {
+            while !self.adapters.has_room(names.iter().map(String::as_str)) {
                 sleep(POLL).await;
             }
             self.read(names).await
@@ -157,13 +157,6 @@ impl LoadedApp {
                 .await
                 .unwrap_or(Err(ApiError::Job(JobError::DeadlinePassed))),
         }
-    }
-
-    fn has_room(&self, names: &[String]) -> bool {
-        let distinct: BTreeSet<&str> = names.iter().map(String::as_str).collect();
-        let stats = self.engine.stats();
-        // Without jobs nothing that is in use will ever be freed.
-        self.adapters.has_room(distinct) || stats.running + stats.waiting == 0
     }
 
     async fn read(self: &Arc<Self>, names: Vec<String>) -> Result<Vec<Arc<Adapter>>, ApiError> {

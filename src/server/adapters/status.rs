@@ -1,5 +1,6 @@
 //! What `GET /v1/status` says about adapters.
 
+use kiln_models::pipeline;
 use serde::Serialize;
 use utoipa::ToSchema;
 
@@ -14,7 +15,9 @@ pub(in super::super) struct AdapterStatus {
     unusable: Vec<UnusableAdapter>,
     /// Whether clients may change the list: `--enable-lora-updates`.
     updates: bool,
-    host_cache: HostCacheStatus,
+    host_cache: AdapterCacheStatus,
+    /// Of several devices, that which holds the most.
+    device_cache: AdapterCacheStatus,
 }
 
 /// An adapter that requests may name.
@@ -52,9 +55,9 @@ struct UnusableAdapter {
     reason: String,
 }
 
-/// The weights of adapters in host memory.
+/// The weights of adapters in host memory or on a device.
 #[derive(Debug, Serialize, ToSchema)]
-struct HostCacheStatus {
+struct AdapterCacheStatus {
     /// Adapters in memory.
     entries: usize,
     bytes: u64,
@@ -63,39 +66,55 @@ struct HostCacheStatus {
     /// Times that an adapter was in memory already.
     hits: u64,
     misses: u64,
-    /// Files that were read.
+    /// Files that were read, or adapters that were uploaded.
     loads: u64,
     /// Adapters that were dropped to make room for others.
     evictions: u64,
 }
 
+impl From<CacheUse> for AdapterCacheStatus {
+    fn from(cache: CacheUse) -> Self {
+        Self {
+            entries: cache.entries,
+            bytes: cache.bytes,
+            max_bytes: cache.max_bytes,
+            hits: cache.hits,
+            misses: cache.misses,
+            loads: cache.loads,
+            evictions: cache.evictions,
+        }
+    }
+}
+
+impl From<pipeline::CacheUse> for AdapterCacheStatus {
+    fn from(cache: pipeline::CacheUse) -> Self {
+        Self {
+            entries: cache.entries,
+            bytes: cache.bytes as u64,
+            max_bytes: cache.max_bytes as u64,
+            hits: cache.hits,
+            misses: cache.misses,
+            loads: cache.misses,
+            evictions: cache.evictions,
+        }
+    }
+}
+
 impl AdapterStatus {
-    pub(in super::super) fn new(store: &AdapterStore, updates: bool) -> Self {
+    pub(in super::super) fn new(
+        store: &AdapterStore,
+        device: pipeline::CacheUse,
+        updates: bool,
+    ) -> Self {
         let unusable = store.unusable().into_iter();
-        let CacheUse {
-            entries,
-            bytes,
-            max_bytes,
-            hits,
-            misses,
-            loads,
-            evictions,
-        } = store.cache_use();
         Self {
             usable: store.listed().iter().map(|it| usable(it)).collect(),
             unusable: unusable
                 .map(|(name, reason)| UnusableAdapter { name, reason })
                 .collect(),
             updates,
-            host_cache: HostCacheStatus {
-                entries,
-                bytes,
-                max_bytes,
-                hits,
-                misses,
-                loads,
-                evictions,
-            },
+            host_cache: store.cache_use().into(),
+            device_cache: device.into(),
         }
     }
 }

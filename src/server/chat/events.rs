@@ -8,7 +8,8 @@ use crate::image::ImageFormat;
 
 use super::super::cache::StepFacts;
 use super::super::error::ApiError;
-use super::super::generation::{EncodedImages, ImageFacts, RequestInfo, RequestProgress};
+use super::super::facts::ImageFacts;
+use super::super::generation::{EncodedImages, RequestInfo, RequestProgress};
 use super::super::stream::{EventFormat, error_event, event};
 use super::response::{AnswerImage, ChatUsage, ImagePart, ImageUrl};
 

@@ -6,7 +6,8 @@ use utoipa::ToSchema;
 use crate::image::ImageFormat;
 
 use super::super::data_url::data_url;
-use super::super::generation::{EncodedImages, ImageFacts, RequestInfo};
+use super::super::facts::ImageFacts;
+use super::super::generation::{EncodedImages, RequestInfo};
 use super::super::stage_metrics::Measured;
 
 /// The response to a chat request.

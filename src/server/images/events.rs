@@ -9,7 +9,8 @@ use utoipa::ToSchema;
 use crate::image::ImageFormat;
 
 use super::super::error::ApiError;
-use super::super::generation::{ImageFacts, RequestInfo, RequestProgress};
+use super::super::facts::ImageFacts;
+use super::super::generation::{RequestInfo, RequestProgress};
 use super::super::stream::{EventFormat, error_event, event};
 use super::request::Quality;
 use super::response::ImagesUsage;

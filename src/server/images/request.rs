@@ -58,8 +58,8 @@ pub(super) struct ImagesFields {
     /// of a stream always have `b64_json`.
     #[serde(default, deserialize_with = "choice")]
     pub(super) response_format: Option<ResponseFormat>,
-    /// Number of steps if `num_inference_steps` is not given: 20 for `low`, 30 for `medium`, 50 for
-    /// all others.
+    /// Number of steps if neither `num_inference_steps` nor a recipe gives one: 20 for `low`, 30 for
+    /// `medium`, 50 for all others.
     #[serde(default, deserialize_with = "choice")]
     pub(super) quality: Option<Quality>,
     /// All images are opaque.
@@ -205,8 +205,7 @@ pub(in super::super) fn parse(mut object: Map<String, Value>) -> Result<Parsed, 
     let prompt = fields.prompt.take();
     let prompt = prompt.ok_or_else(|| InvalidBody::missing("prompt"))?;
     let mut request = generation.parse(prompt, "prompt")?;
-    let steps = &mut request.params.num_inference_steps;
-    *steps = steps.or(fields.quality.and_then(Quality::num_inference_steps));
+    request.params.fallback_steps = fields.quality.and_then(Quality::num_inference_steps);
     Ok(Parsed {
         fields,
         request,

@@ -14,7 +14,8 @@ use zip::write::SimpleFileOptions;
 
 use super::super::data_url::data_url;
 use super::super::error::ApiError;
-use super::super::generation::{EncodedImages, ImageFacts};
+use super::super::facts::ImageFacts;
+use super::super::generation::EncodedImages;
 
 /// Header with the seed of the images in a response of the format `file`.
 pub(in super::super) const SEED_HEADER: HeaderName = HeaderName::from_static("x-kiln-seed");

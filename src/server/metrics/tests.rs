@@ -4,6 +4,8 @@ use kiln_models::pipeline::MemoryUse;
 
 use super::super::Settings;
 use super::*;
+use crate::adapters::CacheUse as HostUse;
+use crate::engine::{AdapterStats, Outcomes};
 
 fn text(stats: &EngineStats) -> String {
     let mut page = Page::default();
@@ -112,4 +114,63 @@ fn every_family_is_typed_once() {
             .unwrap_or(family);
         assert!(types.contains(&family), "{name}");
     }
+}
+
+/// The form that vLLM has, which routers parse.
+#[test]
+fn adapters_are_counted_and_routers_see_which_are_in_use() {
+    let names = |names: &[&str]| names.iter().map(|&it| it.to_owned()).collect();
+    let finished = Outcomes {
+        finished: 3,
+        failed: 1,
+        ..Outcomes::default()
+    };
+    let stats = AdapterStats {
+        waiting: names(&["b"]),
+        running: names(&["style/c", "a\"\\"]),
+        max_running: 2,
+        outcomes: BTreeMap::from([("style/c".to_owned(), finished)]),
+        cache: CacheUse {
+            entries: 2,
+            bytes: 70,
+            max_bytes: 100,
+            hits: 9,
+            misses: 5,
+            evictions: 3,
+        },
+    };
+    let mut page = Page::default();
+    let host = HostUse {
+        bytes: 300,
+        max_bytes: 400,
+        loads: 8,
+        evictions: 6,
+        ..HostUse::default()
+    };
+    page.adapters(&stats, host, 1_764_000_000.25);
+    let samples = samples(&page.text);
+    let expected = [
+        (
+            "kiln_lora_requests_total{adapter=\"style/c\",outcome=\"finished\"}",
+            3.0,
+        ),
+        (
+            "kiln_lora_requests_total{adapter=\"style/c\",outcome=\"failed\"}",
+            1.0,
+        ),
+        ("kiln_lora_loads_total{cache=\"host\"}", 8.0),
+        ("kiln_lora_loads_total{cache=\"device\"}", 5.0),
+        ("kiln_lora_evictions_total{cache=\"host\"}", 6.0),
+        ("kiln_lora_evictions_total{cache=\"device\"}", 3.0),
+        ("kiln_lora_host_cache_bytes", 300.0),
+        ("kiln_lora_host_cache_max_bytes", 400.0),
+        ("kiln_lora_device_cache_bytes", 70.0),
+        ("kiln_lora_device_cache_max_bytes", 100.0),
+        (
+            "vllm:lora_requests_info{max_lora=\"2\",running_lora_adapters=\"a\\\"\\\\,style/c\",\
+             waiting_lora_adapters=\"b\"}",
+            1_764_000_000.25,
+        ),
+    ];
+    assert_eq!(samples, BTreeMap::from(expected));
 }

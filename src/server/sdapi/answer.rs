@@ -5,8 +5,11 @@ use base64::engine::general_purpose::STANDARD as BASE64;
 use serde::Serialize;
 use utoipa::ToSchema;
 
+use crate::request::RequestSchedule;
+
 use super::super::error::ApiError;
 use super::super::generation::EncodedImages;
+use super::super::schedule::UsedAdapter;
 use super::{SAMPLER, SCHEDULER};
 
 /// Images, and the parameters that reproduce them.
@@ -51,6 +54,11 @@ struct Info<'a> {
     /// 1 without guidance.
     cfg_scale: f64,
     steps: usize,
+    schedule: &'a RequestSchedule,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    adapters: Vec<UsedAdapter>,
+    #[serde(skip_serializing_if = "<[String]>::is_empty")]
+    warnings: &'a [String],
     batch_size: usize,
     sd_model_name: &'a str,
     /// Index in `images`. The web UI may put a grid of all images first.
@@ -88,6 +96,9 @@ impl Txt2ImgResponse {
                 1.0
             },
             steps: request.sampling.steps,
+            schedule: &request.schedule,
+            adapters: UsedAdapter::all(&request.adapters),
+            warnings: &request.warnings,
             batch_size: batch_size as usize,
             sd_model_name: &info.model,
             index_of_first_image: 0,

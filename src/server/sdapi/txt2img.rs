@@ -24,6 +24,7 @@ use super::super::invalid::InvalidBody;
 use super::super::keys::{self, Feature, Ineffective, Keys, NoMoreFields};
 use super::super::parsed::{ParsedRequest, WireNames};
 use super::super::previews::Previews;
+use super::super::schedule::{ScheduleField, given_schedule};
 use super::answer::Txt2ImgResponse;
 use super::{PREVIEW_STEPS, SdapiError, SdapiErrorBody, SdapiObject, json as answer, tags};
 
@@ -130,12 +131,19 @@ struct Txt2ImgFields {
     prompt: Option<String>,
     /// Negative prompt. Any text, even an empty one, turns guidance on.
     negative_prompt: Option<String>,
-    /// Number of denoising steps, 50 by default.
+    /// Number of denoising steps. Default: that of the model's recipe, or 50.
     #[schema(value_type = Option<i64>, minimum = 1)]
     steps: Option<Integer>,
-    /// Scale of the classifier-free guidance away from the negative prompt, from 0 to 20, 4 by default.
-    /// There is no guidance at 1 and below, nor without a negative prompt.
+    /// Scale of the classifier-free guidance away from the negative prompt, from 0 to 20. There is no
+    /// guidance at 1 and below, nor without a negative prompt. Default: that of the model's recipe, or 4.
     cfg_scale: Option<f64>,
+    /// As in `/v1/images/generations`: a time shift of the noise levels.
+    shift: Option<f64>,
+    /// As in `/v1/images/generations`: the noise level of each step.
+    sigmas: Option<Vec<f64>>,
+    /// As in `/v1/images/generations`: the name of a recipe, or an object with its values.
+    #[schema(value_type = Option<ScheduleField>)]
+    schedule: Option<Value>,
     /// Width of the image in pixels, rounded down to a multiple of 16. Default: the model's own
     /// size, 1024 for Qwen-Image.
     #[schema(value_type = Option<i64>, minimum = 1)]
@@ -278,6 +286,9 @@ fn parse(mut object: Map<String, Value>) -> Result<Parsed, InvalidBody> {
             height: value(fields.height),
             width: value(fields.width),
             num_inference_steps: value(fields.steps),
+            shift: fields.shift,
+            sigmas: fields.sigmas,
+            schedule: given_schedule(fields.schedule.as_ref())?,
             num_images: Some(batch_size.saturating_mul(n_iter)),
             seed: value(fields.seed),
             ..GenerationParams::default()
@@ -289,6 +300,7 @@ fn parse(mut object: Map<String, Value>) -> Result<Parsed, InvalidBody> {
             steps: "steps",
             scale: "cfg_scale",
             images,
+            adapters: "prompt",
         },
         encoding: Encoding::new(ImageFormat::Png),
         noise_generator: None,

@@ -1,1 +1,0 @@
-//! Adapter files: names, numbers and refusals.
