@@ -35,7 +35,8 @@ pub(super) struct Status {
     max_step_tokens: usize,
     limits: RequestLimits,
     defaults: Defaults,
-    /// What a distilled model was trained for; null for others.
+    /// What a distilled model was trained for; absent for others.
+    #[serde(skip_serializing_if = "Option::is_none")]
     model_recipe: Option<ModelRecipe>,
     /// Hints for prompts, for a model that knows only some words; null for others.
     prompt_guide: Option<Guide>,
