@@ -173,9 +173,10 @@ fn compare(case: &str, dtype: &str, reference: &SafeTensors<'_>, output: &Output
         let pixels = output.images[0].pixels.iter().zip(image.data());
         let differences: Vec<u8> = pixels.map(|(a, b)| a.abs_diff(*b)).collect();
         assert_eq!(differences.len(), image.data().len(), "{case}");
-        let equal = differences.iter().filter(|it| **it == 0).count();
+        let unequal = differences.iter().filter(|it| **it > 0).count();
         assert!(differences.iter().all(|it| *it <= 1), "{case}");
-        assert!(equal as f64 >= 0.999 * differences.len() as f64, "{case}");
+        let share = unequal as f64 / differences.len() as f64;
+        assert!(share <= 0.001, "{case}: {share} of the values differ");
     }
 }
 
