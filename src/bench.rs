@@ -18,7 +18,7 @@ use crate::measure::{Cost, Table, measure_call, median};
 use crate::request::{GenerationRequest, PromptTokens};
 
 pub use self::calibrate::{CALIBRATION_PROMPTS, CacheRatios, CalibrationError};
-pub use self::lora::{LoraCost, LoraCosts, RandomLoras};
+pub use self::lora::{LoraBenchError, LoraCost, LoraCosts, RandomLoras};
 
 /// Tokens of a blank negative prompt: one, plus the five of the template's suffix.
 pub const NEGATIVE_PROMPT_TOKENS: usize = 6;
@@ -255,7 +255,6 @@ impl BenchReport {
         workload: &Workload,
         counts: FlopCount,
         measurement: Measurement,
-        loras: Option<LoraCosts>,
         peak_tflops: Option<f64>,
     ) -> Self {
         let Measurement {
@@ -289,7 +288,7 @@ impl BenchReport {
             peak_memory_bytes: peaks.chain([peak(&load)]).flatten().max(),
             warm_up,
             runs,
-            loras,
+            loras: None,
             median_seconds,
             tflop,
             tflop_per_second,

@@ -135,3 +135,40 @@ fn random_weights_can_be_timed_and_the_table_has_every_stage() {
         "{text}"
     );
 }
+
+#[test]
+fn loras_of_several_ranks_are_timed_beside_none() {
+    let json = bench(&["--json", "--lora-rank", "2,40", "--dtype", "f32"]);
+    let json: Value = serde_json::from_str(&json).unwrap();
+    let costs = json
+        .pointer("/loras/ranks")
+        .and_then(Value::as_array)
+        .unwrap();
+    for (cost, rank) in costs.iter().zip([2, 40]) {
+        assert_eq!(cost["rank"], rank);
+        // All twelve linear layers of each block.
+        assert_eq!(number(cost, "/layers") % 12.0, 0.0);
+        assert_eq!(number(cost, "/bytes"), 4.0 * number(cost, "/parameters"));
+        for time in [
+            "step",
+            "step_ratio",
+            "read",
+            "start_from_host",
+            "start_on_device",
+        ] {
+            assert!(number(cost, &format!("/{time}")) > 0.0, "{time}");
+        }
+    }
+    assert_eq!(costs.len(), 2);
+    assert_eq!(
+        number(&costs[1], "/parameters"),
+        20.0 * number(&costs[0], "/parameters")
+    );
+    assert!(number(&json, "/loras/step_without") > 0.0);
+
+    let text = bench(&["--lora-rank", "3"]);
+    for start in ["| none ", "| rank 3 "] {
+        assert!(text.lines().any(|line| line.starts_with(start)), "{text}");
+    }
+    assert!(!bench(&[]).contains("LoRA"));
+}

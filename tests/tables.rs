@@ -91,7 +91,6 @@ fn a_benchmark() {
             &workload,
             operations,
             measurement.clone(),
-            None,
             peak,
         );
         assert_snapshot(name, &report.to_string());

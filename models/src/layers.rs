@@ -62,7 +62,13 @@ impl<B: FusedOps> Linear<B> {
     /// - x: `[tokens, in]`
     /// - output: `[tokens, out]`, in the dtype of `x`
     pub(crate) fn forward(&self, x: Tensor<B, 2>) -> Tensor<B, 2> {
-        B::fused_linear(x, self.weight.val(), self.bias.as_ref().map(Param::val))
+        let (weight, bias) = self.parameters();
+        B::fused_linear(x, weight, bias)
+    }
+
+    /// The weight and the bias, as [`FusedOps::fused_linears`] takes them.
+    pub(crate) fn parameters(&self) -> (Tensor<B, 2>, Option<Tensor<B, 1>>) {
+        (self.weight.val(), self.bias.as_ref().map(Param::val))
     }
 
     pub(crate) fn device(&self) -> B::Device {

@@ -98,7 +98,8 @@ pub(super) struct BenchArgs {
     ///
     /// After the runs without an adapter, runs jobs without one and with a random LoRA of each rank on
     /// the linear layers of every block, one step of each in turn. Adds to the report the ratio of the
-    /// steps' times, and the time to start a job whose adapter is in host memory or on the device.
+    /// steps' times, the time to read the adapter's file, and the time to start a job whose adapter is in
+    /// host memory or on the device.
     #[arg(
         long,
         value_name = "RANKS",
@@ -218,33 +219,26 @@ fn measure(
         [] => None,
         ranks => {
             let targets = model.adapter_targets()?;
-            let loras = RandomLoras::new(&targets, info.dtype);
-            let lora = |rank: &u16| (usize::from(*rank), loras.lora((*rank).into()));
-            let loras = ranks.iter().map(lora).collect();
+            let loras = RandomLoras::new(&targets, info.dtype)?;
+            let ranks: Vec<usize> = ranks.iter().map(|rank| (*rank).into()).collect();
             let job = workload.job(0, info.vocab_size);
-            let on_run = |number| match number {
-                0 => tracing::info!("LoRAs: warm-up"),
-                _ => tracing::info!("LoRAs: run {number} of {runs}"),
-            };
-            Some(LoraCosts::measure(
-                &mut *pipeline,
-                &job,
-                loras,
-                runs,
-                on_run,
-            )?)
+            let on_run = |number| tracing::info!("LoRAs: {}", run_name(number, runs));
+            let costs = LoraCosts::measure(&mut *pipeline, &job, &loras, &ranks, runs, on_run)?;
+            Some(costs)
         }
     };
 
-    let report = BenchReport::new(
-        model.description(),
-        &info,
-        &workload,
-        operations,
-        measurement,
+    let report = BenchReport {
         loras,
-        args.peak_tflops,
-    );
+        ..BenchReport::new(
+            model.description(),
+            &info,
+            &workload,
+            operations,
+            measurement,
+            args.peak_tflops,
+        )
+    };
     let text = if args.json {
         serde_json::to_string_pretty(&report).map_err(ReportError::Json)? + "\n"
     } else {
@@ -299,13 +293,18 @@ fn calibrate(
     }
 }
 
+fn run_name(number: usize, runs: usize) -> String {
+    if number == 0 {
+        "warm-up".to_owned()
+    } else {
+        format!("run {number} of {runs}")
+    }
+}
+
 fn log_run(number: usize, runs: usize, run: &Run) {
-    let which = match number {
-        0 => "warm-up".to_owned(),
-        _ => format!("run {number} of {runs}"),
-    };
     tracing::info!(
-        "{which}: {:.3} s: prompts {:.3} s, steps {:.3} s, decoding {:.3} s",
+        "{}: {:.3} s: prompts {:.3} s, steps {:.3} s, decoding {:.3} s",
+        run_name(number, runs),
         run.total,
         run.encode,
         run.steps.iter().sum::<f64>(),

@@ -8,7 +8,7 @@ use kiln_models::step_cache::CacheError;
 
 use crate::adapters::AdapterError;
 use crate::backend::{BackendChoice, BackendError, InvalidChoice};
-use crate::bench::CalibrationError;
+use crate::bench::{CalibrationError, LoraBenchError};
 use crate::compare::{CompareError, ReportError};
 use crate::engine::{JobError, StartError, SubmitError};
 use crate::image::{EncodeError, ImageFormat, SideTooLong};
@@ -120,6 +120,8 @@ pub(super) enum CliError {
     StepCache(#[from] CacheError),
     #[error("the ratios of the step cache cannot be measured")]
     Calibration(#[from] CalibrationError),
+    #[error("the cost of LoRAs cannot be measured")]
+    LoraBench(#[from] LoraBenchError),
     #[error(transparent)]
     Dump(#[from] DumpError),
     #[error("an image cannot be encoded")]

@@ -16,7 +16,7 @@ fn fixtures() -> PathBuf {
 fn folder() -> TempDir {
     let folder = tempfile::tempdir().unwrap();
     for (name, file) in [
-        ("ink.safetensors", "every_layer.safetensors"),
+        ("ink.safetensors", "twelve.safetensors"),
         ("a:b.safetensors", "second.safetensors"),
     ] {
         let from = fixtures().join("lora/adapters").join(file);

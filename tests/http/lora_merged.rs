@@ -17,7 +17,7 @@ const IMAGES: &str = "/v1/images/generations";
 fn folder() -> TempDir {
     let folder = tempfile::tempdir().unwrap();
     let write = |name: &str, content: &[u8]| fs::write(folder.path().join(name), content).unwrap();
-    write("ink.safetensors", &fixture("every_layer.safetensors"));
+    write("ink.safetensors", &fixture("modulation.safetensors"));
     write(
         "ink.json",
         br#"{"name": "quick", "steps": 3, "shift": 3, "true_cfg_scale": 1}"#,

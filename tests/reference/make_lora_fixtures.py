@@ -476,7 +476,8 @@ CASES = [
     lora_case("two_with_modulation", ("modulation", 0.4), ("twelve", 0.6), num_inference_steps=3, seed=57),
     lora_case("fused_qkv", "fused_qkv", seed=58),
     *(
-        lora_case(f"{file}_file_{dtype}_model", f"twelve{'' if file == 'f32' else '_' + file}", dtype=dtype, seed=59)
+        lora_case(f"{file}_file_{dtype}_model", f"twelve{'' if file == 'f32' else '_' + file}", dtype=dtype, seed=59,
+                  true_cfg_scale=4.0 if dtype == "f32" else 1.0)
         for dtype in DTYPES for file in DTYPES if (file, dtype) != ("f32", "f32")
     ),
     lora_case("every_layer", "every_layer", checkpoint="odd", num_inference_steps=3, height=40, width=24,

@@ -1,13 +1,16 @@
 //! Times the linear layers of one transformer block alone and with low-rank updates of several ranks,
 //! in turn: `cargo bench -p kiln-ops --features flex --bench low_rank -- [WIDTH] [IMAGE_TOKENS]
-//! [TEXT_TOKENS]`.
+//! [TEXT_TOKENS] [ROUNDS]`.
 //!
 //! Prints the medians of the times, and for each rank the median of its ratio to the layers alone in
-//! the same round: for the backend's kernel and for the default body.
+//! the same round: for the kernel and for the default body. On Linux a time is the processor time of all
+//! threads, on which other programs have little influence.
 
 #![expect(clippy::print_stdout, reason = "the benchmark prints a table")]
 
+use std::fs;
 use std::hint::black_box;
+use std::sync::LazyLock;
 use std::time::Instant;
 
 use burn_flex::{Flex, FlexDevice};
@@ -15,15 +18,15 @@ use burn_tensor::{DType, Distribution, Tensor};
 use kiln_ops::{FusedOps, LowRankRun, LowRankUp, defaults};
 
 const RANKS: [usize; 3] = [16, 64, 128];
-const ROUNDS: usize = 15;
 
 type Float<const D: usize> = Tensor<Flex, D>;
-type AddLowRank = fn(Vec<Float<2>>, Float<2>, &[LowRankRun<Flex>]) -> Vec<Float<2>>;
+type Linears =
+    fn(Float<2>, Vec<(Float<2>, Option<Float<1>>)>, &[LowRankRun<Flex>]) -> Vec<Float<2>>;
 
 /// Linear layers with one input.
 struct Group {
     x: Float<2>,
-    layers: Vec<(Float<2>, Float<1>)>,
+    layers: Vec<(Float<2>, Option<Float<1>>)>,
     /// One run for each rank.
     runs: Vec<LowRankRun<Flex>>,
 }
@@ -48,7 +51,7 @@ fn group(tokens: usize, d_in: usize, d_out: usize, outputs: usize, dtype: DType)
     };
     let layer = |_| {
         let weight = random([d_out, d_in], 0.02).cast(dtype);
-        (weight, random([d_out], 0.02).cast(dtype))
+        (weight, Some(random([d_out], 0.02).cast(dtype)))
     };
     Group {
         x: random([tokens, d_in], 1.0),
@@ -57,21 +60,27 @@ fn group(tokens: usize, d_in: usize, d_out: usize, outputs: usize, dtype: DType)
     }
 }
 
-/// The seconds of all groups' layers, with the runs of a rank.
-fn time(groups: &[Group], with: Option<(AddLowRank, usize)>) -> f64 {
-    let start = Instant::now();
-    for group in groups {
-        let linear = |(weight, bias): &(Float<2>, Float<1>)| {
-            Flex::fused_linear(group.x.clone(), weight.clone(), Some(bias.clone()))
-        };
-        let outputs = group.layers.iter().map(linear).collect();
-        let outputs = match with {
-            Some((add, rank)) => add(outputs, group.x.clone(), &group.runs[rank..=rank]),
-            None => outputs,
-        };
-        black_box(outputs);
+/// Seconds of processor time so far; where the system does not say it, of time.
+fn clock() -> f64 {
+    static START: LazyLock<Instant> = LazyLock::new(Instant::now);
+    let used = |task: std::io::Result<fs::DirEntry>| -> Option<f64> {
+        let stat = fs::read_to_string(task.ok()?.path().join("schedstat")).ok()?;
+        Some(stat.split(' ').next()?.parse::<f64>().ok()? * 1e-9)
+    };
+    match fs::read_dir("/proc/self/task") {
+        Ok(tasks) => tasks.filter_map(used).sum(),
+        Err(_) => START.elapsed().as_secs_f64(),
     }
-    start.elapsed().as_secs_f64()
+}
+
+/// The seconds of all groups' layers, with the runs of a rank.
+fn time(groups: &[Group], linears: Linears, rank: Option<usize>) -> f64 {
+    let start = clock();
+    for group in groups {
+        let runs = rank.map_or(&[][..], |rank| &group.runs[rank..=rank]);
+        black_box(linears(group.x.clone(), group.layers.clone(), runs));
+    }
+    clock() - start
 }
 
 fn median(mut values: Vec<f64>) -> f64 {
@@ -85,6 +94,7 @@ fn main() {
         .collect();
     let number = |index: usize, or: usize| numbers.get(index).copied().unwrap_or(or);
     let (width, image, text) = (number(0, 768), number(1, 1024), number(2, 20));
+    let rounds = number(3, 9);
     for dtype in [DType::F32, DType::BF16] {
         let groups: Vec<Group> = [image, text]
             .into_iter()
@@ -97,23 +107,24 @@ fn main() {
                 ]
             })
             .collect();
-        let mut cases: Vec<(String, Option<(AddLowRank, usize)>)> = vec![("none".into(), None)];
-        for (name, add) in [
-            ("kernel", Flex::add_low_rank as AddLowRank),
-            ("default body", defaults::add_low_rank::<Flex>),
+        let mut cases: Vec<(String, Linears, Option<usize>)> =
+            vec![("none".into(), Flex::fused_linears, None)];
+        for (name, linears) in [
+            ("kernel", Flex::fused_linears as Linears),
+            ("default body", defaults::fused_linears::<Flex>),
         ] {
             for (index, rank) in RANKS.iter().enumerate() {
-                cases.push((format!("rank {rank}, {name}"), Some((add, index))));
+                cases.push((format!("rank {rank}, {name}"), linears, Some(index)));
             }
         }
         let mut times = vec![Vec::new(); cases.len()];
-        for _ in 0..=ROUNDS {
-            for ((_, with), times) in cases.iter().zip(&mut times) {
-                times.push(time(&groups, *with));
+        for _ in 0..=rounds {
+            for ((_, linears, rank), times) in cases.iter().zip(&mut times) {
+                times.push(time(&groups, *linears, *rank));
             }
         }
         println!("{width} wide, {image} and {text} tokens, {dtype:?}:");
-        for ((name, _), own) in cases.iter().zip(&times) {
+        for ((name, ..), own) in cases.iter().zip(&times) {
             // The first round warms up.
             let ratios = own.iter().zip(&times[0]).skip(1).map(|(a, b)| a / b);
             let least = own.iter().copied().fold(f64::MAX, f64::min);

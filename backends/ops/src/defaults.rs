@@ -52,6 +52,20 @@ pub fn fused_linear<B: Backend>(
     }
 }
 
+/// Computes [`FusedOps::fused_linears`](crate::FusedOps::fused_linears).
+pub fn fused_linears<B: FusedOps>(
+    x: Tensor<B, 2>,
+    layers: Vec<(Tensor<B, 2>, Option<Tensor<B, 1>>)>,
+    runs: &[LowRankRun<B>],
+) -> Vec<Tensor<B, 2>> {
+    let linear = |(weight, bias)| B::fused_linear(x.clone(), weight, bias);
+    let outputs = layers.into_iter().map(linear).collect();
+    if runs.is_empty() {
+        return outputs;
+    }
+    B::add_low_rank(outputs, x, runs)
+}
+
 /// Computes [`FusedOps::add_low_rank`](crate::FusedOps::add_low_rank).
 pub fn add_low_rank<B: FusedOps>(
     outputs: Vec<Tensor<B, 2>>,

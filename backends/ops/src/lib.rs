@@ -107,6 +107,21 @@ pub trait FusedOps: MemoryReport + DeviceCheck + Upload {
         defaults::fused_linear(x, weight, bias)
     }
 
+    /// Computes linear layers that have one input, as [`FusedOps::fused_linear`] does, with low-rank
+    /// updates of their outputs, as [`FusedOps::add_low_rank`] adds them.
+    ///
+    /// # Shapes
+    /// - x: `[tokens, in]`
+    /// - layers: weights `[out, in]` and biases `[out]`; each run has one entry for each of them
+    /// - outputs: `[tokens, out]` each
+    fn fused_linears(
+        x: Tensor<Self, 2>,
+        layers: Vec<(Tensor<Self, 2>, Option<Tensor<Self, 1>>)>,
+        runs: &[LowRankRun<Self>],
+    ) -> Vec<Tensor<Self, 2>> {
+        defaults::fused_linears(x, layers, runs)
+    }
+
     /// Adds low-rank updates to the outputs of linear layers that have one input, as LoRA does. Outputs
     /// share the product with `down`. Tokens that are in no run keep their bits; runs may overlap.
     ///

@@ -14,6 +14,7 @@ use super::TransformerConfig;
 use super::block::BlockChange;
 use super::modulation::TIME_EMBEDDER;
 use crate::adapter::{Adapter, AdapterId, Factors, HostMatrix};
+use crate::layers::Linear;
 use crate::weights::{StoredTensor, upload};
 
 /// An adapter on a device, its matrices in the model's dtype.
@@ -266,19 +267,65 @@ impl<B: FusedOps> AdapterRuns<B> {
         Self::of([(adapters, (rows, rows))].into_iter())
     }
 
-    /// Adds to the outputs of linear layers with the input `x` what the adapters change. `change` picks
-    /// the layers' change in an adapter.
+    /// Computes linear layers with the input `x`, as the adapters change them. `change` picks the layers'
+    /// change in an adapter.
     ///
     /// # Shapes
     /// - x: `[tokens, in]`
     /// - outputs: `[tokens, out]` each
-    pub(super) fn add<'a>(
+    pub(super) fn forward<'a>(
         &'a self,
-        mut outputs: Vec<Tensor<B, 2>>,
+        layers: &[&Linear<B>],
         x: Tensor<B, 2>,
         stream: StreamKind,
         change: impl Fn(&'a LoadedAdapter<B>) -> Option<&'a LayerChange<B>>,
     ) -> Vec<Tensor<B, 2>> {
+        let (low_rank, full) = self.changes(stream, change);
+        let layers = layers.iter().map(|layer| layer.parameters()).collect();
+        if full.is_empty() {
+            return B::fused_linears(x, layers, &low_rank);
+        }
+        add_full(B::fused_linears(x.clone(), layers, &low_rank), &x, full)
+    }
+
+    /// As [`AdapterRuns::forward`], for one layer.
+    pub(super) fn forward_one<'a>(
+        &'a self,
+        layer: &Linear<B>,
+        x: Tensor<B, 2>,
+        stream: StreamKind,
+        change: impl Fn(&'a LoadedAdapter<B>) -> Option<&'a LayerChange<B>>,
+    ) -> Tensor<B, 2> {
+        self.forward(&[layer], x, stream, change).remove(0)
+    }
+
+    /// Adds to the output of a linear layer with the input `x` what the adapters change, for a layer
+    /// whose output is computed elsewhere.
+    ///
+    /// # Shapes
+    /// - x: `[tokens, in]`
+    /// - output: `[tokens, out]`
+    pub(super) fn add_one<'a>(
+        &'a self,
+        output: Tensor<B, 2>,
+        x: Tensor<B, 2>,
+        stream: StreamKind,
+        change: impl Fn(&'a LoadedAdapter<B>) -> Option<&'a LayerChange<B>>,
+    ) -> Tensor<B, 2> {
+        let (low_rank, full) = self.changes(stream, change);
+        let mut outputs = vec![output];
+        if !low_rank.is_empty() {
+            outputs = B::add_low_rank(outputs, x.clone(), &low_rank);
+        }
+        add_full(outputs, &x, full).remove(0)
+    }
+
+    /// The changes of linear layers, on the tokens of each run.
+    fn changes<'a>(
+        &'a self,
+        stream: StreamKind,
+        change: impl Fn(&'a LoadedAdapter<B>) -> Option<&'a LayerChange<B>>,
+    ) -> (Vec<LowRankRun<B>>, Vec<FullRun<'a, B>>) {
         let mut low_rank = Vec::new();
         let mut full = Vec::new();
         for AdapterRun {
@@ -294,7 +341,11 @@ impl<B: FusedOps> AdapterRuns<B> {
             let Some(change) = change(&applied.adapter).filter(|_| !tokens.is_empty()) else {
                 continue;
             };
-            full.extend(change.full.iter().map(|full| (full, tokens, applied.scale)));
+            full.extend(change.full.iter().map(|change| FullRun {
+                change,
+                tokens,
+                scale: applied.scale,
+            }));
             if let Some(LowRankChange { down, ups }) = &change.low_rank {
                 let up = |up: &LowRankUp<B>| LowRankUp {
                     scale: up.scale * applied.scale,
@@ -307,30 +358,37 @@ impl<B: FusedOps> AdapterRuns<B> {
                 });
             }
         }
-        if !low_rank.is_empty() {
-            outputs = B::add_low_rank(outputs, x.clone(), &low_rank);
-        }
-        for (change, tokens, scale) in full {
-            let rows = |of: &Tensor<B, 2>| of.clone().narrow(0, tokens.start, tokens.len());
-            let changed = change.matrix.forward(rows(&x)) * (change.scale * scale);
-            let output = &mut outputs[change.output];
-            let columns = 0..output.dims()[1];
-            let changed = rows(output) + changed;
-            *output = output
-                .clone()
-                .slice_assign([tokens.clone(), columns], changed);
-        }
-        outputs
+        (low_rank, full)
     }
+}
 
-    /// As [`AdapterRuns::add`], for one layer.
-    pub(super) fn add_one<'a>(
-        &'a self,
-        output: Tensor<B, 2>,
-        x: Tensor<B, 2>,
-        stream: StreamKind,
-        change: impl Fn(&'a LoadedAdapter<B>) -> Option<&'a LayerChange<B>>,
-    ) -> Tensor<B, 2> {
-        self.add(vec![output], x, stream, change).remove(0)
+/// A [`FullChange`] on the tokens of a run.
+struct FullRun<'a, B: FusedOps> {
+    change: &'a FullChange<B>,
+    tokens: &'a Range<usize>,
+    scale: f32,
+}
+
+/// Adds full changes to the outputs of layers with the input `x`.
+fn add_full<B: FusedOps>(
+    mut outputs: Vec<Tensor<B, 2>>,
+    x: &Tensor<B, 2>,
+    full: Vec<FullRun<'_, B>>,
+) -> Vec<Tensor<B, 2>> {
+    for FullRun {
+        change,
+        tokens,
+        scale,
+    } in full
+    {
+        let rows = |of: &Tensor<B, 2>| of.clone().narrow(0, tokens.start, tokens.len());
+        let changed = change.matrix.forward(rows(x)) * (change.scale * scale);
+        let output = &mut outputs[change.output];
+        let columns = 0..output.dims()[1];
+        let changed = rows(output) + changed;
+        *output = output
+            .clone()
+            .slice_assign([tokens.clone(), columns], changed);
     }
+    outputs
 }

@@ -267,9 +267,9 @@ impl<B: FusedOps> Stream<B> {
         let (shift, scale) = (modulation.shift.clone(), modulation.scale.clone());
         let x = B::layer_norm_modulate(x, shift, scale, runs, EPS);
         let layers = [&self.to_q, &self.to_k, &self.to_v];
-        let outputs = layers.map(|layer| layer.forward(x.clone())).to_vec();
         let change = |adapter| adapters.of(adapter, self.kind).qkv.as_ref();
-        let mut outputs = adapters.runs.add(outputs, x, self.kind, change).into_iter();
+        let outputs = adapters.runs.forward(&layers, x, self.kind, change);
+        let mut outputs = outputs.into_iter();
         let mut next = || heads(outputs.next().expect("three layers have three outputs"));
         Qkv {
             query: self.norm_q.forward_rope(next(), rope),
@@ -283,9 +283,10 @@ impl<B: FusedOps> Stream<B> {
     /// # Shapes
     /// - x and output: `[tokens, dim]`
     fn project(&self, x: Tensor<B, 2>, adapters: &BlockAdapters<'_, B>) -> Tensor<B, 2> {
-        let output = self.to_out.forward(x.clone());
         let change = |adapter| adapters.of(adapter, self.kind).to_out.as_ref();
-        adapters.runs.add_one(output, x, self.kind, change)
+        adapters
+            .runs
+            .forward_one(&self.to_out, x, self.kind, change)
     }
 
     /// # Shapes
@@ -299,13 +300,15 @@ impl<B: FusedOps> Stream<B> {
     ) -> Tensor<B, 2> {
         let normed =
             B::layer_norm_modulate(x.clone(), modulation.shift, modulation.scale, runs, EPS);
-        let wide = self.mlp_in.forward(normed.clone());
         let change = |adapter| adapters.of(adapter, self.kind).mlp_in.as_ref();
-        let wide = adapters.runs.add_one(wide, normed, self.kind, change);
-        let hidden = B::gelu_tanh(wide);
-        let output = self.mlp_out.forward(hidden.clone());
+        let wide = adapters
+            .runs
+            .forward_one(&self.mlp_in, normed, self.kind, change);
         let change = |adapter| adapters.of(adapter, self.kind).mlp_out.as_ref();
-        let output = adapters.runs.add_one(output, hidden, self.kind, change);
+        let output =
+            adapters
+                .runs
+                .forward_one(&self.mlp_out, B::gelu_tanh(wide), self.kind, change);
         B::gated_residual(x, modulation.gate, output, runs)
     }
 }

@@ -267,8 +267,7 @@ impl<B: FusedOps> Transformer<B> {
         image: Tensor<B, 2>,
         adapters: &AdapterRuns<B>,
     ) -> Tensor<B, 2> {
-        let output = self.img_in.forward(image.clone());
-        adapters.add_one(output, image, StreamKind::Image, |adapter| {
+        adapters.forward_one(&self.img_in, image, StreamKind::Image, |adapter| {
             adapter.img_in.as_ref()
         })
     }
@@ -280,8 +279,7 @@ impl<B: FusedOps> Transformer<B> {
     /// - output: `[text tokens, dim]`
     pub(crate) fn embed_text(&self, text: Tensor<B, 2>, adapters: &AdapterRuns<B>) -> Tensor<B, 2> {
         let text = self.txt_norm.forward(text);
-        let output = self.txt_in.forward(text.clone());
-        adapters.add_one(output, text, StreamKind::Text, |adapter| {
+        adapters.forward_one(&self.txt_in, text, StreamKind::Text, |adapter| {
             adapter.txt_in.as_ref()
         })
     }
@@ -323,8 +321,7 @@ impl<B: FusedOps> Transformer<B> {
     ) -> Tensor<B, 2> {
         let (scale, shift) = modulation.norm_out();
         let image = B::layer_norm_modulate(image, shift, scale, &packing.image_runs, EPS);
-        let output = self.proj_out.forward(image.clone());
-        adapters.add_one(output, image, StreamKind::Image, |adapter| {
+        adapters.forward_one(&self.proj_out, image, StreamKind::Image, |adapter| {
             adapter.proj_out.as_ref()
         })
     }

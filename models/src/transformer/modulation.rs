@@ -45,15 +45,13 @@ impl<B: FusedOps> TimestepEmbedding<B> {
         let sinusoids = sinusoidal_embedding(timesteps);
         let data = TensorData::new(sinusoids, [timesteps.len(), TIME_CHANNELS]);
         let sinusoids = Tensor::<B, 2>::from_data(data, (&self.linear_1.device(), DType::F32));
-        let add = |layer: usize, output, x| {
-            adapters.add_one(output, x, StreamKind::Image, |adapter| {
-                adapter.time[layer].as_ref()
+        let forward = |index: usize, layer, x| {
+            adapters.forward_one(layer, x, StreamKind::Image, |adapter| {
+                adapter.time[index].as_ref()
             })
         };
-        let hidden = self.linear_1.forward(sinusoids.clone());
-        let hidden = activation::silu(add(0, hidden, sinusoids));
-        let output = self.linear_2.forward(hidden.clone());
-        add(1, output, hidden)
+        let hidden = activation::silu(forward(0, &self.linear_1, sinusoids));
+        forward(1, &self.linear_2, hidden)
     }
 }
 

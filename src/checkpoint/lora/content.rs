@@ -11,7 +11,7 @@ use bytes::Bytes;
 use ring::digest;
 use safetensors::Dtype;
 
-use super::error::LoraFault;
+use super::error::{LoraFault, shown};
 use super::{MAX_FILE_BYTES, PEFT_CONFIG, PEFT_WEIGHTS};
 use crate::checkpoint::CheckpointError;
 use crate::checkpoint::files::is_lfs_pointer;
@@ -21,7 +21,7 @@ use crate::checkpoint::safetensors::{LENGTH_BYTES, header_end, parse_header};
 const PICKLES: [&str; 6] = ["pt", "pth", "bin", "ckpt", "pkl", "pickle"];
 
 /// The largest `adapter_config.json` that is read.
-const MAX_CONFIG_BYTES: u64 = 16 << 20;
+const MAX_CONFIG_BYTES: u64 = 4 << 20;
 
 /// Where the bytes of an adapter are.
 #[derive(Debug)]
@@ -265,8 +265,8 @@ fn fault_of_header(first: &[u8], error: CheckpointError) -> LoraFault {
         CheckpointError::WrongSize {
             expected, actual, ..
         } => LoraFault::WrongSize { expected, actual },
-        CheckpointError::NotSafetensors { reason, .. } => LoraFault::NotSafetensors(reason),
-        other => LoraFault::NotSafetensors(other.to_string()),
+        CheckpointError::NotSafetensors { reason, .. } => LoraFault::NotSafetensors(shown(&reason)),
+        other => LoraFault::NotSafetensors(shown(&other.to_string())),
     }
 }
 

@@ -53,14 +53,14 @@ pub enum LoraFault {
     #[error("it is not a safetensors file ({0}): give a safetensors file")]
     NotSafetensors(String),
 
-    #[error("{what} {bytes} bytes, and the most is {most}")]
+    #[error("{what} {bytes} bytes, and the most is {most}: use a smaller adapter")]
     TooLarge {
         what: &'static str,
         bytes: u64,
         most: u64,
     },
 
-    #[error("{place} is not valid ({reason})")]
+    #[error("{place} is not valid ({reason}): correct it")]
     Description { place: DeclaredIn, reason: String },
 
     #[error("it has the key {key}, which names no linear layer of this model{}", hint(*.family))]
@@ -96,7 +96,10 @@ pub enum LoraFault {
         most: usize,
     },
 
-    #[error("{place} declares rank {declared} for {module}, and its tensors have rank {rank}")]
+    #[error(
+        "{place} declares rank {declared} for {module}, and its tensors have rank {rank}: correct \
+         the declaration"
+    )]
     RankDiffers {
         place: DeclaredIn,
         module: String,
@@ -122,7 +125,7 @@ pub enum LoraFault {
         second: (DeclaredIn, f32),
     },
 
-    #[error("it changes no layer of the model")]
+    #[error("it changes no layer of the model: use an adapter for Qwen-Image")]
     NoModule,
 }
 

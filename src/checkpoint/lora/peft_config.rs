@@ -10,8 +10,11 @@ use super::error::{DeclaredIn, LoraFault, Refusal, shown};
 /// PEFT's default of `lora_alpha` and `alpha`.
 const DEFAULT_ALPHA: f64 = 8.0;
 
+/// The most patterns of one kind: more than models have layers.
+const MAX_PATTERNS: usize = 10_000;
+
 /// Bytes of memory that the compiled patterns of one configuration may take.
-const PATTERN_BYTES: usize = 64 << 20;
+const PATTERN_BYTES: usize = 16 << 20;
 
 /// Values of `init_lora_weights` that change nothing but the factors.
 const PLAIN_INITS: [&str; 4] = ["gaussian", "eva", "orthogonal", "mica"];
@@ -79,36 +82,66 @@ impl<'de> Deserialize<'de> for Pattern {
 /// Numbers by module: the first pattern that matches, else the common number.
 #[derive(Debug)]
 struct ByModule {
-    patterns: RegexSet,
-    values: Vec<f64>,
+    patterns: Vec<(String, f64)>,
+    /// The patterns that are more than names, and the index of each.
+    expressions: RegexSet,
+    indices: Vec<usize>,
     common: Option<f64>,
 }
 
 impl ByModule {
     fn new(pattern: Option<Pattern>, common: Option<f64>) -> Result<Self, String> {
-        let (patterns, values): (Vec<String>, Vec<f64>) =
-            pattern.unwrap_or_default().0.into_iter().unzip();
-        if let Some(large) = values.iter().chain(&common).find(|it| !is_number(**it)) {
+        let Pattern(patterns) = pattern.unwrap_or_default();
+        if patterns.len() > MAX_PATTERNS {
+            return Err(format!("it has more than {MAX_PATTERNS} patterns"));
+        }
+        let mut values = patterns.iter().map(|(_, value)| value).chain(&common);
+        if let Some(large) = values.find(|it| !is_number(**it)) {
             return Err(format!("the number {large:e} is too large"));
         }
+        let indices: Vec<usize> = (0..patterns.len())
+            .filter(|at| !is_name(&patterns[*at].0))
+            .collect();
         // As PEFT matches: the end of the name, from a dot or the start of the name on.
-        let patterns = patterns.iter().map(|it| format!(r"\A(?:.*\.)?(?:{it})\z"));
-        let patterns = RegexSetBuilder::new(patterns)
+        let expressions = indices.iter().map(|at| &patterns[*at].0);
+        let expressions = expressions.map(|it| format!(r"\A(?:.*\.)?(?:{it})\z"));
+        let expressions = RegexSetBuilder::new(expressions)
             .size_limit(PATTERN_BYTES)
             .build()
             .map_err(|error| format!("a pattern of module names cannot be used: {error}"))?;
         Ok(Self {
             patterns,
-            values,
+            expressions,
+            indices,
             common,
         })
     }
 
     fn of(&self, module: &str) -> Option<f64> {
+        let named = |(pattern, _): &(String, f64)| is_name(pattern) && names(pattern, module);
+        let name = self.patterns.iter().position(named);
         // The matches are in the order of the patterns.
-        let matched = self.patterns.matches(module).into_iter().next();
-        matched.map(|it| self.values[it]).or(self.common)
+        let expression = self.expressions.matches(module).into_iter().next();
+        let first = name
+            .into_iter()
+            .chain(expression.map(|it| self.indices[it]));
+        first.min().map(|at| self.patterns[at].1).or(self.common)
     }
+}
+
+/// Whether a pattern has no special characters but dots. Most are such, and there can be hundreds.
+fn is_name(pattern: &str) -> bool {
+    (pattern.bytes()).all(|it| it.is_ascii_alphanumeric() || it == b'_' || it == b'.')
+}
+
+/// Whether a pattern that [`is_name`] matches the end of a module's name. Its dots match anything.
+fn names(pattern: &str, module: &str) -> bool {
+    let Some(start) = module.len().checked_sub(pattern.len()) else {
+        return false;
+    };
+    let (before, end) = module.as_bytes().split_at(start);
+    let mut pairs = pattern.bytes().zip(end);
+    matches!(before, [] | [.., b'.']) && pairs.all(|(it, found)| it == b'.' || it == *found)
 }
 
 /// A checked configuration of PEFT.

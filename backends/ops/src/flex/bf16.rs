@@ -6,6 +6,7 @@ use std::arch::x86_64::{
     __m512, __m512bh, __m512i, _mm512_add_ps, _mm512_dpbf16_ps, _mm512_load_si512,
     _mm512_mask_storeu_ps, _mm512_maskz_loadu_ps, _mm512_set1_epi32, _mm512_setzero_ps,
 };
+use std::ops::Range;
 
 use burn_flex::FlexTensor;
 use burn_tensor::{DType, bf16};
@@ -13,7 +14,7 @@ use rayon::prelude::*;
 
 use super::matrix::parts;
 use super::simd;
-use super::thin::{self, LANE, Product, Sums};
+use super::thin::{self, Input, LANE, Product, Sums};
 
 /// Values that a task rounds to bf16.
 const CHUNK: usize = 1 << 14;
@@ -167,23 +168,13 @@ impl Product for Bf16Instructions {
         length.div_ceil(2)
     }
 
-    fn left<'a>(
-        self,
-        values: &'a [f32],
-        length: usize,
-        scale: f32,
-        scratch: &'a mut Vec<Pair>,
-    ) -> &'a [Pair] {
-        let pairs = Self::terms(length);
-        let rows = values.len() / length;
-        scratch.resize(rows.next_multiple_of(thin::ROWS) * pairs, 0);
-        simd::vectorised(|| {
-            let rows = scratch
-                .chunks_exact_mut(pairs)
-                .zip(values.chunks_exact(length));
-            rows.for_each(|(pairs, row)| pairs_of_row(pairs, row, scale));
-        });
-        scratch
+    fn rows(self, input: Input<'_>, rows: Range<usize>) -> Option<&[Pair]> {
+        let pairs = Self::terms(input.length);
+        input.pairs.get(rows.start * pairs..rows.end * pairs)
+    }
+
+    fn convert<'a>(self, rows: impl Iterator<Item = (&'a [f32], &'a mut [Pair])>, scale: f32) {
+        simd::vectorised(|| rows.for_each(|(row, pairs)| pairs_of_row(pairs, row, scale)));
     }
 
     fn column(row: &[bf16], first: usize, places: &mut [Pair], width: usize) {

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use burn_flex::FlexTensor;
+use burn_flex::{Flex, FlexTensor};
 use burn_tensor::{DType, bf16, f16};
 use gemm::Parallelism;
 use pulp::{Arch, Simd, WithSimd};
@@ -10,10 +10,13 @@ use rayon::prelude::*;
 
 #[cfg(target_arch = "x86_64")]
 use super::bf16::{Bf16Instructions, Panel, add_product, pairs_of_rows};
+use super::low_rank::{self, Update};
 use super::matrix::{Matrix, Output, least_rows, parts, product};
 use super::shared::SharedMut;
+use super::thin::Input;
 use super::tile::{self, COLUMNS, Lane, ROWS, Tile};
 use super::{Float, contiguous, from_values, simd};
+use crate::LowRankRun;
 
 /// Output features per panel of weights: enough for the product to run at full speed, few enough for
 /// the panel to stay in the L2 cache.
@@ -22,44 +25,110 @@ const PANEL: usize = 64;
 const FEW_TOKENS: usize = 96;
 /// Values per task of an elementwise loop.
 const CHUNK: usize = 1 << 14;
+/// Tokens per task of [`Start::fill_all`].
+const START_TOKENS: usize = 48;
 /// Smallest number of tokens per task: with fewer, reading the panel's weights costs more than the
 /// product.
 const MIN_TOKENS: usize = 48;
 
-/// Computes [`FusedOps::fused_linear`](crate::FusedOps::fused_linear). Weights in bf16 and f16 are
+/// Computes [`FusedOps::fused_linears`](crate::FusedOps::fused_linears). Weights in bf16 and f16 are
 /// widened to f32 one panel at a time; bf16 weights not at all on CPUs with bf16 instructions, which
 /// halves the time.
-pub(super) fn fused_linear(x: Float<2>, weight: Float<2>, bias: Option<Float<1>>) -> Float<2> {
-    let [tokens, d_in] = x.dims();
+pub(super) fn fused_linears(
+    x: Float<2>,
+    layers: Vec<(Float<2>, Option<Float<1>>)>,
+    runs: &[LowRankRun<Flex>],
+) -> Vec<Float<2>> {
+    let length = x.dims()[1];
+    let x = contiguous(x);
+    let values = x.storage::<f32>();
+    let pairs = if layers.iter().any(|layer| layer.0.dtype() == DType::BF16) {
+        pairs(values, length)
+    } else {
+        Vec::new()
+    };
+    let input = Input {
+        values,
+        length,
+        pairs: &pairs,
+    };
+    let updates = low_rank::updates(input, layers.len(), runs);
+    let layers = layers.into_iter().zip(updates);
+    let linear = |((weight, bias), updates): (_, Vec<_>)| linear(input, weight, bias, &updates);
+    layers.map(linear).collect()
+}
+
+/// The input rounded to pairs of bf16, if the CPU multiplies them; else nothing.
+fn pairs(values: &[f32], length: usize) -> Vec<u32> {
+    #[cfg(target_arch = "x86_64")]
+    if Bf16Instructions::detect().is_some() {
+        return pairs_of_rows(values, length);
+    }
+    let _ = (values, length);
+    Vec::new()
+}
+
+/// What a layer's product is added to.
+#[derive(Clone, Copy)]
+struct Start<'a> {
+    bias: Option<&'a [f32]>,
+    updates: &'a [Box<dyn Update>],
+}
+
+impl Start<'_> {
+    /// Writes the whole rows of these tokens.
+    fn fill(self, rows: &mut [f32], d_out: usize, tokens: Range<usize>) {
+        if let Some(bias) = self.bias {
+            rows.chunks_exact_mut(d_out)
+                .for_each(|row| row.copy_from_slice(bias));
+        }
+        for update in self.updates {
+            update.add(rows, d_out, tokens.clone(), 0..d_out);
+        }
+    }
+
+    /// Writes all rows; `output` is zeros.
+    fn fill_all(self, output: &mut [f32], d_out: usize) {
+        let blocks = output.par_chunks_mut(START_TOKENS * d_out).enumerate();
+        blocks.for_each(|(index, rows)| {
+            let (first, count) = (index * START_TOKENS, rows.len() / d_out);
+            self.fill(rows, d_out, first..first + count);
+        });
+    }
+}
+
+fn linear(
+    input: Input<'_>,
+    weight: Float<2>,
+    bias: Option<Float<1>>,
+    updates: &[Box<dyn Update>],
+) -> Float<2> {
+    let (x, d_in, tokens) = (input.values, input.length, input.tokens());
     let [d_out, _] = weight.dims();
-    let (x, weight) = (contiguous(x), contiguous(weight));
+    let weight = contiguous(weight);
     let bias = bias.map(|bias| contiguous(bias.cast(DType::F32)));
-    let x = x.storage::<f32>();
     let bias = bias.as_ref().map(FlexTensor::storage::<f32>);
+    let start = Start { bias, updates };
 
     let mut output = vec![0.0_f32; tokens * d_out];
     match weight.dtype() {
-        DType::BF16 => bf16_linear(&mut output, (x, d_in), weight.storage(), bias),
+        DType::BF16 => bf16_linear(&mut output, input, weight.storage(), start),
         DType::F16 => {
             let widen = |weights: &[f16], wide: &mut [f32]| {
                 wide.iter_mut()
                     .zip(weights)
                     .for_each(|(wide, narrow)| *wide = narrow.to_f32());
             };
-            widening(&mut output, (x, d_in), weight.storage(), bias, widen);
+            widening(&mut output, (x, d_in), weight.storage(), start, widen);
         }
-        _ if tokens <= FEW_TOKENS => few_tokens(&mut output, (x, d_in), weight.storage(), bias),
+        _ if tokens <= FEW_TOKENS => few_tokens(&mut output, (x, d_in), weight.storage(), start),
         _ => {
             let weight = Matrix::rows(weight.storage::<f32>(), d_out, d_in, d_in);
-            if let Some(bias) = bias {
-                output
-                    .par_chunks_mut(d_out)
-                    .for_each(|row| row.copy_from_slice(bias));
-            }
-            let mode = if bias.is_some() {
-                Output::Add
-            } else {
+            let mode = if bias.is_none() && updates.is_empty() {
                 Output::Overwrite
+            } else {
+                start.fill_all(&mut output, d_out);
+                Output::Add
             };
             product(
                 &mut output,
@@ -75,14 +144,14 @@ pub(super) fn fused_linear(x: Float<2>, weight: Float<2>, bias: Option<Float<1>>
 
 /// Computes a linear layer without repacking the weights: with few tokens, repacking takes longer
 /// than the product. Halves the time for 64 tokens.
-fn few_tokens(
-    output: &mut [f32],
-    (x, d_in): (&[f32], usize),
-    weight: &[f32],
-    bias: Option<&[f32]>,
-) {
+fn few_tokens(output: &mut [f32], (x, d_in): (&[f32], usize), weight: &[f32], start: Start<'_>) {
     let d_out = weight.len() / d_in;
     let tokens = output.len() / d_out;
+    let mut started = Vec::new();
+    if !start.updates.is_empty() {
+        started.resize(output.len(), 0.0);
+        start.fill_all(&mut started, d_out);
+    }
     // [tokens / COLUMNS, d_in]
     let mut lanes = vec![Lane::default(); tokens.div_ceil(COLUMNS) * d_in];
     let blocks = lanes.par_chunks_mut(d_in).zip(x.par_chunks(COLUMNS * d_in));
@@ -94,10 +163,18 @@ fn few_tokens(
         let first = group * ROWS;
         let features = ROWS.min(d_out - first);
         let left = tile::rows(first, d_out, |feature| &weight[feature * d_in..][..d_in]);
-        let bias =
-            std::array::from_fn(|i| bias.map_or(0.0, |bias| bias[first + i.min(features - 1)]));
+        let feature = |i: usize| first + i.min(features - 1);
         for (block, lanes) in lanes.chunks_exact(d_in).enumerate() {
-            let tile = Arch::new().dispatch(Rows { left, bias, lanes });
+            let mut tile: Tile = std::array::from_fn(|i| {
+                Lane([start.bias.map_or(0.0, |bias| bias[feature(i)]); COLUMNS])
+            });
+            let rows = started.chunks_exact(d_out).skip(block * COLUMNS);
+            for (column, row) in rows.take(COLUMNS).enumerate() {
+                for (i, lane) in tile.iter_mut().enumerate() {
+                    lane[column] = row[feature(i)];
+                }
+            }
+            let tile = Arch::new().dispatch(Rows { left, tile, lanes });
             for (token, i) in (block * COLUMNS..tokens).zip(0..COLUMNS) {
                 let sums = tile.map(|row| row[i]);
                 #[expect(unsafe_code, reason = "tasks write disjoint parts of the output")]
@@ -113,7 +190,8 @@ fn few_tokens(
 /// The products of six output features with up to 32 tokens.
 struct Rows<'a> {
     left: [&'a [f32]; ROWS],
-    bias: [f32; ROWS],
+    /// What the products are added to.
+    tile: Tile,
     lanes: &'a [Lane],
 }
 
@@ -122,7 +200,7 @@ impl WithSimd for Rows<'_> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) -> Tile {
-        let mut tile = self.bias.map(|bias| Lane([bias; COLUMNS]));
+        let mut tile = self.tile;
         // As gemm computes more tokens.
         for terms in parts(self.lanes.len()) {
             let left = self.left.map(|row| &row[terms.clone()]);
@@ -140,35 +218,30 @@ impl WithSimd for Rows<'_> {
 
 /// Computes a linear layer with bf16 weights: by bf16 instructions if the CPU has them, else in f32 of
 /// the same rounded values.
-fn bf16_linear(
-    output: &mut [f32],
-    (x, d_in): (&[f32], usize),
-    weight: &[bf16],
-    bias: Option<&[f32]>,
-) {
+fn bf16_linear(output: &mut [f32], input: Input<'_>, weight: &[bf16], start: Start<'_>) {
+    let d_in = input.length;
     #[cfg(target_arch = "x86_64")]
     if let Some(instructions) = Bf16Instructions::detect() {
         let pairs = d_in.div_ceil(2);
-        let x = pairs_of_rows(x, d_in);
         return by_panels(
             output,
             (weight, d_in),
-            bias,
+            start,
             Panel::new,
             |panel, sums, tokens, weights| {
-                let x = &x[tokens.start * pairs..tokens.end * pairs];
+                let x = &input.pairs[tokens.start * pairs..tokens.end * pairs];
                 add_product(instructions, sums, x, (weights, d_in), panel);
             },
         );
     }
-    bf16_linear_in_f32(output, (x, d_in), weight, bias);
+    bf16_linear_in_f32(output, (input.values, d_in), weight, start);
 }
 
 fn bf16_linear_in_f32(
     output: &mut [f32],
     (x, d_in): (&[f32], usize),
     weight: &[bf16],
-    bias: Option<&[f32]>,
+    start: Start<'_>,
 ) {
     let mut rounded = vec![0.0_f32; x.len()];
     rounded
@@ -188,7 +261,7 @@ fn bf16_linear_in_f32(
             }
         });
     };
-    widening(output, (&rounded, d_in), weight, bias, widen);
+    widening(output, (&rounded, d_in), weight, start, widen);
 }
 
 /// Computes a linear layer with weights that `widen` converts to f32, one panel at a time.
@@ -196,14 +269,14 @@ fn widening<T: Sync>(
     output: &mut [f32],
     (x, d_in): (&[f32], usize),
     weight: &[T],
-    bias: Option<&[f32]>,
+    start: Start<'_>,
     widen: impl Fn(&[T], &mut [f32]) + Sync,
 ) {
     let panel = || vec![0.0_f32; PANEL * d_in];
     by_panels(
         output,
         (weight, d_in),
-        bias,
+        start,
         panel,
         |wide, sums, tokens, weights| {
             let (used, unused) = wide.split_at_mut(weights.len());
@@ -234,11 +307,11 @@ fn widening<T: Sync>(
 /// one range of tokens.
 ///
 /// `add` adds the panel's products to the sums. Its arguments are the thread's scratch, the sums
-/// (`[tokens, PANEL]`, initialised with the bias), the range of tokens, and the panel's weights.
+/// (`[tokens, PANEL]`, initialised with the bias and the updates), the range of tokens, and the panel's weights.
 fn by_panels<T: Sync, S>(
     output: &mut [f32],
     (weight, d_in): (&[T], usize),
-    bias: Option<&[f32]>,
+    start: Start<'_>,
     scratch: impl Fn() -> S + Sync + Send,
     add: impl Fn(&mut S, &mut [[f32; PANEL]], Range<usize>, &[T]) + Sync,
 ) {
@@ -254,15 +327,19 @@ fn by_panels<T: Sync, S>(
         .for_each_init(
             || (scratch(), Vec::new()),
             |(scratch, sums), task| {
-                let (first, start) = (task % panels * PANEL, task / panels * run);
+                let (first, top) = (task % panels * PANEL, task / panels * run);
                 let features = PANEL.min(d_out - first);
-                let tokens = start..tokens.min(start + run);
+                let tokens = top..tokens.min(top + run);
                 let mut row = [0.0_f32; PANEL];
-                if let Some(bias) = bias {
+                if let Some(bias) = start.bias {
                     row[..features].copy_from_slice(&bias[first..][..features]);
                 }
                 sums.clear();
                 sums.resize(tokens.len(), row);
+                for update in start.updates {
+                    let features = first..first + features;
+                    update.add(sums.as_flattened_mut(), PANEL, tokens.clone(), features);
+                }
                 let weights = &weight[first * d_in..][..features * d_in];
                 add(scratch, sums, tokens.clone(), weights);
                 for (token, sums) in tokens.zip(sums) {
@@ -284,11 +361,20 @@ mod tests {
 
     use super::*;
 
+    const NOTHING: Start<'_> = Start {
+        bias: None,
+        updates: &[],
+    };
+
     fn tensor(rows: usize, columns: usize) -> Float<2> {
         let value = |i: usize| ((i * 37 % 101) as f32 - 50.0) * 0.0301;
         let values: Vec<f32> = (0..rows * columns).map(value).collect();
         let data = TensorData::new(values, [rows, columns]);
         Tensor::from_data(data, (&FlexDevice, DType::F32))
+    }
+
+    fn fused_linear(x: Float<2>, weight: Float<2>, bias: Option<Float<1>>) -> Float<2> {
+        fused_linears(x, vec![(weight, bias)], &[]).remove(0)
     }
 
     fn values(x: Float<2>) -> Vec<f32> {
@@ -335,7 +421,7 @@ mod tests {
                 .collect();
             let in_f32 = |x: &[f32]| {
                 let mut output = vec![0.0; x.len() / d_in * d_out];
-                bf16_linear_in_f32(&mut output, (x, d_in), &weight, None);
+                bf16_linear_in_f32(&mut output, (x, d_in), &weight, NOTHING);
                 output
             };
             let all = in_f32(&x);
@@ -358,8 +444,17 @@ mod tests {
         let bias: Vec<f32> = (0..d_out).map(value).collect();
         let mut native = vec![0.0_f32; tokens * d_out];
         let mut wide = native.clone();
-        bf16_linear(&mut native, (&x, d_in), &weight, Some(&bias));
-        bf16_linear_in_f32(&mut wide, (&x, d_in), &weight, Some(&bias));
+        let start = Start {
+            bias: Some(&bias),
+            updates: &[],
+        };
+        let input = Input {
+            values: &x,
+            length: d_in,
+            pairs: &pairs(&x, d_in),
+        };
+        bf16_linear(&mut native, input, &weight, start);
+        bf16_linear_in_f32(&mut wide, (&x, d_in), &weight, start);
         assert!(wide.iter().any(|x| x.abs() > 1.0));
         for (native, wide) in native.iter().zip(&wide) {
             assert!((native - wide).abs() < 1e-5, "{native} {wide}");

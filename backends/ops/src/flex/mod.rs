@@ -38,18 +38,18 @@ impl FusedOps for Flex {
         if !is_f32(&x) {
             return defaults::fused_linear(x, weight, bias);
         }
-        linear::fused_linear(x, weight, bias)
+        linear::fused_linears(x, vec![(weight, bias)], &[]).remove(0)
     }
 
-    fn add_low_rank(
-        outputs: Vec<Float<2>>,
+    fn fused_linears(
         x: Float<2>,
+        layers: Vec<(Float<2>, Option<Float<1>>)>,
         runs: &[LowRankRun<Self>],
     ) -> Vec<Float<2>> {
         if !is_f32(&x) {
-            return defaults::add_low_rank(outputs, x, runs);
+            return defaults::fused_linears(x, layers, runs);
         }
-        low_rank::add_low_rank(outputs, x, runs)
+        linear::fused_linears(x, layers, runs)
     }
 
     fn rms_norm(x: Float<2>, weight: Float<1>, eps: f64) -> Float<2> {

@@ -2,6 +2,8 @@
 //!
 //! A row's sums are added in the same order whatever the number of rows is.
 
+use std::ops::Range;
+
 use burn_flex::FlexTensor;
 use burn_tensor::DType;
 use pulp::{Arch, Simd, WithSimd};
@@ -10,15 +12,31 @@ use rayon::prelude::*;
 use super::matrix::parts;
 use super::simd;
 
-/// The numbers of rows that are multiplied at a time are multiples of it.
+/// Rows of the left matrix that are read at a time are a multiple of it.
 pub(super) const ROWS: usize = 12;
 /// Columns of a panel are padded to a multiple of it: f32 values of the widest vector register.
 pub(super) const LANE: usize = 16;
 
+/// The input of linear layers.
+#[derive(Clone, Copy)]
+pub(super) struct Input<'a> {
+    /// `[tokens, length]`
+    pub(super) values: &'a [f32],
+    pub(super) length: usize,
+    /// The rows rounded to pairs of bf16; empty if no layer needs them.
+    pub(super) pairs: &'a [u32],
+}
+
+impl Input<'_> {
+    pub(super) fn tokens(self) -> usize {
+        self.values.len() / self.length
+    }
+}
+
 /// A way to multiply rows.
 pub(super) trait Product: Copy + Send + Sync {
     /// What is multiplied at once: an f32, or a pair of bf16.
-    type Term: Copy + Default + Send + Sync;
+    type Term: Copy + Default + Send + Sync + 'static;
     /// What matrices are stored in.
     type Stored: Sync;
 
@@ -33,15 +51,11 @@ pub(super) trait Product: Copy + Send + Sync {
     /// Terms of a row of `length` values.
     fn terms(length: usize) -> usize;
 
-    /// Scales rows of `length` values and converts them to terms: `[rows, terms]`, with unspecified
-    /// rows added up to a multiple of [`ROWS`]. May use `scratch`.
-    fn left<'a>(
-        self,
-        values: &'a [f32],
-        length: usize,
-        scale: f32,
-        scratch: &'a mut Vec<Self::Term>,
-    ) -> &'a [Self::Term];
+    /// Rows of the input as terms, if they need no conversion.
+    fn rows(self, input: Input<'_>, rows: Range<usize>) -> Option<&[Self::Term]>;
+
+    /// Scales rows of values and converts them to terms.
+    fn convert<'a>(self, rows: impl Iterator<Item = (&'a [f32], &'a mut [Self::Term])>, scale: f32);
 
     /// Writes a row of a stored matrix to a column of the panel, from term `first` on.
     fn column(row: &[Self::Stored], first: usize, places: &mut [Self::Term], width: usize);
@@ -119,24 +133,6 @@ impl Sums<'_> {
     }
 }
 
-/// Adds `left · matrixᵀ` to the sums of all panels of a matrix.
-pub(super) fn add_panels<P: Product>(
-    product: P,
-    left: &[P::Term],
-    panels: &[Panel<P::Term>],
-    (values, rows, stride): (&mut [f32], usize, usize),
-) {
-    for (index, panel) in panels.iter().enumerate() {
-        let sums = Sums {
-            values: &mut *values,
-            rows,
-            stride,
-            first: index * P::COLUMNS,
-        };
-        product.add(left, panel, sums);
-    }
-}
-
 /// Products of f32 values.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Wide {
@@ -158,29 +154,24 @@ impl Product for Wide {
         length
     }
 
-    fn left<'a>(
-        self,
-        values: &'a [f32],
-        length: usize,
-        scale: f32,
-        scratch: &'a mut Vec<f32>,
-    ) -> &'a [f32] {
-        let rows = values.len() / length;
-        if !self.rounds && scale == 1.0 && rows.is_multiple_of(ROWS) {
-            return values;
-        }
-        scratch.resize(rows.next_multiple_of(ROWS) * length, 0.0);
+    fn rows(self, input: Input<'_>, rows: Range<usize>) -> Option<&[f32]> {
+        let terms = rows.start * input.length..rows.end * input.length;
+        input.values.get(terms).filter(|_| !self.rounds)
+    }
+
+    fn convert<'a>(self, rows: impl Iterator<Item = (&'a [f32], &'a mut [f32])>, scale: f32) {
         simd::vectorised(|| {
-            for (term, &value) in scratch.iter_mut().zip(values) {
-                let scaled = scale * value;
-                *term = if self.rounds {
-                    f32::from_bits(simd::bf16_bits(scaled) << 16)
-                } else {
-                    scaled
-                };
+            for (values, terms) in rows {
+                for (term, &value) in terms.iter_mut().zip(values) {
+                    let scaled = scale * value;
+                    *term = if self.rounds {
+                        f32::from_bits(simd::bf16_bits(scaled) << 16)
+                    } else {
+                        scaled
+                    };
+                }
             }
         });
-        scratch
     }
 
     fn column(row: &[f32], first: usize, places: &mut [f32], width: usize) {
@@ -232,7 +223,7 @@ impl WideSums<'_> {
             let right = &right[terms.start * panel.width..terms.end * panel.width];
             for top in (0..rows).step_by(HEIGHT) {
                 let left = &left[top * panel.terms..][..HEIGHT * panel.terms];
-                for column in (0..panel.width).step_by(width) {
+                for column in (0..panel.columns).step_by(width) {
                     let mut tile = [[simd.splat_f32s(0.0); VECTORS]; HEIGHT];
                     for (place, right) in terms.clone().zip(right.chunks_exact(panel.width)) {
                         let right = S::as_simd_f32s(&right[column..][..width]).0;
@@ -247,7 +238,7 @@ impl WideSums<'_> {
                             }
                         }
                     }
-                    let columns = width.min(panel.columns.saturating_sub(column));
+                    let columns = width.min(panel.columns - column);
                     for (row, tile) in (top..rows).zip(&tile) {
                         let sums = &mut values[row * stride + first + column..][..columns];
                         for (sums, added) in sums.chunks_mut(S::F32_LANES).zip(tile) {
@@ -272,14 +263,14 @@ mod tests {
     #[test]
     fn every_instruction_set_gives_the_exact_sums() {
         for (rows, columns, depth) in [(1, 1, 1), (12, 16, 7), (13, 31, 513), (25, 32, 2051)] {
-            let left: Vec<f32> = (0..rows * depth).map(|i| (i % 7) as f32 - 3.0).collect();
+            let mut left: Vec<f32> = (0..rows * depth).map(|i| (i % 7) as f32 - 3.0).collect();
             let right: Vec<f32> = (0..columns * depth).map(|i| (i % 5) as f32 - 2.0).collect();
             let panels = panels::<Wide>(&right, depth);
             let [panel] = &panels[..] else {
                 panic!("{} panels", panels.len())
             };
-            let (mut scratch, stride) = (Vec::new(), columns + 3);
-            let left = Wide { rounds: false }.left(&left, depth, 2.0, &mut scratch);
+            let stride = columns + 3;
+            left.resize(rows.next_multiple_of(ROWS) * depth, 0.0);
             let sums = |add: &dyn Fn(WideSums<'_>)| {
                 let mut values = vec![0.5; rows * stride];
                 let sums = Sums {
@@ -288,6 +279,7 @@ mod tests {
                     stride,
                     first: 1,
                 };
+                let left = &left;
                 add(WideSums { left, panel, sums });
                 values
             };

@@ -1,4 +1,4 @@
-//! Compares [`FusedOps::add_low_rank`] and its default body with plain arithmetic in f64.
+//! Compares [`FusedOps::add_low_rank`] and [`FusedOps::fused_linears`] with plain arithmetic in f64.
 //!
 //! All values are small multiples of 1/4, so that every sum is exact in f32 in any order: the results
 //! have to be equal.
@@ -7,9 +7,9 @@ use std::ops::Range;
 
 use burn_flex::{Flex, FlexDevice};
 use burn_tensor::{DType, Tensor, TensorData, bf16};
-use kiln_ops::{FusedOps, LowRankRun, LowRankUp, defaults};
+use kiln_ops::{FusedOps, LowRankRun, LowRankUp};
 
-type AddLowRank<B> = fn(Vec<Tensor<B, 2>>, Tensor<B, 2>, &[LowRankRun<B>]) -> Vec<Tensor<B, 2>>;
+const TOKENS: usize = 61;
 
 /// A matrix on the host, row-major.
 #[derive(Debug, Clone)]
@@ -107,130 +107,197 @@ fn expected(outputs: &[Matrix], x: &Matrix, runs: &[Run], rounds: bool) -> Vec<M
     outputs
 }
 
-/// Compares an implementation in every dtype of the matrices that the device has, for f32 activations.
-fn equals_plain_arithmetic<B: FusedOps>(device: &B::Device, add: AddLowRank<B>) {
-    const TOKENS: usize = 61;
-    let one_of_each = |seed, tokens, d_in, widths: &[usize], rank| {
-        run(seed, tokens, d_in, widths, &vec![Some(rank); widths.len()])
-    };
-    // Width of the input, widths of the outputs, and runs.
-    let cases = [
-        // All tokens; rank 1; several outputs of one width and of different ones.
-        (32, vec![64], vec![one_of_each(1, 0..TOKENS, 32, &[64], 1)]),
-        (
-            67,
-            vec![48, 48, 48],
-            vec![one_of_each(2, 0..TOKENS, 67, &[48, 48, 48], 16)],
-        ),
-        (
-            33,
-            vec![5, 130, 64],
-            vec![run(
-                3,
-                0..TOKENS,
-                33,
-                &[5, 130, 64],
-                &[Some(3), Some(17), Some(1)],
-            )],
-        ),
-        // A part of the tokens, an output without a change, and an empty run.
-        (
-            24,
-            vec![40, 7],
-            vec![
-                run(4, 13..40, 24, &[40, 7], &[None, Some(5)]),
-                one_of_each(5, 20..20, 24, &[40, 7], 4),
-            ],
-        ),
-        (16, vec![8], vec![one_of_each(6, 60..61, 16, &[8], 2)]),
-        // Two adapters of the same tokens, of a part, and one after the other; none at all.
-        (
-            40,
-            vec![66, 20],
-            vec![
-                one_of_each(7, 0..TOKENS, 40, &[66, 20], 8),
-                one_of_each(8, 0..30, 40, &[66, 20], 7),
-                run(9, 25..TOKENS, 40, &[66, 20], &[Some(70), None]),
-            ],
-        ),
-        (12, vec![10], vec![run(10, 0..TOKENS, 12, &[10], &[None])]),
-        (12, vec![10], vec![]),
-    ];
-    for dtype in [DType::F32, DType::BF16, DType::F16] {
-        if !B::supports_dtype(device, dtype) {
-            continue;
+/// A width of the input, widths of the outputs, and runs.
+struct Case {
+    d_in: usize,
+    widths: Vec<usize>,
+    runs: Vec<Run>,
+}
+
+impl Case {
+    /// Runs that are given by their tokens and ranks.
+    fn new(d_in: usize, widths: &[usize], runs: &[(Range<usize>, &[Option<usize>])]) -> Self {
+        let runs = (0..).step_by(5).zip(runs);
+        Self {
+            d_in,
+            widths: widths.into(),
+            runs: runs
+                .map(|(seed, (tokens, ranks))| run(seed, tokens.clone(), d_in, widths, ranks))
+                .collect(),
         }
-        for (number, (d_in, widths, runs)) in cases.iter().enumerate() {
-            let x = Matrix::new(number, TOKENS, *d_in);
-            let mut outputs: Vec<Matrix> = widths
+    }
+
+    fn x(&self) -> Matrix {
+        Matrix::new(self.d_in, TOKENS, self.d_in)
+    }
+
+    /// The runs with matrices of this dtype.
+    fn runs<B: FusedOps>(&self, dtype: DType, device: &B::Device) -> Vec<LowRankRun<B>> {
+        let run = |run: &Run| LowRankRun {
+            tokens: run.tokens.clone(),
+            down: run.down.tensor(dtype, device),
+            ups: run
+                .ups
                 .iter()
-                .map(|&width| Matrix::new(number + 3, TOKENS, width))
+                .map(|up| {
+                    let (rank, up, scale) = up.as_ref()?;
+                    Some(LowRankUp {
+                        rank: rank.clone(),
+                        up: up.tensor(dtype, device),
+                        scale: *scale,
+                    })
+                })
+                .collect(),
+        };
+        self.runs.iter().map(run).collect()
+    }
+
+    /// Fails if the outputs differ from the given ones with the updates, in any bit.
+    fn compare<B: FusedOps>(&self, dtype: DType, before: &[Matrix], found: Vec<Tensor<B, 2>>) {
+        let expected = expected(before, &self.x(), &self.runs, dtype == DType::BF16);
+        assert_eq!(found.len(), expected.len());
+        for (index, (found, expected)) in found.into_iter().zip(expected).enumerate() {
+            assert_eq!(found.dims(), [TOKENS, expected.columns]);
+            let found: Vec<f32> = found.into_data().into_vec().unwrap();
+            let bits = |values: &[f32]| values.iter().map(|it| it.to_bits()).collect::<Vec<_>>();
+            assert!(
+                bits(&found) == bits(&expected.values),
+                "output {index} of {:?} from {} in {dtype:?}: {found:?}, expected {:?}",
+                self.widths,
+                self.d_in,
+                expected.values
+            );
+        }
+    }
+}
+
+fn cases() -> Vec<Case> {
+    let all = 0..TOKENS;
+    let one = |rank| [Some(rank)];
+    vec![
+        // All tokens; rank 1; several outputs of one width and of different ones.
+        Case::new(32, &[64], &[(all.clone(), &one(1))]),
+        Case::new(67, &[48, 48, 48], &[(all.clone(), &[Some(16); 3])]),
+        Case::new(
+            33,
+            &[5, 130, 64],
+            &[(all.clone(), &[Some(3), Some(17), Some(1)])],
+        ),
+        // A part of the tokens, an output without a change, an empty run, and one token.
+        Case::new(
+            24,
+            &[40, 7],
+            &[(13..40, &[None, Some(5)]), (20..20, &[Some(4), Some(4)])],
+        ),
+        Case::new(16, &[8], &[(60..61, &one(2))]),
+        // Two adapters of the same tokens, of a part, and one after the other.
+        Case::new(
+            40,
+            &[66, 20],
+            &[
+                (all.clone(), &[Some(8), Some(8)]),
+                (0..30, &[Some(7), Some(7)]),
+                (25..TOKENS, &[Some(70), None]),
+                (0..25, &[None, Some(3)]),
+            ],
+        ),
+        // Nothing at all.
+        Case::new(12, &[10], &[(all, &[None])]),
+        Case::new(12, &[10], &[]),
+    ]
+}
+
+fn dtypes<B: FusedOps>(device: &B::Device) -> impl Iterator<Item = DType> {
+    let all = [DType::F32, DType::BF16, DType::F16];
+    all.into_iter()
+        .filter(|dtype| B::supports_dtype(device, *dtype))
+}
+
+/// In every dtype of the matrices that the device has, for f32 activations.
+fn add_low_rank_equals_plain_arithmetic<B: FusedOps>(device: &B::Device) {
+    for dtype in dtypes::<B>(device) {
+        for case in cases() {
+            let widths = case.widths.iter();
+            let mut outputs: Vec<Matrix> = widths
+                .map(|&width| Matrix::new(width, TOKENS, width))
                 .collect();
             // A token outside of all runs keeps even the sign of a zero.
-            let is_outside =
-                |token: usize| runs.iter().all(|run: &Run| !run.tokens.contains(&token));
-            for output in &mut outputs {
-                for token in (0..TOKENS).filter(|&token| is_outside(token)) {
+            let is_inside = |token| case.runs.iter().any(|run| run.tokens.contains(&token));
+            for token in (0..TOKENS).filter(|&token| !is_inside(token)) {
+                for output in &mut outputs {
                     output.values[token * output.columns] = -0.0;
                 }
             }
-            let tensor = |matrix: &Matrix| matrix.tensor::<B>(dtype, device);
-            let low_rank: Vec<LowRankRun<B>> = runs
+            let wide = |matrix: &Matrix| matrix.tensor::<B>(DType::F32, device);
+            let tensors = outputs.iter().map(wide).collect();
+            let added = B::add_low_rank(tensors, wide(&case.x()), &case.runs(dtype, device));
+            case.compare(dtype, &outputs, added);
+        }
+    }
+}
+
+fn fused_linears_equal_plain_arithmetic<B: FusedOps>(device: &B::Device) {
+    for dtype in dtypes::<B>(device) {
+        for case in cases() {
+            let x = case.x();
+            let layers: Vec<(Matrix, Matrix)> = case
+                .widths
                 .iter()
-                .map(|run| LowRankRun {
-                    tokens: run.tokens.clone(),
-                    down: tensor(&run.down),
-                    ups: run
-                        .ups
-                        .iter()
-                        .map(|up| {
-                            let (rank, up, scale) = up.as_ref()?;
-                            Some(LowRankUp {
-                                rank: rank.clone(),
-                                up: tensor(up),
-                                scale: *scale,
-                            })
-                        })
-                        .collect(),
+                .map(|&width| {
+                    (
+                        Matrix::new(width, width, case.d_in),
+                        Matrix::new(9, 1, width),
+                    )
                 })
                 .collect();
-            let wide = |matrix: &Matrix| matrix.tensor::<B>(DType::F32, device);
-            let added = add(outputs.iter().map(wide).collect(), wide(&x), &low_rank);
-            let expected = expected(&outputs, &x, runs, dtype == DType::BF16);
-            assert_eq!(added.len(), expected.len());
-            for (index, (added, expected)) in added.into_iter().zip(expected).enumerate() {
-                assert_eq!(added.dims(), [TOKENS, expected.columns]);
-                let added: Vec<f32> = added.into_data().into_vec().unwrap();
-                let equal = added
-                    .iter()
-                    .zip(&expected.values)
-                    .all(|(added, expected)| added.to_bits() == expected.to_bits());
-                assert!(
-                    equal,
-                    "case {number}, output {index} in {dtype:?}: {added:?}, expected {:?}",
-                    expected.values
-                );
-            }
+            let outputs: Vec<Matrix> = layers
+                .iter()
+                .map(|(weight, bias)| {
+                    let output = |index| {
+                        let (token, column) = (index / bias.columns, index % bias.columns);
+                        let x = x.row(token).iter().map(|&x| f64::from(x));
+                        let sum = dot(x, weight.row(column)) + f64::from(bias.values[column]);
+                        sum as f32
+                    };
+                    Matrix {
+                        columns: bias.columns,
+                        values: (0..TOKENS * bias.columns).map(output).collect(),
+                    }
+                })
+                .collect();
+            let layers = layers.iter().map(|(weight, bias)| {
+                let bias = bias.tensor::<B>(dtype, device).reshape([bias.columns]);
+                (weight.tensor::<B>(dtype, device), Some(bias))
+            });
+            let found = B::fused_linears(
+                x.tensor(DType::F32, device),
+                layers.collect(),
+                &case.runs(dtype, device),
+            );
+            case.compare(dtype, &outputs, found);
         }
     }
 }
 
 #[test]
-fn default_body_equals_plain_arithmetic() {
-    equals_plain_arithmetic::<Flex>(&FlexDevice, defaults::add_low_rank);
+fn low_rank_updates_equal_plain_arithmetic() {
+    add_low_rank_equals_plain_arithmetic::<Flex>(&FlexDevice);
     #[cfg(feature = "ndarray")]
-    equals_plain_arithmetic::<burn_ndarray::NdArray>(
+    add_low_rank_equals_plain_arithmetic::<burn_ndarray::NdArray>(
         &burn_ndarray::NdArrayDevice::Cpu,
-        defaults::add_low_rank,
     );
 }
 
 #[test]
-fn kernel_equals_plain_arithmetic() {
-    equals_plain_arithmetic::<Flex>(&FlexDevice, Flex::add_low_rank);
+fn linear_layers_with_updates_equal_plain_arithmetic() {
+    fused_linears_equal_plain_arithmetic::<Flex>(&FlexDevice);
+    #[cfg(feature = "ndarray")]
+    fused_linears_equal_plain_arithmetic::<burn_ndarray::NdArray>(
+        &burn_ndarray::NdArrayDevice::Cpu,
+    );
 }
 
-/// The op works in place, but never on a tensor that the caller still holds.
+/// A tensor that the caller still holds is never changed.
 #[test]
 fn outputs_that_are_held_elsewhere_keep_their_values() {
     let device = FlexDevice;

@@ -22,8 +22,8 @@ macro_rules! test_every_op {
     ($suites:expr) => {
         $crate::suite::test_every_op! {
             $suites;
-            fused_linear thin_products add_low_rank rms_norm layer_norm_modulate gated_residual
-            qk_norm_rope gelu_tanh silu_mul packed_attention attention_widths attention_lengths long_attention
+            fused_linear thin_products add_low_rank fused_linears rms_norm
+            layer_norm_modulate gated_residual qk_norm_rope gelu_tanh silu_mul packed_attention attention_widths attention_lengths long_attention
             attention_of_large_values conv2d_same channel_norm channel_norm_silu upsample_nearest
             crop
         }
@@ -161,82 +161,121 @@ impl<B: FusedOps> Suite<B> {
         }
     }
 
-    /// Up to three runs, which may overlap, for up to three outputs.
     pub(crate) fn add_low_rank(&self) {
-        let matrices: Vec<DType> = [DType::F32, DType::BF16, DType::F16]
-            .into_iter()
-            .filter(|dtype| B::supports_dtype(&self.device, *dtype))
-            .collect();
-        let ranks = option::of(select(vec![1, 2, 3, 7, 16, 33, 65, 70]));
-        let run = (any::<[Index; 2]>(), vec(ranks, 3), select(vec![0.5, -1.5]));
-        let case = (
-            size(),
-            size(),
-            vec(size(), 1..4),
-            vec(run, 0..4),
-            select(matrices),
-            any::<u32>(),
-        );
-        self.check_products(case, |(tokens, d_in, widths, runs, dtype, seed)| {
-            let x = self.input(seed, [tokens, d_in]);
-            let outputs = (1..).zip(&widths);
-            let (outputs, reference_outputs) = outputs
-                .map(|(index, &width)| self.input(seed ^ index, [tokens, width]))
-                .map(|output| (output.tested, output.reference))
-                .unzip();
-            let (mut tested, mut references) = (Vec::new(), Vec::new());
-            let mut largest = 1.0_f32;
-            for (index, (ends, ranks, scale)) in (1_u32..).zip(runs) {
-                let mut ends = ends.map(|end| end.index(tokens + 1));
-                ends.sort_unstable();
-                let seed = seed ^ (index << 8);
-                let mut rank = 0;
-                let (ups, reference_ups) = (1..)
-                    .zip(widths.iter().zip(ranks))
-                    .map(|(index, (&width, own))| {
-                        let own = rank..rank + own?;
-                        rank = own.end;
-                        let up = self.input_of(dtype, seed ^ index, [width, own.len()]);
-                        // Typical magnitude of two products after each other.
-                        largest = largest.max((16.0 * (d_in * own.len()) as f32).sqrt());
-                        Some((
-                            LowRankUp {
-                                rank: own.clone(),
-                                up: up.tested,
-                                scale,
-                            },
-                            LowRankUp {
-                                rank: own,
-                                up: up.reference.cast(dtype),
-                                scale,
-                            },
-                        ))
-                    })
-                    .map(Option::unzip)
-                    .unzip();
-                // Rows that no output uses.
-                let down = self.input_of(dtype, seed, [rank + 1, d_in]);
-                tested.push(LowRankRun {
-                    tokens: ends[0]..ends[1],
-                    down: down.tested,
-                    ups,
-                });
-                references.push(LowRankRun {
-                    tokens: ends[0]..ends[1],
-                    down: down.reference.cast(dtype),
-                    ups: reference_ups,
-                });
-            }
-            let tested = B::add_low_rank(outputs, x.tested, &tested);
-            let reference = defaults::add_low_rank(reference_outputs, x.reference, &references);
-            for (tested, reference) in tested.into_iter().zip(reference) {
-                // A sum near the middle between two bf16 may be rounded to either.
-                let tolerance = if dtype == DType::BF16 { 4e-3 } else { 0.0 };
-                let tolerance = self.extent.product_tolerance.max(tolerance);
-                self.compare_within(tolerance, tested, reference, largest)?;
-            }
-            Ok(())
+        self.check_products(low_rank(), |case| {
+            let x = self.input(case.seed, [case.tokens, case.d_in]);
+            let outputs = (1..).zip(&case.widths);
+            let outputs =
+                outputs.map(|(index, &width)| self.input(case.seed ^ index, [case.tokens, width]));
+            let (tested, reference): (Vec<_>, Vec<_>) =
+                outputs.map(|it| (it.tested, it.reference)).unzip();
+            let runs = self.low_rank_runs(&case);
+            self.compare_low_rank(
+                &case,
+                B::add_low_rank(tested, x.tested, &runs.tested),
+                defaults::add_low_rank(reference, x.reference, &runs.reference),
+            )
         });
+    }
+
+    pub(crate) fn fused_linears(&self) {
+        self.check_products(low_rank(), |case| {
+            let dtype = self.matrix_dtype(&case);
+            let x = self.input(case.seed, [case.tokens, case.d_in]);
+            let layers = (1..).zip(&case.widths).map(|(index, &width)| {
+                let weight = self.input_of(dtype, case.seed ^ index, [width, case.d_in]);
+                let bias = (index % 2 == 1)
+                    .then(|| self.input_of(dtype, case.seed ^ index, [width]))
+                    .map(|bias| (bias.tested, bias.reference))
+                    .unzip();
+                (
+                    (weight.tested, bias.0),
+                    (weight.reference.cast(dtype), bias.1),
+                )
+            });
+            let (tested, reference): (Vec<_>, Vec<_>) = layers.unzip();
+            let runs = self.low_rank_runs(&case);
+            self.compare_low_rank(
+                &case,
+                B::fused_linears(x.tested, tested, &runs.tested),
+                defaults::fused_linears(x.reference, reference, &runs.reference),
+            )
+        });
+    }
+
+    /// The dtype of a case's matrices: the case's if the device has it, else f32.
+    fn matrix_dtype(&self, case: &LowRank) -> DType {
+        if B::supports_dtype(&self.device, case.matrices) {
+            case.matrices
+        } else {
+            DType::F32
+        }
+    }
+
+    fn low_rank_runs(&self, case: &LowRank) -> LowRankRuns<B> {
+        let dtype = self.matrix_dtype(case);
+        let mut runs = LowRankRuns {
+            tested: Vec::new(),
+            reference: Vec::new(),
+        };
+        for (index, run) in (1_u32..).zip(&case.runs) {
+            let mut ends = run.ends.map(|end| end.index(case.tokens + 1));
+            ends.sort_unstable();
+            let (seed, mut rank) = (case.seed ^ (index << 8), 0);
+            let ups = (1..).zip(case.widths.iter().zip(&run.ranks));
+            let (ups, reference_ups) = ups
+                .map(|(index, (&width, own))| {
+                    let own = rank..rank + (*own)?;
+                    rank = own.end;
+                    let up = self.input_of(dtype, seed ^ index, [width, own.len()]);
+                    let tested = LowRankUp {
+                        rank: own.clone(),
+                        up: up.tested,
+                        scale: run.scale,
+                    };
+                    let reference = LowRankUp {
+                        rank: own,
+                        up: up.reference.cast(dtype),
+                        scale: run.scale,
+                    };
+                    Some((tested, reference))
+                })
+                .map(Option::unzip)
+                .unzip();
+            // One row is for no output.
+            let down = self.input_of(dtype, seed, [rank + 1, case.d_in]);
+            runs.tested.push(LowRankRun {
+                tokens: ends[0]..ends[1],
+                down: down.tested,
+                ups,
+            });
+            runs.reference.push(LowRankRun {
+                tokens: ends[0]..ends[1],
+                down: down.reference.cast(dtype),
+                ups: reference_ups,
+            });
+        }
+        runs
+    }
+
+    fn compare_low_rank(
+        &self,
+        case: &LowRank,
+        tested: Vec<Tensor<B, 2>>,
+        reference: Vec<Tensor<Flex, 2>>,
+    ) -> Result<(), TestCaseError> {
+        // Typical magnitude of two products after each other.
+        let ranks = case.runs.iter().flat_map(|run| run.ranks.iter().flatten());
+        let most = ranks.max().copied().unwrap_or(1);
+        let scale = (16.0 * (case.d_in * most) as f32).sqrt();
+        // A sum near the middle between two bf16 may be rounded to either.
+        let rounds = case.matrices == DType::BF16;
+        let tolerance = if rounds { 4e-3 } else { 0.0 };
+        let tolerance = self.extent.product_tolerance.max(tolerance);
+        for (tested, reference) in tested.into_iter().zip(reference) {
+            self.compare_within(tolerance, tested, reference, scale)?;
+        }
+        Ok(())
     }
 
     pub(crate) fn rms_norm(&self) {
@@ -720,6 +759,50 @@ fn packed_sequences() -> impl Strategy<Value = PackedSequences> {
             group,
             head_dim,
             causal,
+            seed,
+        },
+    )
+}
+
+/// Low-rank updates of up to three outputs.
+#[derive(Debug, Clone)]
+struct LowRank {
+    tokens: usize,
+    d_in: usize,
+    widths: Vec<usize>,
+    matrices: DType,
+    runs: Vec<LowRankPart>,
+    seed: u32,
+}
+
+#[derive(Debug, Clone)]
+struct LowRankPart {
+    /// The first token and the end, in any order.
+    ends: [Index; 2],
+    /// For each output; `None` if it is not changed.
+    ranks: Vec<Option<usize>>,
+    scale: f32,
+}
+
+struct LowRankRuns<B: FusedOps> {
+    tested: Vec<LowRankRun<B>>,
+    reference: Vec<LowRankRun<Flex>>,
+}
+
+/// Up to three runs, which may overlap or be empty.
+fn low_rank() -> impl Strategy<Value = LowRank> {
+    let rank = option::of(select(vec![1, 2, 3, 7, 16, 33, 65, 70]));
+    let run = (any::<[Index; 2]>(), vec(rank, 3), select(vec![0.5, -1.5]));
+    let run = run.prop_map(|(ends, ranks, scale)| LowRankPart { ends, ranks, scale });
+    let matrices = select(vec![DType::F32, DType::BF16, DType::F16]);
+    let sizes = (size(), size(), vec(size(), 1..4));
+    (sizes, matrices, vec(run, 0..4), any::<u32>()).prop_map(
+        |((tokens, d_in, widths), matrices, runs, seed)| LowRank {
+            tokens,
+            d_in,
+            widths,
+            matrices,
+            runs,
             seed,
         },
     )

@@ -139,7 +139,9 @@ fn files_over_the_limit_are_not_read() {
         .unwrap()
         .set_len(MAX_FILE_BYTES + 1)
         .unwrap();
-    assert!(refusal(&path).ends_with("the file has 4294967297 bytes, and the most is 4294967296"));
+    assert!(refusal(&path).ends_with(
+        "the file has 4294967297 bytes, and the most is 4294967296: use a smaller adapter"
+    ));
 }
 
 /// A LoHa of rank 23 has 600 times more values in its dense form than in its file.
@@ -182,7 +184,7 @@ fn factors_that_need_too_much_memory_are_not_read() {
     assert_eq!(
         open(&targets).unwrap_err().to_string(),
         "the adapter x.safetensors cannot be loaded: in memory its factors need 8606711808 bytes, and \
-         the most is 8589934592"
+         the most is 8589934592: use a smaller adapter"
     );
 }
 

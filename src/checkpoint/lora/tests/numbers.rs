@@ -171,6 +171,10 @@ fn patterns_match_the_ends_of_names() {
         (r#"{"to_q": 16, "attn.to_q": 32}"#, 4.0),
         (r#"{"attn.to_q": 32, "to_q": 16}"#, 8.0),
         (r#"{"z": 1, "to_q": 16, "a": 1}"#, 4.0),
+        (r#"{"to_q": 16, "attn\\.to_q": 32}"#, 4.0),
+        (r#"{"attn\\.to_q": 32, "to_q": 16}"#, 8.0),
+        // A dot matches anything.
+        (r#"{"attn.to.q": 16}"#, 4.0),
         // Not at a dot, not at the end, not from the start.
         (r#"{"o_q": 16}"#, 0.25),
         (r#"{"attn": 16}"#, 0.25),
@@ -235,7 +239,8 @@ fn ranks_must_agree_with_the_tensors() {
     assert_eq!(
         peft_refusal(&one_layer(), &json!({"r": 16, "lora_alpha": 2})),
         "the adapter DIR cannot be loaded: adapter_config.json declares rank 16 for \
-         transformer_blocks.0.attn.to_q, and its tensors have rank 4"
+         transformer_blocks.0.attn.to_q, and its tensors have rank 4: correct the \
+         declaration"
     );
 }
 
@@ -280,10 +285,9 @@ fn configurations_that_factors_do_not_express_are_refused() {
         assert!(refusal.contains(expected), "{refusal}");
     }
     let file = one_layer().with_metadata("lora_alpha", "large");
-    assert!(
-        file.refusal()
-            .ends_with("lora_alpha in the file's header is not valid (\"large\" is not a number)")
-    );
+    assert!(file.refusal().ends_with(
+        "lora_alpha in the file's header is not valid (\"large\" is not a number): correct it"
+    ));
     let file = one_layer().with_metadata("lora_adapter_metadata", "{");
     assert!(
         file.refusal()

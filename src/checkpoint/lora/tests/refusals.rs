@@ -401,9 +401,15 @@ fn layers_that_are_there_twice() {
 
 #[test]
 fn files_that_change_nothing() {
-    assert_refused(&TestFile::default(), "it changes no layer of the model");
+    assert_refused(
+        &TestFile::default(),
+        "it changes no layer of the model: use an adapter for Qwen-Image",
+    );
     let leftover = TestFile::default().with("x.num_batches_tracked", Tensor::scalar(1.0));
-    assert_refused(&leftover, "it changes no layer of the model");
+    assert_refused(
+        &leftover,
+        "it changes no layer of the model: use an adapter for Qwen-Image",
+    );
     let options = LoraOptions {
         ignore_text_encoder: true,
     };

@@ -224,7 +224,8 @@ fn metadata_and_configuration_give_the_same_form() {
 
 #[test]
 fn every_prefix_and_ending_gives_the_same_form() {
-    let factors = factors(Dtype::F32);
+    let mut factors = factors(Dtype::F32);
+    factors.retain(|(path, ..)| !path.contains("blocks.0"));
     for alpha in [0.0, 8.0] {
         let expected = expected(&factors, alpha);
         for endings in ENDINGS {
