@@ -41,6 +41,7 @@ pub(super) struct Report<'a> {
     #[serde(skip_serializing_if = "Vec::is_empty")]
     adapters: Vec<Adapter<'a>>,
     /// The adapter that was merged into the model.
+    #[serde(skip_serializing_if = "Option::is_none")]
     merged_adapter: Option<Adapter<'a>>,
     /// The step cache, as in a request.
     cache: Value,
