@@ -490,6 +490,45 @@ fn the_demo_model_knows_each_word_of_its_guide() {
 }
 
 #[test]
+fn the_adapters_of_the_demo_model_fit_its_transformer() {
+    let demo = Checkpoint::demo().unwrap();
+    let weights = &demo.parts().transformer;
+    // diffusers' names, and those of Lightning's files.
+    let halves = [
+        ("lora_A.weight", "lora_B.weight"),
+        ("lora_down.weight", "lora_up.weight"),
+    ];
+    for ((name, content, recipe), (down, up)) in demo_adapters().iter().zip(halves) {
+        assert!(content.len() < 1_000_000, "{name}: {} bytes", content.len());
+        let adapter = ::safetensors::SafeTensors::deserialize(content).unwrap();
+        let mut modules = 0;
+        for (tensor, a) in adapter.iter() {
+            let Some(path) = tensor.strip_suffix(down) else {
+                assert!(
+                    tensor.ends_with(up) || tensor.ends_with(".alpha"),
+                    "{tensor}"
+                );
+                continue;
+            };
+            let b = adapter.tensor(&format!("{path}{up}")).unwrap();
+            let weight = path.trim_start_matches("transformer.").to_owned() + "weight";
+            let shape = weights.info(&weight).unwrap().shape;
+            assert_eq!([b.shape()[0], a.shape()[1]], *shape, "{name}: {tensor}");
+            assert_eq!(a.shape()[0], b.shape()[1], "{name}: {tensor}");
+            assert_eq!(a.dtype(), ::safetensors::Dtype::BF16, "{name}: {tensor}");
+            modules += 1;
+        }
+        // Five blocks of 12 linears, and the two of modulation.
+        assert_eq!(modules, if recipe.is_some() { 60 } else { 70 }, "{name}");
+        if let Some(recipe) = recipe {
+            let recipe: serde_json::Value = serde_json::from_str(recipe).unwrap();
+            assert_eq!(recipe["steps"], 4);
+            assert_eq!(recipe["true_cfg_scale"], 1.0);
+        }
+    }
+}
+
+#[test]
 fn a_byte_order_mark_in_a_configuration_is_skipped() {
     let folder = model();
     let index = "transformer/diffusion_pytorch_model.safetensors.index.json";
