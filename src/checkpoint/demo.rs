@@ -1,4 +1,4 @@
-//! The demo model of `models/demo` and its adapters, embedded in the binary.
+//! The demo model of `models/demo` and its adapter, embedded in the binary.
 
 use std::sync::Arc;
 
@@ -103,21 +103,11 @@ pub type EmbeddedAdapter = (&'static str, &'static [u8], Option<&'static str>);
 
 /// The LoRA adapters of the demo model.
 pub fn demo_adapters() -> &'static [EmbeddedAdapter] {
-    static ADAPTERS: [EmbeddedAdapter; 2] = [
-        (
-            "stripes.safetensors",
-            safetensors!("lora/stripes.safetensors"),
-            None,
-        ),
-        (
-            "lightning-4steps.safetensors",
-            safetensors!("lora/lightning-4steps.safetensors"),
-            Some(include_str!(concat!(
-                env!("CARGO_MANIFEST_DIR"),
-                "/models/demo/lora/lightning-4steps.json"
-            ))),
-        ),
-    ];
+    static ADAPTERS: [EmbeddedAdapter; 1] = [(
+        "stripes.safetensors",
+        safetensors!("lora/stripes.safetensors"),
+        None,
+    )];
     &ADAPTERS
 }
 

@@ -11,7 +11,7 @@
 //! - `mapped`, `bus_errors`: memory maps of files that may change or fail while they are in use
 //! - `safetensors`: a reader of weight files; another format is another module beside it
 //! - `dummy`: random weights
-//! - `demo`, `qwen_image`: the demo model with its adapters, and the configurations of Qwen-Image
+//! - `demo`, `qwen_image`: the demo model with its adapter, and the configurations of Qwen-Image
 //!
 //! [`TensorSource`]: kiln_models::TensorSource
 
