@@ -6,7 +6,7 @@
 
     python models/demo/evaluate.py                                # with diffusers
     python models/demo/evaluate.py --server http://127.0.0.1:8091 # with a running `kiln serve`
-    python models/demo/evaluate.py --lora models/demo/lora/stripes.safetensors --lora-scale 0.5
+    python models/demo/evaluate.py --lora models/demo/lora/stripes.safetensors
 
 Generates images of attribute combinations that `train.py` holds out, classifies each by geometry
 (scenes.py) and prints the share of images with each attribute right, and how clearly the shapes are striped. With
@@ -40,7 +40,7 @@ STRIPED = 0.5
 Generate = Callable[[str, int, int, int, float, int], np.ndarray]
 
 
-def diffusers_generate(model: Path, lora: Path | None, lora_scale: float, recipe: dict) -> Generate:
+def diffusers_generate(model: Path, lora: Path | None, lora_scale: float, shift: float | None) -> Generate:
     import torch
     from diffusers import FlowMatchEulerDiscreteScheduler, QwenImagePipeline
 
@@ -49,10 +49,9 @@ def diffusers_generate(model: Path, lora: Path | None, lora_scale: float, recipe
     if lora:
         pipe.load_lora_weights(lora, adapter_name="evaluated")
         pipe.set_adapters("evaluated", lora_scale)
-    if "shift" in recipe:
-        mu = math.log(recipe["shift"])
+    if shift:
         pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_config(
-            pipe.scheduler.config, base_shift=mu, max_shift=mu, shift_terminal=recipe.get("terminal")
+            pipe.scheduler.config, base_shift=math.log(shift), max_shift=math.log(shift), shift_terminal=None
         )
 
     def generate(prompt: str, height: int, width: int, steps: int, scale: float, seed: int) -> np.ndarray:
@@ -65,7 +64,7 @@ def diffusers_generate(model: Path, lora: Path | None, lora_scale: float, recipe
     return generate
 
 
-def server_generate(url: str, lora: Path | None, lora_scale: float) -> Generate:
+def server_generate(url: str, lora: Path | None, lora_scale: float, shift: float | None) -> Generate:
     def generate(prompt: str, height: int, width: int, steps: int, scale: float, seed: int) -> np.ndarray:
         settings = dict(
             height=height, width=width, num_inference_steps=steps, true_cfg_scale=scale, negative_prompt=" ",
@@ -73,6 +72,8 @@ def server_generate(url: str, lora: Path | None, lora_scale: float) -> Generate:
         )  # fmt: skip
         if lora:
             settings["lora"] = {"name": lora.stem, "scale": lora_scale}
+        if shift:
+            settings["shift"] = shift
         body = {"messages": [{"role": "user", "content": prompt}], "extra_body": settings}
         request = urllib.request.Request(
             url.rstrip("/") + "/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
@@ -116,25 +117,22 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=200)
     parser.add_argument("--lora", type=Path, help="adapter file; a server has it in its folder of adapters")
     parser.add_argument("--lora-scale", type=float, default=1.0)
-    parser.add_argument("--steps", type=int, help="default: as the adapter's recipe says, else 20")
-    parser.add_argument("--scale", type=float, help="guidance scale; default: as the adapter's recipe says, else 4")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--scale", type=float, default=4.0)
+    parser.add_argument("--shift", type=float, help="fixed time shift, not stretched to a terminal sigma")
     parser.add_argument("--side", type=int, default=128)
     parser.add_argument("--other-count", type=int, default=40, help="number of images of each of the other sizes")
     parser.add_argument("--save", type=Path, help="folder for the images")
     args = parser.parse_args()
-    sidecar = args.lora and args.lora.with_suffix(".json")
-    recipe = json.loads(sidecar.read_text()) if sidecar and sidecar.exists() else {}
-    steps = args.steps or recipe.get("steps", 20)
-    scale = recipe.get("true_cfg_scale", 4.0) if args.scale is None else args.scale
     if args.server:
-        generate = server_generate(args.server, args.lora, args.lora_scale)
+        generate = server_generate(args.server, args.lora, args.lora_scale, args.shift)
     else:
-        generate = diffusers_generate(args.model, args.lora, args.lora_scale, recipe)
+        generate = diffusers_generate(args.model, args.lora, args.lora_scale, args.shift)
     failed = False
     for (height, width), count in [((args.side, args.side), args.count), *((s, args.other_count) for s in OTHER_SIZES)]:
         if count == 0:
             continue
-        shares = measure(generate, count, height, width, steps, scale, args.save)
+        shares = measure(generate, count, height, width, args.steps, args.scale, args.save)
         print(f"{width}x{height}, {count} images: " + ", ".join(f"{k} {v:.1%}" for k, v in shares.items()), flush=True)
         bounds = BOUNDS if (height, width) == (args.side, args.side) else {k: BOUNDS[k] for k in ("background", "colour")}
         failed |= any(shares[name] < bound for name, bound in bounds.items())

@@ -1,4 +1,4 @@
-//! The demo model of `models/demo` and its adapters, embedded in the binary.
+//! The demo model of `models/demo` and its adapter, embedded in the binary.
 
 use std::sync::Arc;
 

@@ -12,7 +12,7 @@
 //! - `safetensors`: a reader of weight files; another format is another module beside it
 //! - [`lora`]: adapter files
 //! - `dummy`: random weights
-//! - `demo`, `qwen_image`: the demo model with its adapters, and the configurations of Qwen-Image
+//! - `demo`, `qwen_image`: the demo model with its adapter, and the configurations of Qwen-Image
 //!
 //! [`TensorSource`]: kiln_models::TensorSource
 

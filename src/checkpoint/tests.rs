@@ -490,6 +490,34 @@ fn the_demo_model_knows_each_word_of_its_guide() {
 }
 
 #[test]
+fn the_adapters_of_the_demo_model_fit_its_transformer() {
+    let demo = Checkpoint::demo().unwrap();
+    let weights = &demo.parts().transformer;
+    for (name, content, recipe) in demo_adapters() {
+        assert!(content.len() < 1_000_000, "{name}: {} bytes", content.len());
+        let adapter = ::safetensors::SafeTensors::deserialize(content).unwrap();
+        let mut modules = 0;
+        for (tensor, a) in adapter.iter() {
+            let Some(path) = tensor.strip_suffix("lora_A.weight") else {
+                assert!(tensor.ends_with("lora_B.weight"), "{name}: {tensor}");
+                continue;
+            };
+            let b = adapter.tensor(&format!("{path}lora_B.weight")).unwrap();
+            let weight = path.strip_prefix("transformer.").unwrap().to_owned() + "weight";
+            let shape = weights.info(&weight).unwrap().shape;
+            assert_eq!([b.shape()[0], a.shape()[1]], *shape, "{name}: {tensor}");
+            assert_eq!(a.shape()[0], b.shape()[1], "{name}: {tensor}");
+            assert_eq!(a.dtype(), ::safetensors::Dtype::BF16, "{name}: {tensor}");
+            modules += 1;
+        }
+        // Five blocks of 12 linears, and the two of modulation.
+        assert_eq!(modules, 70, "{name}");
+        assert_eq!(adapter.len(), 2 * modules, "{name}");
+        assert!(recipe.is_none(), "{name}");
+    }
+}
+
+#[test]
 fn a_byte_order_mark_in_a_configuration_is_skipped() {
     let folder = model();
     let index = "transformer/diffusion_pytorch_model.safetensors.index.json";
