@@ -2,9 +2,10 @@
 //! in turn: `cargo bench -p kiln-ops --features flex --bench low_rank -- [WIDTH] [IMAGE_TOKENS]
 //! [TEXT_TOKENS] [ROUNDS]`.
 //!
-//! Prints the medians of the times, and for each rank the median of its ratio to the layers alone in
-//! the same round: for the kernel and for the default body. On Linux a time is the processor time of all
-//! threads, on which other programs have little influence.
+//! Prints the medians and the least of the times, and for each rank the median of its ratio to the layers
+//! alone in the same round: for the kernel and for the default body. The other ops of a block are timed
+//! once in each round; the ratio of the block is that of the layers and these ops together. On Linux a
+//! time is the processor time of all threads, on which other programs have little influence.
 
 #![expect(clippy::print_stdout, reason = "the benchmark prints a table")]
 
@@ -15,9 +16,11 @@ use std::time::Instant;
 
 use burn_flex::{Flex, FlexDevice};
 use burn_tensor::{DType, Distribution, Tensor};
-use kiln_ops::{FusedOps, LowRankRun, LowRankUp, defaults};
+use kiln_ops::{FusedOps, LowRankRun, LowRankUp, Rope, TokenRun, defaults};
 
 const RANKS: [usize; 3] = [16, 64, 128];
+const HEAD: usize = 128;
+const EPS: f64 = 1e-6;
 
 type Float<const D: usize> = Tensor<Flex, D>;
 type Linears =
@@ -83,6 +86,62 @@ fn time(groups: &[Group], linears: Linears, rank: Option<usize>) -> f64 {
     clock() - start
 }
 
+/// The ops of a block besides its linear layers, in f32 as flex computes them for every dtype.
+struct Others {
+    image: usize,
+    text: usize,
+    /// `[tokens, width]`
+    x: Float<2>,
+    /// `[tokens, 4 · width]`
+    wide: Float<2>,
+    row: Float<2>,
+    norm: Float<1>,
+    rope: Rope<Flex>,
+}
+
+impl Others {
+    fn new(width: usize, image: usize, text: usize) -> Self {
+        let angles: Float<2> = random([image + text, HEAD / 2], 1.0);
+        Self {
+            image,
+            text,
+            x: random([image + text, width], 1.0),
+            wide: random([image + text, 4 * width], 1.0),
+            row: random([1, width], 1.0),
+            norm: random([HEAD], 1.0),
+            rope: Rope {
+                cos: angles.clone().cos(),
+                sin: angles.sin(),
+            },
+        }
+    }
+
+    fn time(&self) -> f64 {
+        let start = clock();
+        let [tokens, width] = self.x.dims();
+        let heads = |x: Float<2>| x.reshape([tokens, width / HEAD, HEAD]);
+        let norm = |x: Float<3>| Flex::qk_norm_rope(x, self.norm.clone(), &self.rope, EPS);
+        let runs = [TokenRun { tokens, row: 0 }];
+        let row = || self.row.clone();
+        let modulated = || Flex::layer_norm_modulate(self.x.clone(), row(), row(), &runs, EPS);
+        let add = |x: Float<2>| Flex::gated_residual(self.x.clone(), row(), x, &runs);
+        // Queries, keys and values of both streams are packed, and the outputs taken apart.
+        let packed = || {
+            let part = |first, count| self.x.clone().narrow(0, first, count);
+            heads(Tensor::cat(
+                vec![part(self.image, self.text), part(0, self.image)],
+                0,
+            ))
+        };
+        let (query, key, value) = (norm(packed()), norm(packed()), packed());
+        let attended = Flex::packed_attention(query, key, value, &[tokens], false);
+        black_box((modulated(), add(attended)));
+        let wide = Flex::gelu_tanh(self.wide.clone());
+        black_box((modulated(), wide, add(self.x.clone())));
+        clock() - start
+    }
+}
+
 fn median(mut values: Vec<f64>) -> f64 {
     values.sort_by(f64::total_cmp);
     values[values.len() / 2]
@@ -117,22 +176,34 @@ fn main() {
                 cases.push((format!("rank {rank}, {name}"), linears, Some(index)));
             }
         }
+        let others = Others::new(width, image, text);
         let mut times = vec![Vec::new(); cases.len()];
+        let mut other_times = Vec::new();
         for _ in 0..=rounds {
+            other_times.push(others.time());
             for ((_, linears, rank), times) in cases.iter().zip(&mut times) {
                 times.push(time(&groups, *linears, *rank));
             }
         }
         println!("{width} wide, {image} and {text} tokens, {dtype:?}:");
+        let least = |times: &[f64]| times.iter().copied().fold(f64::MAX, f64::min);
+        let rest = least(&other_times);
+        println!(
+            "{:24} {:8.3} ms; least {:8.3} ms",
+            "other ops",
+            1e3 * median(other_times[1..].to_vec()),
+            1e3 * rest,
+        );
         for ((name, ..), own) in cases.iter().zip(&times) {
             // The first round warms up.
             let ratios = own.iter().zip(&times[0]).skip(1).map(|(a, b)| a / b);
-            let least = own.iter().copied().fold(f64::MAX, f64::min);
             println!(
-                "{name:24} {:8.3} ms, {:6.3} times none; least {:8.3} ms",
+                "{name:24} {:8.3} ms, {:6.3} times none; least {:8.3} ms, {:6.3} times none, block {:6.3}",
                 1e3 * median(own[1..].to_vec()),
                 median(ratios.collect()),
-                1e3 * least,
+                1e3 * least(own),
+                least(own) / least(&times[0]),
+                (least(own) + rest) / (least(&times[0]) + rest),
             );
         }
     }
