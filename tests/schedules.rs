@@ -108,7 +108,7 @@ fn a_fused_lightning_checkpoint_is_that_of_diffusers() {
     assert_eq!(report["true_cfg_scale"], 1.0);
     assert_eq!(report["schedule"]["origin"], "model");
     assert_eq!(report["schedule"]["name"], "lightning");
-    assert_eq!(report["warnings"], json!([]));
+    assert!(report["warnings"].is_null());
 
     let guided = ["--steps", "8", "--true-cfg-scale", "4"];
     let report = compared("lightning_guided", &model, &guided);
@@ -147,7 +147,7 @@ fn requested_levels_are_those_of_diffusers() {
         let report = compared(case, &base, args);
         assert_eq!(report["schedule"]["origin"], "request", "{args:?}");
         assert_eq!(report["schedule"]["name"], json!(origin_name), "{args:?}");
-        assert_eq!(report["warnings"], json!([]), "{args:?}");
+        assert!(report["warnings"].is_null(), "{args:?}");
     }
 }
 

@@ -37,7 +37,8 @@ pub(super) struct Status {
     limits: RequestLimits,
     defaults: Defaults,
     adapters: AdapterStatus,
-    /// What a distilled model, or the adapter that is merged into it, was trained for; null for others.
+    /// What a distilled model, or the adapter that is merged into it, was trained for; absent for others.
+    #[serde(skip_serializing_if = "Option::is_none")]
     model_recipe: Option<ModelRecipe>,
     /// Hints for prompts, for a model that knows only some words; null for others.
     prompt_guide: Option<Guide>,

@@ -81,6 +81,8 @@ fn the_report_says_how_and_how_long() {
     let device = report["device"].take();
     assert!(device.as_str().unwrap().starts_with("flex:0 ("), "{device}");
     report["images"].take();
+    let sigmas = report["schedule"]["sigmas"].take();
+    assert_eq!(sigmas.as_array().map(Vec::len), Some(2), "{sigmas}");
     assert_eq!(
         report,
         json!({
@@ -94,6 +96,9 @@ fn the_report_says_how_and_how_long() {
             "true_cfg_scale": 4.0,
             "guidance": false,
             "num_inference_steps": 2,
+            "schedule": {
+                "origin": "model", "name": null, "shift": null, "terminal": null, "sigmas": null,
+            },
             "cache": "off",
             "cfg_gate_step": 1.0,
             "computed_steps": 2,

@@ -382,28 +382,14 @@ fn adapters_that_do_not_fit_together_or_are_none_are_refused() {
     assert_eq!(generate(&server, &json!({"lora": ""})).status, 200);
 }
 
-/// A file that is refused: name, content, and the reason.
-type Refused = (&'static str, Vec<u8>, String);
-
-/// A key of a factor of [`LAYER`].
-fn key(part: &str) -> String {
-    format!("transformer.{LAYER}.{part}")
-}
-
-/// An adapter of [`LAYER`] and one more tensor.
-fn lora_and(more: &str, shape: &[usize]) -> Vec<u8> {
-    let [a, b] = ["lora_A.weight", "lora_B.weight"].map(key);
-    safetensors(&[(&a, &[2, 32], 0.1), (&b, &[32, 2], 0.1), (more, shape, 0.1)])
-}
-
-/// Files that are no adapters, or not whole.
-fn broken_files() -> Vec<Refused> {
-    let [a, b] = ["lora_A.weight", "lora_B.weight"].map(key);
-    let down: (&str, &[usize], f32) = (&a, &[2, 32], 0.1);
+/// Files that are refused: name, content, and the reason.
+#[expect(clippy::too_many_lines, reason = "one entry for each reason")]
+fn refused_files() -> Vec<(&'static str, Vec<u8>, String)> {
+    let [a, b] = ["lora_A", "lora_B"].map(|part| format!("transformer.{LAYER}.{part}.weight"));
+    let pair: [(&str, &[usize], f32); 2] = [(&a, &[2, 32], 0.1), (&b, &[32, 2], 0.1)];
+    let with = |key: &str, shape: &[usize]| safetensors(&[pair[0], pair[1], (key, shape, 0.1)]);
+    let only = |key: &str| safetensors(&[(key, &[2, 32], 0.1)]);
     let of_rank = |rank| safetensors(&[(&a, &[rank, 32], 0.1), (&b, &[32, rank], 0.1)]);
-    let rank = |rank: usize| {
-        format!("it has the key {a} of rank {rank}: ranks from 1 to 512 can be loaded")
-    };
     let whole = lora(0.1);
     let bytes = whole.len();
     let header = bytes - 2 * 64 * 4;
@@ -413,80 +399,108 @@ fn broken_files() -> Vec<Refused> {
              damaged, copy or download it again"
         )
     };
-    let lone = format!(
-        "it has the key {a} without lora_B (lora_up) for the same layer: the file is incomplete"
+    let foreign = |key: &str, family: &str| {
+        let key = format!("it has the key {key}, which names no linear layer of this model");
+        format!("{key}{family}: use an adapter for Qwen-Image")
+    };
+    let rank = |rank: usize| {
+        format!("it has the key {a} of rank {rank}: ranks from 1 to 512 can be loaded")
+    };
+    let unknown = "transformer.x.lora_A.weight";
+    let flux = "transformer.single_transformer_blocks.0.attn.to_q.lora_A.weight";
+    let sdxl = "lora_unet_input_blocks_1_1_proj_in.lora_down.weight";
+    let wan = "diffusion_model.blocks.0.self_attn.q.lora_A.weight";
+    let text = "lora_te1_x.lora_down.weight";
+    let (dora, bias) = (
+        format!("transformer.{LAYER}.dora_scale"),
+        format!("transformer.{LAYER}.diff_b"),
     );
-    let shape = format!(
-        "it has the key {b} of shape [16, 2] where [32, 2] is needed: use an adapter for this model"
-    );
-    let pickle = "the file is a pickle of PyTorch, which can run code when it is read: convert it to \
-                  safetensors";
-    let empty = "the file is empty: copy or download it again";
+    let pickle = b"\x80\x02}q\x00.".to_vec();
     vec![
-        ("lone-a", safetensors(&[down]), lone),
-        ("shape", safetensors(&[down, (&b, &[16, 2], 0.1)]), shape),
+        ("unknown-key", with(unknown, &[2, 32]), foreign(unknown, "")),
+        (
+            "lone-a",
+            safetensors(&pair[..1]),
+            format!(
+                "it has the key {a} without lora_B (lora_up) for the same layer: the file is incomplete"
+            ),
+        ),
+        (
+            "shape",
+            safetensors(&[pair[0], (&b, &[16, 2], 0.1)]),
+            format!(
+                "it has the key {b} of shape [16, 2] where [32, 2] is needed: use an adapter for this model"
+            ),
+        ),
         ("rank-0", of_rank(0), rank(0)),
         ("rank-513", of_rank(513), rank(513)),
-        ("empty", Vec::new(), empty.to_owned()),
+        (
+            "empty",
+            Vec::new(),
+            "the file is empty: copy or download it again".to_owned(),
+        ),
         ("cut-header", whole[..20].to_vec(), incomplete(20, header)),
         (
             "cut",
             whole[..bytes - 4].to_vec(),
             incomplete(bytes - 4, bytes),
         ),
-        ("pickle", b"\x80\x02}q\x00.".to_vec(), pickle.to_owned()),
-    ]
-}
-
-/// Files with keys that the model has no place for.
-fn files_of_others() -> Vec<Refused> {
-    let only = |key: &str| safetensors(&[(key, &[2, 32], 0.1)]);
-    let foreign = |key: &str, family: &str| {
-        let key = format!("it has the key {key}, which names no linear layer of this model");
-        format!("{key}{family}: use an adapter for Qwen-Image")
-    };
-    let unknown = "transformer.x.lora_A.weight";
-    let flux = "transformer.single_transformer_blocks.0.attn.to_q.lora_A.weight";
-    let sdxl = "lora_unet_input_blocks_1_1_proj_in.lora_down.weight";
-    let wan = "diffusion_model.blocks.0.self_attn.q.lora_A.weight";
-    let seems = |family: &str| format!(". It seems to be made for {family}");
-    let text = "lora_te1_x.lora_down.weight";
-    let [dora, bias] = ["dora_scale", "diff_b"].map(key);
-    let text_reason = format!(
-        "it has {text}: changes of the text encoder cannot be loaded. --lora-ignore-text-encoder \
-         leaves them out"
-    );
-    let dora_reason = format!(
-        "it has {dora}: DoRA cannot be loaded. Merge it into the model with PEFT, or use an adapter \
-         that was trained as a plain LoRA"
-    );
-    let bias_reason = format!(
-        "it has {bias}: changes of biases cannot be loaded. Use an adapter that was trained without \
-         biases"
-    );
-    vec![
         (
-            "unknown-key",
-            lora_and(unknown, &[2, 32]),
-            foreign(unknown, ""),
+            "flux",
+            only(flux),
+            foreign(flux, ". It seems to be made for Flux"),
         ),
-        ("flux", only(flux), foreign(flux, &seems("Flux"))),
         (
             "sdxl",
             only(sdxl),
-            foreign(sdxl, &seems("SDXL or Stable Diffusion 1.5")),
+            foreign(
+                sdxl,
+                ". It seems to be made for SDXL or Stable Diffusion 1.5",
+            ),
         ),
-        ("wan", only(wan), foreign(wan, &seems("Wan"))),
-        ("text-encoder", lora_and(text, &[2, 32]), text_reason),
-        ("dora", lora_and(&dora, &[32, 1]), dora_reason),
-        ("bias", lora_and(&bias, &[32]), bias_reason),
+        (
+            "wan",
+            only(wan),
+            foreign(wan, ". It seems to be made for Wan"),
+        ),
+        (
+            "text-encoder",
+            with(text, &[2, 32]),
+            format!(
+                "it has {text}: changes of the text encoder cannot be loaded. \
+                 --lora-ignore-text-encoder leaves them out"
+            ),
+        ),
+        (
+            "dora",
+            with(&dora, &[32, 1]),
+            format!(
+                "it has {dora}: DoRA cannot be loaded. Merge it into the model with PEFT, or use an \
+                 adapter that was trained as a plain LoRA"
+            ),
+        ),
+        (
+            "bias",
+            with(&bias, &[32]),
+            format!(
+                "it has {bias}: changes of biases cannot be loaded. Use an adapter that was trained \
+                 without biases"
+            ),
+        ),
+        (
+            "pickle",
+            pickle,
+            "the file is a pickle of PyTorch, which can run code when it is read: convert it to \
+             safetensors"
+                .to_owned(),
+        ),
     ]
 }
 
 /// The status and each request have the reason, and the server lives on.
 #[test]
 fn files_are_refused_with_the_key() {
-    let mut refused = [broken_files(), files_of_others()].concat();
+    let mut refused = refused_files();
     let folder = folder();
     for (name, content, _) in &refused {
         fs::write(folder.path().join(format!("{name}.safetensors")), content).unwrap();

@@ -76,7 +76,7 @@ fn every_api_takes_the_levels_and_answers_with_them() {
     let server = start();
     let lightning = json!({
         "origin": "request", "name": "lightning", "shift": 3.0, "terminal": null,
-        "sigmas": [1.0_f32, 0.9_f32, 0.75_f32, 0.5_f32],
+        "sigmas": [1.0, 0.9, 0.75, 0.5],
     });
     let sigmas = json!({
         "origin": "request", "name": null, "shift": null, "terminal": null, "sigmas": [1.0, 0.5],

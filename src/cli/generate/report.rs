@@ -36,9 +36,12 @@ pub(super) struct Report<'a> {
     sampling: Sampling,
     schedule: &'a RequestSchedule,
     /// Values that do not fit each other.
+    #[serde(skip_serializing_if = "<[String]>::is_empty")]
     warnings: &'a [String],
+    #[serde(skip_serializing_if = "Vec::is_empty")]
     adapters: Vec<Adapter<'a>>,
     /// The adapter that was merged into the model.
+    #[serde(skip_serializing_if = "Option::is_none")]
     merged_adapter: Option<Adapter<'a>>,
     /// The step cache, as in a request.
     cache: Value,
