@@ -82,6 +82,18 @@ impl<K: Hash + Eq + Clone, V: Clone> Cache<K, V> {
         }
     }
 
+    /// Drops the values of the other keys.
+    pub(crate) fn retain(&mut self, keeps: impl Fn(&K) -> bool) {
+        let bytes = &mut self.counts.bytes;
+        self.kept.retain(|key, kept| {
+            let stays = keeps(key);
+            if !stays {
+                *bytes -= kept.bytes;
+            }
+            stays
+        });
+    }
+
     /// Drops all values. The counts of hits and misses stay.
     pub(crate) fn clear(&mut self) {
         self.kept.clear();
@@ -147,6 +159,17 @@ mod tests {
         ask(&mut cache, "b", 10);
         assert_eq!(ask(&mut cache, "b", 1), 10);
         assert_eq!((cache.counts().bytes, cache.counts().misses), (10, 2));
+    }
+
+    #[test]
+    fn values_that_are_not_retained_leave_their_room() {
+        let mut cache = Cache::new(10);
+        ask(&mut cache, "a", 6);
+        ask(&mut cache, "b", 3);
+        cache.retain(|key| *key == "b");
+        assert_eq!((cache.counts().entries, cache.counts().bytes), (1, 3));
+        ask(&mut cache, "c", 7);
+        assert_eq!(ask(&mut cache, "b", 1), 3);
     }
 
     #[test]

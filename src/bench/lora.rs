@@ -306,7 +306,7 @@ impl fmt::Display for LoraCosts {
         let layers = self.ranks.first().map_or(0, |cost| cost.layers);
         let table = Table {
             caption: format!(
-                "Random LoRAs of {layers} linear layers, one step of each in turn: medians in seconds"
+                "Random LoRAs of {layers} linear layers, one step of each in turn, medians in seconds"
             ),
             head: head.map(str::to_owned).to_vec(),
             rows: [none].into_iter().chain(ranks).collect(),

@@ -383,6 +383,7 @@ fn adapters_that_do_not_fit_together_or_are_none_are_refused() {
 }
 
 /// Files that are refused: name, content, and the reason.
+#[expect(clippy::too_many_lines, reason = "one entry for each reason")]
 fn refused_files() -> Vec<(&'static str, Vec<u8>, String)> {
     let [a, b] = ["lora_A", "lora_B"].map(|part| format!("transformer.{LAYER}.{part}.weight"));
     let pair: [(&str, &[usize], f32); 2] = [(&a, &[2, 32], 0.1), (&b, &[32, 2], 0.1)];

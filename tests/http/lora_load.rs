@@ -229,6 +229,10 @@ fn eight_clients_with_eight_adapters_share_caches_of_fewer() {
     assert_eq!(after.0.keys().find(failed), None);
     let idle = "vllm:lora_requests_info{max_lora=\"3\",running_lora_adapters=\"\",waiting_lora_adapters=\"\"}";
     assert!(after.0.contains_key(idle), "{:?}", after.0.keys());
+    // Tables of the modulation: those of the adapters on the device, and those of the base model for the
+    // steps of the warm-up and of the requests.
+    let tables = after.0["kiln_cache_entries{cache=\"modulation\"}"].round() as usize;
+    assert!(tables <= 3 + 2, "{tables} tables");
     // An allocator keeps some of what was freed.
     let (before, after) = (before.1, after.1);
     assert!(

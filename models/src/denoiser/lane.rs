@@ -176,7 +176,15 @@ impl<B: FusedOps> Lane<B> {
         let config = self.transformer.config();
         let load = || LoadedAdapter::load(adapter, config, device, dtype);
         let bytes = adapter.device_bytes(dtype.size());
-        self.adapters.get_or_load(adapter.id(), bytes, load)
+        let is_new = !self.adapters.holds(adapter.id());
+        let loaded = self.adapters.get_or_load(adapter.id(), bytes, load);
+        if is_new {
+            // Tables go with their adapters.
+            let adapters = &self.adapters;
+            self.tables
+                .retain(|(_, applied)| applied.iter().all(|(id, _)| adapters.holds(*id)));
+        }
+        loaded
     }
 
     /// Uploads the adapters that are not on the device, as far as they fit beside those in use.

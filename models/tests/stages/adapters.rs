@@ -90,9 +90,8 @@ fn every_case_is_what_diffusers_generates<B: FusedOps>(device: &B::Device, dtype
         let (case, _) = case(&name);
         let dtype = ModelDType::named(case["dtype"].as_str().unwrap()).unwrap();
         if dtypes.contains(&dtype) {
-            let device = device.clone();
             generates_what_diffusers_generates(&name, &|parts, options| {
-                open::<B>(&[device.clone()], parts, options)
+                open::<B>(std::slice::from_ref(device), parts, options)
             });
         }
     }

@@ -200,12 +200,15 @@ pub(crate) fn difference(one: &Output, other: &Output) -> f32 {
     differences.fold(0.0, f32::max) / largest
 }
 
+/// Chooses layers by their path.
+type IsChanged = &'static dyn Fn(&str) -> bool;
+
 #[test]
 fn an_adapter_equals_its_change_of_the_weights() {
     let base = parts("base");
     let mut plain = open(&base);
     let without = generate(&mut *plain, 0, recorded(job(3)));
-    let groups: [(&str, &dyn Fn(&str) -> bool); 6] = [
+    let groups: [(&str, IsChanged); 6] = [
         ("attention", &|path| path.contains(".attn.")),
         ("MLPs", &|path| path.contains("_mlp.")),
         ("modulation", &|path| {

@@ -218,16 +218,13 @@ pub(super) fn fake_on(
                 encoded += prompts.len();
                 return Ok(());
             }
-            testing::Call::LoadAdapters(_) => return Ok(()),
             testing::Call::Upload(adapter) => {
                 let began = clock.elapsed();
                 clock.advance(UPLOAD);
+                let ended = clock.elapsed();
                 let name = adapter.name();
-                log.lock().unwrap().push(Logged {
-                    call: Call::Upload(name.parse().unwrap()),
-                    began,
-                    ended: clock.elapsed(),
-                });
+                let call = Call::Upload(name.parse().unwrap());
+                log.lock().unwrap().push(Logged { call, began, ended });
                 if name == FAIL_IN_UPLOAD {
                     return Err(PipelineError::Device("no memory is left".into()));
                 }
@@ -267,7 +264,7 @@ pub(super) fn fake_on(
             testing::Call::Probe if is_lost => {
                 return Err(PipelineError::Device("gone".into()));
             }
-            testing::Call::Probe => return Ok(()),
+            testing::Call::LoadAdapters(_) | testing::Call::Probe => return Ok(()),
         };
         let began = clock.elapsed();
         clock.advance(takes);
