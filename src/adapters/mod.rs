@@ -29,7 +29,7 @@ use crate::request::{AdapterInfo, Catalogue};
 
 use self::cache::HostCache;
 use self::content::Rules;
-use self::folder::{Folder, Found};
+use self::folder::{Folder, Found, PEFT_CONFIG};
 use self::listed::Source;
 
 pub use self::cache::CacheUse;
@@ -262,6 +262,11 @@ impl AdapterStore {
             path: path.to_owned(),
             reason,
         };
+        if path.is_dir() && !path.join(PEFT_CONFIG).exists() {
+            return Err(refused(format!(
+                "the folder has no {PEFT_CONFIG}: give a safetensors file, or a folder as PEFT saves it"
+            )));
+        }
         let (file, source) = Source::anywhere(path).map_err(|error| refused(error.to_string()))?;
         let is_taken = |name: &str| {
             let list = self.list();

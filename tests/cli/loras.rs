@@ -232,7 +232,7 @@ fn adapters_that_cannot_be_used_are_refused() {
                 "--lora-merge",
                 "ink.safetensors",
             ],
-            "there is no adapter ink",
+            "adapter \"ink\" is merged into the model by --lora-merge",
         ),
     ] {
         let (code, report) = generate(folder, args);

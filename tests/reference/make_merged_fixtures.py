@@ -23,7 +23,7 @@ RANK = 4
 SCALE = 0.7
 # Size of the changes relative to the weights. diffusers rounds a change to bf16 before it adds it, so a
 # change as large as the weights would be rounded twice.
-CHECKPOINTS = {"base": (torch.float32, 1.0), "bf16": (torch.bfloat16, 0.01)}
+CHECKPOINTS = {"base": (torch.float32, 1.0), "bf16": (torch.bfloat16, 0.003)}
 
 
 def make(name: str, dtype: torch.dtype, size: float, fixtures: Path) -> dict[str, torch.Tensor]:
