@@ -140,10 +140,20 @@ fn the_status_has_the_bounds_and_defaults_of_requests() {
     };
     let server = TestServer::with_settings(Pace::Slow, 4, settings);
     let status = get(server.address, "/v1/status").body;
+    let empty = |max_bytes: u64| {
+        json!({
+            "entries": 0, "bytes": 0, "max_bytes": max_bytes, "hits": 0, "misses": 0, "loads": 0,
+            "evictions": 0,
+        })
+    };
     assert_eq!(
         status,
         json!({
             "state": "ready", "model": "test/model", "version": kiln::version::VERSION,
+            "adapters": {
+                "usable": [], "unusable": [], "updates": false, "merged": null,
+                "host_cache": empty(0), "device_cache": empty(u64::MAX),
+            },
             "device": "test:0 (fake)", "dtype": "f32", "requests": {"running": 0, "waiting": 0},
             "max_step_tokens": 0,
             "limits": {
