@@ -66,11 +66,6 @@ impl ModelDevice {
     pub fn label(&self, backend: &str) -> String {
         format!("{backend}:{} ({})", self.index, self.name)
     }
-
-    /// Number of devices that the steps are spread over, at least 1.
-    pub fn device_count(&self) -> usize {
-        1
-    }
 }
 
 impl ModelInfo {
