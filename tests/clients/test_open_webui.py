@@ -78,7 +78,7 @@ class OpenWebUI:
 def connection(user: OpenWebUI) -> None:
     """The connection in the settings: its button, and the models that it adds."""
     user.post("/openai/verify", {"url": f"{SERVER}/v1", "key": KEY})
-    assert [model["id"] for model in user.get("/api/models")["data"]] == ["demo"]
+    assert [model["id"] for model in user.get("/api/models")["data"]] == ["demo", "stripes"]
 
 
 def chat_stream(user: OpenWebUI) -> None:

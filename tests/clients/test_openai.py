@@ -200,8 +200,23 @@ def retries(client: openai.OpenAI) -> None:
 
 
 def models(client: openai.OpenAI) -> None:
-    assert [model.id for model in client.models.list()] == ["demo"]
+    assert [model.id for model in client.models.list()] == ["demo", "stripes"]
     assert client.models.retrieve("demo").id == "demo"
+    assert client.models.retrieve("stripes").model_extra["parent"] == "demo"
+
+
+def adapters(client: openai.OpenAI) -> None:
+    """The demo's adapter by its name as a model, in `loras`, and without it."""
+
+    def image(model: str, **fields) -> str:
+        body = {"num_inference_steps": 4, "seed": 1, **fields}
+        answer = client.images.generate(model=model, prompt="a red circle", size="128x128", extra_body=body)
+        return answer.data[0].b64_json
+
+    base, adapted = image("demo"), image("stripes")
+    assert base != adapted
+    assert image("demo", loras=[{"name": "stripes", "scale": 0.5}]) not in (base, adapted)
+    assert image("demo") == base
 
 
 def errors(client: openai.OpenAI) -> None:
@@ -243,6 +258,7 @@ def main() -> None:
         images_stream,
         retries,
         models,
+        adapters,
         errors,
     ]:
         test(client)
