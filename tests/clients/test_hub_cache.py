@@ -22,7 +22,8 @@ REPO = "own/demo"
 FILES = {
     str(path.relative_to(DEMO)): path.read_bytes()
     for path in sorted(DEMO.rglob("*"))
-    if path.suffix in [".json", ".safetensors"]
+    # The adapters are no part of the model.
+    if path.suffix in [".json", ".safetensors"] and path.parent != DEMO / "lora"
 }
 
 

@@ -170,7 +170,9 @@ fn main() {
             vec![("none".into(), Flex::fused_linears, None)];
         for (name, linears) in [
             ("kernel", Flex::fused_linears as Linears),
-            ("default body", defaults::fused_linears::<Flex>),
+            ("default body", |x, layers, runs| {
+                defaults::fused_linears(x, layers, runs, Flex::fused_linear)
+            }),
         ] {
             for (index, rank) in RANKS.iter().enumerate() {
                 cases.push((format!("rank {rank}, {name}"), linears, Some(index)));

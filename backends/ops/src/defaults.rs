@@ -7,7 +7,7 @@ use burn_tensor::module;
 use burn_tensor::ops::{AttentionModuleOptions, ConvOptions};
 use burn_tensor::{Bool, DType, Tensor, activation};
 
-use crate::{FusedOps, LowRankRun, Rope, TokenRun};
+use crate::{LowRankRun, Rope, TokenRun};
 
 /// Expands a modulation table `[rows, dim]` to the row of each token: `[1, dim]` if all tokens use
 /// the same row, else `[tokens, dim]`.
@@ -52,25 +52,29 @@ pub fn fused_linear<B: Backend>(
     }
 }
 
-/// Computes [`FusedOps::fused_linears`](crate::FusedOps::fused_linears).
-pub fn fused_linears<B: FusedOps>(
+/// Computes [`FusedOps::fused_linears`](crate::FusedOps::fused_linears). `linear` computes the products:
+/// [`fused_linear`], or the backend's kernel for it.
+pub fn fused_linears<B: Backend>(
     x: Tensor<B, 2>,
     layers: Vec<(Tensor<B, 2>, Option<Tensor<B, 1>>)>,
     runs: &[LowRankRun<B>],
+    linear: impl Fn(Tensor<B, 2>, Tensor<B, 2>, Option<Tensor<B, 1>>) -> Tensor<B, 2>,
 ) -> Vec<Tensor<B, 2>> {
-    let linear = |(weight, bias)| B::fused_linear(x.clone(), weight, bias);
-    let outputs = layers.into_iter().map(linear).collect();
+    let layer = |(weight, bias)| linear(x.clone(), weight, bias);
+    let outputs = layers.into_iter().map(layer).collect();
     if runs.is_empty() {
         return outputs;
     }
-    B::add_low_rank(outputs, x, runs)
+    add_low_rank(outputs, x, runs, linear)
 }
 
-/// Computes [`FusedOps::add_low_rank`](crate::FusedOps::add_low_rank).
-pub fn add_low_rank<B: FusedOps>(
+/// Computes [`FusedOps::add_low_rank`](crate::FusedOps::add_low_rank). `linear` computes the products:
+/// [`fused_linear`], or the backend's kernel for it.
+pub fn add_low_rank<B: Backend>(
     outputs: Vec<Tensor<B, 2>>,
     x: Tensor<B, 2>,
     runs: &[LowRankRun<B>],
+    linear: impl Fn(Tensor<B, 2>, Tensor<B, 2>, Option<Tensor<B, 1>>) -> Tensor<B, 2>,
 ) -> Vec<Tensor<B, 2>> {
     let tokens = x.dims()[0];
     let rows = |of: &Tensor<B, 2>, rows: &Range<usize>| {
@@ -84,7 +88,7 @@ pub fn add_low_rank<B: FusedOps>(
         .filter(|run| !run.tokens.is_empty() && run.ups.iter().any(Option::is_some))
         .map(|run| {
             let x = rows(&x, &run.tokens);
-            (run, B::fused_linear(x, run.down.clone(), None))
+            (run, linear(x, run.down.clone(), None))
         })
         .collect();
     let add = |(index, output): (usize, Tensor<B, 2>)| {
@@ -93,7 +97,7 @@ pub fn add_low_rank<B: FusedOps>(
                 return output;
             };
             let lowered = lowered.clone().narrow(1, up.rank.start, up.rank.len());
-            let change = B::fused_linear(lowered * up.scale, up.up.clone(), None);
+            let change = linear(lowered * up.scale, up.up.clone(), None);
             let changed = rows(&output, &run.tokens) + change;
             if run.tokens == (0..tokens) {
                 return changed;

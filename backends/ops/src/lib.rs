@@ -119,7 +119,7 @@ pub trait FusedOps: MemoryReport + DeviceCheck + Upload {
         layers: Vec<(Tensor<Self, 2>, Option<Tensor<Self, 1>>)>,
         runs: &[LowRankRun<Self>],
     ) -> Vec<Tensor<Self, 2>> {
-        defaults::fused_linears(x, layers, runs)
+        defaults::fused_linears(x, layers, runs, Self::fused_linear)
     }
 
     /// Adds low-rank updates to the outputs of linear layers that have one input, as LoRA does. Outputs
@@ -136,7 +136,7 @@ pub trait FusedOps: MemoryReport + DeviceCheck + Upload {
         x: Tensor<Self, 2>,
         runs: &[LowRankRun<Self>],
     ) -> Vec<Tensor<Self, 2>> {
-        defaults::add_low_rank(outputs, x, runs)
+        defaults::add_low_rank(outputs, x, runs, Self::fused_linear)
     }
 
     /// Computes `x / sqrt(mean(x²) + eps) * weight` over the last dimension.

@@ -41,8 +41,7 @@ pub(crate) fn generates_what_diffusers_generates(
             tiling: tiling.map(Tiling::Blended),
             ..VaeSettings::default()
         },
-        split_guidance: None,
-        kernel_cache: None,
+        ..LoadOptions::default()
     };
     let parts = parts(case["checkpoint"].as_str().unwrap());
     let mut pipeline = open(&parts, options);

@@ -47,7 +47,7 @@ impl FusedOps for Flex {
         runs: &[LowRankRun<Self>],
     ) -> Vec<Float<2>> {
         if !is_f32(&x) {
-            return defaults::fused_linears(x, layers, runs);
+            return defaults::fused_linears(x, layers, runs, Self::fused_linear);
         }
         linear::fused_linears(x, layers, runs)
     }

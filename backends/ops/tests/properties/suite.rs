@@ -173,7 +173,12 @@ impl<B: FusedOps> Suite<B> {
             self.compare_low_rank(
                 &case,
                 B::add_low_rank(tested, x.tested, &runs.tested),
-                defaults::add_low_rank(reference, x.reference, &runs.reference),
+                defaults::add_low_rank(
+                    reference,
+                    x.reference,
+                    &runs.reference,
+                    defaults::fused_linear,
+                ),
             )
         });
     }
@@ -198,7 +203,12 @@ impl<B: FusedOps> Suite<B> {
             self.compare_low_rank(
                 &case,
                 B::fused_linears(x.tested, tested, &runs.tested),
-                defaults::fused_linears(x.reference, reference, &runs.reference),
+                defaults::fused_linears(
+                    x.reference,
+                    reference,
+                    &runs.reference,
+                    defaults::fused_linear,
+                ),
             )
         });
     }
