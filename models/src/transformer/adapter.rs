@@ -47,7 +47,7 @@ impl<B: FusedOps> LoadedAdapter<B> {
         let block = |index| BlockChange::load(from, &format!("transformer_blocks.{index}"));
         Self {
             id: adapter.id(),
-            bytes: adapter.parameters() * dtype.size(),
+            bytes: adapter.device_bytes(dtype.size()),
             img_in: from.layers(&["img_in"]),
             txt_in: from.layers(&["txt_in"]),
             proj_out: from.layers(&["proj_out"]),
@@ -383,12 +383,12 @@ fn add_full<B: FusedOps>(
     {
         let rows = |of: &Tensor<B, 2>| of.clone().narrow(0, tokens.start, tokens.len());
         let changed = change.matrix.forward(rows(x)) * (change.scale * scale);
-        let output = &mut outputs[change.output];
+        // Taken out, so that no other handle makes the assignment copy the whole output.
+        let output = outputs.remove(change.output);
         let columns = 0..output.dims()[1];
-        let changed = rows(output) + changed;
-        *output = output
-            .clone()
-            .slice_assign([tokens.clone(), columns], changed);
+        let changed = rows(&output) + changed;
+        let output = output.slice_assign([tokens.clone(), columns], changed);
+        outputs.insert(change.output, output);
     }
     outputs
 }
