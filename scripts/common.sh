@@ -4,7 +4,7 @@
 
 target="${CARGO_TARGET_DIR:-target}"
 if [ -z "${KILN:-}" ]; then
-    cargo build --locked --workspace --exclude kiln-cuda --exclude kiln-wgpu --features ndarray
+    cargo build --locked --workspace --exclude kiln-cuda --exclude kiln-wgpu --features ndarray,nats,otel
     KILN="$target/debug/kiln"
 fi
 

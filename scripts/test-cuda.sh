@@ -17,7 +17,7 @@ cuda_sim_build
 bash tests/cuda-sim/test.sh
 
 part "build"
-programs=$(cargo build --locked -p kiln -p kiln-cuda --features ndarray,cuda --bin kiln --test kernels --test ops \
+programs=$(cargo build --locked -p kiln -p kiln-cuda --features ndarray,nats,otel,cuda --bin kiln --test kernels --test ops \
     --message-format json-render-diagnostics | jq -r 'select(.executable) | "\(.target.name) \(.executable)"')
 program() {
     awk -v name="$1" '$1 == name { print $2 }' <<< "$programs"

@@ -4,4 +4,4 @@
 # passed to cargo test.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-exec cargo test --locked --workspace --exclude kiln-cuda --exclude kiln-wgpu --features ndarray "$@"
+exec cargo test --locked --workspace --exclude kiln-cuda --exclude kiln-wgpu --features ndarray,nats,otel "$@"

@@ -3,6 +3,7 @@
 //! Uses the crates `png`, `jpeg-encoder` and `webp` instead of `image`: the PNG encoder of `image`
 //! 0.25 cannot write text chunks, and its WebP encoder is lossless only.
 
+use serde::{Deserialize, Serialize};
 use std::borrow::Cow;
 
 use kiln_models::job::{RgbImage, Size};
@@ -11,7 +12,7 @@ use png::text_metadata::{ITXtChunk, TEXtChunk};
 /// Keyword of the PNG text chunk with the generation parameters; image tools look for this name.
 const METADATA_KEYWORD: &str = "parameters";
 /// Format of an image file.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum ImageFormat {
     Png,
     Jpeg,
@@ -76,7 +77,7 @@ impl ImageFormat {
 }
 
 /// Format and quality of an image file.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Encoding {
     pub format: ImageFormat,
     /// Quality of JPEG and WebP, from 0 to 100. PNG is always lossless; up to 66 its compression is

@@ -7,8 +7,9 @@ use std::cmp::{Ordering, Reverse};
 use std::fmt;
 use std::sync::Arc;
 
+use serde::de::Error as _;
 use serde::ser::SerializeMap;
-use serde::{Serialize, Serializer};
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use crate::adapter::AdapterUse;
 use crate::finite::NotFinite;
@@ -21,7 +22,7 @@ use crate::vae::TilingMode;
 pub type JobId = u64;
 
 /// Height and width of an image in pixels. Its text form is `WIDTHxHEIGHT`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Size {
     pub width: usize,
     pub height: usize,
@@ -60,7 +61,7 @@ pub struct Sampling {
 }
 
 /// The noise levels of the steps.
-#[derive(Debug, Clone, Default, PartialEq)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub enum NoiseLevels {
     /// Those of the model's `scheduler_config.json`.
     #[default]
@@ -118,6 +119,34 @@ impl Serialize for Sampling {
     }
 }
 
+/// Reads what [`Sampling`] serialises to.
+impl<'de> Deserialize<'de> for Sampling {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        #[derive(Deserialize)]
+        struct Written {
+            num_inference_steps: usize,
+            shift: Option<f64>,
+            terminal: Option<f64>,
+            sigmas: Option<Arc<[f64]>>,
+            stochastic: Option<bool>,
+        }
+
+        let written = Written::deserialize(deserializer)?;
+        let terminal = written.terminal;
+        let levels = match (written.shift, written.sigmas) {
+            (None, None) => NoiseLevels::Model,
+            (Some(shift), None) => NoiseLevels::Shifted { shift, terminal },
+            (None, Some(sigmas)) => NoiseLevels::Sigmas(sigmas),
+            (Some(_), Some(_)) => return Err(D::Error::custom("both shift and sigmas are given")),
+        };
+        Ok(Self {
+            steps: written.num_inference_steps,
+            levels,
+            stochastic: written.stochastic,
+        })
+    }
+}
+
 /// Classifier-free guidance. It runs only with a negative prompt and a scale above 1, as in
 /// diffusers; a value of this type exists only if it runs.
 ///
@@ -138,7 +167,7 @@ impl<P> Guidance<P> {
 }
 
 /// The starting noise.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Noise {
     pub seed: u64,
     pub generator: NoiseGenerator,

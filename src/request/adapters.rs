@@ -1,5 +1,6 @@
 //! The adapters of a request: as written, and as found in the catalogue.
 
+use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
@@ -24,7 +25,7 @@ pub struct GivenAdapter {
 }
 
 /// What is known of a usable adapter without its weights.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct AdapterInfo {
     /// Its name in requests.
     pub name: String,
@@ -45,7 +46,7 @@ pub struct AdapterInfo {
 pub struct Catalogue(Arc<BTreeMap<String, Arc<AdapterInfo>>>);
 
 /// An adapter that a request uses.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct ChosenAdapter {
     pub info: Arc<AdapterInfo>,
     /// Finite and not 0.

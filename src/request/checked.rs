@@ -3,6 +3,7 @@
 use kiln_models::job::{Guidance, Noise, Sampling, Size};
 use kiln_models::noise::NoiseGenerator;
 use kiln_models::step_cache::{CacheError, MIN_CACHED_STEPS};
+use serde::{Deserialize, Serialize};
 
 use super::adapters::{MAX_ADAPTER_RANKS, MAX_ADAPTER_SCALE, MAX_ADAPTERS};
 use super::cache::cfg_gate_step;
@@ -15,7 +16,7 @@ use super::{ChosenAdapter, RequestCache, RequestSchedule};
 const ANY_SEED: i128 = -1;
 
 /// A valid request with all defaults filled in.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct GenerationRequest {
     pub prompt: String,
     /// The negative prompt as given. [`Self::guidance`] is `None` if it is not used.

@@ -21,7 +21,7 @@ const HEADER_KEY: &str = "kiln.schedule";
 const BASE_SCHEDULE: &str = "base_schedule";
 
 /// What a request gets where it names no value of its own.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Recipe {
     /// Name of the recipe in answers, such as `lightning`.
     pub name: String,
@@ -176,7 +176,8 @@ impl WrittenRecipe {
 }
 
 /// Where the schedule of a request comes from, the first that gives one.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum ScheduleOrigin {
     /// A field of the request.
     Request,

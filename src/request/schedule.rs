@@ -38,7 +38,7 @@ pub struct InvalidSchedule {
 }
 
 /// The schedule of a checked request, as answers have it.
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct RequestSchedule {
     pub origin: ScheduleOrigin,
     /// Name of the recipe; `None` for the model's own schedule and for levels of the request's own.
@@ -46,7 +46,7 @@ pub struct RequestSchedule {
     pub shift: Option<f64>,
     pub terminal: Option<f64>,
     /// See [`Sampling::stochastic`].
-    #[serde(skip_serializing_if = "is_false")]
+    #[serde(default, skip_serializing_if = "is_false")]
     pub stochastic: bool,
     /// The noise level at the start of each step. Empty in limits without
     /// [`Limits::scheduler`].

@@ -10,7 +10,7 @@ use axum::response::Response;
 use crate::adapters::AdapterStore;
 use crate::checkpoint::PromptGuide;
 use crate::engine::Engine;
-use crate::jobs::{JobRegistry, Retention};
+use crate::jobs::{JobRegistry, JobStore, Retention};
 use crate::request::Limits;
 use crate::runtime::Start;
 use crate::tokenizer::PromptTokenizer;
@@ -31,6 +31,8 @@ pub struct App {
     /// Unix time of the start, in seconds.
     pub(super) started: u64,
     pub(super) connections: Arc<Connections>,
+    /// The durable jobs; `None` for a server without them.
+    pub(super) jobs: Option<Arc<dyn JobStore>>,
     loaded: Arc<OnceLock<Arc<LoadedApp>>>,
 }
 
@@ -73,8 +75,16 @@ impl App {
             start: Start::new(),
             started: now.unwrap_or_default().as_secs(),
             connections: Arc::default(),
+            jobs: None,
             loaded: Arc::default(),
         }
+    }
+
+    /// This server with durable jobs in `store`.
+    #[must_use]
+    pub fn with_jobs(self, store: Arc<dyn JobStore>) -> Self {
+        let jobs = Some(store);
+        Self { jobs, ..self }
     }
 
     /// Ends the start: requests are accepted from now on. A second call changes nothing.

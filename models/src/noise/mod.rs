@@ -20,9 +20,10 @@ mod mt19937;
 mod philox;
 
 pub use philox::{CudaLaunch, randn_cuda};
+use serde::{Deserialize, Serialize};
 
 /// The torch generator that a seed is for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum NoiseGenerator {
     /// `torch.Generator("cpu")`: MT19937, seeded with the low 32 bits.
     Cpu,

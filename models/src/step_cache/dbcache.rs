@@ -1,11 +1,12 @@
 //! Settings of Cache-DiT's `DBCache`.
 
+use serde::{Deserialize, Serialize};
 use std::sync::Arc;
 
 use super::error::{CacheError, check_threshold};
 
 /// What a step does that [`DbCache::steps_mask`] does not name as computed.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub enum MaskPolicy {
     /// Decides as a step without a mask.
     #[default]
@@ -15,7 +16,7 @@ pub enum MaskPolicy {
 }
 
 /// Settings of [`CachePolicy::DbCache`](super::CachePolicy::DbCache), with Cache-DiT's names.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct DbCache {
     /// Number of first blocks that every step runs, at least 1: `Fn_compute_blocks`.
     pub fn_compute_blocks: usize,

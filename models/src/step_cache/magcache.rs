@@ -1,5 +1,6 @@
 //! MagCache: which steps to reuse, from how much the residual's magnitude changes between steps.
 
+use serde::{Deserialize, Serialize};
 use std::sync::Arc;
 
 use super::error::{CacheError, check_threshold};
@@ -16,7 +17,7 @@ pub const QWEN_IMAGE_RATIOS: [f64; 50] = [
 ];
 
 /// Settings of MagCache.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct MagCache {
     /// A step is reused while the sum of the errors since the last computed step is below this.
     pub threshold: f64,

@@ -13,7 +13,7 @@ mod state;
 
 use std::sync::Arc;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 pub use dbcache::{DbCache, MaskPolicy};
 pub use error::CacheError;
@@ -25,7 +25,7 @@ pub(crate) use state::{Decide, Next, StepCache};
 pub const MIN_CACHED_STEPS: usize = 8;
 
 /// Which steps of a job run the transformer's blocks.
-#[derive(Debug, Clone, PartialEq, Default)]
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 pub enum CachePolicy {
     /// All steps.
     #[default]

@@ -1,13 +1,14 @@
 //! Cache-DiT's steps computation masks: bins of steps that are computed in turn with bins of steps
 //! that may be reused.
 
+use serde::{Deserialize, Serialize};
 use std::str::FromStr;
 use std::sync::Arc;
 
 use super::error::CacheError;
 
 /// Cache-DiT's predefined masks, the one that computes the most steps first.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum ScmPreset {
     Slow,
     Medium,

@@ -8,6 +8,7 @@ mod write;
 #[cfg(test)]
 mod tests;
 
+use serde::{Deserialize, Serialize};
 use std::sync::Arc;
 
 use kiln_models::step_cache::{
@@ -21,7 +22,7 @@ pub use self::fields::InvalidCache;
 pub use self::read::{DBCACHE_KEYS, MAGCACHE_KEYS, mag_ratios, only_mag_ratios};
 
 /// The step cache that a request asks for.
-#[derive(Debug, Clone, PartialEq, Default)]
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 pub enum CacheChoice {
     /// Every step is computed.
     #[default]
@@ -40,7 +41,7 @@ pub enum CacheChoice {
 }
 
 /// [`DbCache`] for any number of steps.
-#[derive(Debug, Clone, PartialEq, Default)]
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 pub struct DbCacheChoice {
     /// The settings without a mask.
     pub settings: DbCache,
@@ -49,7 +50,7 @@ pub struct DbCacheChoice {
 }
 
 /// Which steps are computed, whatever they change: Cache-DiT's steps computation masks.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum StepsMask {
     Preset(ScmPreset),
     /// `compute[0]` steps are computed, then `cache[0]` may be reused, and so on.
@@ -70,7 +71,7 @@ pub struct GivenCache {
 }
 
 /// The step cache of a checked request.
-#[derive(Debug, Clone, PartialEq, Default)]
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 pub struct RequestCache {
     pub choice: CacheChoice,
     /// The choice for the number of steps of the request.
