@@ -17,6 +17,7 @@ mod fields;
 mod generation;
 mod health;
 mod images;
+mod instance;
 mod invalid;
 mod json;
 mod keys;
@@ -94,6 +95,8 @@ pub struct Settings {
     pub sdapi: bool,
     /// Whether clients may change the list of adapters.
     pub lora_updates: bool,
+    /// Name of this server among others: in answers, in its status and in the records of its jobs.
+    pub instance: String,
 }
 
 impl Settings {
@@ -112,6 +115,7 @@ impl Settings {
             noise_generator: NoiseGenerator::Cpu,
             sdapi: false,
             lora_updates: false,
+            instance: instance::host_name(),
         }
     }
 }
