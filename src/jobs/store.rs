@@ -37,7 +37,7 @@ impl StoreSettings {
         Self {
             model: model.to_owned(),
             instance: instance.to_owned(),
-            keep: Duration::from_secs(24 * 3600),
+            keep: Duration::from_hours(24),
             max_bytes: 10 << 30,
             max_queued: 10_000,
             max_attempts: 3,
