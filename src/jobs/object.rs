@@ -70,7 +70,7 @@ pub(super) struct JobFileObject {
 
 /// What the job generates, with all defaults filled in.
 #[derive(Debug, Clone, PartialEq, Serialize, ToSchema)]
-#[schema(as = ImageJobRequest)]
+#[schema(as = ImageJobParameters)]
 pub(super) struct JobRequest {
     prompt: String,
     negative_prompt: Option<String>,
