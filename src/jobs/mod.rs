@@ -5,12 +5,14 @@
 //! accepted ends as completed, failed or cancelled, whatever process stops meanwhile.
 
 mod caller;
+mod object;
 mod record;
 mod registry;
 mod store;
 mod worker;
 
 pub use self::caller::{Caller, Owner};
+pub use self::object::JobObject;
 pub use self::record::{
     IdempotencyKey, JobFailure, JobFile, JobId, JobStatus, NewJob, Progress, ResultFile, StoredJob,
     StoredRequest, TraceContext,
