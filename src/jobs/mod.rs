@@ -8,6 +8,7 @@ mod caller;
 mod record;
 mod registry;
 mod store;
+pub mod webhook;
 mod worker;
 
 pub use self::caller::{Caller, Owner};
