@@ -42,7 +42,7 @@ const OWNERS: &[(&str, &[&str])] = &[
     ("tracing_appender", &["src/cli/log"]),
     ("indicatif", &["src/cli", "src/hub"]),
     ("reqwest", &["src/hub", "src/jobs/webhook", "src/cli/jobs"]),
-    ("rustls", &["src/hub"]),
+    ("rustls", &["src/hub", "src/jobs/nats"]),
     ("ring", &["src/hub", "src/checkpoint/lora", "src/jobs"]),
     ("redb", &["src/jobs/local"]),
     ("async_nats", &["src/jobs/nats"]),

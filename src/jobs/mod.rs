@@ -5,12 +5,16 @@
 //! accepted ends as completed, failed or cancelled, whatever process stops meanwhile.
 
 mod caller;
+#[cfg(feature = "nats")]
+mod nats;
 mod record;
 mod registry;
 mod store;
 mod worker;
 
 pub use self::caller::{Caller, Owner};
+#[cfg(feature = "nats")]
+pub use self::nats::{Login, NatsSettings, NatsStore};
 pub use self::record::{
     IdempotencyKey, JobFailure, JobFile, JobId, JobStatus, NewJob, Progress, ResultFile, StoredJob,
     StoredRequest, TraceContext,
