@@ -5,6 +5,8 @@
 //! accepted ends as completed, failed or cancelled, whatever process stops meanwhile.
 
 mod caller;
+#[cfg(feature = "nats")]
+mod nats;
 mod object;
 mod record;
 mod registry;
@@ -13,6 +15,8 @@ pub mod webhook;
 mod worker;
 
 pub use self::caller::{Caller, Owner};
+#[cfg(feature = "nats")]
+pub use self::nats::{Login, NatsSettings, NatsStore};
 pub use self::object::JobObject;
 pub use self::record::{
     IdempotencyKey, JobFailure, JobFile, JobId, JobStatus, NewJob, Progress, ResultFile, StoredJob,
