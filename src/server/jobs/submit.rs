@@ -61,12 +61,12 @@ impl Jobs {
         object: Map<String, Value>,
     ) -> Result<Response, ApiError> {
         let idempotency = idempotency_key(headers, &object)?;
-        let submitted = match self.repeated(idempotency.as_ref()).await? {
-            Some(submitted) => submitted,
-            None => {
-                let job = self.new_job(headers, object, idempotency).await?;
-                self.store.submit(job).await?
-            }
+        let repeated = self.repeated(idempotency.as_ref()).await?;
+        let submitted = if let Some(submitted) = repeated {
+            submitted
+        } else {
+            let job = self.new_job(headers, object, idempotency).await?;
+            self.store.submit(job).await?
         };
         let (status, view) = match submitted {
             Submitted::New(view) => (StatusCode::ACCEPTED, view),
