@@ -42,8 +42,16 @@ const OWNERS: &[(&str, &[&str])] = &[
     ("clap_mangen", &["src/cli"]),
     ("tracing_appender", &["src/cli/log"]),
     ("indicatif", &["src/cli", "src/hub"]),
-    ("reqwest", &["src/hub", "src/jobs/webhook", "src/cli/jobs"]),
-    ("rustls", &["src/hub"]),
+    (
+        "reqwest",
+        &[
+            "src/hub",
+            "src/jobs/webhook",
+            "src/cli/jobs",
+            "src/telemetry",
+        ],
+    ),
+    ("rustls", &["src/hub", "src/telemetry"]),
     ("ring", &["src/hub", "src/checkpoint/lora", "src/jobs"]),
     ("redb", &["src/jobs/local"]),
     ("async_nats", &["src/jobs/nats"]),

@@ -9,6 +9,7 @@ mod object;
 mod record;
 mod registry;
 mod store;
+pub mod webhook;
 mod worker;
 
 pub use self::caller::{Caller, Owner};
