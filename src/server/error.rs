@@ -13,6 +13,7 @@ use utoipa::ToSchema;
 use crate::adapters::AdapterError;
 use crate::engine::{JobError, SubmitError, TooLarge};
 use crate::image::{EncodeError, SideTooLong};
+use crate::jobs::webhook::InvalidWebhook;
 use crate::jobs::{JobId, JobStatus, StoreError};
 use crate::request::InvalidRequest;
 use crate::runtime::Progress;
@@ -96,6 +97,8 @@ pub(super) enum ApiError {
     NotAnObject,
     #[error(transparent)]
     Invalid(#[from] InvalidBody),
+    #[error(transparent)]
+    Webhook(#[from] InvalidWebhook),
     #[error("{error}")]
     Request {
         error: InvalidRequest,
@@ -167,6 +170,7 @@ impl ApiError {
             | Self::NotAnObject
             | Self::Header { .. }
             | Self::Invalid(_)
+            | Self::Webhook(_)
             | Self::Request { .. }
             | Self::Side { .. }
             | Self::TooLarge { .. }
@@ -219,6 +223,7 @@ impl ApiError {
             Self::Adapter { param, .. } => param.as_deref(),
             Self::UnknownModel { .. } => Some("model"),
             Self::Header { name, .. } => Some(name),
+            Self::Webhook(_) => Some("webhook"),
             Self::OtherBody { .. } => Some(IDEMPOTENCY_KEY),
             Self::NoFile { .. } => Some("index"),
             Self::Submit(SubmitError::TooLarge(_)) => Some("size"),

@@ -58,6 +58,8 @@ pub use self::connections::raise_open_file_limit;
 pub use self::signals::{Signals, drain};
 pub use self::web_pages::{AllowedHost, CorsOrigin, InvalidHost, InvalidOrigin};
 
+use crate::jobs::webhook::WebhookSettings;
+
 use self::app::LoadedApp;
 use self::connections::Bounds;
 
@@ -99,6 +101,8 @@ pub struct Settings {
     pub lora_updates: bool,
     /// Name of this server among others: in answers, in its status and in the records of its jobs.
     pub instance: String,
+    /// Where jobs may be posted when they have ended.
+    pub webhooks: WebhookSettings,
 }
 
 impl Settings {
@@ -118,6 +122,7 @@ impl Settings {
             sdapi: false,
             lora_updates: false,
             instance: instance::host_name(),
+            webhooks: WebhookSettings::default(),
         }
     }
 }
