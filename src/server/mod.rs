@@ -52,6 +52,8 @@ use tokio::sync::oneshot;
 use tokio::time::sleep;
 use tower_http::normalize_path::NormalizePath;
 
+use crate::jobs::webhook::WebhookSettings;
+
 pub use self::access::{ApiKeys, InvalidApiKey};
 pub use self::app::{App, LoadedModel};
 pub use self::connections::raise_open_file_limit;
@@ -99,6 +101,8 @@ pub struct Settings {
     pub lora_updates: bool,
     /// Name of this server among others: in answers, in its status and in the records of its jobs.
     pub instance: String,
+    /// Where ended jobs may be posted to.
+    pub webhooks: WebhookSettings,
 }
 
 impl Settings {
@@ -118,6 +122,7 @@ impl Settings {
             sdapi: false,
             lora_updates: false,
             instance: instance::host_name(),
+            webhooks: WebhookSettings::default(),
         }
     }
 }

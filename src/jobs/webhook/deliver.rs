@@ -10,7 +10,7 @@ use super::schedule;
 use super::send::{Sender, Sent};
 use super::settings::WebhookSettings;
 use super::stats::{WebhookOutcome, WebhookStats};
-use crate::jobs::{JobStore, StoredJob, WebhookLease};
+use crate::jobs::{JobStore, WebhookLease};
 
 /// Webhooks that are sent at the same time: a receiver that does not answer holds up none of the others.
 const MAX_PARALLEL: usize = 16;
@@ -18,20 +18,19 @@ const MAX_PARALLEL: usize = 16;
 /// First and longest wait after an error of the store.
 const STORE_WAITS: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(30));
 
-/// Sends the webhooks of the store's jobs until the future is dropped. `data` makes the JSON of a job.
+/// Sends the webhooks of the store's jobs until the future is dropped.
 ///
 /// Returns at once if the settings allow no webhooks: the jobs' webhooks are left to other servers.
 pub async fn deliver(
     store: Arc<dyn JobStore>,
     settings: WebhookSettings,
     stats: Arc<WebhookStats>,
-    data: impl Fn(&StoredJob) -> Vec<u8> + Send + Sync + 'static,
 ) {
     if !settings.are_on() {
         return;
     }
     match Sender::new(settings) {
-        Ok(sender) => send_all(store.as_ref(), sender, stats, data).await,
+        Ok(sender) => send_all(store.as_ref(), sender, stats).await,
         Err(error) => {
             let error = crate::error_chain(&error);
             tracing::error!("no webhooks are sent, as there is no HTTP client: {error}");
@@ -40,15 +39,10 @@ pub async fn deliver(
 }
 
 /// [`deliver`] with this sender.
-pub(super) async fn send_all(
-    store: &dyn JobStore,
-    sender: Sender,
-    stats: Arc<WebhookStats>,
-    data: impl Fn(&StoredJob) -> Vec<u8> + Send + Sync + 'static,
-) {
+pub(super) async fn send_all(store: &dyn JobStore, sender: Sender, stats: Arc<WebhookStats>) {
     let (first_wait, longest_wait) = STORE_WAITS;
     let mut store_wait = first_wait;
-    let shared = Arc::new((sender, data));
+    let sender = Arc::new(sender);
     let mut tasks = JoinSet::new();
     loop {
         while tasks.try_join_next().is_some() {}
@@ -58,12 +52,8 @@ pub(super) async fn send_all(
         match store.take_webhook().await {
             Ok(lease) => {
                 store_wait = first_wait;
-                let (shared, stats) = (Arc::clone(&shared), Arc::clone(&stats));
-                tasks.spawn(async move {
-                    let (sender, data) = &*shared;
-                    let message = Message::new(lease.job(), &data(lease.job()));
-                    send_one(lease, sender, &message, &stats).await;
-                });
+                let (sender, stats) = (Arc::clone(&sender), Arc::clone(&stats));
+                tasks.spawn(async move { send_one(lease, &sender, &stats).await });
             }
             Err(error) => {
                 tracing::warn!("webhooks cannot be read from the store of jobs: {error}");
@@ -75,15 +65,10 @@ pub(super) async fn send_all(
 }
 
 /// Makes one try, and records what follows from it.
-async fn send_one(
-    lease: Box<dyn WebhookLease>,
-    sender: &Sender,
-    message: &Message,
-    stats: &WebhookStats,
-) {
+async fn send_one(lease: Box<dyn WebhookLease>, sender: &Sender, stats: &WebhookStats) {
     let id = lease.job().id.clone();
     let sent = match lease.job().webhook.as_deref() {
-        Some(url) => sender.send(url, message).await,
+        Some(url) => sender.send(url, &Message::new(lease.job())).await,
         // The store returns no such job.
         None => Sent::Delivered,
     };

@@ -2,7 +2,9 @@
 
 use std::fmt::Write as _;
 
-use crate::jobs::{JobStatus, StoredJob};
+use serde_json::json;
+
+use crate::jobs::{JobObject, JobStatus, Progress, StoredJob};
 
 /// The message about the end of a job. Every try sends the same id and the same body.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -13,15 +15,18 @@ pub(super) struct Message {
 }
 
 impl Message {
-    /// The message about a job that has ended; `data` is the job as JSON.
-    pub(super) fn new(job: &StoredJob, data: &[u8]) -> Self {
+    /// The message about a job that has ended.
+    pub(super) fn new(job: &StoredJob) -> Self {
         let ended = job.ended_ms.unwrap_or(job.created_ms);
-        let (kind, time) = (kind(job.status), utc(ended));
-        let head = format!(r#"{{"type":"{kind}","timestamp":"{time}","data":"#);
+        let body = json!({
+            "type": kind(job.status),
+            "timestamp": utc(ended),
+            "data": JobObject::new(job, Progress::default(), None),
+        });
         Self {
             // A job that was deleted and submitted again with its idempotency key has the same id.
             id: format!("{}-{ended}", job.id),
-            body: [head.as_bytes(), data, b"}"].concat(),
+            body: body.to_string().into_bytes(),
         }
     }
 }

@@ -19,7 +19,7 @@ use super::*;
 use crate::image::{Encoding, ImageFormat};
 use crate::jobs::{
     Content, JobCounts, JobId, JobLease, JobPage, JobStatus, JobStore, JobView, ListQuery, NewJob,
-    Owner, StoreError, StoredJob, StoredRequest, Submitted, WebhookLease,
+    Owner, StoreError, StoreSettings, StoredJob, StoredRequest, Submitted, WebhookLease,
 };
 use crate::request::{GenerationParams, GenerationRequest, Limits};
 
@@ -119,6 +119,7 @@ struct OneWebhook {
     job: StoredJob,
     state: Arc<Mutex<State>>,
     changed: Arc<Notify>,
+    settings: StoreSettings,
 }
 
 #[derive(Debug, Default)]
@@ -134,6 +135,7 @@ impl OneWebhook {
             job: ended_job(url),
             state: Arc::default(),
             changed: Arc::default(),
+            settings: StoreSettings::new("demo", "here"),
         }
     }
 
@@ -162,6 +164,10 @@ impl OneWebhook {
 
 #[async_trait]
 impl JobStore for OneWebhook {
+    fn settings(&self) -> &StoreSettings {
+        &self.settings
+    }
+
     async fn submit(&self, _: NewJob) -> Result<Submitted, StoreError> {
         Self::absent()
     }
@@ -277,9 +283,8 @@ fn settings(hosts: &[&str], allow_private: bool) -> WebhookSettings {
 /// Sends the webhook until it is settled. Returns the waits between the tries.
 async fn run(store: &OneWebhook, sender: Sender) -> (Vec<Duration>, Arc<WebhookStats>) {
     let stats = Arc::<WebhookStats>::default();
-    let data = |job: &StoredJob| format!(r#"{{"id":"{}"}}"#, job.id).into_bytes();
     let waits = tokio::select! {
-        () = send_all(store, sender, Arc::clone(&stats), data) => panic!("ended"),
+        () = send_all(store, sender, Arc::clone(&stats)) => panic!("ended"),
         waits = store.settled() => waits,
         () = tokio::time::sleep(Duration::from_mins(1)) => panic!("not settled: {store:?}"),
     };
@@ -319,6 +324,9 @@ async fn a_webhook_has_the_job_and_a_signature_of_each_secret() {
     assert_eq!(body["type"], "image.job.completed");
     assert_eq!(body["timestamp"], "2021-02-25T15:02:10.123Z");
     assert!(id.starts_with(body["data"]["id"].as_str().unwrap()));
+    assert_eq!(body["data"]["object"], "image.job");
+    assert_eq!(body["data"]["status"], "completed");
+    assert_eq!(body["data"]["request"]["prompt"], "a cat");
 }
 
 #[tokio::test]
@@ -454,7 +462,6 @@ async fn a_server_without_secrets_takes_no_webhooks() {
         secrets: Vec::new(),
         ..settings(&["127.0.0.1"], true)
     };
-    let data = |_: &StoredJob| Vec::new();
-    deliver(Arc::new(store.clone()), unsigned, Arc::default(), data).await;
+    deliver(Arc::new(store.clone()), unsigned, Arc::default()).await;
     assert!(!store.state.lock().unwrap().taken);
 }

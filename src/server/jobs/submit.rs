@@ -125,15 +125,9 @@ impl Jobs {
     }
 
     /// Refuses a URL to which the server must not post.
-    #[expect(
-        clippy::unused_self,
-        reason = "the allowed hosts will be settings of the server"
-    )]
-    fn check_webhook(&self, _url: &str) -> Result<(), InvalidBody> {
-        Err(InvalidBody::Unavailable {
-            param: "webhook".to_owned(),
-            instead: "the server was started without --webhook-host",
-        })
+    fn check_webhook(&self, url: &str) -> Result<(), InvalidBody> {
+        let checked = self.app.settings.webhooks.check(url);
+        checked.map_err(|error| InvalidBody::value("webhook".to_owned(), &error.to_string()))
     }
 }
 
