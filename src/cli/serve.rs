@@ -68,7 +68,7 @@ async fn serve(
     let mut signals = Signals::new().map_err(CliError::Server)?;
     tracing::info!("listening on http://{address}");
 
-    let drain_timeout = args.drain_timeout();
+    let times = args.shutdown_times();
     let start = app.start.clone();
     let opening = spawn_blocking(move || open(&args, &model, &loading, &start));
     let model = tokio::select! {
@@ -88,7 +88,7 @@ async fn serve(
         outcome = &mut server => outcome.map_err(CliError::Server),
         outcome = async {
             let name = signals.next().await;
-            server::drain(&engine, drain_timeout, name, &mut signals).await;
+            server::drain(&app, &engine, times, name, &mut signals).await;
             drop(stop);
             pending().await
         } => outcome,

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use axum::Extension;
+use axum::extract::State;
 use axum::response::Response;
 use serde::Serialize;
 use serde_json::Value;
@@ -11,13 +12,13 @@ use utoipa::ToSchema;
 use crate::checkpoint::PromptGuide;
 use crate::request::{DEFAULT_NUM_INFERENCE_STEPS, DEFAULT_TRUE_CFG_SCALE};
 
-use super::LoadedApp;
 use super::adapters::AdapterStatus;
 use super::cache::CacheField;
 use super::error::{ApiError, ErrorEnvelope};
 use super::health;
 use super::json::json;
 use super::schedule::ModelRecipe;
+use super::{App, LoadedApp};
 
 /// The model, the bounds and defaults of requests, and the load.
 #[derive(Debug, Serialize, ToSchema)]
@@ -27,6 +28,8 @@ pub(super) struct Status {
     /// The first name of the model.
     model: String,
     version: &'static str,
+    /// Name of this server among others: the same as the header `x-kiln-instance`.
+    instance: String,
     /// Backend and device.
     device: String,
     /// Data type of the weights.
@@ -119,14 +122,17 @@ impl Guide {
     security((), ("bearer" = [])),
 )]
 pub(super) async fn status(
+    State(server): State<Arc<App>>,
     Extension(app): Extension<Arc<LoadedApp>>,
 ) -> Result<Response, ApiError> {
+    let state = server.state().unwrap_or_else(|| app.engine.state());
     let (info, stats, limits) = (app.engine.info(), app.engine.stats(), &app.limits);
     let recipe = limits.recipe();
     json(&Status {
-        state: health::state_name(&app.engine.state()),
+        state: health::state_name(&state),
         model: app.model_name(None).to_owned(),
         version: crate::version::VERSION,
+        instance: app.settings.instance.clone(),
         device: info.device(),
         dtype: info.dtype,
         requests: Requests {
