@@ -7,14 +7,17 @@
 mod caller;
 #[cfg(feature = "nats")]
 mod nats;
+mod object;
 mod record;
 mod registry;
 mod store;
+pub mod webhook;
 mod worker;
 
 pub use self::caller::{Caller, Owner};
 #[cfg(feature = "nats")]
-pub use self::nats::{Login, NatsSettings, NatsStore};
+pub use self::nats::{NatsSettings, NatsStore};
+pub use self::object::JobObject;
 pub use self::record::{
     IdempotencyKey, JobFailure, JobFile, JobId, JobStatus, NewJob, Progress, ResultFile, StoredJob,
     StoredRequest, TraceContext,

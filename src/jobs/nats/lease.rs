@@ -11,12 +11,12 @@ use tokio::runtime::Handle;
 use tokio::sync::{oneshot, watch};
 use tokio::time::{Instant, sleep};
 
-use super::{Shared, now_ms};
 use super::link::acknowledge;
 use super::mirror::Report;
 use super::names;
 use super::queue::Ticket;
 use super::records::{Record, Slot};
+use super::{Shared, now_ms};
 use crate::jobs::{
     JobFailure, JobFile, JobLease, JobStatus, Progress, Revoked, Settled, StoreError, StoredJob,
 };
@@ -93,7 +93,10 @@ async fn begin(
 ) -> Result<Option<NatsLease>, StoreError> {
     let ticket = serde_json::from_slice::<Ticket>(&message.payload);
     let (Some(id), Ok(ticket)) = (names::id_of(&message.subject), ticket) else {
-        tracing::error!("a message of {} is not a job: it is dropped", message.subject);
+        tracing::error!(
+            "a message of {} is not a job: it is dropped",
+            message.subject
+        );
         acknowledge(&message, AckKind::Term).await.ok();
         return Ok(None);
     };
@@ -136,7 +139,9 @@ async fn begin(
     match begun {
         Ok(record) => Ok(Some(NatsLease::new(Arc::clone(shared), record, message))),
         Err(error) => {
-            acknowledge(&message, AckKind::Nak(Some(OFFER_AGAIN))).await.ok();
+            acknowledge(&message, AckKind::Nak(Some(OFFER_AGAIN)))
+                .await
+                .ok();
             Err(error)
         }
     }
@@ -213,7 +218,12 @@ impl NatsLease {
             let path = names::file_path(&job.id, job.attempt, index, file.media_type);
             loop {
                 let content = file.content.clone();
-                match self.shared.results.put(&path, file.media_type, content).await {
+                match self
+                    .shared
+                    .results
+                    .put(&path, file.media_type, content)
+                    .await
+                {
                     Ok(()) => break,
                     Err(error) if begin.elapsed() > SETTLE_FOR => return Err(error),
                     Err(error) => {

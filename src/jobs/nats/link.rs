@@ -70,7 +70,10 @@ pub(super) enum Published {
 impl Link {
     /// Connects. Without an answer of any server, the connection is made later; a server that refuses
     /// the credentials is an error.
-    pub(super) async fn connect(settings: &NatsSettings, instance: &str) -> Result<Self, StoreError> {
+    pub(super) async fn connect(
+        settings: &NatsSettings,
+        instance: &str,
+    ) -> Result<Self, StoreError> {
         // An embedding program may have installed one.
         rustls::crypto::ring::default_provider()
             .install_default()
@@ -225,7 +228,10 @@ impl Link {
             let messages = self.client.subscribe(inbox.clone()).await;
             let messages = messages.map_err(|error| self.unavailable(error))?;
             let payload = request.to_string().into();
-            let sent = self.client.publish_with_reply(subject, inbox, payload).await;
+            let sent = self
+                .client
+                .publish_with_reply(subject, inbox, payload)
+                .await;
             sent.map_err(|error| self.unavailable(error))?;
             Ok(messages)
         };

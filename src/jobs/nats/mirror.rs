@@ -157,9 +157,10 @@ impl Mirror {
     /// The jobs of an owner, or of all, in no order.
     pub(super) fn listed(&self, owner: Option<&Owner>) -> Vec<Listed> {
         let state = self.lock();
-        let of_owner = state.jobs.iter().filter(|(_, entry)| {
-            owner.is_none_or(|owner| owner.as_str() == entry.meta.owner)
-        });
+        let of_owner = state
+            .jobs
+            .iter()
+            .filter(|(_, entry)| owner.is_none_or(|owner| owner.as_str() == entry.meta.owner));
         let listed = of_owner.map(|(id, entry)| Listed {
             id: id.clone(),
             meta: entry.meta.clone(),
@@ -181,7 +182,12 @@ impl Mirror {
     /// The numbers of a model's jobs, and the size of all files.
     pub(super) fn counts(&self, model: &str) -> JobCounts {
         let state = self.lock();
-        let of_model = || state.jobs.values().filter(|entry| entry.meta.model == model);
+        let of_model = || {
+            state
+                .jobs
+                .values()
+                .filter(|entry| entry.meta.model == model)
+        };
         let in_progress = of_model().filter(|entry| entry.meta.status == JobStatus::InProgress);
         JobCounts {
             queued: state.queued(model).count() as u64,
@@ -276,7 +282,9 @@ impl Mirror {
         let mut state = self.lock();
         let generation = state.generation;
         state.jobs.retain(|_, entry| entry.generation == generation);
-        state.followers.retain(|_, sender| sender.receiver_count() > 0);
+        state
+            .followers
+            .retain(|_, sender| sender.receiver_count() > 0);
         for sender in state.followers.values() {
             sender.send_modify(|count| *count += 1);
         }

@@ -32,7 +32,7 @@ use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep, timeout};
 
-pub use self::settings::{Login, NatsSettings};
+pub use self::settings::NatsSettings;
 
 use self::link::{Failure, Link, acknowledge};
 use self::mirror::Mirror;
@@ -356,7 +356,9 @@ impl Shared {
 /// Unix time in milliseconds.
 fn now_ms() -> u64 {
     let since = SystemTime::now().duration_since(UNIX_EPOCH);
-    since.map_or(0, |since| u64::try_from(since.as_millis()).unwrap_or(u64::MAX))
+    since.map_or(0, |since| {
+        u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
+    })
 }
 
 #[async_trait]

@@ -166,7 +166,11 @@ impl Records {
     ) -> Result<Option<u64>, StoreError> {
         let message = message.expected_last_subject_sequence(revision);
         let publish = || async {
-            match self.link.publish(subject.to_owned(), message.clone()).await? {
+            match self
+                .link
+                .publish(subject.to_owned(), message.clone())
+                .await?
+            {
                 Published::Stored(revision) => Ok(Some(revision)),
                 Published::Conflict => Ok(None),
                 other @ (Published::Duplicate | Published::Full) => {

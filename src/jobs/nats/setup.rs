@@ -2,9 +2,9 @@
 
 use std::time::Duration;
 
+use async_nats::jetstream::ErrorCode;
 use async_nats::jetstream::consumer::{AckPolicy, pull};
 use async_nats::jetstream::context::{CreateStreamErrorKind, GetStreamErrorKind};
-use async_nats::jetstream::ErrorCode;
 use async_nats::jetstream::stream::{Config, DiscardPolicy, RetentionPolicy, StorageType};
 
 use super::link::{Failure, Link};
@@ -57,8 +57,13 @@ impl Setup<'_> {
             replicas = self.stream(config, clustered, tries).await?;
         }
         let lease = self.settings.lease;
-        self.consumer(names::JOBS, self.model, names::model_filter(self.model), lease)
-            .await?;
+        self.consumer(
+            names::JOBS,
+            self.model,
+            names::model_filter(self.model),
+            lease,
+        )
+        .await?;
         let filter = names::ALL_WEBHOOKS.to_owned();
         let lease = lease.max(Duration::from_mins(1));
         self.consumer(names::WEBHOOKS, names::WEBHOOK_CONSUMER, filter, lease)
@@ -123,7 +128,12 @@ impl Setup<'_> {
     }
 
     /// Creates a stream, or checks the existing one. Returns its number of replicas.
-    async fn stream(&self, config: Config, clustered: bool, tries: usize) -> Result<usize, Failure> {
+    async fn stream(
+        &self,
+        config: Config,
+        clustered: bool,
+        tries: usize,
+    ) -> Result<usize, Failure> {
         let name = config.name.clone();
         let found = match self.link.jetstream.get_stream(&name).await {
             Ok(stream) => stream.cached_info().config.clone(),
@@ -163,10 +173,19 @@ impl Setup<'_> {
         Ok(replicas)
     }
 
-    async fn create(&self, config: Config, clustered: bool, tries: usize) -> Result<usize, Failure> {
+    async fn create(
+        &self,
+        config: Config,
+        clustered: bool,
+        tries: usize,
+    ) -> Result<usize, Failure> {
         let name = &config.name;
         let single = !clustered && self.replicas.is_none();
-        let mut num_replicas = if single { 1 } else { self.replicas.unwrap_or(REPLICAS) };
+        let mut num_replicas = if single {
+            1
+        } else {
+            self.replicas.unwrap_or(REPLICAS)
+        };
         loop {
             let created = self.link.jetstream.create_stream(Config {
                 num_replicas,
@@ -209,7 +228,11 @@ impl Setup<'_> {
             ack_wait: lease,
             max_deliver: -1,
             // A webhook that is tried again later counts as pending.
-            max_ack_pending: if stream == names::JOBS { MAX_ACK_PENDING } else { -1 },
+            max_ack_pending: if stream == names::JOBS {
+                MAX_ACK_PENDING
+            } else {
+                -1
+            },
             ..Default::default()
         };
         let jetstream = &self.link.jetstream;

@@ -3,10 +3,10 @@
 use std::collections::HashSet;
 use std::time::Duration;
 
-use super::{Shared, now_ms};
 use super::mirror::Listed;
 use super::names;
 use super::records::Record;
+use super::{Shared, now_ms};
 use crate::jobs::{JobId, StoreError};
 
 /// Most jobs that one call deletes.

@@ -99,7 +99,9 @@ async fn begin(
             Ok(None)
         }
         Err(error) => {
-            acknowledge(&message, AckKind::Nak(Some(PULL_DELAY))).await.ok();
+            acknowledge(&message, AckKind::Nak(Some(PULL_DELAY)))
+                .await
+                .ok();
             Err(error)
         }
     }
