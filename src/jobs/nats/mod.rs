@@ -363,6 +363,10 @@ fn now_ms() -> u64 {
 
 #[async_trait]
 impl JobStore for NatsStore {
+    fn settings(&self) -> &StoreSettings {
+        &self.shared.settings
+    }
+
     async fn submit(&self, job: NewJob) -> Result<Submitted, StoreError> {
         let shared = &self.shared;
         let job = job.into_stored(shared.created_ms());
