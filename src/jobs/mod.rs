@@ -10,6 +10,7 @@ mod nats;
 mod object;
 mod record;
 mod registry;
+mod stats;
 mod store;
 pub mod webhook;
 mod worker;
@@ -23,8 +24,9 @@ pub use self::record::{
     StoredRequest, TraceContext,
 };
 pub use self::registry::{JobGuard, JobRecord, JobRegistry, JobState, Retention};
+pub use self::stats::JobStats;
 pub use self::store::{
     Content, JobCounts, JobLease, JobPage, JobStore, JobView, ListQuery, Revoked, Settled,
     StoreError, StoreSettings, Submitted, WebhookLease,
 };
-pub use self::worker::{RunError, Runner};
+pub use self::worker::{Held, Housekeeping, RunError, Runner, Worker, WorkerSettings};
