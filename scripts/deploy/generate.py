@@ -51,6 +51,9 @@ def by_instance(name):
     return [(one(name), "{{instance}}")]
 
 
+FAILED = rate("kiln_requests_total", 'outcome="failed"')
+FINISHED_OR_FAILED = rate("kiln_requests_total", 'outcome=~"finished|failed"')
+
 ROWS = [
     ("Now", [
         ("stat", "Servers ready", "short", [(total("kiln_ready"), "")], "Servers that answer requests."),
@@ -58,9 +61,7 @@ ROWS = [
         ("stat", "Waiting", "short", [(total("kiln_requests_waiting"), "")], "Requests in the queues of the servers."),
         ("stat", "Expected wait", "s", [(f"max({one('kiln_queue_wait_seconds')})", "")], "Time that a new default request would wait on the busiest server."),
         ("stat", "Images/s", "short", [(rate("kiln_images_total"), "")], "Generated images."),
-        ("stat", "Failed", "percentunit", [(
-            f"{rate('kiln_requests_total', 'outcome=\"failed\"')} / {rate('kiln_requests_total', 'outcome=~\"finished|failed\"')}", "",
-        )], "Share of the requests that failed."),
+        ("stat", "Failed", "percentunit", [(f"{FAILED} / {FINISHED_OR_FAILED}", "")], "Share of the requests that failed."),
         ("stat", "Jobs waiting", "short", [(f"max({one('kiln_jobs_queued')})", "")], "Durable jobs that no worker has taken."),
         ("stat", "Oldest job", "s", [(f"max({one('kiln_jobs_oldest_queued_seconds')})", "")], "Time that the oldest of them has waited."),
     ]),
