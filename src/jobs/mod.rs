@@ -5,12 +5,15 @@
 //! accepted ends as completed, failed or cancelled, whatever process stops meanwhile.
 
 mod caller;
+mod object;
 mod record;
 mod registry;
 mod store;
+pub mod webhook;
 mod worker;
 
 pub use self::caller::{Caller, Owner};
+pub use self::object::JobObject;
 pub use self::record::{
     IdempotencyKey, JobFailure, JobFile, JobId, JobStatus, NewJob, Progress, ResultFile, StoredJob,
     StoredRequest, TraceContext,

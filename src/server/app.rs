@@ -16,6 +16,7 @@ use crate::runtime::Start;
 use crate::tokenizer::PromptTokenizer;
 
 use super::Settings;
+use super::closing::Closing;
 use super::connections::Connections;
 use super::error::ApiError;
 
@@ -33,6 +34,8 @@ pub struct App {
     pub(super) connections: Arc<Connections>,
     /// The durable jobs; `None` for a server without them.
     pub(super) jobs: Option<Arc<dyn JobStore>>,
+    /// Ends responses that wait for jobs.
+    pub(super) closing: Closing,
     loaded: Arc<OnceLock<Arc<LoadedApp>>>,
 }
 
@@ -76,6 +79,7 @@ impl App {
             started: now.unwrap_or_default().as_secs(),
             connections: Arc::default(),
             jobs: None,
+            closing: Closing::default(),
             loaded: Arc::default(),
         }
     }

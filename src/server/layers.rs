@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use axum::Router;
 use axum::extract::Request;
-use axum::http::header::{AUTHORIZATION, RETRY_AFTER};
+use axum::http::header::{AUTHORIZATION, LOCATION, RETRY_AFTER};
 use axum::http::{HeaderName, HeaderValue, Method};
 use axum::response::{IntoResponse, Response};
 use tower::util::MapRequestLayer;
@@ -20,6 +20,7 @@ use tracing::{Level, Span};
 
 use super::error::ApiError;
 use super::images::SEED_HEADER;
+use super::jobs::PREFERENCE_APPLIED;
 use super::web_pages::{AllowedHost, CorsOrigin, RefuseOtherPages, is_allowed_origin};
 
 /// Id of a request: the client's own, if it is short and printable, or one that the server makes. The
@@ -90,10 +91,16 @@ fn cors(origins: &[CorsOrigin]) -> CorsLayer {
     };
     CorsLayer::new()
         .allow_origin(allowed)
-        .allow_methods([Method::GET, Method::POST])
-        // Clients send further headers, such as OpenAI's x-stainless-os.
+        .allow_methods([Method::GET, Method::POST, Method::DELETE])
+        // Clients send many headers: Idempotency-Key, Prefer, OpenAI's x-stainless-os.
         .allow_headers(AllowHeaders::mirror_request())
-        .expose_headers([RETRY_AFTER, SEED_HEADER, REQUEST_ID])
+        .expose_headers([
+            RETRY_AFTER,
+            SEED_HEADER,
+            REQUEST_ID,
+            LOCATION,
+            PREFERENCE_APPLIED,
+        ])
 }
 
 fn make_span(request: &Request) -> Span {

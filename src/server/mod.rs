@@ -8,6 +8,7 @@ mod body;
 mod cache;
 mod chat;
 mod choice;
+mod closing;
 mod connections;
 mod data_url;
 mod error;
@@ -19,6 +20,7 @@ mod health;
 mod images;
 mod instance;
 mod invalid;
+mod jobs;
 mod json;
 mod keys;
 mod layers;
@@ -160,10 +162,12 @@ pub async fn serve(
     let hosts = app.settings.allowed_hosts.clone();
     let hosts = (is_local && app.settings.api_keys.is_empty()).then_some(hosts.as_slice());
     let connections = Arc::clone(&app.connections);
+    let watchers = app.closing.clone();
     let router = router_for_hosts(app, hosts);
     let (closing, closed) = oneshot::channel::<()>();
     let shutdown = async move {
         shutdown.await;
+        watchers.close();
         drop(closing);
     };
     let server = connections::serve(listener, router, connections, Bounds::default(), shutdown);

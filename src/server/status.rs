@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use axum::Extension;
+use axum::extract::State;
 use axum::response::Response;
 use serde::Serialize;
 use serde_json::Value;
@@ -11,13 +12,14 @@ use utoipa::ToSchema;
 use crate::checkpoint::PromptGuide;
 use crate::request::{DEFAULT_NUM_INFERENCE_STEPS, DEFAULT_TRUE_CFG_SCALE};
 
-use super::LoadedApp;
 use super::adapters::AdapterStatus;
 use super::cache::CacheField;
 use super::error::{ApiError, ErrorEnvelope};
 use super::health;
+use super::jobs::JobsStatus;
 use super::json::json;
 use super::schedule::ModelRecipe;
+use super::{App, LoadedApp};
 
 /// The model, the bounds and defaults of requests, and the load.
 #[derive(Debug, Serialize, ToSchema)]
@@ -37,6 +39,8 @@ pub(super) struct Status {
     limits: RequestLimits,
     defaults: Defaults,
     adapters: AdapterStatus,
+    /// The durable jobs; null if the server was started without `--jobs`.
+    jobs: Option<JobsStatus>,
     /// What a distilled model, or the adapter that is merged into it, was trained for; absent for others.
     #[serde(skip_serializing_if = "Option::is_none")]
     model_recipe: Option<ModelRecipe>,
@@ -119,6 +123,7 @@ impl Guide {
     security((), ("bearer" = [])),
 )]
 pub(super) async fn status(
+    State(server): State<Arc<App>>,
     Extension(app): Extension<Arc<LoadedApp>>,
 ) -> Result<Response, ApiError> {
     let (info, stats, limits) = (app.engine.info(), app.engine.stats(), &app.limits);
@@ -159,6 +164,7 @@ pub(super) async fn status(
             app.settings.lora_updates,
             limits.merged.as_ref(),
         ),
+        jobs: JobsStatus::of(&server).await,
         model_recipe: recipe.map(ModelRecipe::from),
         prompt_guide: app.prompt_guide.map(Guide::new),
     })
