@@ -60,7 +60,7 @@ def check_arguments(kiln, overlays):
 def check_rules():
     folder = RULES.parent
     tests = RULES.with_name("kiln.rules.test.yaml")
-    for command in (["check", "rules", RULES.name], ["test", "rules", tests.name]):
+    for command in (["check", "config", "prometheus.yml"], ["test", "rules", tests.name]):
         subprocess.run(["promtool", *command], cwd=folder, check=True, stdout=subprocess.DEVNULL)
     fires, silent = set(), set()
     for test in yaml.safe_load(tests.read_text())["tests"]:
