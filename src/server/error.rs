@@ -13,6 +13,7 @@ use utoipa::ToSchema;
 use crate::adapters::AdapterError;
 use crate::engine::{JobError, SubmitError, TooLarge};
 use crate::image::{EncodeError, SideTooLong};
+use crate::jobs::webhook::InvalidWebhook;
 use crate::jobs::{JobId, JobStatus, StoreError};
 use crate::request::InvalidRequest;
 use crate::runtime::Progress;
@@ -64,6 +65,16 @@ pub(super) enum ApiError {
     #[error("{0}")]
     Starting(Progress),
     #[error(
+        "this server has --role api and generates no images itself: send the request to POST \
+         /v1/images/jobs, or to a server of --role all"
+    )]
+    NoEngine,
+    #[error(
+        "there is nothing at {path}: this server has --role worker, which serves /health, /metrics and \
+         /version only; send requests to a server of --role api"
+    )]
+    WorkerOnly { path: String },
+    #[error(
         "the server listens on this machine only and does not answer to the host {host:?}: if clients \
          are to call it so, start it with --allowed-host and this name, or with --api-key"
     )]
@@ -96,6 +107,8 @@ pub(super) enum ApiError {
     NotAnObject,
     #[error(transparent)]
     Invalid(#[from] InvalidBody),
+    #[error(transparent)]
+    Webhook(#[from] InvalidWebhook),
     #[error("{error}")]
     Request {
         error: InvalidRequest,
@@ -146,6 +159,7 @@ impl ApiError {
             | Self::JobsOff { .. }
             | Self::UnknownJob { .. }
             | Self::NoFile { .. }
+            | Self::WorkerOnly { .. }
             | Self::UnknownModel { .. } => StatusCode::NOT_FOUND,
             Self::Adapter { error, .. } => adapter_status(error),
             Self::Method { .. } => StatusCode::METHOD_NOT_ALLOWED,
@@ -160,13 +174,15 @@ impl ApiError {
                 StatusCode::REQUEST_TIMEOUT
             }
             // vLLM-Omni also returns 400 for a wrong content type.
-            Self::ContentType
+            Self::NoEngine
+            | Self::ContentType
             | Self::Body(_)
             | Self::Utf16
             | Self::Json(_)
             | Self::NotAnObject
             | Self::Header { .. }
             | Self::Invalid(_)
+            | Self::Webhook(_)
             | Self::Request { .. }
             | Self::Side { .. }
             | Self::TooLarge { .. }
@@ -219,6 +235,7 @@ impl ApiError {
             Self::Adapter { param, .. } => param.as_deref(),
             Self::UnknownModel { .. } => Some("model"),
             Self::Header { name, .. } => Some(name),
+            Self::Webhook(_) => Some("webhook"),
             Self::OtherBody { .. } => Some(IDEMPOTENCY_KEY),
             Self::NoFile { .. } => Some("index"),
             Self::Submit(SubmitError::TooLarge(_)) => Some("size"),

@@ -15,7 +15,6 @@ use super::super::adapters::Room;
 use super::super::body::JsonObject;
 use super::super::error::{ApiError, ErrorEnvelope};
 use super::super::images::{self, JobBody, JobBodySchema};
-use super::super::invalid::InvalidBody;
 use super::super::json::json;
 use super::super::parsed::ParsedRequest;
 use super::Jobs;
@@ -61,12 +60,12 @@ impl Jobs {
         object: Map<String, Value>,
     ) -> Result<Response, ApiError> {
         let idempotency = idempotency_key(headers, &object)?;
-        let submitted = match self.repeated(idempotency.as_ref()).await? {
-            Some(submitted) => submitted,
-            None => {
-                let job = self.new_job(headers, object, idempotency).await?;
-                self.store.submit(job).await?
-            }
+        let repeated = self.repeated(idempotency.as_ref()).await?;
+        let submitted = if let Some(submitted) = repeated {
+            submitted
+        } else {
+            let job = self.new_job(headers, object, idempotency).await?;
+            self.store.submit(job).await?
         };
         let (status, view) = match submitted {
             Submitted::New(view) => (StatusCode::ACCEPTED, view),
@@ -125,15 +124,8 @@ impl Jobs {
     }
 
     /// Refuses a URL to which the server must not post.
-    #[expect(
-        clippy::unused_self,
-        reason = "the allowed hosts will be settings of the server"
-    )]
-    fn check_webhook(&self, _url: &str) -> Result<(), InvalidBody> {
-        Err(InvalidBody::Unavailable {
-            param: "webhook".to_owned(),
-            instead: "the server was started without --webhook-host",
-        })
+    fn check_webhook(&self, url: &str) -> Result<(), ApiError> {
+        Ok(self.app.settings.webhooks.check(url)?)
     }
 }
 
