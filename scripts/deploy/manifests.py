@@ -199,6 +199,13 @@ class Overlay:
                     self.expect(service in self.names("Service"), f"a ScaledObject asks {address}")
                     own = document["metadata"]["namespace"]
                     self.expect(namespace == own, f"a ScaledObject asks in {namespace}, not in {own}")
+                    models = {
+                        re.sub("[^A-Za-z0-9-]", lambda it: f"_{ord(it[0]):02X}", container["args"][0])
+                        for owner, container in kiln_containers(self.documents)
+                        if owner["metadata"]["name"] == target
+                    }
+                    consumer = trigger["metadata"]["consumer"]
+                    self.expect({consumer} == models, f"a ScaledObject reads {consumer}, for {models}")
                 query = trigger["metadata"].get("query", "")
                 for namespace in re.findall(r'namespace="([^"]*)"', query):
                     own = document["metadata"]["namespace"]
