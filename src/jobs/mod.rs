@@ -5,12 +5,16 @@
 //! accepted ends as completed, failed or cancelled, whatever process stops meanwhile.
 
 mod caller;
+mod local;
+mod location;
 mod record;
 mod registry;
 mod store;
 mod worker;
 
 pub use self::caller::{Caller, Owner};
+pub use self::local::LocalStore;
+pub use self::location::{BucketService, InvalidLocation, JobsLocation, ResultsLocation, open};
 pub use self::record::{
     IdempotencyKey, JobFailure, JobFile, JobId, JobStatus, NewJob, Progress, ResultFile, StoredJob,
     StoredRequest, TraceContext,
@@ -21,3 +25,6 @@ pub use self::store::{
     StoreError, StoreSettings, Submitted, WebhookLease,
 };
 pub use self::worker::{RunError, Runner};
+
+#[cfg(test)]
+mod tests;
