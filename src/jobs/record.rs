@@ -238,3 +238,6 @@ impl NewJob {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;
