@@ -3,14 +3,16 @@
 use std::sync::{Arc, OnceLock};
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use axum::extract::{Request, State};
+use axum::extract::{self, Request};
 use axum::middleware::Next;
 use axum::response::Response;
 
 use crate::adapters::AdapterStore;
 use crate::checkpoint::PromptGuide;
-use crate::engine::Engine;
-use crate::jobs::{JobRegistry, JobStore, Retention};
+use crate::engine::{Engine, State};
+use crate::jobs::{
+    Housekeeping, JobRegistry, JobStats, JobStore, Retention, Worker, WorkerSettings,
+};
 use crate::request::Limits;
 use crate::runtime::Start;
 use crate::tokenizer::PromptTokenizer;
@@ -19,6 +21,7 @@ use super::Settings;
 use super::closing::Closing;
 use super::connections::Connections;
 use super::error::ApiError;
+use super::generation::StoredRunner;
 
 /// The state of a server. Clones share it.
 ///
@@ -36,13 +39,16 @@ pub struct App {
     pub(super) jobs: Option<Arc<dyn JobStore>>,
     /// Ends responses that wait for jobs.
     pub(super) closing: Closing,
+    /// What this process does with durable jobs.
+    pub job_stats: Arc<JobStats>,
     loaded: Arc<OnceLock<Arc<LoadedApp>>>,
 }
 
 /// A model that is ready for requests.
 #[derive(Debug)]
 pub struct LoadedModel {
-    pub engine: Engine,
+    /// Generates the images; `None` for a server that only stores jobs for others.
+    pub engine: Option<Engine>,
     pub tokenizer: Arc<PromptTokenizer>,
     /// Limits of requests. Their adapters are those of `adapters`.
     pub limits: Limits,
@@ -52,10 +58,11 @@ pub struct LoadedModel {
     pub prompt_guide: Option<&'static PromptGuide>,
 }
 
-/// The state of a server whose model is ready: what requests for images need.
+/// The state of a server whose model is ready: what requests for images, or for jobs, need.
 #[derive(Debug)]
 pub(super) struct LoadedApp {
-    pub(super) engine: Engine,
+    /// `None` for a server that only stores jobs for others.
+    pub(super) engine: Option<Engine>,
     pub(super) tokenizer: Arc<PromptTokenizer>,
     pub(super) limits: Limits,
     pub(super) adapters: AdapterStore,
@@ -80,6 +87,7 @@ impl App {
             connections: Arc::default(),
             jobs: None,
             closing: Closing::default(),
+            job_stats: Arc::default(),
             loaded: Arc::default(),
         }
     }
@@ -89,6 +97,24 @@ impl App {
     pub fn with_jobs(self, store: Arc<dyn JobStore>) -> Self {
         let jobs = Some(store);
         Self { jobs, ..self }
+    }
+
+    /// Starts to work on the durable jobs; `None` without jobs, without an engine, or during the start.
+    /// Must be called in a tokio runtime.
+    pub fn start_worker(&self, settings: WorkerSettings) -> Option<Worker> {
+        let store = Arc::clone(self.jobs.as_ref()?);
+        let app = Arc::clone(self.loaded()?);
+        app.engine.as_ref()?;
+        let stats = Arc::clone(&self.job_stats);
+        let runner = Arc::new(StoredRunner(app));
+        Some(Worker::start(store, runner, settings, stats))
+    }
+
+    /// Starts to sweep and to count the durable jobs; `None` without jobs. Must be called in a tokio
+    /// runtime.
+    pub fn keep_house(&self) -> Option<Housekeeping> {
+        let store = Arc::clone(self.jobs.as_ref()?);
+        Some(Housekeeping::start(store, Arc::clone(&self.job_stats)))
     }
 
     /// Ends the start: requests are accepted from now on. A second call changes nothing.
@@ -109,6 +135,12 @@ impl App {
         });
     }
 
+    /// Whether requests are accepted; `None` during the start.
+    pub(super) fn state(&self) -> Option<State> {
+        let engine = self.loaded()?.engine.as_ref();
+        Some(engine.map_or(State::Ready, Engine::state))
+    }
+
     /// The state with the model, or `None` during the start.
     pub(super) fn loaded(&self) -> Option<&Arc<LoadedApp>> {
         self.loaded.get()
@@ -116,6 +148,11 @@ impl App {
 }
 
 impl LoadedApp {
+    /// The engine, if this server generates images.
+    pub(super) fn engine(&self) -> Result<&Engine, ApiError> {
+        self.engine.as_ref().ok_or(ApiError::NoEngine)
+    }
+
     /// The name of the model in a response: the requested one if the model has it, else the first.
     pub(super) fn model_name(&self, requested: Option<&str>) -> &str {
         let names = &self.settings.served_model_names;
@@ -143,7 +180,7 @@ pub(super) struct RequireModel {
 /// Middleware of routes that need the model: adds the [`LoadedApp`] to the extensions of a request,
 /// and refuses the request during the start.
 pub(super) async fn require_model(
-    State(RequireModel { app, refuse }): State<RequireModel>,
+    extract::State(RequireModel { app, refuse }): extract::State<RequireModel>,
     mut request: Request,
     next: Next,
 ) -> Response {

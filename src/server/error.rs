@@ -65,6 +65,16 @@ pub(super) enum ApiError {
     #[error("{0}")]
     Starting(Progress),
     #[error(
+        "this server has --role api and generates no images itself: send the request to POST \
+         /v1/images/jobs, or to a server of --role all"
+    )]
+    NoEngine,
+    #[error(
+        "there is nothing at {path}: this server has --role worker, which serves /health, /metrics and \
+         /version only; send requests to a server of --role api"
+    )]
+    WorkerOnly { path: String },
+    #[error(
         "the server listens on this machine only and does not answer to the host {host:?}: if clients \
          are to call it so, start it with --allowed-host and this name, or with --api-key"
     )]
@@ -149,6 +159,7 @@ impl ApiError {
             | Self::JobsOff { .. }
             | Self::UnknownJob { .. }
             | Self::NoFile { .. }
+            | Self::WorkerOnly { .. }
             | Self::UnknownModel { .. } => StatusCode::NOT_FOUND,
             Self::Adapter { error, .. } => adapter_status(error),
             Self::Method { .. } => StatusCode::METHOD_NOT_ALLOWED,
@@ -163,7 +174,8 @@ impl ApiError {
                 StatusCode::REQUEST_TIMEOUT
             }
             // vLLM-Omni also returns 400 for a wrong content type.
-            Self::ContentType
+            Self::NoEngine
+            | Self::ContentType
             | Self::Body(_)
             | Self::Utf16
             | Self::Json(_)

@@ -12,7 +12,7 @@ use axum::http::header::CONTENT_TYPE;
 use axum::response::{IntoResponse, Response};
 use kiln_models::pipeline::{CacheUse, DeviceUse};
 
-use crate::engine::{BUCKET_BOUNDS, EngineStats, Histogram, State as EngineState};
+use crate::engine::{BUCKET_BOUNDS, Engine, EngineStats, Histogram, State as EngineState};
 
 use super::App;
 use super::connections::{Closed, Connections};
@@ -26,8 +26,9 @@ use super::connections::{Closed, Connections};
 )]
 pub(super) async fn metrics(State(app): State<Arc<App>>) -> Response {
     let loaded = app.loaded();
-    let stats = loaded.map(|app| app.engine.stats()).unwrap_or_default();
-    let is_ready = loaded.is_some_and(|app| matches!(app.engine.state(), EngineState::Ready));
+    let engine = loaded.and_then(|app| app.engine.as_ref());
+    let stats = engine.map(Engine::stats).unwrap_or_default();
+    let is_ready = matches!(app.state(), Some(EngineState::Ready));
     let mut page = Page::default();
     page.start(&app, is_ready);
     page.engine(&stats);

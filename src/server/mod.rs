@@ -30,6 +30,7 @@ mod openapi;
 mod page;
 mod parsed;
 mod previews;
+mod role;
 mod routes;
 mod schedule;
 mod sdapi;
@@ -52,9 +53,12 @@ use tokio::sync::oneshot;
 use tokio::time::sleep;
 use tower_http::normalize_path::NormalizePath;
 
+use crate::jobs::webhook::WebhookSettings;
+
 pub use self::access::{ApiKeys, InvalidApiKey};
 pub use self::app::{App, LoadedModel};
 pub use self::connections::raise_open_file_limit;
+pub use self::role::Role;
 pub use self::signals::{Signals, drain};
 pub use self::web_pages::{AllowedHost, CorsOrigin, InvalidHost, InvalidOrigin};
 
@@ -103,6 +107,7 @@ pub struct Settings {
     pub instance: String,
     /// Where jobs may be posted when they have ended.
     pub webhooks: WebhookSettings,
+    pub role: Role,
 }
 
 impl Settings {
@@ -123,6 +128,7 @@ impl Settings {
             lora_updates: false,
             instance: instance::host_name(),
             webhooks: WebhookSettings::default(),
+            role: Role::All,
         }
     }
 }
@@ -136,11 +142,17 @@ pub fn router(app: App) -> Router {
 /// [`router`], which with `hosts` answers to these and to this machine's names only.
 fn router_for_hosts(app: App, hosts: Option<&[AllowedHost]>) -> Router {
     let app = Arc::new(app);
-    let (router, document) = routes::routes(&app).split_for_parts();
+    let router = match app.settings.role {
+        Role::Worker => routes::of_worker(),
+        Role::All | Role::Api => {
+            let (router, document) = routes::routes(&app).split_for_parts();
+            router
+                .merge(openapi::routes(document))
+                .merge(page::routes())
+                .fallback(routes::unknown)
+        }
+    };
     let router = router
-        .merge(openapi::routes(document))
-        .merge(page::routes())
-        .fallback(routes::unknown)
         .method_not_allowed_fallback(routes::wrong_method)
         .layer(DefaultBodyLimit::max(app.settings.max_body_bytes));
     let router = layers::add_to(router, &app.settings.cors_origins, hosts).with_state(app);

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use clap::{Arg, ArgAction, Args, Parser, ValueEnum};
 
+use super::jobs_args::JobsArgs;
 use crate::cli::cache_args::CacheDefaultArgs;
 use crate::cli::error::CliError;
 use crate::cli::lora_args::LoraServeArgs;
@@ -114,6 +115,9 @@ pub(in crate::cli) struct ServeArgs {
     pub(super) limits: LimitArgs,
 
     #[command(flatten)]
+    pub(super) jobs: JobsArgs,
+
+    #[command(flatten)]
     pub(super) backend: BackendArgs,
 
     #[command(flatten)]
@@ -156,6 +160,7 @@ impl ServeArgs {
             noise_generator: self.noise.generator(),
             sdapi: self.enable_sdapi,
             lora_updates: self.lora.enable_lora_updates,
+            role: self.jobs.role(),
             ..settings
         })
     }
