@@ -21,7 +21,7 @@ use super::super::previews::Previews;
 use super::{RequestInfo, RunningRequest};
 
 /// A request with every value given and within the limits. Nothing of it has been computed.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(in super::super) struct CheckedRequest {
     pub(in super::super) request: GenerationRequest,
     pub(in super::super) encoding: Encoding,
@@ -88,6 +88,24 @@ impl ParsedRequest {
         let accepted = checked.accept(app, String::new(), options.deadline, Room::Ignored);
         let (info, job) = accepted.await?;
         Ok((info, job, options))
+    }
+
+    /// The request with its seed, after all checks of one that is generated at once. Without an engine,
+    /// the memory that it takes is not checked.
+    pub(in super::super) async fn prepare_for_store(
+        self,
+        app: &Arc<LoadedApp>,
+        model: Option<&str>,
+    ) -> Result<StoredRequest, ApiError> {
+        let checked = self.check(app, model)?;
+        let stored = checked.clone().into();
+        if app.engine.is_some() {
+            let accepted = checked.accept(app, String::new(), None, Room::Ignored);
+            accepted.await?;
+        } else {
+            tokenize(app, checked.request, checked.names).await?;
+        }
+        Ok(stored)
     }
 
     /// Fills in the defaults, and checks the request against the limits. `model` is the model name in
@@ -181,19 +199,7 @@ impl CheckedRequest {
             .unwrap_or_default()
             .as_secs();
         let engine = app.engine()?;
-        let Self { request, names, .. } = self;
-        let (request, tokens) = {
-            let app = Arc::clone(app);
-            spawn_blocking(move || {
-                let tokens = request.tokenize(&app.tokenizer);
-                (request, tokens)
-            })
-            .await?
-        };
-        let tokens = tokens.map_err(|error| ApiError::Prompt {
-            param: names.of(error.param),
-            error: error.source,
-        })?;
+        let (request, tokens) = tokenize(app, self.request, self.names).await?;
         let weights = app.weights(&request.adapters, deadline, room).await?;
         let info = RequestInfo {
             id,
@@ -212,6 +218,25 @@ impl CheckedRequest {
         })?;
         Ok((info, job))
     }
+}
+
+/// Encodes the prompts of a request on a thread that may block.
+async fn tokenize(
+    app: &Arc<LoadedApp>,
+    request: GenerationRequest,
+    names: WireNames,
+) -> Result<(GenerationRequest, PromptTokens), ApiError> {
+    let app = Arc::clone(app);
+    let encoded = spawn_blocking(move || {
+        let tokens = request.tokenize(&app.tokenizer);
+        (request, tokens)
+    });
+    let (request, tokens) = encoded.await?;
+    let tokens = tokens.map_err(|error| ApiError::Prompt {
+        param: names.of(error.param),
+        error: error.source,
+    })?;
+    Ok((request, tokens))
 }
 
 /// The ways in which the engine may make the request cheaper.

@@ -1,22 +1,16 @@
 //! `POST /v1/images/jobs`: stores a job.
 
-use std::sync::Arc;
-use std::time::Instant;
-
 use axum::http::header::LOCATION;
 use axum::http::{HeaderMap, HeaderValue, StatusCode};
 use axum::response::{IntoResponse, Response};
 use serde_json::{Map, Value};
 
-use crate::jobs::{IdempotencyKey, JobId, JobObject, JobView, NewJob, StoredRequest, Submitted};
+use crate::jobs::{IdempotencyKey, JobId, JobObject, JobView, NewJob, Submitted};
 
-use super::super::LoadedApp;
-use super::super::adapters::Room;
 use super::super::body::JsonObject;
 use super::super::error::{ApiError, ErrorEnvelope};
 use super::super::images::{self, JobBody, JobBodySchema};
 use super::super::json::json;
-use super::super::parsed::ParsedRequest;
 use super::Jobs;
 use super::headers::{
     PREFERENCE_APPLIED, RESPOND_ASYNC, idempotency_key, prefers_async, trace_context,
@@ -116,7 +110,7 @@ impl Jobs {
         }
         Ok(NewJob {
             owner: self.owner.clone(),
-            request: checked(request, app, model.as_deref()).await?,
+            request: request.prepare_for_store(app, model.as_deref()).await?,
             idempotency,
             webhook,
             trace: trace_context(headers),
@@ -127,22 +121,6 @@ impl Jobs {
     fn check_webhook(&self, url: &str) -> Result<(), ApiError> {
         Ok(self.app.settings.webhooks.check(url)?)
     }
-}
-
-/// The request with its seed, after all checks of a request that is generated at once.
-async fn checked(
-    request: ParsedRequest,
-    app: &Arc<LoadedApp>,
-    model: Option<&str>,
-) -> Result<StoredRequest, ApiError> {
-    let now = Instant::now();
-    let prepared = request.prepare(app, String::new(), model, now, Room::Ignored);
-    let (info, _, _) = prepared.await?;
-    Ok(StoredRequest {
-        request: info.request,
-        encoding: info.encoding,
-        model: info.model,
-    })
 }
 
 fn answer(status: StatusCode, view: &JobView) -> Result<Response, ApiError> {
