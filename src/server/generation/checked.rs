@@ -21,7 +21,7 @@ use super::super::previews::Previews;
 use super::{RequestInfo, RunningRequest};
 
 /// A request with every value given and within the limits. Nothing of it has been computed.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub(in super::super) struct CheckedRequest {
     pub(in super::super) request: GenerationRequest,
     pub(in super::super) encoding: Encoding,
@@ -42,16 +42,6 @@ impl From<StoredRequest> for CheckedRequest {
             names: WireNames::OF_IMAGES,
             size_param: "size",
             stage_metrics: false,
-        }
-    }
-}
-
-impl From<CheckedRequest> for StoredRequest {
-    fn from(checked: CheckedRequest) -> Self {
-        Self {
-            request: checked.request,
-            encoding: checked.encoding,
-            model: checked.model,
         }
     }
 }
@@ -88,24 +78,6 @@ impl ParsedRequest {
         let accepted = checked.accept(app, String::new(), options.deadline, Room::Ignored);
         let (info, job) = accepted.await?;
         Ok((info, job, options))
-    }
-
-    /// The request with its seed, after all checks of one that is generated at once. Without an engine,
-    /// the memory that it takes is not checked.
-    pub(in super::super) async fn prepare_for_store(
-        self,
-        app: &Arc<LoadedApp>,
-        model: Option<&str>,
-    ) -> Result<StoredRequest, ApiError> {
-        let checked = self.check(app, model)?;
-        let stored = checked.clone().into();
-        if app.engine.is_some() {
-            let accepted = checked.accept(app, String::new(), None, Room::Ignored);
-            accepted.await?;
-        } else {
-            tokenize(app, checked.request, checked.names).await?;
-        }
-        Ok(stored)
     }
 
     /// Fills in the defaults, and checks the request against the limits. `model` is the model name in
@@ -186,6 +158,25 @@ impl CheckedRequest {
         })
     }
 
+    /// The request as stores keep it, after the checks of a request that is generated at once. A server
+    /// without an engine does not know how much memory a request takes.
+    pub(in super::super) async fn into_stored(
+        self,
+        app: &Arc<LoadedApp>,
+    ) -> Result<StoredRequest, ApiError> {
+        let stored = StoredRequest {
+            request: self.request.clone(),
+            encoding: self.encoding,
+            model: self.model.clone(),
+        };
+        if app.engine.is_some() {
+            self.accept(app, String::new(), None, Room::Ignored).await?;
+        } else {
+            tokenize(app, self.request, self.names).await?;
+        }
+        Ok(stored)
+    }
+
     /// Tokenizes the prompts, reads the adapters, and chooses how the images are decoded.
     async fn accept(
         self,
@@ -220,18 +211,18 @@ impl CheckedRequest {
     }
 }
 
-/// Encodes the prompts of a request on a thread that may block.
+/// Tokenizes the prompts on a thread that may block.
 async fn tokenize(
     app: &Arc<LoadedApp>,
     request: GenerationRequest,
     names: WireNames,
 ) -> Result<(GenerationRequest, PromptTokens), ApiError> {
     let app = Arc::clone(app);
-    let encoded = spawn_blocking(move || {
+    let tokenized = spawn_blocking(move || {
         let tokens = request.tokenize(&app.tokenizer);
         (request, tokens)
     });
-    let (request, tokens) = encoded.await?;
+    let (request, tokens) = tokenized.await?;
     let tokens = tokens.map_err(|error| ApiError::Prompt {
         param: names.of(error.param),
         error: error.source,
