@@ -294,7 +294,7 @@ fn a_stored_job_of_this_version_is_read() {
         webhook: None,
         trace: None,
     };
-    let job = job.into_stored(1_000);
+    let job = job.into_stored("demo", 1_000);
     let written = serde_json::to_value(&job).unwrap();
     let expected: Value = serde_json::from_str(include_str!("stored_job.json")).unwrap();
     assert_eq!(written, expected, "{written:#}");
