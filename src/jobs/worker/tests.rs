@@ -224,10 +224,13 @@ impl JobLease for FakeLease {
 }
 
 impl Drop for FakeLease {
-    /// The job is available again.
+    /// The job is available again, unless it was cancelled or another worker has it.
     fn drop(&mut self) {
         if !*self.settled.lock().unwrap() {
             self.store.tell(&self.job.id, Told::Dropped);
+            if self.store.revoke.borrow().is_some() {
+                return;
+            }
             self.store
                 .queued
                 .lock()
