@@ -5,13 +5,24 @@
 //! accepted ends as completed, failed or cancelled, whatever process stops meanwhile.
 
 mod caller;
+mod local;
+mod location;
+#[cfg(feature = "nats")]
+mod nats;
+mod object;
 mod record;
 mod registry;
 mod stats;
 mod store;
+pub mod webhook;
 mod worker;
 
 pub use self::caller::{Caller, Owner};
+pub use self::local::LocalStore;
+pub use self::location::{BucketService, InvalidLocation, JobsLocation, ResultsLocation, open};
+#[cfg(feature = "nats")]
+pub use self::nats::{NatsSettings, NatsStore};
+pub use self::object::JobObject;
 pub use self::record::{
     IdempotencyKey, JobFailure, JobFile, JobId, JobStatus, NewJob, Progress, ResultFile, StoredJob,
     StoredRequest, TraceContext,
@@ -23,3 +34,6 @@ pub use self::store::{
     StoreError, StoreSettings, Submitted, WebhookLease,
 };
 pub use self::worker::{Held, Housekeeping, RunError, Runner, Worker, WorkerSettings};
+
+#[cfg(test)]
+mod tests;

@@ -50,6 +50,9 @@ impl StoreSettings {
 /// store can be used by several servers.
 #[async_trait]
 pub trait JobStore: Debug + Send + Sync {
+    /// The settings with which the store was opened.
+    fn settings(&self) -> &StoreSettings;
+
     /// Stores a job. When this returns, the job survives the end of every process, and, as far as the
     /// store promises it, of every machine.
     ///

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use axum::Extension;
+use axum::extract::State;
 use axum::response::Response;
 use kiln_models::pipeline::ModelInfo;
 use serde::Serialize;
@@ -10,16 +11,17 @@ use serde_json::Value;
 use utoipa::ToSchema;
 
 use crate::checkpoint::PromptGuide;
-use crate::engine::{Engine, State};
+use crate::engine::{Engine, State as EngineState};
 use crate::request::{DEFAULT_NUM_INFERENCE_STEPS, DEFAULT_TRUE_CFG_SCALE};
 
-use super::LoadedApp;
 use super::adapters::AdapterStatus;
 use super::cache::CacheField;
 use super::error::{ApiError, ErrorEnvelope};
 use super::health;
+use super::jobs::JobsStatus;
 use super::json::json;
 use super::schedule::ModelRecipe;
+use super::{App, LoadedApp};
 
 /// The model, the bounds and defaults of requests, and the load.
 #[derive(Debug, Serialize, ToSchema)]
@@ -29,6 +31,8 @@ pub(super) struct Status {
     /// The first name of the model.
     model: String,
     version: &'static str,
+    /// Name of this server among others: the same as the header `x-kiln-instance`.
+    instance: String,
     /// Backend and device; null for a server that generates no images itself.
     device: Option<String>,
     /// Data type of the weights; null for a server that generates no images itself.
@@ -39,6 +43,8 @@ pub(super) struct Status {
     limits: RequestLimits,
     defaults: Defaults,
     adapters: AdapterStatus,
+    /// The durable jobs; null if the server was started without `--jobs`.
+    jobs: Option<JobsStatus>,
     /// What a distilled model, or the adapter that is merged into it, was trained for; absent for others.
     #[serde(skip_serializing_if = "Option::is_none")]
     model_recipe: Option<ModelRecipe>,
@@ -121,6 +127,7 @@ impl Guide {
     security((), ("bearer" = [])),
 )]
 pub(super) async fn status(
+    State(server): State<Arc<App>>,
     Extension(app): Extension<Arc<LoadedApp>>,
 ) -> Result<Response, ApiError> {
     let (engine, limits) = (app.engine.as_ref(), &app.limits);
@@ -130,9 +137,10 @@ pub(super) async fn status(
     );
     let recipe = limits.recipe();
     json(&Status {
-        state: health::state_name(&engine.map_or(State::Ready, Engine::state)),
+        state: health::state_name(&server.state().unwrap_or(EngineState::Ready)),
         model: app.model_name(None).to_owned(),
         version: crate::version::VERSION,
+        instance: app.settings.instance.clone(),
         device: info.map(ModelInfo::device),
         dtype: info.map(|info| info.dtype),
         requests: Requests {
@@ -165,6 +173,7 @@ pub(super) async fn status(
             app.settings.lora_updates,
             limits.merged.as_ref(),
         ),
+        jobs: JobsStatus::of(&server).await,
         model_recipe: recipe.map(ModelRecipe::from),
         prompt_guide: app.prompt_guide.map(Guide::new),
     })
