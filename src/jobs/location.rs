@@ -117,12 +117,12 @@ impl FromStr for JobsLocation {
             return Err(InvalidLocation::JobsScheme(scheme.to_owned()));
         }
         let mut servers = Vec::new();
-        for server in rest.split(',') {
+        for server in rest.split(',').map(str::trim) {
             let (scheme, address) = server.split_once("://").unwrap_or((scheme, server));
             if !is_nats(scheme) {
                 return Err(InvalidLocation::JobsScheme(scheme.to_owned()));
             }
-            servers.push(nats_server(scheme, address.trim())?);
+            servers.push(nats_server(scheme, address)?);
         }
         Ok(Self::Nats(servers))
     }
