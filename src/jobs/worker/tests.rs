@@ -118,10 +118,6 @@ impl JobStore for FakeStore {
         &self.settings
     }
 
-    fn settings(&self) -> &StoreSettings {
-        unimplemented!()
-    }
-
     async fn submit(&self, _: NewJob) -> Result<Submitted, StoreError> {
         unimplemented!()
     }
