@@ -252,7 +252,11 @@ impl Shared {
                 job.instance.as_deref().unwrap_or("an unknown server")
             ),
         });
-        self.replace(record.revision, &record.model, job).await
+        let replaced = self.replace(record.revision, &record.model, job).await?;
+        if replaced.is_ok() {
+            self.settings.stats.count_failed(JobFailure::WORKER_LOST);
+        }
+        Ok(replaced)
     }
 
     fn end(&self, job: &mut StoredJob, status: JobStatus) {
