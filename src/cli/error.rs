@@ -20,6 +20,7 @@ use crate::tokenizer::TokenizerError;
 use super::args::API_KEY;
 use super::dump::DumpError;
 use super::health::NoAnswer;
+use super::jobs::JobsError;
 
 /// Why a command failed.
 #[derive(Debug, thiserror::Error)]
@@ -138,6 +139,8 @@ pub(super) enum CliError {
         port: u16,
         error: NoAnswer,
     },
+    #[error(transparent)]
+    Jobs(#[from] JobsError),
     #[error("there is no folder for compiled kernels: neither XDG_CACHE_HOME nor HOME is set")]
     NoCacheFolder,
     #[error("the kernels in {} cannot be read or removed", folder.display())]
@@ -161,7 +164,7 @@ pub(super) enum CliError {
 }
 
 impl CliError {
-    /// 2 for invalid arguments, as clap does, otherwise 1.
+    /// 2 for invalid arguments, as clap does, 3 to 5 for jobs without images, otherwise 1.
     pub(super) fn exit_code(&self) -> u8 {
         match self {
             Self::Request(_)
@@ -194,6 +197,7 @@ impl CliError {
             | Self::Adapter(_)
             | Self::OutputIsFolder { .. }
             | Self::Submit(SubmitError::TooLarge(_) | SubmitError::Adapters(_)) => 2,
+            Self::Jobs(error) => error.exit_code(),
             _ => 1,
         }
     }
@@ -224,6 +228,7 @@ impl CliError {
             Self::NoOutputFolder { folder } => {
                 Some(format!("make it first: mkdir -p {}", folder.display()))
             }
+            Self::Jobs(error) => error.tip(),
             Self::Listen { source, .. } if source.kind() == io::ErrorKind::AddrInUse => {
                 Some("another program has that port: choose a different one with --port".to_owned())
             }
