@@ -51,7 +51,7 @@ const OWNERS: &[(&str, &[&str])] = &[
             "src/telemetry",
         ],
     ),
-    ("rustls", &["src/hub", "src/telemetry"]),
+    ("rustls", &["src/hub", "src/jobs/nats", "src/telemetry"]),
     ("ring", &["src/hub", "src/checkpoint/lora", "src/jobs"]),
     ("redb", &["src/jobs/local"]),
     ("async_nats", &["src/jobs/nats"]),

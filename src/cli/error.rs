@@ -12,6 +12,7 @@ use crate::bench::{CalibrationError, LoraBenchError};
 use crate::compare::{CompareError, ReportError};
 use crate::engine::{JobError, StartError, SubmitError};
 use crate::image::{EncodeError, ImageFormat, SideTooLong};
+use crate::jobs::StoreError;
 use crate::request::{InvalidCache, InvalidPrompt, InvalidRequest, MAX_PROMPT_BYTES};
 use crate::runtime::RuntimeError;
 use crate::server::InvalidApiKey;
@@ -157,6 +158,18 @@ pub(super) enum CliError {
         port: u16,
         source: io::Error,
     },
+    #[error(
+        "--role {role} needs the jobs that the servers share: give --jobs nats://HOST, or leave --role \
+         out"
+    )]
+    RoleWithoutJobs { role: &'static str },
+    #[error(
+        "--role {role} cannot work on the jobs in the folder {folder}, which one server has for itself: \
+         give --jobs nats://HOST to share jobs, or leave --role out"
+    )]
+    RoleOfFolder { role: &'static str, folder: String },
+    #[error("the store of jobs cannot be opened")]
+    Jobs(#[source] StoreError),
     #[error("the server cannot start")]
     Start(#[source] StartError),
     #[error("the server ended")]
@@ -194,6 +207,8 @@ impl CliError {
             | Self::NothingToCompare { .. }
             | Self::NoSuchPage { .. }
             | Self::NoAdapter { .. }
+            | Self::RoleWithoutJobs { .. }
+            | Self::RoleOfFolder { .. }
             | Self::Adapter(_)
             | Self::OutputIsFolder { .. }
             | Self::Submit(SubmitError::TooLarge(_) | SubmitError::Adapters(_)) => 2,

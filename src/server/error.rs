@@ -13,12 +13,14 @@ use utoipa::ToSchema;
 use crate::adapters::AdapterError;
 use crate::engine::{JobError, SubmitError, TooLarge};
 use crate::image::{EncodeError, SideTooLong};
+use crate::jobs::webhook::InvalidWebhook;
 use crate::jobs::{JobId, JobStatus, StoreError};
 use crate::request::InvalidRequest;
 use crate::runtime::Progress;
 use crate::tokenizer::TokenizerError;
 
 use super::invalid::InvalidBody;
+use super::request_id;
 
 /// An error that is returned to the client.
 #[derive(Debug, thiserror::Error)]
@@ -64,6 +66,16 @@ pub(super) enum ApiError {
     #[error("{0}")]
     Starting(Progress),
     #[error(
+        "this server has --role api and generates no images itself: send the request to POST \
+         /v1/images/jobs, or to a server of --role all"
+    )]
+    NoEngine,
+    #[error(
+        "there is nothing at {path}: this server has --role worker, which serves /health, /metrics and \
+         /version only; send requests to a server of --role api"
+    )]
+    WorkerOnly { path: String },
+    #[error(
         "the server listens on this machine only and does not answer to the host {host:?}: if clients \
          are to call it so, start it with --allowed-host and this name, or with --api-key"
     )]
@@ -96,6 +108,8 @@ pub(super) enum ApiError {
     NotAnObject,
     #[error(transparent)]
     Invalid(#[from] InvalidBody),
+    #[error(transparent)]
+    Webhook(#[from] InvalidWebhook),
     #[error("{error}")]
     Request {
         error: InvalidRequest,
@@ -131,6 +145,8 @@ pub(super) enum ApiError {
     Archive(#[from] zip::result::ZipError),
     #[error("a response could not be made")]
     Response(#[source] serde_json::Error),
+    #[error("the metrics could not be written: {0}")]
+    Metrics(String),
     #[error("a worker thread failed")]
     Worker(#[from] tokio::task::JoinError),
     #[error("a request handler panicked: {0}")]
@@ -146,6 +162,7 @@ impl ApiError {
             | Self::JobsOff { .. }
             | Self::UnknownJob { .. }
             | Self::NoFile { .. }
+            | Self::WorkerOnly { .. }
             | Self::UnknownModel { .. } => StatusCode::NOT_FOUND,
             Self::Adapter { error, .. } => adapter_status(error),
             Self::Method { .. } => StatusCode::METHOD_NOT_ALLOWED,
@@ -160,13 +177,15 @@ impl ApiError {
                 StatusCode::REQUEST_TIMEOUT
             }
             // vLLM-Omni also returns 400 for a wrong content type.
-            Self::ContentType
+            Self::NoEngine
+            | Self::ContentType
             | Self::Body(_)
             | Self::Utf16
             | Self::Json(_)
             | Self::NotAnObject
             | Self::Header { .. }
             | Self::Invalid(_)
+            | Self::Webhook(_)
             | Self::Request { .. }
             | Self::Side { .. }
             | Self::TooLarge { .. }
@@ -179,15 +198,17 @@ impl ApiError {
             Self::Submit(SubmitError::QueueFull { .. } | SubmitError::TooLate { .. }) => {
                 StatusCode::TOO_MANY_REQUESTS
             }
+            // Nothing was done, and another server can do it: proxies send these again by themselves.
             Self::Submit(
                 SubmitError::Draining | SubmitError::Stopped | SubmitError::Failed { .. },
             )
-            | Self::Job(JobError::Stopped | JobError::NoMemory { .. })
+            | Self::Job(JobError::Stopped | JobError::Lost { .. } | JobError::NoMemory { .. })
             | Self::Starting(_) => StatusCode::SERVICE_UNAVAILABLE,
             Self::Job(JobError::Pipeline(_) | JobError::Panicked(_))
             | Self::Encode(_)
             | Self::Archive(_)
             | Self::Response(_)
+            | Self::Metrics(_)
             | Self::Worker(_)
             | Self::HandlerPanicked(_) => StatusCode::INTERNAL_SERVER_ERROR,
         }
@@ -219,6 +240,7 @@ impl ApiError {
             Self::Adapter { param, .. } => param.as_deref(),
             Self::UnknownModel { .. } => Some("model"),
             Self::Header { name, .. } => Some(name),
+            Self::Webhook(_) => Some("webhook"),
             Self::OtherBody { .. } => Some(IDEMPOTENCY_KEY),
             Self::NoFile { .. } => Some("index"),
             Self::Submit(SubmitError::TooLarge(_)) => Some("size"),
@@ -242,9 +264,9 @@ impl ApiError {
             Self::Submit(
                 SubmitError::Draining | SubmitError::Stopped | SubmitError::Failed { .. },
             )
-            | Self::Job(JobError::Stopped | JobError::NoMemory { .. }) => Some(RETRY_AFTER_STOP),
+            | Self::Job(JobError::Stopped | JobError::Lost { .. } | JobError::NoMemory { .. })
             // A job may have ended by then, or a server of the store may be back.
-            Self::Store(StoreError::Full { .. } | StoreError::Unavailable(_)) => {
+            | Self::Store(StoreError::Full { .. } | StoreError::Unavailable(_)) => {
                 Some(RETRY_AFTER_STOP)
             }
             _ => None,
@@ -290,6 +312,7 @@ impl ApiError {
                 r#type: error_type(status),
                 param: self.param().map(str::to_owned),
                 code: status.as_u16(),
+                request_id: request_id::current(),
                 estimate: self.estimate(),
             },
         }
@@ -385,6 +408,9 @@ struct ErrorBody {
     param: Option<String>,
     /// The HTTP status code.
     code: u16,
+    /// The header `x-request-id` of the response.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    request_id: Option<String>,
     /// Only in errors about a `deadline_ms` that cannot be kept.
     #[serde(flatten)]
     estimate: Option<DeadlineEstimate>,

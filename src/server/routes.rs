@@ -28,6 +28,15 @@ pub(super) fn routes(app: &Arc<App>) -> OpenApiRouter<Arc<App>> {
     }
 }
 
+/// The routes of a server that only works on jobs.
+pub(super) fn of_worker() -> Router<Arc<App>> {
+    let (router, _) = open().split_for_parts();
+    router.fallback(async |OriginalUri(uri): OriginalUri| {
+        let path = uri.path().to_owned();
+        ApiError::WorkerOnly { path }.into_response()
+    })
+}
+
 /// Routes that need no key and no model.
 fn open() -> OpenApiRouter<Arc<App>> {
     OpenApiRouter::with_openapi(openapi::without_routes())

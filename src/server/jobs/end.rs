@@ -13,6 +13,7 @@ use super::{Id, Jobs, unknown};
 /// A job that has been deleted.
 #[derive(Debug, Serialize, ToSchema)]
 #[schema(as = DeletedImageJob)]
+#[expect(clippy::struct_field_names, reason = "the keys are OpenAI's")]
 pub(super) struct Deleted {
     id: String,
     /// `image.job.deleted`

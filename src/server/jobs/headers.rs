@@ -4,6 +4,7 @@ use axum::http::{HeaderMap, HeaderName, HeaderValue};
 use serde_json::{Map, Value};
 
 use crate::jobs::{IdempotencyKey, TraceContext};
+use crate::telemetry::is_trace_parent;
 
 use super::super::error::{ApiError, IDEMPOTENCY_KEY};
 
@@ -66,7 +67,7 @@ pub(super) fn idempotency_key(
 pub(super) fn trace_context(headers: &HeaderMap) -> Option<TraceContext> {
     let mut parents = headers.get_all("traceparent").iter();
     let traceparent = parents.next()?.to_str().ok()?;
-    if parents.next().is_some() || !is_traceparent(traceparent) {
+    if parents.next().is_some() || !is_trace_parent(traceparent) {
         return None;
     }
     let states = headers.get_all("tracestate").iter();
@@ -77,25 +78,6 @@ pub(super) fn trace_context(headers: &HeaderMap) -> Option<TraceContext> {
         traceparent: traceparent.to_owned(),
         tracestate: is_usable.then_some(state),
     })
-}
-
-/// Whether a text is a `traceparent`: version, trace id, parent id and flags in hexadecimal digits.
-/// Versions after 00 may have more at their end.
-fn is_traceparent(text: &str) -> bool {
-    let mut parts = text.splitn(5, '-');
-    let mut digits = |count: usize| {
-        let part = parts.next().filter(|part| part.len() == count)?;
-        let is_digit = |byte: u8| byte.is_ascii_digit() || (b'a'..=b'f').contains(&byte);
-        part.bytes().all(is_digit).then_some(part)
-    };
-    let (version, trace, parent, flags) = (digits(2), digits(32), digits(16), digits(2));
-    let is_id = |id: Option<&str>| id.is_some_and(|id| id.bytes().any(|byte| byte != b'0'));
-    let ends = parts.next().is_none() || version.is_some_and(|version| version != "00");
-    version.is_some_and(|version| version != "ff")
-        && is_id(trace)
-        && is_id(parent)
-        && flags.is_some()
-        && ends
 }
 
 #[cfg(test)]

@@ -15,7 +15,6 @@ use super::super::adapters::Room;
 use super::super::body::JsonObject;
 use super::super::error::{ApiError, ErrorEnvelope};
 use super::super::images::{self, JobBody, JobBodySchema};
-use super::super::invalid::InvalidBody;
 use super::super::json::json;
 use super::super::parsed::ParsedRequest;
 use super::Jobs;
@@ -61,12 +60,12 @@ impl Jobs {
         object: Map<String, Value>,
     ) -> Result<Response, ApiError> {
         let idempotency = idempotency_key(headers, &object)?;
-        let submitted = match self.repeated(idempotency.as_ref()).await? {
-            Some(submitted) => submitted,
-            None => {
-                let job = self.new_job(headers, object, idempotency).await?;
-                self.store.submit(job).await?
-            }
+        let repeated = self.repeated(idempotency.as_ref()).await?;
+        let submitted = if let Some(submitted) = repeated {
+            submitted
+        } else {
+            let job = self.new_job(headers, object, idempotency).await?;
+            self.store.submit(job).await?
         };
         let (status, view) = match submitted {
             Submitted::New(view) => (StatusCode::ACCEPTED, view),
@@ -117,7 +116,10 @@ impl Jobs {
         }
         Ok(NewJob {
             owner: self.owner.clone(),
-            request: checked(request, app, model.as_deref()).await?,
+            request: request
+                .check(app, model.as_deref())?
+                .into_stored(app)
+                .await?,
             idempotency,
             webhook,
             trace: trace_context(headers),
@@ -125,26 +127,9 @@ impl Jobs {
     }
 
     /// Refuses a URL to which the server must not post.
-    fn check_webhook(&self, url: &str) -> Result<(), InvalidBody> {
-        let checked = self.app.settings.webhooks.check(url);
-        checked.map_err(|error| InvalidBody::value("webhook".to_owned(), &error.to_string()))
+    fn check_webhook(&self, url: &str) -> Result<(), ApiError> {
+        Ok(self.app.settings.webhooks.check(url)?)
     }
-}
-
-/// The request with its seed, after all checks of a request that is generated at once.
-async fn checked(
-    request: ParsedRequest,
-    app: &Arc<LoadedApp>,
-    model: Option<&str>,
-) -> Result<StoredRequest, ApiError> {
-    let now = Instant::now();
-    let prepared = request.prepare(app, String::new(), model, now, Room::Ignored);
-    let (info, _, _) = prepared.await?;
-    Ok(StoredRequest {
-        request: info.request,
-        encoding: info.encoding,
-        model: info.model,
-    })
 }
 
 fn answer(status: StatusCode, view: &JobView) -> Result<Response, ApiError> {

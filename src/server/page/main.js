@@ -89,7 +89,8 @@ function showStatus(now) {
   byId('server').dataset.state = now.state;
   byId('model').textContent = now.model;
   byId('state').textContent = STATES[now.state] ?? now.state;
-  byId('about-server').textContent = `kiln ${now.version}, ${now.device}, ${now.dtype}`;
+  const about = [`kiln ${now.version}`, now.device, now.dtype];
+  byId('about-server').textContent = about.filter(Boolean).join(', ');
   byId('key-card').hidden = true;
   byId('forget-key').hidden = !key.get();
   settings.setLimits(now);
