@@ -13,6 +13,7 @@ use crate::compare::{CompareError, ReportError};
 use crate::engine::{JobError, StartError, SubmitError};
 use crate::image::{EncodeError, ImageFormat, SideTooLong};
 use crate::jobs::StoreError;
+use crate::jobs::webhook::InvalidWebhookSecret;
 use crate::request::{InvalidCache, InvalidPrompt, InvalidRequest, MAX_PROMPT_BYTES};
 use crate::runtime::RuntimeError;
 use crate::server::InvalidApiKey;
@@ -56,6 +57,8 @@ pub(super) enum CliError {
     DefaultNegativePrompt(#[source] TokenizerError),
     #[error(transparent)]
     ApiKey(#[from] InvalidApiKey),
+    #[error("--webhook-secret cannot be used")]
+    WebhookSecret(#[from] InvalidWebhookSecret),
     #[error("{}", empty_api_key())]
     EmptyApiKey,
     #[error("stdin cannot be read for the prompt")]
@@ -141,7 +144,7 @@ pub(super) enum CliError {
         error: NoAnswer,
     },
     #[error(transparent)]
-    Jobs(#[from] JobsError),
+    JobsCommand(#[from] JobsError),
     #[error("there is no folder for compiled kernels: neither XDG_CACHE_HOME nor HOME is set")]
     NoCacheFolder,
     #[error("the kernels in {} cannot be read or removed", folder.display())]
@@ -191,6 +194,7 @@ impl CliError {
             | Self::DefaultNegativePrompt(_)
             | Self::ApiKey(_)
             | Self::EmptyApiKey
+            | Self::WebhookSecret(_)
             | Self::EmptyStdin
             | Self::LongStdin
             | Self::StdinEncoding { .. }
@@ -212,7 +216,7 @@ impl CliError {
             | Self::Adapter(_)
             | Self::OutputIsFolder { .. }
             | Self::Submit(SubmitError::TooLarge(_) | SubmitError::Adapters(_)) => 2,
-            Self::Jobs(error) => error.exit_code(),
+            Self::JobsCommand(error) => error.exit_code(),
             _ => 1,
         }
     }
@@ -243,7 +247,7 @@ impl CliError {
             Self::NoOutputFolder { folder } => {
                 Some(format!("make it first: mkdir -p {}", folder.display()))
             }
-            Self::Jobs(error) => error.tip(),
+            Self::JobsCommand(error) => error.tip(),
             Self::Listen { source, .. } if source.kind() == io::ErrorKind::AddrInUse => {
                 Some("another program has that port: choose a different one with --port".to_owned())
             }

@@ -12,6 +12,7 @@ use kiln_models::job::Job;
 use crate::adapters::AdapterStore;
 use crate::checkpoint::PromptGuide;
 use crate::engine::{Engine, State as EngineState, SubmitOptions};
+use crate::jobs::webhook::{self, WebhookStats};
 use crate::jobs::{
     Housekeeping, JobRegistry, JobStats, JobStore, Retention, Worker, WorkerSettings,
 };
@@ -43,6 +44,7 @@ pub struct App {
     pub(super) closing: Closing,
     /// What this process does with durable jobs.
     pub job_stats: Arc<JobStats>,
+    pub(super) webhook_stats: Arc<WebhookStats>,
     loaded: Arc<OnceLock<Arc<LoadedApp>>>,
     is_leaving: Arc<AtomicBool>,
 }
@@ -93,6 +95,7 @@ impl App {
             jobs: None,
             closing: Closing::default(),
             job_stats: Arc::default(),
+            webhook_stats: Arc::default(),
             loaded: Arc::default(),
             is_leaving: Arc::default(),
         }
@@ -121,6 +124,17 @@ impl App {
     pub fn keep_house(&self) -> Option<Housekeeping> {
         let store = Arc::clone(self.jobs.as_ref()?);
         Some(Housekeeping::start(store, Arc::clone(&self.job_stats)))
+    }
+
+    /// Sends webhooks of ended jobs, also of those that other servers ended, for as long as the future is
+    /// polled; `None` without jobs, or if the settings allow no webhooks.
+    pub fn webhooks(&self) -> Option<impl Future<Output = ()> + Send + 'static> {
+        let store = Arc::clone(self.jobs.as_ref()?);
+        let settings = self.settings.webhooks.clone();
+        let stats = Arc::clone(&self.webhook_stats);
+        settings
+            .are_on()
+            .then(|| webhook::deliver(store, settings, stats))
     }
 
     /// Ends the start: requests are accepted from now on. A second call changes nothing.

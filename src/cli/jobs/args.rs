@@ -3,8 +3,8 @@
 use std::fmt;
 use std::path::PathBuf;
 
-use clap::builder::{OsStringValueParser, PossibleValuesParser, TypedValueParser};
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::builder::{OsStringValueParser, PossibleValuesParser, StyledStr, TypedValueParser};
+use clap::{Arg, Args, Parser, Subcommand, ValueEnum};
 use serde_json::{Map, Value};
 
 use crate::cli::error::CliError;
@@ -113,9 +113,7 @@ impl fmt::Debug for ServerArgs {
 /// The job is stored when the id is printed. A submission that the server did not answer is repeated
 /// without making a second job.
 #[derive(Debug, Parser)]
-#[command(mut_arg("cache", |arg| arg.help(
-    "Step cache: off, balanced, fast, dbcache, magcache, or JSON [default: the server's]"
-)))]
+#[command(mut_arg("cache", of_server))]
 pub(super) struct SubmitArgs {
     #[command(flatten)]
     prompt: PromptArgs,
@@ -361,6 +359,16 @@ pub(super) struct CancelArgs {
 
     #[command(flatten)]
     pub(super) server: ServerArgs,
+}
+
+/// The option of a local command, whose default is the server's here.
+fn of_server(arg: Arg) -> Arg {
+    let told = |text: Option<&StyledStr>| {
+        let text = text.map(ToString::to_string).unwrap_or_default();
+        text.replace("[default: off]", "[default: the server's]")
+    };
+    let (short, long) = (told(arg.get_help()), told(arg.get_long_help()));
+    arg.help(short).long_help(long)
 }
 
 fn parse_id(text: &str) -> Result<JobId, String> {
