@@ -88,7 +88,7 @@ fn add_info(page: &mut Page, app: &LoadedApp) {
     let device = info.device();
     let labels: &[(&str, &str)] = &[
         ("model", app.model_name(None)),
-        ("version", crate::version::VERSION),
+        ("version", crate::version::TAG),
         ("backend", info.backend),
         ("device", &device),
         ("instance", &app.settings.instance),
