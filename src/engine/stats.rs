@@ -64,9 +64,10 @@ pub struct Outcomes {
 impl Outcomes {
     pub(super) fn add_failed(&mut self, error: &JobError) {
         match error {
-            JobError::Pipeline(_) | JobError::Panicked(_) | JobError::NoMemory { .. } => {
-                self.failed += 1;
-            }
+            JobError::Pipeline(_)
+            | JobError::Panicked(_)
+            | JobError::Lost { .. }
+            | JobError::NoMemory { .. } => self.failed += 1,
             JobError::DeadlinePassed => self.deadline_passed += 1,
             JobError::TooLate { .. } => self.too_late += 1,
             JobError::Stopped => self.stopped += 1,
@@ -97,6 +98,8 @@ pub struct EngineStats {
     pub waiting: usize,
     /// Jobs that have been started and not ended.
     pub running: usize,
+    /// How many jobs may be accepted and not ended at a time.
+    pub max_unfinished: usize,
     pub outcomes: Outcomes,
     /// Started jobs that were made cheaper: see [`SubmitOptions::cheaper`](super::SubmitOptions).
     pub made_cheaper: u64,

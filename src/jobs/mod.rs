@@ -17,7 +17,7 @@ mod worker;
 
 pub use self::caller::{Caller, Owner};
 #[cfg(feature = "nats")]
-pub use self::nats::{Login, NatsSettings, NatsStore};
+pub use self::nats::{NatsSettings, NatsStore};
 pub use self::object::JobObject;
 pub use self::record::{
     IdempotencyKey, JobFailure, JobFile, JobId, JobStatus, NewJob, Progress, ResultFile, StoredJob,

@@ -1,15 +1,14 @@
 //! A job that a worker has taken from the queue.
 
-use std::convert::Infallible;
-use std::future::Future;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use async_nats::jetstream::{self, AckKind};
 use async_trait::async_trait;
 use tokio::runtime::Handle;
 use tokio::sync::{oneshot, watch};
-use tokio::time::{Instant, sleep};
+use tokio::time::sleep;
 
 use super::link::acknowledge;
 use super::mirror::Report;
@@ -25,9 +24,6 @@ use crate::jobs::{
 const PULL_WAIT: Duration = Duration::from_secs(5);
 /// Time between two looks at the record, in case that its change was missed.
 const LOOK_EVERY: Duration = Duration::from_secs(2);
-/// Time for which the outcome of a job is tried to be stored.
-const SETTLE_FOR: Duration = Duration::from_mins(5);
-const SETTLE_DELAY: Duration = Duration::from_secs(2);
 /// Time after which a job whose record could not be read is offered again.
 const OFFER_AGAIN: Duration = Duration::from_secs(1);
 const PULL_DELAY: Duration = Duration::from_millis(500);
@@ -39,7 +35,7 @@ pub(super) struct NatsLease {
     record: Record,
     message: jetstream::Message,
     progress: watch::Sender<Progress>,
-    settled: bool,
+    settled: AtomicBool,
 }
 
 /// Waits for a job. If the caller goes, a job that arrives is offered to other workers.
@@ -49,7 +45,7 @@ pub(super) async fn take(shared: &Arc<Shared>) -> Result<NatsLease, StoreError> 
     tokio::spawn(async move {
         let taken = take_next(&shared, &sender).await;
         if let Err(Ok(lease)) = sender.send(taken) {
-            Box::new(lease).release(Duration::ZERO).await.ok();
+            lease.release(Duration::ZERO).await.ok();
         }
     });
     let stopped = |_| StoreError::Unavailable("the runtime is stopping".to_owned());
@@ -160,26 +156,11 @@ impl NatsLease {
             record,
             message,
             progress,
-            settled: false,
+            settled: AtomicBool::new(false),
         }
     }
 
-    /// Runs `settle` while the worker is reported as alive.
-    async fn alive<T>(&self, settle: impl Future<Output = T>) -> T {
-        tokio::select! {
-            settled = settle => settled,
-            never = self.keep_alive() => match never {},
-        }
-    }
-
-    async fn keep_alive(&self) -> Infallible {
-        loop {
-            sleep(self.shared.settings.lease / 3).await;
-            self.extend().await.ok();
-        }
-    }
-
-    /// Stores the ended job; repeated for minutes while the servers are gone.
+    /// Stores the ended job. An outcome that an earlier call has stored, without an answer, counts.
     async fn end(
         &self,
         status: JobStatus,
@@ -188,50 +169,35 @@ impl NatsLease {
         let mut job = self.record.job.clone();
         self.shared.end(&mut job, status);
         change(&mut job);
+        let files = job.files.clone();
         let (revision, model) = (self.record.revision, &self.record.model);
-        let begin = Instant::now();
-        loop {
-            match self.shared.replace(revision, model, job.clone()).await {
-                Ok(Ok(record)) => {
-                    self.shared.finish(&record, &self.message).await;
-                    return Ok(Settled::Recorded);
-                }
-                Ok(Err(slot)) => {
-                    if let Slot::Job(record) = slot
-                        && record.job.status.is_ended()
-                    {
-                        self.shared.finish(&record, &self.message).await;
-                    }
-                    return Ok(Settled::Superseded);
-                }
-                Err(error) if begin.elapsed() > SETTLE_FOR => return Err(error),
-                Err(StoreError::Unavailable(_)) => sleep(SETTLE_DELAY).await,
-                Err(error) => return Err(error),
+        let settled = match self.shared.replace(revision, model, job).await? {
+            Ok(record) => {
+                self.shared.finish(&record, &self.message).await;
+                Settled::Recorded
             }
-        }
+            Err(Slot::Job(record)) if record.job.status.is_ended() => {
+                self.shared.finish(&record, &self.message).await;
+                let stored = (record.job.attempt, record.job.status, &record.job.files);
+                if stored == (self.record.job.attempt, status, &files) {
+                    Settled::Recorded
+                } else {
+                    Settled::Superseded
+                }
+            }
+            Err(_) => Settled::Superseded,
+        };
+        self.settled.store(true, Ordering::Relaxed);
+        Ok(settled)
     }
 
     async fn put_files(&self, files: &[JobFile]) -> Result<(), StoreError> {
         let job = &self.record.job;
-        let begin = Instant::now();
         for (index, file) in files.iter().enumerate() {
             let path = names::file_path(&job.id, job.attempt, index, file.media_type);
-            loop {
-                let content = file.content.clone();
-                match self
-                    .shared
-                    .results
-                    .put(&path, file.media_type, content)
-                    .await
-                {
-                    Ok(()) => break,
-                    Err(error) if begin.elapsed() > SETTLE_FOR => return Err(error),
-                    Err(error) => {
-                        tracing::warn!("job {}: its files are not stored yet: {error}", job.id);
-                        sleep(SETTLE_DELAY).await;
-                    }
-                }
-            }
+            let content = file.content.clone();
+            let results = &self.shared.results;
+            results.put(&path, file.media_type, content).await?;
         }
         Ok(())
     }
@@ -295,41 +261,39 @@ impl JobLease for NatsLease {
         self.progress.send_replace(progress);
     }
 
-    async fn complete(mut self: Box<Self>, files: Vec<JobFile>) -> Result<Settled, StoreError> {
-        let described: Vec<_> = files.iter().map(JobFile::describe).collect();
-        let complete = async {
-            self.put_files(&files).await?;
-            self.end(JobStatus::Completed, |job| job.files = described)
-                .await
-        };
-        let settled = self.alive(complete).await?;
+    async fn complete(&self, files: Vec<JobFile>) -> Result<Settled, StoreError> {
+        let described = files.iter().map(JobFile::describe).collect();
+        self.put_files(&files).await?;
+        let settled = self
+            .end(JobStatus::Completed, |job| job.files = described)
+            .await?;
         if settled == Settled::Superseded {
             self.delete_files(&files).await;
         }
-        self.settled = true;
         Ok(settled)
     }
 
-    async fn fail(mut self: Box<Self>, failure: JobFailure) -> Result<Settled, StoreError> {
-        let fail = self.end(JobStatus::Failed, |job| job.error = Some(failure));
-        let settled = self.alive(fail).await?;
-        self.settled = true;
-        Ok(settled)
+    async fn fail(&self, failure: JobFailure) -> Result<Settled, StoreError> {
+        self.end(JobStatus::Failed, |job| job.error = Some(failure))
+            .await
     }
 
-    async fn release(mut self: Box<Self>, after: Duration) -> Result<(), StoreError> {
-        self.settled = true;
+    async fn release(&self, after: Duration) -> Result<(), StoreError> {
         let mut job = self.record.job.clone();
         job.attempt = job.attempt.saturating_sub(1);
         let (shared, message) = (&self.shared, &self.message);
-        shared.offer_again(&self.record, job, message, after).await
+        shared
+            .offer_again(&self.record, job, message, after)
+            .await?;
+        self.settled.store(true, Ordering::Relaxed);
+        Ok(())
     }
 }
 
 impl Drop for NatsLease {
     /// Makes the job available again, if it is still this worker's.
     fn drop(&mut self) {
-        if self.settled {
+        if self.settled.load(Ordering::Relaxed) {
             return;
         }
         let Ok(runtime) = Handle::try_current() else {

@@ -32,7 +32,7 @@ use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep, timeout};
 
-pub use self::settings::{Login, NatsSettings};
+pub use self::settings::NatsSettings;
 
 use self::link::{Failure, Link, acknowledge};
 use self::mirror::Mirror;
@@ -363,6 +363,10 @@ fn now_ms() -> u64 {
 
 #[async_trait]
 impl JobStore for NatsStore {
+    fn settings(&self) -> &StoreSettings {
+        &self.shared.settings
+    }
+
     async fn submit(&self, job: NewJob) -> Result<Submitted, StoreError> {
         let shared = &self.shared;
         let job = job.into_stored(shared.created_ms());

@@ -188,16 +188,11 @@ async fn read_nats(objects: &NatsObjects, path: &str) -> Result<Option<Found>, F
 
 impl Other {
     /// Opens `s3://BUCKET[/PREFIX]`, `gs://BUCKET[/PREFIX]` or `file:///FOLDER`. Credentials and
-    /// endpoints come from the environment variables of these services. `?presign=false` has files sent
-    /// through kiln.
+    /// endpoints come from the environment variables of these services. `KILN_RESULTS_PRESIGN=false` has
+    /// files sent through kiln, for clients that do not reach the service.
     fn open(url: &str) -> Result<Self, String> {
-        let (place, query) = url.split_once('?').unwrap_or((url, ""));
-        let presign = match query {
-            "" | "presign=true" => true,
-            "presign=false" => false,
-            other => return Err(format!("`{other}` is not known: only `presign=false` is")),
-        };
-        let (scheme, rest) = place.split_once("://").ok_or("it is not a URL")?;
+        let presign = std::env::var("KILN_RESULTS_PRESIGN").map_or(true, |value| value != "false");
+        let (scheme, rest) = url.split_once("://").ok_or("it is not a URL")?;
         let cloud = || {
             let (bucket, prefix) = rest.split_once('/').unwrap_or((rest, ""));
             let prefix =
@@ -212,7 +207,7 @@ impl Other {
             signer: if presign { signer } else { None },
             attributes: scheme != "file",
             prefix,
-            url: place.to_owned(),
+            url: url.to_owned(),
         };
         let fault = |error: object_store::Error| error.to_string();
         match scheme {

@@ -16,12 +16,12 @@ const PING_INTERVAL: Duration = Duration::from_secs(5);
 const MAX_RECONNECT_DELAY: Duration = Duration::from_secs(2);
 
 /// The servers of one NATS cluster, and where results are stored.
-#[derive(Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct NatsSettings {
     /// URLs without credentials.
-    pub servers: Vec<String>,
-    /// User and password, or a token, from the URL.
-    pub login: Option<Login>,
+    servers: Vec<String>,
+    /// From the first URL that has one.
+    login: Option<Login>,
     /// Copies of each stream; as many as the cluster can give, up to 3, without it.
     pub replicas: Option<usize>,
     /// URL of a folder in an object store; the NATS object store without it.
@@ -30,21 +30,9 @@ pub struct NatsSettings {
 
 /// Credentials in a URL.
 #[derive(Clone, PartialEq, Eq)]
-pub enum Login {
+enum Login {
     Token(String),
     Password { user: String, password: String },
-}
-
-impl fmt::Debug for NatsSettings {
-    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        formatter
-            .debug_struct("NatsSettings")
-            .field("servers", &self.servers)
-            .field("login", &self.login)
-            .field("replicas", &self.replicas)
-            .field("results", &self.results)
-            .finish()
-    }
 }
 
 impl fmt::Debug for Login {
@@ -54,49 +42,37 @@ impl fmt::Debug for Login {
 }
 
 impl NatsSettings {
-    /// Reads `nats://[USER:PASSWORD@|TOKEN@]HOST[:PORT][,HOST[:PORT]…][?replicas=N]`, or `tls://…`.
-    /// The error says what is wrong, without the credentials.
-    pub fn parse(url: &str, results: Option<&str>) -> Result<Self, String> {
-        let (scheme, rest) = url.split_once("://").unwrap_or(("nats", url));
-        if !["nats", "tls"].contains(&scheme) {
-            return Err(format!(
-                "{scheme}:// names no NATS server: write nats:// or tls://"
-            ));
-        }
-        let (rest, query) = rest.split_once('?').unwrap_or((rest, ""));
-        let (login, hosts) = match rest.rsplit_once('@') {
-            Some((login, hosts)) => (Some(Login::parse(login)?), hosts),
-            None => (None, rest),
+    /// Servers as `nats://[USER:PASSWORD@|TOKEN@]HOST:PORT` or `tls://…`, and results as
+    /// `s3://BUCKET/PREFIX`, `gs://BUCKET/PREFIX` or `file:///FOLDER`. The number of replicas comes from
+    /// the environment variable `KILN_JOBS_REPLICAS`.
+    pub fn new(servers: &[String], results: Option<String>) -> Result<Self, StoreError> {
+        let replicas = match text("KILN_JOBS_REPLICAS") {
+            None => None,
+            Some(number) => match number.parse() {
+                Ok(number @ 1..=5) => Some(number),
+                _ => {
+                    return Err(StoreError::Broken(format!(
+                        "KILN_JOBS_REPLICAS must be from 1 to 5, got `{number}`"
+                    )));
+                }
+            },
         };
-        let mut servers = Vec::new();
-        for host in hosts.trim_end_matches('/').split(',') {
-            let host = host.trim();
-            let host = host.strip_prefix(&format!("{scheme}://")).unwrap_or(host);
-            let server = format!("{scheme}://{host}");
-            let address = server.parse::<ServerAddr>();
-            if host.is_empty() || address.is_err() || host.contains('/') {
-                return Err(format!(
-                    "`{host}` is not HOST or HOST:PORT of a NATS server"
-                ));
-            }
-            servers.push(server);
-        }
-        let mut replicas = None;
-        for pair in query.split('&').filter(|pair| !pair.is_empty()) {
-            replicas = match pair.split_once('=') {
-                Some(("replicas", number)) => match number.parse() {
-                    Ok(number @ 1..=5) => Some(number),
-                    _ => return Err(format!("replicas must be from 1 to 5, got `{number}`")),
-                },
-                _ => return Err(format!("`{pair}` is not known: only `replicas=N` is")),
-            };
-        }
-        Ok(Self {
-            servers,
-            login,
+        let mut settings = Self {
+            servers: Vec::with_capacity(servers.len()),
+            login: None,
             replicas,
-            results: results.map(str::to_owned),
-        })
+            results,
+        };
+        for server in servers {
+            let (scheme, rest) = server.split_once("://").unwrap_or(("nats", server));
+            let (login, host) = match rest.rsplit_once('@') {
+                Some((login, host)) => (Some(Login::parse(login)?), host),
+                None => (None, rest),
+            };
+            settings.login = settings.login.or(login);
+            settings.servers.push(format!("{scheme}://{host}"));
+        }
+        Ok(settings)
     }
 
     /// The servers in messages.
@@ -156,10 +132,14 @@ impl NatsSettings {
 }
 
 impl Login {
-    fn parse(text: &str) -> Result<Self, String> {
+    fn parse(text: &str) -> Result<Self, StoreError> {
         let decode = |text: &str| {
             let decoded = percent_decoded(text);
-            decoded.ok_or("the credentials before `@` have a `%` without two hexadecimal digits")
+            decoded.ok_or_else(|| {
+                let why =
+                    "the credentials of a NATS server have a `%` without two hexadecimal digits";
+                StoreError::Broken(why.to_owned())
+            })
         };
         Ok(match text.split_once(':') {
             Some((user, password)) => Self::Password {
