@@ -12,7 +12,8 @@ use crate::bench::{CalibrationError, LoraBenchError};
 use crate::compare::{CompareError, ReportError};
 use crate::engine::{JobError, StartError, SubmitError};
 use crate::image::{EncodeError, ImageFormat, SideTooLong};
-use crate::jobs::StoreError;
+use crate::jobs::webhook::InvalidWebhookSecret;
+use crate::jobs::{JobsLocation, StoreError};
 use crate::request::{InvalidCache, InvalidPrompt, InvalidRequest, MAX_PROMPT_BYTES};
 use crate::runtime::RuntimeError;
 use crate::server::InvalidApiKey;
@@ -165,8 +166,13 @@ pub(super) enum CliError {
          give --jobs nats://HOST to share jobs, or leave --role out"
     )]
     RoleOfFolder { role: &'static str, folder: String },
-    #[error("the store of jobs cannot be opened")]
-    Jobs(#[source] StoreError),
+    #[error("--webhook-secret: {0}")]
+    WebhookSecret(#[source] InvalidWebhookSecret),
+    #[error("the store of jobs, --jobs {location}, cannot be opened: {error}")]
+    Jobs {
+        location: JobsLocation,
+        error: StoreError,
+    },
     #[error("the server cannot start")]
     Start(#[source] StartError),
     #[error("the server ended")]
@@ -206,6 +212,7 @@ impl CliError {
             | Self::NoAdapter { .. }
             | Self::RoleWithoutJobs { .. }
             | Self::RoleOfFolder { .. }
+            | Self::WebhookSecret(_)
             | Self::Adapter(_)
             | Self::OutputIsFolder { .. }
             | Self::Submit(SubmitError::TooLarge(_) | SubmitError::Adapters(_)) => 2,

@@ -185,6 +185,7 @@ impl ServeArgs {
             sdapi: self.enable_sdapi,
             lora_updates: self.lora.enable_lora_updates,
             role: self.jobs.role(),
+            webhooks: self.jobs.webhooks()?,
             ..settings
         })
     }

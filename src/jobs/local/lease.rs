@@ -24,8 +24,8 @@ pub(super) struct LocalLease {
     revoked: watch::Receiver<Option<Revoked>>,
     /// Whether the attempt counts if the lease is dropped now.
     counts: AtomicBool,
-    /// Whether the last try to settle the lease failed.
-    failed: AtomicBool,
+    /// Whether the next attempt waits if the lease is dropped now.
+    waits: AtomicBool,
 }
 
 impl LocalLease {
@@ -36,7 +36,7 @@ impl LocalLease {
             token: taken.token,
             revoked: taken.revoked,
             counts: AtomicBool::new(false),
-            failed: AtomicBool::new(false),
+            waits: AtomicBool::new(false),
         }
     }
 
@@ -46,15 +46,18 @@ impl LocalLease {
         Box::new(self)
     }
 
-    /// Runs the last change of a lease. If it fails and is not tried again, the job is run again after some
-    /// time, and the attempt does not count, as the disk was to blame.
+    /// Runs the last change of a lease. If it fails, and the lease is dropped then, the job is run again
+    /// after some time, and the attempt does not count, as the disk was to blame.
     async fn end<T: Send + 'static>(
         &self,
         end: impl FnOnce(&Core, &JobId, u64) -> Result<T, StoreError> + Send + 'static,
     ) -> Result<T, StoreError> {
         let (job, token) = (Arc::clone(&self.job), self.token);
         let outcome = blocking(&self.core, move |core| end(core, &job.id, token)).await;
-        self.failed.store(outcome.is_err(), Ordering::Relaxed);
+        if outcome.is_err() {
+            self.counts.store(false, Ordering::Relaxed);
+            self.waits.store(true, Ordering::Relaxed);
+        }
         outcome
     }
 }
@@ -101,9 +104,9 @@ impl JobLease for LocalLease {
 impl Drop for LocalLease {
     /// Does nothing if the lease was settled.
     fn drop(&mut self) {
-        let failed = self.failed.load(Ordering::Relaxed);
-        let counts = self.counts.load(Ordering::Relaxed) && !failed;
-        let delay = if failed {
+        let counts = self.counts.load(Ordering::Relaxed);
+        let waits = self.waits.load(Ordering::Relaxed);
+        let delay = if waits {
             self.core.settings.lease
         } else {
             Duration::ZERO
