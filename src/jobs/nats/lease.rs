@@ -293,7 +293,7 @@ impl JobLease for NatsLease {
 impl Drop for NatsLease {
     /// Makes the job available again, if it is still this worker's.
     fn drop(&mut self) {
-        if self.settled.load(Ordering::Relaxed) {
+        if self.settled.load(Ordering::Relaxed) || self.shared.is_killed() {
             return;
         }
         let Ok(runtime) = Handle::try_current() else {

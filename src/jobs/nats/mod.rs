@@ -75,6 +75,8 @@ struct Shared {
     compared: Mutex<Instant>,
     /// The newest creation time that this server has given.
     last_ms: AtomicU64,
+    #[cfg(test)]
+    killed: std::sync::atomic::AtomicBool,
 }
 
 impl NatsStore {
@@ -93,6 +95,8 @@ impl NatsStore {
             mirror: Mirror::default(),
             compared: Mutex::new(Instant::now()),
             last_ms: AtomicU64::new(0),
+            #[cfg(test)]
+            killed: false.into(),
             settings,
             link,
         });
@@ -110,6 +114,19 @@ impl NatsStore {
             Ok(Some(error)) => Err(error),
             Ok(None) | Err(_) => Ok(store),
         }
+    }
+
+    /// Ends the store as the end of its process does: its leases make nothing available again.
+    #[cfg(test)]
+    pub(super) fn kill(&self) {
+        self.keeper.abort();
+        self.shared.killed.store(true, Ordering::Relaxed);
+    }
+
+    /// Compares the queue with the records, as the sweep does for jobs of some age.
+    #[cfg(test)]
+    pub(super) async fn compare(&self, age: Duration) -> Result<(), StoreError> {
+        sweep::compare(&self.shared, age).await
     }
 
     /// The view of a record, which the mirror takes over.
@@ -197,6 +214,18 @@ impl Shared {
             return Ok(());
         }
         Err(self.link.unavailable("the list of jobs is not read yet"))
+    }
+
+    /// Whether leases that are dropped make nothing available again.
+    #[cfg(test)]
+    fn is_killed(&self) -> bool {
+        self.killed.load(Ordering::Relaxed)
+    }
+
+    #[cfg(not(test))]
+    #[allow(clippy::unused_self, reason = "tests kill stores")]
+    fn is_killed(&self) -> bool {
+        false
     }
 
     /// A time for a new job, later than those of all jobs that this server has made.

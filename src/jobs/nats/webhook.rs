@@ -133,7 +133,7 @@ impl WebhookLease for NatsWebhook {
 
 impl Drop for NatsWebhook {
     fn drop(&mut self) {
-        if self.settled {
+        if self.settled || self.shared.is_killed() {
             return;
         }
         if let Ok(runtime) = Handle::try_current() {
