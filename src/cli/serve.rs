@@ -76,7 +76,7 @@ async fn serve(
     let _housekeeping = app.keep_house();
     tracing::info!("listening on http://{address}");
 
-    let drain_timeout = args.drain_timeout();
+    let times = args.shutdown_times();
     let (start, role) = (app.start.clone(), args.jobs.role());
     let jobs = args.jobs.clone();
     let opening = spawn_blocking(move || match role {
@@ -104,11 +104,7 @@ async fn serve(
             if let Some(worker) = &worker {
                 worker.drain();
             }
-            if let Some(engine) = &engine {
-                server::drain(engine, drain_timeout, name, &mut signals).await;
-            } else {
-                tracing::info!("{name}: the server ends");
-            }
+            server::drain(&app, engine.as_ref(), times, name, &mut signals).await;
             if let Some(worker) = &mut worker {
                 jobs::finish(worker, &mut signals).await;
             }

@@ -162,6 +162,7 @@ impl Scheduler {
         EngineStats {
             waiting: jobs().filter(|entry| !entry.is_started()).count(),
             running: jobs().filter(|entry| entry.is_started()).count(),
+            max_unfinished: self.max_unfinished,
             planned_memory: Memory::planned(&self.entries, self.step_memory),
             free_memory: self.memory.free(),
             max_step_tokens: self.budget.tokens(),
@@ -357,7 +358,7 @@ impl Scheduler {
     fn lose(&mut self, error: JobError, now: Instant) {
         // A warm-up that failed sets the state by itself.
         if matches!(self.state, State::Ready | State::Draining) {
-            self.end_waiting(&error, now);
+            self.end_waiting(&error.of_others(), now);
             self.state = State::Failed(error);
         }
     }

@@ -1,19 +1,21 @@
 //! What handlers share: [`App`] from the first second, [`LoadedApp`] once there is a model.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use axum::extract::{self, Request};
 use axum::middleware::Next;
 use axum::response::Response;
+use kiln_models::job::Job;
 
 use crate::adapters::AdapterStore;
 use crate::checkpoint::PromptGuide;
-use crate::engine::{Engine, State};
+use crate::engine::{Engine, State as EngineState, SubmitOptions};
 use crate::jobs::{
     Housekeeping, JobRegistry, JobStats, JobStore, Retention, Worker, WorkerSettings,
 };
-use crate::request::Limits;
+use crate::request::{GenerationParams, GenerationRequest, Limits};
 use crate::runtime::Start;
 use crate::tokenizer::PromptTokenizer;
 
@@ -42,6 +44,7 @@ pub struct App {
     /// What this process does with durable jobs.
     pub job_stats: Arc<JobStats>,
     loaded: Arc<OnceLock<Arc<LoadedApp>>>,
+    is_leaving: Arc<AtomicBool>,
 }
 
 /// A model that is ready for requests.
@@ -72,6 +75,8 @@ pub(super) struct LoadedApp {
     pub(super) settings: Arc<Settings>,
     /// Unix time of the start, in seconds.
     pub(super) started: u64,
+    /// A request with nothing but a prompt, of which the load is told.
+    default_job: Option<Job>,
     /// Requests to `/sdapi/v1/txt2img`.
     pub(super) sdapi_jobs: Arc<JobRegistry<()>>,
 }
@@ -89,6 +94,7 @@ impl App {
             closing: Closing::default(),
             job_stats: Arc::default(),
             loaded: Arc::default(),
+            is_leaving: Arc::default(),
         }
     }
 
@@ -122,6 +128,7 @@ impl App {
         self.start.finish();
         self.loaded.get_or_init(|| {
             Arc::new(LoadedApp {
+                default_job: default_job(&self.settings, &model),
                 engine: model.engine,
                 tokenizer: model.tokenizer,
                 limits: model.limits,
@@ -135,10 +142,27 @@ impl App {
         });
     }
 
-    /// Whether requests are accepted; `None` during the start.
-    pub(super) fn state(&self) -> Option<State> {
+    /// Tells clients to go elsewhere: the server is not ready any more, and every answer closes its
+    /// connection. Requests are still taken.
+    pub fn leave(&self) {
+        self.is_leaving.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether [`App::leave`] was called.
+    pub(super) fn is_leaving(&self) -> bool {
+        self.is_leaving.load(Ordering::Relaxed)
+    }
+
+    /// The state of the engine, `Draining` from [`App::leave`] on; `None` during the start. A server
+    /// without an engine is ready.
+    pub(super) fn state(&self) -> Option<EngineState> {
         let engine = self.loaded()?.engine.as_ref();
-        Some(engine.map_or(State::Ready, Engine::state))
+        match engine.map_or(EngineState::Ready, Engine::state) {
+            EngineState::Starting | EngineState::Ready if self.is_leaving() => {
+                Some(EngineState::Draining)
+            }
+            state => Some(state),
+        }
     }
 
     /// The state with the model, or `None` during the start.
@@ -147,10 +171,32 @@ impl App {
     }
 }
 
+/// A request that names nothing but its prompt.
+fn default_job(settings: &Settings, model: &LoadedModel) -> Option<Job> {
+    let params = GenerationParams {
+        negative_prompt: settings.default_negative_prompt.clone(),
+        seed: Some(0),
+        ..GenerationParams::default()
+    };
+    let request = GenerationRequest::new(params, &model.limits, settings.noise_generator).ok()?;
+    let tokens = request.tokenize(&model.tokenizer).ok()?;
+    Some(request.into_job(tokens, Vec::new(), false))
+}
+
 impl LoadedApp {
     /// The engine, if this server generates images.
     pub(super) fn engine(&self) -> Result<&Engine, ApiError> {
         self.engine.as_ref().ok_or(ApiError::NoEngine)
+    }
+
+    /// How long a request with the default parameters would wait if it arrived now. `None` if no
+    /// request is taken, or if something that it would wait for has not been measured.
+    pub(super) fn expected_wait(&self) -> Option<Duration> {
+        let engine = self.engine.as_ref()?;
+        let job = self.default_job.as_ref();
+        let job = job.filter(|_| matches!(engine.state(), EngineState::Ready))?;
+        let forecast = engine.forecast(job, &SubmitOptions::default());
+        forecast.estimated_wait
     }
 
     /// The name of the model in a response: the requested one if the model has it, else the first.

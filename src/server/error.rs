@@ -20,6 +20,7 @@ use crate::runtime::Progress;
 use crate::tokenizer::TokenizerError;
 
 use super::invalid::InvalidBody;
+use super::request_id;
 
 /// An error that is returned to the client.
 #[derive(Debug, thiserror::Error)]
@@ -144,6 +145,8 @@ pub(super) enum ApiError {
     Archive(#[from] zip::result::ZipError),
     #[error("a response could not be made")]
     Response(#[source] serde_json::Error),
+    #[error("the metrics could not be written: {0}")]
+    Metrics(String),
     #[error("a worker thread failed")]
     Worker(#[from] tokio::task::JoinError),
     #[error("a request handler panicked: {0}")]
@@ -195,15 +198,17 @@ impl ApiError {
             Self::Submit(SubmitError::QueueFull { .. } | SubmitError::TooLate { .. }) => {
                 StatusCode::TOO_MANY_REQUESTS
             }
+            // Nothing was done, and another server can do it: proxies send these again by themselves.
             Self::Submit(
                 SubmitError::Draining | SubmitError::Stopped | SubmitError::Failed { .. },
             )
-            | Self::Job(JobError::Stopped | JobError::NoMemory { .. })
+            | Self::Job(JobError::Stopped | JobError::Lost { .. } | JobError::NoMemory { .. })
             | Self::Starting(_) => StatusCode::SERVICE_UNAVAILABLE,
             Self::Job(JobError::Pipeline(_) | JobError::Panicked(_))
             | Self::Encode(_)
             | Self::Archive(_)
             | Self::Response(_)
+            | Self::Metrics(_)
             | Self::Worker(_)
             | Self::HandlerPanicked(_) => StatusCode::INTERNAL_SERVER_ERROR,
         }
@@ -259,9 +264,9 @@ impl ApiError {
             Self::Submit(
                 SubmitError::Draining | SubmitError::Stopped | SubmitError::Failed { .. },
             )
-            | Self::Job(JobError::Stopped | JobError::NoMemory { .. }) => Some(RETRY_AFTER_STOP),
+            | Self::Job(JobError::Stopped | JobError::Lost { .. } | JobError::NoMemory { .. })
             // A job may have ended by then, or a server of the store may be back.
-            Self::Store(StoreError::Full { .. } | StoreError::Unavailable(_)) => {
+            | Self::Store(StoreError::Full { .. } | StoreError::Unavailable(_)) => {
                 Some(RETRY_AFTER_STOP)
             }
             _ => None,
@@ -307,6 +312,7 @@ impl ApiError {
                 r#type: error_type(status),
                 param: self.param().map(str::to_owned),
                 code: status.as_u16(),
+                request_id: request_id::current(),
                 estimate: self.estimate(),
             },
         }
@@ -402,6 +408,9 @@ struct ErrorBody {
     param: Option<String>,
     /// The HTTP status code.
     code: u16,
+    /// The header `x-request-id` of the response.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    request_id: Option<String>,
     /// Only in errors about a `deadline_ms` that cannot be kept.
     #[serde(flatten)]
     estimate: Option<DeadlineEstimate>,

@@ -3,6 +3,7 @@
 
 mod access;
 mod adapters;
+mod answers;
 mod app;
 mod body;
 mod cache;
@@ -27,9 +28,11 @@ mod layers;
 mod metrics;
 mod models;
 mod openapi;
+mod orca;
 mod page;
 mod parsed;
 mod previews;
+mod request_id;
 mod role;
 mod routes;
 mod schedule;
@@ -53,13 +56,13 @@ use tokio::sync::oneshot;
 use tokio::time::sleep;
 use tower_http::normalize_path::NormalizePath;
 
-use crate::jobs::webhook::WebhookSettings;
 
 pub use self::access::{ApiKeys, InvalidApiKey};
 pub use self::app::{App, LoadedModel};
 pub use self::connections::raise_open_file_limit;
+pub use self::instance::{InvalidInstance, check_instance};
 pub use self::role::Role;
-pub use self::signals::{Signals, drain};
+pub use self::signals::{ShutdownTimes, Signals, drain};
 pub use self::web_pages::{AllowedHost, CorsOrigin, InvalidHost, InvalidOrigin};
 
 use crate::jobs::webhook::WebhookSettings;
@@ -155,7 +158,7 @@ fn router_for_hosts(app: App, hosts: Option<&[AllowedHost]>) -> Router {
     let router = router
         .method_not_allowed_fallback(routes::wrong_method)
         .layer(DefaultBodyLimit::max(app.settings.max_body_bytes));
-    let router = layers::add_to(router, &app.settings.cors_origins, hosts).with_state(app);
+    let router = layers::add_to(router, &app, hosts).with_state(app);
     // A path with a slash at its end is the path without it. Layers of a router see a request after
     // its route is chosen, so this is a router of its own.
     Router::new().fallback_service(NormalizePath::trim_trailing_slash(router))

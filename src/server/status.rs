@@ -11,7 +11,7 @@ use serde_json::Value;
 use utoipa::ToSchema;
 
 use crate::checkpoint::PromptGuide;
-use crate::engine::{Engine, State};
+use crate::engine::{Engine, State as EngineState};
 use crate::request::{DEFAULT_NUM_INFERENCE_STEPS, DEFAULT_TRUE_CFG_SCALE};
 
 use super::adapters::AdapterStatus;
@@ -31,6 +31,8 @@ pub(super) struct Status {
     /// The first name of the model.
     model: String,
     version: &'static str,
+    /// Name of this server among others: the same as the header `x-kiln-instance`.
+    instance: String,
     /// Backend and device; null for a server that generates no images itself.
     device: Option<String>,
     /// Data type of the weights; null for a server that generates no images itself.
@@ -135,9 +137,10 @@ pub(super) async fn status(
     );
     let recipe = limits.recipe();
     json(&Status {
-        state: health::state_name(&engine.map_or(State::Ready, Engine::state)),
+        state: health::state_name(&server.state().unwrap_or(EngineState::Ready)),
         model: app.model_name(None).to_owned(),
         version: crate::version::VERSION,
+        instance: app.settings.instance.clone(),
         device: info.map(ModelInfo::device),
         dtype: info.map(|info| info.dtype),
         requests: Requests {

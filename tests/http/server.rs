@@ -152,6 +152,11 @@ impl TestServer {
         wait_until(message, || self.engine.stats().waiting == requests);
     }
 
+    /// What happens at the first signal.
+    pub(super) fn leave(&self) {
+        self.app.leave();
+    }
+
     pub(super) fn begin_shutdown(&mut self) {
         self.shutdown = None;
     }

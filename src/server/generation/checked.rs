@@ -46,16 +46,6 @@ impl From<StoredRequest> for CheckedRequest {
     }
 }
 
-impl From<CheckedRequest> for StoredRequest {
-    fn from(checked: CheckedRequest) -> Self {
-        Self {
-            request: checked.request,
-            encoding: checked.encoding,
-            model: checked.model,
-        }
-    }
-}
-
 impl ParsedRequest {
     /// Checks the request and submits it to the engine. `model` is the model name in the request.
     pub(in super::super) async fn submit(
@@ -168,6 +158,25 @@ impl CheckedRequest {
         })
     }
 
+    /// The request as stores keep it, after the checks of a request that is generated at once. A server
+    /// without an engine does not know how much memory a request takes.
+    pub(in super::super) async fn into_stored(
+        self,
+        app: &Arc<LoadedApp>,
+    ) -> Result<StoredRequest, ApiError> {
+        let stored = StoredRequest {
+            request: self.request.clone(),
+            encoding: self.encoding,
+            model: self.model.clone(),
+        };
+        if app.engine.is_some() {
+            self.accept(app, String::new(), None, Room::Ignored).await?;
+        } else {
+            tokenize(app, self.request, self.names).await?;
+        }
+        Ok(stored)
+    }
+
     /// Tokenizes the prompts, reads the adapters, and chooses how the images are decoded.
     async fn accept(
         self,
@@ -181,19 +190,7 @@ impl CheckedRequest {
             .unwrap_or_default()
             .as_secs();
         let engine = app.engine()?;
-        let Self { request, names, .. } = self;
-        let (request, tokens) = {
-            let app = Arc::clone(app);
-            spawn_blocking(move || {
-                let tokens = request.tokenize(&app.tokenizer);
-                (request, tokens)
-            })
-            .await?
-        };
-        let tokens = tokens.map_err(|error| ApiError::Prompt {
-            param: names.of(error.param),
-            error: error.source,
-        })?;
+        let (request, tokens) = tokenize(app, self.request, self.names).await?;
         let weights = app.weights(&request.adapters, deadline, room).await?;
         let info = RequestInfo {
             id,
@@ -212,6 +209,25 @@ impl CheckedRequest {
         })?;
         Ok((info, job))
     }
+}
+
+/// Tokenizes the prompts on a thread that may block.
+async fn tokenize(
+    app: &Arc<LoadedApp>,
+    request: GenerationRequest,
+    names: WireNames,
+) -> Result<(GenerationRequest, PromptTokens), ApiError> {
+    let app = Arc::clone(app);
+    let tokenized = spawn_blocking(move || {
+        let tokens = request.tokenize(&app.tokenizer);
+        (request, tokens)
+    });
+    let (request, tokens) = tokenized.await?;
+    let tokens = tokens.map_err(|error| ApiError::Prompt {
+        param: names.of(error.param),
+        error: error.source,
+    })?;
+    Ok((request, tokens))
 }
 
 /// The ways in which the engine may make the request cheaper.

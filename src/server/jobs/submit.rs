@@ -116,7 +116,7 @@ impl Jobs {
         }
         Ok(NewJob {
             owner: self.owner.clone(),
-            request: checked(request, app, model.as_deref()).await?,
+            request: request.check(app, model.as_deref())?.into_stored(app).await?,
             idempotency,
             webhook,
             trace: trace_context(headers),
@@ -127,22 +127,6 @@ impl Jobs {
     fn check_webhook(&self, url: &str) -> Result<(), ApiError> {
         Ok(self.app.settings.webhooks.check(url)?)
     }
-}
-
-/// The request with its seed, after all checks of a request that is generated at once.
-async fn checked(
-    request: ParsedRequest,
-    app: &Arc<LoadedApp>,
-    model: Option<&str>,
-) -> Result<StoredRequest, ApiError> {
-    let now = Instant::now();
-    let prepared = request.prepare(app, String::new(), model, now, Room::Ignored);
-    let (info, _, _) = prepared.await?;
-    Ok(StoredRequest {
-        request: info.request,
-        encoding: info.encoding,
-        model: info.model,
-    })
 }
 
 fn answer(status: StatusCode, view: &JobView) -> Result<Response, ApiError> {
