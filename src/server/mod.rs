@@ -56,7 +56,6 @@ use tokio::sync::oneshot;
 use tokio::time::sleep;
 use tower_http::normalize_path::NormalizePath;
 
-
 pub use self::access::{ApiKeys, InvalidApiKey};
 pub use self::app::{App, LoadedModel};
 pub use self::connections::raise_open_file_limit;

@@ -40,7 +40,10 @@ fn credentials_are_read_and_not_shown() {
     let settings = NatsSettings::new(&servers, None).unwrap();
     assert_eq!(settings.names(), "nats://a:4222, tls://b:4223");
     let shown = format!("{settings:?}");
-    assert!(!shown.contains("p@ss") && !shown.contains("p%40ss"), "{shown}");
+    assert!(
+        !shown.contains("p@ss") && !shown.contains("p%40ss"),
+        "{shown}"
+    );
     assert_eq!(settings.addresses().unwrap().len(), 2);
     let error = NatsSettings::new(&["nats://tok%4@a:1".to_owned()], None).unwrap_err();
     assert!(error.to_string().contains('%'), "{error}");

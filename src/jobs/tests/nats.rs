@@ -131,7 +131,11 @@ async fn two_servers_share_jobs() {
 }
 
 /// The position of a job once it is this one.
-async fn until_position(store: &Arc<dyn JobStore>, id: &crate::jobs::JobId, position: usize) -> Option<usize> {
+async fn until_position(
+    store: &Arc<dyn JobStore>,
+    id: &crate::jobs::JobId,
+    position: usize,
+) -> Option<usize> {
     let wait = async {
         loop {
             let view = get(store, id).await;
@@ -187,7 +191,12 @@ async fn the_sweep_compares_the_queue_with_the_records() {
     // A message of an ended job is removed.
     let context = raw(&server).await;
     let subject = format!("kiln.jobs.{MODEL}.{lost}");
-    context.publish(subject, "{}".into()).await.unwrap().await.unwrap();
+    context
+        .publish(subject, "{}".into())
+        .await
+        .unwrap()
+        .await
+        .unwrap();
     assert_eq!(messages(&server, "KILN").await, 1);
     sleep(Duration::from_millis(5)).await;
     store.compare(Duration::ZERO).await.unwrap();
@@ -303,7 +312,9 @@ async fn a_stream_of_another_program_is_refused() {
         ..Default::default()
     };
     raw(&server).await.create_stream(config).await.unwrap();
-    let error = NatsStore::open(&nats(&server), settings()).await.unwrap_err();
+    let error = NatsStore::open(&nats(&server), settings())
+        .await
+        .unwrap_err();
     assert!(error.to_string().contains("pottery"), "{error}");
 }
 

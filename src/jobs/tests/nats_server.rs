@@ -53,7 +53,14 @@ impl NatsServer {
     /// Starts the server and waits until it listens.
     pub(super) async fn start(&self) {
         let child = Command::new(program().unwrap())
-            .args(["-js", "-a", "127.0.0.1", "-p", &self.port.to_string(), "-sd"])
+            .args([
+                "-js",
+                "-a",
+                "127.0.0.1",
+                "-p",
+                &self.port.to_string(),
+                "-sd",
+            ])
             .arg(self.folder.path())
             .args(&self.arguments)
             .stdout(Stdio::null())

@@ -116,7 +116,10 @@ impl Jobs {
         }
         Ok(NewJob {
             owner: self.owner.clone(),
-            request: request.check(app, model.as_deref())?.into_stored(app).await?,
+            request: request
+                .check(app, model.as_deref())?
+                .into_stored(app)
+                .await?,
             idempotency,
             webhook,
             trace: trace_context(headers),
