@@ -5,6 +5,8 @@
 //! accepted ends as completed, failed or cancelled, whatever process stops meanwhile.
 
 mod caller;
+mod local;
+mod location;
 #[cfg(feature = "nats")]
 mod nats;
 mod object;
@@ -16,6 +18,8 @@ pub mod webhook;
 mod worker;
 
 pub use self::caller::{Caller, Owner};
+pub use self::local::LocalStore;
+pub use self::location::{BucketService, InvalidLocation, JobsLocation, ResultsLocation, open};
 #[cfg(feature = "nats")]
 pub use self::nats::{NatsSettings, NatsStore};
 pub use self::object::JobObject;
@@ -30,3 +34,6 @@ pub use self::store::{
     StoreError, StoreSettings, Submitted, WebhookLease,
 };
 pub use self::worker::{Held, Housekeeping, RunError, Runner, Worker, WorkerSettings};
+
+#[cfg(test)]
+mod tests;

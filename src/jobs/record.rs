@@ -204,8 +204,15 @@ impl JobFile {
         ResultFile {
             media_type: self.media_type.to_owned(),
             bytes: self.content.len() as u64,
-            sha256: hex(digest(&SHA256, &self.content).as_ref()),
+            sha256: ResultFile::hash(&self.content),
         }
+    }
+}
+
+impl ResultFile {
+    /// SHA-256 in hexadecimal digits.
+    pub(super) fn hash(content: &[u8]) -> String {
+        hex(digest(&SHA256, content).as_ref())
     }
 }
 

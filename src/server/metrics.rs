@@ -15,6 +15,8 @@ use axum::extract::State;
 use axum::http::header::CONTENT_TYPE;
 use axum::response::{IntoResponse, Response};
 
+use kiln_models::pipeline::ModelInfo;
+
 use crate::engine::{Engine, State as EngineState};
 
 use self::page::{Kind, Page};
@@ -85,12 +87,12 @@ fn add_start(page: &mut Page, app: &App) {
 
 /// Adds what the server is, and how long a request would wait.
 fn add_info(page: &mut Page, app: &LoadedApp) {
-    let info = app.engine.info();
-    let device = info.device();
+    let info = app.engine.as_ref().map(Engine::info);
+    let device = info.map_or_else(|| "none".to_owned(), ModelInfo::device);
     let labels: &[(&str, &str)] = &[
         ("model", app.model_name(None)),
         ("version", crate::version::VERSION),
-        ("backend", info.backend),
+        ("backend", info.map_or("none", |info| info.backend)),
         ("device", &device),
         ("instance", &app.settings.instance),
     ];

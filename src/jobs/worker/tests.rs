@@ -115,6 +115,10 @@ use crate::jobs::StoreError;
 
 #[async_trait]
 impl JobStore for FakeStore {
+    fn settings(&self) -> &StoreSettings {
+        unimplemented!()
+    }
+
     async fn submit(&self, _: NewJob) -> Result<Submitted, StoreError> {
         unimplemented!()
     }
