@@ -1,6 +1,5 @@
 //! `POST /v1/images/jobs`: stores a job.
 
-
 use axum::http::header::LOCATION;
 use axum::http::{HeaderMap, HeaderValue, StatusCode};
 use axum::response::{IntoResponse, Response};
