@@ -36,7 +36,7 @@ pub use self::settings::NatsSettings;
 
 use self::link::{Failure, Link, acknowledge};
 use self::mirror::Mirror;
-use self::queue::{Queue, Queued};
+use self::queue::{Queue, Queued, WebhookTicket};
 use self::records::{Record, Records, Replaced, Slot};
 use self::results::{Found, Results};
 use self::setup::Setup;
@@ -51,7 +51,9 @@ const SETUP_DELAY: Duration = Duration::from_millis(500);
 const MAX_SETUP_DELAY: Duration = Duration::from_secs(10);
 /// Records that a list reads at once.
 const READ_AT_ONCE: usize = 16;
-/// Time between two looks at a followed job, in case that its change was missed.
+/// Time between two looks at the position of a followed job.
+const POSITION_EVERY: Duration = Duration::from_secs(1);
+/// Time between two looks at its record, in case that its change was missed.
 const LOOK_EVERY: Duration = Duration::from_secs(5);
 
 /// A store of jobs in NATS. Any number of servers can use it at once.
@@ -144,7 +146,7 @@ impl NatsStore {
         // The server that stored the record may have stopped before it had added the message.
         let is_open = !record.job.status.is_ended();
         if is_open && self.shared.queue.add(&record).await? == Queued::Full {
-            return Err(self.shared.full());
+            return Err(self.shared.full(&record.model));
         }
         Ok(Submitted::Existing(self.view(record)))
     }
@@ -237,9 +239,9 @@ impl Shared {
         last.map_or(now_ms, |last| now_ms.max(last + 1))
     }
 
-    fn full(&self) -> StoreError {
+    fn full(&self, model: &str) -> StoreError {
         StoreError::Full {
-            queued: self.mirror.queued(&self.model),
+            queued: self.mirror.queued(model),
         }
     }
 
@@ -292,11 +294,16 @@ impl Shared {
         job.expires_ms = Some(now_ms.saturating_add(keep_ms));
     }
 
+    async fn add_webhook(&self, record: &Record) -> Result<(), StoreError> {
+        let ticket = WebhookTicket::new(record);
+        self.queue.add_webhook(record, &ticket).await
+    }
+
     /// Adds the webhook of an ended job, then acknowledges the job's message. Without an answer, the
     /// message is offered again, and the worker that receives it does the same.
     async fn finish(&self, record: &Record, message: &jetstream::Message) {
         if record.job.webhook.is_some()
-            && let Err(error) = self.queue.add_webhook(record).await
+            && let Err(error) = self.add_webhook(record).await
         {
             tracing::warn!("job {}: its webhook waits: {error}", record.job.id);
             return;
@@ -356,19 +363,21 @@ impl Shared {
     ) {
         let id = record.job.id.clone();
         let mut job = Arc::new(record.job.clone());
+        let mut looked = Instant::now();
         while !job.status.is_ended() {
-            let mut look = false;
             tokio::select! {
                 _ = changes.changed() => {}
-                () = sleep(LOOK_EVERY) => look = true,
+                () = sleep(POSITION_EVERY) => {}
                 () = views.closed() => return,
             }
-            if look || self.mirror.revision(&id) != Some(record.revision) {
+            if looked.elapsed() >= LOOK_EVERY || self.mirror.revision(&id) != Some(record.revision)
+            {
                 match self.records.find(&id).await {
                     Ok(Some(newest)) => record = newest,
                     Ok(None) => return,
                     Err(_) => continue,
                 }
+                looked = Instant::now();
                 self.mirror.apply(&record);
                 job = Arc::new(record.job.clone());
             }
@@ -399,6 +408,7 @@ impl JobStore for NatsStore {
     async fn submit(&self, job: NewJob) -> Result<Submitted, StoreError> {
         let shared = &self.shared;
         let job = job.into_stored(shared.created_ms());
+        let model = names::model_token(&job.request.model);
         let has_key = job.idempotency.is_some();
         let mut slot = Slot::Empty;
         if has_key {
@@ -411,10 +421,10 @@ impl JobStore for NatsStore {
                 Slot::Deleted(revision) => revision,
                 Slot::Empty => 0,
             };
-            if shared.mirror.queued(&shared.model) >= shared.settings.max_queued {
-                return Err(shared.full());
+            if shared.mirror.queued(&model) >= shared.settings.max_queued {
+                return Err(shared.full(&model));
             }
-            let record = match shared.replace(revision, &shared.model, job.clone()).await? {
+            let record = match shared.replace(revision, &model, job.clone()).await? {
                 Ok(record) => record,
                 Err(other) => {
                     slot = other;
@@ -425,7 +435,7 @@ impl JobStore for NatsStore {
                 Ok(Queued::Added | Queued::Present) => {
                     return Ok(Submitted::New(self.view(record)));
                 }
-                Ok(Queued::Full) => shared.full(),
+                Ok(Queued::Full) => shared.full(&model),
                 Err(error) => error,
             };
             // A job with a key may have been returned to a repeated request by now.
@@ -501,7 +511,7 @@ impl JobStore for NatsStore {
             // A worker that has the message does the same.
             let finished = async {
                 if record.job.webhook.is_some() {
-                    shared.queue.add_webhook(&record).await?;
+                    shared.add_webhook(&record).await?;
                 }
                 if was_queued {
                     shared.queue.remove(&record).await?;

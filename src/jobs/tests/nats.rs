@@ -289,7 +289,7 @@ async fn credentials_are_used_and_wrong_ones_are_refused() {
     let open = |login: &str| {
         let server = format!("nats://{login}{}", server.address());
         let nats = NatsSettings::new(&[server], None).unwrap();
-        NatsStore::open(&nats, settings())
+        async move { NatsStore::open(&nats, settings()).await }
     };
     open("kiln:p%40ss%3A%25@").await.unwrap();
     for wrong in ["", "kiln:other@", "token@"] {
