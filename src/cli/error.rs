@@ -12,8 +12,8 @@ use crate::bench::{CalibrationError, LoraBenchError};
 use crate::compare::{CompareError, ReportError};
 use crate::engine::{JobError, StartError, SubmitError};
 use crate::image::{EncodeError, ImageFormat, SideTooLong};
-use crate::jobs::StoreError;
 use crate::jobs::webhook::InvalidWebhookSecret;
+use crate::jobs::{JobsLocation, StoreError};
 use crate::request::{InvalidCache, InvalidPrompt, InvalidRequest, MAX_PROMPT_BYTES};
 use crate::runtime::RuntimeError;
 use crate::server::InvalidApiKey;
@@ -57,8 +57,6 @@ pub(super) enum CliError {
     DefaultNegativePrompt(#[source] TokenizerError),
     #[error(transparent)]
     ApiKey(#[from] InvalidApiKey),
-    #[error("--webhook-secret cannot be used")]
-    WebhookSecret(#[from] InvalidWebhookSecret),
     #[error("{}", empty_api_key())]
     EmptyApiKey,
     #[error("stdin cannot be read for the prompt")]
@@ -171,8 +169,13 @@ pub(super) enum CliError {
          give --jobs nats://HOST to share jobs, or leave --role out"
     )]
     RoleOfFolder { role: &'static str, folder: String },
-    #[error("the store of jobs cannot be opened")]
-    Jobs(#[source] StoreError),
+    #[error("--webhook-secret: {0}")]
+    WebhookSecret(#[source] InvalidWebhookSecret),
+    #[error("the store of jobs, --jobs {location}, cannot be opened: {error}")]
+    Jobs {
+        location: JobsLocation,
+        error: StoreError,
+    },
     #[error("the server cannot start")]
     Start(#[source] StartError),
     #[error("the server ended")]

@@ -3,7 +3,6 @@
 mod args;
 mod jobs;
 mod jobs_args;
-mod webhook_args;
 
 pub(super) use self::args::{LogFormat, ServeArgs};
 
@@ -75,10 +74,6 @@ async fn serve(
     let mut server = pin!(server::serve(listener, app.clone(), shutdown));
     let mut signals = Signals::new().map_err(CliError::Server)?;
     let _housekeeping = app.keep_house();
-    if let Some(webhooks) = app.webhooks() {
-        // Until the process ends.
-        drop(tokio::spawn(webhooks));
-    }
     tracing::info!("listening on http://{address}");
 
     let times = args.shutdown_times();

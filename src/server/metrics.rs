@@ -4,6 +4,7 @@
 
 mod adapters;
 mod engine;
+mod jobs;
 mod page;
 #[cfg(test)]
 mod tests;
@@ -18,7 +19,6 @@ use axum::response::{IntoResponse, Response};
 use kiln_models::pipeline::ModelInfo;
 
 use crate::engine::{Engine, State as EngineState};
-use crate::jobs::webhook::{WebhookOutcome, WebhookStats};
 
 use self::page::{Kind, Page};
 use super::connections::{Closed, Connections};
@@ -46,8 +46,8 @@ pub(super) async fn metrics(State(app): State<Arc<App>>) -> Result<Response, Api
     if let Some(store) = store.filter(|store| store.may_have_any()) {
         adapters::add(&mut page, &stats.adapters, store.cache_use(), unix_time());
     }
-    if app.jobs.is_some() {
-        add_webhooks(&mut page, &app.webhook_stats);
+    if let Some(store) = &app.jobs {
+        jobs::add(&mut page, &store.settings().stats);
     }
     add_connections(&mut page, &app.connections);
     let text = page
@@ -114,19 +114,6 @@ fn add_info(page: &mut Page, app: &LoadedApp) {
             wait.as_secs_f64(),
         );
     }
-}
-
-/// Adds how often webhooks were tried.
-fn add_webhooks(page: &mut Page, stats: &WebhookStats) {
-    page.labelled(
-        (
-            Kind::Counter,
-            "kiln_webhooks_total",
-            "Tries of this server to post ended jobs, by outcome.",
-        ),
-        "outcome",
-        WebhookOutcome::ALL.map(|outcome| (outcome.name(), stats.count(outcome) as f64)),
-    );
 }
 
 /// Adds the numbers of connections.

@@ -1,16 +1,18 @@
 //! Arguments of `kiln serve` about durable jobs.
 
+use std::fmt;
 use std::num::{NonZeroU64, NonZeroUsize};
 use std::time::Duration;
 
 use clap::{Args, ValueEnum};
 
 use crate::cli::error::CliError;
-use crate::jobs::StoreSettings;
+use crate::jobs::webhook::{WebhookHost, WebhookSettings};
+use crate::jobs::{JobsLocation, ResultsLocation, StoreSettings};
 use crate::server::Role;
 
 /// Durable jobs, which outlive connections and processes.
-#[derive(Debug, Clone, Args)]
+#[derive(Clone, Args)]
 #[command(next_help_heading = "Jobs")]
 #[expect(clippy::doc_markdown, reason = "clap prints the comments as they are")]
 pub(super) struct JobsArgs {
@@ -19,12 +21,12 @@ pub(super) struct JobsArgs {
     /// A folder is for one server on one machine. Several servers share jobs through NATS, such as
     /// nats://a:4222,b:4222. By default the server has no jobs.
     #[arg(long, value_name = "DIR|nats://HOST")]
-    pub(super) jobs: Option<String>,
+    pub(super) jobs: Option<JobsLocation>,
 
     /// Where the files of jobs in NATS are: s3://BUCKET/PREFIX, gs://BUCKET/PREFIX or file:///DIR
     /// [default: NATS's object store]
     #[arg(long, value_name = "URL", requires = "jobs")]
-    pub(super) results: Option<String>,
+    pub(super) results: Option<ResultsLocation>,
 
     /// Time from the end of a job until the job and its files are deleted: 24h, 90m, 3600s or 3600
     #[arg(long, value_name = "DURATION", value_parser = parse_duration, default_value = "24h")]
@@ -51,6 +53,27 @@ pub(super) struct JobsArgs {
     /// Must be longer than the slowest step, and than the decoding of the largest image.
     #[arg(long, value_name = "SECONDS")]
     stall_timeout: Option<u64>,
+
+    /// Host to which the end of a job may be posted, if its request has a webhook; may be given several
+    /// times
+    ///
+    /// A name such as example.org, *.example.org for all names below it, or an address; with :8443 that
+    /// port alone. Webhooks to other hosts are refused, and by default all are.
+    #[arg(long, value_name = "HOST", requires = "webhook_secret")]
+    webhook_host: Vec<WebhookHost>,
+
+    /// Secret that signs webhooks, as whsec_ and Base64; may be given several times
+    ///
+    /// Each secret makes one signature, as the Standard Webhooks specification says, so that a secret
+    /// can be replaced. Other users of this machine can see the command line, but not the environment.
+    #[arg(long, value_name = "SECRET")]
+    webhook_secret: Vec<String>,
+
+    /// Let the hosts of --webhook-host have private addresses
+    ///
+    /// By default webhooks go to public addresses only.
+    #[arg(long)]
+    webhook_allow_private: bool,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -68,6 +91,18 @@ const STALL_TIMEOUT: Duration = Duration::from_mins(10);
 
 /// Backends whose steps may take any time, and which cannot hang.
 const CPU_BACKENDS: [&str; 2] = ["flex", "ndarray"];
+
+/// Leaves out the secrets.
+impl fmt::Debug for JobsArgs {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter
+            .debug_struct("JobsArgs")
+            .field("jobs", &self.jobs)
+            .field("results", &self.results)
+            .field("role", &self.role)
+            .finish_non_exhaustive()
+    }
+}
 
 impl JobsArgs {
     pub(super) fn role(&self) -> Role {
@@ -87,12 +122,23 @@ impl JobsArgs {
         };
         match &self.jobs {
             None => Err(CliError::RoleWithoutJobs { role: name }),
-            Some(jobs) if !jobs.starts_with("nats://") => Err(CliError::RoleOfFolder {
+            Some(jobs) if !jobs.is_shared() => Err(CliError::RoleOfFolder {
                 role: name,
-                folder: jobs.clone(),
+                folder: jobs.to_string(),
             }),
             Some(_) => Ok(()),
         }
+    }
+
+    pub(super) fn webhooks(&self) -> Result<WebhookSettings, CliError> {
+        let secrets = self.webhook_secret.iter().map(|secret| secret.parse());
+        let secrets = secrets.collect::<Result<_, _>>();
+        Ok(WebhookSettings {
+            hosts: self.webhook_host.clone(),
+            // clap's message would contain the secret.
+            secrets: secrets.map_err(CliError::WebhookSecret)?,
+            allow_private: self.webhook_allow_private,
+        })
     }
 
     /// Settings of the store of a server of this name.

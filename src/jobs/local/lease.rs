@@ -24,8 +24,8 @@ pub(super) struct LocalLease {
     revoked: watch::Receiver<Option<Revoked>>,
     /// Whether the attempt counts if the lease is dropped now.
     counts: AtomicBool,
-    /// Wait before the next attempt if the lease is dropped now.
-    delay: Duration,
+    /// Whether the next attempt waits if the lease is dropped now.
+    waits: AtomicBool,
 }
 
 impl LocalLease {
@@ -36,7 +36,7 @@ impl LocalLease {
             token: taken.token,
             revoked: taken.revoked,
             counts: AtomicBool::new(false),
-            delay: Duration::ZERO,
+            waits: AtomicBool::new(false),
         }
     }
 
@@ -46,17 +46,17 @@ impl LocalLease {
         Box::new(self)
     }
 
-    /// Runs the last change of a lease. If it fails the job is run again after some time, and the attempt
-    /// does not count, as the disk was to blame.
+    /// Runs the last change of a lease. If it fails, and the lease is dropped then, the job is run again
+    /// after some time, and the attempt does not count, as the disk was to blame.
     async fn end<T: Send + 'static>(
-        mut self: Box<Self>,
+        &self,
         end: impl FnOnce(&Core, &JobId, u64) -> Result<T, StoreError> + Send + 'static,
     ) -> Result<T, StoreError> {
         let (job, token) = (Arc::clone(&self.job), self.token);
         let outcome = blocking(&self.core, move |core| end(core, &job.id, token)).await;
         if outcome.is_err() {
             self.counts.store(false, Ordering::Relaxed);
-            self.delay = self.core.settings.lease;
+            self.waits.store(true, Ordering::Relaxed);
         }
         outcome
     }
@@ -85,17 +85,17 @@ impl JobLease for LocalLease {
         self.core.live().report(&self.job.id, self.token, progress);
     }
 
-    async fn complete(self: Box<Self>, files: Vec<JobFile>) -> Result<Settled, StoreError> {
+    async fn complete(&self, files: Vec<JobFile>) -> Result<Settled, StoreError> {
         self.end(move |core, id, token| core.complete(id, token, &files))
             .await
     }
 
-    async fn fail(self: Box<Self>, failure: JobFailure) -> Result<Settled, StoreError> {
+    async fn fail(&self, failure: JobFailure) -> Result<Settled, StoreError> {
         self.end(move |core, id, token| core.fail(id, token, failure))
             .await
     }
 
-    async fn release(self: Box<Self>, after: Duration) -> Result<(), StoreError> {
+    async fn release(&self, after: Duration) -> Result<(), StoreError> {
         self.end(move |core, id, token| core.release(id, token, after))
             .await
     }
@@ -105,9 +105,15 @@ impl Drop for LocalLease {
     /// Does nothing if the lease was settled.
     fn drop(&mut self) {
         let counts = self.counts.load(Ordering::Relaxed);
+        let waits = self.waits.load(Ordering::Relaxed);
+        let delay = if waits {
+            self.core.settings.lease
+        } else {
+            Duration::ZERO
+        };
         self.core
             .live()
-            .abandon(&self.job.id, self.token, counts, self.delay);
+            .abandon(&self.job.id, self.token, counts, delay);
         self.core.jobs_changed.notify_waiters();
     }
 }

@@ -85,6 +85,10 @@ impl LocalStore {
 
 #[async_trait]
 impl JobStore for LocalStore {
+    fn settings(&self) -> &StoreSettings {
+        &self.core.settings
+    }
+
     async fn submit(&self, job: NewJob) -> Result<Submitted, StoreError> {
         blocking(&self.core, |core| core.submit(job)).await
     }

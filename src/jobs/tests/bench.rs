@@ -57,11 +57,11 @@ pub(super) fn job(prompt: &str) -> NewJob {
         ..GenerationParams::default()
     };
     let limits = Limits::for_any_model();
-    let request = GenerationRequest::new(params, &limits, NoiseGenerator::default());
+    let request = GenerationRequest::new(params, &limits, NoiseGenerator::Cpu);
     NewJob {
         owner: owner("me"),
         request: StoredRequest {
-            request: request,
+            request: request.unwrap(),
             encoding: Encoding::new(ImageFormat::Png),
             model: MODEL.to_owned(),
         },

@@ -1,22 +1,16 @@
 //! `POST /v1/images/jobs`: stores a job.
 
-use std::sync::Arc;
-use std::time::Instant;
-
 use axum::http::header::LOCATION;
 use axum::http::{HeaderMap, HeaderValue, StatusCode};
 use axum::response::{IntoResponse, Response};
 use serde_json::{Map, Value};
 
-use crate::jobs::{IdempotencyKey, JobId, JobObject, JobView, NewJob, StoredRequest, Submitted};
+use crate::jobs::{IdempotencyKey, JobId, JobObject, JobView, NewJob, Submitted};
 
-use super::super::LoadedApp;
-use super::super::adapters::Room;
 use super::super::body::JsonObject;
 use super::super::error::{ApiError, ErrorEnvelope};
 use super::super::images::{self, JobBody, JobBodySchema};
 use super::super::json::json;
-use super::super::parsed::ParsedRequest;
 use super::Jobs;
 use super::headers::{
     PREFERENCE_APPLIED, RESPOND_ASYNC, idempotency_key, prefers_async, trace_context,
@@ -68,7 +62,10 @@ impl Jobs {
             self.store.submit(job).await?
         };
         let (status, view) = match submitted {
-            Submitted::New(view) => (StatusCode::ACCEPTED, view),
+            Submitted::New(view) => {
+                self.store.settings().stats.count_submitted();
+                (StatusCode::ACCEPTED, view)
+            }
             Submitted::Existing(view) => (StatusCode::OK, view),
             Submitted::OtherBody(id) => return Err(ApiError::OtherBody { id }),
         };
