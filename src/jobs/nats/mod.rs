@@ -373,7 +373,7 @@ impl JobStore for NatsStore {
 
     async fn submit(&self, job: NewJob) -> Result<Submitted, StoreError> {
         let shared = &self.shared;
-        let job = job.into_stored(shared.created_ms());
+        let job = job.into_stored(&shared.settings.model, shared.created_ms());
         let has_key = job.idempotency.is_some();
         let mut slot = Slot::Empty;
         if has_key {

@@ -67,7 +67,7 @@ impl FakeStore {
                 webhook: None,
                 trace: None,
             };
-            new.into_stored(0)
+            new.into_stored("m", 0)
         };
         Arc::new_cyclic(|me| Self {
             me: me.clone(),
