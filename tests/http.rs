@@ -9,6 +9,8 @@ mod deadlines;
 mod images;
 mod information;
 mod jobs;
+#[cfg(all(target_os = "linux", feature = "flex"))]
+mod job_work;
 mod lora;
 #[cfg(target_os = "linux")]
 mod lora_load;

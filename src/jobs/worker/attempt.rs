@@ -12,7 +12,7 @@ use super::{Backoff, Held, JobFailure, JobFile, Phase, Progress, RunError, Runne
 use crate::jobs::{JobLease, Revoked, Settled, StoreError};
 
 /// How long a worker that stops waits for the store to take a job back.
-const LAST_RELEASE: Duration = Duration::from_secs(5);
+const LAST_RELEASE: Duration = Duration::from_secs(3);
 
 pub(super) struct Attempt<R: Runner> {
     worker: Arc<Shared<R>>,
