@@ -169,8 +169,8 @@ pub(super) enum CliError {
          give --jobs nats://HOST to share jobs, or leave --role out"
     )]
     RoleOfFolder { role: &'static str, folder: String },
-    #[error("--webhook-secret: {0}")]
-    WebhookSecret(#[source] InvalidWebhookSecret),
+    #[error("--webhook-secret cannot be used")]
+    WebhookSecret(#[from] InvalidWebhookSecret),
     #[error("the store of jobs, --jobs {location}, cannot be opened: {error}")]
     Jobs {
         location: JobsLocation,
@@ -197,7 +197,6 @@ impl CliError {
             | Self::DefaultNegativePrompt(_)
             | Self::ApiKey(_)
             | Self::EmptyApiKey
-            | Self::WebhookSecret(_)
             | Self::EmptyStdin
             | Self::LongStdin
             | Self::StdinEncoding { .. }
@@ -216,6 +215,7 @@ impl CliError {
             | Self::NoAdapter { .. }
             | Self::RoleWithoutJobs { .. }
             | Self::RoleOfFolder { .. }
+            | Self::WebhookSecret(_)
             | Self::Adapter(_)
             | Self::OutputIsFolder { .. }
             | Self::Submit(SubmitError::TooLarge(_) | SubmitError::Adapters(_)) => 2,
