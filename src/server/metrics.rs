@@ -95,7 +95,7 @@ fn add_info(page: &mut Page, app: &LoadedApp) {
     let device = info.map_or_else(|| "none".to_owned(), ModelInfo::device);
     let labels: &[(&str, &str)] = &[
         ("model", app.model_name(None)),
-        ("version", crate::version::VERSION),
+        ("version", crate::version::TAG),
         ("backend", info.map_or("none", |info| info.backend)),
         ("device", &device),
         ("instance", &app.settings.instance),

@@ -7,7 +7,6 @@ use std::time::Duration;
 use clap::{Args, ValueEnum};
 
 use crate::cli::error::CliError;
-use crate::jobs::webhook::{WebhookHost, WebhookSettings};
 use crate::jobs::{JobsLocation, ResultsLocation, StoreSettings};
 use crate::server::Role;
 
@@ -53,27 +52,6 @@ pub(super) struct JobsArgs {
     /// Must be longer than the slowest step, and than the decoding of the largest image.
     #[arg(long, value_name = "SECONDS")]
     stall_timeout: Option<u64>,
-
-    /// Host to which the end of a job may be posted, if its request has a webhook; may be given several
-    /// times
-    ///
-    /// A name such as example.org, *.example.org for all names below it, or an address; with :8443 that
-    /// port alone. Webhooks to other hosts are refused, and by default all are.
-    #[arg(long, value_name = "HOST", requires = "webhook_secret")]
-    webhook_host: Vec<WebhookHost>,
-
-    /// Secret that signs webhooks, as whsec_ and Base64; may be given several times
-    ///
-    /// Each secret makes one signature, as the Standard Webhooks specification says, so that a secret
-    /// can be replaced. Other users of this machine can see the command line, but not the environment.
-    #[arg(long, value_name = "SECRET")]
-    webhook_secret: Vec<String>,
-
-    /// Let the hosts of --webhook-host have private addresses
-    ///
-    /// By default webhooks go to public addresses only.
-    #[arg(long)]
-    webhook_allow_private: bool,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -128,17 +106,6 @@ impl JobsArgs {
             }),
             Some(_) => Ok(()),
         }
-    }
-
-    pub(super) fn webhooks(&self) -> Result<WebhookSettings, CliError> {
-        let secrets = self.webhook_secret.iter().map(|secret| secret.parse());
-        let secrets = secrets.collect::<Result<_, _>>();
-        Ok(WebhookSettings {
-            hosts: self.webhook_host.clone(),
-            // clap's message would contain the secret.
-            secrets: secrets.map_err(CliError::WebhookSecret)?,
-            allow_private: self.webhook_allow_private,
-        })
     }
 
     /// Settings of the store of a server of this name.
