@@ -18,7 +18,7 @@
 //!
 //! [`adapters`] lists the adapters that requests may name, and keeps their weights.
 //!
-//! [`files`] writes every file that a user named.
+//! [`files`] writes every file that a user named, and [`telemetry`] sends traces.
 //!
 //! A program that embeds kiln opens a model with [`runtime::Runtime::open`] and gives its pipeline
 //! to an [`engine::Engine`]; `examples/embed.rs` does it.
@@ -41,6 +41,7 @@ pub mod runtime;
 pub mod server;
 #[cfg(unix)]
 mod signals;
+pub mod telemetry;
 pub mod tokenizer;
 pub mod version;
 

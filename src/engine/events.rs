@@ -26,6 +26,9 @@ pub struct SubmitOptions {
     pub cheaper: Vec<Cheaper>,
     /// Makes an [`Event::Preview`] after every this many steps, but not after the last step.
     pub preview_every: Option<NonZeroUsize>,
+    /// The job neither takes a place of [`EngineSettings::max_queue`](super::EngineSettings::max_queue)
+    /// nor needs one: whoever submits such jobs bounds their number.
+    pub outside_queue: bool,
     /// Entered during every pipeline call for the job, so that the log lines of the call carry the
     /// fields of the request. Disabled by default.
     pub span: Span,
@@ -38,6 +41,7 @@ impl Default for SubmitOptions {
             due: None,
             cheaper: Vec::new(),
             preview_every: None,
+            outside_queue: false,
             span: Span::none(),
         }
     }

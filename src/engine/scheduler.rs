@@ -195,7 +195,8 @@ impl Scheduler {
         now: Instant,
     ) -> Result<(JobId, Events), SubmitError> {
         let adapters = self.adapter_room.adapters_of(&job);
-        let admitted = self.admit().and_then(|()| self.fit_due(job, options, now));
+        let admitted = self.admit(options);
+        let admitted = admitted.and_then(|()| self.fit_due(job, options, now));
         if admitted.is_err() {
             self.stats
                 .count(&adapters, |outcomes| outcomes.rejected += 1);
@@ -417,8 +418,9 @@ impl Scheduler {
     }
 
     /// Whether one more job is accepted.
-    fn admit(&self) -> Result<(), SubmitError> {
+    fn admit(&self, options: &SubmitOptions) -> Result<(), SubmitError> {
         match self.state {
+            State::Starting | State::Ready if options.outside_queue => Ok(()),
             State::Starting | State::Ready => self.refuse_if_full(),
             State::Draining => Err(SubmitError::Draining),
             State::Stopped => Err(SubmitError::Stopped),

@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use axum::extract::{Request, State};
+use axum::extract::{self, Request};
 use axum::middleware::Next;
 use axum::response::Response;
 use kiln_models::job::Job;
@@ -12,14 +12,16 @@ use kiln_models::job::Job;
 use crate::adapters::AdapterStore;
 use crate::checkpoint::PromptGuide;
 use crate::engine::{Engine, State as EngineState, SubmitOptions};
-use crate::jobs::{JobRegistry, JobStore, Retention};
+use crate::jobs::{Housekeeping, JobRegistry, JobStore, Retention, Worker, WorkerSettings};
 use crate::request::{GenerationParams, GenerationRequest, Limits};
 use crate::runtime::Start;
 use crate::tokenizer::PromptTokenizer;
 
 use super::Settings;
+use super::closing::Closing;
 use super::connections::Connections;
 use super::error::ApiError;
+use super::generation::StoredRunner;
 
 /// The state of a server. Clones share it.
 ///
@@ -35,6 +37,8 @@ pub struct App {
     pub(super) connections: Arc<Connections>,
     /// The durable jobs; `None` for a server without them.
     pub(super) jobs: Option<Arc<dyn JobStore>>,
+    /// Ends responses that wait for jobs.
+    pub(super) closing: Closing,
     loaded: Arc<OnceLock<Arc<LoadedApp>>>,
     is_leaving: Arc<AtomicBool>,
 }
@@ -42,7 +46,8 @@ pub struct App {
 /// A model that is ready for requests.
 #[derive(Debug)]
 pub struct LoadedModel {
-    pub engine: Engine,
+    /// Generates the images; `None` for a server that only stores jobs for others.
+    pub engine: Option<Engine>,
     pub tokenizer: Arc<PromptTokenizer>,
     /// Limits of requests. Their adapters are those of `adapters`.
     pub limits: Limits,
@@ -52,10 +57,11 @@ pub struct LoadedModel {
     pub prompt_guide: Option<&'static PromptGuide>,
 }
 
-/// The state of a server whose model is ready: what requests for images need.
+/// The state of a server whose model is ready: what requests for images, or for jobs, need.
 #[derive(Debug)]
 pub(super) struct LoadedApp {
-    pub(super) engine: Engine,
+    /// `None` for a server that only stores jobs for others.
+    pub(super) engine: Option<Engine>,
     pub(super) tokenizer: Arc<PromptTokenizer>,
     pub(super) limits: Limits,
     pub(super) adapters: AdapterStore,
@@ -81,6 +87,7 @@ impl App {
             started: now.unwrap_or_default().as_secs(),
             connections: Arc::default(),
             jobs: None,
+            closing: Closing::default(),
             loaded: Arc::default(),
             is_leaving: Arc::default(),
         }
@@ -91,6 +98,24 @@ impl App {
     pub fn with_jobs(self, store: Arc<dyn JobStore>) -> Self {
         let jobs = Some(store);
         Self { jobs, ..self }
+    }
+
+    /// Starts to work on the durable jobs; `None` without jobs, without an engine, or during the start.
+    /// `stall_timeout` is that of [`WorkerSettings`]. Must be called in a tokio runtime.
+    pub fn start_worker(&self, stall_timeout: Option<Duration>) -> Option<Worker> {
+        let store = Arc::clone(self.jobs.as_ref()?);
+        let app = Arc::clone(self.loaded()?);
+        app.engine.as_ref()?;
+        let settings = WorkerSettings::new(store.settings(), stall_timeout);
+        Some(Worker::start(store, Arc::new(StoredRunner(app)), settings))
+    }
+
+    /// Starts to sweep and to count the durable jobs, and to send their webhooks; `None` without jobs.
+    /// Must be called in a tokio runtime.
+    pub fn keep_house(&self) -> Option<Housekeeping> {
+        let store = Arc::clone(self.jobs.as_ref()?);
+        let webhooks = self.settings.webhooks.clone();
+        Some(Housekeeping::start(store, webhooks))
     }
 
     /// Ends the start: requests are accepted from now on. A second call changes nothing.
@@ -123,9 +148,11 @@ impl App {
         self.is_leaving.load(Ordering::Relaxed)
     }
 
-    /// The state of the engine, `Draining` from [`App::leave`] on; `None` during the start.
+    /// The state of the engine, `Draining` from [`App::leave`] on; `None` during the start. A server
+    /// without an engine is ready.
     pub(super) fn state(&self) -> Option<EngineState> {
-        match self.loaded()?.engine.state() {
+        let engine = self.loaded()?.engine.as_ref();
+        match engine.map_or(EngineState::Ready, Engine::state) {
             EngineState::Starting | EngineState::Ready if self.is_leaving() => {
                 Some(EngineState::Draining)
             }
@@ -152,12 +179,18 @@ fn default_job(settings: &Settings, model: &LoadedModel) -> Option<Job> {
 }
 
 impl LoadedApp {
+    /// The engine, if this server generates images.
+    pub(super) fn engine(&self) -> Result<&Engine, ApiError> {
+        self.engine.as_ref().ok_or(ApiError::NoEngine)
+    }
+
     /// How long a request with the default parameters would wait if it arrived now. `None` if no
     /// request is taken, or if something that it would wait for has not been measured.
     pub(super) fn expected_wait(&self) -> Option<Duration> {
+        let engine = self.engine.as_ref()?;
         let job = self.default_job.as_ref();
-        let job = job.filter(|_| matches!(self.engine.state(), EngineState::Ready))?;
-        let forecast = self.engine.forecast(job, &SubmitOptions::default());
+        let job = job.filter(|_| matches!(engine.state(), EngineState::Ready))?;
+        let forecast = engine.forecast(job, &SubmitOptions::default());
         forecast.estimated_wait
     }
 
@@ -188,7 +221,7 @@ pub(super) struct RequireModel {
 /// Middleware of routes that need the model: adds the [`LoadedApp`] to the extensions of a request,
 /// and refuses the request during the start.
 pub(super) async fn require_model(
-    State(RequireModel { app, refuse }): State<RequireModel>,
+    extract::State(RequireModel { app, refuse }): extract::State<RequireModel>,
     mut request: Request,
     next: Next,
 ) -> Response {

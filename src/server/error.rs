@@ -13,6 +13,8 @@ use utoipa::ToSchema;
 use crate::adapters::AdapterError;
 use crate::engine::{JobError, SubmitError, TooLarge};
 use crate::image::{EncodeError, SideTooLong};
+use crate::jobs::webhook::InvalidWebhook;
+use crate::jobs::{JobId, JobStatus, StoreError};
 use crate::request::InvalidRequest;
 use crate::runtime::Progress;
 use crate::tokenizer::TokenizerError;
@@ -29,6 +31,28 @@ pub(super) enum ApiError {
     SdapiOff { path: String },
     #[error("there is nothing at {path}: the server was started without --enable-lora-updates")]
     LoraUpdatesOff { path: String },
+    #[error("there is nothing at {path}: the server was started without --jobs")]
+    JobsOff { path: String },
+    #[error(
+        "there is no job {id:?}: it has expired, was deleted, belongs to another API key, or never existed"
+    )]
+    UnknownJob { id: String },
+    #[error("job {id} is {}, so it has no files{}", status.name(), hint(*status))]
+    JobWithoutFiles { id: JobId, status: JobStatus },
+    #[error("index must be below {count}, the number of files of the job, got {index}")]
+    NoFile { index: usize, count: usize },
+    #[error(
+        "the Idempotency-Key belongs to job {id}, whose request had another body: use another key for \
+         another request"
+    )]
+    OtherBody { id: JobId },
+    #[error("the header {name} {message}")]
+    Header {
+        name: &'static str,
+        message: &'static str,
+    },
+    #[error("{}", store_message(.0))]
+    Store(StoreError),
     #[error("there is no model {name:?}; this server has {served}")]
     UnknownModel { name: String, served: String },
     #[error("{path} does not answer to {method}")]
@@ -41,6 +65,16 @@ pub(super) enum ApiError {
     UnauthorizedBasic,
     #[error("{0}")]
     Starting(Progress),
+    #[error(
+        "this server has --role api and generates no images itself: send the request to POST \
+         /v1/images/jobs, or to a server of --role all"
+    )]
+    NoEngine,
+    #[error(
+        "there is nothing at {path}: this server has --role worker, which serves /health, /metrics and \
+         /version only; send requests to a server of --role api"
+    )]
+    WorkerOnly { path: String },
     #[error(
         "the server listens on this machine only and does not answer to the host {host:?}: if clients \
          are to call it so, start it with --allowed-host and this name, or with --api-key"
@@ -74,6 +108,8 @@ pub(super) enum ApiError {
     NotAnObject,
     #[error(transparent)]
     Invalid(#[from] InvalidBody),
+    #[error("webhook: {0}")]
+    Webhook(#[from] InvalidWebhook),
     #[error("{error}")]
     Request {
         error: InvalidRequest,
@@ -123,24 +159,33 @@ impl ApiError {
             Self::UnknownRoute { .. }
             | Self::SdapiOff { .. }
             | Self::LoraUpdatesOff { .. }
+            | Self::JobsOff { .. }
+            | Self::UnknownJob { .. }
+            | Self::NoFile { .. }
+            | Self::WorkerOnly { .. }
             | Self::UnknownModel { .. } => StatusCode::NOT_FOUND,
             Self::Adapter { error, .. } => adapter_status(error),
             Self::Method { .. } => StatusCode::METHOD_NOT_ALLOWED,
             Self::Unauthorized | Self::UnauthorizedBasic => StatusCode::UNAUTHORIZED,
             Self::OtherHost { .. } | Self::OtherOrigin { .. } => StatusCode::FORBIDDEN,
-            Self::Interrupted => StatusCode::CONFLICT,
+            Self::Interrupted | Self::JobWithoutFiles { .. } => StatusCode::CONFLICT,
+            Self::OtherBody { .. } => StatusCode::UNPROCESSABLE_ENTITY,
+            Self::Store(error) => store_status(error),
             Self::BodyTooLarge { .. } => StatusCode::PAYLOAD_TOO_LARGE,
             Self::ContentEncoding { .. } => StatusCode::UNSUPPORTED_MEDIA_TYPE,
             Self::SlowBody | Self::Job(JobError::DeadlinePassed | JobError::TooLate { .. }) => {
                 StatusCode::REQUEST_TIMEOUT
             }
             // vLLM-Omni also returns 400 for a wrong content type.
-            Self::ContentType
+            Self::NoEngine
+            | Self::ContentType
             | Self::Body(_)
             | Self::Utf16
             | Self::Json(_)
             | Self::NotAnObject
+            | Self::Header { .. }
             | Self::Invalid(_)
+            | Self::Webhook(_)
             | Self::Request { .. }
             | Self::Side { .. }
             | Self::TooLarge { .. }
@@ -194,6 +239,10 @@ impl ApiError {
             | Self::Prompt { param, .. } => Some(param),
             Self::Adapter { param, .. } => param.as_deref(),
             Self::UnknownModel { .. } => Some("model"),
+            Self::Header { name, .. } => Some(name),
+            Self::Webhook(_) => Some("webhook"),
+            Self::OtherBody { .. } => Some(IDEMPOTENCY_KEY),
+            Self::NoFile { .. } => Some("index"),
             Self::Submit(SubmitError::TooLarge(_)) => Some("size"),
             Self::Submit(SubmitError::Adapters(_)) => Some("loras"),
             Self::Submit(SubmitError::DeadlineTooShort { .. } | SubmitError::TooLate { .. })
@@ -215,7 +264,9 @@ impl ApiError {
             Self::Submit(
                 SubmitError::Draining | SubmitError::Stopped | SubmitError::Failed { .. },
             )
-            | Self::Job(JobError::Stopped | JobError::Lost { .. } | JobError::NoMemory { .. }) => {
+            | Self::Job(JobError::Stopped | JobError::Lost { .. } | JobError::NoMemory { .. })
+            // A job may have ended by then, or a server of the store may be back.
+            | Self::Store(StoreError::Full { .. } | StoreError::Unavailable(_)) => {
                 Some(RETRY_AFTER_STOP)
             }
             _ => None,
@@ -245,6 +296,8 @@ impl ApiError {
             tracing::error!("a request failed: {detail}");
             if self.is_of_model() {
                 self.to_string()
+            } else if matches!(self, Self::Store(_)) {
+                "the store of jobs cannot be used; the server's log says why".to_owned()
             } else {
                 "the image could not be generated; the server's log says why".to_owned()
             }
@@ -263,6 +316,41 @@ impl ApiError {
                 estimate: self.estimate(),
             },
         }
+    }
+}
+
+impl From<StoreError> for ApiError {
+    fn from(error: StoreError) -> Self {
+        if let StoreError::Unavailable(detail) = &error {
+            tracing::warn!("the store of jobs does not answer: {detail}");
+        }
+        Self::Store(error)
+    }
+}
+
+/// The message of a store's error. Details of its servers and files go to the log only.
+fn store_message(error: &StoreError) -> String {
+    match error {
+        StoreError::Unavailable(_) => "the store of jobs does not answer".to_owned(),
+        error => error.to_string(),
+    }
+}
+
+fn store_status(error: &StoreError) -> StatusCode {
+    match error {
+        StoreError::Full { .. } => StatusCode::TOO_MANY_REQUESTS,
+        StoreError::Unavailable(_) => StatusCode::SERVICE_UNAVAILABLE,
+        StoreError::TooLarge { .. } => StatusCode::PAYLOAD_TOO_LARGE,
+        StoreError::Broken(_) => StatusCode::INTERNAL_SERVER_ERROR,
+    }
+}
+
+/// What to do about a job without files.
+fn hint(status: JobStatus) -> &'static str {
+    if status.is_ended() {
+        ""
+    } else {
+        " yet: wait until it is completed"
     }
 }
 
@@ -289,6 +377,9 @@ fn adapter_status(error: &AdapterError) -> StatusCode {
         | AdapterError::Io { .. } => StatusCode::INTERNAL_SERVER_ERROR,
     }
 }
+
+/// The header that makes a repeated request the same job.
+pub(super) const IDEMPOTENCY_KEY: &str = "Idempotency-Key";
 
 /// Suggested wait during a start whose end cannot be estimated.
 const RETRY_AFTER_START: Duration = Duration::from_secs(5);

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use axum::Router;
 use axum::extract::Request;
-use axum::http::header::{AUTHORIZATION, RETRY_AFTER};
+use axum::http::header::{AUTHORIZATION, LOCATION, RETRY_AFTER};
 use axum::http::{HeaderValue, Method};
 use axum::middleware::from_fn_with_state;
 use axum::response::{IntoResponse, Response};
@@ -24,6 +24,7 @@ use super::App;
 use super::answers::{INSTANCE, add_headers};
 use super::error::ApiError;
 use super::images::SEED_HEADER;
+use super::jobs::PREFERENCE_APPLIED;
 use super::request_id::REQUEST_ID;
 use super::web_pages::{AllowedHost, CorsOrigin, RefuseOtherPages, is_allowed_origin};
 
@@ -93,10 +94,17 @@ fn cors(origins: &[CorsOrigin]) -> CorsLayer {
     };
     CorsLayer::new()
         .allow_origin(allowed)
-        .allow_methods([Method::GET, Method::POST])
-        // Clients send further headers, such as OpenAI's x-stainless-os.
+        .allow_methods([Method::GET, Method::POST, Method::DELETE])
+        // Clients send many headers: Idempotency-Key, Prefer, OpenAI's x-stainless-os.
         .allow_headers(AllowHeaders::mirror_request())
-        .expose_headers([RETRY_AFTER, SEED_HEADER, REQUEST_ID, INSTANCE])
+        .expose_headers([
+            RETRY_AFTER,
+            SEED_HEADER,
+            REQUEST_ID,
+            INSTANCE,
+            LOCATION,
+            PREFERENCE_APPLIED,
+        ])
 }
 
 fn make_span(request: &Request) -> Span {

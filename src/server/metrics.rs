@@ -4,6 +4,7 @@
 
 mod adapters;
 mod engine;
+mod jobs;
 mod page;
 #[cfg(test)]
 mod tests;
@@ -15,7 +16,9 @@ use axum::extract::State;
 use axum::http::header::CONTENT_TYPE;
 use axum::response::{IntoResponse, Response};
 
-use crate::engine::State as EngineState;
+use kiln_models::pipeline::ModelInfo;
+
+use crate::engine::{Engine, State as EngineState};
 
 use self::page::{Kind, Page};
 use super::connections::{Closed, Connections};
@@ -31,7 +34,8 @@ use super::{App, LoadedApp};
 )]
 pub(super) async fn metrics(State(app): State<Arc<App>>) -> Result<Response, ApiError> {
     let loaded = app.loaded();
-    let stats = loaded.map(|app| app.engine.stats()).unwrap_or_default();
+    let engine = loaded.and_then(|app| app.engine.as_ref());
+    let stats = engine.map(Engine::stats).unwrap_or_default();
     let mut page = Page::default();
     add_start(&mut page, &app);
     if let Some(loaded) = loaded {
@@ -41,6 +45,9 @@ pub(super) async fn metrics(State(app): State<Arc<App>>) -> Result<Response, Api
     let store = loaded.map(|app| &app.adapters);
     if let Some(store) = store.filter(|store| store.may_have_any()) {
         adapters::add(&mut page, &stats.adapters, store.cache_use(), unix_time());
+    }
+    if let Some(store) = &app.jobs {
+        jobs::add(&mut page, &store.settings().stats);
     }
     add_connections(&mut page, &app.connections);
     let text = page
@@ -84,12 +91,12 @@ fn add_start(page: &mut Page, app: &App) {
 
 /// Adds what the server is, and how long a request would wait.
 fn add_info(page: &mut Page, app: &LoadedApp) {
-    let info = app.engine.info();
-    let device = info.device();
+    let info = app.engine.as_ref().map(Engine::info);
+    let device = info.map_or_else(|| "none".to_owned(), ModelInfo::device);
     let labels: &[(&str, &str)] = &[
         ("model", app.model_name(None)),
         ("version", crate::version::TAG),
-        ("backend", info.backend),
+        ("backend", info.map_or("none", |info| info.backend)),
         ("device", &device),
         ("instance", &app.settings.instance),
     ];

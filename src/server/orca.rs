@@ -4,6 +4,8 @@
 use axum::http::{HeaderMap, HeaderName, HeaderValue};
 use serde_json::{Map, Number, Value};
 
+use crate::engine::Engine;
+
 use super::LoadedApp;
 
 /// Header of a request: the format of the report.
@@ -44,8 +46,8 @@ struct Load {
 }
 
 impl Load {
-    fn of(app: &LoadedApp) -> Self {
-        let stats = app.engine.stats();
+    fn of(app: &LoadedApp, engine: &Engine) -> Self {
+        let stats = engine.stats();
         let unfinished = stats.waiting + stats.running;
         Self {
             utilization: unfinished as f64 / stats.max_unfinished.max(1) as f64,
@@ -90,9 +92,10 @@ impl Load {
     }
 }
 
-/// The value of [`LOAD`] for the server's load now.
+/// The value of [`LOAD`] for the server's load now; `None` for a server without an engine.
 pub(super) fn header(format: Format, app: &LoadedApp) -> Option<HeaderValue> {
-    HeaderValue::try_from(Load::of(app).write(format)).ok()
+    let load = Load::of(app, app.engine.as_ref()?);
+    HeaderValue::try_from(load.write(format)).ok()
 }
 
 #[cfg(test)]

@@ -19,7 +19,7 @@ pub struct ShutdownTimes {
     pub drain: Duration,
 }
 
-/// Ends the engine because of the signal `name`, and returns when it has stopped.
+/// Ends the engine, if there is one, because of the signal `name`, and returns when it has stopped.
 ///
 /// From the signal on, `/health/ready` reports the shutdown, and every answer closes its connection.
 /// After the delay no more requests are taken, connections without a request are closed, and accepted
@@ -27,7 +27,7 @@ pub struct ShutdownTimes {
 /// engine: unfinished requests fail after their current step.
 pub async fn drain(
     app: &App,
-    engine: &Engine,
+    engine: Option<&Engine>,
     times: ShutdownTimes,
     name: &str,
     signals: &mut Signals,
@@ -42,9 +42,14 @@ pub async fn drain(
             );
             tokio::select! {
                 () = sleep(times.delay) => {}
-                () = engine.stopped() => {}
+                () = stopped(engine) => {}
             }
         }
+        let Some(engine) = engine else {
+            tracing::info!("{name}: the server ends");
+            app.connections.end_open();
+            return;
+        };
         tracing::info!(
             "{name}: no new requests are accepted, running requests have {} s to finish; \
              a second signal ends them",
@@ -58,9 +63,19 @@ pub async fn drain(
         () = end => {}
         name = signals.next() => {
             tracing::info!("{name}: unfinished requests end now");
-            engine.stop();
-            engine.stopped().await;
+            if let Some(engine) = engine {
+                engine.stop();
+                engine.stopped().await;
+            }
         }
+    }
+}
+
+/// Waits until the engine has stopped, for ever if there is none.
+async fn stopped(engine: Option<&Engine>) {
+    match engine {
+        Some(engine) => engine.stopped().await,
+        None => std::future::pending().await,
     }
 }
 

@@ -121,7 +121,7 @@ impl TestServer {
 
     fn set_model_of(&self, limits: Limits) {
         self.app.set_model(LoadedModel {
-            engine: self.engine.clone(),
+            engine: Some(self.engine.clone()),
             tokenizer: load_tokenizer().into(),
             limits,
             adapters: kiln::adapters::AdapterStore::default(),

@@ -8,6 +8,8 @@ use std::time::Duration;
 
 use clap::{Arg, ArgAction, Args, Parser, ValueEnum};
 
+use super::jobs_args::JobsArgs;
+use super::webhook_args::WebhookArgs;
 use crate::cli::cache_args::CacheDefaultArgs;
 use crate::cli::error::CliError;
 use crate::cli::lora_args::LoraServeArgs;
@@ -132,6 +134,12 @@ pub(in crate::cli) struct ServeArgs {
     pub(super) limits: LimitArgs,
 
     #[command(flatten)]
+    pub(super) jobs: JobsArgs,
+
+    #[command(flatten)]
+    webhooks: WebhookArgs,
+
+    #[command(flatten)]
     pub(super) backend: BackendArgs,
 
     #[command(flatten)]
@@ -180,6 +188,8 @@ impl ServeArgs {
             noise_generator: self.noise.generator(),
             sdapi: self.enable_sdapi,
             lora_updates: self.lora.enable_lora_updates,
+            role: self.jobs.role(),
+            webhooks: self.webhooks.settings()?,
             ..settings
         })
     }
