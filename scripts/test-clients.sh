@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Tests `kiln serve` with clients, on the demo model: curl, the official openai packages, the programs in
-# examples/, the servers of Open WebUI and LiteLLM, and requests as other programs send them; the cache that kiln
-# shares with huggingface_hub; and 45 seconds of the soak test. Needs curl, jq and Python 3.11 with venv; the first
+# examples/, the servers of Open WebUI and LiteLLM, and requests as other programs send them; webhooks with the
+# library of Standard Webhooks; the cache that kiln shares with huggingface_hub; and 45 seconds of the soak test. Needs curl, jq and Python 3.11 with venv; the first
 # run installs packages into target/clients and target/servers. KILN names the binary; a development build is the
 # default.
 set -euo pipefail
@@ -20,7 +20,9 @@ if ! cmp --silent "$clients/package.json" "$node/package.json"; then
 fi
 echo "clients are installed (after $SECONDS s)"
 
-KILN_API_KEY=other-key,test-key start_server --enable-sdapi
+jobs="$(mktemp -d)"
+KILN_API_KEY=other-key,test-key start_server --enable-sdapi --jobs "$jobs"
+trap 'kill "$process" 2> /dev/null || true; rm -rf "$log" "$jobs"' EXIT
 "$KILN" health --port "${server##*:}"
 bash "$clients/test_curl.sh" "$server" test-key
 python "$clients/test_openai.py" "$server" test-key "$(realpath "$KILN")"
@@ -29,6 +31,8 @@ python "$clients/test_open_webui.py" "$server" test-key "$(command -v open-webui
 python "$clients/test_litellm.py" "$server" test-key "$(command -v litellm)"
 python "$clients/test_docs.py" "$server" test-key "$node"
 python "$clients/test_examples.py" "$server" test-key "$(realpath "$KILN")"
+
+python "$clients/test_webhooks.py" "$(realpath "$KILN")"
 
 python "$clients/test_hub_cache.py" "$(realpath "$KILN")"
 

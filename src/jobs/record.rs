@@ -108,6 +108,8 @@ pub struct NewJob {
 pub struct StoredJob {
     pub id: JobId,
     pub owner: Owner,
+    /// Name of the model whose workers take it: that of the store's settings.
+    pub model: String,
     pub status: JobStatus,
     /// How often a worker has begun it.
     pub attempt: u32,
@@ -225,10 +227,11 @@ pub struct Progress {
 
 impl NewJob {
     /// The record of this job before its first attempt.
-    pub fn into_stored(self, now_ms: u64) -> StoredJob {
+    pub fn into_stored(self, model: &str, now_ms: u64) -> StoredJob {
         StoredJob {
             id: JobId::new(&self.owner, self.idempotency.as_ref()),
             owner: self.owner,
+            model: model.to_owned(),
             status: JobStatus::Queued,
             attempt: 0,
             created_ms: now_ms,
@@ -245,3 +248,6 @@ impl NewJob {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

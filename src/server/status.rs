@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use axum::Extension;
-use axum::extract::State;
+use axum::extract;
 use axum::response::Response;
 use kiln_models::pipeline::ModelInfo;
 use serde::Serialize;
@@ -127,7 +127,7 @@ impl Guide {
     security((), ("bearer" = [])),
 )]
 pub(super) async fn status(
-    State(server): State<Arc<App>>,
+    extract::State(server): extract::State<Arc<App>>,
     Extension(app): Extension<Arc<LoadedApp>>,
 ) -> Result<Response, ApiError> {
     let (engine, limits) = (app.engine.as_ref(), &app.limits);

@@ -34,11 +34,11 @@ impl Core {
     pub(super) fn submit(&self, job: NewJob) -> Result<Submitted, StoreError> {
         let max = self.settings.max_queued;
         let outcome = self.write(|change| {
-            let job = job.into_stored(change.now_ms);
+            let job = job.into_stored(&self.settings.model, change.now_ms);
             if let Some(row) = change.tables.find(&job.id)? {
                 return Ok((row.job.idempotency == job.idempotency, row, false));
             }
-            let (queued, _) = self.live().queued(&job.request.model);
+            let (queued, _) = self.live().queued(&job.model);
             if queued >= max {
                 return Err(StoreError::Full { queued }.into());
             }
@@ -167,6 +167,7 @@ impl Core {
                 let job = if counts && row.job.attempt >= self.settings.max_attempts {
                     let mut job = self.ended(&row, JobStatus::Failed, change.now_ms);
                     job.error = Some(self.worker_lost(&job));
+                    self.settings.stats.count_failed(JobFailure::WORKER_LOST);
                     job
                 } else {
                     queued_again(&row.job, counts)

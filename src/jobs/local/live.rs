@@ -156,7 +156,7 @@ impl Live {
 
     fn stored(&mut self, row: &Row, lease: Option<Running>, ready: Option<Instant>) {
         let job = &row.job;
-        let queue = self.queues.entry(job.request.model.clone()).or_default();
+        let queue = self.queues.entry(job.model.clone()).or_default();
         let place = queue.binary_search_by_key(&row.sequence, |waiting| waiting.sequence);
         match place {
             Ok(at) if job.status == JobStatus::Queued => queue[at].ready = ready,
@@ -409,6 +409,6 @@ fn position(
     if view.job.status != JobStatus::Queued {
         return None;
     }
-    let queue = queues.get(&view.job.request.model)?;
+    let queue = queues.get(&view.job.model)?;
     Some(queue.partition_point(|waiting| waiting.sequence < sequence))
 }

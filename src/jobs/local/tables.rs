@@ -104,7 +104,7 @@ impl<'t> Tables<'t> {
             .insert(id, (row.sequence, owner, json.as_slice()))?;
         let status = status_number(job.status);
         self.owners.insert((owner, row.sequence), (id, status))?;
-        let place = (job.request.model.as_str(), row.sequence);
+        let place = (job.model.as_str(), row.sequence);
         if job.status == JobStatus::Queued {
             self.queue.insert(place, (id, job.created_ms))?;
         } else {

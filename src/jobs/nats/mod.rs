@@ -283,7 +283,11 @@ impl Shared {
                 job.instance.as_deref().unwrap_or("an unknown server")
             ),
         });
-        self.replace(record.revision, &record.model, job).await
+        let replaced = self.replace(record.revision, &record.model, job).await?;
+        if replaced.is_ok() {
+            self.settings.stats.count_failed(JobFailure::WORKER_LOST);
+        }
+        Ok(replaced)
     }
 
     fn end(&self, job: &mut StoredJob, status: JobStatus) {
@@ -407,8 +411,8 @@ impl JobStore for NatsStore {
 
     async fn submit(&self, job: NewJob) -> Result<Submitted, StoreError> {
         let shared = &self.shared;
-        let job = job.into_stored(shared.created_ms());
-        let model = names::model_token(&job.request.model);
+        let job = job.into_stored(&shared.settings.model, shared.created_ms());
+        let model = names::model_token(&job.model);
         let has_key = job.idempotency.is_some();
         let mut slot = Slot::Empty;
         if has_key {

@@ -268,7 +268,7 @@ fn ended_job(url: &str) -> StoredJob {
     StoredJob {
         status: JobStatus::Completed,
         ended_ms: Some(1_614_265_330_123),
-        ..job.into_stored(1_614_265_000_000)
+        ..job.into_stored("demo", 1_614_265_000_000)
     }
 }
 
