@@ -363,9 +363,7 @@ async fn models_do_not_take_each_others_jobs() {
     let mut ids = Vec::new();
     for name in names {
         let store: Arc<dyn JobStore> = Arc::new(open(&server, of_model(name)).await);
-        let mut new = job("one");
-        new.request.model = name.to_owned();
-        ids.push(submit(&store, new).await);
+        ids.push(submit(&store, job(name)).await);
         stores.push(store);
     }
     for (store, id) in stores.iter().zip(&ids) {
