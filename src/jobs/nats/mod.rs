@@ -425,10 +425,10 @@ impl JobStore for NatsStore {
                 Slot::Deleted(revision) => revision,
                 Slot::Empty => 0,
             };
-            if shared.mirror.queued(&model) >= shared.settings.max_queued {
-                return Err(shared.full(&model));
+            if shared.mirror.queued(&shared.model) >= shared.settings.max_queued {
+                return Err(shared.full(&shared.model));
             }
-            let record = match shared.replace(revision, &model, job.clone()).await? {
+            let record = match shared.replace(revision, &shared.model, job.clone()).await? {
                 Ok(record) => record,
                 Err(other) => {
                     slot = other;
@@ -439,7 +439,7 @@ impl JobStore for NatsStore {
                 Ok(Queued::Added | Queued::Present) => {
                     return Ok(Submitted::New(self.view(record)));
                 }
-                Ok(Queued::Full) => shared.full(&model),
+                Ok(Queued::Full) => shared.full(&shared.model),
                 Err(error) => error,
             };
             // A job with a key may have been returned to a repeated request by now.
