@@ -8,6 +8,7 @@ mod client;
 mod deadlines;
 mod images;
 mod information;
+mod jobs;
 mod lora;
 #[cfg(target_os = "linux")]
 mod lora_load;

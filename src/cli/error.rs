@@ -215,7 +215,6 @@ impl CliError {
             | Self::NoAdapter { .. }
             | Self::RoleWithoutJobs { .. }
             | Self::RoleOfFolder { .. }
-            | Self::WebhookSecret(_)
             | Self::Adapter(_)
             | Self::OutputIsFolder { .. }
             | Self::Submit(SubmitError::TooLarge(_) | SubmitError::Adapters(_)) => 2,
