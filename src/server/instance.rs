@@ -1,7 +1,7 @@
 //! The name of a server among others.
 
 /// The machine's host name, which Kubernetes sets to the pod's name; `kiln` if there is none.
-pub(super) fn host_name() -> String {
+pub(crate) fn host_name() -> String {
     #[cfg(unix)]
     {
         let name = rustix::system::uname();

@@ -35,6 +35,7 @@ mod signals;
 mod stage_metrics;
 mod status;
 mod stream;
+mod traces;
 mod web_pages;
 
 use std::future::Future;
@@ -53,6 +54,7 @@ use tower_http::normalize_path::NormalizePath;
 pub use self::access::{ApiKeys, InvalidApiKey};
 pub use self::app::{App, LoadedModel};
 pub use self::connections::raise_open_file_limit;
+pub(crate) use self::instance::host_name;
 pub use self::signals::{Signals, drain};
 pub use self::web_pages::{AllowedHost, CorsOrigin, InvalidHost, InvalidOrigin};
 
@@ -115,7 +117,7 @@ impl Settings {
             noise_generator: NoiseGenerator::Cpu,
             sdapi: false,
             lora_updates: false,
-            instance: instance::host_name(),
+            instance: host_name(),
         }
     }
 }
