@@ -69,7 +69,7 @@ fn serve() -> Result<SocketAddr, Box<dyn Error>> {
     let engine = Engine::start(Box::new(pipeline), settings);
     let app = App::new(Settings::new("none"));
     app.set_model(LoadedModel {
-        engine,
+        engine: Some(engine),
         tokenizer: Checkpoint::demo()?.tokenizer()?.into(),
         limits: Limits::for_sizes(sizes),
         adapters: AdapterStore::default(),

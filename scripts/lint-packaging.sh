@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Lints the packaging that needs the binary: the systemd unit, manual pages and completions. Needs
-# systemd-analyze, man, mandoc, zsh and fish. KILN names the binary; a development build is the default.
+# Lints the packaging that needs the binary: the systemd unit, manual pages, completions, the arguments in the
+# Kubernetes manifests, and the metrics that rules, dashboard and autoscalers name. Needs systemd-analyze, man,
+# mandoc, zsh, fish, promtool and Python 3 with venv. KILN names the binary; a development build is the default.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -31,3 +32,6 @@ for shell in bash zsh fish; do
 done
 fish -c "source $folder/completions; complete -C 'kiln gen'" | grep -q '^generate'
 echo "completions: ok"
+
+python_packages lint packaging/requirements.txt
+python scripts/deploy/monitoring.py "$KILN"

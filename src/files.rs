@@ -9,13 +9,21 @@ use std::io::{self, ErrorKind, Write};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use tempfile::NamedTempFile;
+use tempfile::{NamedTempFile, TempDir};
 
 /// Most symbolic links that a path may pass through: as many as Linux follows.
 const MAX_LINKS: usize = 40;
 
+/// Begin and end of temporary names. Short, so that every name has room for them.
+const PREFIX: &str = ".kiln-";
+const SUFFIX: &str = ".tmp";
+
 /// The temporary files that this process is writing.
 static UNFINISHED: Mutex<Vec<PathBuf>> = Mutex::new(Vec::new());
+
+/// A new folder of files, under a temporary name until it is complete. Dropping it removes it.
+#[derive(Debug)]
+pub struct NewFolder(TempDir);
 
 /// Where the content of a file goes.
 enum Target {
@@ -75,6 +83,47 @@ pub fn remove_unfinished(end: impl FnOnce()) {
         fs::remove_file(path).ok();
     }
     end();
+}
+
+impl NewFolder {
+    /// Makes an empty folder in `parent`.
+    pub fn create(parent: &Path) -> io::Result<Self> {
+        let mut builder = temporary_name();
+        #[cfg(unix)]
+        builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o777));
+        builder.tempdir_in(parent).map(Self)
+    }
+
+    /// Whether a folder of this name was not completed, as its process ended.
+    pub fn is_unfinished(name: &str) -> bool {
+        name.starts_with(PREFIX) && name.ends_with(SUFFIX)
+    }
+
+    /// Adds a file, durably.
+    pub fn write(&self, name: &str, content: &[u8]) -> io::Result<()> {
+        let mut file = OpenOptions::new()
+            .write(true)
+            .create_new(true)
+            .open(self.0.path().join(name))?;
+        fill(&mut file, content, None)
+    }
+
+    /// Gives the folder its name, durably. There must be nothing of this name.
+    pub fn persist(mut self, path: &Path) -> io::Result<()> {
+        sync_folder(self.0.path())?;
+        fs::rename(self.0.path(), path)?;
+        self.0.disable_cleanup(true);
+        sync_folder(folder_of(path))
+    }
+}
+
+/// Makes the names in a folder durable.
+pub fn sync_folder(path: &Path) -> io::Result<()> {
+    // Other systems cannot open a folder.
+    if cfg!(unix) {
+        sync(&File::open(path)?)?;
+    }
+    Ok(())
 }
 
 impl Target {
@@ -163,15 +212,19 @@ fn replace(path: &Path, content: &[u8], mode: u32, old: Option<&Metadata>) -> io
     outcome
 }
 
+fn temporary_name() -> tempfile::Builder<'static, 'static> {
+    let mut builder = tempfile::Builder::new();
+    builder.prefix(PREFIX).suffix(SUFFIX);
+    builder
+}
+
 /// Creates a temporary file that is removed when it is dropped.
 #[cfg_attr(
     not(unix),
     expect(unused_variables, reason = "other systems have no file modes")
 )]
 fn create(folder: &Path, mode: u32, old: Option<&Metadata>) -> io::Result<NamedTempFile> {
-    let mut builder = tempfile::Builder::new();
-    // Short, so that every name has room for it.
-    builder.prefix(".kiln-").suffix(".tmp");
+    let mut builder = temporary_name();
     #[cfg(unix)]
     {
         use std::os::unix::fs::{MetadataExt, PermissionsExt};
@@ -188,6 +241,10 @@ fn create(folder: &Path, mode: u32, old: Option<&Metadata>) -> io::Result<NamedT
 fn fill(file: &mut File, content: &[u8], old: Option<&Metadata>) -> io::Result<()> {
     old.map_or(Ok(()), |old| keep_owner_and_mode(file, old))?;
     file.write_all(content)?;
+    sync(file)
+}
+
+fn sync(file: &File) -> io::Result<()> {
     match file.sync_all() {
         // Some network file systems cannot.
         Err(error)

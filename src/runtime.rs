@@ -248,6 +248,11 @@ impl Model {
         &self.tokenizer
     }
 
+    /// As [`Model::tokenizer`], to be kept.
+    pub fn shared_tokenizer(&self) -> Arc<PromptTokenizer> {
+        Arc::clone(&self.tokenizer)
+    }
+
     /// The model's sizes, and the default limits on cost.
     pub fn limits(&self) -> &Limits {
         &self.limits

@@ -34,7 +34,8 @@ const OWNERS: &[(&str, &[&str])] = &[
     ("socket2", &["src/server"]),
     ("tower", &["src/server"]),
     ("tower_http", &["src/server"]),
-    ("utoipa", &["src/server"]),
+    // The job object is in the answers of the server and in webhooks.
+    ("utoipa", &["src/server", "src/jobs/object"]),
     ("utoipa_axum", &["src/server"]),
     ("clap", &["src/cli"]),
     ("clap_complete", &["src/cli"]),
@@ -50,7 +51,7 @@ const OWNERS: &[(&str, &[&str])] = &[
             "src/telemetry",
         ],
     ),
-    ("rustls", &["src/hub", "src/telemetry"]),
+    ("rustls", &["src/hub", "src/jobs/nats", "src/telemetry"]),
     ("ring", &["src/hub", "src/checkpoint/lora", "src/jobs"]),
     ("redb", &["src/jobs/local"]),
     ("async_nats", &["src/jobs/nats"]),

@@ -4,6 +4,7 @@ mod caches;
 mod environment;
 #[cfg(all(target_os = "linux", feature = "flex"))]
 mod files;
+mod jobs;
 mod json;
 #[cfg(feature = "flex")]
 mod loras;
@@ -168,6 +169,11 @@ fn arguments_that_clap_refuses_are_usage_errors() {
         &["serve", "m", "--max-num-images", "0"],
         &["serve", "m", "--request-timeout", "0"],
         &["serve", "m", "--drain-timeout", "-1"],
+        &["serve", "m", "--shutdown-delay", "-1"],
+        &["serve", "m", "--shutdown-delay", "0.5"],
+        &["serve", "m", "--instance", ""],
+        &["serve", "m", "--instance", "caf\u{e9}"],
+        &["serve", "m", "--instance", "a\tb"],
         &["serve", "m", "--cors-origin", "example.org"],
         &["serve", "m", "--served-model-name", ""],
         &["serve", "m", "--served-model-name", "a", " "],

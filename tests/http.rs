@@ -21,6 +21,7 @@ mod page;
 mod pipeline;
 mod random_bodies;
 mod real_model;
+mod replicas;
 mod schedules;
 mod sdapi;
 mod server;

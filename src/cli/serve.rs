@@ -1,6 +1,9 @@
 //! `kiln serve`.
 
 mod args;
+mod jobs;
+mod jobs_args;
+mod webhook_args;
 
 pub(super) use self::args::{LogFormat, ServeArgs};
 
@@ -19,13 +22,14 @@ use tokio::sync::oneshot;
 use tokio::task::spawn_blocking;
 use tokio::time::timeout;
 
+use crate::adapters::AdapterStore;
 use crate::backend::{self, LoadSettings};
 use crate::engine::{DEFAULT_MAX_STARTED, Engine, EngineSettings, State};
 use crate::request::{
     DEFAULT_NUM_INFERENCE_STEPS, GenerationParams, GenerationRequest, StepCaches,
 };
 use crate::runtime::{Model, ModelSettings, Runtime, Stage, Start};
-use crate::server::{self, App, LoadedModel, Signals};
+use crate::server::{self, App, LoadedModel, Role, Signals};
 
 use super::error::CliError;
 use super::lora_args::merged;
@@ -36,6 +40,7 @@ const LAST_ANSWERS: Duration = Duration::from_secs(1);
 /// `kiln serve`.
 pub(super) fn run(args: ServeArgs) -> Result<(), CliError> {
     args.caches.caches()?;
+    args.jobs.check()?;
     server::raise_open_file_limit();
     let loading = LoadSettings {
         adapter_cache_bytes: usize::try_from(args.lora.lora_cache).unwrap_or(usize::MAX),
@@ -46,7 +51,10 @@ pub(super) fn run(args: ServeArgs) -> Result<(), CliError> {
     // Before anything that takes time: the port may be in use.
     let listener = listen(&args)?;
     let threads = tokio::runtime::Runtime::new().map_err(CliError::Server)?;
-    let outcome = threads.block_on(serve(listener, app, args, model, loading));
+    let outcome = threads.block_on(async {
+        let app = jobs::open(&args.jobs, &model.public_name(), app).await?;
+        serve(listener, app, args, model, loading).await
+    });
     // Without waiting for the thread that finds and loads the model, which nothing can interrupt.
     threads.shutdown_background();
     outcome
@@ -66,11 +74,16 @@ async fn serve(
     let shutdown = async { drop(stopped.await) };
     let mut server = pin!(server::serve(listener, app.clone(), shutdown));
     let mut signals = Signals::new().map_err(CliError::Server)?;
+    let _housekeeping = app.keep_house();
     tracing::info!("listening on http://{address}");
 
-    let drain_timeout = args.drain_timeout();
-    let start = app.start.clone();
-    let opening = spawn_blocking(move || open(&args, &model, &loading, &start));
+    let times = args.shutdown_times();
+    let (start, role) = (app.start.clone(), args.jobs.role());
+    let jobs = args.jobs.clone();
+    let opening = spawn_blocking(move || match role {
+        Role::Api => open_without_weights(&args, &model, &start),
+        Role::All | Role::Worker => open(&args, &model, &loading, &start),
+    });
     let model = tokio::select! {
         outcome = &mut server => return outcome.map_err(CliError::Server),
         model = opening => model.unwrap_or_else(|error| resume_unwind(error.into_panic()))?,
@@ -83,18 +96,27 @@ async fn serve(
     };
     let engine = model.engine.clone();
     app.set_model(model);
+    let mut worker = jobs::start_worker(&app, &jobs, engine.as_ref());
     tracing::info!("ready");
     let outcome = tokio::select! {
         outcome = &mut server => outcome.map_err(CliError::Server),
         outcome = async {
             let name = signals.next().await;
-            server::drain(&engine, drain_timeout, name, &mut signals).await;
+            if let Some(worker) = &worker {
+                worker.drain();
+            }
+            server::drain(&app, engine.as_ref(), times, name, &mut signals).await;
+            if let Some(worker) = &mut worker {
+                jobs::finish(worker, &mut signals).await;
+            }
             drop(stop);
             pending().await
         } => outcome,
-        outcome = report_lost_device(&engine) => outcome,
+        outcome = report_lost_device(engine.as_ref()) => outcome,
     };
-    engine.shutdown();
+    if let Some(engine) = engine {
+        engine.shutdown();
+    }
     outcome
 }
 
@@ -106,14 +128,8 @@ fn open(
     start: &Start,
 ) -> Result<LoadedModel, CliError> {
     backend::check(&loading.backend, loading.split_guidance)?;
-    let model = Model::find_reporting(model, start)?;
-    if let Some(prompt) = &args.default_negative_prompt {
-        let tokens = model.tokenizer().encode_prompt(prompt);
-        tokens.map_err(CliError::DefaultNegativePrompt)?;
-    }
+    let (model, adapters) = find(args, model, start)?;
     let caches = step_caches(args, &model.limits().caches)?;
-    let adapters = model.open_adapters(args.lora.settings())?;
-    let model = merged(model, &adapters, args.lora.lora_merge.as_ref())?;
     let runtime = model.load_reporting(loading, start)?;
     let warm_up = if args.no_warm_up {
         None
@@ -133,12 +149,45 @@ fn open(
     let ready = Handle::current().block_on(engine.ready());
     ready.map_err(CliError::Start)?;
     Ok(LoadedModel {
-        engine,
+        engine: Some(engine),
         tokenizer: Arc::clone(&runtime.tokenizer),
         limits: args.limits.limits(runtime.limits, caches),
         adapters,
         prompt_guide: runtime.prompt_guide,
     })
+}
+
+/// Finds the model, for a server that generates no images.
+fn open_without_weights(
+    args: &ServeArgs,
+    model: &ModelSettings,
+    start: &Start,
+) -> Result<LoadedModel, CliError> {
+    let (model, adapters) = find(args, model, start)?;
+    let caches = step_caches(args, &model.limits().caches)?;
+    Ok(LoadedModel {
+        engine: None,
+        tokenizer: model.shared_tokenizer(),
+        limits: args.limits.limits(model.limits().clone(), caches),
+        adapters,
+        prompt_guide: model.prompt_guide(),
+    })
+}
+
+/// Finds the model and its adapters, and checks the arguments that depend on it.
+fn find(
+    args: &ServeArgs,
+    model: &ModelSettings,
+    start: &Start,
+) -> Result<(Model, AdapterStore), CliError> {
+    let model = Model::find_reporting(model, start)?;
+    if let Some(prompt) = &args.default_negative_prompt {
+        let tokens = model.tokenizer().encode_prompt(prompt);
+        tokens.map_err(CliError::DefaultNegativePrompt)?;
+    }
+    let adapters = model.open_adapters(args.lora.settings())?;
+    let model = merged(model, &adapters, args.lora.lora_merge.as_ref())?;
+    Ok((model, adapters))
 }
 
 /// The default of the command line with what is known of the model.
@@ -173,7 +222,10 @@ fn warm_up(runtime: &Runtime, noise: NoiseGenerator) -> Result<Job, CliError> {
 }
 
 /// Logs it if the device is lost. Never completes.
-async fn report_lost_device<T>(engine: &Engine) -> T {
+async fn report_lost_device<T>(engine: Option<&Engine>) -> T {
+    let Some(engine) = engine else {
+        return pending().await;
+    };
     engine.stopped().await;
     if let State::Failed(error) = engine.state() {
         // The health routes report it too.

@@ -49,6 +49,8 @@ pub(super) struct Entry {
     pub(super) encoding: Encoding,
     pub(super) timings: Timings,
     pub(super) is_warm_up: bool,
+    /// [`SubmitOptions::outside_queue`].
+    pub(super) outside_queue: bool,
     /// Whether the job's handle has been dropped.
     pub(super) is_abandoned: bool,
     /// Whether the pipeline should make a preview before anything else.
@@ -92,6 +94,7 @@ impl Entry {
             encoding: Encoding::Due,
             timings: Timings::default(),
             is_warm_up: false,
+            outside_queue: options.outside_queue,
             is_abandoned: false,
             is_preview_due: false,
             reported_position: None,

@@ -26,6 +26,9 @@ pub struct SubmitOptions {
     pub cheaper: Vec<Cheaper>,
     /// Makes an [`Event::Preview`] after every this many steps, but not after the last step.
     pub preview_every: Option<NonZeroUsize>,
+    /// The job neither takes a place of [`EngineSettings::max_queue`](super::EngineSettings::max_queue)
+    /// nor needs one: whoever submits such jobs bounds their number.
+    pub outside_queue: bool,
     /// Entered during every pipeline call for the job, so that the log lines of the call carry the
     /// fields of the request. Disabled by default.
     pub span: Span,
@@ -38,6 +41,7 @@ impl Default for SubmitOptions {
             due: None,
             cheaper: Vec::new(),
             preview_every: None,
+            outside_queue: false,
             span: Span::none(),
         }
     }
@@ -152,6 +156,9 @@ pub enum JobError {
     },
     #[error("the engine was stopped before the image was finished")]
     Stopped,
+    /// The engine [failed](State::Failed) because of its device, a file of the model or another job.
+    #[error("the image was not finished: {reason}")]
+    Lost { reason: String },
     /// Other programs hold the memory that the job needs.
     #[error(
         "the image needs {} of memory, and {} are free: other programs hold the rest",
@@ -171,9 +178,19 @@ impl JobError {
         match self {
             Self::Pipeline(error) => matches!(**error, PipelineError::Device(_)),
             Self::Panicked(_) => true,
-            Self::DeadlinePassed | Self::TooLate { .. } | Self::Stopped | Self::NoMemory { .. } => {
-                false
-            }
+            Self::DeadlinePassed
+            | Self::TooLate { .. }
+            | Self::Stopped
+            | Self::Lost { .. }
+            | Self::NoMemory { .. } => false,
+        }
+    }
+
+    /// The end of the jobs that were not part of the call that failed with this error, of an engine
+    /// that cannot go on.
+    pub(super) fn of_others(&self) -> Self {
+        Self::Lost {
+            reason: self.to_string(),
         }
     }
 

@@ -162,6 +162,7 @@ impl Scheduler {
         EngineStats {
             waiting: jobs().filter(|entry| !entry.is_started()).count(),
             running: jobs().filter(|entry| entry.is_started()).count(),
+            max_unfinished: self.max_unfinished,
             planned_memory: Memory::planned(&self.entries, self.step_memory),
             free_memory: self.memory.free(),
             max_step_tokens: self.budget.tokens(),
@@ -194,7 +195,8 @@ impl Scheduler {
         now: Instant,
     ) -> Result<(JobId, Events), SubmitError> {
         let adapters = self.adapter_room.adapters_of(&job);
-        let admitted = self.admit().and_then(|()| self.fit_due(job, options, now));
+        let admitted = self.admit(options);
+        let admitted = admitted.and_then(|()| self.fit_due(job, options, now));
         if admitted.is_err() {
             self.stats
                 .count(&adapters, |outcomes| outcomes.rejected += 1);
@@ -356,7 +358,7 @@ impl Scheduler {
     fn lose(&mut self, error: JobError, now: Instant) {
         // A warm-up that failed sets the state by itself.
         if matches!(self.state, State::Ready | State::Draining) {
-            self.end_waiting(&error, now);
+            self.end_waiting(&error.of_others(), now);
             self.state = State::Failed(error);
         }
     }
@@ -416,8 +418,9 @@ impl Scheduler {
     }
 
     /// Whether one more job is accepted.
-    fn admit(&self) -> Result<(), SubmitError> {
+    fn admit(&self, options: &SubmitOptions) -> Result<(), SubmitError> {
         match self.state {
+            State::Starting | State::Ready if options.outside_queue => Ok(()),
             State::Starting | State::Ready => self.refuse_if_full(),
             State::Draining => Err(SubmitError::Draining),
             State::Stopped => Err(SubmitError::Stopped),

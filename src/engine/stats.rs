@@ -64,9 +64,10 @@ pub struct Outcomes {
 impl Outcomes {
     pub(super) fn add_failed(&mut self, error: &JobError) {
         match error {
-            JobError::Pipeline(_) | JobError::Panicked(_) | JobError::NoMemory { .. } => {
-                self.failed += 1;
-            }
+            JobError::Pipeline(_)
+            | JobError::Panicked(_)
+            | JobError::Lost { .. }
+            | JobError::NoMemory { .. } => self.failed += 1,
             JobError::DeadlinePassed => self.deadline_passed += 1,
             JobError::TooLate { .. } => self.too_late += 1,
             JobError::Stopped => self.stopped += 1,
@@ -97,6 +98,8 @@ pub struct EngineStats {
     pub waiting: usize,
     /// Jobs that have been started and not ended.
     pub running: usize,
+    /// How many jobs may be accepted and not ended at a time.
+    pub max_unfinished: usize,
     pub outcomes: Outcomes,
     /// Started jobs that were made cheaper: see [`SubmitOptions::cheaper`](super::SubmitOptions).
     pub made_cheaper: u64,
@@ -117,6 +120,8 @@ pub struct EngineStats {
     pub images: u64,
     /// Number of pixels of those images.
     pub pixels: u64,
+    /// Those pixels times the denoising steps of their images.
+    pub pixel_steps: u64,
     /// From the submission of a job to its start.
     pub waiting_time: Histogram,
     /// Encoding the prompts, generating the noise and making the schedule of one job.
@@ -190,7 +195,9 @@ impl EngineStats {
     pub(super) fn add_finished(&mut self, output: &Output, timings: &Timings) {
         self.images += output.images.len() as u64;
         let pixels = output.images.iter().map(|image| image.height * image.width);
-        self.pixels += pixels.sum::<usize>() as u64;
+        let pixels = pixels.sum::<usize>() as u64;
+        self.pixels += pixels;
+        self.pixel_steps += pixels * (output.steps.computed + output.steps.skipped) as u64;
         self.denoise_time.add(timings.denoise);
         self.total_time.add(timings.total());
     }

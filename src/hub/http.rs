@@ -46,10 +46,7 @@ pub(super) struct Answer {
 impl Http {
     /// A client that gives up a connection, or a read, after `timeout`.
     pub(super) fn new(environment: &Environment, timeout: Duration) -> Result<Self, Failure> {
-        // An embedding program may have installed one.
-        rustls::crypto::ring::default_provider()
-            .install_default()
-            .ok();
+        super::install_tls();
         let client = Client::builder()
             .user_agent(&environment.user_agent)
             .redirect(Policy::none())

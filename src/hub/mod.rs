@@ -105,6 +105,14 @@ pub fn resolve(
     }
 }
 
+/// Chooses the implementation of TLS for every HTTP client of this process.
+pub fn install_tls() {
+    // An embedding program may have installed one.
+    rustls::crypto::ring::default_provider()
+        .install_default()
+        .ok();
+}
+
 /// What a name of a model stands for.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Location {

@@ -92,6 +92,13 @@ pub struct TraceContext {
     pub tracestate: Option<String>,
 }
 
+impl TraceContext {
+    /// The values of `traceparent` and `tracestate`.
+    pub fn headers(&self) -> (&str, Option<&str>) {
+        (&self.traceparent, self.tracestate.as_deref())
+    }
+}
+
 /// A job that is to be stored.
 #[derive(Debug, Clone, PartialEq)]
 pub struct NewJob {
@@ -108,6 +115,8 @@ pub struct NewJob {
 pub struct StoredJob {
     pub id: JobId,
     pub owner: Owner,
+    /// Name of the model whose workers take it: that of the store's settings.
+    pub model: String,
     pub status: JobStatus,
     /// How often a worker has begun it.
     pub attempt: u32,
@@ -204,8 +213,15 @@ impl JobFile {
         ResultFile {
             media_type: self.media_type.to_owned(),
             bytes: self.content.len() as u64,
-            sha256: hex(digest(&SHA256, &self.content).as_ref()),
+            sha256: ResultFile::hash(&self.content),
         }
+    }
+}
+
+impl ResultFile {
+    /// SHA-256 in hexadecimal digits.
+    pub(super) fn hash(content: &[u8]) -> String {
+        hex(digest(&SHA256, content).as_ref())
     }
 }
 
@@ -218,10 +234,11 @@ pub struct Progress {
 
 impl NewJob {
     /// The record of this job before its first attempt.
-    pub fn into_stored(self, now_ms: u64) -> StoredJob {
+    pub fn into_stored(self, model: &str, now_ms: u64) -> StoredJob {
         StoredJob {
             id: JobId::new(&self.owner, self.idempotency.as_ref()),
             owner: self.owner,
+            model: model.to_owned(),
             status: JobStatus::Queued,
             attempt: 0,
             created_ms: now_ms,
@@ -238,3 +255,6 @@ impl NewJob {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -9,7 +9,7 @@ use bytes::Bytes;
 use tokio::sync::watch;
 
 use super::{
-    JobFailure, JobFile, JobId, JobStatus, NewJob, Owner, Progress, ResultFile, StoredJob,
+    JobFailure, JobFile, JobId, JobStats, JobStatus, NewJob, Owner, Progress, ResultFile, StoredJob,
 };
 
 /// Settings of every store.
@@ -29,6 +29,8 @@ pub struct StoreSettings {
     pub max_attempts: u32,
     /// Time after the last sign of life of a worker until another one may take its job.
     pub lease: Duration,
+    /// What this process does with jobs: the store counts the jobs that it ends itself.
+    pub stats: Arc<JobStats>,
 }
 
 impl StoreSettings {
@@ -42,6 +44,7 @@ impl StoreSettings {
             max_queued: 10_000,
             max_attempts: 3,
             lease: Duration::from_secs(30),
+            stats: Arc::default(),
         }
     }
 }
@@ -50,6 +53,9 @@ impl StoreSettings {
 /// store can be used by several servers.
 #[async_trait]
 pub trait JobStore: Debug + Send + Sync {
+    /// The settings with which the store was opened.
+    fn settings(&self) -> &StoreSettings;
+
     /// Stores a job. When this returns, the job survives the end of every process, and, as far as the
     /// store promises it, of every machine.
     ///
@@ -92,8 +98,8 @@ pub trait JobStore: Debug + Send + Sync {
     async fn counts(&self) -> Result<JobCounts, StoreError>;
 }
 
-/// A job that a worker has taken. If it is dropped, or not extended in time, the job becomes available
-/// again.
+/// A job that a worker has taken. If it is dropped before one of its last three methods has succeeded, or
+/// not extended in time, the job becomes available again.
 #[async_trait]
 pub trait JobLease: Debug + Send + Sync {
     fn job(&self) -> &StoredJob;
@@ -107,14 +113,16 @@ pub trait JobLease: Debug + Send + Sync {
     /// Publishes the progress to [`JobStore::watch`]. Does not wait and is not durable.
     fn report(&self, progress: Progress);
 
-    /// Stores the files, then ends the job as completed. When this returns, both are durable.
-    async fn complete(self: Box<Self>, files: Vec<JobFile>) -> Result<Settled, StoreError>;
+    /// Stores the files, then ends the job as completed. When this returns, both are durable. After an
+    /// error the worker still has the lease, extends it, and may call this again.
+    async fn complete(&self, files: Vec<JobFile>) -> Result<Settled, StoreError>;
 
-    /// Ends the job as failed.
-    async fn fail(self: Box<Self>, failure: JobFailure) -> Result<Settled, StoreError>;
+    /// Ends the job as failed. May be called again after an error, as [`JobLease::complete`].
+    async fn fail(&self, failure: JobFailure) -> Result<Settled, StoreError>;
 
-    /// Makes the job available again, after this time; the attempt does not count.
-    async fn release(self: Box<Self>, after: Duration) -> Result<(), StoreError>;
+    /// Makes the job available again, after this time; the attempt does not count. May be called again
+    /// after an error.
+    async fn release(&self, after: Duration) -> Result<(), StoreError>;
 }
 
 /// An ended job whose webhook is to be sent.

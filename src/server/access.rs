@@ -12,7 +12,7 @@ use base64::engine::general_purpose::STANDARD as BASE64;
 use subtle::ConstantTimeEq;
 use tower_http::validate_request::{ValidateRequest, ValidateRequestHeaderLayer};
 
-use crate::jobs::Caller;
+use crate::jobs::{Caller, Owner};
 
 /// The keys of an API. Without keys, every request is allowed.
 #[derive(Clone, Default)]
@@ -36,6 +36,12 @@ impl ApiKeys {
 
     pub(super) fn is_empty(&self) -> bool {
         self.0.is_empty()
+    }
+
+    /// The owner of the jobs of a caller.
+    pub(super) fn owner(&self, caller: Caller) -> Owner {
+        let key = caller.0.and_then(|index| self.0.get(index));
+        key.map_or_else(Owner::anyone, |key| Owner::of_key(key))
     }
 
     /// The sender of a request with these headers, or `None` if it has none of the keys.

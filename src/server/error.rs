@@ -13,11 +13,14 @@ use utoipa::ToSchema;
 use crate::adapters::AdapterError;
 use crate::engine::{JobError, SubmitError, TooLarge};
 use crate::image::{EncodeError, SideTooLong};
+use crate::jobs::webhook::InvalidWebhook;
+use crate::jobs::{JobId, JobStatus, StoreError};
 use crate::request::InvalidRequest;
 use crate::runtime::Progress;
 use crate::tokenizer::TokenizerError;
 
 use super::invalid::InvalidBody;
+use super::request_id;
 
 /// An error that is returned to the client.
 #[derive(Debug, thiserror::Error)]
@@ -28,6 +31,28 @@ pub(super) enum ApiError {
     SdapiOff { path: String },
     #[error("there is nothing at {path}: the server was started without --enable-lora-updates")]
     LoraUpdatesOff { path: String },
+    #[error("there is nothing at {path}: the server was started without --jobs")]
+    JobsOff { path: String },
+    #[error(
+        "there is no job {id:?}: it has expired, was deleted, belongs to another API key, or never existed"
+    )]
+    UnknownJob { id: String },
+    #[error("job {id} is {}, so it has no files{}", status.name(), hint(*status))]
+    JobWithoutFiles { id: JobId, status: JobStatus },
+    #[error("index must be below {count}, the number of files of the job, got {index}")]
+    NoFile { index: usize, count: usize },
+    #[error(
+        "the Idempotency-Key belongs to job {id}, whose request had another body: use another key for \
+         another request"
+    )]
+    OtherBody { id: JobId },
+    #[error("the header {name} {message}")]
+    Header {
+        name: &'static str,
+        message: &'static str,
+    },
+    #[error("{}", store_message(.0))]
+    Store(StoreError),
     #[error("there is no model {name:?}; this server has {served}")]
     UnknownModel { name: String, served: String },
     #[error("{path} does not answer to {method}")]
@@ -40,6 +65,16 @@ pub(super) enum ApiError {
     UnauthorizedBasic,
     #[error("{0}")]
     Starting(Progress),
+    #[error(
+        "this server has --role api and generates no images itself: send the request to POST \
+         /v1/images/jobs, or to a server of --role all"
+    )]
+    NoEngine,
+    #[error(
+        "there is nothing at {path}: this server has --role worker, which serves /health, /metrics and \
+         /version only; send requests to a server of --role api"
+    )]
+    WorkerOnly { path: String },
     #[error(
         "the server listens on this machine only and does not answer to the host {host:?}: if clients \
          are to call it so, start it with --allowed-host and this name, or with --api-key"
@@ -73,6 +108,8 @@ pub(super) enum ApiError {
     NotAnObject,
     #[error(transparent)]
     Invalid(#[from] InvalidBody),
+    #[error("webhook: {0}")]
+    Webhook(#[from] InvalidWebhook),
     #[error("{error}")]
     Request {
         error: InvalidRequest,
@@ -108,6 +145,8 @@ pub(super) enum ApiError {
     Archive(#[from] zip::result::ZipError),
     #[error("a response could not be made")]
     Response(#[source] serde_json::Error),
+    #[error("the metrics could not be written: {0}")]
+    Metrics(String),
     #[error("a worker thread failed")]
     Worker(#[from] tokio::task::JoinError),
     #[error("a request handler panicked: {0}")]
@@ -120,24 +159,33 @@ impl ApiError {
             Self::UnknownRoute { .. }
             | Self::SdapiOff { .. }
             | Self::LoraUpdatesOff { .. }
+            | Self::JobsOff { .. }
+            | Self::UnknownJob { .. }
+            | Self::NoFile { .. }
+            | Self::WorkerOnly { .. }
             | Self::UnknownModel { .. } => StatusCode::NOT_FOUND,
             Self::Adapter { error, .. } => adapter_status(error),
             Self::Method { .. } => StatusCode::METHOD_NOT_ALLOWED,
             Self::Unauthorized | Self::UnauthorizedBasic => StatusCode::UNAUTHORIZED,
             Self::OtherHost { .. } | Self::OtherOrigin { .. } => StatusCode::FORBIDDEN,
-            Self::Interrupted => StatusCode::CONFLICT,
+            Self::Interrupted | Self::JobWithoutFiles { .. } => StatusCode::CONFLICT,
+            Self::OtherBody { .. } => StatusCode::UNPROCESSABLE_ENTITY,
+            Self::Store(error) => store_status(error),
             Self::BodyTooLarge { .. } => StatusCode::PAYLOAD_TOO_LARGE,
             Self::ContentEncoding { .. } => StatusCode::UNSUPPORTED_MEDIA_TYPE,
             Self::SlowBody | Self::Job(JobError::DeadlinePassed | JobError::TooLate { .. }) => {
                 StatusCode::REQUEST_TIMEOUT
             }
             // vLLM-Omni also returns 400 for a wrong content type.
-            Self::ContentType
+            Self::NoEngine
+            | Self::ContentType
             | Self::Body(_)
             | Self::Utf16
             | Self::Json(_)
             | Self::NotAnObject
+            | Self::Header { .. }
             | Self::Invalid(_)
+            | Self::Webhook(_)
             | Self::Request { .. }
             | Self::Side { .. }
             | Self::TooLarge { .. }
@@ -150,15 +198,17 @@ impl ApiError {
             Self::Submit(SubmitError::QueueFull { .. } | SubmitError::TooLate { .. }) => {
                 StatusCode::TOO_MANY_REQUESTS
             }
+            // Nothing was done, and another server can do it: proxies send these again by themselves.
             Self::Submit(
                 SubmitError::Draining | SubmitError::Stopped | SubmitError::Failed { .. },
             )
-            | Self::Job(JobError::Stopped | JobError::NoMemory { .. })
+            | Self::Job(JobError::Stopped | JobError::Lost { .. } | JobError::NoMemory { .. })
             | Self::Starting(_) => StatusCode::SERVICE_UNAVAILABLE,
             Self::Job(JobError::Pipeline(_) | JobError::Panicked(_))
             | Self::Encode(_)
             | Self::Archive(_)
             | Self::Response(_)
+            | Self::Metrics(_)
             | Self::Worker(_)
             | Self::HandlerPanicked(_) => StatusCode::INTERNAL_SERVER_ERROR,
         }
@@ -189,6 +239,10 @@ impl ApiError {
             | Self::Prompt { param, .. } => Some(param),
             Self::Adapter { param, .. } => param.as_deref(),
             Self::UnknownModel { .. } => Some("model"),
+            Self::Header { name, .. } => Some(name),
+            Self::Webhook(_) => Some("webhook"),
+            Self::OtherBody { .. } => Some(IDEMPOTENCY_KEY),
+            Self::NoFile { .. } => Some("index"),
             Self::Submit(SubmitError::TooLarge(_)) => Some("size"),
             Self::Submit(SubmitError::Adapters(_)) => Some("loras"),
             Self::Submit(SubmitError::DeadlineTooShort { .. } | SubmitError::TooLate { .. })
@@ -210,7 +264,11 @@ impl ApiError {
             Self::Submit(
                 SubmitError::Draining | SubmitError::Stopped | SubmitError::Failed { .. },
             )
-            | Self::Job(JobError::Stopped | JobError::NoMemory { .. }) => Some(RETRY_AFTER_STOP),
+            | Self::Job(JobError::Stopped | JobError::Lost { .. } | JobError::NoMemory { .. })
+            // A job may have ended by then, or a server of the store may be back.
+            | Self::Store(StoreError::Full { .. } | StoreError::Unavailable(_)) => {
+                Some(RETRY_AFTER_STOP)
+            }
             _ => None,
         };
         wait.map(|wait| wait.as_secs().clamp(1, 3600))
@@ -238,6 +296,8 @@ impl ApiError {
             tracing::error!("a request failed: {detail}");
             if self.is_of_model() {
                 self.to_string()
+            } else if matches!(self, Self::Store(_)) {
+                "the store of jobs cannot be used; the server's log says why".to_owned()
             } else {
                 "the image could not be generated; the server's log says why".to_owned()
             }
@@ -252,9 +312,45 @@ impl ApiError {
                 r#type: error_type(status),
                 param: self.param().map(str::to_owned),
                 code: status.as_u16(),
+                request_id: request_id::current(),
                 estimate: self.estimate(),
             },
         }
+    }
+}
+
+impl From<StoreError> for ApiError {
+    fn from(error: StoreError) -> Self {
+        if let StoreError::Unavailable(detail) = &error {
+            tracing::warn!("the store of jobs does not answer: {detail}");
+        }
+        Self::Store(error)
+    }
+}
+
+/// The message of a store's error. Details of its servers and files go to the log only.
+fn store_message(error: &StoreError) -> String {
+    match error {
+        StoreError::Unavailable(_) => "the store of jobs does not answer".to_owned(),
+        error => error.to_string(),
+    }
+}
+
+fn store_status(error: &StoreError) -> StatusCode {
+    match error {
+        StoreError::Full { .. } => StatusCode::TOO_MANY_REQUESTS,
+        StoreError::Unavailable(_) => StatusCode::SERVICE_UNAVAILABLE,
+        StoreError::TooLarge { .. } => StatusCode::PAYLOAD_TOO_LARGE,
+        StoreError::Broken(_) => StatusCode::INTERNAL_SERVER_ERROR,
+    }
+}
+
+/// What to do about a job without files.
+fn hint(status: JobStatus) -> &'static str {
+    if status.is_ended() {
+        ""
+    } else {
+        " yet: wait until it is completed"
     }
 }
 
@@ -281,6 +377,9 @@ fn adapter_status(error: &AdapterError) -> StatusCode {
         | AdapterError::Io { .. } => StatusCode::INTERNAL_SERVER_ERROR,
     }
 }
+
+/// The header that makes a repeated request the same job.
+pub(super) const IDEMPOTENCY_KEY: &str = "Idempotency-Key";
 
 /// Suggested wait during a start whose end cannot be estimated.
 const RETRY_AFTER_START: Duration = Duration::from_secs(5);
@@ -309,6 +408,9 @@ struct ErrorBody {
     param: Option<String>,
     /// The HTTP status code.
     code: u16,
+    /// The header `x-request-id` of the response.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    request_id: Option<String>,
     /// Only in errors about a `deadline_ms` that cannot be kept.
     #[serde(flatten)]
     estimate: Option<DeadlineEstimate>,

@@ -1,7 +1,7 @@
 //! `POST /v1/images/estimate`: how long an images request would take, without generating it.
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use axum::Extension;
 use axum::response::Response;
@@ -9,7 +9,6 @@ use serde::Serialize;
 use utoipa::ToSchema;
 
 use super::LoadedApp;
-use super::adapters::Room;
 use super::body::JsonObject;
 use super::error::{ApiError, ErrorEnvelope};
 use super::images::{self, ImagesRequest};
@@ -53,16 +52,9 @@ pub(super) async fn estimate(
 ) -> Result<Response, ApiError> {
     let parsed = images::parse(object)?;
     let model = parsed.model().map(str::to_owned);
-    let request = parsed.request;
-    let prepared = request.prepare(
-        &app,
-        String::new(),
-        model.as_deref(),
-        Instant::now(),
-        Room::Ignored,
-    );
+    let prepared = parsed.request.prepare(&app, model.as_deref());
     let (info, job, options) = prepared.await?;
-    let forecast = app.engine.forecast(&job, &options);
+    let forecast = app.engine()?.forecast(&job, &options);
     let seconds = |time: Option<Duration>| time.as_ref().map(Duration::as_secs_f64);
     json(&Estimate {
         accepted: forecast.is_accepted,

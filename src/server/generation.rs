@@ -1,26 +1,32 @@
-//! From a parsed request to encoded images, for every endpoint: check, submit, follow, encode.
+//! From a parsed request to encoded images, for every endpoint and for durable jobs: check, submit,
+//! follow, encode.
+//!
+//! - `checked`: a request that is within the limits, until the engine has accepted it
+//! - `stored`: runs the requests of durable jobs
+
+mod checked;
+mod stored;
 
 use std::sync::Arc;
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime};
 
-use kiln_models::job::{Job, Output, RgbImage};
+use kiln_models::job::{Output, RgbImage};
 use kiln_models::step_cache::StepCounts;
 use kiln_models::vae::TilingMode;
 use tokio::task::spawn_blocking;
-use tracing::Span;
 
-use crate::engine::{Cheaper, Event, Finished, JobHandle, SubmitOptions, Timings};
+use crate::engine::{Event, Finished, JobHandle, Timings};
 use crate::image::{Encoding, ImageFormat, encode};
-use crate::request::{CacheChoice, GenerationRequest, Limits, PromptTokens};
+use crate::request::{CacheChoice, GenerationRequest};
 
 use super::LoadedApp;
-use super::adapters::Room;
 use super::cache::ComputedSteps;
 use super::error::ApiError;
-use super::parsed::ParsedRequest;
-use super::previews::Previews;
 use super::stage_metrics::Measured;
 use super::traces::{Images, StageSpans};
+
+pub(super) use self::checked::CheckedRequest;
+pub(super) use self::stored::StoredRunner;
 
 /// An update on a running request.
 pub(super) enum RequestProgress {
@@ -105,130 +111,6 @@ impl RequestInfo {
             count: self.request.num_images,
             steps: self.request.sampling.steps,
         }
-    }
-}
-
-impl ParsedRequest {
-    /// Checks the request and submits it to the engine. `model` is the model name in the request.
-    pub(super) async fn submit(
-        self,
-        app: &Arc<LoadedApp>,
-        id: String,
-        model: Option<&str>,
-        previews: Previews,
-    ) -> Result<RunningRequest, ApiError> {
-        let received = Instant::now();
-        let prepared = self.prepare(app, id, model, received, Room::Awaited);
-        let (info, job, options) = prepared.await?;
-        let steps = info.request.sampling.steps;
-        let options = SubmitOptions {
-            preview_every: previews.interval(steps),
-            span: Span::current(),
-            ..options
-        };
-        let spans = StageSpans::new(info.images());
-        let handle = app.engine.submit(job, options)?;
-        tracing::debug!(id = info.id, "accepted");
-        Ok(RunningRequest {
-            app: Arc::clone(app),
-            info: Arc::new(info),
-            handle,
-            received,
-            previews: 0,
-            computed: ComputedSteps::default(),
-            spans,
-        })
-    }
-
-    /// Checks the request and tokenizes its prompts, without submitting it. The options have the
-    /// times at which the request, which was `received` then, must end.
-    pub(super) async fn prepare(
-        self,
-        app: &Arc<LoadedApp>,
-        id: String,
-        model: Option<&str>,
-        received: Instant,
-        room: Room,
-    ) -> Result<(RequestInfo, Job, SubmitOptions), ApiError> {
-        let created = SystemTime::now()
-            .duration_since(UNIX_EPOCH)
-            .unwrap_or_default()
-            .as_secs();
-        let given_model = model;
-        let model = app.answered_name(model);
-        let (names, stage_metrics) = (self.names, self.stage_metrics);
-        let size_param = match (self.params.height, self.params.width) {
-            (None, None) => "size",
-            (None, Some(_)) => names.of("width"),
-            (Some(_), _) => names.of("height"),
-        };
-        let after = |time: Option<Duration>| received.checked_add(time?);
-        let (deadline, due) = (after(app.settings.request_timeout), after(self.deadline));
-        let (request, encoding) = self.check(app, given_model)?;
-        let options = SubmitOptions {
-            deadline,
-            due,
-            cheaper: cheaper(&request),
-            ..SubmitOptions::default()
-        };
-
-        let (app, tokens, request) = {
-            let app = Arc::clone(app);
-            spawn_blocking(move || {
-                let tokens = request.tokenize(&app.tokenizer);
-                (app, tokens, request)
-            })
-            .await?
-        };
-        let tokens = tokens.map_err(|error| ApiError::Prompt {
-            param: names.of(error.param),
-            error: error.source,
-        })?;
-        let weights = app.weights(&request.adapters, deadline, room).await?;
-        let info = RequestInfo {
-            id,
-            model,
-            created,
-            encoding,
-            prompt_tokens: prompt_tokens(&app, &tokens),
-            image_tokens: image_tokens(&request, app.limits.sizes.multiple),
-            stage_metrics,
-            request,
-        };
-        let job = info.request.clone().into_job(tokens, weights, false);
-        let job = app.engine.fit(job).map_err(|error| ApiError::TooLarge {
-            error,
-            param: size_param,
-        })?;
-        Ok((info, job, options))
-    }
-
-    fn check(
-        self,
-        app: &LoadedApp,
-        model: Option<&str>,
-    ) -> Result<(GenerationRequest, Encoding), ApiError> {
-        let (names, encoding) = (self.names, self.encoding);
-        let noise = self.noise_generator.unwrap_or(app.settings.noise_generator);
-        let mut params = self.params;
-        let default = &app.settings.default_negative_prompt;
-        params.negative_prompt = params.negative_prompt.or_else(|| default.clone());
-        let limits = Limits {
-            adapters: app.adapters.catalogue(),
-            ..app.limits.clone()
-        };
-        let given = app.given_adapters(model, self.adapters, &limits.adapters)?;
-        params.adapters.extend(given);
-        let request = GenerationRequest::new(params, &limits, noise).map_err(|error| {
-            let param = names.of(error.param());
-            ApiError::Request { error, param }
-        })?;
-        encoding.format.check_size(request.size).map_err(|error| {
-            let tall = request.size.height > request.size.width;
-            let param = names.of(if tall { "height" } else { "width" });
-            ApiError::Side { param, error }
-        })?;
-        Ok((request, encoding))
     }
 }
 
@@ -331,7 +213,7 @@ impl RunningRequest {
             made,
         } = finished;
         let (tiled, steps) = (output.tiled, output.steps);
-        let measured = Measured::new(timings, &self.app.engine.stats());
+        let measured = Measured::new(timings, &self.app.engine()?.stats());
         let (app, mut info) = (Arc::clone(&self.app), Arc::clone(&self.info));
         if let Some(made) = made {
             let info = Arc::make_mut(&mut info);
@@ -417,25 +299,4 @@ fn encode_all(
         files.push(encode(image, info.encoding, metadata.as_deref())?);
     }
     Ok(files)
-}
-
-/// The ways in which the engine may make the request cheaper.
-fn cheaper(request: &GenerationRequest) -> Vec<Cheaper> {
-    let way = |(name, cache, cfg_gate_step)| Cheaper {
-        name,
-        cache,
-        cfg_gate_step,
-    };
-    request.cheaper().into_iter().map(way).collect()
-}
-
-fn prompt_tokens(app: &LoadedApp, tokens: &PromptTokens) -> usize {
-    let prompts = std::iter::once(&tokens.prompt).chain(&tokens.negative_prompt);
-    prompts.map(|ids| app.tokenizer.prompt_tokens(ids)).sum()
-}
-
-/// A patch has `size_multiple` by `size_multiple` pixels.
-fn image_tokens(request: &GenerationRequest, size_multiple: usize) -> usize {
-    let patches = (request.size.height / size_multiple) * (request.size.width / size_multiple);
-    patches * request.num_images
 }

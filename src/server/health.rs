@@ -94,7 +94,7 @@ const UNHEALTHY: &str = r#"{"status":"unhealthy"}"#;
     ),
 )]
 pub(super) async fn health(State(app): State<Arc<App>>) -> Response {
-    let state = app.loaded().map(|app| app.engine.state());
+    let state = app.state();
     let is_dead = matches!(state, Some(EngineState::Stopped | EngineState::Failed(_)));
     // The same body as vLLM-Omni's.
     if is_dead {
@@ -134,7 +134,7 @@ pub(super) async fn live(app: State<Arc<App>>) -> Response {
     ),
 )]
 pub(super) async fn ready(State(app): State<Arc<App>>) -> Result<Response, ApiError> {
-    let state = app.loaded().map(|app| app.engine.state());
+    let state = app.state();
     let readiness = match &state {
         Some(state) => Readiness::of_engine(state),
         None => Readiness::loading(&app.start.progress()),

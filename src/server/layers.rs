@@ -1,13 +1,15 @@
-//! Middleware around all routes: request ids, the span of a request, panics, CORS, and requests from
-//! web pages.
+//! Middleware around all routes: request ids, the span of a request, headers of every answer, panics,
+//! CORS, and requests from web pages.
 
 use std::any::Any;
+use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Router;
 use axum::extract::Request;
-use axum::http::header::{AUTHORIZATION, RETRY_AFTER};
-use axum::http::{HeaderName, HeaderValue, Method};
+use axum::http::header::{AUTHORIZATION, LOCATION, RETRY_AFTER};
+use axum::http::{HeaderValue, Method};
+use axum::middleware::from_fn_with_state;
 use axum::response::{IntoResponse, Response};
 use tower::util::MapRequestLayer;
 use tower_http::catch_panic::CatchPanicLayer;
@@ -18,14 +20,14 @@ use tower_http::trace::TraceLayer;
 use tower_http::validate_request::ValidateRequestHeaderLayer;
 use tracing::{Level, Span};
 
+use super::App;
+use super::answers::{INSTANCE, add_headers};
 use super::error::ApiError;
 use super::images::SEED_HEADER;
+use super::jobs::PREFERENCE_APPLIED;
+use super::request_id::REQUEST_ID;
 use super::traces;
 use super::web_pages::{AllowedHost, CorsOrigin, RefuseOtherPages, is_allowed_origin};
-
-/// Id of a request: the client's own, if it is short and printable, or one that the server makes. The
-/// response repeats it.
-const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
 /// Routes that monitoring calls again and again. Their spans and log lines have the level debug.
 const PROBES: [&str; 4] = ["/health", "/health/live", "/health/ready", "/metrics"];
@@ -39,9 +41,10 @@ const MAX_ID_BYTES: usize = 128;
 /// Adds the middleware to a router. The last layer is the outermost one.
 pub(super) fn add_to<S: Clone + Send + Sync + 'static>(
     router: Router<S>,
-    cors_origins: &[CorsOrigin],
+    app: &Arc<App>,
     allowed_hosts: Option<&[AllowedHost]>,
 ) -> Router<S> {
+    let cors_origins = &app.settings.cors_origins;
     let refuse_other_pages = RefuseOtherPages::new(cors_origins, allowed_hosts);
     let mut router = router
         .layer(CatchPanicLayer::custom(respond_to_panic))
@@ -56,6 +59,7 @@ pub(super) fn add_to<S: Clone + Send + Sync + 'static>(
         .on_eos(())
         .on_failure(());
     router
+        .layer(from_fn_with_state(Arc::clone(app), add_headers))
         .layer(PropagateRequestIdLayer::new(REQUEST_ID))
         .layer(trace)
         .layer(SetSensitiveRequestHeadersLayer::new([AUTHORIZATION]))
@@ -91,10 +95,17 @@ fn cors(origins: &[CorsOrigin]) -> CorsLayer {
     };
     CorsLayer::new()
         .allow_origin(allowed)
-        .allow_methods([Method::GET, Method::POST])
-        // Clients send further headers, such as OpenAI's x-stainless-os.
+        .allow_methods([Method::GET, Method::POST, Method::DELETE])
+        // Clients send many headers: Idempotency-Key, Prefer, OpenAI's x-stainless-os.
         .allow_headers(AllowHeaders::mirror_request())
-        .expose_headers([RETRY_AFTER, SEED_HEADER, REQUEST_ID])
+        .expose_headers([
+            RETRY_AFTER,
+            SEED_HEADER,
+            REQUEST_ID,
+            INSTANCE,
+            LOCATION,
+            PREFERENCE_APPLIED,
+        ])
 }
 
 fn make_span(request: &Request) -> Span {
@@ -143,11 +154,12 @@ fn respond_to_panic(payload: Box<dyn Any + Send>) -> Response {
 #[cfg(test)]
 mod tests {
     use axum::body::{Body, to_bytes};
-    use axum::http::StatusCode;
+    use axum::http::{HeaderName, StatusCode};
     use axum::routing::get;
     use serde_json::Value;
     use tower::ServiceExt;
 
+    use super::super::Settings;
     use super::*;
 
     async fn panics() -> &'static str {
@@ -167,7 +179,11 @@ mod tests {
         *request.uri_mut() = path.parse().unwrap();
         let value = HeaderValue::from_static(value);
         request.headers_mut().insert(name, value);
-        let router = add_to(router, &["*".parse().unwrap()], None);
+        let settings = Settings {
+            cors_origins: vec!["*".parse().unwrap()],
+            ..Settings::new("m")
+        };
+        let router = add_to(router, &Arc::new(App::new(settings)), None);
         router.oneshot(request).await.unwrap()
     }
 

@@ -3,11 +3,13 @@
 
 mod access;
 mod adapters;
+mod answers;
 mod app;
 mod body;
 mod cache;
 mod chat;
 mod choice;
+mod closing;
 mod connections;
 mod data_url;
 mod error;
@@ -19,15 +21,19 @@ mod health;
 mod images;
 mod instance;
 mod invalid;
+mod jobs;
 mod json;
 mod keys;
 mod layers;
 mod metrics;
 mod models;
 mod openapi;
+mod orca;
 mod page;
 mod parsed;
 mod previews;
+mod request_id;
+mod role;
 mod routes;
 mod schedule;
 mod sdapi;
@@ -55,8 +61,12 @@ pub use self::access::{ApiKeys, InvalidApiKey};
 pub use self::app::{App, LoadedModel};
 pub use self::connections::raise_open_file_limit;
 pub(crate) use self::instance::host_name;
-pub use self::signals::{Signals, drain};
+pub use self::instance::{InvalidInstance, check_instance};
+pub use self::role::Role;
+pub use self::signals::{ShutdownTimes, Signals, drain};
 pub use self::web_pages::{AllowedHost, CorsOrigin, InvalidHost, InvalidOrigin};
+
+use crate::jobs::webhook::WebhookSettings;
 
 use self::app::LoadedApp;
 use self::connections::Bounds;
@@ -99,6 +109,9 @@ pub struct Settings {
     pub lora_updates: bool,
     /// Name of this server among others: in answers, in its status and in the records of its jobs.
     pub instance: String,
+    /// Where jobs may be posted when they have ended.
+    pub webhooks: WebhookSettings,
+    pub role: Role,
 }
 
 impl Settings {
@@ -118,6 +131,8 @@ impl Settings {
             sdapi: false,
             lora_updates: false,
             instance: host_name(),
+            webhooks: WebhookSettings::default(),
+            role: Role::All,
         }
     }
 }
@@ -131,14 +146,20 @@ pub fn router(app: App) -> Router {
 /// [`router`], which with `hosts` answers to these and to this machine's names only.
 fn router_for_hosts(app: App, hosts: Option<&[AllowedHost]>) -> Router {
     let app = Arc::new(app);
-    let (router, document) = routes::routes(&app).split_for_parts();
+    let router = match app.settings.role {
+        Role::Worker => routes::of_worker(),
+        Role::All | Role::Api => {
+            let (router, document) = routes::routes(&app).split_for_parts();
+            router
+                .merge(openapi::routes(document))
+                .merge(page::routes())
+                .fallback(routes::unknown)
+        }
+    };
     let router = router
-        .merge(openapi::routes(document))
-        .merge(page::routes())
-        .fallback(routes::unknown)
         .method_not_allowed_fallback(routes::wrong_method)
         .layer(DefaultBodyLimit::max(app.settings.max_body_bytes));
-    let router = layers::add_to(router, &app.settings.cors_origins, hosts).with_state(app);
+    let router = layers::add_to(router, &app, hosts).with_state(app);
     // A path with a slash at its end is the path without it. Layers of a router see a request after
     // its route is chosen, so this is a router of its own.
     Router::new().fallback_service(NormalizePath::trim_trailing_slash(router))
@@ -162,10 +183,12 @@ pub async fn serve(
     let hosts = app.settings.allowed_hosts.clone();
     let hosts = (is_local && app.settings.api_keys.is_empty()).then_some(hosts.as_slice());
     let connections = Arc::clone(&app.connections);
+    let watchers = app.closing.clone();
     let router = router_for_hosts(app, hosts);
     let (closing, closed) = oneshot::channel::<()>();
     let shutdown = async move {
         shutdown.await;
+        watchers.close();
         drop(closing);
     };
     let server = connections::serve(listener, router, connections, Bounds::default(), shutdown);

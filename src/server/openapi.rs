@@ -114,6 +114,7 @@ fn add_limits(document: &mut OpenApi, limits: &Limits) {
     for request in [
         "ChatRequest",
         "ExtraBody",
+        "ImageJobRequest",
         "ImagesExtraBody",
         "ImagesRequest",
         "Txt2ImgRequest",

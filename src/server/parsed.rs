@@ -38,6 +38,16 @@ pub(super) struct WireNames {
 }
 
 impl WireNames {
+    /// The keys of `/v1/images/generations`.
+    pub(super) const OF_IMAGES: Self = Self {
+        prompt: "prompt",
+        size_given: true,
+        steps: "num_inference_steps",
+        scale: "true_cfg_scale",
+        images: "n",
+        adapters: "loras",
+    };
+
     /// The client's name of a field of [`GenerationParams`].
     pub(super) fn of(&self, field: &'static str) -> &'static str {
         match field {

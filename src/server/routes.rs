@@ -16,7 +16,7 @@ use super::access::{Scheme, require_key};
 use super::app::{RequireModel, require_model};
 use super::error::ApiError;
 use super::openapi;
-use super::{App, adapters, chat, estimate, health, images, metrics, models, sdapi, status};
+use super::{App, adapters, chat, estimate, health, images, jobs, metrics, models, sdapi, status};
 
 /// Routes of a server and their `OpenAPI` document.
 pub(super) fn routes(app: &Arc<App>) -> OpenApiRouter<Arc<App>> {
@@ -26,6 +26,15 @@ pub(super) fn routes(app: &Arc<App>) -> OpenApiRouter<Arc<App>> {
     } else {
         router.nest("/sdapi", Router::new().fallback(sdapi_off).into())
     }
+}
+
+/// The routes of a server that only works on jobs.
+pub(super) fn of_worker() -> Router<Arc<App>> {
+    let (router, _) = open().split_for_parts();
+    router.fallback(async |OriginalUri(uri): OriginalUri| {
+        let path = uri.path().to_owned();
+        ApiError::WorkerOnly { path }.into_response()
+    })
 }
 
 /// Routes that need no key and no model.
@@ -53,11 +62,9 @@ fn v1(app: &Arc<App>) -> OpenApiRouter<Arc<App>> {
     let document = router.get_openapi_mut();
     openapi::add_security_scheme(document, "bearer", HttpAuthScheme::Bearer);
     let refuse = || ApiError::Unauthorized.into_response();
-    with_model(router, app, ApiError::into_response).layer(require_key(
-        &app.settings.api_keys,
-        Scheme::Bearer,
-        refuse,
-    ))
+    // Jobs can be followed before there is a model.
+    let router = with_model(router, app, ApiError::into_response).merge(jobs::routes());
+    with_fallbacks(router).layer(require_key(&app.settings.api_keys, Scheme::Bearer, refuse))
 }
 
 /// The API of AUTOMATIC1111's web UI.
@@ -65,14 +72,14 @@ fn with_sdapi(app: &Arc<App>) -> OpenApiRouter<Arc<App>> {
     let mut router = sdapi::routes();
     let document = router.get_openapi_mut();
     openapi::add_security_scheme(document, "basic", HttpAuthScheme::Basic);
-    with_model(router, app, sdapi::error).layer(require_key(
+    with_fallbacks(with_model(router, app, sdapi::error)).layer(require_key(
         &app.settings.api_keys,
         Scheme::BasicOrBearer,
         sdapi::unauthorized,
     ))
 }
 
-/// Makes routes answer with an error until there is a model, and adds the fallbacks.
+/// Makes routes answer with an error until there is a model.
 fn with_model(
     router: OpenApiRouter<Arc<App>>,
     app: &Arc<App>,
@@ -80,7 +87,7 @@ fn with_model(
 ) -> OpenApiRouter<Arc<App>> {
     let app = Arc::clone(app);
     let state = RequireModel { app, refuse };
-    with_fallbacks(router.route_layer(from_fn_with_state(state, require_model)))
+    router.route_layer(from_fn_with_state(state, require_model))
 }
 
 /// Adds the responses to unknown paths and methods below a router's prefix, so that a layer of the

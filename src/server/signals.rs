@@ -3,27 +3,79 @@
 use std::io;
 use std::time::Duration;
 
+use tokio::time::sleep;
+
 use crate::engine::Engine;
 
-/// Drains the engine because of the signal `name`, and returns when it has stopped.
+use super::App;
+
+/// How long the parts of a shutdown take at most.
+#[derive(Debug, Clone, Copy)]
+pub struct ShutdownTimes {
+    /// How long requests are still taken after the signal, while the server is not ready any more, so
+    /// that routers stop sending them before they are refused.
+    pub delay: Duration,
+    /// How long accepted requests have to finish after that.
+    pub drain: Duration,
+}
+
+/// Ends the engine, if there is one, because of the signal `name`, and returns when it has stopped.
 ///
-/// Accepted requests have `drain_timeout` to finish. Meanwhile the server keeps responding, so that
-/// `/health/ready` reports the shutdown. A second signal stops the engine: unfinished requests fail
-/// after their current step.
-pub async fn drain(engine: &Engine, drain_timeout: Duration, name: &str, signals: &mut Signals) {
-    tracing::info!(
-        "{name}: no new requests are accepted, running requests have {} s to finish; \
-         a second signal ends them",
-        drain_timeout.as_secs_f64()
-    );
-    engine.drain(drain_timeout);
+/// From the signal on, `/health/ready` reports the shutdown, and every answer closes its connection.
+/// After the delay no more requests are taken, connections without a request are closed, and accepted
+/// requests have time to finish; the server keeps responding meanwhile. A second signal stops the
+/// engine: unfinished requests fail after their current step.
+pub async fn drain(
+    app: &App,
+    engine: Option<&Engine>,
+    times: ShutdownTimes,
+    name: &str,
+    signals: &mut Signals,
+) {
+    app.leave();
+    let end = async {
+        if !times.delay.is_zero() {
+            tracing::info!(
+                "{name}: the server is not ready any more and still takes requests for {} s; a second \
+                 signal ends it",
+                times.delay.as_secs_f64()
+            );
+            tokio::select! {
+                () = sleep(times.delay) => {}
+                () = stopped(engine) => {}
+            }
+        }
+        let Some(engine) = engine else {
+            tracing::info!("{name}: the server ends");
+            app.connections.end_open();
+            return;
+        };
+        tracing::info!(
+            "{name}: no new requests are accepted, running requests have {} s to finish; \
+             a second signal ends them",
+            times.drain.as_secs_f64()
+        );
+        engine.drain(times.drain);
+        app.connections.end_open();
+        engine.stopped().await;
+    };
     tokio::select! {
-        () = engine.stopped() => {}
+        () = end => {}
         name = signals.next() => {
             tracing::info!("{name}: unfinished requests end now");
-            engine.stop();
-            engine.stopped().await;
+            if let Some(engine) = engine {
+                engine.stop();
+                engine.stopped().await;
+            }
         }
+    }
+}
+
+/// Waits until the engine has stopped, for ever if there is none.
+async fn stopped(engine: Option<&Engine>) {
+    match engine {
+        Some(engine) => engine.stopped().await,
+        None => std::future::pending().await,
     }
 }
 

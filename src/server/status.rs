@@ -3,21 +3,25 @@
 use std::sync::Arc;
 
 use axum::Extension;
+use axum::extract;
 use axum::response::Response;
+use kiln_models::pipeline::ModelInfo;
 use serde::Serialize;
 use serde_json::Value;
 use utoipa::ToSchema;
 
 use crate::checkpoint::PromptGuide;
+use crate::engine::{Engine, State as EngineState};
 use crate::request::{DEFAULT_NUM_INFERENCE_STEPS, DEFAULT_TRUE_CFG_SCALE};
 
-use super::LoadedApp;
 use super::adapters::AdapterStatus;
 use super::cache::CacheField;
 use super::error::{ApiError, ErrorEnvelope};
 use super::health;
+use super::jobs::JobsStatus;
 use super::json::json;
 use super::schedule::ModelRecipe;
+use super::{App, LoadedApp};
 
 /// The model, the bounds and defaults of requests, and the load.
 #[derive(Debug, Serialize, ToSchema)]
@@ -27,16 +31,20 @@ pub(super) struct Status {
     /// The first name of the model.
     model: String,
     version: &'static str,
-    /// Backend and device.
-    device: String,
-    /// Data type of the weights.
-    dtype: &'static str,
+    /// Name of this server among others: the same as the header `x-kiln-instance`.
+    instance: String,
+    /// Backend and device; null for a server that generates no images itself.
+    device: Option<String>,
+    /// Data type of the weights; null for a server that generates no images itself.
+    dtype: Option<&'static str>,
     requests: Requests,
     /// Image tokens up to which several requests share a denoising step; 0 if they never do.
     max_step_tokens: usize,
     limits: RequestLimits,
     defaults: Defaults,
     adapters: AdapterStatus,
+    /// The durable jobs; null if the server was started without `--jobs`.
+    jobs: Option<JobsStatus>,
     /// What a distilled model, or the adapter that is merged into it, was trained for; absent for others.
     #[serde(skip_serializing_if = "Option::is_none")]
     model_recipe: Option<ModelRecipe>,
@@ -119,16 +127,22 @@ impl Guide {
     security((), ("bearer" = [])),
 )]
 pub(super) async fn status(
+    extract::State(server): extract::State<Arc<App>>,
     Extension(app): Extension<Arc<LoadedApp>>,
 ) -> Result<Response, ApiError> {
-    let (info, stats, limits) = (app.engine.info(), app.engine.stats(), &app.limits);
+    let (engine, limits) = (app.engine.as_ref(), &app.limits);
+    let (info, stats) = (
+        engine.map(Engine::info),
+        engine.map(Engine::stats).unwrap_or_default(),
+    );
     let recipe = limits.recipe();
     json(&Status {
-        state: health::state_name(&app.engine.state()),
+        state: health::state_name(&server.state().unwrap_or(EngineState::Ready)),
         model: app.model_name(None).to_owned(),
         version: crate::version::VERSION,
-        device: info.device(),
-        dtype: info.dtype,
+        instance: app.settings.instance.clone(),
+        device: info.map(ModelInfo::device),
+        dtype: info.map(|info| info.dtype),
         requests: Requests {
             running: stats.running,
             waiting: stats.waiting,
@@ -159,6 +173,7 @@ pub(super) async fn status(
             app.settings.lora_updates,
             limits.merged.as_ref(),
         ),
+        jobs: JobsStatus::of(&server).await,
         model_recipe: recipe.map(ModelRecipe::from),
         prompt_guide: app.prompt_guide.map(Guide::new),
     })

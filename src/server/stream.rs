@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use axum::response::sse::{Event, KeepAlive, Sse};
 use axum::response::{IntoResponse, Response};
-use futures_util::stream;
+use futures_util::{Stream, StreamExt as _, stream};
 use serde::Serialize;
 use tokio::task::spawn_blocking;
 
@@ -54,8 +54,14 @@ pub(super) fn respond<F: EventFormat>(running: RunningRequest, format: F) -> Res
     };
     let events = stream::unfold(state, async |mut state| {
         let event = state.next().await?;
-        Some((Ok::<_, Infallible>(event), state))
+        Some((event, state))
     });
+    events_response(events)
+}
+
+/// A response with these events, and with comments while there are none.
+pub(super) fn events_response(events: impl Stream<Item = Event> + Send + 'static) -> Response {
+    let events = events.map(Ok::<_, Infallible>);
     let keep_alive = KeepAlive::new().interval(KEEP_ALIVE);
     let mut response = Sse::new(events).keep_alive(keep_alive).into_response();
     // Without this header, proxies such as nginx buffer the events.

@@ -15,30 +15,7 @@ use crate::jobs::TraceContext;
 use crate::telemetry::{self, Attribute, Kind, Parent, Stage};
 
 use super::error::ApiError;
-
-const TRACE_PARENT: HeaderName = HeaderName::from_static("traceparent");
-const TRACE_STATE: HeaderName = HeaderName::from_static("tracestate");
-
-/// Longest `tracestate` that is continued, in bytes: what W3C asks for at least.
-const MAX_STATE_BYTES: usize = 512;
-
-/// The trace that a client's request belongs to; `None` if it names none that is valid.
-pub(super) fn client_trace(headers: &HeaderMap) -> Option<TraceContext> {
-    let mut parents = headers.get_all(TRACE_PARENT).iter();
-    let parent = parents.next()?.to_str().ok()?.trim();
-    if parents.next().is_some() || !telemetry::is_trace_parent(parent) {
-        return None;
-    }
-    let states = headers.get_all(TRACE_STATE).iter();
-    let states: Result<Vec<&str>, _> = states.map(|state| state.to_str()).collect();
-    let state = states.unwrap_or_default().join(",");
-    Some(TraceContext {
-        traceparent: parent.to_owned(),
-        tracestate: (1..=MAX_STATE_BYTES)
-            .contains(&state.len())
-            .then_some(state),
-    })
-}
+use super::jobs::trace_context;
 
 /// The trace that the worker of a job continues: that of `span` if tracing is on, else the client's.
 pub(super) fn stored_trace(span: &Span, headers: &HeaderMap) -> Option<TraceContext> {
@@ -47,23 +24,8 @@ pub(super) fn stored_trace(span: &Span, headers: &HeaderMap) -> Option<TraceCont
             traceparent,
             tracestate,
         }),
-        None => client_trace(headers),
+        None => trace_context(headers),
     }
-}
-
-/// A span that continues a stored trace.
-pub(super) fn continued(
-    trace: Option<&TraceContext>,
-    kind: Kind,
-    name: &str,
-    attributes: &[Attribute<'_>],
-) -> Span {
-    telemetry::span_for(trace.map(headers), kind, name, attributes)
-}
-
-/// The values of `traceparent` and `tracestate`.
-fn headers(trace: &TraceContext) -> (&str, Option<&str>) {
-    (&trace.traceparent, trace.tracestate.as_deref())
 }
 
 /// Begins the span of a request. It ends with `span`, the span of the request's log lines.
@@ -76,8 +38,9 @@ pub(super) fn begin(request: &Request, span: &Span) {
         || name_method.to_owned(),
         |route| format!("{name_method} {route}"),
     );
-    let trace = client_trace(request.headers());
-    if !telemetry::attach(span, trace.as_ref().map(headers), Kind::Server, &name, &[]) {
+    let trace = trace_context(request.headers());
+    let trace = trace.as_ref().map(TraceContext::headers);
+    if !telemetry::attach(span, trace, Kind::Server, &name, &[]) {
         return;
     }
     let header = |name: HeaderName| request.headers().get(name)?.to_str().ok();
@@ -290,45 +253,7 @@ impl Drop for StageSpans {
 
 #[cfg(test)]
 mod tests {
-    use axum::http::HeaderValue;
-
     use super::*;
-
-    const PARENT: &str = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01";
-
-    fn trace(headers: &[(HeaderName, &str)]) -> Option<TraceContext> {
-        let mut map = HeaderMap::new();
-        for (name, value) in headers {
-            map.append(name, HeaderValue::from_str(value).unwrap());
-        }
-        client_trace(&map)
-    }
-
-    #[test]
-    fn a_clients_trace_is_read_from_its_headers() {
-        assert_eq!(trace(&[]), None);
-        let found = trace(&[(TRACE_PARENT, PARENT)]).unwrap();
-        assert_eq!(
-            (found.traceparent.as_str(), found.tracestate),
-            (PARENT, None)
-        );
-        let found = trace(&[
-            (TRACE_PARENT, PARENT),
-            (TRACE_STATE, "a=1"),
-            (TRACE_STATE, "b=2"),
-        ]);
-        assert_eq!(found.unwrap().tracestate.unwrap(), "a=1,b=2");
-        let long = "x".repeat(MAX_STATE_BYTES + 1);
-        let found = trace(&[(TRACE_PARENT, PARENT), (TRACE_STATE, &long)]);
-        assert_eq!(found.unwrap().tracestate, None);
-        for invalid in [
-            &[(TRACE_PARENT, "00-1-2-3")][..],
-            &[(TRACE_PARENT, PARENT), (TRACE_PARENT, PARENT)],
-            &[(TRACE_STATE, "a=1")],
-        ] {
-            assert_eq!(trace(invalid), None, "{invalid:?}");
-        }
-    }
 
     #[test]
     fn methods_that_nobody_defined_are_not_part_of_names() {

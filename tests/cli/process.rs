@@ -164,6 +164,85 @@ fn every_signal_that_ends_the_server_lets_running_requests_finish() {
     }
 }
 
+const IMAGE: &str = r#"{"prompt": "a red circle", "num_inference_steps": 1}"#;
+
+/// A request for an image that leaves the connection open.
+fn image_request() -> String {
+    format!(
+        "POST /v1/images/generations HTTP/1.1\r\nHost: localhost\r\n\
+         Content-Type: application/json\r\nContent-Length: {}\r\n\r\n{IMAGE}",
+        IMAGE.len()
+    )
+}
+
+#[test]
+fn requests_are_taken_for_the_delay_of_a_shutdown() {
+    let mut server = Server::start("export KILN_SHUTDOWN_DELAY=3 KILN_INSTANCE=pod-7");
+    let mut idle = server.send(b"GET /health/ready HTTP/1.1\r\nHost: localhost\r\n\r\n");
+    let mut first = [0; 12];
+    idle.read_exact(&mut first).unwrap();
+    assert_eq!(&first, b"HTTP/1.1 200");
+    let signalled = Instant::now();
+    server.signal(Signal::TERM);
+    while !server.get("/health/ready").starts_with("HTTP/1.1 503") {
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    let ready = server.get("/health/ready");
+    assert!(ready.contains("\"status\":\"draining\""), "{ready}");
+    assert!(server.get("/health/live").starts_with("HTTP/1.1 200"));
+    let answer = read(server.send(image_request().as_bytes()));
+    assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
+    let head = answer.split("\r\n\r\n").next().unwrap();
+    for header in ["connection: close", "x-kiln-instance: pod-7"] {
+        assert!(head.lines().any(|line| line == header), "{head}");
+    }
+    // Until the server closes it.
+    read(idle);
+    assert!(signalled.elapsed() >= Duration::from_secs(3));
+    assert!(server.end(Duration::from_secs(20)).success());
+    let log = server.log();
+    assert!(log.contains("still takes requests for 3 s"), "{log}");
+    assert!(log.contains("SIGTERM: no new requests"), "{log}");
+}
+
+#[test]
+fn a_second_signal_ends_the_delay_of_a_shutdown() {
+    let mut server = Server::start("export KILN_SHUTDOWN_DELAY=600");
+    let request = server.generate(1000);
+    server.signal(Signal::TERM);
+    while !server.get("/health/ready").starts_with("HTTP/1.1 503") {
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    assert!(
+        server
+            .get("/metrics")
+            .contains("\nkiln_requests_running 1\n")
+    );
+    server.signal(Signal::INT);
+    let answer = read(request);
+    assert!(answer.starts_with("HTTP/1.1 503"), "{answer}");
+    assert!(answer.contains("connection: close\r\n"), "{answer}");
+    assert!(server.end(Duration::from_secs(20)).success());
+    assert!(server.log().contains("SIGINT: unfinished requests end now"));
+}
+
+#[test]
+fn idle_connections_are_closed_when_requests_are_refused() {
+    let mut server = Server::start("");
+    let request = server.generate(200);
+    let mut idle = server.send(b"GET /health/live HTTP/1.1\r\nHost: localhost\r\n\r\n");
+    let mut first = [0; 12];
+    idle.read_exact(&mut first).unwrap();
+    server.signal(Signal::TERM);
+    read(idle);
+    // Others are still answered.
+    let refused = read(server.send(image_request().as_bytes()));
+    assert!(refused.starts_with("HTTP/1.1 503"), "{refused}");
+    assert!(refused.contains("connection: close\r\n"), "{refused}");
+    assert!(read(request).starts_with("HTTP/1.1 200"));
+    assert!(server.end(Duration::from_secs(20)).success());
+}
+
 #[test]
 fn a_hang_up_that_is_ignored_at_the_start_stays_ignored() {
     let mut server = Server::start("trap '' HUP");

@@ -524,6 +524,88 @@ fn the_clients_sampled_flag_and_the_sampler_are_respected() {
     assert_eq!(collector.spans().len(), 12);
 }
 
+/// The id of a job that is made and has ended. `headers` are those of the request that makes it.
+fn job(server: &Server, headers: &str) -> String {
+    let (status, reply) = server.call("POST", "/v1/images/jobs", headers, &body(2, ""));
+    assert_eq!(status, 202, "{reply}");
+    let id = id_of(&reply);
+    let (_, reply) = server.get(&format!("/v1/images/jobs/{id}?wait=60"));
+    assert!(reply.contains(r#""status":"completed""#), "{reply}");
+    id
+}
+
+fn id_of(reply: &str) -> String {
+    let body = reply.split_once("\r\n\r\n").unwrap().1;
+    let body: serde_json::Value = serde_json::from_str(body).unwrap();
+    body["id"].as_str().unwrap().to_owned()
+}
+
+#[test]
+fn a_job_continues_the_trace_of_its_submission() {
+    let collector = Collector::start(Answer::Success);
+    let folder = tempfile::tempdir().unwrap();
+    let jobs = ["--jobs", folder.path().to_str().unwrap()];
+    let server = Server::start(&[(ENDPOINT, &collector.url())], &jobs);
+    let continued = job(&server, &format!("traceparent: 00-{TRACE}-{PARENT}-01\r\n"));
+    let own = job(&server, "");
+    job(
+        &server,
+        &format!("traceparent: 00-{}-{PARENT}-00\r\n", "1".repeat(32)),
+    );
+    let (log, _) = server.end();
+
+    let spans = collector.spans();
+    let runs: Vec<&Seen> = spans.iter().filter(|span| span.name == "job run").collect();
+    assert_eq!(
+        runs.len(),
+        2,
+        "a job of a trace that is not sampled has none: {runs:#?}"
+    );
+    for id in [&continued, &own] {
+        let run = runs
+            .iter()
+            .find(|run| run.attribute("kiln.job.id") == id)
+            .unwrap();
+        let submit = find(&spans, &run.trace, "job submit");
+        let request = find(&spans, &run.trace, "POST /v1/images/jobs");
+        assert_eq!((&submit.parent, &run.parent), (&request.id, &submit.id));
+        // Server, producer, consumer.
+        assert_eq!((request.kind, submit.kind, run.kind), (2, 4, 5));
+        assert_eq!(submit.attribute("kiln.job.id"), id);
+        assert_eq!(run.attribute("kiln.job.attempt"), "1");
+        for stage in ["queue", "encode", "denoise", "decode", "write"] {
+            let stage = find(&spans, &run.trace, stage);
+            assert_eq!(stage.parent, run.id);
+            assert!(
+                run.start <= stage.start && stage.end <= run.end,
+                "{stage:?} {run:?}"
+            );
+        }
+        assert_eq!((run.trace == TRACE), (id == &continued));
+    }
+    let line = log
+        .lines()
+        .find(|line| line.contains("finished in") && line.contains(TRACE));
+    assert!(line.unwrap().contains(&continued), "{log}");
+}
+
+#[test]
+fn a_worker_continues_the_clients_trace_if_the_server_that_took_the_job_has_no_tracing() {
+    let collector = Collector::start(Answer::Success);
+    let folder = tempfile::tempdir().unwrap();
+    let jobs = ["--jobs", folder.path().to_str().unwrap()];
+    let server = Server::start(&[], &[&jobs[..], &["--role", "api"]].concat());
+    let header = format!("traceparent: 00-{TRACE}-{PARENT}-01\r\n");
+    let (status, reply) = server.call("POST", "/v1/images/jobs", &header, &body(2, ""));
+    assert_eq!(status, 202, "{reply}");
+    server.end();
+    let server = Server::start(&[(ENDPOINT, &collector.url())], &jobs);
+    server.get(&format!("/v1/images/jobs/{}?wait=60", id_of(&reply)));
+    server.end();
+    let spans = collector.spans();
+    assert_eq!(find(&spans, TRACE, "job run").parent, PARENT);
+}
+
 /// Generates images with a collector of this URL that takes nothing. Returns the log.
 fn without_collector(url: &str) -> String {
     let server = Server::start(&[(ENDPOINT, url)], &[]);

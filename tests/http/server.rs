@@ -121,7 +121,7 @@ impl TestServer {
 
     fn set_model_of(&self, limits: Limits) {
         self.app.set_model(LoadedModel {
-            engine: self.engine.clone(),
+            engine: Some(self.engine.clone()),
             tokenizer: load_tokenizer().into(),
             limits,
             adapters: kiln::adapters::AdapterStore::default(),
@@ -150,6 +150,11 @@ impl TestServer {
     pub(super) fn wait_for_waiting(&self, requests: usize) {
         let message = "the queue has another length";
         wait_until(message, || self.engine.stats().waiting == requests);
+    }
+
+    /// What happens at the first signal.
+    pub(super) fn leave(&self) {
+        self.app.leave();
     }
 
     pub(super) fn begin_shutdown(&mut self) {

@@ -8,6 +8,8 @@ use std::time::Duration;
 
 use clap::{Arg, ArgAction, Args, Parser, ValueEnum};
 
+use super::jobs_args::JobsArgs;
+use super::webhook_args::WebhookArgs;
 use crate::cli::cache_args::CacheDefaultArgs;
 use crate::cli::error::CliError;
 use crate::cli::lora_args::LoraServeArgs;
@@ -17,7 +19,10 @@ use crate::request::{
     DEFAULT_MAX_IMAGE_PIXELS, DEFAULT_MAX_NUM_IMAGES, DEFAULT_MAX_STEPS, Limits, StepCaches,
 };
 use crate::runtime::ModelSettings;
-use crate::server::{AllowedHost, ApiKeys, CorsOrigin, DEFAULT_MAX_BODY_BYTES, Settings};
+use crate::server::{
+    AllowedHost, ApiKeys, CorsOrigin, DEFAULT_MAX_BODY_BYTES, InvalidInstance, Settings,
+    ShutdownTimes, check_instance, host_name,
+};
 
 /// Serve an OpenAI-compatible HTTP API.
 ///
@@ -94,6 +99,21 @@ pub(in crate::cli) struct ServeArgs {
     #[arg(long, value_name = "SECONDS", default_value_t = 60)]
     drain_timeout: u64,
 
+    /// Seconds after ctrl-c, SIGTERM or SIGHUP in which requests are still taken
+    ///
+    /// GET /health/ready returns 503 and every answer closes its connection from the signal on, so
+    /// that a router that checks the server sends its requests elsewhere before they are refused:
+    /// give more than two of the router's checks take. --drain-timeout begins after it.
+    #[arg(long, value_name = "SECONDS", default_value_t = 0)]
+    shutdown_delay: u64,
+
+    /// Name of this server among others [default: the host name]
+    ///
+    /// In the header x-kiln-instance of every answer, in /v1/status and in the metric kiln_info;
+    /// printable ASCII.
+    #[arg(long, value_name = "NAME", value_parser = parse_instance)]
+    instance: Option<String>,
+
     /// Format of the log on stderr
     #[arg(long, value_enum, default_value_t = LogFormat::Text, value_name = "FORMAT")]
     pub(in crate::cli) log_format: LogFormat,
@@ -114,6 +134,12 @@ pub(in crate::cli) struct ServeArgs {
     pub(super) limits: LimitArgs,
 
     #[command(flatten)]
+    pub(super) jobs: JobsArgs,
+
+    #[command(flatten)]
+    webhooks: WebhookArgs,
+
+    #[command(flatten)]
     pub(super) backend: BackendArgs,
 
     #[command(flatten)]
@@ -126,13 +152,22 @@ impl ServeArgs {
         self.loading.model_settings(model)
     }
 
-    pub(super) fn drain_timeout(&self) -> Duration {
-        Duration::from_secs(self.drain_timeout)
+    /// The name of this server among others.
+    pub(in crate::cli) fn instance(&self) -> String {
+        self.instance.clone().unwrap_or_else(host_name)
+    }
+
+    pub(super) fn shutdown_times(&self) -> ShutdownTimes {
+        ShutdownTimes {
+            delay: Duration::from_secs(self.shutdown_delay),
+            drain: Duration::from_secs(self.drain_timeout),
+        }
     }
 
     /// Settings of a server that calls its model `model` unless other names are given.
     pub(super) fn settings(&self, model: &str) -> Result<Settings, CliError> {
         let mut settings = Settings::new(model);
+        settings.instance = self.instance();
         let mut allowed_hosts = self.access.allowed_host.clone();
         // The name that this machine has for itself, which may be one of a loopback address.
         allowed_hosts.extend(self.host.parse::<AllowedHost>());
@@ -156,6 +191,8 @@ impl ServeArgs {
             noise_generator: self.noise.generator(),
             sdapi: self.enable_sdapi,
             lora_updates: self.lora.enable_lora_updates,
+            role: self.jobs.role(),
+            webhooks: self.webhooks.settings()?,
             ..settings
         })
     }
@@ -171,6 +208,11 @@ fn parse_name(text: &str) -> Result<String, String> {
     if text.trim().is_empty() {
         return Err("a name has at least one letter".to_owned());
     }
+    Ok(text.to_owned())
+}
+
+fn parse_instance(text: &str) -> Result<String, InvalidInstance> {
+    check_instance(text)?;
     Ok(text.to_owned())
 }
 

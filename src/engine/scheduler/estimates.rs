@@ -6,6 +6,7 @@ use kiln_models::job::Job;
 
 use super::Scheduler;
 use crate::engine::cost::Progress;
+use crate::engine::entry::Entry;
 use crate::engine::forecast::{Course, Queued, courses};
 use crate::engine::riders::Room;
 use crate::engine::{Event, Forecast, SubmitError, SubmitOptions};
@@ -30,7 +31,8 @@ impl Scheduler {
         let courses = self.courses(Some(asked));
         let course = courses.last().copied().unwrap_or_default();
         Forecast {
-            is_accepted: self.admit().is_ok() && self.fit_due(job.clone(), options, now).is_ok(),
+            is_accepted: self.admit(options).is_ok()
+                && self.fit_due(job.clone(), options, now).is_ok(),
             position: course.position,
             estimated_wait: course.wait,
             estimated_work: self.speed.rest(&work, progress),
@@ -38,8 +40,8 @@ impl Scheduler {
     }
 
     pub(super) fn refuse_if_full(&self) -> Result<(), SubmitError> {
-        // The warm-up does not count.
-        let unfinished = self.entries.iter().filter(|e| !e.is_warm_up).count();
+        let counts = |entry: &&Entry| !entry.is_warm_up && !entry.outside_queue;
+        let unfinished = self.entries.iter().filter(counts).count();
         if unfinished < self.max_unfinished {
             return Ok(());
         }

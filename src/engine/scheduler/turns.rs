@@ -71,15 +71,15 @@ impl Scheduler {
     fn first_to_end(&self, now: Instant) -> Option<(usize, End)> {
         // The error that ends every job.
         let (over, is_starting) = match &self.state {
-            State::Stopped => (Some(&JobError::Stopped), false),
-            State::Failed(error) => (Some(error), false),
+            State::Stopped => (Some(JobError::Stopped), false),
+            State::Failed(error) => (Some(error.of_others()), false),
             State::Starting => (None, true),
             State::Ready | State::Draining => (None, false),
         };
         let end = |entry: &Entry| {
             if entry.is_abandoned {
                 Some(End::Cancelled)
-            } else if let Some(error) = over.filter(|_| entry.is_started()) {
+            } else if let Some(error) = over.as_ref().filter(|_| entry.is_started()) {
                 Some(End::Failed(error.clone()))
             } else if over.is_some() || (entry.is_warm_up && !is_starting) {
                 Some(End::Failed(JobError::Stopped))

@@ -69,9 +69,15 @@ fn a_device_that_is_lost_fails_the_engine_and_every_job() {
     let waiting = [2, 3, 4].map(|seed| bench.submit(job(seed, 4, 3)));
     let fatal = bench.submit(behaving(LOSE_DEVICE_IN_STEP, job(1, 1, 1)));
     bench.run();
-    for handle in waiting.into_iter().chain([fatal]) {
+    let error = outcome(fatal).unwrap_err();
+    assert!(matches!(error, JobError::Pipeline(_)), "{error}");
+    for handle in waiting {
         let error = outcome(handle).unwrap_err();
-        assert!(matches!(error, JobError::Pipeline(_)), "{error}");
+        assert!(matches!(error, JobError::Lost { .. }), "{error}");
+        assert_eq!(
+            error.to_string(),
+            "the image was not finished: the device failed: gone"
+        );
     }
     let State::Failed(error) = state(&bench) else {
         panic!("{:?}", state(&bench));

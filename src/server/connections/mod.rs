@@ -28,7 +28,7 @@ use hyper_util::rt::TokioIo;
 use socket2::{SockRef, TcpKeepalive};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::{interval, sleep, timeout};
 use tower::ServiceExt;
 
@@ -112,7 +112,6 @@ pub(super) async fn serve(
     shutdown: impl Future<Output = ()>,
 ) {
     let places = Arc::new(Semaphore::new(bounds.max));
-    let (stop, stopped) = watch::channel(());
     let mut acceptor = Acceptor {
         listener,
         places: Arc::clone(&places),
@@ -122,12 +121,12 @@ pub(super) async fn serve(
     };
     tokio::select! {
         () = shutdown => {}
-        () = acceptor.run(&router, &stopped) => {}
+        () = acceptor.run(&router) => {}
         () = close_expired(&connections, &bounds) => {}
     }
     // From here on, clients that connect are refused.
     drop(acceptor);
-    drop(stop);
+    connections.end_open();
     let all = u32::try_from(bounds.max).unwrap_or(u32::MAX);
     drop(places.acquire_many(all).await);
 }
@@ -152,13 +151,12 @@ struct Acceptor {
 
 impl Acceptor {
     /// Accepts connections, without end.
-    async fn run(&mut self, router: &Router, stopped: &watch::Receiver<()>) {
+    async fn run(&mut self, router: &Router) {
         loop {
             let stream = self.accept().await;
             let place = self.place().await;
             let open = self.connections.open();
-            let (router, stopped) = (router.clone(), stopped.clone());
-            tokio::spawn(connection(stream, router, open, stopped, place));
+            tokio::spawn(connection(stream, router.clone(), open, place));
         }
     }
 
@@ -221,11 +219,11 @@ fn is_of_client(error: &io::Error) -> bool {
 async fn connection(
     stream: TcpStream,
     router: Router,
-    open: Open,
-    mut stopped: watch::Receiver<()>,
+    mut open: Open,
     _place: OwnedSemaphorePermit,
 ) {
     let slot = &open.slot;
+    let ending = &mut open.ending;
     if let Err(error) = set_options(&stream) {
         tracing::debug!(%error, "a connection keeps its default options");
     }
@@ -240,7 +238,7 @@ async fn connection(
     let mut builder = http1::Builder::new();
     builder.max_header_size(MAX_HEAD_BYTES);
     let mut http = pin!(builder.serve_connection(io, service));
-    let mut is_stopping = false;
+    let mut is_ending = false;
     loop {
         tokio::select! {
             biased;
@@ -251,8 +249,8 @@ async fn connection(
                 }
             }
             // Whether it changed or the sender is gone.
-            _ = stopped.changed(), if !is_stopping => {
-                is_stopping = true;
+            _ = ending.changed(), if !is_ending => {
+                is_ending = true;
                 http.as_mut().graceful_shutdown();
             }
         }

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use tokio::sync::Notify;
+use tokio::sync::{Notify, watch};
 
 use super::Bounds;
 
@@ -15,6 +15,8 @@ pub(in crate::server) struct Connections {
     open: Mutex<HashMap<u64, Arc<Slot>>>,
     next_id: AtomicU64,
     closed: [AtomicU64; Closed::ALL.len()],
+    /// Changes when all connections that are open must end after the request in progress.
+    ending: watch::Sender<()>,
 }
 
 /// Why the server closed a connection.
@@ -55,8 +57,15 @@ impl Connections {
         Open {
             id,
             slot,
+            ending: self.ending.subscribe(),
             connections,
         }
+    }
+
+    /// Closes the connections that are open and wait for a request, and the others at the end of
+    /// their answer. Connections that are opened later are not concerned.
+    pub(in crate::server) fn end_open(&self) {
+        self.ending.send_replace(());
     }
 
     /// The number of open connections.
@@ -112,6 +121,8 @@ impl Connections {
 pub(super) struct Open {
     id: u64,
     pub(super) slot: Arc<Slot>,
+    /// Changes when the connection must end after the request in progress.
+    pub(super) ending: watch::Receiver<()>,
     connections: Arc<Connections>,
 }
 

@@ -7,13 +7,16 @@ mod response;
 use std::sync::Arc;
 
 use axum::Extension;
+use axum::http::HeaderMap;
 use axum::response::Response;
 
+use crate::jobs::JobObject;
 use crate::request::random_u64;
 
 use super::LoadedApp;
 use super::body::JsonObject;
 use super::error::{ApiError, ErrorEnvelope};
+use super::jobs::{self, Jobs};
 use super::json::json;
 use super::stream;
 
@@ -22,15 +25,17 @@ use self::request::{Quality, ResponseFormat};
 use self::response::ImagesResponse;
 
 pub(super) use self::events::{CompletedEvent, PartialImageEvent};
-pub(super) use self::request::{ImagesRequest, parse};
+pub(super) use self::request::{ImagesRequest, JobBody, JobBodySchema, parse};
 pub(super) use self::response::SEED_HEADER;
 
-/// Generates images from a prompt.
+/// Generates images from a prompt. With the header `Prefer: respond-async` and `--jobs`, the request is
+/// stored as a job instead, as by `/v1/images/jobs`.
 #[utoipa::path(
     post,
     path = "/images/generations",
     tag = "images",
     request_body = ImagesRequest,
+    params(("Prefer" = Option<String>, Header, description = "`respond-async` stores the request as a job.")),
     responses(
         (status = 200, content(
             (ImagesResponse = "application/json"),
@@ -40,6 +45,7 @@ pub(super) use self::response::SEED_HEADER;
             (String = "image/webp"),
             (String = "application/zip"),
         )),
+        (status = 202, body = JobObject, description = "With `Prefer: respond-async`: the job."),
         (status = "4XX", body = ErrorEnvelope),
         (status = "5XX", body = ErrorEnvelope),
     ),
@@ -47,9 +53,17 @@ pub(super) use self::response::SEED_HEADER;
 )]
 pub(super) async fn generations(
     Extension(app): Extension<Arc<LoadedApp>>,
+    jobs: Result<Jobs, ApiError>,
+    headers: HeaderMap,
     JsonObject(object): JsonObject,
 ) -> Result<Response, ApiError> {
-    let parsed = parse(object)?;
+    // A server may leave a preference out: one without jobs answers with the images.
+    if let Ok(jobs) = jobs
+        && jobs::prefers_async(&headers)
+    {
+        return jobs.submit(&headers, object).await;
+    }
+    let parsed = parse(object)?.without_webhook()?;
     let id = format!("img-{:016x}", random_u64());
     let model = parsed.fields.model.as_deref();
     let running = parsed

@@ -82,6 +82,9 @@ pub(super) struct ImagesFields {
     /// steps. Needs `stream`.
     #[schema(value_type = Option<u8>, maximum = 3)]
     partial_images: Option<Integer>,
+    /// Only for jobs: URL to which the job is posted when it has ended. Its host must be one that the
+    /// server was started with (`--webhook-host`).
+    webhook: Option<String>,
     /// Further parameters of the generation. A parameter may be given both here and beside
     /// `extra_body` if the values are equal.
     #[schema(value_type = Option<ImagesExtraBody>)]
@@ -193,6 +196,74 @@ impl Parsed {
     /// The name of the model in the request.
     pub(in super::super) fn model(&self) -> Option<&str> {
         self.fields.model.as_deref()
+    }
+}
+
+/// The body of a request for a job.
+#[derive(Debug)]
+pub(in super::super) struct JobBody {
+    pub(in super::super) request: ParsedRequest,
+    /// The name of the model in the request.
+    pub(in super::super) model: Option<String>,
+    pub(in super::super) webhook: Option<String>,
+}
+
+impl Parsed {
+    /// This request, whose answer has the images.
+    pub(super) fn without_webhook(self) -> Result<Self, InvalidBody> {
+        match self.fields.webhook {
+            None => Ok(self),
+            Some(_) => Err(InvalidBody::Unavailable {
+                param: "webhook".to_owned(),
+                instead: "only jobs have one: send the request to /v1/images/jobs",
+            }),
+        }
+    }
+
+    /// This request as a job.
+    pub(in super::super) fn into_job(self) -> Result<JobBody, InvalidBody> {
+        let unavailable = |param: &str, instead| InvalidBody::Unavailable {
+            param: param.to_owned(),
+            instead,
+        };
+        if self.fields.stream == Some(true) {
+            let instead = "a job has no stream; follow it at /v1/images/jobs/ID with the header \
+                           Accept: text/event-stream";
+            return Err(unavailable("stream", instead));
+        }
+        if self.request.deadline.is_some() {
+            let instead = "a job has no deadline; cancel it when it is no longer wanted";
+            return Err(unavailable("deadline_ms", instead));
+        }
+        Ok(JobBody {
+            request: self.request,
+            model: self.fields.model,
+            webhook: self.fields.webhook,
+        })
+    }
+}
+
+/// The schema of [`JobBody`]: an [`ImagesRequest`] without what concerns only its answer.
+pub(in super::super) struct JobBodySchema;
+
+impl ToSchema for JobBodySchema {
+    fn name() -> std::borrow::Cow<'static, str> {
+        "ImageJobRequest".into()
+    }
+
+    fn schemas(schemas: &mut Vec<(String, RefOr<Schema>)>) {
+        ImagesRequest::schemas(schemas);
+    }
+}
+
+impl PartialSchema for JobBodySchema {
+    fn schema() -> RefOr<Schema> {
+        let mut object = body::object_schema::<ImagesRequest>();
+        for name in ["stream", "partial_images", "deadline_ms", "response_format"] {
+            object.properties.remove(name);
+        }
+        object.description = Some("Images to generate as a job.".to_owned());
+        RefOr::T(Schema::Object(object))
     }
 }
 

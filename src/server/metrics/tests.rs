@@ -1,17 +1,21 @@
 //! The format of the page.
 
-use kiln_models::pipeline::MemoryUse;
+use std::collections::BTreeMap;
+use std::io::Write;
+use std::process::{Command, Stdio};
+
+use kiln_models::pipeline::{CacheUse, DeviceUse, MemoryUse};
 
 use super::super::Settings;
 use super::*;
 use crate::adapters::CacheUse as HostUse;
-use crate::engine::{AdapterStats, Outcomes};
+use crate::engine::{AdapterStats, BUCKET_BOUNDS, EngineStats, Outcomes};
 
 fn text(stats: &EngineStats) -> String {
     let mut page = Page::default();
-    page.start(&App::new(Settings::new("m")), true);
-    page.engine(stats);
-    page.text
+    add_start(&mut page, &App::new(Settings::new("m")));
+    engine::add(&mut page, stats);
+    page.text().unwrap()
 }
 
 /// Every sample by its name and labels.
@@ -147,8 +151,9 @@ fn adapters_are_counted_and_routers_see_which_are_in_use() {
         evictions: 6,
         ..HostUse::default()
     };
-    page.adapters(&stats, host, 1_764_000_000.25);
-    let samples = samples(&page.text);
+    adapters::add(&mut page, &stats, host, 1_764_000_000.25);
+    let text = page.text().unwrap();
+    let samples = samples(&text);
     let expected = [
         (
             "kiln_lora_requests_total{adapter=\"style/c\",outcome=\"finished\"}",
@@ -173,4 +178,94 @@ fn adapters_are_counted_and_routers_see_which_are_in_use() {
         ),
     ];
     assert_eq!(samples, BTreeMap::from(expected));
+}
+
+/// Names of adapters are paths below a folder, so they may contain anything.
+#[test]
+fn labels_are_escaped() {
+    let names = [
+        "quote\"",
+        "back\\slash",
+        "new\nline",
+        "\\n\"}",
+        "é 雪, a=\"b\"",
+    ];
+    let one = Outcomes {
+        finished: 1,
+        ..Outcomes::default()
+    };
+    let stats = AdapterStats {
+        running: names.iter().map(|&name| name.to_owned()).collect(),
+        outcomes: names.iter().map(|&name| (name.to_owned(), one)).collect(),
+        ..AdapterStats::default()
+    };
+    let mut page = Page::default();
+    adapters::add(&mut page, &stats, HostUse::default(), 1.0);
+    let text = page.text().unwrap();
+    let samples = samples(&text);
+    for escaped in [
+        r#"quote\""#,
+        r"back\\slash",
+        r"new\nline",
+        r#"\\n\"}"#,
+        r#"é 雪, a=\"b\""#,
+    ] {
+        let sample =
+            format!("kiln_lora_requests_total{{adapter=\"{escaped}\",outcome=\"finished\"}}");
+        assert_eq!(
+            samples.get(sample.as_str()),
+            Some(&1.0),
+            "{sample} in {text}"
+        );
+    }
+    if let Some(lint) = lint(&text) {
+        assert_eq!(
+            lint,
+            ["vllm:lora_requests_info metric names should not contain ':'"]
+        );
+    }
+}
+
+#[test]
+fn help_texts_are_escaped_and_families_without_samples_are_left_out() {
+    let mut page = Page::default();
+    page.gauge("a", "one\ntwo \\ \"three\"", 1.5);
+    page.family(Kind::Gauge, "b", "no samples", []);
+    let expected = "# HELP a one\\ntwo \\\\ \"three\"\n# TYPE a gauge\na 1.5\n";
+    assert_eq!(page.text().unwrap(), expected);
+}
+
+/// What `promtool check metrics` says about a page that it can read, sorted; `None` where it is not
+/// installed.
+fn lint(text: &str) -> Option<Vec<String>> {
+    let promtool = Command::new("promtool")
+        .args(["check", "metrics"])
+        .stdin(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn();
+    let mut promtool = promtool.ok()?;
+    let mut input = promtool.stdin.take().unwrap();
+    input.write_all(text.as_bytes()).unwrap();
+    drop(input);
+    let output = promtool.wait_with_output().unwrap();
+    let said = String::from_utf8(output.stderr).unwrap();
+    // 3 is for names that it would have otherwise, 1 for a page that it cannot read.
+    assert!(matches!(output.status.code(), Some(0 | 3)), "{said}");
+    let mut lines: Vec<String> = said.lines().map(str::to_owned).collect();
+    lines.sort_unstable();
+    Some(lines)
+}
+
+/// The names of vLLM, which routers read, are the only ones that promtool would have otherwise.
+#[test]
+fn promtool_reads_the_page() {
+    let text = text(&EngineStats {
+        devices: vec![device("a", Some(1), 1.0, 1)],
+        ..EngineStats::default()
+    });
+    if let Some(lint) = lint(&text) {
+        let expected = ["running", "waiting"]
+            .map(|state| format!("vllm:num_requests_{state} metric names should not contain ':'"));
+        assert_eq!(lint, expected);
+    }
 }

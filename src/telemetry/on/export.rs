@@ -14,8 +14,6 @@ use reqwest::Url;
 use reqwest::blocking::Client;
 use reqwest::redirect::Policy;
 
-use crate::version;
-
 use super::super::TelemetryError;
 use super::super::settings::TRACES_ENDPOINT;
 
@@ -60,7 +58,7 @@ pub(super) fn exporter(url: &Url) -> Result<Exporter, TelemetryError> {
         .install_default()
         .ok();
     let client = Client::builder()
-        .user_agent(version::PROGRAM)
+        .user_agent(concat!("kiln/", env!("CARGO_PKG_VERSION")))
         .redirect(Policy::none())
         .timeout(timeout())
         .build()

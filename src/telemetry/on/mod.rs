@@ -17,8 +17,6 @@ use tracing::Span;
 use tracing_subscriber::Registry;
 use tracing_subscriber::registry::LookupSpan;
 
-use crate::version;
-
 use super::{Attribute, Kind, Stage, TelemetryError, Value, settings};
 
 /// How long the end of the program waits for the last spans to be sent.
@@ -99,7 +97,7 @@ impl Drop for Tracing {
 /// What is said of this program with every span. The environment has the last word.
 fn resource(instance: &str) -> Resource {
     let own = Resource::builder_empty().with_attributes([
-        KeyValue::new("service.version", version::PACKAGE),
+        KeyValue::new("service.version", env!("CARGO_PKG_VERSION")),
         KeyValue::new("service.instance.id", instance.to_owned()),
     ]);
     let given = Resource::builder().build();

@@ -1,0 +1,7 @@
+//! Tests of every store: the functions in [`conformance`], run on each store, and what one store alone
+//! promises.
+
+mod bench;
+mod conformance;
+mod local;
+mod random;
