@@ -47,7 +47,7 @@ impl Runner for StoredRunner {
         app.check_stored(&job.request.request)?;
         let total = job.request.request.sampling.steps;
         loop {
-            match running.handle.next_event().await {
+            match running.next_event().await.map_err(run_error)? {
                 Event::Started => report(Progress { done: 0, total }),
                 Event::Step {
                     done,
@@ -68,8 +68,7 @@ impl Runner for StoredRunner {
                     };
                     return Ok(encoded.files.into_iter().map(file).collect());
                 }
-                Event::Failed(error) => return Err(run_error(error.into())),
-                Event::Queued { .. } | Event::Preview { .. } => {}
+                Event::Queued { .. } | Event::Preview { .. } | Event::Failed(_) => {}
             }
         }
     }

@@ -23,7 +23,7 @@ use crate::jobs::{Caller, JobId, JobStore, JobView, Owner};
 use super::App;
 use super::error::ApiError;
 
-pub(super) use self::headers::{PREFERENCE_APPLIED, prefers_async};
+pub(super) use self::headers::{PREFERENCE_APPLIED, prefers_async, trace_context};
 pub(super) use self::status::JobsStatus;
 
 /// Most characters of a word of the client in a message.
