@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Tests `kiln serve` with clients, on the demo model: curl, the official openai packages, the programs in
-# examples/, the servers of Open WebUI and LiteLLM, and requests as other programs send them; the cache that kiln
-# shares with huggingface_hub; and 45 seconds of the soak test. Needs curl, jq and Python 3.11 with venv; the first
+# examples/, the servers of Open WebUI and LiteLLM, and requests as other programs send them; webhooks with the
+# library of Standard Webhooks; the cache that kiln shares with huggingface_hub; and 45 seconds of the soak test. Needs curl, jq and Python 3.11 with venv; the first
 # run installs packages into target/clients and target/servers. KILN names the binary; a development build is the
 # default.
 set -euo pipefail
@@ -31,6 +31,8 @@ python "$clients/test_open_webui.py" "$server" test-key "$(command -v open-webui
 python "$clients/test_litellm.py" "$server" test-key "$(command -v litellm)"
 python "$clients/test_docs.py" "$server" test-key "$node"
 python "$clients/test_examples.py" "$server" test-key "$(realpath "$KILN")"
+
+python "$clients/test_webhooks.py" "$(realpath "$KILN")"
 
 python "$clients/test_hub_cache.py" "$(realpath "$KILN")"
 

@@ -4,6 +4,7 @@ mod caches;
 mod environment;
 #[cfg(all(target_os = "linux", feature = "flex"))]
 mod files;
+mod jobs;
 mod json;
 #[cfg(feature = "flex")]
 mod loras;

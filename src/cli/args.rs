@@ -19,6 +19,7 @@ use super::compare::CompareArgs;
 use super::completions::CompletionsArgs;
 use super::generate::GenerateArgs;
 use super::health::HealthArgs;
+use super::jobs::JobsArgs;
 use super::man::ManArgs;
 use super::serve::ServeArgs;
 
@@ -51,6 +52,7 @@ pub(super) struct Args {
 pub(super) enum Command {
     Generate(Box<GenerateArgs>),
     Serve(Box<ServeArgs>),
+    Jobs(JobsArgs),
     Backends(BackendsArgs),
     Compare(Box<CompareArgs>),
     Bench(Box<BenchArgs>),
@@ -65,6 +67,7 @@ impl Command {
     pub(super) fn json(&self) -> bool {
         match self {
             Self::Generate(args) => args.json,
+            Self::Jobs(args) => args.json(),
             Self::Backends(args) => args.json,
             Self::Bench(args) => args.json,
             _ => false,
@@ -87,17 +90,23 @@ impl Args {
     }
 }
 
-/// The definition of the command line. Every option of `kiln serve` has an environment variable, and
-/// `kiln health` finds the server by the variables of the same names.
+/// The definition of the command line. Every option of `kiln serve` has an environment variable,
+/// `kiln health` finds the server by the variables of the same names, and `kiln jobs` by `KILN_SERVER` and
+/// `KILN_API_KEY`.
 pub(super) fn command() -> clap::Command {
     let of_server = |arg: Arg| match arg.get_id().as_str() {
         "host" | "port" => with_variable(arg),
+        _ => arg,
+    };
+    let of_client = |arg: Arg| match arg.get_id().as_str() {
+        "server" | "api_key" => with_variable(arg),
         _ => arg,
     };
     // Not mut_subcommand, which would move the command to the end of the list.
     Args::command().mut_subcommands(|command| match command.get_name() {
         "serve" => command.mut_args(with_variable),
         "health" => command.mut_args(of_server),
+        "jobs" => command.mut_subcommands(|command| command.mut_args(of_client)),
         _ => command,
     })
 }

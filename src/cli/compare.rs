@@ -28,7 +28,7 @@ use self::args::Reference;
 
 /// Checks everything that can be checked before it loads the weights.
 pub(super) fn run(args: &CompareArgs) -> Result<(), CliError> {
-    let noise = args.request.noise.generator();
+    let noise = args.noise.generator();
     let params = args.request.params(args.prompt.clone());
     // What no model can generate is refused before a model is downloaded.
     GenerationRequest::new(params.clone(), &Limits::for_any_model(), noise)?;

@@ -12,7 +12,8 @@ use crate::bench::{CalibrationError, LoraBenchError};
 use crate::compare::{CompareError, ReportError};
 use crate::engine::{JobError, StartError, SubmitError};
 use crate::image::{EncodeError, ImageFormat, SideTooLong};
-use crate::jobs::StoreError;
+use crate::jobs::webhook::InvalidWebhookSecret;
+use crate::jobs::{JobsLocation, StoreError};
 use crate::request::{InvalidCache, InvalidPrompt, InvalidRequest, MAX_PROMPT_BYTES};
 use crate::runtime::RuntimeError;
 use crate::server::InvalidApiKey;
@@ -21,6 +22,7 @@ use crate::tokenizer::TokenizerError;
 use super::args::API_KEY;
 use super::dump::DumpError;
 use super::health::NoAnswer;
+use super::jobs::JobsError;
 
 /// Why a command failed.
 #[derive(Debug, thiserror::Error)]
@@ -139,6 +141,8 @@ pub(super) enum CliError {
         port: u16,
         error: NoAnswer,
     },
+    #[error(transparent)]
+    JobsCommand(#[from] JobsError),
     #[error("there is no folder for compiled kernels: neither XDG_CACHE_HOME nor HOME is set")]
     NoCacheFolder,
     #[error("the kernels in {} cannot be read or removed", folder.display())]
@@ -165,8 +169,13 @@ pub(super) enum CliError {
          give --jobs nats://HOST to share jobs, or leave --role out"
     )]
     RoleOfFolder { role: &'static str, folder: String },
-    #[error("the store of jobs cannot be opened")]
-    Jobs(#[source] StoreError),
+    #[error("--webhook-secret cannot be used")]
+    WebhookSecret(#[from] InvalidWebhookSecret),
+    #[error("the store of jobs, --jobs {location}, cannot be opened: {error}")]
+    Jobs {
+        location: JobsLocation,
+        error: StoreError,
+    },
     #[error("the server cannot start")]
     Start(#[source] StartError),
     #[error("the server ended")]
@@ -174,7 +183,7 @@ pub(super) enum CliError {
 }
 
 impl CliError {
-    /// 2 for invalid arguments, as clap does, otherwise 1.
+    /// 2 for invalid arguments, as clap does, 3 to 5 for jobs without images, otherwise 1.
     pub(super) fn exit_code(&self) -> u8 {
         match self {
             Self::Request(_)
@@ -209,6 +218,7 @@ impl CliError {
             | Self::Adapter(_)
             | Self::OutputIsFolder { .. }
             | Self::Submit(SubmitError::TooLarge(_) | SubmitError::Adapters(_)) => 2,
+            Self::JobsCommand(error) => error.exit_code(),
             _ => 1,
         }
     }
@@ -239,6 +249,7 @@ impl CliError {
             Self::NoOutputFolder { folder } => {
                 Some(format!("make it first: mkdir -p {}", folder.display()))
             }
+            Self::JobsCommand(error) => error.tip(),
             Self::Listen { source, .. } if source.kind() == io::ErrorKind::AddrInUse => {
                 Some("another program has that port: choose a different one with --port".to_owned())
             }

@@ -1,7 +1,6 @@
 //! `kiln generate`.
 
 mod args;
-mod prompt;
 mod report;
 
 pub(super) use self::args::{GenerateArgs, Show};
@@ -34,7 +33,7 @@ use self::report::{Image, Report, Seconds};
 pub(super) fn run(args: &GenerateArgs) -> Result<(), CliError> {
     let started = Instant::now();
     let settings = args.loading.settings(&args.backend)?;
-    let noise = args.request.noise.generator();
+    let noise = args.noise.generator();
     let params = args.params()?;
     // What no model can generate is refused before a model is downloaded.
     let any_model = Limits::for_any_model();

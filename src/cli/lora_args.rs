@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use clap::Args;
 use clap::builder::{OsStringValueParser, TypedValueParser};
+use serde_json::{Value, json};
 
 use kiln_models::adapter::Adapter;
 
@@ -154,6 +155,15 @@ pub(super) fn merged(
 }
 
 impl WrittenLora {
+    /// An adapter of a server's, as a request names it.
+    pub(super) fn to_json(&self) -> Value {
+        let name = self.file.to_string_lossy();
+        match self.scale {
+            Some(scale) => json!({ "name": name, "scale": scale }),
+            None => json!({ "name": name }),
+        }
+    }
+
     /// Splits at the last colon if a number follows it.
     pub(super) fn parse(text: OsString) -> Self {
         let parts = text.to_str().and_then(|text| text.rsplit_once(':'));

@@ -18,7 +18,8 @@ use super::output;
 /// kiln man | man -l - shows the first page, kiln man generate prints the page of a command.
 #[derive(Debug, Parser)]
 pub(super) struct ManArgs {
-    /// Command whose page is written to stdout [default: the page of kiln itself]
+    /// Command whose page is written to stdout, such as generate or jobs-submit [default: the page of
+    /// kiln itself]
     #[arg(value_name = "COMMAND", conflicts_with = "output_dir")]
     command: Option<String>,
 
@@ -31,26 +32,39 @@ pub(super) fn run(args: &ManArgs) -> Result<(), CliError> {
     let mut program = command().disable_help_subcommand(true);
     // Gives the commands their full names.
     program.build();
-    let pages = program.get_subcommands().chain([&program]);
+    let pages = all_below(&program);
     if let Some(folder) = &args.output_dir {
         return pages
             .into_iter()
+            .chain([&program])
             .try_for_each(|command| write_page(command, folder));
     }
     let command = match &args.command {
         None => &program,
-        Some(name) => program
-            .find_subcommand(name)
+        Some(name) => *pages
+            .iter()
+            .find(|command| page_name(command) == name)
             .ok_or_else(|| CliError::NoSuchPage {
                 name: name.clone(),
-                commands: program
-                    .get_subcommands()
-                    .map(|it| it.get_name().to_owned())
-                    .collect(),
+                commands: pages.iter().map(|it| page_name(it).to_owned()).collect(),
             })?,
     };
     let page = page(command).map_err(CliError::Stdout)?;
     output::print(&page)
+}
+
+/// The commands of a command, and theirs.
+fn all_below(command: &Command) -> Vec<&Command> {
+    let below = command.get_subcommands();
+    below
+        .flat_map(|command| std::iter::once(command).chain(all_below(command)))
+        .collect()
+}
+
+/// The name of a page without the program's: `generate`, `jobs-submit`.
+fn page_name(command: &Command) -> &str {
+    let name = command.get_display_name().unwrap_or_default();
+    name.strip_prefix("kiln-").unwrap_or(name)
 }
 
 fn write_page(command: &Command, folder: &Path) -> Result<(), CliError> {

@@ -15,11 +15,13 @@ mod generate;
 mod health;
 mod heap;
 mod interrupt;
+mod jobs;
 mod log;
 mod lora_args;
 mod man;
 mod output;
 mod progress;
+mod prompt_args;
 mod serve;
 mod shared_args;
 mod show;
@@ -36,8 +38,8 @@ use self::args::{Args, Command};
 use self::error::CliError;
 use self::log::{log_panics_on_one_line, log_plain_lines, log_with_times};
 
-/// Runs the command line of this process. Returns 0 for success, 2 for a usage error, 1 for any
-/// other failure.
+/// Runs the command line of this process. Returns 0 for success, 2 for a usage error, 3 to 5 for the
+/// outcomes of jobs, 1 for any other failure.
 pub fn main() -> ExitCode {
     heap::share_in_limited_address_space();
     let args = match Args::read(env::args_os()) {
@@ -71,6 +73,14 @@ pub fn main() -> ExitCode {
         Command::Serve(args) => {
             server_log = Some(log_with_times(args.log_format));
             serve::run(*args)
+        }
+        Command::Jobs(args) => {
+            log_plain_lines(if args.quiet() {
+                LevelFilter::WARN
+            } else {
+                LevelFilter::INFO
+            });
+            jobs::run(&args)
         }
         Command::Backends(args) => {
             log_plain_lines(LevelFilter::INFO);

@@ -23,15 +23,8 @@ pub(super) struct Progress {
 impl Progress {
     /// Starts with the loading of the model.
     pub(super) fn new(quiet: bool) -> Self {
-        let bar = (!quiet && io::stderr().is_terminal()).then(|| {
-            let bar = ON_TERMINAL.add(ProgressBar::no_length());
-            bar.set_style(style("loading, {elapsed} passed"));
-            bar.enable_steady_tick(Duration::from_millis(250));
-            bar
-        });
         Self {
-            // Hidden on terminals that cannot move the cursor.
-            bar: bar.filter(|bar| !bar.is_hidden()),
+            bar: bar(quiet, "loading, {elapsed} passed"),
             clock: Clock::start(0, 0.0),
             end: Arc::default(),
         }
@@ -75,7 +68,18 @@ impl Drop for Progress {
     }
 }
 
-fn style(template: &str) -> ProgressStyle {
+/// A bar without a length; `None` without a terminal, on one that cannot move the cursor, and with `quiet`.
+pub(super) fn bar(quiet: bool, template: &str) -> Option<ProgressBar> {
+    if quiet || !io::stderr().is_terminal() {
+        return None;
+    }
+    let bar = ON_TERMINAL.add(ProgressBar::no_length());
+    bar.set_style(style(template));
+    bar.enable_steady_tick(Duration::from_millis(250));
+    Some(bar).filter(|bar| !bar.is_hidden())
+}
+
+pub(super) fn style(template: &str) -> ProgressStyle {
     ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar())
 }
 

@@ -3,6 +3,7 @@
 mod args;
 mod jobs;
 mod jobs_args;
+mod webhook_args;
 
 pub(super) use self::args::{LogFormat, ServeArgs};
 

@@ -7,7 +7,7 @@ use clap::{Args, ValueEnum};
 use kiln_models::loading::ModelDType;
 use kiln_models::noise::NoiseGenerator;
 use kiln_models::vae::{Blending, Tiling, TilingMode, VaeSettings};
-use serde_json::Value;
+use serde_json::{Map, Number, Value};
 
 use crate::backend::{
     BackendChoice, BackendKind, DTypeChoice, DeviceNumbers, InvalidChoice, LoadSettings,
@@ -97,7 +97,7 @@ pub(super) struct RequestArgs {
     /// wuli-turbo, dmd2-3step, distill, twinflow or twinflow-2step. JSON has the values, as in a request
     /// to the server: '{"shift": 2.5, "terminal": 0.02}'.
     #[arg(long, value_name = "SCHEDULE", value_parser = parse_schedule)]
-    schedule: Option<GivenSchedule>,
+    schedule: Option<ScheduleArg>,
 
     /// Seed of the noise, from 0 to 2^64 - 1 [default: random, and reported]
     ///
@@ -107,9 +107,6 @@ pub(super) struct RequestArgs {
 
     #[command(flatten)]
     cache: StepCacheArgs,
-
-    #[command(flatten)]
-    pub(super) noise: NoiseArgs,
 }
 
 impl RequestArgs {
@@ -127,7 +124,7 @@ impl RequestArgs {
             fallback_steps: None,
             shift: self.shift,
             sigmas: self.sigmas.clone(),
-            schedule: self.schedule.clone(),
+            schedule: self.schedule.as_ref().map(|it| it.given.clone()),
             num_images: None,
             seed: value(self.seed),
             cache: self.cache.given(),
@@ -135,9 +132,50 @@ impl RequestArgs {
             adapters: Vec::new(),
         }
     }
+
+    /// The same parameters as keys of a request to a server.
+    pub(super) fn fields(&self) -> Map<String, Value> {
+        let params = self.params(String::new());
+        let number = |value: Option<f64>| value.map(Value::from);
+        let fields = [
+            ("negative_prompt", params.negative_prompt.map(Value::from)),
+            ("true_cfg_scale", number(params.true_cfg_scale)),
+            ("height", params.height.map(integer)),
+            ("width", params.width.map(integer)),
+            (
+                "num_inference_steps",
+                params.num_inference_steps.map(integer),
+            ),
+            ("shift", number(params.shift)),
+            ("sigmas", params.sigmas.map(Value::from)),
+            (
+                "schedule",
+                self.schedule.as_ref().map(|it| it.written.clone()),
+            ),
+            ("seed", params.seed.map(integer)),
+            ("cache", params.cache.map(|it| it.choice.to_json())),
+            ("cfg_gate_step", number(params.cfg_gate_step)),
+        ];
+        let given = fields.into_iter();
+        given
+            .filter_map(|(key, value)| Some((key.to_owned(), value?)))
+            .collect()
+    }
 }
 
-fn parse_schedule(text: &str) -> Result<GivenSchedule, String> {
+/// An integer as JSON; one that JSON's readers do not keep exactly is out of every bound.
+pub(super) fn integer(value: i128) -> Value {
+    Number::from_i128(value).map_or_else(|| Value::from(value as f64), Value::from)
+}
+
+/// A schedule, and as it was written.
+#[derive(Debug, Clone)]
+struct ScheduleArg {
+    given: GivenSchedule,
+    written: Value,
+}
+
+fn parse_schedule(text: &str) -> Result<ScheduleArg, String> {
     let value = if text.trim_start().starts_with('{') {
         serde_json::from_str(text).map_err(|error| format!("no valid JSON: {error}"))?
     } else {
@@ -148,7 +186,11 @@ fn parse_schedule(text: &str) -> Result<GivenSchedule, String> {
         Some(key) => format!("{key} {}", error.message),
         None => error.message,
     })?;
-    given.ok_or_else(|| "give a name, such as lightning".to_owned())
+    let given = given.ok_or_else(|| "give a name, such as lightning".to_owned())?;
+    Ok(ScheduleArg {
+        given,
+        written: value,
+    })
 }
 
 /// An address or a name to connect to or to listen on. `[::1]`, as in a URL, is `::1`.
@@ -182,9 +224,19 @@ pub(super) struct NoiseArgs {
 }
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
-enum Rng {
+pub(super) enum Rng {
     Cpu,
     Cuda,
+}
+
+impl Rng {
+    /// The value of a request's `generator_device`.
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            Self::Cpu => "cpu",
+            Self::Cuda => "cuda",
+        }
+    }
 }
 
 impl NoiseArgs {

@@ -81,6 +81,13 @@ pub async fn open(
             folder.display()
         ))),
         JobsLocation::Folder(folder) => Ok(LocalStore::open(folder, settings).await?),
+        #[cfg(feature = "nats")]
+        JobsLocation::Nats(servers) => {
+            let results = results.map(ToString::to_string);
+            let nats = super::NatsSettings::new(servers, results)?;
+            Ok(Arc::new(super::NatsStore::open(&nats, settings).await?))
+        }
+        #[cfg(not(feature = "nats"))]
         JobsLocation::Nats(_) => Err(StoreError::Broken(
             "this kiln was built without the feature `nats`, which --jobs nats://... needs: build it with \
              --features nats, or keep jobs in a folder"
@@ -110,12 +117,12 @@ impl FromStr for JobsLocation {
             return Err(InvalidLocation::JobsScheme(scheme.to_owned()));
         }
         let mut servers = Vec::new();
-        for server in rest.split(',') {
+        for server in rest.split(',').map(str::trim) {
             let (scheme, address) = server.split_once("://").unwrap_or((scheme, server));
             if !is_nats(scheme) {
                 return Err(InvalidLocation::JobsScheme(scheme.to_owned()));
             }
-            servers.push(nats_server(scheme, address.trim())?);
+            servers.push(nats_server(scheme, address)?);
         }
         Ok(Self::Nats(servers))
     }

@@ -2,8 +2,9 @@
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
+use super::webhook::WebhookStats;
 use super::{JobCounts, JobStatus};
 
 /// Counters of this process, and the last numbers of its store.
@@ -16,6 +17,8 @@ pub struct JobStats {
     /// Failed jobs by the code of the failure.
     failed: Mutex<BTreeMap<String, u64>>,
     counts: Mutex<Option<JobCounts>>,
+    /// Tries to send webhooks.
+    pub webhooks: Arc<WebhookStats>,
 }
 
 impl JobStats {
@@ -44,12 +47,12 @@ impl JobStats {
         *failed.entry(code.to_owned()).or_default() += 1;
     }
 
-    /// Keeps what the store says of its jobs.
-    pub fn set_counts(&self, counts: JobCounts) {
-        *self.counts.lock().unwrap_or_else(PoisonError::into_inner) = Some(counts);
+    /// Keeps what the store says of its jobs; `None` if it does not answer.
+    pub fn set_counts(&self, counts: Option<JobCounts>) {
+        *self.counts.lock().unwrap_or_else(PoisonError::into_inner) = counts;
     }
 
-    /// What the store last said of its jobs; `None` before it has answered.
+    /// What the store last said of its jobs; `None` before it has answered, and while it does not.
     pub fn counts(&self) -> Option<JobCounts> {
         *self.counts.lock().unwrap_or_else(PoisonError::into_inner)
     }

@@ -9,7 +9,7 @@ use bytes::Bytes;
 use tokio::sync::watch;
 
 use super::{
-    JobFailure, JobFile, JobId, JobStatus, NewJob, Owner, Progress, ResultFile, StoredJob,
+    JobFailure, JobFile, JobId, JobStats, JobStatus, NewJob, Owner, Progress, ResultFile, StoredJob,
 };
 
 /// Settings of every store.
@@ -29,6 +29,8 @@ pub struct StoreSettings {
     pub max_attempts: u32,
     /// Time after the last sign of life of a worker until another one may take its job.
     pub lease: Duration,
+    /// What this process does with jobs: the store counts the jobs that it ends itself.
+    pub stats: Arc<JobStats>,
 }
 
 impl StoreSettings {
@@ -42,6 +44,7 @@ impl StoreSettings {
             max_queued: 10_000,
             max_attempts: 3,
             lease: Duration::from_secs(30),
+            stats: Arc::default(),
         }
     }
 }

@@ -119,14 +119,13 @@ impl Worker {
         store: Arc<dyn JobStore>,
         runner: Arc<R>,
         settings: WorkerSettings,
-        stats: Arc<JobStats>,
     ) -> Self {
         let phase = watch::Sender::new(Phase::Taking);
         let shared = Arc::new(Shared {
+            stats: Arc::clone(&store.settings().stats),
             store,
             runner,
             settings,
-            stats,
             held: watch::Sender::default(),
             stalled: watch::Sender::new(false),
         });

@@ -12,9 +12,7 @@ use kiln_models::job::Job;
 use crate::adapters::AdapterStore;
 use crate::checkpoint::PromptGuide;
 use crate::engine::{Engine, State as EngineState, SubmitOptions};
-use crate::jobs::{
-    Housekeeping, JobRegistry, JobStats, JobStore, Retention, Worker, WorkerSettings,
-};
+use crate::jobs::{Housekeeping, JobRegistry, JobStore, Retention, Worker, WorkerSettings};
 use crate::request::{GenerationParams, GenerationRequest, Limits};
 use crate::runtime::Start;
 use crate::tokenizer::PromptTokenizer;
@@ -41,8 +39,6 @@ pub struct App {
     pub(super) jobs: Option<Arc<dyn JobStore>>,
     /// Ends responses that wait for jobs.
     pub(super) closing: Closing,
-    /// What this process does with durable jobs.
-    pub job_stats: Arc<JobStats>,
     loaded: Arc<OnceLock<Arc<LoadedApp>>>,
     is_leaving: Arc<AtomicBool>,
 }
@@ -92,7 +88,6 @@ impl App {
             connections: Arc::default(),
             jobs: None,
             closing: Closing::default(),
-            job_stats: Arc::default(),
             loaded: Arc::default(),
             is_leaving: Arc::default(),
         }
@@ -106,21 +101,21 @@ impl App {
     }
 
     /// Starts to work on the durable jobs; `None` without jobs, without an engine, or during the start.
-    /// Must be called in a tokio runtime.
-    pub fn start_worker(&self, settings: WorkerSettings) -> Option<Worker> {
+    /// `stall_timeout` is that of [`WorkerSettings`]. Must be called in a tokio runtime.
+    pub fn start_worker(&self, stall_timeout: Option<Duration>) -> Option<Worker> {
         let store = Arc::clone(self.jobs.as_ref()?);
         let app = Arc::clone(self.loaded()?);
         app.engine.as_ref()?;
-        let stats = Arc::clone(&self.job_stats);
-        let runner = Arc::new(StoredRunner(app));
-        Some(Worker::start(store, runner, settings, stats))
+        let settings = WorkerSettings::new(store.settings(), stall_timeout);
+        Some(Worker::start(store, Arc::new(StoredRunner(app)), settings))
     }
 
-    /// Starts to sweep and to count the durable jobs; `None` without jobs. Must be called in a tokio
-    /// runtime.
+    /// Starts to sweep and to count the durable jobs, and to send their webhooks; `None` without jobs.
+    /// Must be called in a tokio runtime.
     pub fn keep_house(&self) -> Option<Housekeeping> {
         let store = Arc::clone(self.jobs.as_ref()?);
-        Some(Housekeeping::start(store, Arc::clone(&self.job_stats)))
+        let webhooks = self.settings.webhooks.clone();
+        Some(Housekeeping::start(store, webhooks))
     }
 
     /// Ends the start: requests are accepted from now on. A second call changes nothing.

@@ -108,7 +108,7 @@ pub(super) enum ApiError {
     NotAnObject,
     #[error(transparent)]
     Invalid(#[from] InvalidBody),
-    #[error(transparent)]
+    #[error("webhook: {0}")]
     Webhook(#[from] InvalidWebhook),
     #[error("{error}")]
     Request {

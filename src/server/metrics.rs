@@ -4,6 +4,7 @@
 
 mod adapters;
 mod engine;
+mod jobs;
 mod page;
 #[cfg(test)]
 mod tests;
@@ -44,6 +45,9 @@ pub(super) async fn metrics(State(app): State<Arc<App>>) -> Result<Response, Api
     let store = loaded.map(|app| &app.adapters);
     if let Some(store) = store.filter(|store| store.may_have_any()) {
         adapters::add(&mut page, &stats.adapters, store.cache_use(), unix_time());
+    }
+    if let Some(store) = &app.jobs {
+        jobs::add(&mut page, &store.settings().stats);
     }
     add_connections(&mut page, &app.connections);
     let text = page
@@ -91,7 +95,7 @@ fn add_info(page: &mut Page, app: &LoadedApp) {
     let device = info.map_or_else(|| "none".to_owned(), ModelInfo::device);
     let labels: &[(&str, &str)] = &[
         ("model", app.model_name(None)),
-        ("version", crate::version::VERSION),
+        ("version", crate::version::TAG),
         ("backend", info.map_or("none", |info| info.backend)),
         ("device", &device),
         ("instance", &app.settings.instance),

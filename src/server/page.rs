@@ -32,7 +32,7 @@ macro_rules! files {
     };
 }
 
-const FILES: [(&str, &str, &str); 14] = files! {
+const FILES: [(&str, &str, &str); 15] = files! {
     "/" HTML "index.html"
     "/page/style.css" CSS "style.css"
     "/page/icon.svg" SVG "icon.svg"
@@ -41,6 +41,7 @@ const FILES: [(&str, &str, &str); 14] = files! {
     "/page/drawing.js" SCRIPT "drawing.js"
     "/page/guide.js" SCRIPT "guide.js"
     "/page/history.js" SCRIPT "history.js"
+    "/page/jobs.js" SCRIPT "jobs.js"
     "/page/main.js" SCRIPT "main.js"
     "/page/settings.js" SCRIPT "settings.js"
     "/page/stage.js" SCRIPT "stage.js"

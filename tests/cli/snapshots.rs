@@ -1,6 +1,6 @@
 //! Help texts and error messages as a whole.
 
-use super::tools::COMMANDS;
+use super::tools::{COMMANDS, JOBS_COMMANDS};
 use super::{kiln, stderr};
 use crate::snapshot::assert_snapshot;
 
@@ -16,6 +16,10 @@ fn the_help_of_every_command() {
     for command in COMMANDS {
         let text = help(&[command, "--help"]);
         assert_snapshot(&format!("help-{command}"), &text);
+    }
+    for command in JOBS_COMMANDS {
+        let text = help(&["jobs", command, "--help"]);
+        assert_snapshot(&format!("help-jobs-{command}"), &text);
     }
 }
 
@@ -74,6 +78,16 @@ fn errors() {
         "bench --peak-tflops 0",
         "bench --prompt-tokens 1025",
         "bench --batch 11",
+        "jobs submit",
+        "jobs submit cat --output cat.png",
+        "jobs submit cat --format gif",
+        "jobs submit cat --format webp --wait --output cat.png",
+        "jobs submit cat --wait --output no/cat.png",
+        "jobs list --server localhost:8091",
+        "jobs list --limit 5 --all",
+        "jobs list --status done",
+        "jobs show ../status",
+        "jobs cancel",
         "cache remove",
         "completions csh",
         "man paint",

@@ -8,9 +8,10 @@ use std::time::{Duration, Instant};
 
 use super::{failure, kiln, stderr};
 
-pub(super) const COMMANDS: [&str; 9] = [
+pub(super) const COMMANDS: [&str; 10] = [
     "generate",
     "serve",
+    "jobs",
     "backends",
     "compare",
     "bench",
@@ -19,6 +20,10 @@ pub(super) const COMMANDS: [&str; 9] = [
     "completions",
     "man",
 ];
+
+/// The commands of `kiln jobs`.
+pub(super) const JOBS_COMMANDS: [&str; 6] =
+    ["submit", "list", "show", "wait", "download", "cancel"];
 
 fn stdout(args: &[&str]) -> String {
     let folder = tempfile::tempdir().unwrap();
@@ -83,19 +88,25 @@ fn there_is_a_manual_page_of_every_command() {
     let read = |name: &str| std::fs::read_to_string(folder.path().join(name)).unwrap();
     let program = read("kiln.1");
     assert_eq!(stdout(&["man"]), program);
-    for command in COMMANDS {
+    let of_jobs = JOBS_COMMANDS.map(|name| format!("jobs-{name}"));
+    let all = COMMANDS
+        .into_iter()
+        .chain(of_jobs.iter().map(String::as_str));
+    for command in all {
         let page = read(&format!("kiln-{command}.1"));
         assert_eq!(stdout(&["man", command]), page);
         let title = format!(".TH KILN-{} 1 ", command.to_uppercase());
         assert!(page.starts_with(&title), "{page}");
-        assert!(
-            program.contains(&format!("kiln\\-{command}(1)")),
-            "{command}"
-        );
+        let parent = match command.split_once('-') {
+            Some((parent, _)) => read(&format!("kiln-{parent}.1")),
+            None => program.clone(),
+        };
+        let link = format!("kiln\\-{}(1)", command.replace('-', "\\-"));
+        assert!(parent.contains(&link), "{command}: {parent}");
     }
     assert!(read("kiln-generate.1").contains("negative\\-prompt"));
     let count = std::fs::read_dir(folder.path()).unwrap().count();
-    assert_eq!(count, COMMANDS.len() + 1);
+    assert_eq!(count, COMMANDS.len() + JOBS_COMMANDS.len() + 1);
 }
 
 #[test]

@@ -748,6 +748,51 @@ def test_failures_during_a_stream_are_shown(browser: Browser, server: Server) ->
             page.unroute("**/v1/chat/completions")
 
 
+def test_jobs_survive_a_reload(browser: Browser, binary: str) -> None:
+    with tempfile.TemporaryDirectory() as folder, Server(binary, "--jobs", folder) as server:
+        with opened(browser, server) as page:
+            expect(page.locator("#jobs")).to_be_hidden()
+            page.click("#submit-job")
+            expect(page.locator("#prompt-error")).to_contain_text("Say what to draw")
+            page.fill("#prompt", CIRCLE)
+            set_numbers(page, steps=1000, seed="18446744073709551615")
+            page.click("#submit-job")
+            items = page.locator("#job-list li")
+            expect(items).to_have_count(1)
+            expect(items.locator(".name")).to_have_text(CIRCLE)
+            expect(items.locator(".state")).to_contain_text("%")
+            set_numbers(page, steps=4)
+            page.click("#submit-job")
+            expect(items.first.locator(".state")).to_have_text(re.compile("Waiting|1 picture comes before yours|%"))
+            assert_accessible(page, "jobs")
+            assert_fits(page)
+            page.reload()
+            expect(items).to_have_count(2)
+            items.nth(1).get_by_role("button", name="Cancel").click()
+            expect(items.nth(1).locator(".state")).to_have_text("Cancelled")
+            expect(items.first.locator(".state")).to_have_text("Done, 1 picture")
+            items.first.get_by_role("button", name="Open").click()
+            expect(page.locator("#stage")).to_have_attribute("data-state", "done")
+            assert_colour(page, 0.02, 0.02, BLUE)
+            expect(page.locator("#facts")).to_contain_text("4 steps")
+            expect(page.locator("#facts")).to_contain_text("seed 18446744073709551615")
+            # The same picture is not kept twice.
+            items.first.get_by_role("button", name="Open").click()
+            expect_pictures(page, 1)
+            items.nth(1).get_by_role("button", name="Remove").click()
+            expect(items).to_have_count(1)
+            page.locator("#seed").fill("x")
+            page.click("#submit-job")
+            expect(page.locator("#seed-error")).not_to_be_empty()
+
+
+def test_a_server_without_jobs_offers_none(browser: Browser, server: Server) -> None:
+    with opened(browser, server) as page:
+        expect(page.locator("#server")).to_contain_text("is ready")
+        expect(page.locator("#submit-job")).to_be_hidden()
+        expect(page.locator("#jobs")).to_be_hidden()
+
+
 def make_screenshots(browser: Browser, server: Server) -> None:
     folder = pathlib.Path(os.environ["KILN_SCREENSHOTS"])
     with opened(browser, server, viewport={"width": 1280, "height": 900}, color_scheme="light") as page:

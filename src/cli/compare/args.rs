@@ -12,7 +12,7 @@ use kiln_models::loading::ModelDType;
 use crate::backend::{BackendChoice, BackendKind, InvalidChoice};
 use crate::checkpoint::DEMO;
 use crate::cli::lora_args::LoraArgs;
-use crate::cli::shared_args::{RequestArgs, VaeArgs, dtypes};
+use crate::cli::shared_args::{NoiseArgs, RequestArgs, VaeArgs, dtypes};
 
 /// Generate one image on several backends and compare them stage by stage.
 ///
@@ -53,6 +53,9 @@ pub(in crate::cli) struct CompareArgs {
 
     #[command(flatten)]
     pub(super) request: RequestArgs,
+
+    #[command(flatten)]
+    pub(super) noise: NoiseArgs,
 
     #[command(flatten)]
     pub(super) lora: LoraArgs,

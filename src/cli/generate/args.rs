@@ -3,29 +3,23 @@
 use std::ffi::OsString;
 use std::path::PathBuf;
 
-use clap::{ArgGroup, Parser, ValueEnum};
+use clap::{Parser, ValueEnum};
 
 use crate::cli::error::CliError;
 use crate::cli::lora_args::LoraArgs;
-use crate::cli::shared_args::{BackendArgs, LoadArgs, RequestArgs};
+use crate::cli::prompt_args::PromptArgs;
+use crate::cli::shared_args::{BackendArgs, LoadArgs, NoiseArgs, RequestArgs};
 use crate::request::{GenerationParams, Integer};
 use crate::runtime::ModelSettings;
-
-use super::prompt;
 
 /// Generate images from one prompt and write them to files.
 ///
 /// Prints one line for each image: its path, its size and its seed. Progress goes to stderr, and so
 /// do the images on a terminal that can show them.
 #[derive(Debug, Parser)]
-#[command(group = ArgGroup::new("prompts").required(true).args(["prompt", "prompt_option"]))]
 pub(in crate::cli) struct GenerateArgs {
-    /// Prompt: what the image shows; - reads it from stdin
-    prompt: Option<String>,
-
-    /// The prompt, as an option
-    #[arg(long = "prompt", value_name = "PROMPT", allow_hyphen_values = true)]
-    prompt_option: Option<String>,
+    #[command(flatten)]
+    prompt: PromptArgs,
 
     /// Folder in diffusers layout, Hugging Face id, or demo [default: demo]
     ///
@@ -36,6 +30,9 @@ pub(in crate::cli) struct GenerateArgs {
 
     #[command(flatten)]
     pub(super) request: RequestArgs,
+
+    #[command(flatten)]
+    pub(super) noise: NoiseArgs,
 
     #[command(flatten)]
     pub(super) lora: LoraArgs,
@@ -101,11 +98,7 @@ impl GenerateArgs {
 
     /// The parameters of the request. Reads a prompt that is `-` from stdin.
     pub(in crate::cli) fn params(&self) -> Result<GenerationParams, CliError> {
-        let prompt = self.prompt.as_ref().or(self.prompt_option.as_ref());
-        let prompt = match prompt.map(String::as_str) {
-            Some("-") => prompt::from_stdin()?,
-            given => given.unwrap_or_default().to_owned(),
-        };
+        let prompt = self.prompt.read()?;
         Ok(GenerationParams {
             num_images: self.num_images.map(|Integer(images)| images),
             ..self.request.params(prompt)

@@ -9,6 +9,7 @@ use std::time::Duration;
 use clap::{Arg, ArgAction, Args, Parser, ValueEnum};
 
 use super::jobs_args::JobsArgs;
+use super::webhook_args::WebhookArgs;
 use crate::cli::cache_args::CacheDefaultArgs;
 use crate::cli::error::CliError;
 use crate::cli::lora_args::LoraServeArgs;
@@ -136,6 +137,9 @@ pub(in crate::cli) struct ServeArgs {
     pub(super) jobs: JobsArgs,
 
     #[command(flatten)]
+    webhooks: WebhookArgs,
+
+    #[command(flatten)]
     pub(super) backend: BackendArgs,
 
     #[command(flatten)]
@@ -185,6 +189,7 @@ impl ServeArgs {
             sdapi: self.enable_sdapi,
             lora_updates: self.lora.enable_lora_updates,
             role: self.jobs.role(),
+            webhooks: self.webhooks.settings()?,
             ..settings
         })
     }

@@ -5,7 +5,7 @@ use std::time::Duration;
 use tokio::time::{sleep, timeout};
 
 use crate::engine::Engine;
-use crate::jobs::{Worker, WorkerSettings};
+use crate::jobs::{self, Worker};
 use crate::server::{App, Signals};
 
 use super::super::error::CliError;
@@ -18,18 +18,22 @@ const LAST_RELEASES: Duration = Duration::from_secs(6);
 
 /// Opens the store of jobs, if the server is to have one.
 pub(super) async fn open(args: &JobsArgs, model: &str, app: App) -> Result<App, CliError> {
-    let Some(_location) = &args.jobs else {
+    let Some(location) = &args.jobs else {
         return Ok(app);
     };
-    let _settings = args.store_settings(model, &app.settings.instance);
-    Ok(app)
+    let settings = args.store_settings(model, &app.settings.instance);
+    let store = jobs::open(location, args.results.as_ref(), settings).await;
+    let store = store.map_err(|error| {
+        let location = location.clone();
+        CliError::Jobs { location, error }
+    })?;
+    tracing::info!("jobs are stored in {location}");
+    Ok(app.with_jobs(store))
 }
 
 /// Starts to work on the jobs, if the server has jobs and an engine.
 pub(super) fn start_worker(app: &App, args: &JobsArgs, engine: Option<&Engine>) -> Option<Worker> {
-    let settings = args.store_settings("", "");
-    let stall_timeout = args.stall_timeout(engine?.info().backend);
-    app.start_worker(WorkerSettings::new(&settings, stall_timeout))
+    app.start_worker(args.stall_timeout(engine?.info().backend))
 }
 
 /// Waits until the outcomes of the jobs are recorded, after the engine has stopped. Jobs whose outcome

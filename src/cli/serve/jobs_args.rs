@@ -1,16 +1,17 @@
 //! Arguments of `kiln serve` about durable jobs.
 
+use std::fmt;
 use std::num::{NonZeroU64, NonZeroUsize};
 use std::time::Duration;
 
 use clap::{Args, ValueEnum};
 
 use crate::cli::error::CliError;
-use crate::jobs::StoreSettings;
+use crate::jobs::{JobsLocation, ResultsLocation, StoreSettings};
 use crate::server::Role;
 
 /// Durable jobs, which outlive connections and processes.
-#[derive(Debug, Clone, Args)]
+#[derive(Clone, Args)]
 #[command(next_help_heading = "Jobs")]
 #[expect(clippy::doc_markdown, reason = "clap prints the comments as they are")]
 pub(super) struct JobsArgs {
@@ -19,12 +20,12 @@ pub(super) struct JobsArgs {
     /// A folder is for one server on one machine. Several servers share jobs through NATS, such as
     /// nats://a:4222,b:4222. By default the server has no jobs.
     #[arg(long, value_name = "DIR|nats://HOST")]
-    pub(super) jobs: Option<String>,
+    pub(super) jobs: Option<JobsLocation>,
 
     /// Where the files of jobs in NATS are: s3://BUCKET/PREFIX, gs://BUCKET/PREFIX or file:///DIR
     /// [default: NATS's object store]
     #[arg(long, value_name = "URL", requires = "jobs")]
-    pub(super) results: Option<String>,
+    pub(super) results: Option<ResultsLocation>,
 
     /// Time from the end of a job until the job and its files are deleted: 24h, 90m, 3600s or 3600
     #[arg(long, value_name = "DURATION", value_parser = parse_duration, default_value = "24h")]
@@ -69,6 +70,18 @@ const STALL_TIMEOUT: Duration = Duration::from_mins(10);
 /// Backends whose steps may take any time, and which cannot hang.
 const CPU_BACKENDS: [&str; 2] = ["flex", "ndarray"];
 
+/// Leaves out the secrets.
+impl fmt::Debug for JobsArgs {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter
+            .debug_struct("JobsArgs")
+            .field("jobs", &self.jobs)
+            .field("results", &self.results)
+            .field("role", &self.role)
+            .finish_non_exhaustive()
+    }
+}
+
 impl JobsArgs {
     pub(super) fn role(&self) -> Role {
         match self.role {
@@ -87,9 +100,9 @@ impl JobsArgs {
         };
         match &self.jobs {
             None => Err(CliError::RoleWithoutJobs { role: name }),
-            Some(jobs) if !jobs.starts_with("nats://") => Err(CliError::RoleOfFolder {
+            Some(jobs) if !jobs.is_shared() => Err(CliError::RoleOfFolder {
                 role: name,
-                folder: jobs.clone(),
+                folder: jobs.to_string(),
             }),
             Some(_) => Ok(()),
         }

@@ -167,6 +167,7 @@ impl Core {
                 let job = if counts && row.job.attempt >= self.settings.max_attempts {
                     let mut job = self.ended(&row, JobStatus::Failed, change.now_ms);
                     job.error = Some(self.worker_lost(&job));
+                    self.settings.stats.count_failed(JobFailure::WORKER_LOST);
                     job
                 } else {
                     queued_again(&row.job, counts)

@@ -22,9 +22,10 @@ pub(super) struct LocalLease {
     job: Arc<StoredJob>,
     token: u64,
     revoked: watch::Receiver<Option<Revoked>>,
-    /// Whether the attempt counts if the lease is dropped now.
-    counts: AtomicBool,
-    /// Whether the last try to settle the lease failed.
+    /// Whether a worker has the lease: one that nobody got does not count as an attempt.
+    handed_over: bool,
+    /// Whether the outcome could not be stored. If the lease is dropped then the attempt does not count, as
+    /// the disk was to blame, and the next one waits.
     failed: AtomicBool,
 }
 
@@ -35,19 +36,18 @@ impl LocalLease {
             job: taken.job,
             token: taken.token,
             revoked: taken.revoked,
-            counts: AtomicBool::new(false),
+            handed_over: false,
             failed: AtomicBool::new(false),
         }
     }
 
-    /// The worker has the lease: from now on the attempt counts.
-    pub(super) fn handed_over(self) -> Box<Self> {
-        self.counts.store(true, Ordering::Relaxed);
+    /// The lease of a worker.
+    pub(super) fn handed_over(mut self) -> Box<Self> {
+        self.handed_over = true;
         Box::new(self)
     }
 
-    /// Runs the last change of a lease. If it fails and is not tried again, the job is run again after some
-    /// time, and the attempt does not count, as the disk was to blame.
+    /// Runs the last change of a lease.
     async fn end<T: Send + 'static>(
         &self,
         end: impl FnOnce(&Core, &JobId, u64) -> Result<T, StoreError> + Send + 'static,
@@ -102,12 +102,11 @@ impl Drop for LocalLease {
     /// Does nothing if the lease was settled.
     fn drop(&mut self) {
         let failed = self.failed.load(Ordering::Relaxed);
-        let counts = self.counts.load(Ordering::Relaxed) && !failed;
-        let delay = if failed {
-            self.core.settings.lease
-        } else {
-            Duration::ZERO
+        let delay = match failed {
+            true => self.core.settings.lease,
+            false => Duration::ZERO,
         };
+        let counts = self.handed_over && !failed;
         self.core
             .live()
             .abandon(&self.job.id, self.token, counts, delay);

@@ -9,9 +9,10 @@ use tokio::sync::Notify;
 
 use super::*;
 use crate::image::{Encoding, ImageFormat};
+use crate::jobs::webhook::WebhookSettings;
 use crate::jobs::{
     Content, JobCounts, JobId, JobLease, JobPage, JobView, ListQuery, NewJob, Owner, Revoked,
-    Settled, StoreSettings, StoredRequest, Submitted, WebhookLease,
+    Settled, StoreError, StoreSettings, StoredRequest, Submitted, WebhookLease,
 };
 use crate::request::{GenerationParams, GenerationRequest, Limits};
 
@@ -111,12 +112,10 @@ impl FakeStore {
     }
 }
 
-use crate::jobs::StoreError;
-
 #[async_trait]
 impl JobStore for FakeStore {
     fn settings(&self) -> &StoreSettings {
-        unimplemented!()
+        &self.settings
     }
 
     async fn submit(&self, _: NewJob) -> Result<Submitted, StoreError> {
@@ -228,10 +227,13 @@ impl JobLease for FakeLease {
 }
 
 impl Drop for FakeLease {
-    /// The job is available again.
+    /// The job is available again, unless it was cancelled or another worker has it.
     fn drop(&mut self) {
         if !*self.settled.lock().unwrap() {
             self.store.tell(&self.job.id, Told::Dropped);
+            if self.store.revoke.borrow().is_some() {
+                return;
+            }
             self.store
                 .queued
                 .lock()
@@ -329,7 +331,7 @@ fn settings() -> WorkerSettings {
 
 fn start(store: &Arc<FakeStore>, runner: &Arc<FakeRunner>, settings: WorkerSettings) -> Worker {
     let store: Arc<dyn JobStore> = Arc::clone(store) as Arc<dyn JobStore>;
-    Worker::start(store, Arc::clone(runner), settings, Arc::default())
+    Worker::start(store, Arc::clone(runner), settings)
 }
 
 /// Time is virtual: it passes when all tasks wait.
@@ -574,10 +576,10 @@ async fn an_idle_worker_does_not_hang() {
 #[tokio::test(start_paused = true)]
 async fn housekeeping_goes_on_after_an_outage() {
     let store = FakeStore::new(4);
-    let stats = Arc::new(JobStats::default());
+    let stats = &store.settings.stats;
     store.outage.store(3, Ordering::SeqCst);
-    let _house = Housekeeping::start(Arc::clone(&store) as Arc<dyn JobStore>, Arc::clone(&stats));
+    let webhooks = WebhookSettings::default();
+    let _house = Housekeeping::start(Arc::clone(&store) as Arc<dyn JobStore>, webhooks);
     wait_until(|| stats.counts().is_some()).await;
     assert_eq!(stats.counts().unwrap().queued, 4);
-    assert_eq!(store.settings.model, "m");
 }

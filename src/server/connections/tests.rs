@@ -368,3 +368,23 @@ fn a_shutdown_finishes_requests_and_closes_idle_connections() {
     silent.shutdown(Shutdown::Both).ok();
     assert_eq!(server.connections.count(), 0);
 }
+
+#[test]
+fn open_connections_end_after_their_request_and_later_ones_are_answered() {
+    let server = TestServer::start(BOUNDS);
+    let mut idle = server.send(b"GET /fast HTTP/1.1\r\nHost: x\r\n\r\n");
+    assert!(next(&mut idle).ends_with("fast"));
+    let mut busy = server.send(b"POST /body HTTP/1.1\r\nHost: x\r\nContent-Length: 4\r\n\r\nab");
+    server.wait_until(|connections| connections.count() == 2);
+    thread::sleep(Duration::from_millis(50));
+    server.connections.end_open();
+    assert_eq!(rest(&mut idle), "");
+    busy.write_all(b"cd").unwrap();
+    let answer = rest(&mut busy).to_lowercase();
+    assert!(answer.contains("connection: close\r\n"), "{answer}");
+    assert!(answer.ends_with("\r\n\r\n4"), "{answer}");
+    // One that is opened later is not concerned.
+    let mut later = server.send(b"GET /fast HTTP/1.1\r\nHost: x\r\n\r\n");
+    assert!(next(&mut later).ends_with("fast"));
+    assert!(!is_closed(&mut later));
+}

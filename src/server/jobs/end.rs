@@ -4,7 +4,7 @@ use axum::response::Response;
 use serde::Serialize;
 use utoipa::ToSchema;
 
-use crate::jobs::{JobId, JobObject};
+use crate::jobs::{JobId, JobObject, JobStatus};
 
 use super::super::error::{ApiError, ErrorEnvelope};
 use super::super::json::json;
@@ -35,7 +35,10 @@ pub(super) struct Deleted {
     security((), ("bearer" = [])),
 )]
 pub(super) async fn cancel(jobs: Jobs, Id(id): Id) -> Result<Response, ApiError> {
-    jobs.get(&id).await?;
+    let view = jobs.get(&id).await?;
+    if view.job.status.is_ended() {
+        return json(&JobObject::from(&view));
+    }
     jobs.cancel(&id).await
 }
 
@@ -71,10 +74,13 @@ pub(super) async fn delete(jobs: Jobs, Id(id): Id) -> Result<Response, ApiError>
 }
 
 impl Jobs {
-    /// Cancels a job of the client.
+    /// Cancels a job of the client that had not ended.
     async fn cancel(&self, id: &JobId) -> Result<Response, ApiError> {
         let view = self.store.cancel(id).await?;
         let view = view.ok_or_else(|| unknown(id.as_str()))?;
+        if view.job.status == JobStatus::Cancelled {
+            self.store.settings().stats.count_cancelled();
+        }
         json(&JobObject::from(&view))
     }
 }

@@ -62,7 +62,10 @@ impl Jobs {
             self.store.submit(job).await?
         };
         let (status, view) = match submitted {
-            Submitted::New(view) => (StatusCode::ACCEPTED, view),
+            Submitted::New(view) => {
+                self.store.settings().stats.count_submitted();
+                (StatusCode::ACCEPTED, view)
+            }
             Submitted::Existing(view) => (StatusCode::OK, view),
             Submitted::OtherBody(id) => return Err(ApiError::OtherBody { id }),
         };

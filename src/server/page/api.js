@@ -66,6 +66,19 @@ export function post(path, body, signal) {
   return request(path, { method: 'POST', headers, body, signal });
 }
 
+export function remove(path) {
+  return request(path, { method: 'DELETE' });
+}
+
+/** The file at a path, as a blob. */
+export function file(path) {
+  return request(path, {}).then((response) => response.blob());
+}
+
+export function text(path) {
+  return request(path, {}).then((response) => response.text());
+}
+
 /** Yields the data of each server-sent event of a response. */
 export async function* events(response) {
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();

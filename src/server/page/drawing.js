@@ -75,12 +75,17 @@ async function drawOnce(settings, signal, onProgress) {
 }
 
 function requestBody({ prompt, seed, ...fields }) {
-  const body = JSON.stringify({
+  return withSeed(seed, {
     messages: [{ role: 'user', content: prompt }],
     stream: true,
     preview_every: Math.max(1, Math.ceil(fields.num_inference_steps / PREVIEWS) || 1),
     ...fields,
   });
+}
+
+/** The JSON of a request with the seed that was written, if one was. */
+export function withSeed(seed, fields) {
+  const body = JSON.stringify(fields);
   if (seed === '') return body;
   // Seeds have up to 64 bits, so they are inserted as text. The server refuses what is not a number.
   const digits = /^(0|[1-9]\d*)$/.test(seed) ? seed : JSON.stringify(seed);

@@ -4,6 +4,7 @@ import { ConnectionError, get, key, post, startOfServer } from './api.js';
 import { draw, estimate } from './drawing.js';
 import { showGuide } from './guide.js';
 import { History } from './history.js';
+import { Jobs } from './jobs.js';
 import { Settings } from './settings.js';
 import { Stage } from './stage.js';
 import { showStart } from './start.js';
@@ -23,6 +24,7 @@ const settings = new Settings();
 const stage = new Stage();
 const history = new History();
 const store = new Store();
+const jobs = new Jobs();
 
 let status = null;
 /** Whether the server may be starting. */
@@ -92,6 +94,8 @@ function showStatus(now) {
   byId('key-card').hidden = true;
   byId('forget-key').hidden = !key.get();
   settings.setLimits(now);
+  byId('submit-job').hidden = !now.jobs?.available;
+  jobs.show(now.jobs);
   if (isNew) {
     showGuide(now.prompt_guide, {
       onexample: (text) => {
@@ -210,6 +214,42 @@ async function keep(requested, { files, facts }) {
   stage.announce(`${count(files.length, 'picture is', 'pictures are')} drawn.`);
 }
 
+/** Stores the form as a job. */
+async function submitJob() {
+  settings.clearErrors();
+  const invalid = settings.inputError();
+  if (invalid) {
+    settings.showError(invalid.name, invalid.message);
+    return;
+  }
+  const button = byId('submit-job');
+  button.disabled = true;
+  try {
+    await jobs.submit(settings.request());
+    stage.announce('The job is stored.');
+  } catch (error) {
+    const name = settings.fieldOf(error.param);
+    if (name) settings.showError(name, error.message);
+    else jobs.showError(error);
+    if (error.status === 401) askForKey(error);
+  }
+  button.disabled = false;
+}
+
+/** Shows the pictures of a completed job, which are kept like those that were drawn here. */
+async function openJob(id) {
+  if (drawing) return;
+  const known = store.pictures.findLast((picture) => picture.job === id);
+  if (known) {
+    choose(known);
+  } else {
+    const [first] = await store.add(await jobs.pictures(id));
+    choose(first);
+  }
+  byId('stage').scrollIntoView({ block: 'nearest' });
+  stage.announce('The picture of the job is shown.');
+}
+
 function showFailure(error, requested) {
   if (drawing.signal.aborted) {
     stage.announce('Cancelled.');
@@ -248,7 +288,10 @@ byId('prompt').addEventListener('keydown', (event) => {
   event.preventDefault();
   start();
 });
+byId('submit-job').addEventListener('click', submitJob);
 byId('again').addEventListener('click', start);
+jobs.onopen = openJob;
+jobs.onchange = (text) => stage.announce(text);
 byId('cancel').addEventListener('click', () => drawing?.abort());
 
 settings.onchange = () => {
@@ -307,7 +350,9 @@ byId('forget-key').addEventListener('click', () => {
   location.reload();
 });
 document.addEventListener('visibilitychange', () => {
-  if (!document.hidden) poll();
+  if (document.hidden) return;
+  poll();
+  jobs.refresh();
 });
 
 await store.load();

@@ -1,15 +1,41 @@
-//! A prompt from stdin.
+//! The prompt of a command: an argument, an option, or stdin.
 
 use std::io::{self, IsTerminal, Read};
 
-use crate::cli::error::CliError;
+use clap::Args;
+
 use crate::request::MAX_PROMPT_BYTES;
+
+use super::error::CliError;
 
 /// Bytes of a mark and a line break, which do not belong to the prompt.
 const AROUND: usize = 5;
 
+/// The prompt, in either of two places.
+#[derive(Debug, Args)]
+#[group(required = true, multiple = false)]
+pub(super) struct PromptArgs {
+    /// Prompt: what the image shows; - reads it from stdin
+    prompt: Option<String>,
+
+    /// The prompt, as an option
+    #[arg(long = "prompt", value_name = "PROMPT", allow_hyphen_values = true)]
+    prompt_option: Option<String>,
+}
+
+impl PromptArgs {
+    /// The prompt, from stdin if it is `-`.
+    pub(super) fn read(&self) -> Result<String, CliError> {
+        let prompt = self.prompt.as_ref().or(self.prompt_option.as_ref());
+        match prompt.map(String::as_str) {
+            Some("-") => from_stdin(),
+            given => Ok(given.unwrap_or_default().to_owned()),
+        }
+    }
+}
+
 /// Reads the prompt from stdin, without line breaks at its end.
-pub(super) fn from_stdin() -> Result<String, CliError> {
+fn from_stdin() -> Result<String, CliError> {
     let stdin = io::stdin().lock();
     if stdin.is_terminal() {
         tracing::info!("reading the prompt from the terminal: ctrl-d ends it");
