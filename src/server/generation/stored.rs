@@ -46,9 +46,13 @@ impl Runner for StoredRunner {
         // The list of adapters may have changed while their weights were read.
         app.check_stored(&job.request.request)?;
         let total = job.request.request.sampling.steps;
+        let mut has_begun = false;
         loop {
             match running.handle.next_event().await {
-                Event::Started => report(Progress { done: 0, total }),
+                Event::Started => {
+                    has_begun = true;
+                    report(Progress { done: 0, total });
+                }
                 Event::Step {
                     done,
                     total,
@@ -67,6 +71,10 @@ impl Runner for StoredRunner {
                         content: content.into(),
                     };
                     return Ok(encoded.files.into_iter().map(file).collect());
+                }
+                // The device failed before.
+                Event::Failed(error) if !has_begun => {
+                    return Err(RunError::NotNow(error.to_string()));
                 }
                 Event::Failed(error) => return Err(run_error(error.into())),
                 Event::Queued { .. } | Event::Preview { .. } => {}
