@@ -78,9 +78,10 @@ impl Jobs {
     async fn ended(&self, id: &JobId) -> Result<JobView, ApiError> {
         loop {
             let mut views = self.watch(id).await?;
-            let ended = views.wait_for(|view| view.job.status.is_ended()).await;
-            if let Ok(view) = ended {
-                return Ok(view.clone());
+            let ended = views.wait_for(|view| view.job.status.is_ended());
+            let ended = ended.await.ok().map(|view| view.clone());
+            if let Some(view) = ended {
+                return Ok(view);
             }
             sleep(REWATCH).await;
         }
