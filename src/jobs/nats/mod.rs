@@ -412,7 +412,6 @@ impl JobStore for NatsStore {
     async fn submit(&self, job: NewJob) -> Result<Submitted, StoreError> {
         let shared = &self.shared;
         let job = job.into_stored(&shared.settings.model, shared.created_ms());
-        let model = names::model_token(&job.model);
         let has_key = job.idempotency.is_some();
         let mut slot = Slot::Empty;
         if has_key {
