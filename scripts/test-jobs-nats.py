@@ -210,9 +210,27 @@ class Setting:
                 return job
         return None
 
+    def of_status(self, status):
+        found, _, page = self.apis[0].json("GET", f"/v1/images/jobs?limit=100&status={status}")
+        return page["data"] if found == 200 else []
+
+    def kill_busy_worker(self):
+        """kill -9 of a worker that runs a job."""
+        running = []
+
+        def found():
+            running[:] = self.of_status("in_progress")
+            return running
+
+        wait_until("no job runs", found)
+        worker = next(worker for worker in self.workers if worker.name == running[0]["instance"])
+        worker.kill()
+        return worker
+
     def cancel(self, job_id):
         def done():
             status, _, job = self.apis[0].json("POST", f"/v1/images/jobs/{job_id}/cancel")
+            # It may have been completed meanwhile.
             if status == 200 and job["status"] == "cancelled":
                 self.cancelled.add(job_id)
             return status == 200
@@ -292,34 +310,26 @@ class Reference:
 
 
 def kill_servers(arguments, folder, reference):
-    """kill -9 of a worker, of a server of the role api and of the NATS server, and cancellations, under load."""
+    """kill -9 of a busy worker, of a server of the role api and of the NATS server, and cancellations, under load."""
     began = time.monotonic()
     with Setting(arguments, folder / "one", 1) as here:
-        client = threading.Thread(target=here.submit_all, args=(range(arguments.jobs), 0.3))
+        client = threading.Thread(target=here.submit_all, args=(range(arguments.jobs), 0.1))
         client.start()
-        wait_until("no job runs", lambda: job(here, "in_progress"))
-        here.workers[0].kill()
+        worker = here.kill_busy_worker()
         time.sleep(1)
         here.apis[1].kill()
-        waiting = [one for one in list(here.accepted) if (here.job(one) or {}).get("status") == "queued"]
-        for one in waiting[-2:]:
-            here.cancel(one)
-        here.workers[0].start()
+        for one in here.of_status("queued")[:2]:
+            here.cancel(one["id"])
+        worker.start()
         here.apis[1].start()
         time.sleep(1)
         here.nats[0].kill()
         time.sleep(2)
         here.nats[0].start()
-        running = next((one for one in list(here.accepted) if (here.job(one) or {}).get("status") == "in_progress"), None)
-        if running:
-            here.cancel(running)
         client.join()
+        for one in here.of_status("in_progress")[:1]:
+            here.cancel(one["id"])
         here.check(f"NATS {'.'.join(here.nats[0].version)}, kill -9 of a worker, an api and NATS", reference, began)
-
-
-def job(here, status):
-    found, _, page = here.apis[0].json("GET", f"/v1/images/jobs?limit=1&status={status}")
-    return found == 200 and page["data"]
 
 
 def restart_with_queue(arguments, folder, reference):
@@ -344,12 +354,12 @@ def cluster(arguments, folder, reference):
     with Setting(arguments, folder / "three", 3) as here:
         wait_until("the stream has no three replicas", lambda: here.stream("KILN").get("cluster", {}).get("leader"))
         # The rate of the load leaves the workers behind.
-        client = threading.Thread(target=here.submit_all, args=(range(arguments.jobs), 0.2))
+        client = threading.Thread(target=here.submit_all, args=(range(arguments.jobs), 0.3))
         client.start()
-        time.sleep(3)
-        here.workers[0].kill()
+        time.sleep(2)
+        worker = here.kill_busy_worker()
         time.sleep(1)
-        here.workers[0].start()
+        worker.start()
         leader = here.stream("KILN")["cluster"]["leader"]
         killed = next(server for server in here.nats if server.name == leader)
         killed.kill()
@@ -380,15 +390,15 @@ def main():
     parser.add_argument("--kiln", required=True, help="the binary")
     parser.add_argument("--nats", default=os.environ.get("NATS_SERVER") or shutil.which("nats-server") or "/usr/sbin/nats-server")
     parser.add_argument("--jobs", type=int, default=12, help="jobs of a trial")
-    parser.add_argument("--steps", type=int, default=20, help="denoising steps of a job")
-    parser.add_argument("--long", action="store_true", help="all trials, with 60 jobs of 60 steps")
+    parser.add_argument("--steps", type=int, default=60, help="denoising steps of a job")
+    parser.add_argument("--long", action="store_true", help="all trials, with 60 jobs of 150 steps")
     parser.add_argument("--trial", action="append", choices=["kill", "queue", "cluster"], help="only this trial")
     arguments = parser.parse_args()
     if not Path(arguments.nats).exists():
         print("skipped: nats-server is not installed")
         return
     if arguments.long:
-        arguments.jobs, arguments.steps = 60, 60
+        arguments.jobs, arguments.steps = 60, 150
     trials = {"kill": kill_servers, "queue": restart_with_queue, "cluster": cluster}
     names = arguments.trial or (list(trials) if arguments.long else ["kill"])
     with tempfile.TemporaryDirectory() as folder:
