@@ -17,5 +17,5 @@ hadolint packaging/Dockerfile packaging/Dockerfile.cuda
 echo "Dockerfiles: ok"
 python scripts/deploy/generate.py --check
 python scripts/deploy/manifests.py
-POD_NAME=kiln-nats-0 nats-server --config packaging/kubernetes/components/jobs-nats/nats/nats.conf -t
+POD_NAME=kiln-nats-0 nats-server --config packaging/kubernetes/components/nats/nats.conf -t
 echo "Kubernetes: ok"

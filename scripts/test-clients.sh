@@ -20,7 +20,9 @@ if ! cmp --silent "$clients/package.json" "$node/package.json"; then
 fi
 echo "clients are installed (after $SECONDS s)"
 
-KILN_API_KEY=other-key,test-key start_server --enable-sdapi
+jobs="$(mktemp -d)"
+KILN_API_KEY=other-key,test-key start_server --enable-sdapi --jobs "$jobs"
+trap 'kill "$process" 2> /dev/null || true; rm -rf "$log" "$jobs"' EXIT
 "$KILN" health --port "${server##*:}"
 bash "$clients/test_curl.sh" "$server" test-key
 python "$clients/test_openai.py" "$server" test-key "$(realpath "$KILN")"

@@ -9,6 +9,7 @@ import itertools
 import json
 import os
 import re
+import secrets
 import signal
 import socket
 import statistics
@@ -170,7 +171,10 @@ class Load:
     stop: threading.Event = field(default_factory=threading.Event)
 
     def __enter__(self):
-        self.numbers = itertools.count()
+        # Unlike those of other trials in the same logs.
+        trial = secrets.token_hex(3)
+        self.ids = (f"{trial}-{number}" for number in itertools.count())
+        self.lock = threading.Lock()
         self.threads = [threading.Thread(target=self.client, args=[seed]) for seed in range(self.clients)]
         for thread in self.threads:
             thread.start()
@@ -184,7 +188,8 @@ class Load:
     def client(self, seed):
         connection = None
         while not self.stop.is_set():
-            result = Result(f"request-{next(self.numbers)}", time.monotonic())
+            with self.lock:
+                result = Result(next(self.ids), time.monotonic())
             for _ in range(5 if self.asks_again else 1):
                 connection = connection or http.client.HTTPConnection("127.0.0.1", self.port, timeout=120)
                 try:

@@ -5,6 +5,7 @@ mod environment;
 #[cfg(all(target_os = "linux", feature = "flex"))]
 mod files;
 mod jobs;
+mod jobs_args;
 mod json;
 #[cfg(feature = "flex")]
 mod loras;

@@ -1,10 +1,11 @@
-"""Runs the Python and TypeScript of docs/clients.md with a running `kiln serve` with the demo model.
+"""Runs the Python and TypeScript of docs/clients.md and the commands of docs/jobs.md with a running `kiln serve` with the demo model.
 
 Usage: python test_docs.py URL KEY NODE_FOLDER
 
 NODE_FOLDER has the packages of package.json; `node` runs TypeScript directly, `tsc` checks its types.
 """
 
+import json
 import re
 import subprocess
 import sys
@@ -40,3 +41,17 @@ for language, file, commands in [
     assert image.read_bytes().startswith(b"\x89PNG"), "no image"
     assert output.startswith("data:image/png;base64,"), output
     print(f"docs/clients.md: {language} ok ({time.monotonic() - started:.1f} s)")
+
+# The commands of docs/jobs.md, in their order. They leave job.json and circle.png.
+text = (Path(__file__).parents[2] / "docs" / "jobs.md").read_text("utf-8")
+blocks = re.findall(r"^```sh\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+code = "".join(block for block in blocks if "curl" in block)
+assert code.count("http://127.0.0.1:8091") == 1
+code = code.replace("http://127.0.0.1:8091", server).replace("curl ", f"curl -f -H 'Authorization: Bearer {key}' ")
+image.unlink(missing_ok=True)
+output = run("bash", "-euo", "pipefail", "-c", code)
+assert json.loads((folder / "job.json").read_text("utf-8"))["object"] == "image.job"
+assert image.read_bytes().startswith(b"\x89PNG"), "no image"
+assert '"status": "completed"' in output and "event: status" in output, output
+assert json.loads(output[output.rindex("{"):])["deleted"] is True, output
+print("docs/jobs.md: commands ok")

@@ -4,6 +4,7 @@ Usage: python test_openai.py URL KEY KILN
 """
 
 import base64
+import hashlib
 import subprocess
 import sys
 import threading
@@ -219,6 +220,59 @@ def adapters(client: openai.OpenAI) -> None:
     assert image("demo") == base
 
 
+def jobs(client: openai.OpenAI) -> None:
+    """Durable jobs, by the package's methods for routes that it does not know."""
+    body = {"model": "demo", "prompt": "a large red circle", "size": "96x64", "num_inference_steps": 4, "n": 2}
+    options = {"headers": {"Idempotency-Key": "openai-jobs"}}
+    job = client.post("/images/jobs", body=body, options=options, cast_to=object)
+    assert job["object"] == "image.job" and job["status"] in ("queued", "in_progress"), job
+    again = client.post("/images/jobs", body=body, options=options, cast_to=object)
+    assert (again["id"], again["seed"]) == (job["id"], job["seed"])
+    path = f"/images/jobs/{job['id']}"
+    while job["status"] not in ("completed", "failed", "cancelled"):
+        job = client.get(f"{path}?wait=30", cast_to=object)
+    assert (job["status"], job["progress"], job["error"]) == ("completed", 100, None), job
+    files = [
+        client.get(f"{path}/content?index={index}", cast_to=openai.HttpxBinaryResponseContent).content
+        for index in range(2)
+    ]
+    assert [png_size(file) for file in files] == [(96, 64)] * 2
+    assert [file["sha256"] for file in job["files"]] == [hashlib.sha256(file).hexdigest() for file in files]
+    # The same request, generated at once, gives the same files.
+    direct = client.images.generate(
+        model="demo", prompt="a large red circle", size="96x64", n=2,
+        extra_body={"num_inference_steps": 4, "seed": job["seed"]},
+    )
+    assert [base64.b64decode(image.b64_json) for image in direct.data] == files
+
+    stranger = client.with_options(api_key="other-key")
+    for call in [
+        lambda: stranger.get(path, cast_to=object),
+        lambda: client.get("/images/jobs/job-00c0ffee00c0ffee00c0ffee", cast_to=object),
+    ]:
+        try:
+            call()
+            raise AssertionError("not refused")
+        except openai.NotFoundError as error:
+            assert "no job" in error.message
+    try:
+        client.post("/images/jobs", body={**body, "n": 1}, options=options, cast_to=object)
+        raise AssertionError("not refused")
+    except openai.UnprocessableEntityError as error:
+        assert error.param == "Idempotency-Key", error
+
+    raw = client.images.with_raw_response.generate(
+        model="demo", prompt="a square", extra_headers={"Prefer": "respond-async"},
+        extra_body={"num_inference_steps": 1},
+    )
+    assert raw.status_code == 202 and raw.headers["preference-applied"] == "respond-async"
+    path = raw.headers["location"].removeprefix("/v1")
+    assert client.get(f"{path}?wait=30", cast_to=object)["status"] == "completed"
+    assert client.delete(path, cast_to=object)["deleted"] is True
+    listed = client.get("/images/jobs?limit=100", cast_to=object)
+    assert job["id"] in [entry["id"] for entry in listed["data"]] and listed["object"] == "list"
+
+
 def errors(client: openai.OpenAI) -> None:
     def refused(kind: type[openai.APIStatusError], call) -> openai.APIStatusError:
         try:
@@ -259,6 +313,7 @@ def main() -> None:
         retries,
         models,
         adapters,
+        jobs,
         errors,
     ]:
         test(client)

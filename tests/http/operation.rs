@@ -96,6 +96,7 @@ fn the_metrics_count_requests_steps_and_images() {
         "kiln_max_step_tokens 0",
         "kiln_images_total 3",
         "kiln_pixels_total 12288",
+        "kiln_pixel_steps_total 28672",
         "kiln_step_seconds_count 5",
         "kiln_request_seconds_count 2",
         "kiln_decode_seconds_count 2",

@@ -8,6 +8,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use kiln::engine::{DEFAULT_MAX_STARTED, Engine, EngineSettings};
+use kiln::jobs::JobStore;
 use kiln::request::{Limits, StepCaches};
 use kiln::runtime::Start;
 use kiln::server::{App, LoadedModel, Settings};
@@ -45,6 +46,15 @@ impl TestServer {
     }
 
     fn with_queue(pace: Pace, max_queue: usize, settings: Settings) -> Self {
+        Self::of_app(pace, max_queue, App::new(settings))
+    }
+
+    /// A server with durable jobs, which is not ready until [`TestServer::set_model`] is called.
+    pub(super) fn with_jobs(settings: Settings, store: Arc<dyn JobStore>) -> Self {
+        Self::of_app(Pace::Fast, 4, App::new(settings).with_jobs(store))
+    }
+
+    fn of_app(pace: Pace, max_queue: usize, app: App) -> Self {
         let record = Arc::new(Record::default());
         let pipeline = fake(pace, Arc::clone(&record));
         let engine_settings = EngineSettings {
@@ -56,7 +66,6 @@ impl TestServer {
             warm_up: None,
         };
         let engine = Engine::start(Box::new(pipeline), engine_settings);
-        let app = App::new(settings);
         let served = app.clone();
 
         let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
@@ -110,6 +119,19 @@ impl TestServer {
 
     pub(super) fn set_model(&self) {
         self.set_model_with(StepCaches::default());
+    }
+
+    /// A server that generates no images.
+    pub(super) fn without_engine(settings: Settings) -> Self {
+        let server = Self::without_model(settings);
+        server.app.set_model(LoadedModel {
+            engine: None,
+            tokenizer: load_tokenizer().into(),
+            limits: Limits::for_sizes(server.engine.info().sizes),
+            adapters: kiln::adapters::AdapterStore::default(),
+            prompt_guide: None,
+        });
+        server
     }
 
     fn set_model_with(&self, caches: StepCaches) {

@@ -22,10 +22,11 @@ pub(super) struct LocalLease {
     job: Arc<StoredJob>,
     token: u64,
     revoked: watch::Receiver<Option<Revoked>>,
-    /// Whether the attempt counts if the lease is dropped now.
-    counts: AtomicBool,
-    /// Whether the next attempt waits if the lease is dropped now.
-    waits: AtomicBool,
+    /// Whether a worker has the lease: one that nobody got does not count as an attempt.
+    handed_over: bool,
+    /// Whether the outcome could not be stored. If the lease is dropped then the attempt does not count, as
+    /// the disk was to blame, and the next one waits.
+    failed: AtomicBool,
 }
 
 impl LocalLease {
@@ -35,29 +36,25 @@ impl LocalLease {
             job: taken.job,
             token: taken.token,
             revoked: taken.revoked,
-            counts: AtomicBool::new(false),
-            waits: AtomicBool::new(false),
+            handed_over: false,
+            failed: AtomicBool::new(false),
         }
     }
 
-    /// The worker has the lease: from now on the attempt counts.
-    pub(super) fn handed_over(self) -> Box<Self> {
-        self.counts.store(true, Ordering::Relaxed);
+    /// The lease of a worker.
+    pub(super) fn handed_over(mut self) -> Box<Self> {
+        self.handed_over = true;
         Box::new(self)
     }
 
-    /// Runs the last change of a lease. If it fails, and the lease is dropped then, the job is run again
-    /// after some time, and the attempt does not count, as the disk was to blame.
+    /// Runs the last change of a lease.
     async fn end<T: Send + 'static>(
         &self,
         end: impl FnOnce(&Core, &JobId, u64) -> Result<T, StoreError> + Send + 'static,
     ) -> Result<T, StoreError> {
         let (job, token) = (Arc::clone(&self.job), self.token);
         let outcome = blocking(&self.core, move |core| end(core, &job.id, token)).await;
-        if outcome.is_err() {
-            self.counts.store(false, Ordering::Relaxed);
-            self.waits.store(true, Ordering::Relaxed);
-        }
+        self.failed.store(outcome.is_err(), Ordering::Relaxed);
         outcome
     }
 }
@@ -104,13 +101,12 @@ impl JobLease for LocalLease {
 impl Drop for LocalLease {
     /// Does nothing if the lease was settled.
     fn drop(&mut self) {
-        let counts = self.counts.load(Ordering::Relaxed);
-        let waits = self.waits.load(Ordering::Relaxed);
-        let delay = if waits {
-            self.core.settings.lease
-        } else {
-            Duration::ZERO
+        let failed = self.failed.load(Ordering::Relaxed);
+        let delay = match failed {
+            true => self.core.settings.lease,
+            false => Duration::ZERO,
         };
+        let counts = self.handed_over && !failed;
         self.core
             .live()
             .abandon(&self.job.id, self.token, counts, delay);

@@ -20,8 +20,6 @@ use crate::jobs::{
     JobFailure, JobFile, JobLease, JobStatus, Progress, Revoked, Settled, StoreError, StoredJob,
 };
 
-/// Time for which the server holds a request for a job.
-const PULL_WAIT: Duration = Duration::from_secs(5);
 /// Time between two looks at the record, in case that its change was missed.
 const LOOK_EVERY: Duration = Duration::from_secs(2);
 /// Time after which a job whose record could not be read is offered again.
@@ -40,10 +38,10 @@ pub(super) struct NatsLease {
 
 /// Waits for a job. If the caller goes, a job that arrives is offered to other workers.
 pub(super) async fn take(shared: &Arc<Shared>) -> Result<NatsLease, StoreError> {
-    let (sender, receiver) = oneshot::channel::<Result<NatsLease, StoreError>>();
+    let (mut sender, receiver) = oneshot::channel::<Result<NatsLease, StoreError>>();
     let shared = Arc::clone(shared);
     tokio::spawn(async move {
-        let taken = take_next(&shared, &sender).await;
+        let taken = take_next(&shared, &mut sender).await;
         if let Err(Ok(lease)) = sender.send(taken) {
             lease.release(Duration::ZERO).await.ok();
         }
@@ -54,10 +52,10 @@ pub(super) async fn take(shared: &Arc<Shared>) -> Result<NatsLease, StoreError> 
 
 type Caller = oneshot::Sender<Result<NatsLease, StoreError>>;
 
-async fn take_next(shared: &Arc<Shared>, caller: &Caller) -> Result<NatsLease, StoreError> {
+async fn take_next(shared: &Arc<Shared>, caller: &mut Caller) -> Result<NatsLease, StoreError> {
     let link = &shared.link;
     loop {
-        let pulled = link.pull(names::JOBS, &shared.model, PULL_WAIT).await;
+        let pulled = link.pull(names::JOBS, &shared.model, caller.closed()).await;
         let message = match pulled {
             Ok(message) => message,
             Err(error) => {
@@ -293,7 +291,7 @@ impl JobLease for NatsLease {
 impl Drop for NatsLease {
     /// Makes the job available again, if it is still this worker's.
     fn drop(&mut self) {
-        if self.settled.load(Ordering::Relaxed) {
+        if self.settled.load(Ordering::Relaxed) || self.shared.is_killed() {
             return;
         }
         let Ok(runtime) = Handle::try_current() else {

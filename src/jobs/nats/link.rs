@@ -10,7 +10,8 @@ use async_nats::connection::State;
 use async_nats::jetstream::context::PublishErrorKind;
 use async_nats::jetstream::message::PublishMessage;
 use async_nats::jetstream::{self, AckKind, Context};
-use async_nats::{Client, ConnectErrorKind, Event};
+use async_nats::{Client, ConnectErrorKind, Event, Message, Subscriber};
+use futures_util::StreamExt as _;
 use serde_json::json;
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep, timeout};
@@ -24,6 +25,8 @@ const REQUEST_TIMEOUT: Duration = Duration::from_secs(2);
 const RETRY_FOR: Duration = Duration::from_secs(6);
 /// Time without a connection after which requests fail at once.
 const LOST_AFTER: Duration = Duration::from_secs(3);
+/// Time for which the server holds a request for a message.
+const PULL_WAIT: Duration = Duration::from_secs(5);
 const RETRY_DELAY: Duration = Duration::from_millis(200);
 /// Most time for the first connection.
 const FIRST_CONNECT: Duration = Duration::from_secs(6);
@@ -208,21 +211,22 @@ impl Link {
         }
     }
 
-    /// Waits for one message of a durable consumer.
+    /// Waits for one message of a durable consumer, or until nobody waits for it any more: a message
+    /// that still arrives then is offered to others.
     pub(super) async fn pull(
         &self,
         stream: &str,
         consumer: &str,
-        wait: Duration,
+        gone: impl Future<Output = ()>,
     ) -> Result<Option<jetstream::Message>, StoreError> {
-        use futures_util::StreamExt as _;
-
         if !self.is_connected() {
             // A request that is sent after the next connection would have nobody to answer to.
             return Err(self.unavailable("there is no connection"));
         }
+        let mut connections = self.connections();
+        connections.mark_unchanged();
         let inbox = self.client.new_inbox();
-        let request = json!({ "batch": 1, "expires": wait.as_nanos() as u64 });
+        let request = json!({ "batch": 1, "expires": PULL_WAIT.as_nanos() as u64 });
         let subject = format!("$JS.API.CONSUMER.MSG.NEXT.{stream}.{consumer}");
         let ask = async {
             let messages = self.client.subscribe(inbox.clone()).await;
@@ -238,26 +242,45 @@ impl Link {
         let mut messages = timeout(REQUEST_TIMEOUT, ask)
             .await
             .map_err(|_| self.unavailable("the connection does not take a request"))??;
-        let mut connections = self.connections();
-        connections.mark_unchanged();
         let message = tokio::select! {
-            message = timeout(wait + REQUEST_TIMEOUT, messages.next()) => message,
+            message = timeout(PULL_WAIT + REQUEST_TIMEOUT, messages.next()) => message,
             _ = connections.changed() => return Err(self.unavailable("the connection was lost")),
+            () = gone => {
+                self.give_back(messages).await;
+                return Ok(None);
+            }
         };
         let Ok(Some(message)) = message else {
             return Ok(None);
         };
         match message.status.map(|status| status.as_u16()) {
-            None => Ok(Some(jetstream::Message {
-                message,
-                context: self.jetstream.clone(),
-            })),
+            None => Ok(Some(self.jetstream_message(message))),
             // No message within the time.
             Some(404 | 408) => Ok(None),
             Some(status) => {
                 let text = message.description.unwrap_or_default();
                 Err(self.unavailable(format!("consumer {consumer}: {status} {text}")))
             }
+        }
+    }
+
+    /// Ends a subscription, and offers what the server has sent to it meanwhile to others.
+    async fn give_back(&self, mut messages: Subscriber) {
+        if messages.drain().await.is_err() {
+            return;
+        }
+        while let Ok(Some(message)) = timeout(REQUEST_TIMEOUT, messages.next()).await {
+            if message.status.is_none() {
+                let message = self.jetstream_message(message);
+                acknowledge(&message, AckKind::Nak(None)).await.ok();
+            }
+        }
+    }
+
+    fn jetstream_message(&self, message: Message) -> jetstream::Message {
+        jetstream::Message {
+            message,
+            context: self.jetstream.clone(),
         }
     }
 }

@@ -36,7 +36,7 @@ pub use self::settings::NatsSettings;
 
 use self::link::{Failure, Link, acknowledge};
 use self::mirror::Mirror;
-use self::queue::{Queue, Queued};
+use self::queue::{Queue, Queued, WebhookTicket};
 use self::records::{Record, Records, Replaced, Slot};
 use self::results::{Found, Results};
 use self::setup::Setup;
@@ -51,7 +51,9 @@ const SETUP_DELAY: Duration = Duration::from_millis(500);
 const MAX_SETUP_DELAY: Duration = Duration::from_secs(10);
 /// Records that a list reads at once.
 const READ_AT_ONCE: usize = 16;
-/// Time between two looks at a followed job, in case that its change was missed.
+/// Time between two looks at the position of a followed job.
+const POSITION_EVERY: Duration = Duration::from_secs(1);
+/// Time between two looks at its record, in case that its change was missed.
 const LOOK_EVERY: Duration = Duration::from_secs(5);
 
 /// A store of jobs in NATS. Any number of servers can use it at once.
@@ -75,6 +77,8 @@ struct Shared {
     compared: Mutex<Instant>,
     /// The newest creation time that this server has given.
     last_ms: AtomicU64,
+    #[cfg(test)]
+    killed: std::sync::atomic::AtomicBool,
 }
 
 impl NatsStore {
@@ -93,6 +97,8 @@ impl NatsStore {
             mirror: Mirror::default(),
             compared: Mutex::new(Instant::now()),
             last_ms: AtomicU64::new(0),
+            #[cfg(test)]
+            killed: false.into(),
             settings,
             link,
         });
@@ -112,6 +118,19 @@ impl NatsStore {
         }
     }
 
+    /// Ends the store as the end of its process does: its leases make nothing available again.
+    #[cfg(test)]
+    pub(super) fn kill(&self) {
+        self.keeper.abort();
+        self.shared.killed.store(true, Ordering::Relaxed);
+    }
+
+    /// Compares the queue with the records, as the sweep does for jobs of some age.
+    #[cfg(test)]
+    pub(super) async fn compare(&self, age: Duration) -> Result<(), StoreError> {
+        sweep::compare(&self.shared, age).await
+    }
+
     /// The view of a record, which the mirror takes over.
     fn view(&self, record: Record) -> JobView {
         self.shared.mirror.apply(&record);
@@ -127,7 +146,7 @@ impl NatsStore {
         // The server that stored the record may have stopped before it had added the message.
         let is_open = !record.job.status.is_ended();
         if is_open && self.shared.queue.add(&record).await? == Queued::Full {
-            return Err(self.shared.full());
+            return Err(self.shared.full(&record.model));
         }
         Ok(Submitted::Existing(self.view(record)))
     }
@@ -199,6 +218,18 @@ impl Shared {
         Err(self.link.unavailable("the list of jobs is not read yet"))
     }
 
+    /// Whether leases that are dropped make nothing available again.
+    #[cfg(test)]
+    fn is_killed(&self) -> bool {
+        self.killed.load(Ordering::Relaxed)
+    }
+
+    #[cfg(not(test))]
+    #[allow(clippy::unused_self, reason = "tests kill stores")]
+    fn is_killed(&self) -> bool {
+        false
+    }
+
     /// A time for a new job, later than those of all jobs that this server has made.
     fn created_ms(&self) -> u64 {
         let now_ms = now_ms();
@@ -208,9 +239,9 @@ impl Shared {
         last.map_or(now_ms, |last| now_ms.max(last + 1))
     }
 
-    fn full(&self) -> StoreError {
+    fn full(&self, model: &str) -> StoreError {
         StoreError::Full {
-            queued: self.mirror.queued(&self.model),
+            queued: self.mirror.queued(model),
         }
     }
 
@@ -267,11 +298,16 @@ impl Shared {
         job.expires_ms = Some(now_ms.saturating_add(keep_ms));
     }
 
+    async fn add_webhook(&self, record: &Record) -> Result<(), StoreError> {
+        let ticket = WebhookTicket::new(record);
+        self.queue.add_webhook(record, &ticket).await
+    }
+
     /// Adds the webhook of an ended job, then acknowledges the job's message. Without an answer, the
     /// message is offered again, and the worker that receives it does the same.
     async fn finish(&self, record: &Record, message: &jetstream::Message) {
         if record.job.webhook.is_some()
-            && let Err(error) = self.queue.add_webhook(record).await
+            && let Err(error) = self.add_webhook(record).await
         {
             tracing::warn!("job {}: its webhook waits: {error}", record.job.id);
             return;
@@ -331,19 +367,21 @@ impl Shared {
     ) {
         let id = record.job.id.clone();
         let mut job = Arc::new(record.job.clone());
+        let mut looked = Instant::now();
         while !job.status.is_ended() {
-            let mut look = false;
             tokio::select! {
                 _ = changes.changed() => {}
-                () = sleep(LOOK_EVERY) => look = true,
+                () = sleep(POSITION_EVERY) => {}
                 () = views.closed() => return,
             }
-            if look || self.mirror.revision(&id) != Some(record.revision) {
+            if looked.elapsed() >= LOOK_EVERY || self.mirror.revision(&id) != Some(record.revision)
+            {
                 match self.records.find(&id).await {
                     Ok(Some(newest)) => record = newest,
                     Ok(None) => return,
                     Err(_) => continue,
                 }
+                looked = Instant::now();
                 self.mirror.apply(&record);
                 job = Arc::new(record.job.clone());
             }
@@ -387,7 +425,7 @@ impl JobStore for NatsStore {
                 Slot::Empty => 0,
             };
             if shared.mirror.queued(&shared.model) >= shared.settings.max_queued {
-                return Err(shared.full());
+                return Err(shared.full(&shared.model));
             }
             let record = match shared.replace(revision, &shared.model, job.clone()).await? {
                 Ok(record) => record,
@@ -400,7 +438,7 @@ impl JobStore for NatsStore {
                 Ok(Queued::Added | Queued::Present) => {
                     return Ok(Submitted::New(self.view(record)));
                 }
-                Ok(Queued::Full) => shared.full(),
+                Ok(Queued::Full) => shared.full(&shared.model),
                 Err(error) => error,
             };
             // A job with a key may have been returned to a repeated request by now.
@@ -476,7 +514,7 @@ impl JobStore for NatsStore {
             // A worker that has the message does the same.
             let finished = async {
                 if record.job.webhook.is_some() {
-                    shared.queue.add_webhook(&record).await?;
+                    shared.add_webhook(&record).await?;
                 }
                 if was_queued {
                     shared.queue.remove(&record).await?;

@@ -15,6 +15,27 @@ pub(super) struct Ticket {
     pub(super) owner: Owner,
 }
 
+/// The content of the message of a webhook.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct WebhookTicket {
+    pub(super) owner: Owner,
+    /// How often it was sent in vain.
+    pub(super) tries: u32,
+    /// Unix time in milliseconds before which it is not sent.
+    pub(super) due_ms: u64,
+}
+
+impl WebhookTicket {
+    /// Of a job that has just ended.
+    pub(super) fn new(record: &Record) -> Self {
+        Self {
+            owner: record.job.owner.clone(),
+            tries: 0,
+            due_ms: 0,
+        }
+    }
+}
+
 /// Whether a message is in the queue.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Queued {
@@ -103,13 +124,19 @@ impl Queue {
         Ok(subjects.into_iter().map(|(subject, _)| subject).collect())
     }
 
-    /// Adds the message of an ended job's webhook. A repeated call within some minutes adds no other
-    /// one.
-    pub(super) async fn add_webhook(&self, record: &Record) -> Result<(), StoreError> {
+    /// Adds the message of an ended job's webhook. A repeated call with the same number of tries within
+    /// some minutes adds no other one.
+    pub(super) async fn add_webhook(
+        &self,
+        record: &Record,
+        ticket: &WebhookTicket,
+    ) -> Result<(), StoreError> {
         let job = &record.job;
+        let message_id = format!("{}.{}.{}", job.id, job.created_ms, ticket.tries);
         let message = PublishMessage::build()
-            .payload(ticket(record))
-            .message_id(format!("{}.{}", job.id, job.created_ms));
+            // A struct of text and numbers cannot fail to be written.
+            .payload(serde_json::to_vec(ticket).unwrap_or_default().into())
+            .message_id(message_id);
         let subject = names::webhook_subject(&job.id);
         let publish = || self.link.publish(subject.clone(), message.clone());
         self.link.retry(publish).await?;

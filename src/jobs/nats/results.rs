@@ -82,6 +82,11 @@ impl Results {
                 objects: OnceCell::new(),
             });
         };
+        Self::open_other(url)
+    }
+
+    /// The store of this URL.
+    pub(super) fn open_other(url: &str) -> Result<Self, StoreError> {
         let other = Other::open(url);
         let other = other.map_err(|why| StoreError::Broken(format!("--results {url}: {why}")))?;
         Ok(Self::Other(other))

@@ -65,7 +65,6 @@ impl Setup<'_> {
         )
         .await?;
         let filter = names::ALL_WEBHOOKS.to_owned();
-        let lease = lease.max(Duration::from_mins(1));
         self.consumer(names::WEBHOOKS, names::WEBHOOK_CONSUMER, filter, lease)
             .await?;
         Ok(Found {

@@ -16,7 +16,7 @@ const MARKER_AGE: Duration = Duration::from_mins(10);
 /// Time between two comparisons of the queue with the records.
 const COMPARE_EVERY: Duration = Duration::from_secs(30);
 /// Age from which a job without a message, or a message of an ended job, is not just being made.
-const SETTLED_MS: u64 = 30_000;
+const SETTLED: Duration = Duration::from_secs(30);
 
 pub(super) async fn sweep(shared: &Shared) -> Result<(), StoreError> {
     shared.link.check()?;
@@ -28,7 +28,7 @@ pub(super) async fn sweep(shared: &Shared) -> Result<(), StoreError> {
         shared.records.forget(&subject, revision).await?;
     }
     if shared.compare_is_due(COMPARE_EVERY) {
-        compare(shared).await?;
+        compare(shared, SETTLED).await?;
     }
     Ok(())
 }
@@ -87,8 +87,8 @@ async fn delete_files(shared: &Shared, record: &Record) -> Result<(), StoreError
 
 /// Adds messages that are missing, as a server stopped before it had added them, and removes messages
 /// of ended jobs, as no worker has yet come to drop them.
-async fn compare(shared: &Shared) -> Result<(), StoreError> {
-    let before_ms = now_ms().saturating_sub(SETTLED_MS);
+pub(super) async fn compare(shared: &Shared, age: Duration) -> Result<(), StoreError> {
+    let before_ms = now_ms().saturating_sub(age.as_millis() as u64);
     let jobs = shared.mirror.listed(None);
     let messages: HashSet<String> = shared.queue.subjects().await?.into_iter().collect();
     for job in jobs {

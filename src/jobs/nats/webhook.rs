@@ -7,26 +7,27 @@ use async_nats::jetstream::{self, AckKind};
 use async_trait::async_trait;
 use tokio::runtime::Handle;
 use tokio::sync::oneshot;
+use tokio::task::JoinHandle;
 use tokio::time::sleep;
 
-use super::Shared;
 use super::link::acknowledge;
 use super::names;
-use super::queue::Ticket;
-use super::records::Slot;
+use super::queue::WebhookTicket;
+use super::records::{Record, Slot};
+use super::{Shared, now_ms};
 use crate::jobs::{StoreError, StoredJob, WebhookLease};
 
-/// Time for which the server holds a request.
-const PULL_WAIT: Duration = Duration::from_secs(5);
 const PULL_DELAY: Duration = Duration::from_millis(500);
 
 /// A webhook and its message.
 #[derive(Debug)]
 pub(super) struct NatsWebhook {
     shared: Arc<Shared>,
-    job: StoredJob,
+    record: Record,
     message: jetstream::Message,
     tries: u32,
+    /// Tells the server that the webhook is being sent.
+    keep_alive: JoinHandle<()>,
     settled: bool,
 }
 
@@ -34,10 +35,10 @@ type Caller = oneshot::Sender<Result<NatsWebhook, StoreError>>;
 
 /// Waits for a webhook. If the caller goes, one that arrives is offered to other servers.
 pub(super) async fn take(shared: &Arc<Shared>) -> Result<NatsWebhook, StoreError> {
-    let (sender, receiver) = oneshot::channel();
+    let (mut sender, receiver) = oneshot::channel();
     let shared = Arc::clone(shared);
     tokio::spawn(async move {
-        let taken = take_next(&shared, &sender).await;
+        let taken = take_next(&shared, &mut sender).await;
         // A webhook that nobody takes is offered again when it is dropped.
         drop(sender.send(taken));
     });
@@ -45,11 +46,11 @@ pub(super) async fn take(shared: &Arc<Shared>) -> Result<NatsWebhook, StoreError
     receiver.await.map_err(stopped)?
 }
 
-async fn take_next(shared: &Arc<Shared>, caller: &Caller) -> Result<NatsWebhook, StoreError> {
+async fn take_next(shared: &Arc<Shared>, caller: &mut Caller) -> Result<NatsWebhook, StoreError> {
     let link = &shared.link;
     loop {
         let consumer = names::WEBHOOK_CONSUMER;
-        let message = match link.pull(names::WEBHOOKS, consumer, PULL_WAIT).await {
+        let message = match link.pull(names::WEBHOOKS, consumer, caller.closed()).await {
             Ok(message) => message,
             Err(error) => {
                 link.check()?;
@@ -75,24 +76,28 @@ async fn begin(
     shared: &Arc<Shared>,
     message: jetstream::Message,
 ) -> Result<Option<NatsWebhook>, StoreError> {
-    let ticket = serde_json::from_slice::<Ticket>(&message.payload);
+    let ticket = serde_json::from_slice::<WebhookTicket>(&message.payload);
     let (Some(id), Ok(ticket)) = (names::id_of(&message.subject), ticket) else {
         acknowledge(&message, AckKind::Term).await.ok();
         return Ok(None);
     };
-    let delivered = message.info().map_or(1, |info| info.delivered);
-    let tries = u32::try_from(delivered.saturating_sub(1)).unwrap_or(0);
+    let wait_ms = ticket.due_ms.saturating_sub(now_ms());
+    if wait_ms > 0 {
+        let wait = Duration::from_millis(wait_ms);
+        acknowledge(&message, AckKind::Nak(Some(wait))).await.ok();
+        return Ok(None);
+    }
     let subject = names::record_subject(&id, &ticket.owner);
-    let record = shared.records.get(&subject).await;
-    let webhook = |job| NatsWebhook {
-        shared: Arc::clone(shared),
-        job,
-        message: message.clone(),
-        tries,
-        settled: false,
-    };
-    match record {
-        Ok(Slot::Job(record)) if record.job.status.is_ended() => Ok(Some(webhook(record.job))),
+    match shared.records.get(&subject).await {
+        Ok(Slot::Job(record)) if record.job.status.is_ended() => {
+            let shared = Arc::clone(shared);
+            Ok(Some(NatsWebhook::new(
+                shared,
+                *record,
+                message,
+                ticket.tries,
+            )))
+        }
         // The job was deleted, or made anew: there is nothing to send.
         Ok(_) => {
             acknowledge(&message, AckKind::Term).await.ok();
@@ -107,10 +112,38 @@ async fn begin(
     }
 }
 
+impl NatsWebhook {
+    fn new(shared: Arc<Shared>, record: Record, message: jetstream::Message, tries: u32) -> Self {
+        let every = shared.settings.lease / 3;
+        let keep_alive = {
+            let message = message.clone();
+            tokio::spawn(async move {
+                loop {
+                    sleep(every).await;
+                    acknowledge(&message, AckKind::Progress).await.ok();
+                }
+            })
+        };
+        Self {
+            shared,
+            record,
+            message,
+            tries,
+            keep_alive,
+            settled: false,
+        }
+    }
+
+    async fn acknowledge(&self) -> Result<(), StoreError> {
+        let acknowledged = self.message.double_ack().await;
+        acknowledged.map_err(|error| self.shared.link.unavailable(error))
+    }
+}
+
 #[async_trait]
 impl WebhookLease for NatsWebhook {
     fn job(&self) -> &StoredJob {
-        &self.job
+        &self.record.job
     }
 
     fn tries(&self) -> u32 {
@@ -119,21 +152,27 @@ impl WebhookLease for NatsWebhook {
 
     async fn settle(mut self: Box<Self>) -> Result<(), StoreError> {
         self.settled = true;
-        let settled = self.message.double_ack().await;
-        settled.map_err(|error| self.shared.link.unavailable(error))
+        self.acknowledge().await
     }
 
     async fn retry(mut self: Box<Self>, after: Duration) -> Result<(), StoreError> {
+        let after_ms = u64::try_from(after.as_millis()).unwrap_or(u64::MAX);
+        let ticket = WebhookTicket {
+            owner: self.record.job.owner.clone(),
+            tries: self.tries + 1,
+            due_ms: now_ms().saturating_add(after_ms),
+        };
+        // A message that was offered again has no place for the number of tries.
+        self.shared.queue.add_webhook(&self.record, &ticket).await?;
         self.settled = true;
-        acknowledge(&self.message, AckKind::Nak(Some(after)))
-            .await
-            .map_err(|failure| self.shared.link.failed(failure))
+        self.acknowledge().await
     }
 }
 
 impl Drop for NatsWebhook {
     fn drop(&mut self) {
-        if self.settled {
+        self.keep_alive.abort();
+        if self.settled || self.shared.is_killed() {
             return;
         }
         if let Ok(runtime) = Handle::try_current() {

@@ -26,50 +26,57 @@ fn number() -> impl Strategy<Value = f64> {
     POSITIVE | NEGATIVE | NORMAL | SUBNORMAL | ZERO
 }
 
-fn adapter(name: &str) -> impl Strategy<Value = AdapterInfo> + use<> {
-    let name = name.to_owned();
+/// Noise levels that fall from at most 1.
+fn falling() -> impl Strategy<Value = Vec<f64>> {
+    prop::collection::vec(0.001..1.0f64, 1..40).prop_map(|mut sigmas| {
+        sigmas.sort_by(|a, b| b.total_cmp(a));
+        sigmas.dedup();
+        sigmas
+    })
+}
+
+fn recipe() -> impl Strategy<Value = Recipe> {
     let levels = prop_oneof![
         Just(None),
         Just(Some(NoiseLevels::Model)),
-        (number(), proptest::option::of(number()))
+        (0.001..100.0f64, proptest::option::of(0.0..0.9f64))
             .prop_map(|(shift, terminal)| Some(NoiseLevels::Shifted { shift, terminal })),
-        prop::collection::vec(number(), 1..9)
-            .prop_map(|levels| Some(NoiseLevels::Sigmas(levels.into()))),
+        falling().prop_map(|levels| Some(NoiseLevels::Sigmas(levels.into()))),
     ];
-    let recipe = (
-        any::<String>(),
+    let (steps, scale) = (
         proptest::option::of(1..20usize),
-        levels,
-        any::<bool>(),
-        proptest::option::of(number()),
+        proptest::option::of(0.0..20.0f64),
     );
-    let recipe = recipe.prop_map(|(name, steps, levels, stochastic, true_cfg_scale)| Recipe {
-        name,
-        steps,
-        levels,
-        stochastic,
-        true_cfg_scale,
-    });
+    (any::<String>(), steps, levels, any::<bool>(), scale).prop_map(
+        |(name, steps, levels, stochastic, true_cfg_scale)| Recipe {
+            name,
+            steps,
+            levels,
+            stochastic,
+            true_cfg_scale,
+        },
+    )
+}
+
+fn adapter(name: &str) -> impl Strategy<Value = AdapterInfo> + use<> {
+    let name = name.to_owned();
     let origin = select(vec![
         ScheduleOrigin::Sidecar,
         ScheduleOrigin::Header,
         ScheduleOrigin::KnownName,
     ]);
-    let recipe = proptest::option::of((recipe, origin));
-    (
-        recipe,
-        any::<usize>(),
-        proptest::option::of(1..64usize),
-        any::<u64>(),
-    )
-        .prop_map(move |(recipe, modules, rank, bytes)| AdapterInfo {
+    let recipe = proptest::option::of((recipe(), origin));
+    let rank = proptest::option::of(1..64usize);
+    (recipe, any::<usize>(), rank, any::<u64>()).prop_map(move |(recipe, modules, rank, bytes)| {
+        AdapterInfo {
             name: name.clone(),
             recipe,
             modules,
             rank,
             bytes,
             hash: format!("{bytes:x}"),
-        })
+        }
+    })
 }
 
 fn limits() -> impl Strategy<Value = Limits> {
@@ -120,7 +127,7 @@ fn cache() -> impl Strategy<Value = Value> {
             "off", "balanced", "fast", "auto", "dbcache", "magcache"
         ])
         .prop_map(Value::from),
-        (0.0..2.0f64, 0..3usize).prop_map(|(threshold, order)| json!({
+        (0.0..2.0f64, 0..2usize).prop_map(|(threshold, order)| json!({
             "mode": "dbcache", "residual_diff_threshold": threshold, "taylorseer_order": order,
             "enable_taylorseer": true, "max_cached_steps": 9,
         })),
@@ -136,11 +143,6 @@ fn cache() -> impl Strategy<Value = Value> {
 
 /// The levels of a request: its `num_inference_steps`, `shift`, `sigmas` and `schedule`.
 fn schedule() -> impl Strategy<Value = (Option<i128>, Option<f64>, Option<Vec<f64>>, Value)> {
-    let falling = prop::collection::vec(0.001..1.0f64, 1..40).prop_map(|mut sigmas| {
-        sigmas.sort_by(|a, b| b.total_cmp(a));
-        sigmas.dedup();
-        sigmas
-    });
     let steps = proptest::option::of(1..60i128);
     prop_oneof![
         steps
@@ -152,7 +154,7 @@ fn schedule() -> impl Strategy<Value = (Option<i128>, Option<f64>, Option<Vec<f6
             None,
             Value::Null
         )),
-        falling.prop_map(|sigmas| (None, None, Some(sigmas), Value::Null)),
+        falling().prop_map(|sigmas| (None, None, Some(sigmas), Value::Null)),
         select(vec!["model", "lightning", "distill"]).prop_map(|name| (
             None,
             None,
@@ -271,6 +273,11 @@ fn numbers_of_any_size_survive() {
             request.schedule.sigmas.push(level);
         }
         request.schedule.shift = Some(second);
+        let mut info = info;
+        if let Some((recipe, _)) = &mut info.recipe {
+            recipe.true_cfg_scale = Some(first);
+            recipe.levels = Some(NoiseLevels::Sigmas([first, second].into()));
+        }
         let info = Arc::new(info);
         request.merged = Some(ChosenAdapter { info: Arc::clone(&info), scale: first });
         request.adapters.push(ChosenAdapter { info, scale: second });

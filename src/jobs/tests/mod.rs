@@ -4,4 +4,8 @@
 mod bench;
 mod conformance;
 mod local;
+#[cfg(feature = "nats")]
+mod nats;
+#[cfg(feature = "nats")]
+mod nats_server;
 mod random;

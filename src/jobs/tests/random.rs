@@ -151,7 +151,8 @@ fn promise(jobs: &mut HashMap<JobId, Promise>, id: &JobId, status: Option<JobSta
 
 /// Completes every job that can be taken.
 async fn drain(store: &Arc<dyn JobStore>, jobs: &mut HashMap<JobId, Promise>) {
-    while let Ok(lease) = tokio::time::timeout(Duration::from_millis(300), store.take()).await {
+    // A store of several servers keeps the leases of one that stopped until they end.
+    while let Ok(lease) = tokio::time::timeout(Duration::from_secs(3), store.take()).await {
         let lease = lease.unwrap();
         let id = lease.job().id.clone();
         assert_eq!(jobs.get(&id), Some(&Promise::Open), "{id} was taken");

@@ -13,7 +13,7 @@ use crate::jobs::{JobLease, Revoked, Settled, StoreError, StoredJob, TraceContex
 use crate::telemetry::{self, Kind};
 
 /// How long a worker that stops waits for the store to take a job back.
-const LAST_RELEASE: Duration = Duration::from_secs(5);
+const LAST_RELEASE: Duration = Duration::from_secs(3);
 
 pub(super) struct Attempt<R: Runner> {
     worker: Arc<Shared<R>>,

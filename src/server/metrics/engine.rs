@@ -52,6 +52,11 @@ pub(super) fn add(page: &mut Page, stats: &EngineStats) {
         "Pixels of the generated images.",
         stats.pixels,
     );
+    page.counter(
+        "kiln_pixel_steps_total",
+        "Pixels of the generated images times their denoising steps.",
+        stats.pixel_steps,
+    );
     for (name, help, histogram) in [
         (
             "kiln_queue_seconds",
