@@ -9,7 +9,9 @@ cd "$(dirname "$0")/.."
 . scripts/common.sh
 python_packages schemathesis tests/fuzz/requirements.txt
 # Small limits, so that the time is spent on requests and not on generating images.
-start_server --max-steps 2 --max-image-pixels 20000 --max-num-images 2 --api-key fuzz --enable-sdapi
+jobs="$(mktemp -d)"
+start_server --max-steps 2 --max-image-pixels 20000 --max-num-images 2 --api-key fuzz --enable-sdapi --jobs "$jobs"
+trap 'kill "$process" 2> /dev/null || true; rm -rf "$log" "$jobs"' EXIT
 # positive_data_acceptance is excluded, because the server also rejects what a schema cannot express:
 # contradictory fields, a chat without a user message.
 schemathesis run "$server/openapi.json" --header "Authorization: Bearer fuzz" \

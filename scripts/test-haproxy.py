@@ -9,6 +9,7 @@ import itertools
 import json
 import os
 import re
+import secrets
 import signal
 import socket
 import statistics
@@ -25,6 +26,8 @@ CONFIGURATION = Path(__file__).parent.parent / "packaging" / "haproxy.cfg"
 # HAProxy without any try after the first, and with its own default: only refused connections are tried again.
 NO_TRIES = {"retries 5": "retries 0", "option redispatch 1": "", "retry-on conn-failure empty-response 503": ""}
 CONNECTIONS_ONLY = {"retry-on conn-failure empty-response 503": "retry-on conn-failure"}
+
+TRIALS = ["with_retries", "without_retries", "streams", "rolling_restart", "client_that_leaves"]
 
 # The servers' time to be out of HAProxy's list: several of its checks.
 SHUTDOWN_DELAY = 3
@@ -170,7 +173,10 @@ class Load:
     stop: threading.Event = field(default_factory=threading.Event)
 
     def __enter__(self):
-        self.numbers = itertools.count()
+        # Unlike those of other trials in the same logs.
+        trial = secrets.token_hex(3)
+        self.ids = (f"{trial}-{number}" for number in itertools.count())
+        self.lock = threading.Lock()
         self.threads = [threading.Thread(target=self.client, args=[seed]) for seed in range(self.clients)]
         for thread in self.threads:
             thread.start()
@@ -184,7 +190,8 @@ class Load:
     def client(self, seed):
         connection = None
         while not self.stop.is_set():
-            result = Result(f"request-{next(self.numbers)}", time.monotonic())
+            with self.lock:
+                result = Result(next(self.ids), time.monotonic())
             for _ in range(5 if self.asks_again else 1):
                 connection = connection or http.client.HTTPConnection("127.0.0.1", self.port, timeout=120)
                 try:
@@ -235,7 +242,8 @@ def report(name, load):
 class Trial:
     def __init__(self, arguments, folder):
         self.arguments, self.folder = arguments, folder
-        self.servers = [Kiln(arguments.kiln, folder, name, port) for name, port in zip(["k1", "k2", "k3"], free_ports(3))]
+        ports = zip(["k1", "k2", "k3"], free_ports(3))
+        self.servers = [Kiln(arguments.kiln, folder, name, port) for name, port in ports]
 
     def close(self):
         for server in self.servers:
@@ -344,7 +352,10 @@ class Trial:
         k3.kill()
         with self.proxy() as proxy:
             body = json.dumps({"prompt": "a red circle", "size": "512x512", "num_inference_steps": 1000})
-            head = f"POST /v1/images/generations HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+            head = (
+                "POST /v1/images/generations HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+                f"Content-Length: {len(body)}\r\n\r\n"
+            )
             with socket.create_connection(("127.0.0.1", proxy.port)) as client:
                 client.sendall((head + body).encode())
                 wait_until("the request does not run", lambda: k1.metric("kiln_requests_running") == 1)
@@ -360,15 +371,15 @@ def main():
     parser.add_argument("--kiln", required=True, help="the binary")
     parser.add_argument("--seconds", type=float, default=60, help="time of the first trial; others take a part of it")
     parser.add_argument("--clients", type=int, default=9)
-    parser.add_argument("trials", nargs="*", help="with_retries, without_retries, streams, rolling_restart, client_that_leaves")
+    parser.add_argument("trials", nargs="*", help=f"of {', '.join(TRIALS)}; all by default")
     arguments = parser.parse_args()
-    names = arguments.trials or ["with_retries", "without_retries", "streams", "rolling_restart", "client_that_leaves"]
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         trial = Trial(arguments, folder)
-        print("| configuration, and what happened | requests | lost | median | longest |\n|---|---|---|---|---|", flush=True)
+        print("| configuration, and what happened | requests | lost | median | longest |")
+        print("|---|---|---|---|---|", flush=True)
         try:
-            for name in names:
+            for name in arguments.trials or TRIALS:
                 getattr(trial, name)()
         except BaseException:
             for log in sorted(Path(folder).glob("*.log")):

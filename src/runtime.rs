@@ -208,19 +208,41 @@ impl Model {
     ///
     /// As [`Model::find`].
     pub fn find_reporting(settings: &ModelSettings, start: &Start) -> Result<Self, RuntimeError> {
+        let access = settings.weight_access;
+        let open = |folder: &Path| Checkpoint::open_with(folder, access);
+        Self::find_with(settings, start, &open)
+    }
+
+    /// As [`Model::find_reporting`], for a model that is not loaded: its weights are neither downloaded nor
+    /// needed.
+    ///
+    /// # Errors
+    ///
+    /// As [`Model::find`].
+    pub fn find_without_weights(
+        settings: &ModelSettings,
+        start: &Start,
+    ) -> Result<Self, RuntimeError> {
+        let mut settings = settings.clone();
+        settings.hub.without_weights = true;
+        Self::find_with(&settings, start, &Checkpoint::open_without_weights)
+    }
+
+    fn find_with(
+        settings: &ModelSettings,
+        start: &Start,
+        open: &dyn Fn(&Path) -> Result<Checkpoint, CheckpointError>,
+    ) -> Result<Self, RuntimeError> {
         let name = &settings.name;
         let checkpoint = match (settings.load_format, name.to_str()) {
             (LoadFormat::Dummy, _) => Checkpoint::dummy(dummy_shape(name)?)?,
             (LoadFormat::Auto, Some(DEMO)) => Checkpoint::demo()?,
             (LoadFormat::Auto, Some(name)) => {
                 let report = |transfer| start.download(transfer);
-                let folder = hub::resolve(name, &settings.hub, &report)?;
-                Checkpoint::open_with(&folder, settings.weight_access)?
+                open(&hub::resolve(name, &settings.hub, &report)?)?
             }
             // Only a path may be something else than UTF-8.
-            (LoadFormat::Auto, None) => {
-                Checkpoint::open_with(Path::new(name), settings.weight_access)?
-            }
+            (LoadFormat::Auto, None) => open(Path::new(name))?,
         };
         let tokenizer = checkpoint.tokenizer().map_err(RuntimeError::Tokenizer)?;
         let configs = &checkpoint.parts().configs;

@@ -61,7 +61,6 @@ const OWNERS: &[(&str, &[&str])] = &[
     ("opentelemetry_http", &["src/telemetry"]),
     ("opentelemetry_otlp", &["src/telemetry"]),
     ("opentelemetry_sdk", &["src/telemetry"]),
-    ("tracing_opentelemetry", &["src/telemetry"]),
     ("regex", &["src/checkpoint/lora"]),
     ("memmap2", &["src/checkpoint"]),
     // `cli/dump` writes and reads recorded runs, not models.

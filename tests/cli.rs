@@ -5,6 +5,7 @@ mod environment;
 #[cfg(all(target_os = "linux", feature = "flex"))]
 mod files;
 mod jobs;
+mod jobs_args;
 mod json;
 #[cfg(feature = "flex")]
 mod loras;
@@ -16,6 +17,8 @@ mod streams;
 #[cfg(target_os = "linux")]
 mod terminal;
 mod tools;
+#[cfg(all(target_os = "linux", feature = "flex", feature = "otel"))]
+mod traces;
 
 use std::io::{BufRead, BufReader, Write};
 use std::path::Path;

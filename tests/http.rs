@@ -8,6 +8,8 @@ mod client;
 mod deadlines;
 mod images;
 mod information;
+#[cfg(all(target_os = "linux", feature = "flex"))]
+mod job_work;
 mod jobs;
 mod lora;
 #[cfg(target_os = "linux")]

@@ -9,7 +9,9 @@ pub(crate) fn address(log: &mut impl BufRead) -> SocketAddr {
         let mut line = String::new();
         assert_ne!(log.read_line(&mut line).unwrap(), 0, "the server ended");
         if let Some((_, address)) = line.split_once("listening on http://") {
-            return address.trim().parse().unwrap();
+            // More follows in JSON.
+            let end = |c: char| !c.is_ascii_digit() && !".:[]".contains(c);
+            return address.split(end).next().unwrap().parse().unwrap();
         }
     }
 }

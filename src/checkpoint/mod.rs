@@ -144,6 +144,14 @@ impl Checkpoint {
         })
     }
 
+    /// Opens the configurations and the tokenizer of a model in diffusers layout. The folder needs no
+    /// weights, and none can be read.
+    pub fn open_without_weights(folder: &Path) -> Result<Self, CheckpointError> {
+        let dummy = Self::dummy(Shape::Folder(folder.to_owned()))?;
+        let place = Place::Folder(folder.to_owned());
+        Ok(Self { place, ..dummy })
+    }
+
     /// Opens the demo model, which needs no files.
     pub fn demo() -> Result<Self, CheckpointError> {
         Ok(Self {

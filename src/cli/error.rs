@@ -17,6 +17,7 @@ use crate::jobs::{JobsLocation, StoreError};
 use crate::request::{InvalidCache, InvalidPrompt, InvalidRequest, MAX_PROMPT_BYTES};
 use crate::runtime::RuntimeError;
 use crate::server::InvalidApiKey;
+use crate::telemetry::TelemetryError;
 use crate::tokenizer::TokenizerError;
 
 use super::args::API_KEY;
@@ -178,6 +179,8 @@ pub(super) enum CliError {
     },
     #[error("the server cannot start")]
     Start(#[source] StartError),
+    #[error(transparent)]
+    Telemetry(#[from] TelemetryError),
     #[error("the server ended")]
     Server(#[source] io::Error),
 }
@@ -197,6 +200,7 @@ impl CliError {
             | Self::DefaultNegativePrompt(_)
             | Self::ApiKey(_)
             | Self::EmptyApiKey
+            | Self::Telemetry(_)
             | Self::EmptyStdin
             | Self::LongStdin
             | Self::StdinEncoding { .. }

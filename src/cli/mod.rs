@@ -34,6 +34,8 @@ use std::process::ExitCode;
 use serde_json::json;
 use tracing::level_filters::LevelFilter;
 
+use crate::telemetry::Tracing;
+
 use self::args::{Args, Command};
 use self::error::CliError;
 use self::log::{log_panics_on_one_line, log_plain_lines, log_with_times};
@@ -71,8 +73,15 @@ pub fn main() -> ExitCode {
             compare::run(&args)
         }
         Command::Serve(args) => {
-            server_log = Some(log_with_times(args.log_format));
-            serve::run(*args)
+            // Until its last spans are sent, the log goes on.
+            match Tracing::start(&args.instance()) {
+                Ok(tracing) => {
+                    server_log = Some(log_with_times(args.log_format));
+                    tracing.report();
+                    serve::run(*args)
+                }
+                Err(error) => Err(error.into()),
+            }
         }
         Command::Jobs(args) => {
             log_plain_lines(if args.quiet() {

@@ -20,7 +20,7 @@ use kiln_models::step_cache::CacheError;
 use tokio::runtime::Handle;
 use tokio::sync::oneshot;
 use tokio::task::spawn_blocking;
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout};
 
 use crate::adapters::AdapterStore;
 use crate::backend::{self, LoadSettings};
@@ -102,12 +102,13 @@ async fn serve(
         outcome = &mut server => outcome.map_err(CliError::Server),
         outcome = async {
             let name = signals.next().await;
+            let end = Instant::now() + times.delay + times.drain;
             if let Some(worker) = &worker {
                 worker.drain();
             }
             server::drain(&app, engine.as_ref(), times, name, &mut signals).await;
             if let Some(worker) = &mut worker {
-                jobs::finish(worker, &mut signals).await;
+                jobs::finish(worker, end, &mut signals).await;
             }
             drop(stop);
             pending().await
@@ -128,7 +129,7 @@ fn open(
     start: &Start,
 ) -> Result<LoadedModel, CliError> {
     backend::check(&loading.backend, loading.split_guidance)?;
-    let (model, adapters) = find(args, model, start)?;
+    let (model, adapters) = check(args, Model::find_reporting(model, start)?)?;
     let caches = step_caches(args, &model.limits().caches)?;
     let runtime = model.load_reporting(loading, start)?;
     let warm_up = if args.no_warm_up {
@@ -163,7 +164,7 @@ fn open_without_weights(
     model: &ModelSettings,
     start: &Start,
 ) -> Result<LoadedModel, CliError> {
-    let (model, adapters) = find(args, model, start)?;
+    let (model, adapters) = check(args, Model::find_without_weights(model, start)?)?;
     let caches = step_caches(args, &model.limits().caches)?;
     Ok(LoadedModel {
         engine: None,
@@ -174,13 +175,8 @@ fn open_without_weights(
     })
 }
 
-/// Finds the model and its adapters, and checks the arguments that depend on it.
-fn find(
-    args: &ServeArgs,
-    model: &ModelSettings,
-    start: &Start,
-) -> Result<(Model, AdapterStore), CliError> {
-    let model = Model::find_reporting(model, start)?;
+/// Checks the arguments that depend on the model, and finds its adapters.
+fn check(args: &ServeArgs, model: Model) -> Result<(Model, AdapterStore), CliError> {
     if let Some(prompt) = &args.default_negative_prompt {
         let tokens = model.tokenizer().encode_prompt(prompt);
         tokens.map_err(CliError::DefaultNegativePrompt)?;

@@ -28,6 +28,8 @@ pub(super) struct CachedRepo {
     /// Name of the model's folder.
     name: String,
     symlinks: bool,
+    /// Whether weights are needed.
+    pub(super) weights: bool,
 }
 
 /// What the cache has of a revision.
@@ -51,7 +53,13 @@ impl CachedRepo {
             root: root.to_owned(),
             name: folder_of_repo(repo),
             symlinks,
+            weights: true,
         }
+    }
+
+    /// This model, with or without the need of weights.
+    pub(super) fn with_weights(self, weights: bool) -> Self {
+        Self { weights, ..self }
     }
 
     fn folder(&self) -> PathBuf {
@@ -83,7 +91,7 @@ impl CachedRepo {
             return None;
         }
         let listing = self.listing(&commit);
-        let missing = complete::missing_files(&snapshot, listing.as_ref());
+        let missing = complete::missing_files(&snapshot, listing.as_ref(), self.weights);
         Some(Cached { snapshot, missing })
     }
 

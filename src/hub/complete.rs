@@ -23,8 +23,12 @@ struct ShardIndex {
 }
 
 /// The files that a model needs and a snapshot lacks, with what is wrong with those that are there.
-/// A listing tells their sizes.
-pub(super) fn missing_files(snapshot: &Path, listing: Option<&Listing>) -> Vec<String> {
+/// A listing tells their sizes. `weights` tells whether weights are needed.
+pub(super) fn missing_files(
+    snapshot: &Path,
+    listing: Option<&Listing>,
+    weights: bool,
+) -> Vec<String> {
     let mut check = Check {
         snapshot,
         listing,
@@ -35,7 +39,9 @@ pub(super) fn missing_files(snapshot: &Path, listing: Option<&Listing>) -> Vec<S
     check.tokenizer();
     for (folder, stem) in WEIGHTS {
         check.need(&format!("{folder}/config.json"));
-        check.weights(folder, stem);
+        if weights {
+            check.weights(folder, stem);
+        }
     }
     check.missing
 }

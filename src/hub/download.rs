@@ -81,7 +81,8 @@ pub(super) fn complete(
     report: &(dyn Fn(Transfer) + Send + Sync),
 ) -> Result<PathBuf, HubError> {
     let Found { commit, listing } = found;
-    let needed = listing.needed();
+    let mut needed = listing.needed();
+    needed.retain(|file| repo.weights || !file.path.ends_with(".safetensors"));
     if !needed.iter().any(|file| file.path == "model_index.json") {
         return Err(HubError::NotAModel {
             repo: id.repo.clone(),

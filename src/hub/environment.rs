@@ -33,6 +33,8 @@ pub(super) struct Environment {
     /// Wait before the first retry.
     pub(super) retry_wait: Duration,
     pub(super) progress_bars: bool,
+    /// Whether only configurations and the tokenizer are needed.
+    pub(super) without_weights: bool,
     /// Whether files of a snapshot are links to blobs.
     pub(super) symlinks: bool,
     pub(super) user_agent: String,
@@ -78,6 +80,7 @@ impl Environment {
             etag_timeout: timeout(settings.etag_timeout, "HF_HUB_ETAG_TIMEOUT")?,
             retry_wait: settings.retry_wait.unwrap_or(DEFAULT_RETRY_WAIT),
             progress_bars: !is_on("HF_HUB_DISABLE_PROGRESS_BARS", get),
+            without_weights: settings.without_weights,
             symlinks: !is_on("HF_HUB_DISABLE_SYMLINKS", get),
             user_agent,
         })

@@ -50,6 +50,8 @@ pub struct HubSettings {
     pub cache: Option<PathBuf>,
     /// Use only cached models, without network access.
     pub offline: bool,
+    /// Neither need nor download weights, only configurations and the tokenizer.
+    pub without_weights: bool,
     /// Longest time without an answer, or without a byte of one, when a model is looked up. 10 s if
     /// `HF_HUB_ETAG_TIMEOUT` is not set.
     pub etag_timeout: Option<Duration>,
@@ -100,7 +102,7 @@ pub fn resolve(
     report: &(dyn Fn(Transfer) + Send + Sync),
 ) -> Result<PathBuf, HubError> {
     match name(model, settings)? {
-        Name::Path(path) => resolve_path(&path),
+        Name::Path(path) => resolve_path(&path, settings),
         Name::Id(id) => resolve_id(&id, &Environment::read(settings)?, report),
     }
 }
@@ -146,11 +148,11 @@ fn name(model: &str, settings: &HubSettings) -> Result<Name, HubError> {
 }
 
 /// The path itself, or the snapshot in a model's folder of the cache.
-fn resolve_path(path: &Path) -> Result<PathBuf, HubError> {
+fn resolve_path(path: &Path, settings: &HubSettings) -> Result<PathBuf, HubError> {
     let Some((snapshot, repo)) = id::snapshot_in(path)? else {
         return Ok(path.to_owned());
     };
-    let missing = complete::missing_files(&snapshot, None);
+    let missing = complete::missing_files(&snapshot, None, !settings.without_weights);
     if missing.is_empty() {
         return Ok(snapshot);
     }
@@ -168,7 +170,8 @@ fn resolve_id(
     environment: &Environment,
     report: &(dyn Fn(Transfer) + Send + Sync),
 ) -> Result<PathBuf, HubError> {
-    let repo = CachedRepo::new(&environment.cache, &id.repo, environment.symlinks);
+    let repo = CachedRepo::new(&environment.cache, &id.repo, environment.symlinks)
+        .with_weights(!environment.without_weights);
     let cached = repo.find(&id.revision);
     let complete = cached.as_ref().is_some_and(|it| it.missing.is_empty());
     if let Some(variable) = environment.offline {
@@ -215,7 +218,7 @@ fn cached_instead(
     // The Hub's own list is the better judge of the commit that it lists.
     let listed = found.filter(|found| cached.snapshot.ends_with(&found.commit));
     let listing = listed.map(|found| &found.listing);
-    if !complete::missing_files(&cached.snapshot, listing).is_empty() {
+    if !complete::missing_files(&cached.snapshot, listing, repo.weights).is_empty() {
         return Err(error);
     }
     tracing::warn!(

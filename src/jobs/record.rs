@@ -92,6 +92,13 @@ pub struct TraceContext {
     pub tracestate: Option<String>,
 }
 
+impl TraceContext {
+    /// The values of `traceparent` and `tracestate`.
+    pub fn headers(&self) -> (&str, Option<&str>) {
+        (&self.traceparent, self.tracestate.as_deref())
+    }
+}
+
 /// A job that is to be stored.
 #[derive(Debug, Clone, PartialEq)]
 pub struct NewJob {

@@ -8,7 +8,7 @@ mod checked;
 mod stored;
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use kiln_models::job::{Output, RgbImage};
 use kiln_models::step_cache::StepCounts;
@@ -23,6 +23,7 @@ use super::LoadedApp;
 use super::cache::ComputedSteps;
 use super::error::ApiError;
 use super::stage_metrics::Measured;
+use super::traces::{Images, StageSpans};
 
 pub(super) use self::checked::CheckedRequest;
 pub(super) use self::stored::StoredRunner;
@@ -62,6 +63,7 @@ pub(super) struct RunningRequest {
     /// Number of previews so far.
     previews: usize,
     computed: ComputedSteps,
+    spans: StageSpans,
 }
 
 /// What is known about a request before its images exist.
@@ -101,6 +103,15 @@ impl RequestInfo {
     pub(super) fn size(&self) -> String {
         self.request.size.to_string()
     }
+
+    /// What its spans say about the images.
+    fn images(&self) -> Images {
+        Images {
+            size: self.size(),
+            count: self.request.num_images,
+            steps: self.request.sampling.steps,
+        }
+    }
 }
 
 impl RunningRequest {
@@ -114,11 +125,10 @@ impl RunningRequest {
         respond: impl FnOnce(EncodedImages) -> Result<T, ApiError> + Send + 'static,
     ) -> Result<T, ApiError> {
         loop {
-            match self.handle.next_event().await {
+            match self.next_event().await? {
                 Event::Finished(finished) => return self.respond(finished, respond).await,
-                Event::Failed(error) => return Err(error.into()),
                 Event::Step { counts, .. } => self.computed.add(counts),
-                Event::Queued { .. } | Event::Started | Event::Preview { .. } => {}
+                _ => {}
             }
         }
     }
@@ -126,7 +136,7 @@ impl RunningRequest {
     /// Waits for the next update.
     pub(super) async fn update(&mut self) -> Result<RequestProgress, ApiError> {
         loop {
-            match self.handle.next_event().await {
+            match self.next_event().await? {
                 Event::Queued {
                     position,
                     estimated_wait,
@@ -136,7 +146,7 @@ impl RunningRequest {
                         estimated_wait,
                     });
                 }
-                Event::Started => {}
+                Event::Started | Event::Failed(_) => {}
                 Event::Step {
                     done,
                     total,
@@ -168,9 +178,28 @@ impl RunningRequest {
                     let encoded = self.respond(finished, Ok).await?;
                     return Ok(RequestProgress::EncodedImages(encoded));
                 }
-                Event::Failed(error) => return Err(error.into()),
             }
         }
+    }
+
+    /// The next event, and the spans of the stages before it.
+    async fn next_event(&mut self) -> Result<Event, ApiError> {
+        let event = self.handle.next_event().await;
+        match event {
+            Event::Started => self.spans.started(),
+            Event::Step { done, counts, .. } => self.spans.stepped(done, counts),
+            Event::Finished(ref finished) => {
+                let counts = finished.output.steps;
+                self.spans.finished(finished.timings, counts);
+            }
+            Event::Failed(error) => {
+                let error = ApiError::from(error);
+                self.spans.failed(&error);
+                return Err(error);
+            }
+            Event::Queued { .. } | Event::Preview { .. } => {}
+        }
+        Ok(event)
     }
 
     async fn respond<T: Send + 'static>(
@@ -194,8 +223,11 @@ impl RunningRequest {
             info.request = info.request.clone().made(CacheChoice::Off.name(), None);
         }
         let finished = Arc::clone(&info);
+        let spans = self.spans.parent();
         let response = spawn_blocking(move || {
+            let start = SystemTime::now();
             let files = encode_all(&app, &info, &output)?;
+            StageSpans::written(&spans, start, info.encoding.format.name(), &files);
             respond(EncodedImages {
                 info,
                 files,

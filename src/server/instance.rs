@@ -25,7 +25,7 @@ pub fn check_instance(name: &str) -> Result<(), InvalidInstance> {
 }
 
 /// The machine's host name, which Kubernetes sets to the pod's name; `kiln` if there is none.
-pub(super) fn host_name() -> String {
+pub(crate) fn host_name() -> String {
     #[cfg(unix)]
     {
         let name = rustix::system::uname();

@@ -26,6 +26,7 @@ use super::error::ApiError;
 use super::images::SEED_HEADER;
 use super::jobs::PREFERENCE_APPLIED;
 use super::request_id::REQUEST_ID;
+use super::traces;
 use super::web_pages::{AllowedHost, CorsOrigin, RefuseOtherPages, is_allowed_origin};
 
 /// Routes that monitoring calls again and again. Their spans and log lines have the level debug.
@@ -116,7 +117,11 @@ fn make_span(request: &Request) -> Span {
     if PROBES.contains(&path) {
         tracing::debug_span!("request", %method, path, request_id)
     } else {
-        tracing::info_span!("request", %method, path, request_id)
+        // The trace has an id if tracing is on.
+        let trace_id = tracing::field::Empty;
+        let span = tracing::info_span!("request", %method, path, request_id, trace_id);
+        traces::begin(request, &span);
+        span
     }
 }
 
@@ -128,6 +133,7 @@ fn shortened(text: &str) -> &str {
 /// successful requests are of no interest.
 fn log_response(response: &Response, latency: Duration, span: &Span) {
     let status = response.status();
+    traces::responded(span, status);
     let seconds = latency.as_secs_f64();
     let is_probe = span
         .metadata()

@@ -41,6 +41,7 @@ mod signals;
 mod stage_metrics;
 mod status;
 mod stream;
+mod traces;
 mod web_pages;
 
 use std::future::Future;
@@ -59,6 +60,7 @@ use tower_http::normalize_path::NormalizePath;
 pub use self::access::{ApiKeys, InvalidApiKey};
 pub use self::app::{App, LoadedModel};
 pub use self::connections::raise_open_file_limit;
+pub(crate) use self::instance::host_name;
 pub use self::instance::{InvalidInstance, check_instance};
 pub use self::role::Role;
 pub use self::signals::{ShutdownTimes, Signals, drain};
@@ -128,7 +130,7 @@ impl Settings {
             noise_generator: NoiseGenerator::Cpu,
             sdapi: false,
             lora_updates: false,
-            instance: instance::host_name(),
+            instance: host_name(),
             webhooks: WebhookSettings::default(),
             role: Role::All,
         }

@@ -1,8 +1,7 @@
 //! Traces for OpenTelemetry: which spans are recorded, and how they are sent.
 //!
-//! A span that is sent is a span of `tracing` with the target [`TARGET`], which the log leaves out.
-//! Without the feature `otel`, or with tracing off, every function here does nothing, and every span
-//! is disabled.
+//! A span that is sent is attached to a span of the log, and ends with it. Without the feature `otel`,
+//! or with tracing off, every function here does nothing.
 
 mod context;
 #[cfg(not(feature = "otel"))]
@@ -25,9 +24,6 @@ use tracing::Span;
 pub use self::context::is_trace_parent;
 pub use self::spans::{Parent, Tracing};
 
-/// The target of spans that are sent. The log shows nothing of this target.
-pub const TARGET: &str = "kiln_trace";
-
 /// Why traces cannot be sent as the environment asks.
 #[derive(Debug, thiserror::Error)]
 pub enum TelemetryError {
@@ -36,6 +32,11 @@ pub enum TelemetryError {
         variable: &'static str,
         value: String,
         reason: String,
+    },
+    #[error("{variable} is {value:?}, and traces can be sent with gzip or none only")]
+    Compression {
+        variable: &'static str,
+        value: String,
     },
     #[error("the client that sends traces cannot be made: {0}")]
     Client(String),
@@ -51,18 +52,6 @@ pub enum Kind {
     /// Runs a job.
     Consumer,
     Internal,
-}
-
-impl Kind {
-    #[cfg(feature = "otel")]
-    const fn name(self) -> &'static str {
-        match self {
-            Self::Server => "server",
-            Self::Producer => "producer",
-            Self::Consumer => "consumer",
-            Self::Internal => "internal",
-        }
-    }
 }
 
 /// The name and the value of an attribute.
@@ -130,44 +119,51 @@ pub struct Stage<'a> {
     pub error: Option<&'a str>,
 }
 
-/// A span that begins now and ends when the last clone of it is dropped. It is sent if tracing is on
-/// and its trace is sampled.
-///
-/// With `trace`, the values of `traceparent` and `tracestate`, it continues that trace. Without, or
-/// if they are not valid, its parent is the span that is entered now, and without one it begins a
-/// trace.
+/// A span of the log that ends when the last clone of it is dropped, with a span attached that is
+/// sent: see [`attach`]. Its lines have the field `trace_id`. Disabled if tracing is off.
 pub fn span_for(
     trace: Option<(&str, Option<&str>)>,
     kind: Kind,
     name: &str,
     attributes: &[Attribute<'_>],
 ) -> Span {
-    spans::span_for(
-        trace.filter(|(parent, _)| is_trace_parent(parent)),
-        kind,
-        name,
-        attributes,
-    )
+    if !spans::is_on() {
+        return Span::none();
+    }
+    let span = tracing::info_span!("trace", trace_id = tracing::field::Empty);
+    attach(&span, trace, kind, name, attributes);
+    span
 }
 
-/// Adds attributes to a span of [`span_for`].
+/// Begins a span that ends with `span`, a span of the log, and records its trace in the field
+/// `trace_id` of `span`. It is sent if its trace is sampled. Returns whether tracing is on.
+///
+/// With `trace`, the values of `traceparent` and `tracestate`, it continues that trace. Without, or
+/// if they are not valid, its parent is the span that is attached to a parent of `span`, and without
+/// one it begins a trace.
+pub fn attach(
+    span: &Span,
+    trace: Option<(&str, Option<&str>)>,
+    kind: Kind,
+    name: &str,
+    attributes: &[Attribute<'_>],
+) -> bool {
+    let trace = trace.filter(|(parent, _)| is_trace_parent(parent));
+    spans::attach(span, trace, kind, name, attributes)
+}
+
+/// Adds attributes to what is attached to a span of the log, or to the nearest parent of it.
 pub fn set(span: &Span, attributes: &[Attribute<'_>]) {
     spans::set(span, attributes);
 }
 
-/// Marks a span of [`span_for`] as failed. `error_type` is the attribute `error.type`, a word for
-/// programs.
+/// Marks what is attached as failed. `error_type` is the attribute `error.type`, a word for programs.
 pub fn fail(span: &Span, error_type: &str, message: &str) {
     spans::fail(span, error_type, message);
 }
 
-/// The values of `traceparent` and `tracestate` with which another program continues the trace of a
-/// span of [`span_for`]. `None` if tracing is off.
+/// The values of `traceparent` and `tracestate` with which another program continues the trace.
+/// `None` if tracing is off.
 pub fn trace_of(span: &Span) -> Option<(String, Option<String>)> {
     spans::trace_of(span)
-}
-
-/// The id of the trace of a span of [`span_for`], in hexadecimal digits. `None` if tracing is off.
-pub fn trace_id(span: &Span) -> Option<String> {
-    spans::trace_id(span)
 }

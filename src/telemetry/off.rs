@@ -1,8 +1,6 @@
 //! Tracing in a program without the feature `otel`: nothing, but a warning if it was asked for.
 
-use tracing::{Span, Subscriber};
-use tracing_subscriber::layer::Identity;
-use tracing_subscriber::registry::LookupSpan;
+use tracing::Span;
 
 use super::{Attribute, Kind, Stage, TelemetryError, settings};
 
@@ -21,14 +19,6 @@ impl Tracing {
         })
     }
 
-    /// What records the spans.
-    pub fn layer<S>(&self) -> Identity
-    where
-        S: Subscriber + for<'a> LookupSpan<'a> + Send + Sync,
-    {
-        Identity::new()
-    }
-
     /// Logs what is sent where, and what is not as the environment says.
     pub fn report(&self) {
         if let Some(variable) = self.asked_by {
@@ -40,31 +30,32 @@ impl Tracing {
     }
 }
 
-/// The span that is the parent of recorded stages.
+/// The parent of recorded stages.
 #[derive(Debug, Clone, Default)]
 pub struct Parent;
 
 impl Parent {
-    /// The span that is entered now.
+    /// What is attached to the span of the log that is entered now, or to the nearest parent of it.
     pub fn current() -> Self {
         Self
     }
 
     /// Sends a span below this one.
     pub fn record(&self, _stage: &Stage<'_>) {}
-
-    pub fn is_recorded(&self) -> bool {
-        false
-    }
 }
 
-pub(super) fn span_for(
+pub(super) const fn is_on() -> bool {
+    false
+}
+
+pub(super) fn attach(
+    _: &Span,
     _: Option<(&str, Option<&str>)>,
     _: Kind,
     _: &str,
     _: &[Attribute<'_>],
-) -> Span {
-    Span::none()
+) -> bool {
+    false
 }
 
 pub(super) fn set(_: &Span, _: &[Attribute<'_>]) {}
@@ -72,9 +63,5 @@ pub(super) fn set(_: &Span, _: &[Attribute<'_>]) {}
 pub(super) fn fail(_: &Span, _: &str, _: &str) {}
 
 pub(super) fn trace_of(_: &Span) -> Option<(String, Option<String>)> {
-    None
-}
-
-pub(super) fn trace_id(_: &Span) -> Option<String> {
     None
 }

@@ -1,6 +1,9 @@
 //! The variables of the environment that OpenTelemetry defines, as far as kiln reads them itself. The
 //! libraries read the others: see `docs/serving.md`.
 
+#[cfg(feature = "otel")]
+use super::TelemetryError;
+
 /// Where the traces of all programs go: `/v1/traces` below this URL.
 pub(super) const ENDPOINT: &str = "OTEL_EXPORTER_OTLP_ENDPOINT";
 
@@ -50,15 +53,6 @@ pub(super) fn warnings(get: impl Fn(&str) -> Option<String>) -> Vec<String> {
             "OTEL_TRACES_EXPORTER is {value:?}, and kiln has otlp and none: traces are sent as otlp"
         ));
     }
-    let compression = of_traces(
-        "OTEL_EXPORTER_OTLP_TRACES_COMPRESSION",
-        "OTEL_EXPORTER_OTLP_COMPRESSION",
-    );
-    if let Some((name, value)) = compression.filter(|(_, value)| value != "none") {
-        warnings.push(format!(
-            "{name} is {value:?}, and kiln sends traces without compression"
-        ));
-    }
     if let Some(sampler) = value("OTEL_TRACES_SAMPLER") {
         let argument = value("OTEL_TRACES_SAMPLER_ARG");
         match sampler.as_str() {
@@ -79,4 +73,22 @@ pub(super) fn warnings(get: impl Fn(&str) -> Option<String>) -> Vec<String> {
         }
     }
     warnings
+}
+
+/// Refuses a compression that kiln does not have.
+#[cfg(feature = "otel")]
+pub(super) fn check_compression(
+    get: impl Fn(&str) -> Option<String>,
+) -> Result<(), TelemetryError> {
+    let names = [
+        "OTEL_EXPORTER_OTLP_TRACES_COMPRESSION",
+        "OTEL_EXPORTER_OTLP_COMPRESSION",
+    ];
+    let given = names.into_iter().find_map(|name| Some((name, get(name)?)));
+    match given {
+        Some((variable, value)) if !["", "gzip", "none"].contains(&value.as_str()) => {
+            Err(TelemetryError::Compression { variable, value })
+        }
+        _ => Ok(()),
+    }
 }

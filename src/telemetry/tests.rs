@@ -38,7 +38,6 @@ fn what_is_not_done_is_a_warning() {
         ("OTEL_EXPORTER_OTLP_PROTOCOL", "http/protobuf"),
         ("OTEL_TRACES_EXPORTER", "otlp"),
         ("OTEL_TRACES_SAMPLER", "parentbased_always_off"),
-        ("OTEL_EXPORTER_OTLP_COMPRESSION", "none"),
     ] {
         assert_eq!(warnings(variable, fine), "", "{variable}");
     }
@@ -48,11 +47,28 @@ fn what_is_not_done_is_a_warning() {
         ("OTEL_TRACES_EXPORTER", "zipkin"),
         ("OTEL_TRACES_SAMPLER", "xray"),
         ("OTEL_TRACES_SAMPLER", "traceidratio"),
-        ("OTEL_EXPORTER_OTLP_COMPRESSION", "gzip"),
     ] {
         let text = warnings(variable, other);
         assert!(text.contains("OTEL_"), "{variable} {other}: {text}");
     }
+}
+
+#[cfg(feature = "otel")]
+#[test]
+fn a_compression_that_kiln_does_not_have_is_refused() {
+    let check = |value: &str| {
+        settings::check_compression(|name| {
+            (name == "OTEL_EXPORTER_OTLP_COMPRESSION").then(|| value.to_owned())
+        })
+    };
+    for known in ["gzip", "none", ""] {
+        check(known).unwrap();
+    }
+    let text = check("zstd").unwrap_err().to_string();
+    assert!(
+        text.contains("OTEL_EXPORTER_OTLP_COMPRESSION is \"zstd\""),
+        "{text}"
+    );
 }
 
 #[test]

@@ -194,3 +194,18 @@ fn kubernetes_service_links_are_ignored() {
     assert_eq!(code, 2, "{text}");
     assert!(text.contains("--vae-tile-stride must be"), "{text}");
 }
+
+#[cfg(not(feature = "otel"))]
+#[test]
+fn traces_without_the_feature_are_a_warning() {
+    let endpoint = "OTEL_EXPORTER_OTLP_ENDPOINT";
+    let variables = [(endpoint, "http://127.0.0.1:4318"), ("KILN_PORT", "0")];
+    let (code, text) = failure(&variables, &["./none"]);
+    assert_eq!(code, 1, "{text}");
+    let warning =
+        "OTEL_EXPORTER_OTLP_ENDPOINT is set, but no traces are sent: this kiln was built without";
+    assert!(text.contains(warning), "{text}");
+    let variables = [variables[0], variables[1], ("OTEL_SDK_DISABLED", "true")];
+    let (_, text) = failure(&variables, &["./none"]);
+    assert!(!text.contains("OTEL"), "{text}");
+}

@@ -322,6 +322,14 @@ fn files_go_to_a_folder_by_default_and_to_stdout() {
     assert_eq!(std::fs::read(folder.path().join(path)).unwrap(), b"image");
     let output = server(b"image").run(folder.path(), &["wait", ID, "--output", "-"]);
     assert_eq!(output.stdout, b"image");
+    let stored = Server::start(vec![
+        ok(&job("queued")),
+        ok(&completed(&[b"image"])),
+        answer("200 OK", b"image"),
+    ]);
+    let output = stored.run(folder.path(), &["submit", "a cat", "--wait", "-o", "-"]);
+    assert_eq!(output.stdout, b"image");
+    assert!(stderr(&output).contains(&format!("submitted {ID}")));
     // Cut, or too long.
     for content in [b"imag".as_slice(), b"images"] {
         let output = server(content).run(folder.path(), &["wait", ID, "--output", "x.png"]);
@@ -495,4 +503,141 @@ fn a_server_that_is_not_there_is_named() {
         errors.contains("tip: start one with kiln serve --jobs DIR"),
         "{errors}"
     );
+}
+
+/// A process of `kiln serve`, which is killed when this is dropped.
+#[cfg(feature = "flex")]
+struct Served {
+    process: std::process::Child,
+    address: SocketAddr,
+}
+
+#[cfg(feature = "flex")]
+impl Served {
+    /// A server with jobs in `folder`, on this port.
+    fn start(folder: &Path, port: u16) -> Self {
+        let mut process = std::process::Command::new(env!("CARGO_BIN_EXE_kiln"))
+            .args(["serve", "demo", "--no-warm-up", "--jobs"])
+            .arg(folder.join("jobs"))
+            .args(["--webhook-host", "127.0.0.1", "--webhook-allow-private"])
+            .args(["--port", &port.to_string()])
+            .env(
+                "KILN_WEBHOOK_SECRET",
+                "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw",
+            )
+            .env("HF_HUB_OFFLINE", "1")
+            .stdin(std::process::Stdio::null())
+            .stderr(std::process::Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut log = BufReader::new(process.stderr.take().unwrap());
+        let address = crate::served::address(&mut log);
+        // Else the server waits for a reader of its log.
+        thread::spawn(move || std::io::copy(&mut log, &mut std::io::sink()));
+        let port = address.port().to_string();
+        while !kiln(folder, &["health", "--port", &port]).status.success() {
+            thread::sleep(std::time::Duration::from_millis(20));
+        }
+        Self { process, address }
+    }
+
+    fn url(&self) -> String {
+        format!("http://{}", self.address)
+    }
+}
+
+#[cfg(feature = "flex")]
+impl Drop for Served {
+    fn drop(&mut self) {
+        self.process.kill().ok();
+        self.process.wait().ok();
+    }
+}
+
+/// Runs a command that succeeds, and returns its stdout.
+#[cfg(feature = "flex")]
+fn done(folder: &Path, url: &str, args: &[&str]) -> String {
+    let output = kiln(folder, &[&["jobs"], args, &["--server", url]].concat());
+    assert!(output.status.success(), "{args:?}: {}", stderr(&output));
+    stdout(&output)
+}
+
+#[test]
+#[cfg(feature = "flex")]
+fn a_job_of_a_server_survives_its_end() {
+    let folder = tempfile::tempdir().unwrap();
+    let receiver = Server::start(vec![ok(&json!(null))]);
+    let hook = format!("http://{}/hook", receiver.address);
+    let server = Served::start(folder.path(), 0);
+    let (port, url) = (server.address.port(), server.url());
+    let submit = [
+        "submit",
+        "a large red circle",
+        "--steps",
+        "300",
+        "--seed",
+        "7",
+        "--webhook",
+        &hook,
+        "--idempotency-key",
+        "one",
+    ];
+    let id = done(folder.path(), &url, &submit);
+    let id = id.trim();
+    assert_eq!(done(folder.path(), &url, &submit).trim(), id);
+    let waiting = thread::scope(|scope| {
+        let wait = scope.spawn(|| done(folder.path(), &url, &["wait", id, "--output", "a.png"]));
+        // The server is killed while it generates the image.
+        while !done(folder.path(), &url, &["show", id]).contains("in_progress") {}
+        drop(server);
+        let server = Served::start(folder.path(), port);
+        assert_eq!(wait.join().unwrap(), "a.png\n");
+        server
+    });
+    let job: Value =
+        serde_json::from_str(&done(folder.path(), &url, &["show", id, "--json"])).unwrap();
+    assert_eq!(
+        (&job["status"], &job["attempt"]),
+        (&json!("completed"), &json!(2))
+    );
+    let again = [
+        "submit",
+        "a large red circle",
+        "--steps",
+        "300",
+        "--seed",
+        "7",
+        "--wait",
+        "-o",
+        "b.png",
+    ];
+    done(folder.path(), &url, &again);
+    let read = |name: &str| std::fs::read(folder.path().join(name)).unwrap();
+    assert!(
+        read("a.png") == read("b.png"),
+        "the second attempt made another image"
+    );
+
+    let long = done(
+        folder.path(),
+        &url,
+        &["submit", "a blue square", "--steps", "1000"],
+    );
+    let long = long.trim();
+    assert_eq!(
+        done(folder.path(), &url, &["cancel", long]),
+        format!("{long} cancelled\n")
+    );
+    let list = done(folder.path(), &url, &["list", "--status", "cancelled"]);
+    assert!(list.contains(long) && !list.contains(id), "{list}");
+
+    while receiver.got().is_empty() {
+        thread::sleep(std::time::Duration::from_millis(10));
+    }
+    let got = &receiver.got()[0];
+    assert_eq!(got.line, "POST /hook HTTP/1.1");
+    assert_eq!(got.json()["type"], "image.job.completed");
+    assert_eq!(got.json()["data"], job);
+    assert!(got.header("webhook-signature").unwrap().starts_with("v1,"));
+    drop(waiting);
 }

@@ -24,7 +24,9 @@ fn assert_refused(reply: &Reply, status: u16, param: Option<&str>) {
     assert_eq!(error["param"].as_str(), param, "{error}");
     assert!(!error["message"].as_str().unwrap().is_empty(), "{error}");
     assert!(error["type"].is_string(), "{error}");
-    assert_eq!(error.as_object().unwrap().len(), 4, "{error}");
+    let id = reply.header("x-request-id");
+    assert_eq!(error["request_id"].as_str(), id, "{error}");
+    assert_eq!(error.as_object().unwrap().len(), 5, "{error}");
     assert_eq!(reply.body.as_object().unwrap().len(), 1, "{error}");
 }
 

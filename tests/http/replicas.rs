@@ -167,7 +167,8 @@ fn the_load_is_reported_to_who_asks_for_it() {
         connect(server.address),
         "POST",
         "/v1/chat/completions",
-        Some(&cat(1000)),
+        // Less than twice as large as a default request, which would overtake it otherwise.
+        Some(&cat(90)),
     );
     let before = server.steps();
     server.wait_for_steps(before + 1);

@@ -121,6 +121,19 @@ impl TestServer {
         self.set_model_with(StepCaches::default());
     }
 
+    /// A server that generates no images.
+    pub(super) fn without_engine(settings: Settings) -> Self {
+        let server = Self::without_model(settings);
+        server.app.set_model(LoadedModel {
+            engine: None,
+            tokenizer: load_tokenizer().into(),
+            limits: Limits::for_sizes(server.engine.info().sizes),
+            adapters: kiln::adapters::AdapterStore::default(),
+            prompt_guide: None,
+        });
+        server
+    }
+
     fn set_model_with(&self, caches: StepCaches) {
         self.set_model_of(Limits {
             caches,

@@ -261,7 +261,7 @@ pub(super) struct ListArgs {
     #[arg(long)]
     pub(super) all: bool,
 
-    /// Print JSON: an object with the list data, and has_more
+    /// Print JSON: an object whose data is the list
     #[arg(long)]
     pub(super) json: bool,
 

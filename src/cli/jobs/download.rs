@@ -61,7 +61,7 @@ impl<'a> Target<'a> {
     /// The path of each file.
     fn paths(&self, job: &Job, files: &[File]) -> Result<Vec<PathBuf>, CliError> {
         if self.path.is_dir() {
-            let extension = files.first().and_then(|file| format_of(file));
+            let extension = files.first().and_then(format_of);
             let extension = extension.map_or("png", ImageFormat::name);
             let path = self.path.join(format!("{}.{extension}", job.id()));
             return output::image_paths(&path, files.len());

@@ -128,18 +128,15 @@ impl Drop for Progress {
 
 /// `queued, 3 jobs before it`, `in progress`, `in progress, attempt 2`.
 fn describe(job: &Job) -> String {
-    let mut line = printable(&job.status().replace('_', " "));
-    match (
-        job.status(),
-        job.number("queue_position"),
-        job.number("attempt"),
-    ) {
-        ("queued", Some(1), _) => line.push_str(", 1 job before it"),
-        ("queued", Some(jobs), _) => line.push_str(&format!(", {jobs} jobs before it")),
-        ("in_progress", _, Some(attempt @ 2..)) => line.push_str(&format!(", attempt {attempt}")),
-        _ => {}
+    let status = printable(&job.status().replace('_', " "));
+    let position = job.number("queue_position");
+    let attempt = job.number("attempt");
+    match (job.status(), position, attempt) {
+        ("queued", Some(1), _) => format!("{status}, 1 job before it"),
+        ("queued", Some(jobs), _) => format!("{status}, {jobs} jobs before it"),
+        ("in_progress", _, Some(attempt @ 2..)) => format!("{status}, attempt {attempt}"),
+        _ => status,
     }
-    line
 }
 
 #[cfg(test)]

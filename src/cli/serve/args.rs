@@ -21,7 +21,7 @@ use crate::request::{
 use crate::runtime::ModelSettings;
 use crate::server::{
     AllowedHost, ApiKeys, CorsOrigin, DEFAULT_MAX_BODY_BYTES, InvalidInstance, Settings,
-    ShutdownTimes, check_instance,
+    ShutdownTimes, check_instance, host_name,
 };
 
 /// Serve an OpenAI-compatible HTTP API.
@@ -152,6 +152,11 @@ impl ServeArgs {
         self.loading.model_settings(model)
     }
 
+    /// The name of this server among others.
+    pub(in crate::cli) fn instance(&self) -> String {
+        self.instance.clone().unwrap_or_else(host_name)
+    }
+
     pub(super) fn shutdown_times(&self) -> ShutdownTimes {
         ShutdownTimes {
             delay: Duration::from_secs(self.shutdown_delay),
@@ -162,9 +167,7 @@ impl ServeArgs {
     /// Settings of a server that calls its model `model` unless other names are given.
     pub(super) fn settings(&self, model: &str) -> Result<Settings, CliError> {
         let mut settings = Settings::new(model);
-        if let Some(instance) = &self.instance {
-            settings.instance.clone_from(instance);
-        }
+        settings.instance = self.instance();
         let mut allowed_hosts = self.access.allowed_host.clone();
         // The name that this machine has for itself, which may be one of a loopback address.
         allowed_hosts.extend(self.host.parse::<AllowedHost>());

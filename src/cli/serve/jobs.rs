@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use tokio::time::{sleep, timeout};
+use tokio::time::{Instant, sleep_until, timeout};
 
 use crate::engine::Engine;
 use crate::jobs::{self, Worker};
@@ -11,10 +11,10 @@ use crate::server::{App, Signals};
 use super::super::error::CliError;
 use super::jobs_args::JobsArgs;
 
-/// How long outcomes may take to be recorded after the last job has ended.
-const LAST_OUTCOMES: Duration = Duration::from_secs(8);
+/// How long outcomes may take to be recorded after the last job has ended, if no time to drain is left.
+const LAST_OUTCOMES: Duration = Duration::from_secs(5);
 /// How long jobs may take to be released after that.
-const LAST_RELEASES: Duration = Duration::from_secs(6);
+const LAST_RELEASES: Duration = Duration::from_secs(4);
 
 /// Opens the store of jobs, if the server is to have one.
 pub(super) async fn open(args: &JobsArgs, model: &str, app: App) -> Result<App, CliError> {
@@ -36,12 +36,13 @@ pub(super) fn start_worker(app: &App, args: &JobsArgs, engine: Option<&Engine>) 
     app.start_worker(args.stall_timeout(engine?.info().backend))
 }
 
-/// Waits until the outcomes of the jobs are recorded, after the engine has stopped. Jobs whose outcome
-/// the store does not take in time become available to other workers when their leases end.
-pub(super) async fn finish(worker: &mut Worker, signals: &mut Signals) {
+/// Waits until the outcomes of the jobs are recorded, after the engine has stopped; until `end` if the
+/// store does not answer. Jobs whose outcome it does not take in time become available to other workers
+/// when their leases end.
+pub(super) async fn finish(worker: &mut Worker, end: Instant, signals: &mut Signals) {
     tokio::select! {
         () = worker.ended() => return,
-        () = sleep(LAST_OUTCOMES) => {}
+        () = sleep_until(end.max(Instant::now() + LAST_OUTCOMES)) => {}
         name = signals.next() => tracing::info!("{name}: unrecorded outcomes are dropped"),
     }
     worker.stop();

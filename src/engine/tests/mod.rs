@@ -11,6 +11,7 @@ mod numbers;
 mod order;
 mod packing;
 mod previews;
+mod scale;
 mod scheduler;
 mod states;
 mod thread;

@@ -83,6 +83,33 @@ fn downloads_what_is_needed_then_works_offline() {
 }
 
 #[test]
+fn without_weights_the_small_files_are_downloaded_and_are_enough() {
+    let (hub, home) = (FakeHub::start(), tempfile::tempdir().unwrap());
+    let settings = hub.settings(&home);
+    let small = HubSettings {
+        without_weights: true,
+        ..settings.clone()
+    };
+    let folder = fetch("own/model", &small).unwrap();
+    let mut expected = model();
+    expected.retain(|path, _| !path.ends_with(".safetensors"));
+    assert_eq!(tree(&folder), expected);
+    let offline = HubSettings {
+        offline: true,
+        ..small
+    };
+    assert_eq!(fetch("own/model", &offline).unwrap(), folder);
+    // With weights the rest is missed, and downloaded.
+    let needs_all = HubSettings {
+        without_weights: false,
+        ..offline
+    };
+    resolve_error("own/model", &needs_all);
+    assert_eq!(fetch("own/model", &settings).unwrap(), folder);
+    assert_eq!(tree(&folder), model());
+}
+
+#[test]
 fn processes_can_download_at_the_same_time() {
     let (hub, home) = (FakeHub::start(), tempfile::tempdir().unwrap());
     let settings = hub.settings(&home);

@@ -115,7 +115,7 @@ impl Core {
         let core = Self {
             settings,
             results: Results::of(folder),
-            path: folder.join("jobs.redb"),
+            path: database_in(folder),
             database: RwLock::new(Slot {
                 database: None,
                 opened: 0,
@@ -330,6 +330,11 @@ fn begin(database: &Database) -> Result<redb::WriteTransaction, Fault> {
     let mut transaction = database.begin_write()?;
     transaction.set_durability(Durability::Immediate)?;
     Ok(transaction)
+}
+
+/// The database file in a folder of jobs.
+pub(super) fn database_in(folder: &Path) -> PathBuf {
+    folder.join("jobs.redb")
 }
 
 fn open_file(path: &Path) -> Result<Database, Fault> {

@@ -231,6 +231,10 @@ impl Live {
 
     /// Follows a job. One that has ended does not change.
     pub(super) fn watch(&mut self, row: &Row) -> watch::Receiver<JobView> {
+        // Another one may have begun while the record was read.
+        if let Some(receiver) = self.subscribe(&row.job.id) {
+            return receiver;
+        }
         let (sender, receiver) = watch::channel(self.view(row));
         if !row.job.status.is_ended() {
             let sequence = row.sequence;

@@ -127,7 +127,7 @@ fn cache() -> impl Strategy<Value = Value> {
             "off", "balanced", "fast", "auto", "dbcache", "magcache"
         ])
         .prop_map(Value::from),
-        (0.0..2.0f64, 0..3usize).prop_map(|(threshold, order)| json!({
+        (0.0..2.0f64, 0..2usize).prop_map(|(threshold, order)| json!({
             "mode": "dbcache", "residual_diff_threshold": threshold, "taylorseer_order": order,
             "enable_taylorseer": true, "max_cached_steps": 9,
         })),

@@ -6,13 +6,14 @@ use std::time::Duration;
 use tokio::sync::watch;
 use tokio::task::{AbortHandle, JoinError};
 use tokio::time::{sleep, timeout};
-use tracing::Instrument as _;
+use tracing::{Instrument as _, Span, field};
 
 use super::{Backoff, Held, JobFailure, JobFile, Phase, Progress, RunError, Runner, Shared};
-use crate::jobs::{JobLease, Revoked, Settled, StoreError};
+use crate::jobs::{JobLease, Revoked, Settled, StoreError, StoredJob, TraceContext};
+use crate::telemetry::{self, Kind};
 
 /// How long a worker that stops waits for the store to take a job back.
-const LAST_RELEASE: Duration = Duration::from_secs(5);
+const LAST_RELEASE: Duration = Duration::from_secs(3);
 
 pub(super) struct Attempt<R: Runner> {
     worker: Arc<Shared<R>>,
@@ -51,7 +52,7 @@ impl<R: Runner> Attempt<R> {
 
     pub(super) async fn run(mut self) {
         let job = self.lease.job();
-        let span = tracing::info_span!("job", id = %job.id, attempt = job.attempt);
+        let span = span_of(job);
         let keeper = tokio::spawn(
             keep(Arc::clone(&self.lease), self.worker.settings.lease).instrument(span.clone()),
         );
@@ -116,6 +117,9 @@ impl<R: Runner> Attempt<R> {
                 message: format!("the worker failed: {error}"),
             }))
         });
+        if let Err(RunError::Failed(failure) | RunError::Broken(failure)) = &outcome {
+            telemetry::fail(&Span::current(), &failure.code, &failure.message);
+        }
         match outcome {
             Ok(files) => End::Files(files),
             Err(RunError::Failed(failure)) => End::Failed(failure),
@@ -225,6 +229,19 @@ impl<R: Runner> Attempt<R> {
             }
         }
     }
+}
+
+/// The span of an attempt's log lines, which continues the trace of the job's submission.
+fn span_of(job: &StoredJob) -> Span {
+    let trace_id = field::Empty;
+    let span = tracing::info_span!("job", id = %job.id, attempt = job.attempt, trace_id);
+    let trace = job.trace.as_ref().map(TraceContext::headers);
+    let attributes = [
+        ("kiln.job.id", job.id.as_str().into()),
+        ("kiln.job.attempt", job.attempt.into()),
+    ];
+    telemetry::attach(&span, trace, Kind::Consumer, "job run", &attributes);
+    span
 }
 
 /// Waits for a phase. A worker that is gone counts as one that stops.

@@ -18,6 +18,7 @@ use super::super::cache::ComputedSteps;
 use super::super::error::ApiError;
 use super::super::parsed::{ParsedRequest, WireNames};
 use super::super::previews::Previews;
+use super::super::traces::StageSpans;
 use super::{RequestInfo, RunningRequest};
 
 /// A request with every value given and within the limits. Nothing of it has been computed.
@@ -146,6 +147,7 @@ impl CheckedRequest {
     ) -> Result<RunningRequest, ApiError> {
         let accepted = self.accept(app, id, options.deadline, Room::Awaited);
         let (info, job) = accepted.await?;
+        let spans = StageSpans::new(info.images());
         let handle = app.engine()?.submit(job, options)?;
         tracing::debug!(id = info.id, "accepted");
         Ok(RunningRequest {
@@ -155,6 +157,7 @@ impl CheckedRequest {
             received,
             previews: 0,
             computed: ComputedSteps::default(),
+            spans,
         })
     }
 

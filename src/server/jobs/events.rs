@@ -6,13 +6,13 @@ use axum::response::Response;
 use axum::response::sse::Event;
 use futures_util::stream;
 use tokio::sync::watch;
-use tokio::time::timeout;
+use tokio::time::{sleep, timeout};
 
 use crate::jobs::{JobId, JobObject, JobStatus, JobView};
 
 use super::super::error::ApiError;
 use super::super::stream::{error_event, event, events_response};
-use super::Jobs;
+use super::{Jobs, REWATCH};
 
 /// How often a job is read again that tells nothing: its place in the queue may have changed.
 const REFRESH: Duration = Duration::from_secs(5);
@@ -91,17 +91,23 @@ impl Events {
             changed = timeout(REFRESH, self.views.changed()) => changed,
             () = self.jobs.app.closing.closed() => return Ok(None),
         };
-        match changed {
-            Ok(Ok(())) => return Ok(Some(self.views.borrow_and_update().clone())),
+        let view = match changed {
+            Ok(Ok(())) => Ok(self.views.borrow_and_update().clone()),
             // Nothing happened.
-            Err(_) => {}
-            // Nothing more will come, though no view was an ended one.
-            Ok(Err(_)) => self.is_over = true,
-        }
-        match self.jobs.get(&self.id).await {
+            Err(_) => self.jobs.get(&self.id).await,
+            Ok(Err(_)) => self.watch_again().await,
+        };
+        match view {
             Ok(view) => Ok(Some(view)),
             Err(ApiError::UnknownJob { .. }) => Ok(None),
             Err(error) => Err(error),
         }
+    }
+
+    /// The job as it is, after the store has stopped to tell of it before its end.
+    async fn watch_again(&mut self) -> Result<JobView, ApiError> {
+        sleep(REWATCH).await;
+        self.views = self.jobs.watch(&self.id).await?;
+        Ok(self.views.borrow_and_update().clone())
     }
 }

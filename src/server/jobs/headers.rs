@@ -64,7 +64,7 @@ pub(super) fn idempotency_key(
 }
 
 /// The W3C trace context of a request. One that is not valid is left out, as the W3C wants it.
-pub(super) fn trace_context(headers: &HeaderMap) -> Option<TraceContext> {
+pub(in super::super) fn trace_context(headers: &HeaderMap) -> Option<TraceContext> {
     let mut parents = headers.get_all("traceparent").iter();
     let traceparent = parents.next()?.to_str().ok()?;
     if parents.next().is_some() || !is_trace_parent(traceparent) {

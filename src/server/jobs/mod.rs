@@ -11,6 +11,7 @@ mod status;
 mod submit;
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use axum::extract::{FromRequestParts, OriginalUri, Path};
 use axum::http::request::Parts;
@@ -23,11 +24,14 @@ use crate::jobs::{Caller, JobId, JobStore, JobView, Owner};
 use super::App;
 use super::error::ApiError;
 
-pub(super) use self::headers::{PREFERENCE_APPLIED, prefers_async};
+pub(super) use self::headers::{PREFERENCE_APPLIED, prefers_async, trace_context};
 pub(super) use self::status::JobsStatus;
 
 /// Most characters of a word of the client in a message.
 const MAX_QUOTE: usize = 60;
+
+/// Time until a job is watched again whose store has stopped to tell of it.
+const REWATCH: Duration = Duration::from_secs(1);
 
 /// All routes of jobs. They need no model, except for new jobs.
 pub(super) fn routes() -> OpenApiRouter<Arc<App>> {

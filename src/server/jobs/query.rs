@@ -27,12 +27,12 @@ impl<S: Sync> FromRequestParts<S> for Parameters {
 }
 
 impl Parameters {
-    /// The value of a parameter. An empty one is absent.
+    /// The value of a parameter.
     fn get(&self, name: &'static str) -> Result<Option<&str>, InvalidBody> {
         let mut values = self.0.iter().filter(|(key, _)| key == name);
         let value = values.next().map(|(_, value)| value.as_str());
         match values.next() {
-            None => Ok(value.filter(|value| !value.is_empty())),
+            None => Ok(value),
             Some(_) => Err(InvalidBody::value(
                 name.to_owned(),
                 "is in the query twice: give it once",
@@ -72,9 +72,15 @@ impl Parameters {
         Ok(Duration::from_secs_f64(seconds.min(max.as_secs_f64())))
     }
 
+    /// The value of a parameter that is a word. An empty one is absent.
+    fn word(&self, name: &'static str) -> Result<Option<&str>, InvalidBody> {
+        let value = self.get(name)?;
+        Ok(value.filter(|value| !value.is_empty()))
+    }
+
     /// The id of a job.
     pub(super) fn job(&self, name: &'static str) -> Result<Option<JobId>, InvalidBody> {
-        let value = self.get(name)?;
+        let value = self.word(name)?;
         let id = value.map(|value| {
             JobId::parse(value).ok_or_else(|| unexpected(name, "the id of a job", value))
         });
@@ -83,7 +89,7 @@ impl Parameters {
 
     pub(super) fn status(&self, name: &'static str) -> Result<Option<JobStatus>, InvalidBody> {
         const EXPECTED: &str = "queued, in_progress, completed, failed or cancelled";
-        let Some(value) = self.get(name)? else {
+        let Some(value) = self.word(name)? else {
             return Ok(None);
         };
         let mut all = JobStatus::ALL.into_iter();

@@ -5,14 +5,14 @@ use std::time::Duration;
 use axum::http::HeaderMap;
 use axum::http::header::ACCEPT;
 use axum::response::Response;
-use tokio::time::timeout;
+use tokio::time::{sleep, timeout};
 
 use crate::jobs::{JobId, JobObject, JobView};
 
 use super::super::error::{ApiError, ErrorEnvelope};
 use super::super::json::json;
 use super::query::Parameters;
-use super::{Id, Jobs, events};
+use super::{Id, Jobs, REWATCH, events};
 
 /// Longest time of a long poll: shorter than the 60 s after which many proxies give up.
 const MAX_WAIT: Duration = Duration::from_secs(50);
@@ -65,18 +65,26 @@ pub(super) async fn retrieve(
 impl Jobs {
     /// The client's job when it has ended, when this time is over, or when the server ends.
     async fn wait(&self, id: &JobId, time: Duration) -> Result<JobView, ApiError> {
-        let mut views = self.watch(id).await?;
-        let ended = views.wait_for(|view| view.job.status.is_ended());
         tokio::select! {
-            _ = timeout(time, ended) => {}
-            () = self.app.closing.closed() => {}
+            ended = timeout(time, self.ended(id)) => match ended {
+                Ok(ended) => ended,
+                Err(_) => self.get(id).await,
+            },
+            () = self.app.closing.closed() => self.get(id).await,
         }
-        let view = views.borrow().clone();
-        if view.job.status.is_ended() {
-            return Ok(view);
+    }
+
+    /// The client's job after its end.
+    async fn ended(&self, id: &JobId) -> Result<JobView, ApiError> {
+        loop {
+            let mut views = self.watch(id).await?;
+            let ended = views.wait_for(|view| view.job.status.is_ended());
+            let ended = ended.await.ok().map(|view| view.clone());
+            if let Some(view) = ended {
+                return Ok(view);
+            }
+            sleep(REWATCH).await;
         }
-        // The store knows the place in the queue better than the watched view.
-        self.get(id).await
     }
 }
 

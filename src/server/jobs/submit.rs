@@ -6,15 +6,15 @@ use axum::response::{IntoResponse, Response};
 use serde_json::{Map, Value};
 
 use crate::jobs::{IdempotencyKey, JobId, JobObject, JobView, NewJob, Submitted};
+use crate::telemetry::{self, Kind};
 
 use super::super::body::JsonObject;
 use super::super::error::{ApiError, ErrorEnvelope};
 use super::super::images::{self, JobBody, JobBodySchema};
 use super::super::json::json;
+use super::super::traces;
 use super::Jobs;
-use super::headers::{
-    PREFERENCE_APPLIED, RESPOND_ASYNC, idempotency_key, prefers_async, trace_context,
-};
+use super::headers::{PREFERENCE_APPLIED, RESPOND_ASYNC, idempotency_key, prefers_async};
 
 /// Stores images to generate as a job. The request is checked as by `/v1/images/generations`, and its
 /// seed is chosen at once. The job is not lost after this answer, whatever happens to the server.
@@ -58,8 +58,16 @@ impl Jobs {
         let submitted = if let Some(submitted) = repeated {
             submitted
         } else {
-            let job = self.new_job(headers, object, idempotency).await?;
-            self.store.submit(job).await?
+            let span = telemetry::span_for(None, Kind::Producer, "job submit", &[]);
+            let job = NewJob {
+                trace: traces::stored_trace(&span, headers),
+                ..self.new_job(object, idempotency).await?
+            };
+            let submitted = self.store.submit(job).await?;
+            if let Submitted::New(view) = &submitted {
+                telemetry::set(&span, &[("kiln.job.id", view.job.id.as_str().into())]);
+            }
+            submitted
         };
         let (status, view) = match submitted {
             Submitted::New(view) => {
@@ -97,7 +105,6 @@ impl Jobs {
 
     async fn new_job(
         &self,
-        headers: &HeaderMap,
         object: Map<String, Value>,
         idempotency: Option<IdempotencyKey>,
     ) -> Result<NewJob, ApiError> {
@@ -119,7 +126,7 @@ impl Jobs {
                 .await?,
             idempotency,
             webhook,
-            trace: trace_context(headers),
+            trace: None,
         })
     }
 

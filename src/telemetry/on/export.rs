@@ -4,15 +4,15 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use opentelemetry_http::{Bytes, HttpClient, HttpError, Request, Response};
-use opentelemetry_otlp::{SpanExporter as OtlpExporter, WithExportConfig, WithHttpConfig};
+use opentelemetry_otlp::{
+    Protocol, SpanExporter as OtlpExporter, WithExportConfig, WithHttpConfig,
+};
 use opentelemetry_sdk::Resource;
 use opentelemetry_sdk::error::OTelSdkResult;
 use opentelemetry_sdk::trace::{SpanData, SpanExporter};
 use reqwest::Url;
 use reqwest::blocking::Client;
 use reqwest::redirect::Policy;
-
-use crate::version;
 
 use super::super::TelemetryError;
 use super::super::settings::TRACES_ENDPOINT;
@@ -58,7 +58,7 @@ pub(super) fn exporter(url: &Url) -> Result<Exporter, TelemetryError> {
         .install_default()
         .ok();
     let client = Client::builder()
-        .user_agent(version::PROGRAM)
+        .user_agent(concat!("kiln/", env!("CARGO_PKG_VERSION")))
         .redirect(Policy::none())
         .timeout(timeout())
         .build()
@@ -72,10 +72,11 @@ pub(super) fn exporter(url: &Url) -> Result<Exporter, TelemetryError> {
         .with_http()
         .with_http_client(client)
         .with_endpoint(url.as_str())
+        .with_protocol(Protocol::HttpBinary)
         .build()
         .map_err(|error| TelemetryError::Client(crate::error_chain(&error)))?;
     Ok(Exporter {
-        exporter,
+        inner: exporter,
         url: without_secrets(url),
         port: url.port_or_known_default(),
         fault,
@@ -98,7 +99,7 @@ fn timeout() -> Duration {
 /// An exporter that logs its failures rarely.
 #[derive(Debug)]
 pub(super) struct Exporter {
-    exporter: OtlpExporter,
+    inner: OtlpExporter,
     /// Without secrets.
     url: String,
     port: Option<u16>,
@@ -117,7 +118,7 @@ struct Losses {
 impl SpanExporter for Exporter {
     async fn export(&self, batch: Vec<SpanData>) -> OTelSdkResult {
         let spans = batch.len();
-        let outcome = self.exporter.export(batch).await;
+        let outcome = self.inner.export(batch).await;
         if let Err(error) = &outcome {
             self.lose(spans, &error.to_string());
         }
@@ -125,11 +126,11 @@ impl SpanExporter for Exporter {
     }
 
     fn shutdown_with_timeout(&self, timeout: Duration) -> OTelSdkResult {
-        self.exporter.shutdown_with_timeout(timeout)
+        self.inner.shutdown_with_timeout(timeout)
     }
 
     fn set_resource(&mut self, resource: &Resource) {
-        self.exporter.set_resource(resource);
+        self.inner.set_resource(resource);
     }
 }
 
@@ -192,10 +193,12 @@ fn describe(error: &(dyn std::error::Error + 'static)) -> String {
         .downcast_ref::<reqwest::Error>()
         .filter(|error| error.is_timeout())
     {
-        return match error.is_connect() {
-            true => "no connection within the time limit".to_owned(),
-            false => "no answer within the time limit".to_owned(),
+        let what = if error.is_connect() {
+            "connection"
+        } else {
+            "answer"
         };
+        return format!("no {what} within the time limit");
     }
     let mut cause = error;
     while let Some(source) = cause.source() {

@@ -13,21 +13,16 @@ use opentelemetry::{Context, KeyValue};
 use opentelemetry_sdk::Resource;
 use opentelemetry_sdk::propagation::TraceContextPropagator;
 use opentelemetry_sdk::trace::{SdkTracer, SdkTracerProvider};
-use tracing::level_filters::LevelFilter;
-use tracing::{Span, Subscriber};
-use tracing_opentelemetry::OpenTelemetrySpanExt;
-use tracing_subscriber::filter::Targets;
-use tracing_subscriber::layer::Layer;
+use tracing::Span;
+use tracing_subscriber::Registry;
 use tracing_subscriber::registry::LookupSpan;
 
-use crate::version;
-
-use super::{Attribute, Kind, Stage, TARGET, TelemetryError, Value, settings};
+use super::{Attribute, Kind, Stage, TelemetryError, Value, settings};
 
 /// How long the end of the program waits for the last spans to be sent.
 const LAST_SPANS: Duration = Duration::from_secs(3);
 
-/// Makes the spans of stages. It is set when tracing is started.
+/// Makes the spans. It is set when tracing is started.
 static TRACER: OnceLock<SdkTracer> = OnceLock::new();
 
 /// Sends traces from its start until it is dropped.
@@ -57,6 +52,7 @@ impl Tracing {
             return Ok(Self { started: None });
         };
         let url = export::url(variable, &value)?;
+        settings::check_compression(get)?;
         let provider = SdkTracerProvider::builder()
             .with_resource(resource(instance))
             .with_batch_exporter(export::exporter(&url)?)
@@ -70,22 +66,6 @@ impl Tracing {
         Ok(Self {
             started: Some(started),
         })
-    }
-
-    /// What records the spans.
-    pub fn layer<S>(&self) -> Option<Box<dyn Layer<S> + Send + Sync>>
-    where
-        S: Subscriber + for<'a> LookupSpan<'a> + Send + Sync,
-    {
-        let started = self.started.as_ref()?;
-        let layer = tracing_opentelemetry::layer()
-            .with_tracer(started.provider.tracer("kiln"))
-            .with_location(false)
-            .with_threads(false)
-            .with_target(false)
-            .with_tracked_inactivity(false);
-        let filter = Targets::new().with_target(TARGET, LevelFilter::INFO);
-        Some(layer.with_filter(filter).boxed())
     }
 
     /// Logs what is sent where, and what is not as the environment says.
@@ -117,7 +97,7 @@ impl Drop for Tracing {
 /// What is said of this program with every span. The environment has the last word.
 fn resource(instance: &str) -> Resource {
     let own = Resource::builder_empty().with_attributes([
-        KeyValue::new("service.version", version::PACKAGE),
+        KeyValue::new("service.version", env!("CARGO_PKG_VERSION")),
         KeyValue::new("service.instance.id", instance.to_owned()),
     ]);
     let given = Resource::builder().build();
@@ -133,24 +113,30 @@ fn resource(instance: &str) -> Resource {
     }
 }
 
-/// The span that is the parent of recorded stages.
+/// A span that is sent, in the extensions of a span of the log.
+struct Attached(Context);
+
+/// When the span of the log is closed.
+impl Drop for Attached {
+    fn drop(&mut self) {
+        self.0.span().end();
+    }
+}
+
+/// The parent of recorded stages.
 #[derive(Debug, Clone, Default)]
 pub struct Parent(Context);
 
 impl Parent {
-    /// The span that is entered now.
+    /// What is attached to the span of the log that is entered now, or to the nearest parent of it.
     pub fn current() -> Self {
-        Self(Context::current())
-    }
-
-    /// Whether stages below this span are sent.
-    pub fn is_recorded(&self) -> bool {
-        self.0.span().span_context().is_sampled()
+        Self(context_of(&Span::current()).unwrap_or_default())
     }
 
     /// Sends a span below this one.
     pub fn record(&self, stage: &Stage<'_>) {
-        let Some(tracer) = TRACER.get().filter(|_| self.is_recorded()) else {
+        let is_sampled = self.0.span().span_context().is_sampled();
+        let Some(tracer) = TRACER.get().filter(|_| is_sampled) else {
             return;
         };
         let builder = tracer
@@ -167,56 +153,88 @@ impl Parent {
     }
 }
 
-pub(super) fn span_for(
+pub(super) fn is_on() -> bool {
+    TRACER.get().is_some()
+}
+
+pub(super) fn attach(
+    span: &Span,
     trace: Option<(&str, Option<&str>)>,
     kind: Kind,
     name: &str,
     attributes: &[Attribute<'_>],
-) -> Span {
-    let kind = kind.name();
-    let span = tracing::info_span!(target: TARGET, "span", otel.name = name, otel.kind = kind);
-    if span.is_disabled() {
-        return span;
-    }
-    if let Some((parent, state)) = trace {
-        let mut headers = HashMap::from([("traceparent".to_owned(), parent.to_owned())]);
-        headers.extend(state.map(|state| ("tracestate".to_owned(), state.to_owned())));
-        let parent = TraceContextPropagator::new().extract_with_context(&Context::new(), &headers);
-        // It fails without the layer, and then there is nothing to continue.
-        span.set_parent(parent).ok();
-    }
-    set(&span, attributes);
-    span
+) -> bool {
+    let Some(tracer) = TRACER.get() else {
+        return false;
+    };
+    let parent = match trace {
+        Some(trace) => remote(trace),
+        None => context_of(span).unwrap_or_default(),
+    };
+    let builder = tracer
+        .span_builder(name.to_owned())
+        .with_kind(span_kind(kind))
+        .with_attributes(attributes.iter().map(key_value));
+    let sent = builder.start_with_context(tracer, &parent);
+    span.record("trace_id", sent.span_context().trace_id().to_string());
+    let attached = Attached(parent.with_span(sent));
+    span.with_subscriber(|(id, subscriber)| {
+        let registry = subscriber.downcast_ref::<Registry>()?;
+        registry.span(id)?.extensions_mut().replace(attached);
+        Some(())
+    });
+    true
+}
+
+/// The context that these headers name.
+fn remote((parent, state): (&str, Option<&str>)) -> Context {
+    let mut headers = HashMap::from([("traceparent".to_owned(), parent.to_owned())]);
+    headers.extend(state.map(|state| ("tracestate".to_owned(), state.to_owned())));
+    TraceContextPropagator::new().extract_with_context(&Context::new(), &headers)
+}
+
+/// The context of what is attached to a span of the log or to its nearest parent.
+fn context_of(span: &Span) -> Option<Context> {
+    let found = span.with_subscriber(|(id, subscriber)| {
+        let registry = subscriber.downcast_ref::<Registry>()?;
+        let mut spans = registry.span(id)?.scope();
+        spans.find_map(|span| Some(span.extensions().get::<Attached>()?.0.clone()))
+    });
+    found.flatten()
 }
 
 pub(super) fn set(span: &Span, attributes: &[Attribute<'_>]) {
-    for attribute in attributes {
-        let KeyValue { key, value, .. } = key_value(attribute);
-        span.set_attribute(key, value);
+    if let Some(context) = context_of(span) {
+        context
+            .span()
+            .set_attributes(attributes.iter().map(key_value));
     }
 }
 
 pub(super) fn fail(span: &Span, error_type: &str, message: &str) {
-    span.set_attribute("error.type", error_type.to_owned());
-    span.set_status(Status::error(message.to_owned()));
+    if let Some(context) = context_of(span) {
+        let sent = context.span();
+        sent.set_attribute(KeyValue::new("error.type", error_type.to_owned()));
+        sent.set_status(Status::error(message.to_owned()));
+    }
 }
 
 pub(super) fn trace_of(span: &Span) -> Option<(String, Option<String>)> {
-    let context = span.context();
-    context.span().span_context().is_valid().then(|| {
-        let mut headers = HashMap::new();
-        TraceContextPropagator::new().inject_context(&context, &mut headers);
-        let mut take = |name: &str| headers.remove(name).unwrap_or_default();
-        let (parent, state) = (take("traceparent"), take("tracestate"));
-        (parent, (!state.is_empty()).then_some(state))
-    })
+    let context = context_of(span)?;
+    let mut headers = HashMap::new();
+    TraceContextPropagator::new().inject_context(&context, &mut headers);
+    let state = headers.remove("tracestate");
+    let state = state.filter(|state| !state.is_empty());
+    Some((headers.remove("traceparent")?, state))
 }
 
-pub(super) fn trace_id(span: &Span) -> Option<String> {
-    let context = span.context();
-    let span = context.span();
-    let context = span.span_context();
-    context.is_valid().then(|| context.trace_id().to_string())
+const fn span_kind(kind: Kind) -> SpanKind {
+    match kind {
+        Kind::Server => SpanKind::Server,
+        Kind::Producer => SpanKind::Producer,
+        Kind::Consumer => SpanKind::Consumer,
+        Kind::Internal => SpanKind::Internal,
+    }
 }
 
 fn key_value((name, value): &Attribute<'_>) -> KeyValue {

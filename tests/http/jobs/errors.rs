@@ -51,9 +51,8 @@ fn a_job_is_refused_with_the_errors_of_a_generation() {
         (json!({"prompt": "x".repeat(70_000)}), "prompt"),
     ] {
         let expected = client::post_to(address, "/v1/images/generations", &body);
-        let reply = site.post(&body);
-        error_of(&reply, 400, Some(param));
-        assert_eq!(reply.body, expected.body);
+        let message = error_of(&site.post(&body), 400, Some(param));
+        assert_eq!(message, error_of(&expected, 400, Some(param)));
     }
     // Nothing was stored.
     assert_eq!(site.get(PATH).body["data"], json!([]));

@@ -138,8 +138,9 @@ fn a_job_without_a_seed_gets_one_that_stays() {
     let site = Site::start();
     let seeds = [(), ()].map(|()| site.submit(&small())["seed"].as_u64().unwrap());
     assert_ne!(seeds[0], seeds[1]);
-    for seed in seeds {
-        assert_eq!(site.take().job().request.request.noise.seed, seed);
+    let leases = [site.take(), site.take()];
+    for (lease, seed) in leases.iter().zip(seeds) {
+        assert_eq!(lease.job().request.request.noise.seed, seed);
     }
 }
 
@@ -298,7 +299,10 @@ fn the_trace_context_of_a_request_is_stored_if_it_is_valid() {
     let submit = |headers: &str| {
         let reply = site.ask("POST", PATH, headers, Some(&small()));
         assert_eq!(reply.status, 202, "{}", reply.body);
-        site.take().job().trace.clone()
+        let lease = site.take();
+        let trace = lease.job().trace.clone();
+        site.complete(lease, &[]);
+        trace
     };
     let headers = format!("Traceparent: {parent}\r\nTracestate: a=1\r\ntracestate: b=2\r\n");
     let expected = TraceContext {

@@ -84,6 +84,7 @@ fn jobs_are_listed_by_status() {
 fn junk_in_the_query_is_named() {
     let site = Site::start();
     for (query, param) in [
+        ("limit=", "limit"),
         ("limit=0", "limit"),
         ("limit=101", "limit"),
         ("limit=-1", "limit"),
@@ -101,7 +102,7 @@ fn junk_in_the_query_is_named() {
         let reply = site.get(&format!("{PATH}?{query}"));
         error_of(&reply, 400, Some(param));
     }
-    for query in ["", "limit=&after=&status=", "order=asc", "&&&=&%", "x=%FF"] {
+    for query in ["", "after=&status=", "order=asc", "&&&=&%", "x=%FF"] {
         assert_eq!(site.get(&format!("{PATH}?{query}")).status, 200, "{query}");
     }
 }
