@@ -26,6 +26,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
+from PIL import Image
 
 from generate import DASHBOARD, RULES
 
@@ -169,6 +170,8 @@ def draw(prometheus, begin, end, output):
             empty.append(panel["title"])
         draw_panel(axes, panel, series, end - begin)
     figure.savefig(output)
+    # Few colours make a small file.
+    Image.open(output).convert("RGB").quantize(64, dither=0).save(output, optimize=True)
     print(f"{output}; panels without data: {empty or 'none'}")
 
 

@@ -48,7 +48,7 @@ use super::{
 /// Most time that opening waits for the streams: a server starts without them.
 const OPEN_WAIT: Duration = Duration::from_secs(10);
 const SETUP_DELAY: Duration = Duration::from_millis(500);
-const MAX_SETUP_DELAY: Duration = Duration::from_secs(10);
+const MAX_SETUP_DELAY: Duration = Duration::from_secs(5);
 /// Records that a list reads at once.
 const READ_AT_ONCE: usize = 16;
 /// Time between two looks at the position of a followed job.
@@ -203,9 +203,20 @@ async fn keep(
             tracing::warn!("jobs in NATS at {}: {why}", shared.link.servers);
             last_failure = why;
         }
-        tries += 1;
-        let factor = u32::try_from(tries).unwrap_or(u32::MAX);
-        sleep(SETUP_DELAY.saturating_mul(factor).min(MAX_SETUP_DELAY)).await;
+        // A cluster that is just starting is given time before fewer replicas are taken.
+        tries = if shared.link.is_connected() {
+            tries + 1
+        } else {
+            0
+        };
+        let factor = u32::try_from(tries.max(1)).unwrap_or(u32::MAX);
+        let delay = SETUP_DELAY.saturating_mul(factor).min(MAX_SETUP_DELAY);
+        let mut connections = shared.link.connections();
+        connections.mark_unchanged();
+        tokio::select! {
+            () = sleep(delay) => {}
+            _ = connections.changed() => {}
+        }
     }
 }
 

@@ -36,6 +36,8 @@ struct FakeStore {
     takes: AtomicUsize,
     /// Calls that still fail, because a server of the store is not there.
     outage: AtomicUsize,
+    /// How long the store takes to hand a job over.
+    handing_over: Mutex<Duration>,
     changed: Notify,
     revoke: watch::Sender<Option<(JobId, Revoked)>>,
 }
@@ -77,6 +79,7 @@ impl FakeStore {
             extensions: AtomicUsize::new(0),
             takes: AtomicUsize::new(0),
             outage: AtomicUsize::new(0),
+            handing_over: Mutex::default(),
             changed: Notify::new(),
             revoke: watch::Sender::new(None),
         })
@@ -152,6 +155,10 @@ impl JobStore for FakeStore {
             let next = self.queued.lock().unwrap().pop_front();
             if let Some(mut job) = next {
                 job.attempt += 1;
+                let time = *self.handing_over.lock().unwrap();
+                if !time.is_zero() {
+                    sleep(time).await;
+                }
                 self.takes.fetch_add(1, Ordering::SeqCst);
                 return Ok(Box::new(FakeLease {
                     store: self.me.upgrade().unwrap(),
@@ -502,6 +509,17 @@ async fn a_worker_that_drains_finishes_what_has_begun_and_releases_the_rest() {
         [Told::Released(Duration::ZERO), Told::Completed(1)]
     );
     assert_eq!(store.takes.load(Ordering::SeqCst), 2);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_job_that_is_being_handed_over_is_released() {
+    let (store, runner) = (FakeStore::new(1), Arc::new(FakeRunner::default()));
+    *store.handing_over.lock().unwrap() = Duration::from_millis(200);
+    let mut worker = start(&store, &runner, settings());
+    wait_until(|| store.queued.lock().unwrap().is_empty()).await;
+    worker.drain();
+    worker.ended().await;
+    assert_eq!(store.ends(), [Told::Released(Duration::ZERO)]);
 }
 
 #[tokio::test(start_paused = true)]
