@@ -31,20 +31,22 @@ MAX_ATTEMPTS = 3
 # Jobs that wait or run at one time.
 OPEN_JOBS = 8
 # Seconds after which the script gives up on whatever it waits for.
-PATIENCE = 180
+PATIENCE = 600
 
 
 class Server:
     """A `kiln serve` process that keeps its jobs in a folder."""
 
+    running = set()
+
     def __init__(self, kiln, folder):
         self.url = None
-        self.began = time.monotonic()
         self.log = []
         command = [kiln, "serve", "demo", "--port", "0", "--jobs", folder]
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
         self.reader = threading.Thread(target=self._read, daemon=True)
         self.reader.start()
+        Server.running.add(self)
 
     def _read(self):
         for line in self.process.stderr:
@@ -54,14 +56,17 @@ class Server:
 
     def kill(self):
         self.process.send_signal(signal.SIGKILL)
-        self.process.wait()
-        self.reader.join()
+        self._ended()
         return self.log
 
     def stop(self):
         self.process.terminate()
+        self._ended()
+
+    def _ended(self):
         self.process.wait(60)
         self.reader.join()
+        Server.running.discard(self)
 
     def call(self, path, body=None, headers=None, raw=False):
         """The status and the body of an answer; raises OSError if there is none, or the server is starting."""
@@ -117,6 +122,7 @@ class Clients:
         # Id to request and first answer.
         self.accepted = {}
         self.statuses = collections.Counter()
+        self.error = None
         self.stopped = threading.Event()
         self.thread = threading.Thread(target=self._run, daemon=True)
 
@@ -137,7 +143,8 @@ class Clients:
                     self.accepted[job["id"]] = (body, job)
                     break
                 if status is not None:
-                    raise SystemExit(f"{status}: {job}")
+                    self.error = f"{status}: {job}"
+                    return
                 time.sleep(0.02)
             self._wait_for_room()
 
@@ -165,10 +172,23 @@ def until(what, check):
     raise SystemExit(f"waited {PATIENCE} s for {what}")
 
 
-def is_at_risk(job):
-    """Whether a kill could be the last one that a job survives."""
-    lost = job["attempt"] - (job["status"] == "in_progress")
-    return lost >= MAX_ATTEMPTS - 1
+def lost(job):
+    """Attempts whose server was killed, if one more kill comes."""
+    return job["attempt"] + (job["status"] == "queued")
+
+
+def may_be_lost(job):
+    return lost(job) >= MAX_ATTEMPTS
+
+
+def may_be_lost_twice(job):
+    return lost(job) + 1 >= MAX_ATTEMPTS
+
+
+def kill(server):
+    for line in server.kill():
+        if "panicked" in line or " ERROR " in line:
+            print(line, end="")
 
 
 def files_of(server, job):
@@ -191,7 +211,12 @@ def main():
     print(f"seed {args.seed}")
     rng = random.Random(args.seed)
     with tempfile.TemporaryDirectory() as folder:
-        run(args, rng, folder)
+        try:
+            run(args, rng, folder)
+        finally:
+            for server in Server.running:
+                server.process.kill()
+                server.process.wait()
 
 
 def run(args, rng, folder):
@@ -200,35 +225,37 @@ def run(args, rng, folder):
     clients = Clients(args.seed)
     clients.server = Server(args.kiln, jobs_folder)
     clients.thread.start()
-    while_starting, running = 0, 0
-    for _ in range(args.kills):
+    kills, while_starting, running = 0, 0, 0
+    while kills < args.kills:
         server = clients.server
-        until("the first answer", server.open_jobs)
-        # A kill while the server starts cannot hit a job that is at risk.
-        early = rng.random() < 0.25 and not any(map(is_at_risk, server.open_jobs()))
-        if early:
-            server.kill()
+        is_early = rng.random() < 0.2 and kills + 2 <= args.kills
+        risk = may_be_lost_twice if is_early else may_be_lost
+        until("an open job", server.open_jobs)
+        time.sleep(rng.uniform(0, 1.5))
+        until("jobs that survive a kill", lambda: not any(map(risk, server.open_jobs())))
+        running += any(job["status"] == "in_progress" for job in server.open_jobs())
+        if is_early:
+            kill(server)
             server = clients.server = Server(args.kiln, jobs_folder)
-            time.sleep(rng.uniform(0, 0.4))
+            time.sleep(rng.uniform(0, 0.6))
+            kills += 1
             while_starting += 1
-        else:
-            time.sleep(rng.uniform(0, 1.5))
-            until("jobs that are not at risk", lambda: not any(map(is_at_risk, server.open_jobs())))
-            running += any(job["status"] == "in_progress" for job in server.open_jobs())
-        log = server.kill()
-        for line in log:
-            if "panicked" in line or " ERROR " in line:
-                print(line, end="")
+        kill(server)
+        kills += 1
         clients.server = Server(args.kiln, jobs_folder)
+        if kills % 10 == 0:
+            print(f"{kills} kills, {len(clients.accepted)} jobs accepted", flush=True)
     clients.stopped.set()
     clients.thread.join(PATIENCE)
+    if clients.error:
+        raise SystemExit(f"a job was refused: {clients.error}")
     server = clients.server
-    until("the end of all jobs", lambda: not server.open_jobs() or None)
+    until("the end of all jobs", lambda: not server.open_jobs())
     killed = time.monotonic() - begin
     check(args, folder, clients, server)
     total = sum(clients.statuses.values())
     print(
-        f"{args.kills} kills in {killed:.0f} s, {running} with a job in progress and {while_starting} "
+        f"{kills} kills in {killed:.0f} s, {running} with a job in progress and {while_starting} "
         f"while the server started; {len(clients.accepted)} jobs accepted in {total} tries "
         f"{dict(clients.statuses)}: all completed, all files equal"
     )
@@ -237,10 +264,12 @@ def run(args, rng, folder):
 def check(args, folder, clients, server):
     ends = {}
     attempts = collections.Counter()
-    for id in clients.accepted:
+    for id, (_, first) in clients.accepted.items():
         status, job = server.call(f"/v1/images/jobs/{id}")
         if status != 200 or job["status"] != "completed":
             raise SystemExit(f"{id} was accepted and is lost: {status} {job}")
+        if job["seed"] != first["seed"]:
+            raise SystemExit(f"{id}: the seed was {first['seed']} and is {job['seed']}")
         attempts[job["attempt"]] += 1
         ends[id] = (job, files_of(server, job))
     folders = set(os.listdir(os.path.join(folder, "jobs", "results")))
@@ -248,22 +277,19 @@ def check(args, folder, clients, server):
     if folders != set(ends):
         raise SystemExit(f"folders without a job, or jobs without: {folders ^ set(ends)}")
     reference = Server(args.kiln, os.path.join(folder, "reference"))
-    bytes_compared = 0
+    ids = {}
     for id, (body, _) in clients.accepted.items():
-        job, files = ends[id]
-        body = {**body, "seed": job["seed"]}
-        status, expected = until("the reference", lambda b=body: reference.call("/v1/images/jobs", b))
+        body = {**body, "seed": ends[id][0]["seed"]}
+        status, job = until("the reference", lambda b=body: reference.call("/v1/images/jobs", b))
         if status != 202:
-            raise SystemExit(f"{status}: {expected}")
-        path = f"/v1/images/jobs/{expected['id']}"
-        _, expected = until(
-            "a job of the reference",
-            lambda p=path: (lambda a: a if a[1]["status"] == "completed" else None)(
-                reference.call(p + "?wait=20")
-            ),
-        )
+            raise SystemExit(f"{status}: {job}")
+        ids[id] = job["id"]
+    until("the jobs of the reference", lambda: not reference.open_jobs())
+    bytes_compared = 0
+    for id, (_, files) in ends.items():
+        _, expected = reference.call(f"/v1/images/jobs/{ids[id]}")
         if files_of(reference, expected) != files:
-            raise SystemExit(f"{id}: other files than those of {expected['id']}: {body}")
+            raise SystemExit(f"{id}: other files than those of {ids[id]}: {expected['request']}")
         bytes_compared += sum(map(len, files))
     reference.stop()
     print(f"jobs by number of attempts: {dict(sorted(attempts.items()))}; {bytes_compared} bytes compared")

@@ -202,8 +202,9 @@ def run(arguments: argparse.Namespace, folder: pathlib.Path, stack: contextlib.E
     attempts = collections.Counter(job["attempt"] for job in jobs_now)
     finished: collections.Counter[str] = collections.Counter()
     for worker in workers:
-        finished.update(re.findall(r"finished in .*?\bid=\"?(job-[0-9a-f]+)", worker.log.read_text()))
-        finished.update(re.findall(r"\bid=\"?(job-[0-9a-f]+)\b[^\n]*?finished in", worker.log.read_text()))
+        for line in worker.log.read_text().splitlines():
+            if "finished in" in line and (found := re.search(r"job-[0-9a-f]{24}", line)):
+                finished[found[0]] += 1
     generated = collections.Counter(finished.values())
     if max(attempts) > 2 or (generated and max(generated) > 2):
         sys.exit(f"attempts {attempts}, times generated {generated}")

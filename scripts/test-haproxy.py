@@ -27,6 +27,8 @@ CONFIGURATION = Path(__file__).parent.parent / "packaging" / "haproxy.cfg"
 NO_TRIES = {"retries 5": "retries 0", "option redispatch 1": "", "retry-on conn-failure empty-response 503": ""}
 CONNECTIONS_ONLY = {"retry-on conn-failure empty-response 503": "retry-on conn-failure"}
 
+TRIALS = ["with_retries", "without_retries", "streams", "rolling_restart", "client_that_leaves"]
+
 # The servers' time to be out of HAProxy's list: several of its checks.
 SHUTDOWN_DELAY = 3
 
@@ -240,7 +242,8 @@ def report(name, load):
 class Trial:
     def __init__(self, arguments, folder):
         self.arguments, self.folder = arguments, folder
-        self.servers = [Kiln(arguments.kiln, folder, name, port) for name, port in zip(["k1", "k2", "k3"], free_ports(3))]
+        ports = zip(["k1", "k2", "k3"], free_ports(3))
+        self.servers = [Kiln(arguments.kiln, folder, name, port) for name, port in ports]
 
     def close(self):
         for server in self.servers:
@@ -349,7 +352,10 @@ class Trial:
         k3.kill()
         with self.proxy() as proxy:
             body = json.dumps({"prompt": "a red circle", "size": "512x512", "num_inference_steps": 1000})
-            head = f"POST /v1/images/generations HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+            head = (
+                "POST /v1/images/generations HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+                f"Content-Length: {len(body)}\r\n\r\n"
+            )
             with socket.create_connection(("127.0.0.1", proxy.port)) as client:
                 client.sendall((head + body).encode())
                 wait_until("the request does not run", lambda: k1.metric("kiln_requests_running") == 1)
@@ -365,15 +371,15 @@ def main():
     parser.add_argument("--kiln", required=True, help="the binary")
     parser.add_argument("--seconds", type=float, default=60, help="time of the first trial; others take a part of it")
     parser.add_argument("--clients", type=int, default=9)
-    parser.add_argument("trials", nargs="*", help="with_retries, without_retries, streams, rolling_restart, client_that_leaves")
+    parser.add_argument("trials", nargs="*", help=f"of {', '.join(TRIALS)}; all by default")
     arguments = parser.parse_args()
-    names = arguments.trials or ["with_retries", "without_retries", "streams", "rolling_restart", "client_that_leaves"]
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         trial = Trial(arguments, folder)
-        print("| configuration, and what happened | requests | lost | median | longest |\n|---|---|---|---|---|", flush=True)
+        print("| configuration, and what happened | requests | lost | median | longest |")
+        print("|---|---|---|---|---|", flush=True)
         try:
-            for name in names:
+            for name in arguments.trials or TRIALS:
                 getattr(trial, name)()
         except BaseException:
             for log in sorted(Path(folder).glob("*.log")):

@@ -7,10 +7,12 @@ Needs prometheus and nats-server in PATH, and matplotlib and PyYAML.
 """
 
 import argparse
+import base64
 import http.server
 import json
 import math
 import random
+import socket
 import subprocess
 import tempfile
 import threading
@@ -19,15 +21,16 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from pathlib import Path
-import socket
 
 import matplotlib
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
+from PIL import Image
 
 from generate import DASHBOARD, RULES
 
+SECRET = "--webhook-secret=whsec_" + base64.b64encode(bytes(32)).decode()
 STEP = 2  # seconds between two scrapes
 WINDOW = 24  # seconds of a rate
 
@@ -55,7 +58,7 @@ def wait_for(url):
 
 
 class Receiver(http.server.BaseHTTPRequestHandler):
-    """Takes webhooks; every fifth is refused once in a while, so that some are sent again."""
+    """Takes webhooks, and refuses one in five, so that it is sent again."""
 
     def do_POST(self):
         self.rfile.read(int(self.headers["Content-Length"]))
@@ -74,7 +77,7 @@ def load(servers, hook, end):
         dice = random.Random(seed)
         while time.monotonic() < end:
             done = (time.monotonic() - begin) / (end - begin)
-            time.sleep(dice.expovariate(0.15 + 0.6 * math.sin(math.pi * done) ** 2))
+            time.sleep(dice.expovariate(0.1 + 1.2 * math.sin(math.pi * done) ** 4))
             side = dice.choice([64, 128, 128, 192])
             body = {"prompt": "a red circle", "size": f"{side}x{side}", "num_inference_steps": dice.choice([8, 16, 24])}
             if dice.random() < 0.3:
@@ -84,7 +87,7 @@ def load(servers, hook, end):
             if dice.random() < 0.5:
                 body["negative_prompt"] = " "
             try:
-                if dice.random() < 0.25:
+                if dice.random() < 0.4:
                     call(f"{dice.choice(servers)}/v1/images/jobs", {**body, "webhook": hook})
                 else:
                     # Some clients leave.
@@ -107,7 +110,8 @@ def answers(prometheus, expression, begin, end):
 
 def readable(value, unit):
     if unit == "bytes":
-        return f"{value / 2**20:.0f} MiB"
+        power = 20 if value >= 2**20 else 10
+        return f"{value / 2**power:.0f} {'MiB' if power == 20 else 'KiB'}"
     if unit == "percentunit":
         return f"{100 * value:.1f} %"
     return f"{value:.3g}" + (" s" if unit == "s" else "")
@@ -136,16 +140,17 @@ def draw_panel(axes, panel, series, seconds):
         axes.set_xlim(0, seconds)
         axes.set_ylim(bottom=0)
         axes.tick_params(labelsize=6)
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0f} s")
         axes.yaxis.set_major_formatter(lambda value, _: readable(value, unit))
         axes.grid(alpha=0.3)
-        if 0 < len(series):
+        if series:
             axes.legend(fontsize=5, loc="upper left", framealpha=0.6)
 
 
 def draw(prometheus, begin, end, output):
     dashboard = json.loads(DASHBOARD.read_text())
     height = max(panel["gridPos"]["y"] + panel["gridPos"]["h"] for panel in dashboard["panels"])
-    figure = pyplot.figure(figsize=(14, height * 0.27), dpi=90)
+    figure = pyplot.figure(figsize=(14, height * 0.27), dpi=80)
     empty = []
     for panel in dashboard["panels"]:
         place = panel["gridPos"]
@@ -165,6 +170,8 @@ def draw(prometheus, begin, end, output):
             empty.append(panel["title"])
         draw_panel(axes, panel, series, end - begin)
     figure.savefig(output)
+    # Few colours make a small file.
+    Image.open(output).convert("RGB").quantize(64, dither=0).save(output, optimize=True)
     print(f"{output}; panels without data: {empty or 'none'}")
 
 
@@ -193,7 +200,7 @@ def main():
                 start(
                     arguments.kiln, "serve", "demo", f"--port={port}", f"--instance={server}", "--max-queue=8", f"--role={role}",
                     "--lora-dir=models/demo/lora", f"--jobs=nats://127.0.0.1:{queue}", "--webhook-host=127.0.0.1",
-                    "--webhook-allow-private", "--max-step-tokens=512", "--no-warm-up",
+                    "--webhook-allow-private", SECRET, "--max-step-tokens=512", "--no-warm-up",
                 )
             for port in ports.values():
                 wait_for(f"http://127.0.0.1:{port}/health/ready")

@@ -47,8 +47,10 @@ fn submit(args: &SubmitArgs) -> Result<(), CliError> {
     }
     let client = Client::new(&args.server)?;
     let job = client.submit(&body, args.idempotency_key.as_deref())?;
-    if !args.json {
-        // Before the wait, so that an interrupted command has told it.
+    // Before the wait, so that an interrupted command has told it.
+    if args.json || args.output.as_deref().is_some_and(output::is_stdout) {
+        tracing::info!("submitted {}", job.id());
+    } else {
         output::print(format!("{}\n", job.id()).as_bytes())?;
     }
     if !args.wait {
@@ -57,9 +59,6 @@ fn submit(args: &SubmitArgs) -> Result<(), CliError> {
         } else {
             Ok(())
         };
-    }
-    if args.json {
-        tracing::info!("waiting for {}", job.id());
     }
     let id = job.job_id()?;
     let deadline = deadline(args.timeout);

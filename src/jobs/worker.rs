@@ -15,7 +15,7 @@ use std::time::Duration;
 use async_trait::async_trait;
 use tokio::sync::watch;
 use tokio::task::{JoinHandle, JoinSet};
-use tokio::time::{Instant, sleep};
+use tokio::time::{Instant, sleep, timeout};
 
 use super::{JobFailure, JobFile, JobStats, JobStore, Progress, StoredJob};
 
@@ -185,6 +185,9 @@ struct Shared<R> {
 /// How often a worker without room looks for it, besides when one of its jobs changes.
 const LOOK_FOR_ROOM: Duration = Duration::from_millis(100);
 
+/// How long a worker that stops waits for a job that the store may be handing over.
+const LAST_TAKE: Duration = Duration::from_millis(500);
+
 impl<R: Runner> Shared<R> {
     /// Takes jobs until the phase changes, and waits for the end of those that it took.
     async fn take_jobs(self: &Arc<Self>, mut phase: watch::Receiver<Phase>) {
@@ -202,10 +205,19 @@ impl<R: Runner> Shared<R> {
                 }
                 continue;
             }
+            let mut take = self.store.take();
             let taken = tokio::select! {
                 biased;
-                _ = phase.changed() => continue,
-                taken = self.store.take() => taken,
+                _ = phase.changed() => None,
+                taken = &mut take => Some(taken),
+            };
+            let taken = match taken {
+                Some(taken) => taken,
+                // A job that is being handed over is released like others, and so loses no attempt.
+                None => match timeout(LAST_TAKE, take).await {
+                    Ok(taken) => taken,
+                    Err(_) => break,
+                },
             };
             match taken {
                 Ok(lease) => {

@@ -41,6 +41,36 @@ fn the_bytes_of_the_tensors_that_a_model_has_taken_are_counted() {
 }
 
 #[test]
+fn a_model_that_is_not_loaded_needs_no_weights() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/checkpoints/base");
+    let folder = tempfile::tempdir().unwrap();
+    for file in [
+        "model_index.json",
+        "scheduler/scheduler_config.json",
+        "text_encoder/config.json",
+        "tokenizer/merges.txt",
+        "tokenizer/tokenizer_config.json",
+        "tokenizer/vocab.json",
+        "transformer/config.json",
+        "vae/config.json",
+    ] {
+        let target = folder.path().join(file);
+        fs::create_dir_all(target.parent().unwrap()).unwrap();
+        fs::copy(root.join(file), target).unwrap();
+    }
+    let settings = ModelSettings::new(folder.path());
+    assert!(Model::find(&settings).is_err());
+    let small = Model::find_without_weights(&settings, &Start::new()).unwrap();
+    let whole = Model::find(&ModelSettings::new(&root)).unwrap();
+    assert_eq!(small.limits().sizes, whole.limits().sizes);
+    let tokens = |model: &Model| model.tokenizer().encode_prompt("a red fox").unwrap();
+    assert_eq!(tokens(&small), tokens(&whole));
+    // The tokenizer of another model would count other tokens.
+    fs::remove_dir_all(folder.path().join("tokenizer")).unwrap();
+    assert!(Model::find_without_weights(&settings, &Start::new()).is_err());
+}
+
+#[test]
 fn the_name_of_a_model_does_not_say_where_it_is() {
     let name = |model: &Path| ModelSettings::new(model).public_name();
     for id in [DEMO, QWEN_IMAGE, "owner/name@revision"] {

@@ -322,6 +322,14 @@ fn files_go_to_a_folder_by_default_and_to_stdout() {
     assert_eq!(std::fs::read(folder.path().join(path)).unwrap(), b"image");
     let output = server(b"image").run(folder.path(), &["wait", ID, "--output", "-"]);
     assert_eq!(output.stdout, b"image");
+    let stored = Server::start(vec![
+        ok(&job("queued")),
+        ok(&completed(&[b"image"])),
+        answer("200 OK", b"image"),
+    ]);
+    let output = stored.run(folder.path(), &["submit", "a cat", "--wait", "-o", "-"]);
+    assert_eq!(output.stdout, b"image");
+    assert!(stderr(&output).contains(&format!("submitted {ID}")));
     // Cut, or too long.
     for content in [b"imag".as_slice(), b"images"] {
         let output = server(content).run(folder.path(), &["wait", ID, "--output", "x.png"]);

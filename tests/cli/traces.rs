@@ -594,11 +594,13 @@ fn a_worker_continues_the_clients_trace_if_the_server_that_took_the_job_has_no_t
     let collector = Collector::start(Answer::Success);
     let folder = tempfile::tempdir().unwrap();
     let jobs = ["--jobs", folder.path().to_str().unwrap()];
-    let server = Server::start(&[], &[&jobs[..], &["--role", "api"]].concat());
+    let server = Server::start(&[], &jobs);
     let header = format!("traceparent: 00-{TRACE}-{PARENT}-01\r\n");
-    let (status, reply) = server.call("POST", "/v1/images/jobs", &header, &body(2, ""));
+    let body = body(ENDLESS, r#", "size": "128x128""#);
+    let (status, reply) = server.call("POST", "/v1/images/jobs", &header, &body);
     assert_eq!(status, 202, "{reply}");
-    server.end();
+    // Killed before the job has ended.
+    drop(server);
     let server = Server::start(&[(ENDPOINT, &collector.url())], &jobs);
     server.get(&format!("/v1/images/jobs/{}?wait=60", id_of(&reply)));
     server.end();
@@ -687,4 +689,45 @@ fn an_endpoint_that_is_no_url_is_refused() {
         let begin = format!("error: {name} is \"{value}\", which is not the URL of a collector");
         assert!(stderr.starts_with(&begin), "{stderr}");
     }
+}
+
+/// Prints milliseconds of requests to a server with tracing and to one without, in turn.
+#[test]
+#[ignore = "prints figures for docs/performance.md"]
+fn what_tracing_costs() {
+    let collector = Collector::start(Answer::Success);
+    let servers = [
+        Server::start(&[], &[]),
+        Server::start(&[(ENDPOINT, &collector.url())], &[]),
+    ];
+    let fields = r#", "size": "32x32""#;
+    type Call<'a> = &'a dyn Fn(&Server) -> u16;
+    let calls: [(&str, Call<'_>, usize); 2] = [
+        ("GET /v1/models", &|server| server.get("/v1/models").0, 2000),
+        (
+            "POST /v1/images/generations",
+            &|server| {
+                let body = body(1, fields);
+                server.call("POST", "/v1/images/generations", "", &body).0
+            },
+            200,
+        ),
+    ];
+    for (name, call, rounds) in calls {
+        let mut times = [Vec::new(), Vec::new()];
+        for round in 0..2 * rounds {
+            let start = Instant::now();
+            assert_eq!(call(&servers[round % 2]), 200);
+            times[round % 2].push(start.elapsed().as_secs_f64() * 1000.0);
+        }
+        let [without, with] = times.map(|mut times| {
+            times.sort_by(f64::total_cmp);
+            times[times.len() / 2]
+        });
+        eprintln!("{name}: {without:.3} ms without tracing, {with:.3} with, medians of {rounds}");
+    }
+    let [without, with] = servers;
+    without.end();
+    with.end();
+    assert_eq!(collector.spans().len(), 2000 + 200 * 6);
 }

@@ -38,7 +38,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["Content-Length"]))
-        self.server.got.put((self.path, dict(self.headers), body))
+        headers = {name.lower(): value for name, value in self.headers.items()}
+        self.server.got.put((self.path, headers, body))
         status = self.server.answers.get() if not self.server.answers.empty() else 204
         self.send_response(status)
         if status == 302:
@@ -88,7 +89,7 @@ def delivered(jobs: Jobs, receiver: Receiver) -> None:
     job, path = printed.split()
     assert png_size((Path(jobs.folder) / path).read_bytes()) == (128, 128)
     _, headers, body = receiver.got.get(timeout=60)
-    assert headers["Content-Type"] == "application/json" and headers["User-Agent"].startswith("kiln/")
+    assert headers["content-type"] == "application/json" and headers["user-agent"].startswith("kiln/")
     message = verify(headers, body)
     assert message["type"] == "image.job.completed" and message["timestamp"].endswith("Z"), message
     shown = json.loads(jobs.run("show", job, "--json"))

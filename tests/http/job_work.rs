@@ -120,7 +120,7 @@ fn the_files_of_a_job_are_those_of_a_request_to_the_byte() {
     });
     let adapted = json!({
         "prompt": "a yellow star", "seed": 3, "num_inference_steps": 2, "size": "64x64",
-        "model": "another name", "output_format": "webp",
+        "lora": "stripes", "output_format": "webp",
     });
     for (body, extension) in [(plain, "png"), (cached, "jpeg"), (adapted, "webp")] {
         let reply = post_to(address, GENERATIONS, &body);
@@ -332,4 +332,61 @@ fn a_server_of_the_role_worker_has_the_routes_of_monitoring_only() {
         Some(&json!({"prompt": "a cat"})),
     ));
     assert_eq!(reply.status, 404);
+}
+
+/// Writes an adapter file with another text in its header, and so with another hash.
+fn change_adapter(path: &Path) {
+    let file = std::fs::read(path).unwrap();
+    let length = u64::from_le_bytes(file[..8].try_into().unwrap()) as usize;
+    let (header, rest) = file[8..].split_at(length);
+    let mut header: Value = serde_json::from_slice(header).unwrap();
+    header["__metadata__"]["note"] = json!("changed");
+    let header = header.to_string();
+    let length = (header.len() as u64).to_le_bytes();
+    std::fs::write(path, [&length, header.as_bytes(), rest].concat()).unwrap();
+}
+
+#[test]
+fn a_job_whose_adapter_has_changed_fails() {
+    let (folder, adapters) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("models/demo/lora/stripes.safetensors");
+    let [kept, changed, gone] =
+        ["kept", "changed", "gone"].map(|name| adapters.path().join(format!("{name}.safetensors")));
+    for file in [&kept, &changed, &gone] {
+        std::fs::copy(&root, file).unwrap();
+    }
+    let lora_dir = adapters.path().to_str().unwrap();
+    let server = start(
+        folder.path(),
+        &["--lora-dir", lora_dir, "--enable-lora-updates"],
+    );
+    let address = server.address;
+    // One job runs, and one is ahead; the others stay in the store.
+    let first = [(); 2].map(|()| submit(address, &endless()));
+    wait_for(address, &first[0], "in_progress");
+    wait_for(address, &first[1], "in_progress");
+    let later = ["kept", "changed", "gone"].map(|name| {
+        let mut body = short(5);
+        body["lora"] = json!({"name": name, "scale": 0.5});
+        submit(address, &body)
+    });
+    change_adapter(&changed);
+    std::fs::remove_file(&gone).unwrap();
+    let refreshed = post_to(address, "/v1/refresh_lora_adapters", &json!({}));
+    assert_eq!(refreshed.status, 200);
+    for id in &first {
+        with_headers(address, "DELETE", &format!("{JOBS}/{id}"), "");
+    }
+    wait_for(address, &later[0], "completed");
+    for (id, code, name) in [
+        (&later[1], "adapter_changed", "changed"),
+        (&later[2], "adapter_unavailable", "gone"),
+    ] {
+        let job = wait_for(address, id, "failed");
+        assert_eq!(job["error"]["code"], code);
+        let message = job["error"]["message"].as_str().unwrap();
+        assert!(message.contains(&format!("{name:?}")), "{message}");
+        let failed = format!("kiln_jobs_failed_total{{reason=\"{code}\"}}");
+        assert!((metric(address, &failed) - 1.0).abs() < 1e-9);
+    }
 }

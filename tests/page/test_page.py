@@ -781,7 +781,8 @@ def test_jobs_survive_a_reload(browser: Browser, binary: str) -> None:
             expect_pictures(page, 1)
             items.nth(1).get_by_role("button", name="Remove").click()
             expect(items).to_have_count(1)
-            page.locator("#seed").fill("x")
+            page.fill("#prompt", CIRCLE)
+            set_numbers(page, seed="x")
             page.click("#submit-job")
             expect(page.locator("#seed-error")).not_to_be_empty()
 

@@ -115,7 +115,7 @@ impl Core {
         let core = Self {
             settings,
             results: Results::of(folder),
-            path: folder.join("jobs.redb"),
+            path: database_in(folder),
             database: RwLock::new(Slot {
                 database: None,
                 opened: 0,
@@ -129,10 +129,10 @@ impl Core {
         // Only the process that has the database may change the results.
         drop(core.slot()?);
         core.results.prepare()?;
-        let synced = sync_folder(folder).and_then(|()| match is_new {
-            true => sync_folder(folder_of(folder)),
-            false => Ok(()),
-        });
+        let mut synced = sync_folder(folder);
+        if is_new {
+            synced = synced.and_then(|()| sync_folder(folder_of(folder)));
+        }
         synced.map_err(|error| io_error(&error, folder))?;
         Ok(core)
     }
@@ -330,6 +330,11 @@ fn begin(database: &Database) -> Result<redb::WriteTransaction, Fault> {
     let mut transaction = database.begin_write()?;
     transaction.set_durability(Durability::Immediate)?;
     Ok(transaction)
+}
+
+/// The database file in a folder of jobs.
+pub(super) fn database_in(folder: &Path) -> PathBuf {
+    folder.join("jobs.redb")
 }
 
 fn open_file(path: &Path) -> Result<Database, Fault> {

@@ -20,7 +20,7 @@ use async_trait::async_trait;
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep_until};
 
-use self::core::{Core, blocking, now_ms, off_thread};
+use self::core::{Core, blocking, database_in, now_ms, off_thread};
 use self::lease::{HeldWebhook, LocalLease, LocalWebhook};
 use self::live::Next;
 use self::tables::{read_job, read_list};
@@ -45,7 +45,8 @@ impl LocalStore {
     /// was last used are queued again.
     pub async fn open(folder: &Path, settings: StoreSettings) -> Result<Arc<Self>, StoreError> {
         let path = folder.to_owned();
-        let core = off_thread(folder, move || {
+        let database = database_in(folder);
+        let core = off_thread(&database, move || {
             let core = Core::open(&path, settings)?;
             core.recover()?;
             for (model, jobs) in core.live().other_models(&core.settings.model) {
@@ -164,7 +165,7 @@ impl JobStore for LocalStore {
                 })
             });
             match next.await? {
-                Next::Now(lease) => return Ok(lease.handed_over()),
+                Next::Now(lease) => return Ok(Box::new(lease.handed_over())),
                 Next::At(at) => wait(changed, at).await,
             }
         }

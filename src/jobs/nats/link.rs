@@ -302,7 +302,7 @@ fn log_event(event: &Event, servers: &str) {
         Event::Connected => tracing::info!("connected to NATS at {servers}"),
         Event::Disconnected => tracing::warn!("lost the connection to NATS at {servers}"),
         Event::ServerError(error) => tracing::warn!("NATS at {servers}: {error}"),
-        Event::ClientError(error) => tracing::warn!("client of NATS at {servers}: {error}"),
+        Event::ClientError(error) => tracing::debug!("client of NATS at {servers}: {error}"),
         Event::SlowConsumer(_) => {
             tracing::warn!("NATS at {servers}: messages were dropped, as too many waited");
         }

@@ -15,8 +15,7 @@ use object_store::local::LocalFileSystem;
 use object_store::path::Path;
 use object_store::signer::{Method, Signer};
 use object_store::{
-    Attribute, BackoffConfig, ClientOptions, ObjectStore, ObjectStoreExt as _, PutOptions,
-    RetryConfig,
+    Attribute, BackoffConfig, ObjectStore, ObjectStoreExt as _, PutOptions, RetryConfig,
 };
 use tokio::io::AsyncReadExt as _;
 use tokio::sync::OnceCell;
@@ -30,8 +29,7 @@ use crate::jobs::StoreError;
 const URL_LIFETIME: Duration = Duration::from_mins(15);
 /// Most time to read or write one file.
 const FILE_TIMEOUT: Duration = Duration::from_mins(1);
-/// Most time for one request to an object store, and for all tries of it.
-const CLOUD_REQUEST: Duration = Duration::from_secs(20);
+/// Most time for all tries of a request to an object store.
 const CLOUD_RETRY: Duration = Duration::from_secs(10);
 /// Part of a file in one message of the NATS object store.
 const CHUNK_BYTES: usize = 128 << 10;
@@ -87,7 +85,12 @@ impl Results {
 
     /// The store of this URL.
     pub(super) fn open_other(url: &str) -> Result<Self, StoreError> {
-        let other = Other::open(url);
+        Self::open_with(url, AmazonS3Builder::from_env())
+    }
+
+    /// The same with these settings of S3.
+    pub(super) fn open_with(url: &str, s3: AmazonS3Builder) -> Result<Self, StoreError> {
+        let other = Other::open(url, s3);
         let other = other.map_err(|why| StoreError::Broken(format!("--results {url}: {why}")))?;
         Ok(Self::Other(other))
     }
@@ -195,7 +198,7 @@ impl Other {
     /// Opens `s3://BUCKET[/PREFIX]`, `gs://BUCKET[/PREFIX]` or `file:///FOLDER`. Credentials and
     /// endpoints come from the environment variables of these services. `KILN_RESULTS_PRESIGN=false` has
     /// files sent through kiln, for clients that do not reach the service.
-    fn open(url: &str) -> Result<Self, String> {
+    fn open(url: &str, s3: AmazonS3Builder) -> Result<Self, String> {
         let presign = std::env::var("KILN_RESULTS_PRESIGN").map_or(true, |value| value != "false");
         let (scheme, rest) = url.split_once("://").ok_or("it is not a URL")?;
         let cloud = || {
@@ -218,11 +221,7 @@ impl Other {
         match scheme {
             "s3" => {
                 let (bucket, prefix) = cloud()?;
-                let store = AmazonS3Builder::from_env()
-                    .with_bucket_name(bucket)
-                    .with_retry(retries())
-                    .with_client_options(s3_client())
-                    .build();
+                let store = s3.with_bucket_name(bucket).with_retry(retries()).build();
                 let store = Arc::new(store.map_err(fault)?);
                 let signer: Arc<dyn Signer> = store.clone();
                 Ok(opened(store, Some(signer), prefix))
@@ -232,7 +231,6 @@ impl Other {
                 let store = GoogleCloudStorageBuilder::from_env()
                     .with_bucket_name(bucket)
                     .with_retry(retries())
-                    .with_client_options(client())
                     .build();
                 let store = Arc::new(store.map_err(fault)?);
                 let signer: Arc<dyn Signer> = store.clone();
@@ -278,18 +276,6 @@ impl Other {
     fn unavailable(&self, error: impl fmt::Display) -> StoreError {
         StoreError::Unavailable(format!("{}: {error}", self.url))
     }
-}
-
-fn client() -> ClientOptions {
-    ClientOptions::new()
-        .with_timeout(CLOUD_REQUEST)
-        .with_connect_timeout(Duration::from_secs(3))
-}
-
-/// Options of the environment are replaced, so that this one is read here.
-fn s3_client() -> ClientOptions {
-    let allowed = std::env::var("AWS_ALLOW_HTTP").unwrap_or_default();
-    client().with_allow_http(["1", "true"].contains(&allowed.to_ascii_lowercase().as_str()))
 }
 
 fn retries() -> RetryConfig {

@@ -20,7 +20,7 @@ const MAX_ACK_PENDING: i64 = 1000;
 /// The oldest version that has not lost acknowledged messages, as far as is known.
 const SAFE_VERSION: (i64, i64, i64) = (2, 12, 3);
 /// Times that more replicas are tried before fewer are taken: a cluster may just be starting.
-const PATIENCE: usize = 4;
+const PATIENCE: usize = 10;
 
 /// What is to be set up.
 #[derive(Debug)]

@@ -1,7 +1,14 @@
-//! Tests of what needs no server.
+//! Tests of what needs no NATS server.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex};
+
+use object_store::aws::AmazonS3Builder;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::{TcpListener, TcpStream};
 
 use super::names::{file_path, id_of, model_token, record_id, record_subject};
-use super::results::Results;
+use super::results::{Found, Results};
 use super::settings::NatsSettings;
 use crate::jobs::{JobId, Owner};
 
@@ -62,4 +69,122 @@ fn places_of_files_are_checked() {
         assert!(error.to_string().contains(why), "{url}: {error}");
         assert!(error.to_string().contains(url), "{url}: {error}");
     }
+}
+
+/// What a server with the protocol of S3 has been given: content types and contents, by path.
+type Objects = Arc<Mutex<HashMap<String, (String, Vec<u8>)>>>;
+
+/// A server that knows as much of S3 as kiln needs. Returns its address.
+async fn fake_s3(objects: Objects) -> String {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap().to_string();
+    tokio::spawn(async move {
+        while let Ok((stream, _)) = listener.accept().await {
+            tokio::spawn(answer(stream, Arc::clone(&objects)));
+        }
+    });
+    address
+}
+
+/// Answers one request, and closes the connection.
+async fn answer(mut stream: TcpStream, objects: Objects) {
+    let mut text = Vec::new();
+    let head_end = loop {
+        if let Some(at) = text.windows(4).position(|four| four == b"\r\n\r\n") {
+            break at + 4;
+        }
+        if stream.read_buf(&mut text).await.unwrap() == 0 {
+            return;
+        }
+    };
+    let head = String::from_utf8(text[..head_end].to_vec()).unwrap();
+    let header = |name: &str| {
+        let lines = head.lines().filter_map(|line| line.split_once(": "));
+        let mut lines = lines.filter(|(key, _)| key.eq_ignore_ascii_case(name));
+        lines.next().map_or("", |(_, value)| value)
+    };
+    let length = header("content-length").parse().unwrap_or(0);
+    while text.len() < head_end + length {
+        stream.read_buf(&mut text).await.unwrap();
+    }
+    let body = &text[head_end..];
+    let mut words = head.split(' ');
+    let (method, target) = (words.next().unwrap(), words.next().unwrap());
+    let (path, query) = target.split_once('?').unwrap_or((target, ""));
+    let is_signed = header("authorization").starts_with("AWS4-HMAC-SHA256 Credential=key/")
+        || query.contains("X-Amz-Signature=");
+    let (status, content) = match method {
+        _ if !is_signed => ("403 Forbidden", Vec::new()),
+        "PUT" => {
+            let object = (header("content-type").to_owned(), body.to_vec());
+            objects.lock().unwrap().insert(path.to_owned(), object);
+            ("200 OK", Vec::new())
+        }
+        "GET" => match objects.lock().unwrap().get(path) {
+            Some((_, content)) => ("200 OK", content.clone()),
+            None => ("404 Not Found", Vec::new()),
+        },
+        // The deletion of several objects.
+        "POST" => {
+            let body = String::from_utf8_lossy(body);
+            let mut deleted = String::new();
+            for key in body.split("<Key>").skip(1) {
+                let key = key.split('<').next().unwrap();
+                objects.lock().unwrap().remove(&format!("{path}/{key}"));
+                deleted += &format!("<Deleted><Key>{key}</Key></Deleted>");
+            }
+            let answer = format!("<DeleteResult>{deleted}</DeleteResult>");
+            ("200 OK", answer.into_bytes())
+        }
+        _ => ("400 Bad Request", Vec::new()),
+    };
+    let head = format!(
+        "HTTP/1.1 {status}\r\nContent-Length: {}\r\nETag: \"1\"\r\n\
+         Last-Modified: Sat, 28 Nov 2026 12:00:00 GMT\r\nConnection: close\r\n\r\n",
+        content.len()
+    );
+    stream.write_all(head.as_bytes()).await.unwrap();
+    stream.write_all(&content).await.unwrap();
+}
+
+#[tokio::test]
+async fn files_in_s3_are_written_signed_and_deleted() {
+    // The program installs it when it connects to NATS.
+    rustls::crypto::ring::default_provider()
+        .install_default()
+        .ok();
+    let objects = Objects::default();
+    let address = fake_s3(Arc::clone(&objects)).await;
+    let s3 = |secret: &str| {
+        AmazonS3Builder::new()
+            .with_endpoint(format!("http://{address}"))
+            .with_allow_http(true)
+            .with_region("eu-central-1")
+            .with_access_key_id("key")
+            .with_secret_access_key(secret)
+    };
+    let results = Results::open_with("s3://bucket/some/prefix", s3("secret")).unwrap();
+    let content = bytes::Bytes::from_static(b"image");
+    results
+        .put("job-1/1/0.png", "image/png", content)
+        .await
+        .unwrap();
+    let path = "/bucket/some/prefix/job-1/1/0.png";
+    let object = ("image/png".to_owned(), b"image".to_vec());
+    assert_eq!(objects.lock().unwrap().get(path), Some(&object));
+    let Some(Found::Url(url)) = results.get("job-1/1/0.png").await.unwrap() else {
+        panic!("no URL");
+    };
+    // Who has the URL needs no key.
+    let target = url.strip_prefix(&format!("http://{address}")).unwrap();
+    assert!(target.starts_with(path), "{url}");
+    let mut client = TcpStream::connect(&address).await.unwrap();
+    let request = format!("GET {target} HTTP/1.1\r\nHost: {address}\r\n\r\n");
+    client.write_all(request.as_bytes()).await.unwrap();
+    let mut answer = String::new();
+    client.read_to_string(&mut answer).await.unwrap();
+    assert!(answer.ends_with("\r\n\r\nimage"), "{answer}");
+    results.delete("job-1/1/0.png").await.unwrap();
+    assert!(objects.lock().unwrap().is_empty());
+    results.delete("job-1/1/0.png").await.unwrap();
 }

@@ -1,6 +1,7 @@
 //! What every store must do. Each function gets stores of no jobs.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use tokio::sync::watch;
@@ -218,13 +219,19 @@ pub(super) async fn a_lease_that_is_not_extended_is_lost(stores: &dyn Stores) {
 }
 
 pub(super) async fn a_lease_that_is_extended_is_kept(stores: &dyn Stores) {
-    let store = stores.open(settings()).await;
+    // Long enough for a machine that is busy.
+    let settings = StoreSettings {
+        lease: Duration::from_secs(1),
+        ..settings()
+    };
+    let lease_time = settings.lease;
+    let store = stores.open(settings).await;
     let id = submit(&store, job("one")).await;
     let lease = take(&store).await;
     let begin = Instant::now();
-    while begin.elapsed() < 3 * settings().lease {
+    while begin.elapsed() < 2 * lease_time {
         lease.extend().await.unwrap();
-        let other = tokio::time::timeout(settings().lease / 4, store.take()).await;
+        let other = tokio::time::timeout(lease_time / 8, store.take()).await;
         assert!(other.is_err(), "{other:?}");
         store.sweep().await.unwrap();
     }
@@ -253,7 +260,7 @@ pub(super) async fn a_released_job_waits_and_its_attempt_does_not_count(stores: 
     take(&store).await.release(Duration::ZERO).await.unwrap();
     let lease = take(&store).await;
     assert_eq!((&lease.job().id, lease.job().attempt), (&id, 1));
-    let wait = Duration::from_millis(300);
+    let wait = Duration::from_secs(1);
     let begin = Instant::now();
     lease.release(wait).await.unwrap();
     let view = get(&store, &id).await;
@@ -369,9 +376,10 @@ pub(super) async fn cancel_and_complete_never_both_win(stores: &dyn Stores) {
         let fails = round % 5 == 0;
         let end = tokio::spawn(async move {
             begin(first).await;
-            match fails {
-                true => lease.fail(failure()).await.unwrap(),
-                false => lease.complete(vec![file(b"file")]).await.unwrap(),
+            if fails {
+                lease.fail(failure()).await.unwrap()
+            } else {
+                lease.complete(vec![file(b"file")]).await.unwrap()
             }
         });
         let cancel = tokio::spawn({
@@ -750,25 +758,34 @@ pub(super) async fn a_deleted_job_has_no_webhook(stores: &dyn Stores) {
 
 pub(super) async fn many_workers_complete_each_job_once(stores: &dyn Stores) {
     const JOBS: usize = 24;
-    let store = stores.open(settings()).await;
+    let settings = StoreSettings {
+        lease: Duration::from_secs(2),
+        ..settings()
+    };
+    let store = stores.open(settings).await;
+    let done = Arc::new(AtomicUsize::new(0));
     let mut workers = JoinSet::new();
     for worker in 0..4_u64 {
-        let store = Arc::clone(&store);
+        let (store, done) = (Arc::clone(&store), Arc::clone(&done));
         workers.spawn(async move {
             let mut recorded = Vec::new();
             // Each worker drops a lease now and then.
             for round in worker.. {
-                let idle = Duration::from_secs(2);
-                let Ok(lease) = tokio::time::timeout(idle, store.take()).await else {
+                if done.load(Ordering::SeqCst) == JOBS {
                     break;
+                }
+                let idle = Duration::from_millis(50);
+                let Ok(lease) = tokio::time::timeout(idle, store.take()).await else {
+                    continue;
                 };
                 let lease = lease.unwrap();
-                let id = lease.job().id.clone();
                 if round % 7 == 0 && lease.job().attempt == 1 {
                     continue;
                 }
+                let id = lease.job().id.clone();
                 if lease.complete(vec![file(b"file")]).await.unwrap() == Settled::Recorded {
                     recorded.push(id);
+                    done.fetch_add(1, Ordering::SeqCst);
                 }
             }
             recorded
@@ -782,6 +799,7 @@ pub(super) async fn many_workers_complete_each_job_once(stores: &dyn Stores) {
     recorded.sort();
     submitted.sort();
     assert_eq!(recorded, submitted);
+    assert!(nothing_to_take(&store).await);
 }
 
 pub(super) async fn a_restart_in_the_middle_of_everything_loses_nothing(stores: &dyn Stores) {
@@ -804,10 +822,10 @@ pub(super) async fn a_restart_in_the_middle_of_everything_loses_nothing(stores: 
     let running = submit(&store, job("running")).await;
     let lease = loop {
         let lease = take(&store).await;
-        match lease.job().id == running {
-            true => break lease,
-            false => lease.release(Duration::from_millis(50)).await.unwrap(),
+        if lease.job().id == running {
+            break lease;
         }
+        lease.release(Duration::from_millis(50)).await.unwrap();
     };
     let queued = submit(&store, keyed("queued", "key")).await;
     stores.kill(store).await;

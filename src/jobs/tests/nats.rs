@@ -371,3 +371,45 @@ async fn models_do_not_take_each_others_jobs() {
         assert_eq!(take(store).await.job().id, *id);
     }
 }
+
+/// Prints how long it takes to store 10,000 jobs, and to list and count them.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "takes a minute"]
+async fn ten_thousand_jobs_are_listed() {
+    const JOBS: usize = 10_000;
+    let server = or_skip!(NatsServer::started(&[]));
+    let settings = StoreSettings {
+        max_queued: JOBS,
+        ..settings()
+    };
+    let store: Arc<dyn JobStore> = Arc::new(open(&server, settings.clone()).await);
+    let begin = Instant::now();
+    let mut clients = tokio::task::JoinSet::new();
+    for _ in 0..20 {
+        let store = Arc::clone(&store);
+        clients.spawn(async move {
+            for _ in 0..JOBS / 20 {
+                submit(&store, job("one")).await;
+            }
+        });
+    }
+    clients.join_all().await;
+    println!("stored in {:?}", begin.elapsed());
+    let begin = Instant::now();
+    let other = open(&server, settings).await;
+    println!("another server knows them after {:?}", begin.elapsed());
+    assert_eq!(other.counts().await.unwrap().queued, JOBS as u64);
+    let begin = Instant::now();
+    let query = ListQuery { limit: 20, ..all() };
+    let page = other.list(&owner("me"), &query).await.unwrap();
+    println!("20 listed in {:?}", begin.elapsed());
+    assert!(page.has_more && page.jobs.len() == 20);
+    let begin = Instant::now();
+    let newest = &page.jobs[0];
+    let view = other.get(&newest.job.id).await.unwrap().unwrap();
+    println!("one read in {:?}", begin.elapsed());
+    assert_eq!(view.position, Some(JOBS - 1));
+    let begin = Instant::now();
+    other.compare(Duration::ZERO).await.unwrap();
+    println!("queue compared in {:?}", begin.elapsed());
+}

@@ -36,6 +36,8 @@ struct FakeStore {
     takes: AtomicUsize,
     /// Calls that still fail, because a server of the store is not there.
     outage: AtomicUsize,
+    /// How long the store takes to hand a job over.
+    handing_over: Mutex<Duration>,
     changed: Notify,
     revoke: watch::Sender<Option<(JobId, Revoked)>>,
 }
@@ -77,6 +79,7 @@ impl FakeStore {
             extensions: AtomicUsize::new(0),
             takes: AtomicUsize::new(0),
             outage: AtomicUsize::new(0),
+            handing_over: Mutex::default(),
             changed: Notify::new(),
             revoke: watch::Sender::new(None),
         })
@@ -119,31 +122,31 @@ impl JobStore for FakeStore {
     }
 
     async fn submit(&self, _: NewJob) -> Result<Submitted, StoreError> {
-        unimplemented!()
+        unreachable!("no worker calls it")
     }
 
     async fn get(&self, _: &JobId) -> Result<Option<JobView>, StoreError> {
-        unimplemented!()
+        unreachable!("no worker calls it")
     }
 
     async fn watch(&self, _: &JobId) -> Result<Option<watch::Receiver<JobView>>, StoreError> {
-        unimplemented!()
+        unreachable!("no worker calls it")
     }
 
     async fn list(&self, _: &Owner, _: &ListQuery) -> Result<JobPage, StoreError> {
-        unimplemented!()
+        unreachable!("no worker calls it")
     }
 
     async fn cancel(&self, _: &JobId) -> Result<Option<JobView>, StoreError> {
-        unimplemented!()
+        unreachable!("no worker calls it")
     }
 
     async fn delete(&self, _: &JobId) -> Result<bool, StoreError> {
-        unimplemented!()
+        unreachable!("no worker calls it")
     }
 
     async fn content(&self, _: &JobId, _: usize) -> Result<Option<Content>, StoreError> {
-        unimplemented!()
+        unreachable!("no worker calls it")
     }
 
     async fn take(&self) -> Result<Box<dyn JobLease>, StoreError> {
@@ -152,6 +155,10 @@ impl JobStore for FakeStore {
             let next = self.queued.lock().unwrap().pop_front();
             if let Some(mut job) = next {
                 job.attempt += 1;
+                let time = *self.handing_over.lock().unwrap();
+                if !time.is_zero() {
+                    sleep(time).await;
+                }
                 self.takes.fetch_add(1, Ordering::SeqCst);
                 return Ok(Box::new(FakeLease {
                     store: self.me.upgrade().unwrap(),
@@ -441,7 +448,7 @@ async fn a_lease_is_extended_while_the_job_waits_and_runs() {
     assert_eq!(store.extensions.load(Ordering::SeqCst), 6);
     runner.end(Ok(1));
     store.wait_for(&[Told::Completed(1)]).await;
-    sleep(Duration::from_secs(60)).await;
+    sleep(Duration::from_mins(1)).await;
     assert_eq!(store.extensions.load(Ordering::SeqCst), 6);
 }
 
@@ -505,6 +512,17 @@ async fn a_worker_that_drains_finishes_what_has_begun_and_releases_the_rest() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_job_that_is_being_handed_over_is_released() {
+    let (store, runner) = (FakeStore::new(1), Arc::new(FakeRunner::default()));
+    *store.handing_over.lock().unwrap() = Duration::from_millis(200);
+    let mut worker = start(&store, &runner, settings());
+    wait_until(|| store.queued.lock().unwrap().is_empty()).await;
+    worker.drain();
+    worker.ended().await;
+    assert_eq!(store.ends(), [Told::Released(Duration::ZERO)]);
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_worker_that_stops_releases_all() {
     let (store, runner) = (FakeStore::new(5), Arc::new(FakeRunner::default()));
     let mut worker = start(&store, &runner, settings());
@@ -527,7 +545,7 @@ async fn a_worker_that_stops_gives_up_on_a_store_that_does_not_answer() {
     runner.end(Ok(1));
     sleep(Duration::from_secs(5)).await;
     worker.drain();
-    sleep(Duration::from_secs(60)).await;
+    sleep(Duration::from_mins(1)).await;
     assert_eq!(store.ends(), []);
     worker.stop();
     worker.ended().await;
@@ -554,7 +572,7 @@ async fn a_device_that_hangs_loses_its_jobs_and_gets_none() {
     ends.sort_by_key(|told| matches!(told, Told::Dropped));
     // The job that had not begun loses no attempt.
     assert_eq!(ends, [Told::Released(Duration::ZERO), Told::Dropped]);
-    sleep(Duration::from_mins(60)).await;
+    sleep(Duration::from_hours(1)).await;
     assert_eq!(store.takes.load(Ordering::SeqCst), 2);
     runner.work.fetch_add(1, Ordering::SeqCst);
     wait_for_takes(&store, 3).await;
@@ -564,11 +582,11 @@ async fn a_device_that_hangs_loses_its_jobs_and_gets_none() {
 async fn an_idle_worker_does_not_hang() {
     let (store, runner) = (FakeStore::new(0), Arc::new(FakeRunner::default()));
     let settings = WorkerSettings {
-        stall_timeout: Some(Duration::from_secs(60)),
+        stall_timeout: Some(Duration::from_mins(1)),
         ..settings()
     };
     let worker = start(&store, &runner, settings);
-    sleep(Duration::from_mins(60)).await;
+    sleep(Duration::from_hours(1)).await;
     assert_eq!(*worker.phase.borrow(), Phase::Taking);
     assert_eq!(store.ends(), []);
 }

@@ -46,9 +46,21 @@ impl Runner for StoredRunner {
         // The list of adapters may have changed while their weights were read.
         app.check_stored(&job.request.request)?;
         let total = job.request.request.sampling.steps;
+        let mut has_begun = false;
         loop {
-            match running.next_event().await.map_err(run_error)? {
-                Event::Started => report(Progress { done: 0, total }),
+            // A job that never began is not to blame for the failure of the device.
+            let event = running.next_event().await.map_err(|error| {
+                if has_begun {
+                    run_error(error)
+                } else {
+                    RunError::NotNow(error.to_string())
+                }
+            })?;
+            match event {
+                Event::Started => {
+                    has_begun = true;
+                    report(Progress { done: 0, total });
+                }
                 Event::Step {
                     done,
                     total,
