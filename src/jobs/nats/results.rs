@@ -38,7 +38,7 @@ const CHUNK_BYTES: usize = 128 << 10;
 pub(super) enum Results {
     Nats {
         link: Link,
-        objects: OnceCell<NatsObjects>,
+        objects: Box<OnceCell<NatsObjects>>,
     },
     Other(Other),
 }
@@ -77,7 +77,7 @@ impl Results {
         let Some(url) = url else {
             return Ok(Self::Nats {
                 link: link.clone(),
-                objects: OnceCell::new(),
+                objects: Box::default(),
             });
         };
         Self::open_other(url)
