@@ -230,6 +230,7 @@ def run(args, rng, folder):
         server = clients.server
         is_early = rng.random() < 0.2 and kills + 2 <= args.kills
         risk = may_be_lost_twice if is_early else may_be_lost
+        until("an open job", server.open_jobs)
         time.sleep(rng.uniform(0, 1.5))
         until("jobs that survive a kill", lambda: not any(map(risk, server.open_jobs())))
         running += any(job["status"] == "in_progress" for job in server.open_jobs())

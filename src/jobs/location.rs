@@ -143,9 +143,10 @@ fn nats_server(scheme: &str, address: &str) -> Result<String, InvalidLocation> {
         return Err(InvalidLocation::Path);
     }
     // An IPv6 address is in brackets.
-    let host_end = match address.starts_with('[') {
-        true => address.find(']').map(|end| end + 1),
-        false => address.find(':'),
+    let host_end = if address.starts_with('[') {
+        address.find(']').map(|end| end + 1)
+    } else {
+        address.find(':')
     };
     let (host, port) = address.split_at(host_end.unwrap_or(address.len()));
     if host.is_empty() {

@@ -129,10 +129,10 @@ impl Core {
         // Only the process that has the database may change the results.
         drop(core.slot()?);
         core.results.prepare()?;
-        let synced = sync_folder(folder).and_then(|()| match is_new {
-            true => sync_folder(folder_of(folder)),
-            false => Ok(()),
-        });
+        let mut synced = sync_folder(folder);
+        if is_new {
+            synced = synced.and_then(|()| sync_folder(folder_of(folder)));
+        }
         synced.map_err(|error| io_error(&error, folder))?;
         Ok(core)
     }

@@ -42,9 +42,9 @@ impl LocalLease {
     }
 
     /// The lease of a worker.
-    pub(super) fn handed_over(mut self) -> Box<Self> {
+    pub(super) fn handed_over(mut self) -> Self {
         self.handed_over = true;
-        Box::new(self)
+        self
     }
 
     /// Runs the last change of a lease.
@@ -102,9 +102,10 @@ impl Drop for LocalLease {
     /// Does nothing if the lease was settled.
     fn drop(&mut self) {
         let failed = self.failed.load(Ordering::Relaxed);
-        let delay = match failed {
-            true => self.core.settings.lease,
-            false => Duration::ZERO,
+        let delay = if failed {
+            self.core.settings.lease
+        } else {
+            Duration::ZERO
         };
         let counts = self.handed_over && !failed;
         self.core

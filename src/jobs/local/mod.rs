@@ -165,7 +165,7 @@ impl JobStore for LocalStore {
                 })
             });
             match next.await? {
-                Next::Now(lease) => return Ok(lease.handed_over()),
+                Next::Now(lease) => return Ok(Box::new(lease.handed_over())),
                 Next::At(at) => wait(changed, at).await,
             }
         }

@@ -376,9 +376,10 @@ pub(super) async fn cancel_and_complete_never_both_win(stores: &dyn Stores) {
         let fails = round % 5 == 0;
         let end = tokio::spawn(async move {
             begin(first).await;
-            match fails {
-                true => lease.fail(failure()).await.unwrap(),
-                false => lease.complete(vec![file(b"file")]).await.unwrap(),
+            if fails {
+                lease.fail(failure()).await.unwrap()
+            } else {
+                lease.complete(vec![file(b"file")]).await.unwrap()
             }
         });
         let cancel = tokio::spawn({
@@ -821,10 +822,10 @@ pub(super) async fn a_restart_in_the_middle_of_everything_loses_nothing(stores: 
     let running = submit(&store, job("running")).await;
     let lease = loop {
         let lease = take(&store).await;
-        match lease.job().id == running {
-            true => break lease,
-            false => lease.release(Duration::from_millis(50)).await.unwrap(),
+        if lease.job().id == running {
+            break lease;
         }
+        lease.release(Duration::from_millis(50)).await.unwrap();
     };
     let queued = submit(&store, keyed("queued", "key")).await;
     stores.kill(store).await;

@@ -12,7 +12,7 @@ use tempfile::TempDir;
 use super::bench::*;
 use super::conformance::conformance_tests;
 use crate::jobs::local::LocalStore;
-use crate::jobs::{JobId, JobStatus, JobStore, StoreError, StoreSettings};
+use crate::jobs::{JobId, JobStatus, JobStore, ListQuery, StoreError, StoreSettings};
 use crate::request::random_u64;
 
 const META: TableDefinition<&str, u64> = TableDefinition::new("meta");
@@ -155,6 +155,15 @@ async fn a_newer_format_is_refused() {
     assert!(message.contains("use the newer kiln"), "{message}");
 }
 
+/// An error must name the file.
+fn check<T>(outcome: Result<T, StoreError>) {
+    if let Err(error) = outcome {
+        let message = error.to_string();
+        let names = message.contains("jobs.redb") || message.contains("results");
+        assert!(names, "{message}");
+    }
+}
+
 /// Whatever bytes of the database are wrong, every answer is an answer or an error that names the file.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_damaged_database_never_panics_the_caller() {
@@ -184,27 +193,20 @@ async fn a_damaged_database_never_panics_the_caller() {
             }
         }
         fs::write(folder.database(), damaged).unwrap();
-        let is_error = |error: StoreError| {
-            let message = error.to_string();
-            assert!(
-                message.contains("jobs.redb") || message.contains("results"),
-                "{message}"
-            );
-        };
         match LocalStore::open(&folder.path(), settings()).await {
-            Err(error) => is_error(error),
+            Err(error) => check::<()>(Err(error)),
             Ok(store) => {
-                let query = crate::jobs::ListQuery {
+                let query = ListQuery {
                     limit: 10,
-                    ..Default::default()
+                    ..ListQuery::default()
                 };
-                store.list(&owner("me"), &query).await.err().map(is_error);
+                check(store.list(&owner("me"), &query).await);
                 for id in &ids {
-                    store.get(id).await.err().map(is_error);
-                    store.content(id, 0).await.err().map(is_error);
+                    check(store.get(id).await);
+                    check(store.content(id, 0).await);
                 }
-                store.submit(job("new")).await.err().map(is_error);
-                store.sweep().await.err().map(is_error);
+                check(store.submit(job("new")).await);
+                check(store.sweep().await);
                 store.close().await;
             }
         }
@@ -244,9 +246,9 @@ async fn a_job_that_cannot_be_read_is_in_nobodys_way() {
     }
     let lease = take(&store).await;
     assert_eq!(lease.job().id, next);
-    let query = crate::jobs::ListQuery {
+    let query = ListQuery {
         limit: 10,
-        ..Default::default()
+        ..ListQuery::default()
     };
     let page = store.list(&owner("me"), &query).await.unwrap();
     assert_eq!(page.jobs.len(), 1);

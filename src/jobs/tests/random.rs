@@ -116,18 +116,15 @@ async fn end(
         return;
     };
     let id = lease.job().id.clone();
-    let (settled, status) = match completes {
-        true => (
-            lease.complete(vec![file(b"file")]).await,
-            JobStatus::Completed,
-        ),
-        false => {
-            let failure = JobFailure {
-                code: "failed".to_owned(),
-                message: "as it should".to_owned(),
-            };
-            (lease.fail(failure).await, JobStatus::Failed)
-        }
+    let failure = JobFailure {
+        code: "failed".to_owned(),
+        message: "as it should".to_owned(),
+    };
+    let (settled, status) = if completes {
+        let settled = lease.complete(vec![file(b"file")]).await;
+        (settled, JobStatus::Completed)
+    } else {
+        (lease.fail(failure).await, JobStatus::Failed)
     };
     if settled.unwrap() == Settled::Recorded {
         let before = jobs.insert(id, Promise::Ended(status));
