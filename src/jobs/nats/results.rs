@@ -37,7 +37,7 @@ const CHUNK_BYTES: usize = 128 << 10;
 /// A store of files.
 pub(super) enum Results {
     Nats {
-        link: Link,
+        link: Box<Link>,
         objects: Box<OnceCell<NatsObjects>>,
     },
     Other(Other),
@@ -76,7 +76,7 @@ impl Results {
     pub(super) fn open(url: Option<&str>, link: &Link) -> Result<Self, StoreError> {
         let Some(url) = url else {
             return Ok(Self::Nats {
-                link: link.clone(),
+                link: Box::new(link.clone()),
                 objects: Box::default(),
             });
         };
