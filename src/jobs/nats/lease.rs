@@ -237,7 +237,7 @@ impl JobLease for NatsLease {
                         return;
                     }
                 }
-                std::future::pending().await
+                std::future::pending::<()>().await;
             };
             tokio::select! {
                 () = changed => {}
