@@ -22,6 +22,10 @@ pub(super) enum Encoding {
 }
 
 #[derive(Debug)]
+#[expect(
+    clippy::struct_excessive_bools,
+    reason = "each is a fact of its own about the job"
+)]
 pub(super) struct Entry {
     pub(super) id: JobId,
     /// The job, until the pipeline is given it.

@@ -2,6 +2,7 @@
 
 use std::error::Error as _;
 use std::io::{self, Read};
+use std::net::IpAddr;
 use std::thread;
 use std::time::Duration;
 
@@ -67,11 +68,14 @@ impl Client {
             Ok::<_, JobsError>(value)
         });
         crate::hub::install_tls();
-        let http = HttpClient::builder()
+        let mut http = HttpClient::builder()
             .user_agent(concat!("kiln/", env!("CARGO_PKG_VERSION")))
-            .connect_timeout(TIMEOUT)
-            .build()
-            .map_err(JobsError::Client)?;
+            .connect_timeout(TIMEOUT);
+        if is_this_machine(&base) {
+            // The proxy of the environment stands for another machine.
+            http = http.no_proxy();
+        }
+        let http = http.build().map_err(JobsError::Client)?;
         Ok(Self {
             http,
             base,
@@ -263,6 +267,13 @@ fn base(text: &str) -> Result<Url, JobsError> {
     Ok(url)
 }
 
+fn is_this_machine(url: &Url) -> bool {
+    let host = url.host_str().unwrap_or_default();
+    let address = host.trim_start_matches('[').trim_end_matches(']');
+    let address = address.parse::<IpAddr>();
+    host == "localhost" || address.is_ok_and(|address| address.is_loopback())
+}
+
 /// The message and the key of an error; a message that is not kiln's is shortened.
 fn message(body: &[u8]) -> (Option<String>, Option<String>) {
     let text = |value: Option<&Value>| value.and_then(Value::as_str).map(str::to_owned);
@@ -344,6 +355,20 @@ mod tests {
             "http://",
         ] {
             assert!(base(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn a_proxy_is_for_other_machines() {
+        for (url, expected) in [
+            ("http://127.0.0.1:8091", true),
+            ("http://127.1", true),
+            ("http://localhost:1/kiln", true),
+            ("http://[::1]:8091", true),
+            ("http://10.0.0.1", false),
+            ("http://localhost.example", false),
+        ] {
+            assert_eq!(is_this_machine(&base(url).unwrap()), expected, "{url}");
         }
     }
 

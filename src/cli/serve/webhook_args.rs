@@ -11,6 +11,10 @@ use crate::jobs::webhook::{WebhookHost, WebhookSecret, WebhookSettings};
 #[derive(Clone, Args)]
 #[command(next_help_heading = "Jobs")]
 #[expect(clippy::doc_markdown, reason = "clap prints the comments as they are")]
+#[expect(
+    clippy::struct_field_names,
+    reason = "the fields are named like the options"
+)]
 pub(super) struct WebhookArgs {
     /// Host that ended jobs may be posted to; may be given several times
     ///

@@ -92,7 +92,7 @@ impl Router {
     fn name(self) -> String {
         match self {
             Self::LeastRequests => "least requests".to_owned(),
-            Self::AtMost(most) => format!("least requests, at most {most}"),
+            Self::AtMost(most) => format!("least requests of at most {most}"),
             Self::TwoChoices => "two choices".to_owned(),
             Self::RoundRobin => "round robin".to_owned(),
             Self::Forecast => "forecast".to_owned(),

@@ -15,7 +15,7 @@ use super::mirror::Report;
 use super::names;
 use super::queue::Ticket;
 use super::records::{Record, Slot};
-use super::{Shared, now_ms};
+use super::shared::{Shared, now_ms};
 use crate::jobs::{
     JobFailure, JobFile, JobLease, JobStatus, Progress, Revoked, Settled, StoreError, StoredJob,
 };
@@ -237,7 +237,7 @@ impl JobLease for NatsLease {
                         return;
                     }
                 }
-                std::future::pending().await
+                std::future::pending::<()>().await;
             };
             tokio::select! {
                 () = changed => {}

@@ -101,25 +101,20 @@ impl Mirror {
         if revision <= newest {
             return;
         }
-        match meta {
-            Some(meta) => {
-                state.markers.remove(subject);
-                let progress = state.jobs.get(&id).and_then(|entry| entry.progress);
-                state.jobs.insert(
-                    id.clone(),
-                    Entry {
-                        meta,
-                        revision,
-                        generation,
-                        progress,
-                    },
-                );
-            }
-            None => {
-                state.jobs.remove(&id);
-                let marker = (revision, Instant::now());
-                state.markers.insert(subject.to_owned(), marker);
-            }
+        if let Some(meta) = meta {
+            state.markers.remove(subject);
+            let progress = state.jobs.get(&id).and_then(|entry| entry.progress);
+            let entry = Entry {
+                meta,
+                revision,
+                generation,
+                progress,
+            };
+            state.jobs.insert(id.clone(), entry);
+        } else {
+            state.jobs.remove(&id);
+            let marker = (revision, Instant::now());
+            state.markers.insert(subject.to_owned(), marker);
         }
         state.notify(&id);
     }

@@ -37,8 +37,8 @@ const CHUNK_BYTES: usize = 128 << 10;
 /// A store of files.
 pub(super) enum Results {
     Nats {
-        link: Link,
-        objects: OnceCell<NatsObjects>,
+        link: Box<Link>,
+        objects: Box<OnceCell<NatsObjects>>,
     },
     Other(Other),
 }
@@ -76,8 +76,8 @@ impl Results {
     pub(super) fn open(url: Option<&str>, link: &Link) -> Result<Self, StoreError> {
         let Some(url) = url else {
             return Ok(Self::Nats {
-                link: link.clone(),
-                objects: OnceCell::new(),
+                link: Box::new(link.clone()),
+                objects: Box::default(),
             });
         };
         Self::open_other(url)

@@ -190,9 +190,8 @@ impl Setup<'_> {
                 num_replicas,
                 ..config.clone()
             });
-            let error = match created.await {
-                Ok(_) => return Ok(num_replicas),
-                Err(error) => error,
+            let Err(error) = created.await else {
+                return Ok(num_replicas);
             };
             let CreateStreamErrorKind::JetStream(error) = error.kind() else {
                 return Err(Failure::again(format!("stream {name}: {error}")));

@@ -6,7 +6,7 @@ use std::time::Duration;
 use super::mirror::Listed;
 use super::names;
 use super::records::Record;
-use super::{Shared, now_ms};
+use super::shared::{Shared, now_ms};
 use crate::jobs::{JobId, StoreError};
 
 /// Most jobs that one call deletes.

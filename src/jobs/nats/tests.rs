@@ -127,12 +127,13 @@ async fn answer(mut stream: TcpStream, objects: Objects) {
         // The deletion of several objects.
         "POST" => {
             let body = String::from_utf8_lossy(body);
-            let mut deleted = String::new();
-            for key in body.split("<Key>").skip(1) {
-                let key = key.split('<').next().unwrap();
+            let keys = body.split("<Key>").skip(1);
+            let keys = keys.map(|rest| rest.split('<').next().unwrap());
+            let deleted = keys.map(|key| {
                 objects.lock().unwrap().remove(&format!("{path}/{key}"));
-                deleted += &format!("<Deleted><Key>{key}</Key></Deleted>");
-            }
+                format!("<Deleted><Key>{key}</Key></Deleted>")
+            });
+            let deleted: String = deleted.collect();
             let answer = format!("<DeleteResult>{deleted}</DeleteResult>");
             ("200 OK", answer.into_bytes())
         }

@@ -14,7 +14,7 @@ use super::link::acknowledge;
 use super::names;
 use super::queue::WebhookTicket;
 use super::records::{Record, Slot};
-use super::{Shared, now_ms};
+use super::shared::{Shared, now_ms};
 use crate::jobs::{StoreError, StoredJob, WebhookLease};
 
 const PULL_DELAY: Duration = Duration::from_millis(500);

@@ -5,7 +5,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 /// IPv4 networks that are no public servers, by address and length of the prefix: those of IANA's
 /// registry of special addresses, multicast, and an address at which a cloud answers its machines.
 const PRIVATE_V4: &[(Ipv4Addr, u32)] = &[
-    (Ipv4Addr::new(0, 0, 0, 0), 8),
+    (Ipv4Addr::UNSPECIFIED, 8),
     (Ipv4Addr::new(10, 0, 0, 0), 8),
     (Ipv4Addr::new(100, 64, 0, 0), 10),
     (Ipv4Addr::new(127, 0, 0, 0), 8),
@@ -25,7 +25,7 @@ const PRIVATE_V4: &[(Ipv4Addr, u32)] = &[
     (Ipv4Addr::new(168, 63, 129, 16), 32),
 ];
 
-/// IPv6 networks within 2000::/3, the range of public addresses, that are no public servers.
+/// IPv6 networks within `2000::/3`, the range of public addresses, that are no public servers.
 const PRIVATE_V6: &[(Ipv6Addr, u32)] = &[
     // Protocols, among them Teredo.
     (Ipv6Addr::new(0x2001, 0, 0, 0, 0, 0, 0, 0), 23),
