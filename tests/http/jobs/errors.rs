@@ -185,7 +185,7 @@ fn a_server_without_jobs_names_the_option() {
 #[test]
 fn a_full_store_is_429_with_a_time_to_retry() {
     let site = Site::with(Settings::new("test/model"), |settings| {
-        settings.max_queued = 1
+        settings.max_queued = 1;
     });
     let key = "Idempotency-Key: a\r\n";
     assert_eq!(site.ask("POST", PATH, key, Some(&small())).status, 202);

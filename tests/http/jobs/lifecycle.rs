@@ -19,7 +19,7 @@ fn keys(object: &Value) -> Vec<&str> {
 }
 
 #[test]
-fn a_job_goes_from_queued_to_completed() {
+fn a_new_job_says_what_will_be_generated() {
     let site = Site::start();
     let body = json!({
         "model": "test/model", "prompt": "a cat", "negative_prompt": "rain", "size": "64x48", "n": 2,
@@ -88,11 +88,17 @@ fn a_job_goes_from_queued_to_completed() {
         })
     );
     assert_eq!(site.get(&path).body, job);
-
     let lease = site.take();
     let stored = &lease.job().request;
     assert_eq!(stored.request.noise.seed, u64::MAX);
     assert_eq!(stored.request.prompt, "a cat");
+}
+
+#[test]
+fn a_job_goes_from_queued_to_completed() {
+    let site = Site::start();
+    let path = path_of(&site.job());
+    let lease = site.take();
     let job = site.object(lease.job().id.as_str());
     assert_eq!(
         (&job["status"], &job["attempt"]),
