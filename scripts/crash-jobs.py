@@ -32,6 +32,8 @@ MAX_ATTEMPTS = 3
 OPEN_JOBS = 8
 # Seconds after which the script gives up on whatever it waits for.
 PATIENCE = 600
+# Without the proxy of the environment.
+OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 class Server:
@@ -76,7 +78,7 @@ class Server:
         headers = {"content-type": "application/json", **(headers or {})}
         request = urllib.request.Request(self.url + path, data, headers)
         try:
-            with urllib.request.urlopen(request, timeout=20) as answer:
+            with OPENER.open(request, timeout=20) as answer:
                 status, content = answer.status, answer.read()
         except urllib.error.HTTPError as error:
             status, content = error.code, error.read()

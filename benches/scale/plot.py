@@ -52,7 +52,8 @@ def main(source, target):
         chosen = [row for row in rows if row["router"] == router and row["replicas"] == replicas]
         return name, {float(row["load"]): float(row["p95_s"]) for row in chosen}
 
-    by_number = [line(f"{n} replicas", "least requests", n) for n in ("1", "8", "64")]
+    numbers = {"1": "1 replica", "8": "8 replicas", "64": "64 replicas"}
+    by_number = [line(name, "least requests", number) for number, name in numbers.items()]
     routers = list(dict.fromkeys(row["router"] for row in rows if row["replicas"] == "8"))
     by_router = [line(router, router, "8") for router in routers]
     values = [value for _, line in by_number + by_router for value in line.values()]

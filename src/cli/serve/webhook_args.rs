@@ -10,7 +10,6 @@ use crate::jobs::webhook::{WebhookHost, WebhookSecret, WebhookSettings};
 /// Where ended jobs may be posted to.
 #[derive(Clone, Args)]
 #[command(next_help_heading = "Jobs")]
-#[expect(clippy::doc_markdown, reason = "clap prints the comments as they are")]
 #[expect(
     clippy::struct_field_names,
     reason = "the fields are named like the options"

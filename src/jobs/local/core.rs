@@ -20,9 +20,6 @@ use crate::jobs::{JobId, JobStatus, StoreError, StoreSettings, StoredJob};
 /// Pages of the database that are kept in memory.
 const CACHE_BYTES: usize = 16 << 20;
 
-/// A database file of this size is made smaller when it is opened, if most of it is free.
-const COMPACT_BYTES: u64 = 16 << 20;
-
 pub(super) struct Core {
     pub(super) settings: StoreSettings,
     pub(super) results: Results,
@@ -219,7 +216,7 @@ impl Core {
         if slot.database.is_some() {
             return Ok(());
         }
-        let mut database = open_file(&self.path)?;
+        let database = open_file(&self.path)?;
         let transaction = begin(&database)?;
         {
             let mut tables = Tables::open(&transaction)?;
@@ -234,12 +231,7 @@ impl Core {
             }
             self.live().reload(&tables)?;
         }
-        let stored = transaction.stats()?.stored_bytes();
         transaction.commit()?;
-        let bytes = fs::metadata(&self.path).map_or(0, |file| file.len());
-        if bytes >= COMPACT_BYTES && stored < bytes / 4 {
-            database.compact()?;
-        }
         slot.database = Some(database);
         slot.opened += 1;
         Ok(())

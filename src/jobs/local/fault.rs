@@ -34,7 +34,6 @@ from_database!(
     redb::TableError,
     redb::TransactionError,
     redb::CommitError,
-    redb::CompactionError,
     redb::SetDurabilityError
 );
 

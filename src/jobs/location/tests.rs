@@ -7,10 +7,8 @@ fn jobs(text: &str) -> Result<JobsLocation, String> {
         .map_err(|error: InvalidLocation| error.to_string())
 }
 
-fn nats(servers: &[&str]) -> Result<JobsLocation, String> {
-    Ok(JobsLocation::Nats(
-        servers.iter().map(|&it| it.to_owned()).collect(),
-    ))
+fn nats(servers: &[&str]) -> JobsLocation {
+    JobsLocation::Nats(servers.iter().map(|&it| it.to_owned()).collect())
 }
 
 #[test]
@@ -25,16 +23,16 @@ fn folders_and_servers_are_read() {
     ] {
         assert_eq!(jobs(folder), Ok(JobsLocation::Folder(folder.into())));
     }
-    assert_eq!(jobs("nats://a"), nats(&["nats://a:4222"]));
-    assert_eq!(jobs("nats://a/"), nats(&["nats://a:4222"]));
+    assert_eq!(jobs("nats://a"), Ok(nats(&["nats://a:4222"])));
+    assert_eq!(jobs("nats://a/"), Ok(nats(&["nats://a:4222"])));
     assert_eq!(
         jobs("tls://u:p@a.b:1,10.0.0.1, nats://[::1]:7,[fe80::1]"),
-        nats(&[
+        Ok(nats(&[
             "tls://u:p@a.b:1",
             "tls://10.0.0.1:4222",
             "nats://[::1]:7",
             "tls://[fe80::1]:4222"
-        ])
+        ]))
     );
 }
 

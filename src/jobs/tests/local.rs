@@ -380,31 +380,6 @@ async fn the_database_does_not_grow_with_deleted_jobs() {
     folder.kill(store).await;
 }
 
-/// A large file of which little is used is made smaller.
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_database_with_much_free_space_is_made_smaller() {
-    let folder = Folder::new();
-    let store = folder.open(settings()).await;
-    let mut ids = Vec::new();
-    for _ in 0..24 {
-        let mut large = job("large");
-        large.request.request.prompt = "x".repeat(1 << 20);
-        ids.push(submit(&store, large).await);
-    }
-    let kept = submit(&store, job("kept")).await;
-    for id in ids {
-        store.cancel(&id).await.unwrap();
-        store.delete(&id).await.unwrap();
-    }
-    folder.kill(store).await;
-    let before = fs::metadata(folder.database()).unwrap().len();
-    let store = folder.open(settings()).await;
-    assert_eq!(get(&store, &kept).await.job.status, JobStatus::Queued);
-    folder.kill(store).await;
-    let after = fs::metadata(folder.database()).unwrap().len();
-    assert!(before > 16 << 20 && after < before / 2, "{before} {after}");
-}
-
 /// The times in docs/jobs.md, in the profile in which the tests are built.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 #[ignore = "measures"]

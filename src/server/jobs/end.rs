@@ -21,6 +21,15 @@ pub(super) struct Deleted {
     deleted: bool,
 }
 
+/// What `DELETE` has done.
+#[derive(Debug, Serialize, ToSchema)]
+#[serde(untagged)]
+#[schema(as = EndedImageJob)]
+pub(super) enum Ended {
+    Cancelled(Box<JobObject>),
+    Deleted(Deleted),
+}
+
 /// Cancels a job that has not ended. One that has ended is returned as it is.
 #[utoipa::path(
     post,
@@ -39,7 +48,7 @@ pub(super) async fn cancel(jobs: Jobs, Id(id): Id) -> Result<Response, ApiError>
     if view.job.status.is_ended() {
         return json(&JobObject::from(&view));
     }
-    jobs.cancel(&id).await
+    json(&jobs.cancel(&id).await?)
 }
 
 /// Cancels a job that has not ended, and returns it; deletes a job that has ended, with its files.
@@ -49,10 +58,7 @@ pub(super) async fn cancel(jobs: Jobs, Id(id): Id) -> Result<Response, ApiError>
     tag = "jobs",
     params(("id" = String, Path, description = "The id of the job.")),
     responses(
-        (status = 200, description = "The cancelled job, or that the job is deleted.", content(
-            (JobObject = "application/json"),
-            (Deleted = "application/json"),
-        )),
+        (status = 200, body = Ended, description = "The cancelled job, or that the job is deleted."),
         (status = "4XX", body = ErrorEnvelope),
         (status = "5XX", body = ErrorEnvelope),
     ),
@@ -61,26 +67,26 @@ pub(super) async fn cancel(jobs: Jobs, Id(id): Id) -> Result<Response, ApiError>
 pub(super) async fn delete(jobs: Jobs, Id(id): Id) -> Result<Response, ApiError> {
     let view = jobs.get(&id).await?;
     if !view.job.status.is_ended() {
-        return jobs.cancel(&id).await;
+        return json(&Ended::Cancelled(Box::new(jobs.cancel(&id).await?)));
     }
     if !jobs.store.delete(&id).await? {
         return Err(unknown(id.as_str()));
     }
-    json(&Deleted {
+    json(&Ended::Deleted(Deleted {
         id: id.to_string(),
         object: "image.job.deleted",
         deleted: true,
-    })
+    }))
 }
 
 impl Jobs {
     /// Cancels a job of the client that had not ended.
-    async fn cancel(&self, id: &JobId) -> Result<Response, ApiError> {
+    async fn cancel(&self, id: &JobId) -> Result<JobObject, ApiError> {
         let view = self.store.cancel(id).await?;
         let view = view.ok_or_else(|| unknown(id.as_str()))?;
         if view.job.status == JobStatus::Cancelled {
             self.store.settings().stats.count_cancelled();
         }
-        json(&JobObject::from(&view))
+        Ok(JobObject::from(&view))
     }
 }

@@ -410,3 +410,38 @@ fn web_pages_may_delete_and_send_the_headers_of_jobs() {
     let id = JobId::parse(&id(&reply.body)).unwrap();
     assert!(site.run(site.store.get(&id)).unwrap().is_some());
 }
+
+#[test]
+fn the_document_describes_every_route() {
+    let site = Site::start();
+    let document = site.get("/openapi.json").body;
+    for (path, methods) in [
+        (PATH, &["get", "post"][..]),
+        ("/v1/images/jobs/{id}", &["get", "delete"]),
+        ("/v1/images/jobs/{id}/cancel", &["post"]),
+        ("/v1/images/jobs/{id}/content", &["get"]),
+    ] {
+        for method in methods {
+            let route = &document["paths"][path][method];
+            assert!(
+                route["description"].is_string() || route["summary"].is_string(),
+                "{path}"
+            );
+            assert!(route["responses"]["200"].is_object(), "{method} {path}");
+            assert!(route["responses"]["4XX"].is_object(), "{method} {path}");
+        }
+    }
+    let schemas = &document["components"]["schemas"];
+    let body = &schemas["ImageJobRequest"]["properties"];
+    assert!(
+        body["prompt"].is_object() && body["webhook"].is_object(),
+        "{body}"
+    );
+    assert!(body["stream"].is_null() && body["deadline_ms"].is_null());
+    assert_eq!(body["num_inference_steps"]["maximum"], 1000);
+    let job = site.submit(&small());
+    let described = &schemas["ImageJob"]["properties"];
+    for key in keys(&job) {
+        assert!(described[key].is_object(), "{key}");
+    }
+}

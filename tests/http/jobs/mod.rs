@@ -2,6 +2,7 @@
 
 mod content;
 mod errors;
+mod faults;
 mod idempotency;
 mod junk;
 mod lifecycle;
