@@ -163,7 +163,9 @@ fn text(value: AnyValue) -> String {
 }
 
 fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+    let digits = bytes.iter().flat_map(|byte| [byte >> 4, byte & 15]);
+    let digits = digits.map(|digit| char::from_digit(u32::from(digit), 16));
+    digits.map(Option::unwrap).collect()
 }
 
 /// A server with the demo model. It is killed when this is dropped.
@@ -691,6 +693,9 @@ fn an_endpoint_that_is_no_url_is_refused() {
     }
 }
 
+/// A request to a server, which returns the status of the answer.
+type Call<'a> = &'a dyn Fn(&Server) -> u16;
+
 /// Prints milliseconds of requests to a server with tracing and to one without, in turn.
 #[test]
 #[ignore = "prints figures for docs/performance.md"]
@@ -701,7 +706,6 @@ fn what_tracing_costs() {
         Server::start(&[(ENDPOINT, &collector.url())], &[]),
     ];
     let fields = r#", "size": "32x32""#;
-    type Call<'a> = &'a dyn Fn(&Server) -> u16;
     let calls: [(&str, Call<'_>, usize); 2] = [
         ("GET /v1/models", &|server| server.get("/v1/models").0, 2000),
         (

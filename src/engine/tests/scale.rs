@@ -68,7 +68,7 @@ fn mean_seconds() -> f64 {
 /// How a router chooses a replica.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Router {
-    /// The fewest requests, in turn among equals: HAProxy's leastconn, llm-d's active-request-scorer.
+    /// The fewest requests, in turn among equals: `leastconn` in HAProxy, `active-request-scorer` in `llm-d`.
     LeastRequests,
     /// The same, and requests wait in the router while every replica has this many.
     AtMost(usize),
@@ -203,7 +203,7 @@ impl Replica {
     fn work_until(&mut self, time: Duration) -> bool {
         while self.now() < time {
             if self.running.is_empty() {
-                self.bench.clock.advance(time - self.now());
+                self.bench.clock.advance(time.saturating_sub(self.now()));
                 return false;
             }
             let began = self.now();
@@ -212,7 +212,7 @@ impl Replica {
                 "a replica with requests has something to do"
             );
             let now = self.now();
-            self.busy += now - began;
+            self.busy += now.saturating_sub(began);
             let before = self.running.len();
             let ended = &mut self.ended;
             self.running.retain_mut(|running| {
@@ -224,7 +224,7 @@ impl Replica {
                 if has_ended {
                     ended.push(Ended {
                         at: now,
-                        latency: (now - running.arrival).as_secs_f64(),
+                        latency: now.saturating_sub(running.arrival).as_secs_f64(),
                         alone: running.alone,
                     });
                 }
@@ -389,8 +389,8 @@ fn simulate(replicas: usize, router: Router, load: f64, requests: usize, seed: u
         }
     }
     let end = Duration::from_secs_f64(time);
-    let worked = (busy(&cluster) - busy_before).as_secs_f64();
-    let span = (end - begin).as_secs_f64() * replicas as f64;
+    let worked = busy(&cluster).saturating_sub(busy_before).as_secs_f64();
+    let span = end.saturating_sub(begin).as_secs_f64() * replicas as f64;
     // What still runs counts for the latencies, not for the throughput.
     let mut until = end;
     while cluster.replicas.iter().any(|it| !it.running.is_empty()) || !cluster.waiting.is_empty() {

@@ -182,7 +182,7 @@ async fn the_sweep_compares_the_queue_with_the_records() {
     let stream = raw(&server).await.get_stream("KILN").await.unwrap();
     stream.purge().await.unwrap();
     // Not yet: the message of a young job may be on its way.
-    store.compare(Duration::from_secs(60)).await.unwrap();
+    store.compare(Duration::from_mins(1)).await.unwrap();
     assert_eq!(messages(&server, "KILN").await, 0);
     sleep(Duration::from_millis(5)).await;
     store.compare(Duration::ZERO).await.unwrap();
