@@ -70,8 +70,8 @@ fn content(address: SocketAddr, id: &str, index: usize) -> Reply {
 /// The value of a metric, which must be there.
 fn metric(address: SocketAddr, name: &str) -> f64 {
     let text = String::from_utf8(get(address, "/metrics").bytes).unwrap();
-    let values = text.lines().filter_map(|line| line.strip_prefix(name));
-    let value = values.filter_map(|rest| rest.trim().parse().ok()).next();
+    let mut values = text.lines().filter_map(|line| line.strip_prefix(name));
+    let value = values.find_map(|rest| rest.trim().parse().ok());
     value.unwrap_or_else(|| panic!("no {name} in {text}"))
 }
 
