@@ -13,7 +13,7 @@ use crate::compare::{CompareError, ReportError};
 use crate::engine::{JobError, StartError, SubmitError};
 use crate::image::{EncodeError, ImageFormat, SideTooLong};
 use crate::jobs::webhook::InvalidWebhookSecret;
-use crate::jobs::{JobsLocation, StoreError};
+use crate::jobs::{InvalidLocation, JobsLocation, StoreError};
 use crate::request::{InvalidCache, InvalidPrompt, InvalidRequest, MAX_PROMPT_BYTES};
 use crate::runtime::RuntimeError;
 use crate::server::InvalidApiKey;
@@ -170,6 +170,8 @@ pub(super) enum CliError {
          give --jobs nats://HOST to share jobs, or leave --role out"
     )]
     RoleOfFolder { role: &'static str, folder: String },
+    #[error("--jobs {0}")]
+    JobsLocation(InvalidLocation),
     #[error("--webhook-secret cannot be used")]
     WebhookSecret(#[from] InvalidWebhookSecret),
     #[error("the store of jobs, --jobs {location}, cannot be opened: {error}")]
@@ -219,6 +221,7 @@ impl CliError {
             | Self::NoAdapter { .. }
             | Self::RoleWithoutJobs { .. }
             | Self::RoleOfFolder { .. }
+            | Self::JobsLocation(_)
             | Self::WebhookSecret(_)
             | Self::Adapter(_)
             | Self::OutputIsFolder { .. }

@@ -51,4 +51,16 @@ fn a_secret_is_not_repeated_in_a_message() {
         "{line}"
     );
     assert!(!line.contains("hunter2"), "{line}");
+    for url in [
+        "nats://me:hunter2@a/path",
+        "nats://me:hunter2@a:port",
+        "nats://me:hun@hunter2@",
+        "nats://hunter2@a,,b",
+        "ftp://me:hunter2@a",
+    ] {
+        let (code, line) = failure(&["serve", "--jobs", url]);
+        assert_eq!(code, 2, "{line}");
+        assert!(line.starts_with("--jobs "), "{line}");
+        assert!(!line.contains("hunter2"), "{url}: {line}");
+    }
 }

@@ -18,11 +18,11 @@ const LAST_RELEASES: Duration = Duration::from_secs(4);
 
 /// Opens the store of jobs, if the server is to have one.
 pub(super) async fn open(args: &JobsArgs, model: &str, app: App) -> Result<App, CliError> {
-    let Some(location) = &args.jobs else {
+    let Some(location) = args.location()? else {
         return Ok(app);
     };
     let settings = args.store_settings(model, &app.settings.instance);
-    let store = jobs::open(location, args.results.as_ref(), settings).await;
+    let store = jobs::open(&location, args.results.as_ref(), settings).await;
     let store = store.map_err(|error| {
         let location = location.clone();
         CliError::Jobs { location, error }

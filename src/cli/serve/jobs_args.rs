@@ -20,7 +20,7 @@ pub(super) struct JobsArgs {
     /// A folder is for one server on one machine. Several servers share jobs through NATS, such as
     /// nats://a:4222,b:4222. By default the server has no jobs.
     #[arg(long, value_name = "DIR|nats://HOST")]
-    pub(super) jobs: Option<JobsLocation>,
+    jobs: Option<String>,
 
     /// Where the files of jobs in NATS are: s3://BUCKET/PREFIX, gs://BUCKET/PREFIX or file:///DIR
     /// [default: NATS's object store]
@@ -75,7 +75,6 @@ impl fmt::Debug for JobsArgs {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         formatter
             .debug_struct("JobsArgs")
-            .field("jobs", &self.jobs)
             .field("results", &self.results)
             .field("role", &self.role)
             .finish_non_exhaustive()
@@ -91,14 +90,21 @@ impl JobsArgs {
         }
     }
 
+    /// The place of the jobs. clap's message would repeat the password in a URL.
+    pub(super) fn location(&self) -> Result<Option<JobsLocation>, CliError> {
+        let jobs = self.jobs.as_deref().map(str::parse);
+        jobs.transpose().map_err(CliError::JobsLocation)
+    }
+
     /// Checks that the role fits the store.
     pub(super) fn check(&self) -> Result<(), CliError> {
+        let jobs = self.location()?;
         let name = match self.role {
             RoleArg::All => return Ok(()),
             RoleArg::Api => "api",
             RoleArg::Worker => "worker",
         };
-        match &self.jobs {
+        match jobs {
             None => Err(CliError::RoleWithoutJobs { role: name }),
             Some(jobs) if !jobs.is_shared() => Err(CliError::RoleOfFolder {
                 role: name,

@@ -68,7 +68,7 @@ fn mean_seconds() -> f64 {
 /// How a router chooses a replica.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Router {
-    /// The fewest requests, in turn among equals: `leastconn` in HAProxy, `active-request-scorer` in `llm-d`.
+    /// The fewest requests, in turn among equals: `leastconn`, `active-request-scorer`.
     LeastRequests,
     /// The same, and requests wait in the router while every replica has this many.
     AtMost(usize),
