@@ -20,7 +20,7 @@ use crate::request::{
 };
 use crate::runtime::ModelSettings;
 use crate::server::{
-    AllowedHost, ApiKeys, CorsOrigin, DEFAULT_MAX_BODY_BYTES, InvalidInstance, Settings,
+    AllowedHost, ApiKeys, CorsOrigin, DEFAULT_MAX_BODY_BYTES, InvalidInstance, Role, Settings,
     ShutdownTimes, check_instance, host_name,
 };
 
@@ -159,7 +159,11 @@ impl ServeArgs {
 
     pub(super) fn shutdown_times(&self) -> ShutdownTimes {
         ShutdownTimes {
-            delay: Duration::from_secs(self.shutdown_delay),
+            // No router sends requests to a worker.
+            delay: match self.jobs.role() {
+                Role::Worker => Duration::ZERO,
+                Role::All | Role::Api => Duration::from_secs(self.shutdown_delay),
+            },
             drain: Duration::from_secs(self.drain_timeout),
         }
     }
