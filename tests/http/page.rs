@@ -156,7 +156,7 @@ fn the_status_has_the_bounds_and_defaults_of_requests() {
                 "host_cache": empty(0), "device_cache": empty(u64::MAX),
             },
             "device": "test:0 (fake)", "dtype": "f32", "requests": {"running": 0, "waiting": 0},
-            "max_step_tokens": 0,
+            "max_step_tokens": 0, "jobs": null,
             "limits": {
                 "side_multiple": 16, "max_side": 4096, "max_image_pixels": 33_177_600,
                 "max_steps": 1000, "max_num_images": 10,
