@@ -9,8 +9,8 @@ use std::fs;
 use std::path::Path;
 use std::process::Command;
 
-/// The backends, in the order of `BackendKind::ALL`.
-const FEATURES: [&str; 4] = ["cuda", "wgpu", "flex", "ndarray"];
+/// The backends, in the order of `BackendKind::ALL`, and the other features.
+const FEATURES: [&str; 6] = ["cuda", "wgpu", "flex", "ndarray", "nats", "otel"];
 /// Digits of the commit's hash, as on GitHub.
 const COMMIT_DIGITS: usize = 7;
 const SECONDS_PER_DAY: u64 = 86_400;

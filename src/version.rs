@@ -35,7 +35,7 @@ pub fn date() -> Option<&'static str> {
     not_empty(env!("KILN_BUILD_DATE"))
 }
 
-/// The backends that were compiled in, by the names of their features.
+/// The features that were compiled in: backends first.
 pub fn features() -> Vec<&'static str> {
     env!("KILN_BUILD_FEATURES")
         .split(", ")
@@ -67,5 +67,7 @@ mod tests {
         assert!(BURN.starts_with("0."), "{BURN}");
         assert_eq!(features().contains(&"flex"), cfg!(feature = "flex"));
         assert_eq!(features().contains(&"cuda"), cfg!(feature = "cuda"));
+        assert_eq!(features().contains(&"nats"), cfg!(feature = "nats"));
+        assert_eq!(features().contains(&"otel"), cfg!(feature = "otel"));
     }
 }
