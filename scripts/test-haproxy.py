@@ -21,6 +21,8 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from waiting import free_ports, wait_until
+
 CONFIGURATION = Path(__file__).parent.parent / "packaging" / "haproxy.cfg"
 
 # HAProxy without any try after the first, and with its own default: only refused connections are tried again.
@@ -31,22 +33,6 @@ TRIALS = ["with_retries", "without_retries", "streams", "rolling_restart", "clie
 
 # The servers' time to be out of HAProxy's list: several of its checks.
 SHUTDOWN_DELAY = 3
-
-
-def free_ports(count):
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
-
-
-def wait_until(what, condition, seconds=30.0):
-    end = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > end:
-            raise SystemExit(f"after {seconds} s: {what}")
-        time.sleep(0.02)
 
 
 def get(port, path):
