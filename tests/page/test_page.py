@@ -750,7 +750,7 @@ def test_failures_during_a_stream_are_shown(browser: Browser, server: Server) ->
 
 def test_jobs_survive_a_reload(browser: Browser, binary: str) -> None:
     with tempfile.TemporaryDirectory() as folder, Server(binary, "--jobs", folder) as server:
-        with opened(browser, server) as page:
+        with opened(browser, server, expected_messages=("status of 400",)) as page:
             expect(page.locator("#jobs")).to_be_hidden()
             page.click("#submit-job")
             expect(page.locator("#prompt-error")).to_contain_text("Say what to draw")
