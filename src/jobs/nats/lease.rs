@@ -24,7 +24,6 @@ use crate::jobs::{
 const LOOK_EVERY: Duration = Duration::from_secs(2);
 /// Time after which a job whose record could not be read is offered again.
 const OFFER_AGAIN: Duration = Duration::from_secs(1);
-const PULL_DELAY: Duration = Duration::from_millis(500);
 
 /// A job and its message. The lease is valid while the record has this revision.
 #[derive(Debug)]
@@ -55,27 +54,14 @@ type Caller = oneshot::Sender<Result<NatsLease, StoreError>>;
 async fn take_next(shared: &Arc<Shared>, caller: &mut Caller) -> Result<NatsLease, StoreError> {
     let link = &shared.link;
     loop {
-        let pulled = link.pull(names::JOBS, &shared.model, caller.closed()).await;
-        let message = match pulled {
-            Ok(message) => message,
-            Err(error) => {
-                link.check()?;
-                if caller.is_closed() {
-                    return Err(error);
-                }
-                sleep(PULL_DELAY).await;
-                continue;
-            }
-        };
-        if let Some(message) = message {
-            if caller.is_closed() {
-                acknowledge(&message, AckKind::Nak(None)).await.ok();
-            } else if let Some(lease) = begin(shared, message).await? {
-                return Ok(lease);
-            }
-        }
+        let message = link.next_message(names::JOBS, &shared.model, caller);
+        let message = message.await?;
         if caller.is_closed() {
+            acknowledge(&message, AckKind::Nak(None)).await.ok();
             return Err(link.unavailable("nobody waits for a job"));
+        }
+        if let Some(lease) = begin(shared, message).await? {
+            return Ok(lease);
         }
     }
 }

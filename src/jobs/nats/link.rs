@@ -13,7 +13,7 @@ use async_nats::jetstream::{self, AckKind, Context};
 use async_nats::{Client, ConnectErrorKind, Event, Message, Subscriber};
 use futures_util::StreamExt as _;
 use serde_json::json;
-use tokio::sync::watch;
+use tokio::sync::{oneshot, watch};
 use tokio::time::{Instant, sleep, timeout};
 
 use super::settings::NatsSettings;
@@ -27,6 +27,8 @@ const RETRY_FOR: Duration = Duration::from_secs(6);
 const LOST_AFTER: Duration = Duration::from_secs(3);
 /// Time for which the server holds a request for a message.
 const PULL_WAIT: Duration = Duration::from_secs(5);
+/// Wait after a request for a message that failed.
+pub(super) const PULL_DELAY: Duration = Duration::from_millis(500);
 const RETRY_DELAY: Duration = Duration::from_millis(200);
 /// Most time for the first connection.
 const FIRST_CONNECT: Duration = Duration::from_secs(6);
@@ -211,9 +213,35 @@ impl Link {
         }
     }
 
+    /// Waits for a message of a durable consumer, and asks again after a failure. Fails if the caller is gone,
+    /// or if there has been no connection for some seconds.
+    pub(super) async fn next_message<T>(
+        &self,
+        stream: &str,
+        consumer: &str,
+        caller: &mut oneshot::Sender<T>,
+    ) -> Result<jetstream::Message, StoreError> {
+        loop {
+            match self.pull(stream, consumer, caller.closed()).await {
+                Ok(Some(message)) => return Ok(message),
+                Ok(None) if caller.is_closed() => {
+                    return Err(self.unavailable("nobody waits for a message"));
+                }
+                Ok(None) => {}
+                Err(error) => {
+                    self.check()?;
+                    if caller.is_closed() {
+                        return Err(error);
+                    }
+                    sleep(PULL_DELAY).await;
+                }
+            }
+        }
+    }
+
     /// Waits for one message of a durable consumer, or until nobody waits for it any more: a message
     /// that still arrives then is offered to others.
-    pub(super) async fn pull(
+    async fn pull(
         &self,
         stream: &str,
         consumer: &str,

@@ -10,14 +10,12 @@ use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 use tokio::time::sleep;
 
-use super::link::acknowledge;
+use super::link::{PULL_DELAY, acknowledge};
 use super::names;
 use super::queue::WebhookTicket;
 use super::records::{Record, Slot};
 use super::shared::{Shared, now_ms};
 use crate::jobs::{StoreError, StoredJob, WebhookLease};
-
-const PULL_DELAY: Duration = Duration::from_millis(500);
 
 /// A webhook and its message.
 #[derive(Debug)]
@@ -49,25 +47,9 @@ pub(super) async fn take(shared: &Arc<Shared>) -> Result<NatsWebhook, StoreError
 async fn take_next(shared: &Arc<Shared>, caller: &mut Caller) -> Result<NatsWebhook, StoreError> {
     let link = &shared.link;
     loop {
-        let consumer = names::WEBHOOK_CONSUMER;
-        let message = match link.pull(names::WEBHOOKS, consumer, caller.closed()).await {
-            Ok(message) => message,
-            Err(error) => {
-                link.check()?;
-                if caller.is_closed() {
-                    return Err(error);
-                }
-                sleep(PULL_DELAY).await;
-                continue;
-            }
-        };
-        if let Some(message) = message
-            && let Some(webhook) = begin(shared, message).await?
-        {
+        let message = link.next_message(names::WEBHOOKS, names::WEBHOOK_CONSUMER, caller);
+        if let Some(webhook) = begin(shared, message.await?).await? {
             return Ok(webhook);
-        }
-        if caller.is_closed() {
-            return Err(link.unavailable("nobody waits for a webhook"));
         }
     }
 }
